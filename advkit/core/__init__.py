@@ -1,0 +1,1 @@
+"""The nouns of advkit; imports nothing else of advkit."""

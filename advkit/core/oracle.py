@@ -1,0 +1,337 @@
+"""The metered oracle: the only caller of victim models.
+
+It answers what the threat model grants and nothing more, counts every forward, backward and query per row, enforces the
+query budget, keeps NaN out of the attack while remembering who answered it, and evaluates in fixed-shape chunks so that
+a row's bits do not depend on the batch it happens to travel in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advkit.core.errors import AccessDenied, BudgetExhausted
+from advkit.core.protocols import Access
+
+log = logging.getLogger("advkit")
+
+
+@dataclass
+class Lanes:
+    """The shapes in which a victim is evaluated.
+
+    Matrix kernels choose their code by the batch's shape, and another choice may change a row's last bits; one sign of a
+    gradient later the row ends elsewhere. Feeding chunks of one size, the last one padded to a multiple, makes every
+    row's bits its own.
+
+    chunk:    most rows in one call of the model
+    multiple: a call's rows are padded to a multiple of this; 1 pads nothing
+    """
+
+    chunk: int = 64
+    multiple: int = 16
+
+    @classmethod
+    def on(cls, device: torch.device | str) -> Lanes:
+        """The default of a device: padded lanes on the CPU, plain large batches elsewhere."""
+        return cls() if torch.device(device).type == "cpu" else cls(chunk=1024, multiple=1)
+
+    @classmethod
+    def probed(cls, model: Callable[[Tensor], Tensor], x: Tensor) -> Lanes:
+        """Lanes of `multiple` 16 where the model gives the same bits at 16 rows as at 64, else 64 throughout.
+
+        Tried on the rows at hand, repeated up to 64; forward and input gradient must both agree.
+        """
+        lanes = cls.on(x.device)
+        if lanes.multiple == 1 or not x.is_floating_point():
+            return lanes
+        with torch.random.fork_rng(devices=[]):
+            rows = x.detach()[torch.arange(lanes.chunk, device=x.device) % len(x)]
+            try:
+                whole = _answer_and_gradient(model, rows)
+                parts = [_answer_and_gradient(model, part) for part in rows.split(lanes.multiple)]
+            except RuntimeError:
+                return replace(lanes, multiple=lanes.chunk)
+        same = all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
+        return lanes if same else replace(lanes, multiple=lanes.chunk)
+
+
+def _answer_and_gradient(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        answer = model(x)
+        total = answer.square().sum()
+        gradient = torch.autograd.grad(total, x)[0] if total.requires_grad else torch.zeros_like(x)
+    return answer.detach(), gradient
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Parameters without gradient inside the block; the flags are given back as they were.
+
+    An attack differentiates with respect to the input alone; live parameters would cost 2-38 % of every backward.
+    """
+    live = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in live:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in live:
+            parameter.requires_grad_(True)
+
+
+class _Segment:
+    """Counts of one view of the oracle: plain integers, so that metering costs no tensor operation per step."""
+
+    __slots__ = ("backwards", "forwards", "non_finite", "rows", "zero")
+
+    def __init__(self, rows: Tensor | None) -> None:
+        self.rows = rows
+        self.forwards = 0
+        self.backwards = 0
+        self.non_finite: Tensor | None = None
+        self.zero: Tensor | None = None
+
+
+class Meter:
+    """What the rows of one oracle have cost so far; long [rows] and bool [rows] tensors on the CPU."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.detached = False
+        self._segments: list[_Segment] = []
+        self._scattered = torch.zeros(rows, dtype=torch.long)
+        self._scattered_backwards = torch.zeros(rows, dtype=torch.long)
+        self._scattered_bad = torch.zeros(rows, dtype=torch.bool)
+
+    def segment(self, rows: Tensor | None) -> _Segment:
+        self._segments.append(_Segment(rows))
+        return self._segments[-1]
+
+    def scatter(self, of: Tensor, non_finite: Tensor, backward: bool) -> None:
+        """Candidates that belong to rows in another order or number."""
+        of = of.cpu()
+        self._scattered += torch.bincount(of, minlength=self.rows)
+        if backward:
+            self._scattered_backwards += torch.bincount(of, minlength=self.rows)
+        self._scattered_bad[of[non_finite.cpu()]] = True
+
+    def _count(self, name: str) -> Tensor:
+        total = torch.zeros(self.rows, dtype=torch.long)
+        for segment in self._segments:
+            count = getattr(segment, name)
+            if segment.rows is None:
+                total += count
+            elif count:
+                total[segment.rows.cpu()] += count
+        return total
+
+    @property
+    def forwards(self) -> Tensor:
+        """Rows sent forward through the model, those of gradient steps included."""
+        return self._count("forwards") + self._scattered
+
+    @property
+    def backwards(self) -> Tensor:
+        """Backward passes."""
+        return self._count("backwards") + self._scattered_backwards
+
+    @property
+    def queries(self) -> Tensor:
+        """Answers asked for: every forward is one."""
+        return self.forwards
+
+    @property
+    def non_finite(self) -> Tensor:
+        """Rows to which the victim ever answered NaN or infinity, or whose gradient was."""
+        bad = self._scattered_bad.clone()
+        for segment in self._segments:
+            if segment.non_finite is not None:
+                rows = slice(None) if segment.rows is None else segment.rows.cpu()
+                bad[rows] |= segment.non_finite.cpu()
+        return bad
+
+    @property
+    def zero_gradient(self) -> Tensor:
+        """Rows whose every gradient so far was exactly zero (False for rows that never asked for one)."""
+        zero = torch.ones(self.rows, dtype=torch.bool)
+        asked = torch.zeros(self.rows, dtype=torch.bool)
+        for segment in self._segments:
+            if segment.zero is not None:
+                rows = slice(None) if segment.rows is None else segment.rows.cpu()
+                zero[rows] &= segment.zero.cpu()
+                asked[rows] = True
+        return zero & asked
+
+
+class MeteredOracle:
+    """All an attack sees of a model.
+
+    model:   called on whole chunks; `modules()` is not touched here (see `frozen`)
+    rows:    how many rows this oracle serves
+    access:  NOTHING refuses all, LABELS answers one-hot decisions, SCORES the answers, GRADIENTS everything
+    queries: answers each row may ask for; None is unlimited
+    decides: its answers are the verdict's, so that a row which reached its goal may stop
+    lanes:   shapes of the calls; None pads on the CPU and leaves models in training mode alone, because batch statistics
+             would see the padding
+
+    Raises AccessDenied and BudgetExhausted.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Any], Any],
+        rows: int,
+        access: Access = Access.GRADIENTS,
+        queries: int | None = None,
+        decides: bool = True,
+        lanes: Lanes | None = None,
+        meter: Meter | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        self.model = model
+        self.rows = rows
+        self.access = access
+        self.queries = queries
+        self.decides = decides
+        self.lanes = lanes
+        self.meter = meter or Meter(rows)
+        self._index = index
+        self._segment = self.meter.segment(index)
+        self._spent = int(self.meter.queries[self._rows()].max()) if queries is not None and rows else 0
+
+    def _rows(self) -> Tensor | slice:
+        return slice(None) if self._index is None else self._index.cpu()
+
+    def take(self, rows: Tensor) -> MeteredOracle:
+        """The oracle of a subset of the rows (long or bool index); the meter is shared."""
+        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        index = rows if self._index is None else self._index.to(rows.device)[rows]
+        return MeteredOracle(
+            self.model, len(index), self.access, self.queries, self.decides, self.lanes, self.meter, index
+        )
+
+    @property
+    def left(self) -> int | None:
+        """Queries that every row of this view still has; None when unlimited."""
+        if self.queries is None:
+            return None
+        return self.queries - (int(self.meter.queries[self._rows()].max()) if self.rows else 0)
+
+    def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
+        """Answers [n, ...] without gradient; `of` [n] says which row each candidate belongs to."""
+        if self.access < Access.LABELS:
+            raise AccessDenied("the attack asked for an answer; this threat model grants no access to the victim")
+        self._spend(x, of)
+        chunks, lanes = self._chunks(x)
+        with torch.inference_mode():
+            parts = [self._forward(part, lanes)[: len(part)] for part in chunks]
+        # Cloned outside inference mode: what an attack keeps must be an ordinary tensor.
+        answer = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+        self._note(answer, of)
+        if self.access == Access.LABELS and answer.ndim > 1:
+            return nn.functional.one_hot(answer.argmax(1), answer.shape[1]).to(answer.dtype)
+        return answer
+
+    def gradient(self, x: Tensor, goal: Any, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss [n], each row's own gradient (no mean over the batch), answer [n, ...]: one forward and one backward.
+
+        A non-finite loss comes back as +inf and a non-finite gradient entry as 0; the meter remembers the row.
+        """
+        if self.access < Access.GRADIENTS:
+            raise AccessDenied(
+                f"the attack asked for a gradient; this threat model grants {self.access.name.lower()} only "
+                "(use a query attack such as `square`, or grant access=gradients)"
+            )
+        self._spend(x, of)
+        chunks, lanes = self._chunks(x)
+        losses, gradients, answers = [], [], []
+        start = 0
+        for part in chunks:
+            with torch.enable_grad():
+                leaf = self._padded(part.detach(), lanes).requires_grad_()
+                answer = self._forward(leaf, None)[: len(part)]
+                # One chunk is the usual case; slicing the goal then would cost operations for nothing.
+                aim = goal if len(chunks) == 1 else goal.take(torch.arange(start, start + len(part), device=x.device))
+                loss = aim.loss(answer)
+                total = loss.sum()
+            if total.requires_grad:
+                gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0]
+            else:
+                gradient = None
+            if gradient is None:
+                self.meter.detached = True
+                gradient = torch.zeros_like(leaf)
+            losses.append(loss.detach())
+            gradients.append(gradient[: len(part)])
+            answers.append(answer.detach())
+            start += len(part)
+        loss, gradient, answer = (v[0] if len(v) == 1 else torch.cat(v) for v in (losses, gradients, answers))
+        size = gradient.abs().flatten(1).amax(1)
+        self._note(answer, of, size)
+        return loss.nan_to_num(nan=torch.inf), gradient.nan_to_num_(0.0, 0.0, 0.0), answer
+
+    def _chunks(self, x: Tensor) -> tuple[list[Tensor], Lanes]:
+        lanes = self.lanes
+        if lanes is None:
+            modules = getattr(self.model, "modules", None)
+            training = any(m.training for m in modules()) if callable(modules) else False
+            lanes = Lanes(chunk=max(1, len(x)), multiple=1) if training else Lanes.on(x.device)
+            self.lanes = lanes
+        return ([x] if len(x) <= lanes.chunk else list(x.split(lanes.chunk))), lanes
+
+    @staticmethod
+    def _padded(x: Tensor, lanes: Lanes) -> Tensor:
+        short = -len(x) % lanes.multiple
+        if not short:
+            return x.clone()
+        return torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
+
+    def _forward(self, x: Tensor, lanes: Lanes | None) -> Tensor:
+        answer: Tensor = self.model(x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes))
+        return answer
+
+    def _spend(self, x: Tensor, of: Tensor | None) -> None:
+        if self.queries is not None:
+            if of is None:
+                self._spent += 1
+                most = self._spent
+            else:
+                index = self._global(of)
+                most = int((self.meter.queries + torch.bincount(index, minlength=self.meter.rows)).max())
+            if most > self.queries:
+                raise BudgetExhausted(
+                    f"the attack asked query number {most} of a row; the threat model allows {self.queries} "
+                    "(lower the attack's steps, or raise queries)"
+                )
+        if of is None and len(x) != self.rows:
+            raise ValueError(f"{len(x)} candidates for {self.rows} rows: say which row each belongs to (`of`)")
+
+    def _global(self, of: Tensor) -> Tensor:
+        return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
+
+    def _note(self, answer: Tensor, of: Tensor | None, size: Tensor | None = None) -> None:
+        bad = (
+            ~torch.isfinite(answer).flatten(1).all(1)
+            if answer.is_floating_point()
+            else torch.zeros(len(answer), dtype=torch.bool, device=answer.device)
+        )
+        if size is not None:
+            bad = bad | ~torch.isfinite(size)
+        if of is not None:
+            self.meter.scatter(self._global(of), bad, backward=size is not None)
+            return
+        segment = self._segment
+        segment.forwards += 1
+        segment.non_finite = bad if segment.non_finite is None else segment.non_finite | bad
+        if size is not None:
+            segment.backwards += 1
+            zero = size == 0
+            segment.zero = zero if segment.zero is None else segment.zero & zero
