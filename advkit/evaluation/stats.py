@@ -1,0 +1,230 @@
+"""Intervals and paired tests for counts: no rate leaves the harness without its counts and its uncertainty.
+
+Wilson (1927), Clopper and Pearson (1934), McNemar (1947), Newcombe (Statistics in Medicine 17, 1998, method 10).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from scipy import stats
+
+from advkit.core.errors import UsageError
+
+DenominatorKind = Literal[
+    "all_samples",
+    "clean_correct",
+    "clean_not_target",
+    "triggered_not_target",
+    "source_class",
+    "prompts",
+    "episodes",
+    "attacked_and_judged",
+]
+Side = Literal["two-sided", "lower", "upper"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval.
+
+    low, high:   limits, in the unit of the estimate (fractions for rates)
+    level:       confidence in (0, 1)
+    method:      the report's word for how it was made
+    n_resamples, seed: of a bootstrap, else None
+    """
+
+    low: float
+    high: float
+    level: float
+    method: str
+    n_resamples: int | None = None
+    seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's `ci` object."""
+        entry: dict[str, Any] = {"low": self.low, "high": self.high, "level": self.level, "method": self.method}
+        if self.n_resamples is not None:
+            entry["n_resamples"] = self.n_resamples
+        if self.seed is not None:
+            entry["seed"] = self.seed
+        return entry
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """A figure over several training seeds: never one pooled binomial.
+
+    values:   one per seed, in the order given
+    mean:     their mean
+    sd:       standard deviation with ddof=1; None for a single seed
+    interval: Student-t interval of the mean; None for a single seed
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    sd: float | None
+    interval: Interval | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A scalar metric of the report."""
+        return {
+            "value": self.mean,
+            "ci": None if self.interval is None else self.interval.to_dict(),
+            "n": len(self.values),
+            "sd": self.sd,
+            "values": list(self.values),
+        }
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise UsageError(f"confidence level {level}: expected a number strictly between 0 and 1, such as 0.95")
+
+
+def _check_counts(k: int, n: int) -> None:
+    if k != int(k) or n != int(n) or not 0 <= k <= n:
+        raise UsageError(f"{k} of {n}: expected whole counts with 0 <= numerator <= denominator")
+    if n == 0:
+        raise UsageError("an interval for 0 of 0 does not exist; report the value as null (`rate` does)")
+
+
+def wilson(k: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of k successes in n > 0 trials."""
+    _check_counts(k, n)
+    _check_level(level)
+    z = float(stats.norm.isf((1 - level) / 2))
+    share = k / n
+    stretch = 1 + z * z / n
+    center = (share + z * z / (2 * n)) / stretch
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / stretch
+    # Round-off leaves a center - half of 1e-18 where the limit is 0 by algebra.
+    low = 0.0 if k == 0 else max(0.0, center - half)
+    high = 1.0 if k == n else min(1.0, center + half)
+    return Interval(low, high, level, "wilson")
+
+
+def clopper_pearson(k: int, n: int, level: float = 0.95, side: Side = "two-sided") -> Interval:
+    """Exact interval of k successes in n > 0 trials; one-sided ("lower", "upper") for certificates."""
+    _check_counts(k, n)
+    _check_level(level)
+    alpha = 1 - level if side != "two-sided" else (1 - level) / 2
+    low, high = 0.0, 1.0
+    if side != "upper" and k > 0:
+        low = float(stats.beta.ppf(alpha, k, n - k + 1))
+    if side != "lower" and k < n:
+        high = float(stats.beta.isf(alpha, k + 1, n - k))
+    return Interval(low, high, level, "clopper_pearson")
+
+
+def _finite(values: Sequence[float], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise UsageError(f"{what}: expected a non-empty list of numbers, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise UsageError(f"{what}: {int((~np.isfinite(array)).sum())} values are not finite; use a median instead")
+    return array
+
+
+def bootstrap_mean(values: Sequence[float], level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
+    """Percentile bootstrap of a mean; one value per sample, so that a sample's restarts stay together."""
+    _check_level(level)
+    array = _finite(values, "bootstrap_mean")
+    rng = np.random.default_rng(seed)
+    # One resample at a time: a (2000, n) index table of a large run would cost more memory than the run itself.
+    means = [float(array[rng.integers(0, array.size, array.size)].mean()) for _ in range(n_resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
+
+
+def hierarchical_bootstrap(
+    groups: Sequence[Sequence[float]], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap of the mean of group means: resamples groups (training seeds), then values inside each."""
+    _check_level(level)
+    if not groups:
+        raise UsageError("hierarchical_bootstrap: expected at least one group of values")
+    arrays = [_finite(group, "hierarchical_bootstrap") for group in groups]
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(n_resamples):
+        drawn = [arrays[g] for g in rng.integers(0, len(arrays), len(arrays))]
+        means.append(float(np.mean([a[rng.integers(0, a.size, a.size)].mean() for a in drawn])))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), level, "hierarchical_bootstrap", n_resamples, seed)
+
+
+def student_t_over_seeds(values: Sequence[float], level: float = 0.95) -> SeedSummary:
+    """Mean, standard deviation and Student-t interval of one figure measured once per training seed."""
+    _check_level(level)
+    array = _finite(values, "student_t_over_seeds")
+    mean = float(array.mean())
+    if array.size == 1:
+        return SeedSummary((mean,), mean, None, None)
+    sd = float(array.std(ddof=1))
+    half = float(stats.t.isf((1 - level) / 2, array.size - 1)) * sd / math.sqrt(array.size)
+    interval = Interval(mean - half, mean + half, level, "student_t_over_seeds")
+    return SeedSummary(tuple(float(v) for v in array), mean, sd, interval)
+
+
+def mcnemar_exact(b: int, c: int) -> float:
+    """Two-sided exact p-value of b rows only A won against c rows only B won; 1 when no row differs."""
+    if b < 0 or c < 0:
+        raise UsageError(f"discordant counts {b} and {c}: expected whole numbers >= 0")
+    if b + c == 0:
+        return 1.0
+    return min(1.0, 2 * float(stats.binom.cdf(min(b, c), b + c, 0.5)))
+
+
+def newcombe_paired(e: int, b: int, c: int, d: int, level: float = 0.95) -> Interval:
+    """Newcombe's method 10 for the difference (b - c) / n of two paired proportions.
+
+    e: rows both won; b: only A; c: only B; d: neither. Needs e + b + c + d > 0.
+    """
+    if min(e, b, c, d) < 0:
+        raise UsageError(f"paired counts {e}, {b}, {c}, {d}: expected whole numbers >= 0")
+    n = e + b + c + d
+    first, second = wilson(e + b, n, level), wilson(e + c, n, level)
+    share_a, share_b = (e + b) / n, (e + c) / n
+    covariance: float = e * d - b * c
+    if covariance > n / 2:
+        covariance -= n / 2
+    elif covariance >= 0:
+        covariance = 0.0
+    root = math.sqrt((e + b) * (c + d) * (e + c) * (b + d))
+    phi = covariance / root if root > 0 else 0.0
+
+    def length(of_a: float, of_b: float) -> float:
+        return math.sqrt(max(0.0, of_a * of_a - 2 * phi * of_a * of_b + of_b * of_b))
+
+    difference = (b - c) / n
+    low = difference - length(share_a - first.low, second.high - share_b)
+    high = difference + length(first.high - share_a, share_b - second.low)
+    return Interval(low, high, level, "newcombe_paired")
+
+
+def rate(
+    k: int,
+    n: int,
+    kind: DenominatorKind,
+    level: float = 0.95,
+    method: Literal["wilson", "clopper_pearson"] = "wilson",
+) -> dict[str, Any]:
+    """The report's `rate` object for k of n; 0 of 0 has neither value nor interval."""
+    if kind not in get_args(DenominatorKind):
+        raise UsageError(f"denominator kind {kind!r}: expected one of {', '.join(get_args(DenominatorKind))}")
+    if method not in ("wilson", "clopper_pearson"):
+        raise UsageError(f"interval method {method!r}: expected wilson or clopper_pearson")
+    k, n = int(k), int(n)
+    value: float | None = None
+    ci: dict[str, Any] | None = None
+    if n == 0 and k == 0:
+        _check_level(level)
+    else:
+        ci = (wilson if method == "wilson" else clopper_pearson)(k, n, level).to_dict()
+        value = k / n
+    return {"value": value, "numerator": k, "denominator": n, "denominator_kind": kind, "ci": ci}
