@@ -1,0 +1,41 @@
+"""Attacks, defenses and threat models in one evaluation harness; importing it loads neither torch nor numpy."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from advkit.evaluation.api import evaluate
+    from advkit.evaluation.report import Report
+
+__version__ = "0.1.0"
+__all__ = ["Report", "__version__", "evaluate"]
+
+_LAZY = {"evaluate": "advkit.evaluation.api", "Report": "advkit.evaluation.report"}
+_SUBPACKAGES = (
+    "attacks",
+    "cli",
+    "core",
+    "defenses",
+    "evaluation",
+    "models",
+    "tasks",
+    "testing",
+    "threat_models",
+    "training",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"advkit.{name}")
+    raise AttributeError(f"module 'advkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBPACKAGES})

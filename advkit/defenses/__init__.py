@@ -1,0 +1,17 @@
+"""Defenses by name. Adding one is one file below this package and one line here."""
+
+from __future__ import annotations
+
+from advkit.core.protocols import Defense
+from advkit.core.registry import Registry
+
+DEFENSES: Registry[Defense] = Registry(
+    "defense",
+    {
+        "none": "advkit.defenses.none:NoDefense",
+        "pgd_at": "advkit.defenses.adversarial.pgd_at:PGDAT",
+        "trades": "advkit.defenses.adversarial.trades:TRADES",
+        "pubdef": "advkit.defenses.adversarial.pubdef:PubDef",
+    },
+    group="advkit.defenses",
+)

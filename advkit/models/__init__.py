@@ -1,0 +1,24 @@
+"""Models by name: architectures to train, and prefixes that load one (`timm:NAME`, `path:FILE`, `zoo:NAME`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advkit.core.registry import Registry
+
+MODELS: Registry[Any] = Registry(
+    "model",
+    {
+        "cnn": "advkit.models.cnn:CNN",
+        "mlp": "advkit.models.mlp:MLP",
+        "resnet8": "advkit.models.resnet:ResNet8",
+        "resnet18": "advkit.models.resnet:ResNet18",
+        "wrn-28-10": "advkit.models.resnet:WRN28x10",
+        "timm:": "advkit.models.external:Timm",
+        "torchvision:": "advkit.models.external:TorchVision",
+        "python:": "advkit.models.external:PythonFactory",
+        "path:": "advkit.models.checkpoint:CheckpointFile",
+        "zoo:": "advkit.models.zoo:ZooModel",
+    },
+    group="advkit.models",
+)

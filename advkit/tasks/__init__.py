@@ -1,0 +1,20 @@
+"""Tasks by name. Adding one is one file below this package and one line here."""
+
+from __future__ import annotations
+
+from advkit.core.protocols import Task
+from advkit.core.registry import Registry
+
+TASKS: Registry[Task] = Registry(
+    "task",
+    {
+        "fashion-mnist": "advkit.tasks.fashion_mnist:FashionMNIST",
+        "digits": "advkit.tasks.digits:Digits",
+        "cifar10": "advkit.tasks.cifar:CIFAR10",
+        "cifar100": "advkit.tasks.cifar:CIFAR100",
+        "imagenet": "advkit.tasks.folder:ImageNet",
+        "folder": "advkit.tasks.folder:Folder",
+        "npz": "advkit.tasks.npz:Npz",
+    },
+    group="advkit.tasks",
+)
