@@ -1,0 +1,1 @@
+"""Scenarios, harness, verdict, store, statistics and reports: where numbers are made."""

@@ -1,0 +1,402 @@
+"""`advkit.evaluate`: names or objects in, a report out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advkit.attacks import ATTACKS
+from advkit.core.errors import BadInput, UnknownName, UsageError
+from advkit.core.protocols import Record
+from advkit.defenses import DEFENSES
+from advkit.evaluation import diagnostics
+from advkit.evaluation.case import Case, digest_of
+from advkit.evaluation.harness import open_store, preflight, run
+from advkit.evaluation.report import Report
+from advkit.evaluation.stats import rate
+from advkit.evaluation.summary import attack_entry, build, by_label
+from advkit.evaluation.victims import Victim, protected
+from advkit.models import MODELS
+from advkit.tasks import TASKS
+from advkit.threat_models import GOALS, THREAT_MODELS
+
+log = logging.getLogger("advkit")
+
+Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved evaluation: the case asked for, and the one the defense was designed against beside it."""
+
+    case: Case
+    victim: Victim
+    defense: Any
+    beside: Case | None = None
+    without: str = ""  # why there is nothing beside
+
+
+def pick_device(name: str) -> str:
+    """cpu, cuda[:i] or mps; `auto` takes an accelerator when there is one. Raises UsageError for one that is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:INDEX or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name} is not here ({torch.cuda.device_count()} CUDA devices found): try --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device mps is not here: try --device auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device {name} is not supported: expected auto, cpu, cuda, cuda:INDEX or mps")
+    return name
+
+
+def spec_of(registry: Any, part: Any) -> str:
+    """The canonical spec of a part, or the type's name of an object that no registry holds."""
+    try:
+        return str(registry.spec(part))
+    except UnknownName:
+        return type(part).__name__
+
+
+def parameters(part: Any) -> dict[str, Any]:
+    """An attack's or a defense's settings as JSON values."""
+    if not is_dataclass(part) or isinstance(part, type):
+        return {}
+    return {k: _plain(v) for k, v in asdict(part).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    return str(value)
+
+
+def task_of(task: Any) -> Any:
+    """A task from a spec, a task, or a pair (x, y) of tensors or arrays."""
+    if isinstance(task, (tuple, list)) and len(task) == 2:
+        from advkit.tasks.arrays import Arrays
+
+        return Arrays.of(*task)
+    return TASKS.build(task)
+
+
+def resolve(
+    attack: Any = "pgd",
+    defense: Any = "none",
+    task: Any = "fashion-mnist",
+    model: Any = None,
+    threat_model: Any = None,
+    goal: Any = "untargeted",
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int = 256,
+    draws: int = 10,
+    keep: int = 64,
+    progress: bool = False,
+) -> Case:
+    """The case that names or objects ask for; see `evaluate`."""
+    return plan(
+        attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size,
+        draws=draws, keep=keep, beside=False, progress=progress,
+    ).case  # fmt: skip
+
+
+def plan(
+    attack: Any = "pgd",
+    defense: Any = "none",
+    task: Any = "fashion-mnist",
+    model: Any = None,
+    threat_model: Any = None,
+    goal: Any = "untargeted",
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int = 256,
+    draws: int = 10,
+    keep: int = 64,
+    beside: bool = True,
+    progress: bool = False,
+) -> Plan:
+    """Resolve every name, find or train the victim, and bind the threat model to its space."""
+    if batch_size < 1:
+        raise UsageError(f"batch size must be at least 1, got {batch_size}")
+    device = pick_device(device)
+    work = task_of(task)
+    total = len(work)
+    rows = min(n if n is not None else (work.defaults.n or total), total)
+    if rows < 1:
+        raise BadInput(f"n must be between 1 and {total}, got {n}")
+    strike = ATTACKS.build(attack)
+    guard = DEFENSES.build(defense)
+    threat = THREAT_MODELS.build(threat_model if threat_model is not None else work.defaults.threat_model)
+    rule = GOALS.build(goal)
+    victim = protected(model, guard, work, seed=seed, device=device, progress=progress)
+    specs = {
+        "attack": spec_of(ATTACKS, strike),
+        "defense": spec_of(DEFENSES, guard),
+        "task": spec_of(TASKS, work),
+        "model": victim.model.describe().architecture or victim.model.describe().name,
+        "threat_model": spec_of(THREAT_MODELS, threat),
+        "goal": spec_of(GOALS, rule),
+    }
+    case = Case(
+        task=work,
+        victim=victim.model,
+        attack=None if threat.scenario == "grid" else strike,
+        threat=threat.bind(victim.model.space),
+        rule=rule,
+        label=specs["attack"],
+        n=rows,
+        specs=specs,
+        surrogates=surrogates_of(threat, work, device),
+        seed=seed,
+        randomized=victim.model.describe().randomized,
+        draws=draws,
+        batch_size=batch_size,
+        device=device,
+        keep=keep,
+    )
+    if not beside or not guard.claims or threat.scenario == THREAT_MODELS.build(guard.claims).scenario:
+        return Plan(case, victim, guard)
+    try:
+        return Plan(case, victim, guard, _claimed(case, guard))
+    except UsageError as error:
+        return Plan(case, victim, guard, None, str(error))
+
+
+def surrogates_of(threat: Any, task: Any, device: str) -> tuple[tuple[str, Any], ...]:
+    """The models a transfer threat model speaks of, by name."""
+    from advkit.models import zoo
+    from advkit.models.torch import as_model
+
+    found: list[tuple[str, Any]] = []
+    for source in getattr(threat, "surrogates", ()):
+        if source == "public":
+            found += [(card.name, zoo.load(card.name).to(device)) for card in zoo.public(task.name)]
+            continue
+        part = MODELS.build(source)
+        model = as_model(part.load(task) if hasattr(part, "load") else part, task).to(device)
+        found.append((source.removeprefix("zoo:") if isinstance(source, str) else model.describe().name, model))
+    return tuple(found)
+
+
+def _claimed(case: Case, guard: Any) -> Case:
+    """The case of the threat model that the defense was designed against, at the same eps."""
+    from advkit.models import zoo
+
+    base = case.threat.describe()
+    threat = THREAT_MODELS.build(guard.claims)
+    norm = str(base.get("norm") or "Linf").lower()
+    threat = replace(threat, eps=base.get("eps") or threat.eps, norm=norm)
+    if not threat.seen:
+        name = DEFENSES.name_of(guard)
+        threat = replace(threat, seen=tuple(c.name for c in zoo.public(case.task.name) if name in c.seen_by))
+    surrogates = surrogates_of(threat, case.task, case.device)
+    if not surrogates:
+        raise UsageError(f"no public surrogates are known for task {case.task.name}")
+    return replace(
+        case,
+        attack=None,
+        threat=threat.bind(case.victim.space),
+        rule=GOALS.build("untargeted"),
+        label=guard.claims,
+        surrogates=surrogates,
+        specs={**case.specs, "attack": "all", "threat_model": THREAT_MODELS.spec(threat)},
+    )
+
+
+def evaluate(
+    attack: Any = "pgd",
+    defense: Any = "none",
+    task: Any = "fashion-mnist",
+    model: Any = None,
+    threat_model: Any = None,
+    goal: Any = "untargeted",
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int = 256,
+    draws: int = 10,
+    keep: int = 64,
+    out: str | Path | None = None,
+    beside: bool = True,
+    watch: Watch | None = None,
+    progress: bool = False,
+    command: str = "",
+) -> Report:
+    """Robust accuracy and attack success rate of a protected model, re-measured on validated inputs.
+
+    attack:       spec (`pgd:steps=100`) or an object with the Attack protocol
+    defense:      spec or object; a training defense takes its weights from the zoo, the cache, or trains
+    task:         spec, a Task, or a pair (x [N, ...] float, y [N] long)
+    model:        spec, torch module, TorchModel or callable; None takes the task's default
+    threat_model: spec (`linf:eps=8/255`) or object; None takes the task's default
+    goal:         spec (`untargeted`, `targeted:how=next`) or object
+    n:            rows evaluated, the task's first ones; None takes all
+    seed:         the run's only seed
+    device:       auto, cpu, cuda[:i], mps
+    batch_size:   rows in flight; changes no figure
+    draws:        verdict draws of a randomised victim
+    keep:         how many rows' adversarial examples are written into the run folder
+    out:          run folder (resumed when it holds the same case); None keeps nothing on disk
+    beside:       also evaluate the threat model that the defense claims (PubDef: transfer from public models)
+    watch:        called with title, case, new records and the number of records in all
+    progress:     a progress bar while a model has to be trained first
+    command:      what the report gives as the command that made it
+
+    Raises AdvkitError subclasses for whatever can't give a number.
+    """
+    resolved = plan(
+        attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size,
+        draws=draws, keep=keep, beside=beside, progress=progress,
+    )  # fmt: skip
+    return execute(resolved, out=out, watch=watch, command=command)
+
+
+def run_digest(resolved: Plan) -> str:
+    """Names the default run folder: sha256 over the configs of the case and of what stands beside it."""
+    configs = [resolved.case.config()] + ([resolved.beside.config()] if resolved.beside else [])
+    return digest_of(configs)
+
+
+def execute(resolved: Plan, *, out: str | Path | None = None, watch: Watch | None = None, command: str = "") -> Report:
+    """Play a plan and write its report."""
+    import tempfile
+
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
+            return _execute(resolved, Path(folder), watch, command, lasting=False)
+    return _execute(resolved, Path(out), watch, command, lasting=True)
+
+
+def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, *, lasting: bool) -> Report:
+    case = resolved.case
+    preflight(case)
+    first = next(iter(case.task.batches(64, n=case.n)))
+    labels = first.labels
+    findings = diagnostics.cheap(case, first.x.to(case.device), labels.to(case.device)) if labels is not None else []
+    varies = any(f.id == "randomized_output" and f.severity != "info" for f in findings)
+    case = replace(case, randomized=case.randomized or varies)
+
+    stores, cases, results = [], [case], []
+    if resolved.beside is not None:
+        cases.append(replace(resolved.beside, randomized=case.randomized))
+    for title, each in zip(("records", "beside"), cases, strict=False):
+        store = open_store(each, folder, title)
+        stores.append(store)
+        try:
+            watcher = None if watch is None else _bound(watch, title, each)
+            results.append(run(each, store, watcher))
+        finally:
+            store.close()
+
+    records = in_order(case, results[0])
+    findings += diagnostics.after(case, records)
+    extra_metrics: dict[str, Any] = {}
+    extra_attacks: list[dict[str, Any]] = []
+    params = {case.label: parameters(case.attack)}
+    if case.threat.scenario == "grid":
+        extra_metrics.update(grid_metrics(case, records))
+        params = _grid_params(case)
+    if len(cases) > 1:
+        found = in_order(cases[1], results[1])
+        extra_metrics.update(grid_metrics(cases[1], found))
+        seconds = stores[1].seconds()
+        settings = _grid_params(cases[1])
+        for label, rows in by_label(found).items():
+            extra_attacks.append(
+                attack_entry(cases[1], label, rows, settings[label], len(extra_attacks) + 1, seconds.get(label, 0.0))
+            )
+    if resolved.without:
+        findings.append(
+            diagnostics.Finding(
+                id="transfer_failure",
+                severity="info",
+                message=f"the threat model this defense claims ({resolved.defense.claims}) was not evaluated: {resolved.without}",
+                advice="name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
+            )
+        )
+    name = case.specs["defense"].partition(":")[0]
+    report = Report.from_dict(
+        build(
+            case,
+            records,
+            defense={"name": name, "params": parameters(resolved.defense), "origin": resolved.victim.origin},
+            flags=[f.to_dict() for f in findings],
+            seconds=stores[0].seconds(),
+            params=params,
+            extra_metrics=extra_metrics,
+            extra_attacks=extra_attacks,
+            per_sample=stores[0].path if lasting else None,
+            command=command,
+        )
+    )
+    if lasting:
+        report.save(folder / "report.json")
+    return report
+
+
+def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
+    """Records in the task's order, whatever order a resumed run wrote them in."""
+    place: dict[str, int] = {}
+    for batch in case.task.batches(1024, n=case.n):
+        for row in batch.ids:
+            place[row] = len(place)
+    labels = {label: i for i, label in enumerate(by_label(records))}
+    return sorted(records, key=lambda r: (labels[r.attack], place[r.id]))
+
+
+def _bound(watch: Watch, title: str, case: Case) -> Callable[[list[Record], int], None]:
+    return lambda records, total: watch(title, case, records, total)
+
+
+def _grid_params(case: Case) -> dict[str, dict[str, Any]]:
+    return {
+        f"{label}@{name}": {**parameters(attack), "source": name, "seen": name in case.threat.seen}
+        for name, _ in case.surrogates
+        for label, attack in case.threat.algorithms()
+    }
+
+
+def grid_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    """TAPM accuracies from the grid's records: average, best attack and per sample; seen and unseen sources apart."""
+    import numpy as np
+
+    from advkit.models import zoo
+    from advkit.threat_models.tapm import tapm_metrics
+
+    names = [name for name, _ in case.surrogates]
+    algorithms = [label for label, _ in case.threat.algorithms()]
+    rows: dict[str, int] = {}
+    for record in records:
+        rows.setdefault(record.id, len(rows))
+    errors = np.ones((len(names), len(algorithms), len(rows)), dtype=bool)
+    for record in records:
+        label, _, source = record.attack.rpartition("@")
+        errors[names.index(source), algorithms.index(label), rows[record.id]] = record.adversarial != record.label
+    groups = {card.name: card.group for card in zoo.public(case.task.name)}
+    return tapm_metrics(
+        errors, names, algorithms, {name: groups.get(name, "given") for name in names}, set(case.threat.seen)
+    )
+
+
+__all__ = ["Fraction", "Plan", "evaluate", "execute", "plan", "rate", "resolve", "run_digest"]

@@ -1,0 +1,74 @@
+"""A frozen evaluation: who attacks what, within which threat model, on which rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from advkit.core.protocols import Task
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One evaluation, resolved.
+
+    task:       hands out the rows
+    victim:     the protected model; every verdict is its answer
+    attack:     shapes the rows; None where the threat model brings its own attacks (a grid)
+    threat:     bound to the victim's space
+    rule:       makes a goal of labels and untouched answers
+    surrogates: models the oracle speaks for in place of the victim, by name; empty is white or black box on the victim
+    label:      the attack's canonical spec, which names its records
+    specs:      canonical specs of attack, defense, task, model, threat_model, goal
+    n:          rows evaluated
+    seed:       the run's only seed
+    randomized: the victim's answers vary from call to call (declared or found): verdicts go by majority, no row stops early
+    draws:      verdict draws of a randomised victim
+    batch_size: rows in flight; changes no record
+    device:     where it runs; part of no digest
+    everyone:   attack also the rows that the victim gets wrong untouched (a grid counts every image)
+    keep:       rows whose adversarial examples are written beside the records
+    """
+
+    task: Task
+    victim: Any
+    attack: Any
+    threat: Any
+    rule: Any
+    label: str
+    n: int
+    specs: dict[str, str] = field(default_factory=dict)
+    surrogates: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+    randomized: bool = False
+    draws: int = 10
+    batch_size: int = 256
+    device: str = "cpu"
+    everyone: bool = False
+    keep: int = 64
+
+    def config(self) -> dict[str, Any]:
+        """All that decides a record, as plain JSON values."""
+        info = self.victim.describe()
+        return {
+            "specs": dict(self.specs),
+            "label": self.label,
+            "threat": self.threat.describe(),
+            "victim": info.state_sha256,
+            "surrogates": {name: model.describe().state_sha256 for name, model in self.surrogates},
+            "data": self.task.digest(),
+            "n": self.n,
+            "seed": self.seed,
+            "draws": self.draws if self.randomized else 1,
+        }
+
+    def digest(self) -> str:
+        """sha256 of the config; names the run folder."""
+        return digest_of(self.config())

@@ -1,0 +1,107 @@
+"""The loop around a scenario: check before spending, play what is not done, store each record as it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advkit.core.errors import BadInput, BadModel
+from advkit.core.oracle import Lanes, frozen
+from advkit.core.protocols import Record
+from advkit.evaluation.case import Case
+from advkit.evaluation.scenarios import own_randomness, scenario_of
+from advkit.evaluation.store import Stopwatch, Store
+from advkit.evaluation.verdict import Judge
+
+log = logging.getLogger("advkit")
+
+Progress = Callable[[list[Record], int], None]  # the new records, and how many the case has in all
+
+
+def expected_records(case: Case) -> int:
+    """How many records a finished case has."""
+    scenario = scenario_of(case)
+    cells = len(scenario.cells(case)) if hasattr(scenario, "cells") else 1
+    return cells * case.n
+
+
+def preflight(case: Case) -> None:
+    """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
+    scenario_of(case)
+    info = case.victim.describe()
+    if info.classes is not None and info.classes != case.task.classes:
+        raise BadModel(
+            f"the model answers {info.classes} classes, the task {case.task.name} has {case.task.classes}: "
+            "choose a model trained for this task"
+        )
+    for name, model in (("the model", case.victim), *((f"surrogate {n}", s) for n, s in case.surrogates)):
+        if any(module.training for top in model.modules() for module in top.modules()):
+            raise BadModel(
+                f"{name} is in training mode (dropout and batch statistics would answer): call .eval() on it first"
+            )
+    first = next(iter(case.task.batches(min(case.batch_size, 64), n=case.n)))
+    x = first.x.to(case.device)
+    complaint = case.victim.space.complaint(x)
+    if complaint:
+        raise BadInput(complaint)
+    with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
+        try:
+            answer = Judge(case.victim, Lanes.on(case.device)).answer(x)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise BadModel(
+                f"the model can't take inputs of shape {tuple(x.shape[1:])} of task {case.task.name}: {error}"
+            ) from error
+    if answer.ndim == 2 and answer.shape[1] != case.task.classes:
+        raise BadModel(
+            f"the model answers {answer.shape[1]} classes, the task {case.task.name} has {case.task.classes}: "
+            "choose a model trained for this task"
+        )
+    if len(answer) != len(x) or answer.ndim not in (1, 2):
+        raise BadModel(
+            f"the model answers a tensor of shape {tuple(answer.shape)} for {len(x)} inputs; expected logits "
+            f"[{len(x)}, {case.task.classes}] or decisions [{len(x)}]"
+        )
+
+
+def run(case: Case, store: Store, progress: Progress | None = None) -> list[Record]:
+    """Play what the store does not hold yet and return the case's records in playing order."""
+    preflight(case)
+    scenario = scenario_of(case)
+    total = expected_records(case)
+    if progress and len(store):
+        progress(list(store), total)
+    watch = Stopwatch()
+    while True:
+        try:
+            for records in scenario.play(case, done=store):
+                store.append(records, watch.lap())
+                if progress:
+                    progress(records, total)
+            break
+        except torch.OutOfMemoryError:
+            if case.batch_size == 1:
+                raise
+            case = _halved(case)
+            log.warning("out of memory: going on with batches of %d rows", case.batch_size)
+    return list(store)
+
+
+def _halved(case: Case) -> Case:
+    from dataclasses import replace
+
+    return replace(case, batch_size=max(1, case.batch_size // 2))
+
+
+def example_rounds(case: Case) -> Any:
+    """Records, origins and returned inputs batch by batch, without a store (the `attack` command)."""
+    preflight(case)
+    return scenario_of(case).rounds(case)
+
+
+def open_store(case: Case, folder: Path, name: str = "records") -> Store:
+    """The case's store in a run folder."""
+    return Store(folder, case.config(), name)

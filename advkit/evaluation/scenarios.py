@@ -1,0 +1,273 @@
+"""Who moves when: evasion of one victim, and the grid of public surrogates times attacks.
+
+A scenario is all that differs between settings; the harness asks it to play and stores what it yields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import AccessDenied, AdvkitError, UsageError
+from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.protocols import Access, Batch, Outcome, Record
+from advkit.core.rng import RowRng
+from advkit.evaluation.case import Case
+from advkit.evaluation.store import Store
+from advkit.evaluation.verdict import Judge, decide, finite
+
+log = logging.getLogger("advkit")
+
+Played = tuple[list[Record], Tensor, Tensor]  # records, origins, returned inputs
+
+
+@contextmanager
+def own_randomness(device: str, *names: object) -> Iterator[None]:
+    """Torch's global generators seeded by name inside the block and given back after it.
+
+    Only victims with randomness of their own draw from them; advkit's draws are per row.
+    """
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    word = hashlib.sha256("|".join(map(str, names)).encode()).digest()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(word[:7], "big"))
+        yield
+
+
+def _done_ids(done: Container[str], label: str) -> Container[str]:
+    class Done:
+        def __contains__(self, row: object) -> bool:
+            return Store.key(label, str(row)) in done
+
+    return Done()
+
+
+class Evasion:
+    """The attacker changes inputs of a finished model; one attack, judged row by row."""
+
+    name: ClassVar[str] = "evasion"
+
+    def accepts(self, case: Case) -> str | None:
+        """None, or why this case can't be played."""
+        if case.attack is None:
+            return "this threat model needs an attack: name one with --attack"
+        needs, granted = Access(case.attack.needs), Access(case.threat.access)
+        if needs > granted:
+            return (
+                f"the attack {case.label} needs {needs.name.lower()}; the threat model grants {granted.name.lower()}: "
+                "choose an attack that asks for less, or grant more with access=..."
+            )
+        return None
+
+    def play(self, case: Case, done: Container[str] = ()) -> Iterator[list[Record]]:
+        """Records batch by batch, in the task's order."""
+        for records, _, _ in self.rounds(case, done):
+            yield records
+
+    def rounds(self, case: Case, done: Container[str] = ()) -> Iterator[Played]:
+        """Records together with origins and returned inputs."""
+        batches = case.task.batches(case.batch_size, skip=_done_ids(done, case.label), n=case.n)
+        modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
+        lanes: Lanes | None = None
+        for batch in batches:
+            batch = _on(batch, case.device)
+            with frozen(*modules):
+                if lanes is None:
+                    # Always probed on the task's first rows, so that a resumed run chooses the same shapes.
+                    first = next(iter(case.task.batches(64, n=64)))
+                    lanes = Lanes.probed(case.victim, _on(first, case.device).x)
+                with own_randomness(case.device, case.seed, case.label, batch.ids[0]):
+                    played = play_batch(case, batch, lanes)
+            yield played
+
+
+class Grid:
+    """TAPM: every attack on every public surrogate, each returned image shown to the victim (arXiv 2310.17645).
+
+    The victim is asked only for verdicts. All rows are attacked, also those it gets wrong untouched, because the grid's
+    accuracies count every image.
+    """
+
+    name: ClassVar[str] = "grid"
+
+    def accepts(self, case: Case) -> str | None:
+        """None, or why this case can't be played."""
+        if not case.surrogates:
+            return f"no public surrogates for task {case.task.name}: name them with sources=..., e.g. zoo:NAME"
+        return None
+
+    def cells(self, case: Case) -> list[Case]:
+        """One evasion case per (surrogate, attack)."""
+        return [
+            replace(
+                case,
+                attack=attack,
+                threat=case.threat.cell(),
+                surrogates=((name, source),),
+                label=f"{label}@{name}",
+                everyone=True,
+            )
+            for name, source in case.surrogates
+            for label, attack in case.threat.algorithms()
+        ]
+
+    def play(self, case: Case, done: Container[str] = ()) -> Iterator[list[Record]]:
+        """Records cell by cell."""
+        evasion = Evasion()
+        for cell in self.cells(case):
+            yield from evasion.play(cell, done)
+
+
+SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid}
+
+
+def scenario_of(case: Case) -> Any:
+    """The scenario that the case's threat model names; raises UsageError when it does not accept the case."""
+    scenario = SCENARIOS[case.threat.scenario]()
+    reason = scenario.accepts(case)
+    if reason:
+        raise UsageError(reason)
+    return scenario
+
+
+def _on(batch: Batch, device: str) -> Batch:
+    labels = None if batch.labels is None else batch.labels.to(device)
+    return replace(batch, x=batch.x.to(device), goal=batch.goal.to(device), labels=labels)
+
+
+def attacked_model(case: Case) -> tuple[Any, bool]:
+    """What the attack's oracle speaks for, and whether its answers are the verdict's."""
+    if not case.surrogates:
+        view = case.victim.attacker_view()
+        exact = view is case.victim and not case.randomized
+        return view, exact and not getattr(case.threat, "lattice", 0)
+    if len(case.surrogates) == 1:
+        return case.surrogates[0][1], False
+    from advkit.models.ensemble import Ensemble
+
+    return Ensemble(models=tuple(model for _, model in case.surrogates)), False
+
+
+def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
+    """Attack and judge one batch; a row that raises becomes an error record and the others go on."""
+    x: Tensor = batch.x
+    n = len(batch.ids)
+    judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
+    rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
+    rng = rng.at("attack", *_stream(case))
+
+    broken_already, clean = judge.reached(x, batch.goal)
+    sane = finite(clean)
+    goal = case.rule(batch.labels, clean, rng.at("goal")) if batch.labels is not None else batch.goal
+    sound = (~broken_already & sane).cpu()
+    # A grid counts every image; elsewhere a row that is wrong untouched has nothing left to lose.
+    eligible = sane if case.everyone else ~broken_already & sane & ~goal.reached(clean)
+    rows = eligible.nonzero().squeeze(1)
+
+    returned = x.clone()
+    cost = torch.zeros(3, n, dtype=torch.long)
+    met_non_finite = torch.zeros(n, dtype=torch.bool)
+    no_gradient = torch.zeros(n, dtype=torch.bool)
+    outside = torch.zeros(n, dtype=torch.bool)
+    errors: dict[int, str] = {}
+    model, decides = attacked_model(case)
+
+    def attempt(chosen: Tensor) -> None:
+        """Attack these rows; when they raise, find the culprits by halving."""
+        oracle = MeteredOracle(model, len(chosen), case.threat.access, case.threat.queries, decides, lanes)
+        where = chosen.cpu()
+        try:
+            out = case.attack(oracle, x[chosen], goal.take(chosen), case.threat, rng.take(chosen))
+        except (AccessDenied, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if len(chosen) > 1:
+                for half in chosen.tensor_split(2):
+                    attempt(half)
+                return
+            errors[int(where)] = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
+            log.debug("row %s raised", batch.ids[int(where)], exc_info=True)
+        else:
+            if out.shape == x[chosen].shape:
+                returned[chosen] = out.detach().to(x.dtype)
+            else:
+                outside[where] = True
+        meter = oracle.meter
+        cost[:, where] = torch.stack([meter.forwards, meter.backwards, meter.queries])
+        met_non_finite[where] = meter.non_finite
+        no_gradient[where] = meter.zero_gradient
+
+    if len(rows):
+        attempt(rows)
+
+    verdict = judge.judge(returned, x, goal, case.threat)
+    knows_victim = not case.surrogates
+    labels = None if batch.labels is None else batch.labels.cpu()
+    before = decide(clean).cpu()
+    attacked = eligible.cpu()
+    records = []
+    for i, row in enumerate(batch.ids):
+        if i in errors:
+            outcome = Outcome.ERROR
+        elif not sane[i]:
+            outcome = Outcome.NON_FINITE
+        elif outside[i]:
+            outcome = Outcome.INVALID
+        elif sound[i] and not attacked[i]:
+            # The attacker's goal holds untouched although the answer is right (a target that is the row's own class).
+            outcome = Outcome.WRONG
+        else:
+            outcome = verdict.outcome(i, bool(sound[i]), knows_victim and bool(met_non_finite[i]))
+        notes = [
+            name
+            for name, holds in (
+                ("clean_non_finite", not sane[i]),
+                ("met_non_finite", met_non_finite[i]),
+                ("zero_gradient", no_gradient[i]),
+                ("outside_threat_model", outside[i] or not verdict.admitted[i]),
+            )
+            if bool(holds)
+        ]
+        records.append(
+            Record(
+                id=row,
+                attack=case.label,
+                outcome=outcome,
+                label=None if labels is None else int(labels[i]),
+                clean=int(before[i]),
+                adversarial=int(verdict.decision[i]),
+                reached=bool(verdict.reached[i]),
+                distance=_number(verdict.distance[i]),
+                margin=_number(verdict.margin[i]),
+                eight_bit=None if verdict.eight_bit is None else bool(verdict.eight_bit[i]),
+                forwards=int(cost[0, i]),
+                backwards=int(cost[1, i]),
+                queries=int(cost[2, i]),
+                notes=tuple(notes),
+                message=errors.get(i, ""),
+            )
+        )
+    return records, x, returned
+
+
+def _number(value: Tensor) -> float | None:
+    """A JSON number; NaN and infinity have none."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _stream(case: Case) -> tuple[str, ...]:
+    """Names of the attack's random streams: its registry name and its source, not its settings.
+
+    With the settings left out, ten more steps start where the shorter run started.
+    """
+    attack, _, source = case.label.partition("@")
+    return (attack.partition(":")[0], source)

@@ -1,0 +1,153 @@
+"""The run folder: an append-only list of records that survives kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from advkit.core.errors import StaleRun, UsageError
+from advkit.core.protocols import Outcome, Record
+
+_NAMES = tuple(f.name for f in fields(Record))
+
+
+def to_line(record: Record) -> str:
+    """One line of JSON, keys in the record's order."""
+    values = asdict(record)
+    return json.dumps({name: values[name] for name in _NAMES}, separators=(",", ":"))
+
+
+def from_line(line: str) -> Record:
+    """The record of one line; raises ValueError or TypeError when it is none."""
+    values = json.loads(line)
+    values["outcome"] = Outcome(values["outcome"])
+    values["notes"] = tuple(values["notes"])
+    return Record(**values)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The complete records of a file; a line cut short by a crash is left out."""
+    records = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                records.append(from_line(line))
+    return records
+
+
+class Store:
+    """Records of one case in a folder.
+
+    Opening an existing folder resumes it: what is there counts as done. A last line that a crash cut short is removed.
+    Raises StaleRun when the folder holds another case, UsageError when it can't be written.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], name: str = "records") -> None:
+        self.folder = folder
+        self.name = name
+        self.path = folder / f"{name}.jsonl"
+        self._timing = folder / f"{name}.seconds.jsonl"
+        case = folder / f"{name}.case.json"
+        text = json.dumps(config, sort_keys=True, indent=1) + "\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if case.exists():
+                self._same(case, text)
+            elif self.path.exists() and self.path.stat().st_size:
+                raise StaleRun(f"{folder} holds records without the case they belong to; name another --out")
+            else:
+                temporary = case.with_suffix(".tmp")
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, case)
+            self._mend()
+            self._handle = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {folder} can't be written ({error.strerror or error}): name another with --out"
+            ) from error
+        self.records: dict[str, Record] = {self.key(r.attack, r.id): r for r in read_records(self.path)}
+
+    @staticmethod
+    def key(attack: str, row: str) -> str:
+        """Names a record within a case."""
+        return f"{attack}|{row}"
+
+    def _same(self, case: Path, text: str) -> None:
+        old = case.read_text(encoding="utf-8")
+        if old == text:
+            return
+        try:
+            before, now = json.loads(old), json.loads(text)
+            differ = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        except json.JSONDecodeError:
+            differ = ["an unreadable case file"]
+        raise StaleRun(
+            f"the run folder {self.folder} belongs to another case (different: {', '.join(differ)}): "
+            "name another with --out, or remove it"
+        )
+
+    def _mend(self) -> None:
+        if not self.path.exists():
+            return
+        raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        if whole != len(raw):
+            with self.path.open("r+b") as handle:
+                handle.truncate(whole)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.records
+
+    def append(self, records: Iterable[Record], seconds: float = 0.0) -> None:
+        """Write and flush to disk; a record already there is an error of the caller."""
+        rows = list(records)
+        for record in rows:
+            key = self.key(record.attack, record.id)
+            if key in self.records:
+                raise ValueError(f"record {key} is already in the store")
+            self.records[key] = record
+        self._handle.writelines(to_line(r) + "\n" for r in rows)
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        if rows:
+            with self._timing.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"attack": rows[0].attack, "rows": len(rows), "seconds": seconds}) + "\n")
+
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds spent per attack label, over all sessions of the run."""
+        total: dict[str, float] = {}
+        if self._timing.exists():
+            for line in self._timing.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # a line cut short by a crash; times are no evidence
+                    continue
+                total[entry["attack"]] = total.get(entry["attack"], 0.0) + entry["seconds"]
+        return total
+
+    def close(self) -> None:
+        """Close the file; the store can be read on."""
+        self._handle.close()
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records.values())
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class Stopwatch:
+    """Seconds since it was made or last read."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        spent, self._start = now - self._start, now
+        return spent

@@ -1,0 +1,108 @@
+"""The judge: asks the protected victim about returned inputs and names each row's outcome.
+
+Nothing an attack says of itself gets here. A returned input counts when it is finite, inside the threat model and the
+victim's own answer on it reaches the goal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.protocols import Access, Outcome
+
+
+def decide(answer: Tensor) -> Tensor:
+    """Long [B]: the class of each answer (logits [B, C], or decisions [B] with -1 for abstaining)."""
+    return answer.argmax(1) if answer.ndim > 1 else answer.long()
+
+
+def finite(answer: Tensor) -> Tensor:
+    """Bool [B]: rows whose answer holds no NaN or infinity."""
+    if not answer.is_floating_point():
+        return torch.ones(len(answer), dtype=torch.bool, device=answer.device)
+    return torch.isfinite(answer).flatten(1).all(1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the victim says of returned inputs; all tensors [B]."""
+
+    admitted: Tensor
+    finite: Tensor
+    reached: Tensor
+    decision: Tensor
+    margin: Tensor
+    distance: Tensor
+    eight_bit: Tensor | None
+
+    def outcome(self, row: int, sound: bool, met_non_finite: bool) -> Outcome:
+        """A row's outcome; `met_non_finite`: the victim answered NaN somewhere on the attack's way.
+
+        A row that the attack did not break while NaN stood in its way is not robust, it is unknown.
+        """
+        if not sound:
+            return Outcome.WRONG
+        if not self.admitted[row]:
+            return Outcome.INVALID
+        if not self.finite[row]:
+            return Outcome.NON_FINITE
+        if self.reached[row]:
+            return Outcome.BROKEN
+        return Outcome.NON_FINITE if met_non_finite else Outcome.ROBUST
+
+
+class Judge:
+    """Puts questions to the victim, apart from the attack's oracle and its meter.
+
+    draws: answers per input of a randomised victim; a row reaches its goal when the majority of draws does
+    """
+
+    def __init__(self, victim: Any, lanes: Lanes, draws: int = 1) -> None:
+        self.victim = victim
+        self.lanes = lanes
+        self.draws = draws
+
+    def answer(self, x: Tensor) -> Tensor:
+        """One answer per row."""
+        return MeteredOracle(self.victim, len(x), Access.SCORES, lanes=self.lanes)(x)
+
+    def reached(self, x: Tensor, goal: Any) -> tuple[Tensor, Tensor]:
+        """Bool [B], by majority of draws, and the first draw's answer."""
+        first = self.answer(x)
+        votes = goal.reached(first).long()
+        for _ in range(self.draws - 1):
+            votes += goal.reached(self.answer(x)).long()
+        return 2 * votes > self.draws, first
+
+    def judge(self, returned: Tensor, origin: Tensor, goal: Any, threat: Any) -> Verdict:
+        """Admitted, finite, reached: in this order, on the point the attacker can really hand in."""
+        if returned.shape != origin.shape:
+            admitted = torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
+            handed = origin
+        else:
+            returned = returned.detach().to(origin.dtype)
+            admitted = threat.admits(returned, origin)
+            # An inadmissible point is replaced by the origin: the attack failed on that row, whatever it found.
+            shape = (-1,) + (1,) * (origin.ndim - 1)
+            handed = torch.where(admitted.view(shape), returned, origin)
+            handed = threat.finish(handed, origin)
+            admitted = admitted & threat.admits(handed, origin)
+        reached, answer = self.reached(handed, goal)
+        eight_bit = None
+        if origin.ndim == 4 and origin.is_floating_point() and hasattr(self.victim.space, "quantize"):
+            eight_bit = self.reached(self.victim.space.quantize(handed), goal)[0]
+        margin = goal.margin(answer) if answer.is_floating_point() and answer.ndim > 1 else torch.zeros(len(answer))
+        return Verdict(
+            admitted=admitted.cpu(),
+            finite=finite(answer).cpu(),
+            reached=reached.cpu(),
+            decision=decide(answer).cpu(),
+            margin=margin.float().cpu(),
+            distance=threat.distance(handed, origin).cpu(),
+            eight_bit=None if eight_bit is None else eight_bit.cpu(),
+        )
