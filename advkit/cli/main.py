@@ -1,0 +1,131 @@
+"""The `advkit` command: a table of subcommands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from advkit import __version__
+from advkit.core.errors import AdvkitError, UnknownName
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "evaluate": ("advkit.cli.evaluate", "Attack a model under a defense and report its robust accuracy."),
+    "train": ("advkit.cli.train", "Train a model under a defense and save the checkpoint."),
+    "attack": ("advkit.cli.attack", "Export adversarial examples as safetensors and PNG."),
+    "list": ("advkit.cli.list", "List attacks, defenses, threat models, tasks, models and goals."),
+    "show": ("advkit.cli.show", "Show what a name stands for: its fields, defaults, paper and an example."),
+    "compare": ("advkit.cli.compare", "Compare two reports row by row with a paired test."),
+    "leaderboard": (
+        "advkit.cli.leaderboard",
+        "Make one page, a Markdown table and a JSON file of a folder of reports.",
+    ),
+    "rerun": ("advkit.cli.rerun", "Run a report's evaluation again and compare the two."),
+    "doctor": ("advkit.cli.doctor", "Check this installation, or whether a model's gradients can be trusted."),
+    "zoo": ("advkit.cli.zoo", "List the embedded models and verify their hashes."),
+}
+INTERRUPTED = 130
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+def load_command(name: str) -> Any:
+    """The real command behind a name, imported now."""
+    module, line = COMMANDS[name]
+    function = getattr(importlib.import_module(module), name)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP)
+    single.command(name=name, help=None if function.__doc__ else line)(function)
+    return typer.main.get_command(single)
+
+
+class LazyGroup(TyperGroup):
+    """A group whose help comes from the table alone and whose errors are one line and an exit code."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, (_, line) in COMMANDS.items():
+            self.add_command(TyperCommand(name=name, help=line))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The real command in place of the table's line."""
+        name = args[0]
+        if name in COMMANDS:
+            return name, load_command(name), args[1:]
+        if name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+        raise UnknownName(f"no command {name!r}{hint} `advkit --help` lists them all")
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a mistake of the user's ends in one line, a bug in a traceback."""
+        try:
+            return super().invoke(ctx)
+        except AdvkitError as error:
+            if _debugging(ctx):
+                raise
+            _tell(f"error: {error}")
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            if _debugging(ctx):
+                raise
+            _tell("interrupted; what is done is kept, resume with the same command")
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def _debugging(ctx: Any) -> bool:
+    return bool(ctx.params.get("debug")) or os.environ.get("ADVKIT_DEBUG", "") not in ("", "0")
+
+
+def _tell(line: str) -> None:
+    typer.echo(f"advkit: {' '.join(line.split())}", err=True)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"advkit {__version__}")
+        raise typer.Exit()
+
+
+app = typer.Typer(
+    name="advkit",
+    cls=LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings=_HELP,
+    epilog="First steps: `advkit evaluate --attack pgd --defense pubdef`, then `advkit list` and `advkit show pgd`.",
+)
+
+
+@app.callback()
+def advkit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; ADVKIT_DEBUG=1 does the same.")
+    ] = False,
+) -> None:
+    """Adversarial attacks, defenses and threat models in one evaluation harness."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The console entry: runs the command line and returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = given[: given.index("--")] if "--" in given else given
+    if "--debug" in options:  # belongs to the group; users write it last
+        given.remove("--debug")
+        given.insert(0, "--debug")
+    try:
+        typer.main.get_command(app).main(args=given, prog_name="advkit")
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    except KeyboardInterrupt:
+        _tell("interrupted; what is done is kept, resume with the same command")
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,114 @@
+"""`advkit show NAME`: what a name stands for, its fields with types and defaults, its paper, an example command."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from advkit.cli.list import REGISTRIES, registry_of
+from advkit.core.errors import UnknownName
+from advkit.core.registry import FieldInfo, Signature, parse_spec
+
+_EXAMPLES = {
+    "attack": "advkit evaluate --attack {spec} --defense pubdef",
+    "defense": "advkit evaluate --attack pgd --defense {spec}",
+    "threat model": "advkit evaluate --attack pgd --threat-model {spec}",
+    "task": "advkit evaluate --attack pgd --task {spec}",
+    "model": "advkit evaluate --attack pgd --model {spec}",
+}
+_SAMPLES = {"eps": "8/255", "path": "FILE", "root": "FOLDER"}
+
+
+def _example_value(field: FieldInfo) -> str:
+    return _SAMPLES.get(field.name, field.name.upper())
+
+
+def example(signature: Signature) -> str | None:
+    """A command that uses the name; None where the command line has no option for its kind."""
+    template = _EXAMPLES.get(signature.kind)
+    if template is None:
+        return None
+    required = [field for field in signature.fields if field.default is None]
+    if signature.name.endswith(":"):
+        return template.format(spec=f"{signature.name}{_example_value(signature.fields[0])}")
+    if required:
+        arguments = ",".join(f"{field.name}={_example_value(field)}" for field in required)
+    else:
+        simple = [field for field in signature.fields if field.type in ("int", "float")][:1]
+        arguments = ",".join(f"{field.name}={field.default}" for field in simple)
+    return template.format(spec=f"{signature.name}:{arguments}" if arguments else signature.name)
+
+
+def _find(name: str, kind: str | None) -> tuple[Signature, ...]:
+    """The name in every registry that holds it; a spec or `kind/name` will do too."""
+    if kind is None and "/" in name.split(":", 1)[0]:
+        kind, name = name.split("/", 1)
+    registries = [registry_of(each) for each in ([kind] if kind else REGISTRIES)]
+    bare = parse_spec(name).name
+    found = tuple(registry.signature(bare) for registry in registries if bare in registry)
+    if not found:
+        every = {each.rstrip(":"): None for registry in registries for each in registry.names()}
+        near = difflib.get_close_matches(bare.casefold().replace("_", "-"), every, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+        raise UnknownName(f"nothing is called {bare!r}{hint} `advkit list` lists every name")
+    return found
+
+
+def _as_json(signature: Signature) -> dict[str, Any]:
+    return {**asdict(signature), "example": example(signature)}
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A name of `advkit list`; kind/name where several kinds share it.")],
+    kind: Annotated[str | None, typer.Option(help=f"Look only here: {' | '.join(REGISTRIES)}.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Show what a name stands for: its fields with types and defaults, its paper and an example command."""
+    found = _find(name, kind)
+    if as_json:
+        typer.echo(json.dumps([_as_json(signature) for signature in found], indent=2))
+        return
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if len(found) > 1:
+        kinds = ", ".join(signature.kind for signature in found)
+        ways = " or ".join(f"{signature.kind.replace(' ', '-')}/{signature.name}" for signature in found)
+        console.print(Text(f"{len(found)} things are called {name!r} ({kinds}); {ways} shows one of them.\n"))
+    for signature in found:
+        console.print(Text.assemble((signature.name, "bold"), f"  ({signature.kind}, {signature.target})\n"))
+        console.print(Text(_prose(signature)))
+        if signature.fields:
+            table = Table(box=box.SIMPLE_HEAD)
+            table.add_column("field", no_wrap=True, style="bold")
+            for heading in ("type", "default", "meaning"):
+                table.add_column(heading, overflow="fold")
+            for field in signature.fields:
+                default = "required" if field.default is None else field.default or "(empty)"
+                table.add_row(*map(Text, (field.name, field.type, default, field.doc)))
+            console.print(table)
+        for paper in signature.papers:
+            console.print(Text(f"paper:   https://arxiv.org/abs/{paper.removeprefix('arXiv:')}"))
+        command = example(signature)
+        if command:
+            console.print(Text(f"example: {command}"), soft_wrap=True)
+        console.print()
+
+
+def _prose(signature: Signature) -> str:
+    """The docstring without the paragraphs that the table of fields repeats."""
+    names = {field.name for field in signature.fields}
+    paragraphs = []
+    for paragraph in signature.doc.split("\n\n"):
+        head = paragraph.lstrip().split(":", 1)[0]
+        if not names.issuperset(part.strip() for part in head.split(",")):
+            paragraphs.append(" ".join(paragraph.split()))
+    return "\n\n".join(paragraphs) + "\n"
