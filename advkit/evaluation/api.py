@@ -21,7 +21,7 @@ from advkit.evaluation.harness import open_store, preflight, run
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
 from advkit.evaluation.summary import attack_entry, build, by_label
-from advkit.evaluation.victims import Victim, protected
+from advkit.evaluation.victims import Victim, protected, ready
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS
@@ -148,6 +148,7 @@ def plan(
     guard = DEFENSES.build(defense)
     threat = THREAT_MODELS.build(threat_model if threat_model is not None else work.defaults.threat_model)
     rule = GOALS.build(goal)
+    threat = with_public_sources(threat, work, spec_of(DEFENSES, guard).partition(":")[0])
     victim = protected(model, guard, work, seed=seed, device=device, progress=progress)
     specs = {
         "attack": spec_of(ATTACKS, strike),
@@ -182,43 +183,50 @@ def plan(
         return Plan(case, victim, guard, None, str(error))
 
 
-def surrogates_of(threat: Any, task: Any, device: str) -> tuple[tuple[str, Any], ...]:
-    """The models a transfer threat model speaks of, by name."""
-    from advkit.models import zoo
-    from advkit.models.torch import as_model
+def with_public_sources(threat: Any, task: Any, defense: str) -> Any:
+    """The threat model with `public` replaced by the zoo's surrogates of the task, those the defense trained on marked.
 
-    found: list[tuple[str, Any]] = []
-    for source in getattr(threat, "surrogates", ()):
-        if source == "public":
-            found += [(card.name, zoo.load(card.name).to(device)) for card in zoo.public(task.name)]
-            continue
-        part = MODELS.build(source)
-        model = as_model(part.load(task) if hasattr(part, "load") else part, task).to(device)
-        found.append((source.removeprefix("zoo:") if isinstance(source, str) else model.describe().name, model))
-    return tuple(found)
+    Raises UsageError when the zoo has none for the task.
+    """
+    from advkit.models import zoo
+    from advkit.threat_models.tapm import PUBLIC
+
+    if PUBLIC not in getattr(threat, "sources", ()):
+        return threat
+    cards = zoo.public(task.name)
+    if not cards:
+        raise UsageError(
+            f"no public surrogates are known for task {task.name}: name them, tapm:sources=zoo:NAME+path:FILE.safetensors"
+        )
+    named = [source for source in threat.sources if source != PUBLIC]
+    specs = [f"zoo:{card.name}" for card in cards]
+    seen = [f"zoo:{card.name}" for card in cards if defense in card.seen_by]
+    return threat.with_sources([*specs, *named], seen=threat.seen or seen)
+
+
+def surrogates_of(threat: Any, task: Any, device: str) -> tuple[tuple[str, Any], ...]:
+    """The models a transfer threat model speaks of, by the names that records use."""
+    from advkit.threat_models.transfer import source_name
+
+    return tuple(
+        (source_name(source), ready(source, task).to(device)) for source in getattr(threat, "surrogates", ())
+    )
 
 
 def _claimed(case: Case, guard: Any) -> Case:
-    """The case of the threat model that the defense was designed against, at the same eps."""
-    from advkit.models import zoo
-
+    """The case of the threat model that the defense was designed against, at the same eps and norm."""
     base = case.threat.describe()
-    threat = THREAT_MODELS.build(guard.claims)
     norm = str(base.get("norm") or "Linf").lower()
-    threat = replace(threat, eps=base.get("eps") or threat.eps, norm=norm)
-    if not threat.seen:
-        name = DEFENSES.name_of(guard)
-        threat = replace(threat, seen=tuple(c.name for c in zoo.public(case.task.name) if name in c.seen_by))
-    surrogates = surrogates_of(threat, case.task, case.device)
-    if not surrogates:
-        raise UsageError(f"no public surrogates are known for task {case.task.name}")
+    claim = THREAT_MODELS.build(guard.claims)
+    threat: Any = replace(claim, eps=base.get("eps") or claim.eps, norm=norm)
+    threat = with_public_sources(threat, case.task, DEFENSES.name_of(guard))
     return replace(
         case,
         attack=None,
         threat=threat.bind(case.victim.space),
         rule=GOALS.build("untargeted"),
         label=guard.claims,
-        surrogates=surrogates,
+        surrogates=surrogates_of(threat, case.task, case.device),
         specs={**case.specs, "attack": "all", "threat_model": THREAT_MODELS.spec(threat)},
     )
 
@@ -373,7 +381,7 @@ def _grid_params(case: Case) -> dict[str, dict[str, Any]]:
     return {
         f"{label}@{name}": {**parameters(attack), "source": name, "seen": name in case.threat.seen}
         for name, _ in case.surrogates
-        for label, attack in case.threat.algorithms()
+        for label, attack in case.threat.algorithms(ATTACKS.build)
     }
 
 
@@ -385,18 +393,34 @@ def grid_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     from advkit.threat_models.tapm import tapm_metrics
 
     names = [name for name, _ in case.surrogates]
-    algorithms = [label for label, _ in case.threat.algorithms()]
-    rows: dict[str, int] = {}
+    algorithms = list(case.threat.attack_names)
+    place: dict[str, int] = {}
     for record in records:
-        rows.setdefault(record.id, len(rows))
-    errors = np.ones((len(names), len(algorithms), len(rows)), dtype=bool)
+        place.setdefault(record.id, len(place))
+    errors = np.full((len(names), len(algorithms), len(place)), np.nan)
     for record in records:
-        label, _, source = record.attack.rpartition("@")
-        errors[names.index(source), algorithms.index(label), rows[record.id]] = record.adversarial != record.label
-    groups = {card.name: card.group for card in zoo.public(case.task.name)}
-    return tapm_metrics(
-        errors, names, algorithms, {name: groups.get(name, "given") for name in names}, set(case.threat.seen)
+        label, _, source = record.attack.partition("@")
+        errors[names.index(source), algorithms.index(label), place[record.id]] = record.adversarial != record.label
+    group_of = {f"zoo:{card.name}": card.group for card in zoo.public(case.task.name)}
+    own = case.victim.describe().state_sha256
+    white_box = {name for name, model in case.surrogates if model.describe().state_sha256 == own}
+    found = tapm_metrics(
+        errors, names, algorithms, {n: group_of.get(n, "given") for n in names}, set(case.threat.seen), white_box
     )
+    metrics: dict[str, Any] = {}
+    blocks = {"": found["overall"], "_seen": found["seen"], "_unseen": found["unseen"]}
+    blocks |= {f"_group_{name}": block for name, block in found["by_group"].items()}
+    for suffix, block in blocks.items():
+        if block is None:
+            continue
+        for kind in ("acc_avg", "acc_best_attack", "acc_per_sample"):
+            numbers = block[kind]
+            value = rate(numbers["numerator"], numbers["denominator"], "all_samples")
+            if kind == "acc_avg":
+                # The same images stand in every cell: no binomial interval holds for their average.
+                value["ci"] = None
+            metrics[f"tapm_{kind}{suffix}"] = value
+    return metrics
 
 
 __all__ = ["Fraction", "Plan", "evaluate", "execute", "plan", "rate", "resolve", "run_digest"]

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from advkit.attacks import ATTACKS
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Batch, Outcome, Record
@@ -110,13 +111,13 @@ class Grid:
             replace(
                 case,
                 attack=attack,
-                threat=case.threat.cell(),
+                threat=case.threat.cell(name),
                 surrogates=((name, source),),
                 label=f"{label}@{name}",
                 everyone=True,
             )
             for name, source in case.surrogates
-            for label, attack in case.threat.algorithms()
+            for label, attack in case.threat.algorithms(ATTACKS.build)
         ]
 
     def play(self, case: Case, done: Container[str] = ()) -> Iterator[list[Record]]:

@@ -45,6 +45,16 @@ def training_rng(seed: int) -> RowRng:
     return RowRng.from_ids(seed, ["training"]).at("train")
 
 
+def ready(spec: Any, task: Any) -> Any:
+    """A trained model from a spec or an object; raises BadModel for an architecture without weights."""
+    from advkit.models.torch import Architecture, as_model
+
+    part = MODELS.build(spec)
+    if isinstance(part, Architecture):
+        raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
+    return as_model(part.load(task) if hasattr(part, "load") else part, task)
+
+
 def protected(model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False) -> Victim:
     """The protected model that names or objects ask for.
 
