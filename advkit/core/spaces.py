@@ -88,7 +88,7 @@ class Box:
         try:
             fits = bool((low <= high).all())
             if self.shape is not None:
-                fitted = torch.broadcast_shapes(low.shape, high.shape, self.shape)
+                fitted = torch.broadcast_tensors(low, high, torch.empty(self.shape))[0].shape
                 if tuple(fitted) != self.shape:
                     raise RuntimeError
         except RuntimeError:

@@ -1,0 +1,1 @@
+"""What attackers want of a classifier's answers; each goal owns its losses."""

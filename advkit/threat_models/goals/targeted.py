@@ -1,0 +1,140 @@
+"""One chosen class per row; losses: cross-entropy, logit margin, and targeted DLR (arXiv 2003.01690)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advkit.core.errors import BadInput, BadModel, UsageError
+from advkit.core.protocols import Rng
+from advkit.threat_models.goals.untargeted import (
+    Surrogate,
+    best_other,
+    checked_answer,
+    checked_classes,
+    checked_surrogate,
+    pick,
+    scores_only,
+    top_scores,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Targeted:
+    """One chosen class, strictly: a tie with another class is not reached.
+
+    targets:   wanted classes, long [B]
+    surrogate: "ce" the cross-entropy to the target; "margin" the best other score minus the target's; "dlr" that
+               margin over the distance from the largest score to the mean of the third and fourth (needs four classes)
+
+    Answers, abstentions and errors are as in `Untargeted`. The paper's targeted DLR puts the true class where this one
+    puts the best class other than the target: a goal does not know the true class, the two agree until another class
+    comes out on top, and from there on only this one still measures the way to the target.
+    """
+
+    kind: ClassVar[str] = "targeted"
+    targets: Tensor
+    surrogate: Surrogate = "ce"
+    _top: int | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        checked_surrogate(self.surrogate)
+        if self._top is None:
+            object.__setattr__(self, "_top", checked_classes(self.targets, "targets"))
+
+    def _scores(self, answer: Tensor) -> bool:
+        assert self._top is not None
+        return checked_answer(answer, self._top, len(self.targets), "targets")
+
+    def reached(self, answer: Tensor) -> Tensor:
+        """Bool [B]."""
+        if not self._scores(answer):
+            return answer == self.targets
+        return (pick(answer, self.targets) > best_other(answer, self.targets)) & torch.isfinite(answer).all(1)
+
+    def margin(self, answer: Tensor) -> Tensor:
+        """Float [B]: best other score minus the target's, negative exactly where reached; +inf where not finite."""
+        if not self._scores(answer):
+            return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
+        margin = best_other(answer, self.targets) - pick(answer, self.targets)
+        return torch.where(torch.isfinite(answer).all(1), margin, torch.inf)
+
+    def loss(self, answer: Tensor) -> Tensor:
+        """Float [B], smaller is better for the attacker."""
+        scores = self._scores(answer)
+        scores_only(scores, self.surrogate)
+        if not scores:
+            return self.margin(answer)
+        if self.surrogate == "ce":
+            return F.cross_entropy(answer, self.targets, reduction="none")
+        margin = best_other(answer, self.targets) - pick(answer, self.targets)
+        if self.surrogate == "margin":
+            return margin
+        top = top_scores(answer, 4, "targeted dlr")
+        return margin / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+    def under(self, loss: str) -> Self:
+        """The same goal with another surrogate loss."""
+        surrogate = checked_surrogate(loss)
+        return self if surrogate == self.surrogate else replace(self, surrogate=surrogate)
+
+    def take(self, rows: Tensor) -> Self:
+        """The goal of a subset of the rows (long or bool index)."""
+        return replace(self, targets=self.targets[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same goal on a device."""
+        return replace(self, targets=self.targets.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedRule:
+    """Be taken for one chosen class.
+
+    how:    "next" the class after the true one, cyclically; "random" any class but the true one, drawn per row;
+            "least_likely" the class other than the true one that the untouched answer scores lowest; "class" always
+            the same one
+    target: that class, for how=class (rows that truly are of it want it too: leave them out of the denominator)
+
+    Raises UsageError where `how` and `target` do not fit, BadInput for classes that the model lacks.
+    """
+
+    kind: ClassVar[str] = "targeted"
+    how: Literal["next", "random", "least_likely", "class"] = "next"
+    target: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.how not in ("next", "random", "least_likely", "class"):
+            raise UsageError(f"how={self.how!r}; expected next, random, least_likely or class")
+        if (self.how == "class") != (self.target is not None):
+            raise UsageError(f"how={self.how}, target={self.target}; target=... goes with how=class and only with it")
+        if self.target is not None and self.target < 0:
+            raise UsageError(f"target={self.target}; expected a class index from 0 up")
+
+    def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> Targeted:
+        """The goal of a batch with true classes `labels` and untouched answer `answer` (scores, float [B, C])."""
+        if not checked_answer(answer, checked_classes(labels, "labels"), len(labels), "labels"):
+            if self.target is None:
+                raise BadModel(f"targeted:how={self.how} needs scores and the model answers decisions; use how=class")
+            return Targeted(torch.full_like(labels, self.target))
+        classes = answer.shape[1]
+        if self.target is not None:
+            if self.target >= classes:
+                raise BadInput(f"target={self.target}, and the model has {classes} classes; expected 0..{classes - 1}")
+            return Targeted(torch.full_like(labels, self.target))
+        if self.how == "next":
+            return Targeted((labels + 1) % classes)
+        if self.how == "random":
+            return Targeted((labels + 1 + rng.integers(classes - 1, labels)) % classes)
+        others = torch.nan_to_num(answer.detach(), nan=torch.inf).scatter(1, labels.unsqueeze(1), torch.inf)
+        return Targeted(_lowest_other(others, labels))
+
+
+def _lowest_other(scores: Tensor, labels: Tensor) -> Tensor:
+    """The class of the lowest score; the next class for rows with no finite score left."""
+    lowest = scores.argmin(1)
+    return torch.where(lowest == labels, (labels + 1) % scores.shape[1], lowest)

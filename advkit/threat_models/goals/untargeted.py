@@ -1,0 +1,165 @@
+"""Any wrong class; losses: cross-entropy, logit margin, and DLR (Croce and Hein, arXiv 2003.01690)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advkit.core.errors import BadInput, BadModel, UsageError
+from advkit.core.protocols import Rng
+
+Surrogate = Literal["ce", "margin", "dlr"]
+SURROGATES: tuple[str, ...] = ("ce", "margin", "dlr")
+
+
+def checked_classes(labels: Tensor, what: str) -> int:
+    """The largest of the class indices (-1 where there is none); BadInput unless they are non-negative long [B]."""
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64:
+        seen = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise BadInput(f"{what} are {seen}; expected class indices, a long tensor [B]")
+    if not len(labels):
+        return -1
+    low, high = (int(value) for value in torch.aminmax(labels))
+    if low < 0:
+        raise BadInput(f"{what} from {low} to {high}; expected class indices from 0 up")
+    return high
+
+
+def checked_answer(answer: Tensor, top: int, rows: int, what: str) -> bool:
+    """Whether an answer is scores [B, C]; False for decisions [B]. Shapes only, so it costs no synchronisation."""
+    if len(answer) != rows:
+        raise BadInput(f"an answer of {len(answer)} rows to a goal of {rows}; take(rows) the goal of the rows left")
+    if answer.ndim == 1 and not answer.is_floating_point():
+        return False
+    if answer.ndim != 2 or not answer.is_floating_point():
+        raise BadModel(
+            f"the model answers {answer.dtype} {list(answer.shape)}; expected scores, float [B, C], "
+            "or decisions, long [B] with -1 for an abstention"
+        )
+    if answer.shape[1] < 2:
+        raise BadModel(f"the model answers {answer.shape[1]} class; expected two scores per row or more")
+    if top >= answer.shape[1]:
+        raise BadInput(
+            f"{what} up to {top}, and the model has {answer.shape[1]} classes; expected 0..{answer.shape[1] - 1}"
+        )
+    return True
+
+
+def scores_only(scores: bool, loss: str) -> None:
+    """BadModel where a loss that needs scores meets decisions."""
+    if not scores and loss != "margin":
+        raise BadModel(
+            f"the model answers decisions; loss {loss!r} needs scores: use loss 'margin' or a label-only attack"
+        )
+
+
+def top_scores(answer: Tensor, needed: int, loss: str) -> Tensor:
+    """The `needed` largest scores, descending; BadModel when there are too few classes for the loss."""
+    if answer.shape[1] < needed:
+        raise BadModel(
+            f"{loss} divides by a spread of the {needed} largest scores and the model has {answer.shape[1]} classes; "
+            "use loss 'margin'"
+        )
+    return answer.topk(needed, dim=1).values
+
+
+def pick(answer: Tensor, classes: Tensor) -> Tensor:
+    """The score of one class per row [B]."""
+    return answer.gather(1, classes.unsqueeze(1)).squeeze(1)
+
+
+def best_other(answer: Tensor, classes: Tensor) -> Tensor:
+    """The largest score among the other classes [B]."""
+    return answer.scatter(1, classes.unsqueeze(1), -torch.inf).amax(1)
+
+
+def checked_surrogate(name: str) -> Surrogate:
+    """The name as a surrogate; UsageError for a loss that these goals do not have."""
+    if name not in SURROGATES:
+        raise UsageError(f"loss {name!r}; expected one of {', '.join(SURROGATES)}")
+    return cast(Surrogate, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Untargeted:
+    """Any class but the true one, strictly: a tie between the true class and another is not reached.
+
+    labels:    true classes, long [B]
+    surrogate: "ce" minus the cross-entropy; "margin" true score minus the best other; "dlr" the margin over the spread
+               between the largest and the third largest score (needs three classes)
+
+    Answers are scores, float [B, C], or decisions, long [B]. An abstention (-1) reaches nothing, and neither does an
+    answer that is not finite. The margin of a decision is -1 where the goal is reached, else 1.
+    Raises BadInput for labels out of range, BadModel for answers of the wrong shape.
+    """
+
+    kind: ClassVar[str] = "untargeted"
+    labels: Tensor
+    surrogate: Surrogate = "ce"
+    _top: int | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        checked_surrogate(self.surrogate)
+        if self._top is None:  # take() and to() hand it on: looking it up again would synchronise
+            object.__setattr__(self, "_top", checked_classes(self.labels, "labels"))
+
+    def _scores(self, answer: Tensor) -> bool:
+        assert self._top is not None
+        return checked_answer(answer, self._top, len(self.labels), "labels")
+
+    def reached(self, answer: Tensor) -> Tensor:
+        """Bool [B]."""
+        if not self._scores(answer):
+            return (answer >= 0) & (answer != self.labels)
+        return (best_other(answer, self.labels) > pick(answer, self.labels)) & torch.isfinite(answer).all(1)
+
+    def margin(self, answer: Tensor) -> Tensor:
+        """Float [B]: true score minus the best other, negative exactly where reached; +inf where it is not finite."""
+        if not self._scores(answer):
+            return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
+        margin = pick(answer, self.labels) - best_other(answer, self.labels)
+        return torch.where(torch.isfinite(answer).all(1), margin, torch.inf)
+
+    def loss(self, answer: Tensor) -> Tensor:
+        """Float [B], smaller is better for the attacker."""
+        scores = self._scores(answer)
+        scores_only(scores, self.surrogate)
+        if not scores:
+            return self.margin(answer)
+        if self.surrogate == "ce":
+            return -F.cross_entropy(answer, self.labels, reduction="none")
+        margin = pick(answer, self.labels) - best_other(answer, self.labels)
+        if self.surrogate == "margin":
+            return margin
+        top = top_scores(answer, 3, "dlr")
+        return margin / (top[:, 0] - top[:, 2] + 1e-12)
+
+    def under(self, loss: str) -> Self:
+        """The same goal with another surrogate loss."""
+        surrogate = checked_surrogate(loss)
+        return self if surrogate == self.surrogate else replace(self, surrogate=surrogate)
+
+    def take(self, rows: Tensor) -> Self:
+        """The goal of a subset of the rows (long or bool index)."""
+        return replace(self, labels=self.labels[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same goal on a device."""
+        return replace(self, labels=self.labels.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UntargetedRule:
+    """Be wrong: any class but the true one."""
+
+    kind: ClassVar[str] = "untargeted"
+
+    def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> Untargeted:
+        """The goal of a batch with true classes `labels`; the untouched `answer` and `rng` do not matter here."""
+        goal = Untargeted(labels)
+        goal._scores(answer)
+        return goal
