@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("advkit.cli.compare", "Compare two reports row by row with a paired test."),
     "leaderboard": (
         "advkit.cli.leaderboard",
-        "Make one page, a Markdown table and a JSON file of a folder of reports.",
+        "Make a page, a Markdown table and a JSON file of a folder of reports.",
     ),
     "rerun": ("advkit.cli.rerun", "Run a report's evaluation again and compare the two."),
     "doctor": ("advkit.cli.doctor", "Check this installation, or whether a model's gradients can be trusted."),

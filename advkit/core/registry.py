@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +23,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -485,6 +486,12 @@ def _write_fields(value: Any, start: Any = None, *, prefix: bool = False) -> lis
     return parts
 
 
+@functools.cache
+def _installed() -> EntryPoints:
+    """Every entry point of the environment, read once: the scan costs milliseconds per registry otherwise."""
+    return entry_points()
+
+
 def _fold(name: str) -> str:
     """Names differ neither by case nor by underscore against hyphen."""
     return name.casefold().replace("_", "-")
@@ -609,7 +616,7 @@ class Registry(Generic[T]):
 
     def _entries(self) -> dict[str, EntryPoint]:
         if self._found is None:
-            found = entry_points(group=self.group) if self.group else ()
+            found = _installed().select(group=self.group) if self.group else ()
             self._found = {each.name: each for each in found}
         return self._found
 
