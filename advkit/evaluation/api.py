@@ -86,13 +86,22 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def task_of(task: Any) -> Any:
-    """A task from a spec, a task, or a pair (x, y) of tensors or arrays."""
-    if isinstance(task, (tuple, list)) and len(task) == 2:
-        from advkit.tasks.arrays import Arrays
+def task_of(task: Any, model: Any = None) -> Any:
+    """A task from a spec, a task, or a pair (x, y) of tensors or arrays; a pair takes its classes from the model."""
+    if not isinstance(task, (tuple, list)):
+        return TASKS.build(task)
+    if len(task) != 2:
+        raise BadInput(f"a task of {len(task)} parts; expected a spec, a Task, or a pair (x, y)")
+    from advkit.models.torch import as_model, is_model
+    from advkit.tasks.arrays import Arrays
 
-        return Arrays.of(*task)
-    return TASKS.build(task)
+    work = Arrays(*task)
+    if isinstance(model, torch.nn.Module) or is_model(model):
+        with torch.inference_mode():
+            answer = as_model(model, work)(next(iter(work.batches(1))).x)
+        if answer.ndim == 2:
+            work = Arrays(*task, classes=answer.shape[1])
+    return work
 
 
 def resolve(
@@ -139,7 +148,7 @@ def plan(
     if batch_size < 1:
         raise UsageError(f"batch size must be at least 1, got {batch_size}")
     device = pick_device(device)
-    work = task_of(task)
+    work = task_of(task, model)
     total = len(work)
     rows = min(n if n is not None else (work.defaults.n or total), total)
     if rows < 1:

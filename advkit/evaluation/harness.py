@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,13 +20,6 @@ from advkit.evaluation.verdict import Judge
 log = logging.getLogger("advkit")
 
 Progress = Callable[[list[Record], int], None]  # the new records, and how many the case has in all
-
-
-def expected_records(case: Case) -> int:
-    """How many records a finished case has."""
-    scenario = scenario_of(case)
-    cells = len(scenario.cells(case)) if hasattr(scenario, "cells") else 1
-    return cells * case.n
 
 
 def preflight(case: Case) -> None:
@@ -71,35 +64,32 @@ def run(case: Case, store: Store, progress: Progress | None = None) -> list[Reco
     """Play what the store does not hold yet and return the case's records in playing order."""
     preflight(case)
     scenario = scenario_of(case)
-    total = expected_records(case)
+    total = scenario.expected(case)
     if progress and len(store):
         progress(list(store), total)
+    kept = first_ids(case, case.keep)
     watch = Stopwatch()
     while True:
         try:
-            for records in scenario.play(case, done=store):
-                store.append(records, watch.lap())
+            for records, origin, returned in scenario.rounds(case, done=store):
+                store.append(records, watch.lap(), examples=(origin, returned), keep=kept)
                 if progress:
                     progress(records, total)
             break
         except torch.OutOfMemoryError:
             if case.batch_size == 1:
                 raise
-            case = _halved(case)
+            case = replace(case, batch_size=case.batch_size // 2)
             log.warning("out of memory: going on with batches of %d rows", case.batch_size)
     return list(store)
 
 
-def _halved(case: Case) -> Case:
-    from dataclasses import replace
-
-    return replace(case, batch_size=max(1, case.batch_size // 2))
-
-
-def example_rounds(case: Case) -> Any:
-    """Records, origins and returned inputs batch by batch, without a store (the `attack` command)."""
-    preflight(case)
-    return scenario_of(case).rounds(case)
+def first_ids(case: Case, n: int) -> frozenset[str]:
+    """The ids of the case's first n rows."""
+    if n < 1:
+        return frozenset()
+    wanted = min(n, case.n)
+    return frozenset(row for batch in case.task.batches(wanted, n=wanted) for row in batch.ids)
 
 
 def open_store(case: Case, folder: Path, name: str = "records") -> Store:

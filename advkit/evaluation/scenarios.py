@@ -68,13 +68,12 @@ class Evasion:
             )
         return None
 
-    def play(self, case: Case, done: Container[str] = ()) -> Iterator[list[Record]]:
-        """Records batch by batch, in the task's order."""
-        for records, _, _ in self.rounds(case, done):
-            yield records
+    def expected(self, case: Case) -> int:
+        """How many records a finished case has."""
+        return case.n
 
     def rounds(self, case: Case, done: Container[str] = ()) -> Iterator[Played]:
-        """Records together with origins and returned inputs."""
+        """Records, origins and returned inputs batch by batch, in the task's order."""
         batches = case.task.batches(case.batch_size, skip=_done_ids(done, case.label), n=case.n)
         modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
         lanes: Lanes | None = None
@@ -120,11 +119,15 @@ class Grid:
             for label, attack in case.threat.algorithms(ATTACKS.build)
         ]
 
-    def play(self, case: Case, done: Container[str] = ()) -> Iterator[list[Record]]:
-        """Records cell by cell."""
+    def expected(self, case: Case) -> int:
+        """How many records a finished case has."""
+        return case.n * len(self.cells(case))
+
+    def rounds(self, case: Case, done: Container[str] = ()) -> Iterator[Played]:
+        """Records, origins and returned inputs cell by cell."""
         evasion = Evasion()
         for cell in self.cells(case):
-            yield from evasion.play(cell, done)
+            yield from evasion.rounds(cell, done)
 
 
 SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import StaleRun, UsageError
 from advkit.core.protocols import Outcome, Record
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
 
 
@@ -38,6 +43,20 @@ def read_records(path: Path) -> list[Record]:
             if line.endswith("\n"):
                 records.append(from_line(line))
     return records
+
+
+def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor, Tensor]]:
+    """Origin and returned input of the kept rows by record key, from a run folder."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted((folder / f"{name}.examples").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as held:
+            data = held.metadata()
+            tensors = [held.get_tensor(each) for each in _EXAMPLES]
+        for i, row in enumerate(json.loads(data["ids"])):
+            found[Store.key(data["attack"], row)] = (tensors[0][i], tensors[1][i])
+    return found
 
 
 class Store:
@@ -103,9 +122,21 @@ class Store:
     def __contains__(self, key: object) -> bool:
         return key in self.records
 
-    def append(self, records: Iterable[Record], seconds: float = 0.0) -> None:
-        """Write and flush to disk; a record already there is an error of the caller."""
+    def append(
+        self,
+        records: Iterable[Record],
+        seconds: float = 0.0,
+        examples: tuple[Tensor, Tensor] | None = None,
+        keep: Container[str] = (),
+    ) -> None:
+        """Write and flush to disk; a record already there is an error of the caller.
+
+        examples: origins and returned inputs of these records; those whose id is in `keep` are written beside them,
+                  before the records, so that a row on record never lacks its example
+        """
         rows = list(records)
+        if examples is not None:
+            self._write_examples(rows, examples, keep)
         for record in rows:
             key = self.key(record.attack, record.id)
             if key in self.records:
@@ -117,6 +148,22 @@ class Store:
         if rows:
             with self._timing.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"attack": rows[0].attack, "rows": len(rows), "seconds": seconds}) + "\n")
+
+    def _write_examples(self, rows: list[Record], examples: tuple[Tensor, Tensor], keep: Container[str]) -> None:
+        chosen = [i for i, record in enumerate(rows) if record.id in keep]
+        if not chosen:
+            return
+        from safetensors.torch import save_file
+
+        ids = [rows[i].id for i in chosen]
+        word = hashlib.sha256("|".join([rows[0].attack, *ids]).encode()).hexdigest()[:16]
+        folder = self.folder / f"{self.name}.examples"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{word}.safetensors"
+        tensors = {name: values[chosen].cpu().contiguous() for name, values in zip(_EXAMPLES, examples, strict=True)}
+        temporary = file.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"attack": rows[0].attack, "ids": json.dumps(ids)})
+        os.replace(temporary, file)
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds spent per attack label, over all sessions of the run."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from advkit.core.errors import BadModel, NoTrainingData
+from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
@@ -45,14 +45,38 @@ def training_rng(seed: int) -> RowRng:
     return RowRng.from_ids(seed, ["training"]).at("train")
 
 
+def _row_shape(task: Any) -> tuple[int, ...]:
+    return tuple(next(iter(task.batches(1))).x.shape[1:])
+
+
+def _part(spec: Any) -> tuple[Any, bool]:
+    """What a spec or object stands for, and whether it is one of the registry's builders (else it is a model itself)."""
+    part = MODELS.build(spec)
+    try:
+        MODELS.name_of(part)
+    except UnknownName:
+        from advkit.models.torch import Architecture
+
+        return part, isinstance(part, Architecture)
+    return part, True
+
+
 def ready(spec: Any, task: Any) -> Any:
     """A trained model from a spec or an object; raises BadModel for an architecture without weights."""
     from advkit.models.torch import Architecture, as_model
 
-    part = MODELS.build(spec)
+    part, builder = _part(spec)
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
-    return as_model(part.load(task) if hasattr(part, "load") else part, task)
+    if not builder:
+        return as_model(part, task)
+    return as_model(part(_row_shape(task), task.classes, training_rng(0), space=task.space), task)
+
+
+def blank(spec: Any, task: Any, seed: int) -> Any:
+    """An untrained model of an architecture, its weights drawn from the seed."""
+    part, _ = _part(spec)
+    return part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
 
 
 def protected(model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False) -> Victim:
@@ -64,51 +88,150 @@ def protected(model: Any, defense: Any, task: Any, *, seed: int = 0, device: str
 
     Raises NoTrainingData, BadModel, CheckpointError.
     """
-    from advkit.models.torch import Architecture, as_model
+    from advkit.models import zoo
+    from advkit.models.torch import Architecture
 
     asked = model if model is not None else task.defaults.model
-    part = MODELS.build(asked)
     guard = DEFENSES.build(defense)
+    spec = DEFENSES.spec(guard)
+    part, _ = _part(asked)
     if not isinstance(part, Architecture):
-        ready = as_model(part.load(task) if hasattr(part, "load") else part, task).to(device)
-        if not guard.needs_data or getattr(part, "trained_with", "") == DEFENSES.spec(guard):
-            return Victim(guard.protect(ready, None, training_rng(seed)), "given" if not isinstance(asked, str) else asked)
-        return _trained(ready, guard, task, seed, device, progress, name=str(asked))
+        given = ready(part, task).to(device)
+        origin = asked if isinstance(asked, str) else "given"
+        if not guard.needs_data:
+            return Victim(guard.protect(given, None, training_rng(seed)), origin)
+        if _trained_with(asked, spec):
+            return Victim(given, origin)
+        return _trained(given, guard, task, seed, device, progress, name=origin)
 
+    shape = _row_shape(task)
+    for card in zoo.find(task.name, MODELS.spec(part), spec, role="victim"):
+        held = zoo.load(card.name)
+        if held.space.shape is None or tuple(held.space.shape) == shape:
+            return Victim(held.to(device), f"zoo:{card.name}", {"card": card.name, "measured": dict(card.measured)})
+    return _trained(
+        blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part)
+    )
+
+
+def _trained_with(asked: Any, spec: str) -> bool:
+    """Whether a stored model says of itself that this defense trained it: then it is the victim as it is."""
     from advkit.models import zoo
+    from advkit.models.checkpoint import CheckpointFile, checkpoint_extra
 
-    card = zoo.find(task.name, MODELS.spec(part), DEFENSES.spec(guard))
-    if card is not None and _fits(card, task):
-        return Victim(zoo.load(card.name).to(device), f"zoo:{card.name}", {"figures": dict(card.measured), "card": card.name})
-    shape = tuple(next(iter(task.batches(1))).x.shape[1:])
-    blank = part(shape, task.classes, training_rng(seed).at("init"), space=task.space).to(device)
-    return _trained(blank, guard, task, seed, device, progress, name=MODELS.spec(part))
-
-
-def _fits(card: Any, task: Any) -> bool:
-    shape = list(next(iter(task.batches(1))).x.shape[1:])
-    return card.shape is None or list(card.shape) == shape
+    part, _ = _part(asked)
+    told = ""
+    if isinstance(part, zoo.ZooModel):
+        told = zoo.card(part.name).defense
+    elif isinstance(part, CheckpointFile) and str(part.file).endswith(".safetensors"):
+        told = str(checkpoint_extra(part.file).get("defense", ""))
+    return bool(told) and (told == spec or (":" not in spec and told.partition(":")[0] == spec))
 
 
-def _trained(blank: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, name: str) -> Victim:
-    from advkit.training.loop import fit
-
+def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, name: str) -> Victim:
     data = task.training()
     spec = DEFENSES.spec(guard)
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no training "
-            f"data at hand: give it some ({task.name}:root=FOLDER), or name a trained model (--model path:FILE.safetensors)"
+            f"data at hand: give it some (e.g. {task.name}:root=FOLDER), or name a trained model "
+            "(--model path:FILE.safetensors)"
         )
     if not hasattr(guard, "objective"):
-        raise BadModel(f"model {name} has no trained weights and the defense {spec} does not train any")
-    word = "|".join((name, spec, repr(guard), str(seed), task.digest(), _data_digest(data), blank.describe().state_sha256))
-    folder = cache_root() / "trained" / hashlib.sha256(word.encode()).hexdigest()[:24]
+        raise BadModel(f"model {name} has no trained weights, and the defense {spec} does not train any")
+    folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
     log.info("training %s with %s on %s (kept in %s)", name, spec, task.name, folder)
-    fitted = fit(
-        blank, data, guard.objective(), guard.recipe, training_rng(seed), device=device, out=folder, progress=progress
+    fitted = _fit(start, guard, data, seed, device, folder, progress)
+    return Victim(fitted.model, f"trained here, seed {seed}")
+
+
+def _fingerprint(start: Any, guard: Any, data: Any, seed: int) -> str:
+    parts = (repr(guard), str(seed), _data_digest(data), start.describe().state_sha256)
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def _fit(start: Any, guard: Any, data: Any, seed: int, device: str, folder: Path, progress: bool) -> Any:
+    from advkit.training.loop import fit
+
+    return fit(
+        start, data, guard.objective(), guard.recipe, training_rng(seed), device=device, out=folder, progress=progress
     )
-    return Victim(fitted.model, f"cache:{folder.name}")
+
+
+def train_victim(
+    model: Any,
+    defense: Any,
+    task: Any,
+    *,
+    recipe: str = "",
+    seed: int = 0,
+    device: str = "auto",
+    out: Path,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train an architecture under a defense and save OUT/model.safetensors; returns what was made, as JSON values.
+
+    recipe: changes to the defense's recipe, `key=value,...`
+
+    Raises NoTrainingData, BadModel, StaleRun, UsageError.
+    """
+    from advkit.evaluation.api import pick_device, spec_of, task_of
+    from advkit.models.checkpoint import save_checkpoint
+    from advkit.models.torch import Architecture
+    from advkit.tasks import TASKS
+
+    device = pick_device(device)
+    work = task_of(task)
+    if recipe:
+        if not isinstance(defense, str):
+            raise UsageError("a recipe text changes a defense given by its spec; set the object's own recipe instead")
+        defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
+    guard: Any = DEFENSES.build(defense)
+    if not hasattr(guard, "objective"):
+        raise UsageError(f"the defense {DEFENSES.name_of(guard)} trains nothing: apply it with `advkit evaluate`")
+    asked = model if model is not None else work.defaults.model
+    part, _ = _part(asked)
+    start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
+    data = work.training()
+    if data is None:
+        raise NoTrainingData(
+            f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
+        )
+    out = Path(out)
+    _claim(out, _fingerprint(start, guard, data, seed))
+    fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
+    file = out / "model.safetensors"
+    spec = DEFENSES.spec(guard)
+    extra = {"task": spec_of(TASKS, work), "defense": spec, "seed": seed, "data": _data_digest(data)}
+    sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
+    best = max(fitted.log, key=lambda epoch: epoch.score)
+    return {
+        "file": str(file),
+        "sha256": sha256,
+        "model": fitted.model.describe().architecture,
+        "defense": spec,
+        "task": extra["task"],
+        "seed": seed,
+        "epochs": len(fitted.log),
+        "best_epoch": best.epoch,
+        "score": best.score,
+    }
+
+
+def _claim(folder: Path, fingerprint: str) -> None:
+    """Mark a training folder as this training's; raises StaleRun for another's, UsageError where it can't be written."""
+    mark = folder / "training.sha256"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if mark.exists():
+            if mark.read_text(encoding="utf-8").strip() != fingerprint:
+                raise StaleRun(f"{folder} holds another training (other settings, data or seed): name another --out")
+        else:
+            temporary = mark.with_suffix(".tmp")
+            temporary.write_text(fingerprint + "\n", encoding="utf-8")
+            os.replace(temporary, mark)
+    except OSError as error:
+        raise UsageError(f"the folder {folder} can't be written ({error.strerror or error}): name another --out") from error
 
 
 def _data_digest(data: Any) -> str:

@@ -1,0 +1,67 @@
+"""`advkit attack`: export adversarial examples as safetensors, with PNGs to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advkit.cli.options import (
+    BatchSize,
+    DefenseSpec,
+    Device,
+    GoalSpec,
+    Json,
+    ModelSpec,
+    Rows,
+    Seed,
+    TaskSpec,
+    ThreatSpec,
+)
+
+
+def attack(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    attack: Annotated[str, typer.Option(help="Attack, e.g. pgd:steps=100.")] = "pgd",
+    defense: DefenseSpec = "none",
+    task: TaskSpec = "fashion-mnist",
+    model: ModelSpec = None,
+    threat_model: ThreatSpec = None,
+    goal: GoalSpec = "untargeted",
+    n: Rows = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = 256,
+    png: Annotated[int, typer.Option(help="How many images to draw as PNG, too.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Export adversarial examples as safetensors and PNG, each with the harness's own verdict.
+
+    examples.safetensors holds `origin` and `adversarial` [n, ...] in the task's order and `broken` [n];
+    records.jsonl beside it holds the verdicts.
+    """
+    import json
+
+    from rich.console import Console
+
+    from advkit.cli.progress import Bars
+    from advkit.evaluation.api import resolve
+    from advkit.evaluation.pictures import export
+
+    case = resolve(
+        attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size
+    )
+    with Bars(hidden=as_json) as bars:
+        written = export(case, out, png=png, watch=bars.watch)
+    if as_json:
+        typer.echo(json.dumps(written, indent=2))
+        return
+    console = Console()
+    console.print(
+        f"{written['broken']} of {written['contested']} rows broken, {written['rows']} exported to {written['file']}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if written["pictures"]:
+        console.print(f"pictures: {written['pictures']}", soft_wrap=True, highlight=False)

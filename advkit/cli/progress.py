@@ -1,0 +1,60 @@
+"""Progress bars that show robust accuracy so far, on standard error."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing_extensions import Self
+
+from advkit.core.protocols import Outcome, Record
+
+
+class Bars:
+    """One bar per case; `watch` is what `evaluate` calls.
+
+    hidden: no bar at all (machine output)
+    """
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[far]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=hidden,
+        )
+        self._bars: dict[str, TaskID] = {}
+        self._standing: dict[str, list[int]] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def watch(self, title: str, case: Any, records: list[Record], total: int) -> None:
+        """Advance a case's bar."""
+        if title not in self._bars:
+            name = case.label if case.attack is not None else f"{case.threat.scenario} {case.specs['threat_model']}"
+            shown = name if len(name) <= 40 else name[:37] + "..."
+            self._bars[title] = self._progress.add_task(shown, total=total, far="")
+            self._standing[title] = [0, 0]
+        held = self._standing[title]
+        if case.attack is not None:
+            held[0] += sum(r.outcome in (Outcome.ROBUST, Outcome.INVALID) for r in records)
+            word = "robust accuracy"
+        else:
+            held[0] += sum(r.adversarial == r.label for r in records)
+            word = "accuracy on transferred images"
+        held[1] += len(records)
+        self._progress.update(
+            self._bars[title], advance=len(records), far=f"{word} so far {100 * held[0] / max(1, held[1]):.1f} %"
+        )

@@ -1,0 +1,73 @@
+"""`advkit rerun`: a report's evaluation again, and whether the rows agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advkit.cli.options import BatchSize, Device, Json
+
+DISAGREES = 3
+
+
+def rerun(
+    report: Annotated[Path, typer.Argument(help="A report.json, or the run folder it lies in.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the new run.", show_default="REPORT's folder + -rerun")] = None,
+    device: Device = "auto",
+    batch_size: BatchSize = 256,
+    as_json: Json = False,
+) -> None:
+    """Run a report's evaluation again from its own settings and compare the two row by row.
+
+    Exit status: 0 every row ends as it did, 3 some differ (they are listed).
+    """
+    import json
+
+    from rich.console import Console
+
+    from advkit.cli.evaluate import carry_out, settings_of
+    from advkit.core.errors import ReportError
+    from advkit.evaluation.api import plan
+    from advkit.evaluation.report import Report
+    from advkit.evaluation.store import read_records
+
+    file = report / "report.json" if report.is_dir() else report
+    old = Report.load(file)
+    settings = settings_of(old)
+    wanted = ("attack", "defense", "task", "model", "threat_model", "goal")
+    missing = [name for name in wanted if name not in settings]
+    if missing:
+        raise ReportError(f"{file} does not say its {', '.join(missing)}: it can't be run again from names alone")
+    resolved = plan(
+        **{name: settings[name] for name in wanted},
+        n=old.to_dict()["dataset"]["n_evaluated"],
+        seed=old.to_dict()["reproducibility"]["seed"],
+        device=device,
+        batch_size=batch_size,
+        beside=any(name.startswith("tapm_") for name in old.to_dict()["metrics"]) and settings["threat_model"][:4] != "tapm",
+    )
+    before, now = old.to_dict()["model"]["state_sha256"], resolved.case.victim.describe().state_sha256
+    if before != now:
+        raise ReportError(f"the model's weights are not those of the report: sha256 {before[:12]}... then, {now[:12]}... now")
+    folder = out if out is not None else file.parent.with_name(file.parent.name + "-rerun")
+    new = carry_out(resolved, folder, plots=False, as_json=False) if not as_json else _quietly(resolved, folder)
+    then = {(r.attack, r.id): r for r in read_records(file.parent / old.to_dict()["per_sample"]["path"])}
+    again = {(r.attack, r.id): r for r in read_records(folder / new.to_dict()["per_sample"]["path"])}
+    differ = sorted(key for key in {*then, *again} if then.get(key) != again.get(key))
+    if as_json:
+        typer.echo(json.dumps({"rows": len(again), "differ": [list(key) for key in differ]}, indent=2))
+    else:
+        console = Console()
+        console.print(f"{len(again) - len(differ)} of {len(again)} records are identical", highlight=False)
+        for attack, row in differ[:20]:
+            console.print(f"  differs: {attack} on {row}", highlight=False)
+    if differ:
+        raise typer.Exit(DISAGREES)
+
+
+def _quietly(resolved, folder):  # type: ignore[no-untyped-def]
+    from advkit.evaluation.api import execute
+
+    return execute(resolved, out=folder)

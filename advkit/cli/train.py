@@ -1,0 +1,57 @@
+"""`advkit train`: a model under a defense, saved with all it takes to make it again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advkit.cli.options import Device, Json, ModelSpec, Seed, TaskSpec
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run; resumed when it holds the same training.")],
+    defense: Annotated[str, typer.Option(help="Training defense, e.g. none, pgd_at:eps=0.1, trades, pubdef.")] = "none",
+    task: TaskSpec = "digits",
+    model: ModelSpec = None,
+    recipe: Annotated[
+        str, typer.Option(help="Changes to the defense's recipe, e.g. epochs=30,lr=0.1,schedule=onecycle.")
+    ] = "",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a model under a defense and save the checkpoint as OUT/model.safetensors.
+
+    Killed and started again, it goes on from the last finished epoch and ends with the same weights.
+    """
+    import json
+
+    from rich.console import Console
+
+    from advkit.evaluation.victims import train_victim
+
+    done = train_victim(
+        model,
+        defense,
+        task,
+        recipe=recipe,
+        seed=seed,
+        device=device,
+        out=out,
+        progress=sys.stderr.isatty() and not as_json,
+    )
+    if as_json:
+        typer.echo(json.dumps(done, indent=2))
+        return
+    console = Console()
+    console.print(
+        f"trained {done['model']} under {done['defense']} on {done['task']}: {done['epochs']} epochs, "
+        f"validation score {100 * done['score']:.1f} % (best epoch {done['best_epoch']})",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(f"checkpoint: {done['file']}", soft_wrap=True, highlight=False)
+    console.print(f"evaluate it: advkit evaluate --task {done['task']} --model path:{done['file']}", soft_wrap=True, highlight=False)

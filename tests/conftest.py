@@ -1,0 +1,39 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from advkit.models.torch import TorchModel
+from advkit.tasks import TASKS
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The embedded digits task."""
+    return TASKS.build("digits")
+
+
+@pytest.fixture(scope="session")
+def digits_module(digits):
+    """A small network that reads digits well; trained once per session."""
+    data = digits.training()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+        for _ in range(30):
+            for rows in torch.randperm(len(data)).split(128):
+                loss = nn.functional.cross_entropy(net(data.x[rows]), data.y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture
+def digits_model(digits, digits_module):
+    """The same network as a model of the digits task."""
+    return TorchModel(digits_module, space=digits.space, classes=10, name="digits-mlp")
