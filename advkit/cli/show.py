@@ -19,6 +19,7 @@ _EXAMPLES = {
     "threat model": "advkit evaluate --attack pgd --threat-model {spec}",
     "task": "advkit evaluate --attack pgd --task {spec}",
     "model": "advkit evaluate --attack pgd --model {spec}",
+    "goal": "advkit evaluate --attack pgd --goal {spec}",
 }
 _SAMPLES = {"eps": "8/255", "path": "FILE", "root": "FOLDER"}
 
@@ -27,11 +28,9 @@ def _example_value(field: FieldInfo) -> str:
     return _SAMPLES.get(field.name, field.name.upper())
 
 
-def example(signature: Signature) -> str | None:
-    """A command that uses the name; None where the command line has no option for its kind."""
-    template = _EXAMPLES.get(signature.kind)
-    if template is None:
-        return None
+def example(signature: Signature) -> str:
+    """A command that uses the name; words in capitals are for the user to fill in."""
+    template = _EXAMPLES[signature.kind]
     required = [field for field in signature.fields if field.default is None]
     if signature.name.endswith(":"):
         return template.format(spec=f"{signature.name}{_example_value(signature.fields[0])}")
@@ -97,9 +96,7 @@ def show(
             console.print(table)
         for paper in signature.papers:
             console.print(Text(f"paper:   https://arxiv.org/abs/{paper.removeprefix('arXiv:')}"))
-        command = example(signature)
-        if command:
-            console.print(Text(f"example: {command}"), soft_wrap=True)
+        console.print(Text(f"example: {example(signature)}"), soft_wrap=True)
         console.print()
 
 

@@ -610,7 +610,7 @@ class Registry(Generic[T]):
             default = _default(each)
             text = None if default is dataclasses.MISSING else _shown(default, kind)
             fields.append(FieldInfo(key, describe_type(kind), text, described.get(key, "")))
-        cited = re.findall(r"\b\d{4}\.\d{4,5}\b", f"{module_doc}\n{doc}")
+        cited = re.findall(r"\b\d\d(?:0[1-9]|1[0-2])\.\d{4,5}\b", f"{module_doc}\n{doc}")
         papers = tuple(dict.fromkeys(f"arXiv:{each}" for each in cited))
         return Signature(self.kind, known, self.target(known), self.summary(known), doc, papers, tuple(fields))
 
