@@ -88,9 +88,7 @@ class Box:
         try:
             fits = bool((low <= high).all())
             if self.shape is not None:
-                fitted = torch.broadcast_tensors(low, high, torch.empty(self.shape))[0].shape
-                if tuple(fitted) != self.shape:
-                    raise RuntimeError
+                low.expand(self.shape), high.expand(self.shape)
         except RuntimeError:
             raise UsageError(
                 f"Box bounds of shapes {tuple(low.shape)} and {tuple(high.shape)} do not broadcast to one row"

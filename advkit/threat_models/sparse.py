@@ -1,0 +1,108 @@
+"""The L0 ball: a few positions, changed at will (compare Croce and Hein, arXiv 1909.05040)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Rng
+from advkit.core.spaces import Box
+from advkit.threat_models.lp import NormBall, lattice_index, lattice_value, row_sum, usable, wide
+
+
+@dataclass(frozen=True)
+class L0(NormBall):
+    """At most eps positions change, each to any legal value.
+
+    eps: a whole number of positions
+    per: "pixel" counts a spatial position of an image [B, ..., C, H, W] once, whatever happens to its channels;
+         "feature" counts every value. Rows of fewer than three dimensions have no channels: the two agree.
+
+    Raises UsageError for an eps that is no whole number and (in `bind`) for an unbounded box, in which neither a random
+    value nor the edge exists.
+    """
+
+    norm: ClassVar[str] = "L0"
+    _: KW_ONLY
+    per: Literal["pixel", "feature"] = "pixel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if int(self.eps) != self.eps:
+            raise UsageError(f"eps={self.eps:g} in L0; expected a whole number of positions such as 10")
+        if self.per not in ("pixel", "feature"):
+            raise UsageError(f"per={self.per!r}; expected pixel or feature")
+
+    def describe(self) -> dict[str, Any]:
+        """The report's threat_model block, without the goal."""
+        block = super().describe()
+        return {**block, "details": {**block["details"], "per": self.per}}
+
+    def _largest(self, space: Box) -> float | None:
+        if not space.bounded:
+            raise UsageError(f"{space!r} is unbounded and L0 changes values at will; declare bounds")
+        if space.shape is None:
+            return None
+        features = math.prod(space.shape)
+        return float(features // space.shape[-3] if self._has_channels(len(space.shape)) else features)
+
+    def _has_channels(self, dimensions: int) -> bool:
+        return self.per == "pixel" and dimensions >= 3
+
+    def _positions(self, values: Tensor) -> Tensor:
+        """Summed over channels: [B, positions]."""
+        if self._has_channels(values.ndim - 1):
+            values = values.sum(-3)
+        return values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+
+    def _everywhere(self, chosen: Tensor, like: Tensor) -> Tensor:
+        """A mask over positions as one that broadcasts against rows."""
+        if self._has_channels(like.ndim - 1):
+            return chosen.reshape(*like.shape[:-3], *like.shape[-2:]).unsqueeze(-3)
+        return chosen.reshape(like.shape)
+
+    def _best(self, score: Tensor) -> Tensor:
+        """Bool [B, positions]: the eps positions of the largest score, none where it is zero."""
+        count = min(int(self.eps), score.shape[1])
+        best, where = score.topk(count, dim=1)
+        return torch.zeros_like(score, dtype=torch.bool).scatter(1, where, best > 0)
+
+    def _length(self, move: Tensor) -> Tensor:
+        # NaN differs from everything, and the norm of something with a NaN in it is NaN
+        changed = torch.where(move.isnan(), move, (move != 0).to(move.dtype))
+        return row_sum(self._positions(changed).clamp_max(1))
+
+    def project(self, z: Tensor, origin: Tensor) -> Tensor:
+        """Keep the positions whose undoing would cost most: (z - x)**2 - (z - clip(z))**2, summed over channels."""
+        lower, upper = self._walls(origin)
+        inside = torch.clamp(z, lower, upper)
+        precise, x = z.to(wide(z)), origin.to(wide(origin))
+        gain = (precise - x).square() - (precise - inside.to(x.dtype)).square()
+        return torch.where(self._everywhere(self._best(self._positions(gain)), origin), inside, origin)
+
+    def sample(self, origin: Tensor, rng: Rng) -> Tensor:
+        """eps positions drawn without replacement, values uniform in the box."""
+        low, high = self.box.bounds_like(origin)
+        values = low + (high - low) * rng.at("values").uniform(origin)
+        score = rng.at("positions").uniform(self._positions(torch.zeros_like(origin)))
+        chosen = self._everywhere(self._best(score + 1), origin)
+        return torch.where(chosen, torch.clamp(values, low, high), origin)
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        """The eps positions that promise most, moved to the edge of the box."""
+        gradient = usable(gradient)
+        low, high = self.box.bounds_like(at)
+        move = torch.where(gradient > 0, high - at, low - at) * (gradient != 0)
+        promise = gradient.to(wide(at)) * move
+        return torch.where(self._everywhere(self._best(self._positions(promise)), at), move, 0.0)
+
+    def _on_lattice(self, z: Tensor, origin: Tensor) -> Tensor:
+        low, step = self._lattice_of(origin)
+        index = lattice_index(z.to(low.dtype), low, step).round()
+        settled = self._settle(lattice_value(index, low, step, self.lattice), origin)
+        return torch.where(z == origin, origin, settled)
