@@ -1,0 +1,131 @@
+"""Train the embedded models and write weights and cards into advkit/models/weights.
+
+    python scripts/make_zoo.py --root FOLDER [NAME ...]
+
+FOLDER holds the Fashion-MNIST files (idx or idx.gz). Without names everything is made, surrogates first, because PubDef
+trains on some of them. Every figure on a card is measured through `advkit.evaluate` on the stored (float16) weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from advkit.core.errors import UnknownName
+from advkit.evaluation.api import evaluate
+from advkit.evaluation.victims import train_victim
+from advkit.models import zoo
+from advkit.models.checkpoint import load_checkpoint
+
+log = logging.getLogger("advkit")
+
+FASHION_TRAIN = 30_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model of the zoo."""
+
+    name: str
+    task: str
+    model: str
+    defense: str = "none"
+    recipe: str = ""
+    seed: int = 0
+    role: str = "victim"
+    group: str = "normal"
+    seen: bool = False
+
+
+def fashion(name: str, model: str, defense: str = "none", epochs: int = 10, **more: object) -> Plan:
+    return Plan(f"fashion-mnist-{name}", "fashion-mnist", model, defense, f"epochs={epochs},schedule=cosine", **more)  # type: ignore[arg-type]
+
+
+def digits(name: str, model: str, defense: str = "none", epochs: int = 60, **more: object) -> Plan:
+    return Plan(f"digits-{name}", "digits", model, defense, f"epochs={epochs}", **more)  # type: ignore[arg-type]
+
+
+PLANS = [
+    fashion("public-cnn", "cnn", seed=101, role="public", seen=True),
+    fashion("public-mlp", "mlp", seed=102, role="public", seen=True),
+    fashion("public-cnn-at", "cnn", "pgd_at:eps=0.1,steps=4", seed=103, role="public", group="linf", seen=True),
+    fashion("public-cnn5", "cnn:kernel=5", seed=201, role="public"),
+    fashion("public-mlp-b", "mlp", seed=202, role="public"),
+    fashion("public-cnn5-at", "cnn:kernel=5", "pgd_at:eps=0.1,steps=4", seed=203, role="public", group="linf"),
+    fashion("public-mlp-at", "mlp", "pgd_at:eps=0.1,steps=4", seed=204, role="public", group="linf"),
+    fashion("cnn", "cnn"),
+    fashion("cnn-pubdef", "cnn", "pubdef:eps=0.1"),
+    fashion("cnn-pgd_at", "cnn", "pgd_at:eps=0.1,steps=7", group="linf"),
+    fashion("cnn-trades", "cnn", "trades:eps=0.1,steps=7", group="linf"),
+    digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
+    digits("public-cnn", "cnn", seed=102, role="public", seen=True),
+    digits("public-mlp-at", "mlp:hidden=64", "pgd_at:eps=0.2,steps=5", seed=103, role="public", group="linf", seen=True),
+    digits("public-mlp-b", "mlp:hidden=128", seed=201, role="public"),
+    digits("public-cnn-b", "cnn", seed=202, role="public"),
+    digits("public-mlp-b-at", "mlp:hidden=128", "pgd_at:eps=0.2,steps=5", seed=203, role="public", group="linf"),
+    digits("public-cnn-at", "cnn", "pgd_at:eps=0.2,steps=5", seed=204, role="public", group="linf"),
+    digits("mlp", "mlp:hidden=64"),
+    digits("mlp-pgd_at", "mlp:hidden=64", "pgd_at:eps=0.2,steps=7", group="linf"),
+    digits("mlp-trades", "mlp:hidden=64", "trades:eps=0.2,steps=7", group="linf"),
+    digits("mlp-pubdef", "mlp:hidden=64", "pubdef:eps=0.2"),
+]
+
+
+def task_spec(plan: Plan, root: str) -> str:
+    return f"fashion-mnist:root={root},train={FASHION_TRAIN}" if plan.task == "fashion-mnist" else plan.task
+
+
+def make(plan: Plan, root: str, work: Path) -> None:
+    """Train, store, measure what was stored, and write the card."""
+    done = train_victim(
+        plan.model,
+        plan.defense,
+        task_spec(plan, root),
+        recipe=plan.recipe,
+        seed=plan.seed,
+        device="cpu",
+        out=work / plan.name,
+        progress=True,
+    )
+    model = load_checkpoint(done["file"], sha256=done["sha256"])
+    described = {
+        "name": plan.name,
+        "task": plan.task,
+        "defense": plan.defense,
+        "seed": plan.seed,
+        "group": plan.group,
+        "role": plan.role,
+        "seen_by": ("pubdef",) if plan.seen else (),
+        "command": f"python scripts/make_zoo.py --root FOLDER {plan.name}",
+        "notes": f"recipe {plan.recipe}"
+        + (f"; first {FASHION_TRAIN} training images" if plan.task == "fashion-mnist" else ""),
+    }
+    zoo.publish(model, described)
+    report = evaluate("pgd:steps=40,step_size=0.1", task=plan.task, model=f"zoo:{plan.name}", beside=False)
+    measured = {"clean accuracy": report.clean_accuracy, "pgd-40 accuracy": report.robust_accuracy}
+    zoo.publish(model, {**described, "measured": measured})
+    log.warning("%s: %s", plan.name, measured)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="models to make (default: all)")
+    parser.add_argument("--root", default="", help="folder with the Fashion-MNIST files")
+    parser.add_argument("--work", default="", help="folder for checkpoints, kept and resumed (default: a temporary one)")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    known = {plan.name: plan for plan in PLANS}
+    strangers = [name for name in given.names if name not in known]
+    if strangers:
+        raise UnknownName(f"no plan for {', '.join(strangers)}; known: {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        for plan in PLANS:
+            if not given.names or plan.name in given.names:
+                make(plan, given.root, Path(given.work or temporary))
+
+
+if __name__ == "__main__":
+    main()
