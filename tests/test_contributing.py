@@ -1,0 +1,48 @@
+"""CONTRIBUTING's worked example is a real attack that keeps the laws."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advkit.core.errors import UsageError
+from advkit.core.registry import Registry
+from advkit.testing import check_attack
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The module of the example, imported from a file as a contributor would write it."""
+    folder = tmp_path_factory.mktemp("contributed")
+    source = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)[0]
+    (folder / "contributed_ray.py").write_text(source, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    try:
+        yield importlib.import_module("contributed_ray")
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("contributed_ray", None)
+
+
+def test_the_example_keeps_the_laws(ray: Any) -> None:
+    check_attack(ray.Ray(points=10))
+
+
+def test_the_example_is_built_and_explained_by_its_registry_line(ray: Any) -> None:
+    (line,) = re.findall(r'^\s*("ray": "advkit\.attacks\.[\w.]+:\w+",)$', TEXT, re.MULTILINE)
+    ((name, target),) = ast.literal_eval("{" + line + "}").items()
+    assert target.replace(".", "/").startswith("advkit/attacks/gradient/ray:")
+    attacks: Registry[Any] = Registry("attack", {name: f"contributed_ray:{target.partition(':')[2]}"})
+    assert attacks.build("ray:points=20") == ray.Ray(points=20)
+    assert all(field.doc for field in attacks.signature("ray").fields)
+    with pytest.raises(UsageError, match="at least 1"):
+        attacks.build("ray:points=0")
