@@ -21,10 +21,13 @@ _EXAMPLES = {
     "model": "advkit evaluate --attack pgd --model {spec}",
     "goal": "advkit evaluate --attack pgd --goal {spec}",
 }
-_SAMPLES = {"eps": "8/255", "path": "FILE", "root": "FOLDER"}
+_RADII = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+_SAMPLES = {"path": "FILE", "root": "FOLDER"}
 
 
-def _example_value(field: FieldInfo) -> str:
+def _example_value(name: str, field: FieldInfo) -> str:
+    if field.name == "eps" and name in _RADII:
+        return _RADII[name]
     return _SAMPLES.get(field.name, field.name.upper())
 
 
@@ -33,9 +36,9 @@ def example(signature: Signature) -> str:
     template = _EXAMPLES[signature.kind]
     required = [field for field in signature.fields if field.default is None]
     if signature.name.endswith(":"):
-        return template.format(spec=f"{signature.name}{_example_value(signature.fields[0])}")
+        return template.format(spec=f"{signature.name}{_example_value(signature.name, signature.fields[0])}")
     if required:
-        arguments = ",".join(f"{field.name}={_example_value(field)}" for field in required)
+        arguments = ",".join(f"{field.name}={_example_value(signature.name, field)}" for field in required)
     else:
         simple = [field for field in signature.fields if field.type in ("int", "float")][:1]
         arguments = ",".join(f"{field.name}={field.default}" for field in simple)

@@ -489,7 +489,7 @@ def _write_fields(value: Any, start: Any = None, *, prefix: bool = False) -> lis
 @functools.cache
 def _installed() -> EntryPoints:
     """Every entry point of the environment, read once: the scan costs milliseconds per registry otherwise."""
-    return entry_points()
+    return cast(EntryPoints, entry_points())  # 3.11 returns its deprecated mapping, which selects all the same
 
 
 def _fold(name: str) -> str:
