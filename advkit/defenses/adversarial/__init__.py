@@ -1,0 +1,1 @@
+"""Defenses that train on adversarial examples."""

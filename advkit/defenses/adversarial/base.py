@@ -1,0 +1,150 @@
+"""What every training defense shares: settings, the inner attack, and judging a checkpoint by its robustness."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from advkit.attacks.gradient.pgd import PGD, Start
+from advkit.core.errors import NoTrainingData, UsageError
+from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.protocols import Ball, Data, Goal, Rng
+from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.threat_models.transfer import BALLS, Norm
+from advkit.training.loop import Objective, Recipe, fit
+
+Mode = Literal["eval", "train"]
+
+
+@contextmanager
+def in_mode(model: Any, training: bool) -> Iterator[None]:
+    """The model's modules in training or evaluation mode inside the block; every module's own mode is given back."""
+    modules = [module for top in model.modules() for module in top.modules()]
+    held = [module.training for module in modules]
+    for top in model.modules():
+        top.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, held, strict=True):
+            module.training = mode
+
+
+def attacked(
+    model: Any, attack: Any, x: Tensor, goal: Goal[Tensor], ball: Ball[Tensor], rng: Rng, mode: Mode = "eval"
+) -> Tensor:
+    """Adversarial rows on a model that is being trained: parameters frozen, mode given back.
+
+    The whole batch goes through at once: a training step depends on its batch anyway.
+    """
+    with in_mode(model, mode == "train"), frozen(*model.modules()):
+        oracle = MeteredOracle(model, rows=len(x), lanes=Lanes(chunk=max(1, len(x)), multiple=1))
+        found: Tensor = attack(oracle, x, goal, ball, rng)
+    return found.detach()
+
+
+def correct_under(model: Any, attack: Any, x: Tensor, y: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
+    """Bool [B]: rows still classified right after the attack, asked anew."""
+    goal = Untargeted(y)
+    with in_mode(model, False), frozen(*model.modules()):
+        found = attack(MeteredOracle(model, rows=len(x)), x, goal, ball, rng)
+        answer = MeteredOracle(model, rows=len(x))(found)
+    return answer.argmax(1) == y
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDefense(ABC):
+    """A defense that is a way to train.
+
+    eps:    radius of the ball trained for, in units of the model's space
+    norm:   linf | l2 | l1 | l0
+    recipe: epochs, optimizer, schedule...
+    """
+
+    needs_data: ClassVar[bool] = True
+
+    eps: float = 8 / 255
+    norm: Norm = "linf"
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        if self.norm not in BALLS:
+            raise UsageError(f"norm {self.norm!r}; expected one of {', '.join(BALLS)}")
+        _ = self.ball(None)
+
+    def ball(self, space: Any) -> Ball[Tensor]:
+        """The ball trained for, inside a model's space."""
+        made: Ball[Tensor] = BALLS[self.norm](eps=self.eps)
+        return made if space is None else made.bind(space)
+
+    @abstractmethod
+    def objective(self) -> Objective:
+        """The loss to train with, made afresh."""
+
+    def protect(self, model: Any, data: Data | None, rng: Rng, /) -> Any:
+        """The model trained further on the data; the one handed over keeps its weights.
+
+        Raises NoTrainingData without data.
+        """
+        if data is None:
+            raise NoTrainingData(
+                f"{type(self).__name__} trains and the task has no training data at hand: give it some (root=FOLDER)"
+            )
+        return fit(model, data, self.objective(), self.recipe, rng).model
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining(TrainingDefense):
+    """Training on examples that PGD makes on the model as it stands.
+
+    steps:     gradient steps of the inner attack
+    step_size: in units of eps; 0 stands for 2.5 / steps
+    mode:      "eval": the inner attack sees the model as it is evaluated, batch statistics untouched; "train": as it is
+               trained, which moves them
+    """
+
+    steps: int = 10
+    step_size: float = 0.0
+    mode: Mode = "eval"
+
+    start: ClassVar[Start] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.attack
+        if self.mode not in ("eval", "train"):
+            raise UsageError(f"mode {self.mode!r}; expected eval or train")
+
+    @property
+    def claims(self) -> str:
+        """The threat model it trains against."""
+        return f"{self.norm}:eps={self.eps!r}"
+
+    @property
+    def attack(self) -> PGD:
+        """The inner attack: the last point of the walk, no early stop."""
+        if self.step_size < 0:
+            raise UsageError(f"step_size {self.step_size}; expected a positive number, or 0 for 2.5 / steps")
+        length = self.step_size or 2.5 / max(1, self.steps)
+        return PGD(steps=self.steps, step_size=length, start=self.start, keep="last", stop=False)
+
+
+class RobustObjective(Objective):
+    """A training loss whose checkpoints are judged by correctness under PGD on the validation split."""
+
+    def __init__(self, defense: AdversarialTraining) -> None:
+        super().__init__()
+        self.defense = defense
+        self.attack = defense.attack
+        self.judge = PGD(steps=self.attack.steps, step_size=self.attack.step_size)
+
+    def score(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        """1.0 where a row is still right after PGD with as many steps as in training, else 0.0."""
+        ball = self.defense.ball(model.space)
+        return correct_under(model, self.judge, x, y, ball, rng.at("judge")).to(torch.float32)

@@ -1,0 +1,32 @@
+"""Adversarial training with PGD (Madry et al., arXiv 1706.06083)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from advkit.core.protocols import Rng
+from advkit.defenses.adversarial.base import AdversarialTraining, RobustObjective, attacked
+from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.training.loop import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGDAT(AdversarialTraining):
+    """Cross-entropy on what PGD makes of every image, from a random start in the ball.
+
+    The attack runs in evaluation mode; the authors' code runs it in training mode (`mode=train`).
+    """
+
+    def objective(self) -> Objective:
+        return _Objective(self)
+
+
+class _Objective(RobustObjective):
+    def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        ball = self.defense.ball(model.space)
+        z = attacked(model, self.attack, x, Untargeted(y), ball, rng.at("attack"), self.defense.mode)
+        return functional.cross_entropy(model(z), y)

@@ -1,0 +1,65 @@
+"""TRADES: clean accuracy traded against the divergence that an attacker can cause (Zhang et al., arXiv 1901.08573)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from advkit.attacks.gradient.pgd import Start
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Rng
+from advkit.defenses.adversarial.base import AdversarialTraining, RobustObjective, attacked, in_mode
+from advkit.threat_models.goals.diverge import Diverge
+from advkit.training.loop import Objective
+
+
+def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(adversarial)), logits [B, classes], summed over classes and averaged over rows.
+
+    The gradient flows through both. The released code divides the sum by a fixed batch size, wrong on the last batch.
+    """
+    return functional.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRADES(AdversarialTraining):
+    """Cross-entropy on clean images plus beta times the divergence between answers to clean and to adversarial ones.
+
+    The inner attack maximises the divergence from the clean answer, which it holds constant, and starts at the image
+    plus 0.001 N(0, 1): at the image itself the divergence has no gradient. The start is kept inside the space, which
+    the released code leaves out.
+
+    beta: weight of the divergence, >= 0
+    """
+
+    start: ClassVar[Start] = "gaussian"
+
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta >= 0:
+            raise UsageError(f"beta {self.beta}; expected a number >= 0")
+
+    def objective(self) -> Objective:
+        return _Objective(self, self.beta)
+
+
+class _Objective(RobustObjective):
+    def __init__(self, defense: AdversarialTraining, beta: float) -> None:
+        super().__init__(defense)
+        self.beta = beta
+
+    def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        if self.beta == 0:
+            return functional.cross_entropy(model(x), y)
+        mode = self.defense.mode
+        with torch.no_grad(), in_mode(model, mode == "train"):
+            reference = model(x)
+        z = attacked(model, self.attack, x, Diverge(reference), self.defense.ball(model.space), rng.at("attack"), mode)
+        clean = model(x)
+        return functional.cross_entropy(clean, y) + self.beta * divergence(clean, model(z))

@@ -1,0 +1,30 @@
+"""No defense: the reference that every other one is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from advkit.core.protocols import Data, Rng
+from advkit.training.loop import Objective, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoDefense:
+    """Plain cross-entropy training where there is nothing trained yet; a trained model is left as it is.
+
+    recipe: how an architecture without weights is trained
+    """
+
+    needs_data: ClassVar[bool] = False
+    claims: ClassVar[str] = ""
+
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def objective(self) -> Objective:
+        """Cross-entropy on clean images, judged by clean accuracy."""
+        return Objective()
+
+    def protect(self, model: Any, data: Data | None, rng: Rng, /) -> Any:
+        """The model itself."""
+        return model

@@ -1,0 +1,131 @@
+"""Transfer: the attacker owns surrogates and never asks the victim (Papernot et al., arXiv 1605.07277)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self, cast
+
+from torch import Tensor
+
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.spaces import Box
+from advkit.threat_models.lp import L1, L2, UNIT, Linf
+from advkit.threat_models.sparse import L0
+
+Norm = Literal["linf", "l2", "l1", "l0"]
+BALLS: dict[str, type] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
+
+
+def source_name(source: Any) -> str:
+    """How a surrogate is called in records and tables: its spec, or the name it describes itself by."""
+    if isinstance(source, str):
+        return source
+    return str(source.describe().name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateBall:
+    """A ball around each row, for attackers whose oracle speaks for models of their own.
+
+    eps:     radius, in units of the norm and of the model's space
+    norm:    linf | l2 | l1 | l0
+    lattice: levels of the files handed in; 255 rounds to k/255 without leaving the ball, 0 leaves values as they are
+    box:     legal inputs; set by `bind`
+    """
+
+    access: ClassVar[Access] = Access.GRADIENTS
+    victim_access: ClassVar[Access] = Access.NOTHING
+    queries: ClassVar[int | None] = None
+
+    eps: float = 8 / 255
+    norm: Norm = "linf"
+    lattice: int = 255
+    box: Box = UNIT
+
+    def __post_init__(self) -> None:
+        if self.norm not in BALLS:
+            raise UsageError(f"norm {self.norm!r}; expected one of {', '.join(BALLS)}")
+        _ = self.ball
+
+    @cached_property
+    def ball(self) -> Ball[Tensor]:
+        """The ball itself; its radius and lattice were checked there."""
+        made: Ball[Tensor] = BALLS[self.norm](eps=self.eps, lattice=self.lattice, box=self.box)
+        return made
+
+    def bind(self, space: Any) -> Self:
+        """The same threat model inside a model's space."""
+        bound: Any = self.ball.bind(space)
+        return replace(self, box=bound.box)
+
+    def distance(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The norm of what changed, per row."""
+        return self.ball.distance(x, origin)
+
+    def admits(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Which rows are finite, legal and within eps."""
+        return self.ball.admits(x, origin)
+
+    def finish(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Rows as files hold them."""
+        return self.ball.finish(x, origin)
+
+    def project(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The nearest admitted point."""
+        return self.ball.project(x, origin)
+
+    def sample(self, origin: Tensor, rng: Rng) -> Tensor:
+        """A random admitted start."""
+        return self.ball.sample(origin, rng)
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        """The eps-long direction of steepest ascent."""
+        return self.ball.steepest(gradient, at)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON values that say what this threat model is."""
+        inner: Any = self.ball
+        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name not in ("box", "norm")}
+        return {
+            **inner.describe(),
+            **own,
+            "name": type(self).__name__.lower(),
+            "knowledge": "transfer",
+            "query_budget": None,
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else source_name(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(SurrogateBall):
+    """Any attack on the attacker's own surrogates, judged on a victim that is never asked.
+
+    Several sources are attacked at once through the mean of their logits.
+
+    sources:     model specs such as zoo:NAME (models themselves through the Python API)
+    attacks_all: attack also the rows that the victim gets wrong untouched, as the TAPM grid counts them
+    """
+
+    scenario: ClassVar[str] = "evasion"
+
+    sources: tuple[str, ...] = ()
+    attacks_all: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(cast(Any, self.sources), str):
+            raise UsageError(f"sources {self.sources!r} is one text; expected a tuple of specs such as ('zoo:NAME',)")
+        if not self.sources:
+            raise UsageError("transfer needs at least one surrogate; name it with sources=zoo:NAME (joined by +)")
+
+    @property
+    def surrogates(self) -> tuple[Any, ...]:
+        """Specs or models that the attack's oracle speaks for."""
+        return self.sources
