@@ -21,13 +21,18 @@ _EXAMPLES = {
     "model": "advkit evaluate --attack pgd --model {spec}",
     "goal": "advkit evaluate --attack pgd --goal {spec}",
 }
-_RADII = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+# what the fields alone can't say: a radius that fits the norm, a field that is empty by default and must not stay so
+_ARGUMENTS = {
+    "linf": "eps=8/255",
+    "l2": "eps=0.5",
+    "l1": "eps=12",
+    "l0": "eps=10",
+    "transfer": "sources=zoo:NAME",
+}
 _SAMPLES = {"path": "FILE", "root": "FOLDER"}
 
 
-def _example_value(name: str, field: FieldInfo) -> str:
-    if field.name == "eps" and name in _RADII:
-        return _RADII[name]
+def _example_value(field: FieldInfo) -> str:
     return _SAMPLES.get(field.name, field.name.upper())
 
 
@@ -36,9 +41,11 @@ def example(signature: Signature) -> str:
     template = _EXAMPLES[signature.kind]
     required = [field for field in signature.fields if field.default is None]
     if signature.name.endswith(":"):
-        return template.format(spec=f"{signature.name}{_example_value(signature.name, signature.fields[0])}")
-    if required:
-        arguments = ",".join(f"{field.name}={_example_value(signature.name, field)}" for field in required)
+        return template.format(spec=f"{signature.name}{_example_value(signature.fields[0])}")
+    if signature.kind == "threat model" and signature.name in _ARGUMENTS:
+        arguments = _ARGUMENTS[signature.name]
+    elif required:
+        arguments = ",".join(f"{field.name}={_example_value(field)}" for field in required)
     else:
         simple = [field for field in signature.fields if field.type in ("int", "float")][:1]
         arguments = ",".join(f"{field.name}={field.default}" for field in simple)
