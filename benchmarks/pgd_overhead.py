@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(1)
     attack = f"pgd:steps={STEPS},stop=false"
     case = resolve(attack, given.defense, n=given.n, batch_size=given.batch_size, device="cpu")
-    rows = list(case.task.batches(given.n, n=given.n))[0]
+    rows = next(iter(case.task.batches(given.n, n=given.n)))
     module = case.victim.modules()[0]
     ours, theirs, counts = [], [], {}
     for _ in range(given.repetitions):

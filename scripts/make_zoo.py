@@ -62,7 +62,9 @@ PLANS = [
     fashion("cnn-trades", "cnn", "trades:eps=0.1,steps=7", group="linf"),
     digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
     digits("public-cnn", "cnn", seed=102, role="public", seen=True),
-    digits("public-mlp-at", "mlp:hidden=64", "pgd_at:eps=0.2,steps=5", seed=103, role="public", group="linf", seen=True),
+    digits(
+        "public-mlp-at", "mlp:hidden=64", "pgd_at:eps=0.2,steps=5", seed=103, role="public", group="linf", seen=True
+    ),
     digits("public-mlp-b", "mlp:hidden=128", seed=201, role="public"),
     digits("public-cnn-b", "cnn", seed=202, role="public"),
     digits("public-mlp-b-at", "mlp:hidden=128", "pgd_at:eps=0.2,steps=5", seed=203, role="public", group="linf"),
@@ -114,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="models to make (default: all)")
     parser.add_argument("--root", default="", help="folder with the Fashion-MNIST files")
-    parser.add_argument("--work", default="", help="folder for checkpoints, kept and resumed (default: a temporary one)")
+    parser.add_argument(
+        "--work", default="", help="folder for checkpoints, kept and resumed (default: a temporary one)"
+    )
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     known = {plan.name: plan for plan in PLANS}

@@ -30,6 +30,8 @@ def digits_module(digits):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+    for parameter in net.parameters():
+        parameter.grad = None
     return net.eval()
 
 

@@ -6,20 +6,25 @@ from typing import Annotated
 
 import typer
 
-DefenseSpec = Annotated[str, typer.Option(help="Defense, e.g. none, pgd_at, trades, pubdef (see `advkit list defenses`).")]
+DefenseSpec = Annotated[
+    str, typer.Option(help="Defense, e.g. none, pgd_at, trades, pubdef (see `advkit list defenses`).")
+]
 TaskSpec = Annotated[str, typer.Option(help="Task, e.g. fashion-mnist, digits, folder:path=DIR.")]
 ModelSpec = Annotated[
     str | None,
     typer.Option(
-        help="Model: an architecture (cnn), zoo:NAME, path:FILE.safetensors, timm:NAME, torchvision:NAME, python:MODULE:FACTORY.",
+        help="Model: an architecture (cnn), zoo:NAME, path:FILE, timm:NAME, torchvision:NAME, python:MODULE:FACTORY.",
         show_default="the task's",
     ),
 ]
 ThreatSpec = Annotated[
-    str | None, typer.Option(help="Threat model, e.g. linf:eps=8/255, tapm, transfer:sources=zoo:NAME.", show_default="the task's")
+    str | None,
+    typer.Option(help="Threat model, e.g. linf:eps=8/255, tapm, transfer:sources=zoo:NAME.", show_default="the task's"),
 ]
 GoalSpec = Annotated[str, typer.Option(help="The attacker's goal: untargeted, targeted:how=next, ...")]
-Rows = Annotated[int | None, typer.Option("--n", "-n", help="Rows to evaluate, the task's first ones.", show_default="all")]
+Rows = Annotated[
+    int | None, typer.Option("--n", "-n", help="Rows to evaluate, the task's first ones.", show_default="all")
+]
 Seed = Annotated[int, typer.Option(help="The run's only seed.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or mps.")]
 BatchSize = Annotated[int, typer.Option(help="Rows in flight; changes no figure.")]

@@ -14,7 +14,9 @@ DISAGREES = 3
 
 def rerun(
     report: Annotated[Path, typer.Argument(help="A report.json, or the run folder it lies in.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the new run.", show_default="REPORT's folder + -rerun")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new run.", show_default="REPORT's folder + -rerun")
+    ] = None,
     device: Device = "auto",
     batch_size: BatchSize = 256,
     as_json: Json = False,
@@ -29,7 +31,7 @@ def rerun(
 
     from advkit.cli.evaluate import carry_out, settings_of
     from advkit.core.errors import ReportError
-    from advkit.evaluation.api import plan
+    from advkit.evaluation.api import execute, plan
     from advkit.evaluation.report import Report
     from advkit.evaluation.store import read_records
 
@@ -46,13 +48,16 @@ def rerun(
         seed=old.to_dict()["reproducibility"]["seed"],
         device=device,
         batch_size=batch_size,
-        beside=any(name.startswith("tapm_") for name in old.to_dict()["metrics"]) and settings["threat_model"][:4] != "tapm",
+        beside=any(name.startswith("tapm_") for name in old.to_dict()["metrics"])
+        and settings["threat_model"][:4] != "tapm",
     )
     before, now = old.to_dict()["model"]["state_sha256"], resolved.case.victim.describe().state_sha256
     if before != now:
-        raise ReportError(f"the model's weights are not those of the report: sha256 {before[:12]}... then, {now[:12]}... now")
+        raise ReportError(
+            f"the model's weights are not those of the report: sha256 {before[:12]}... then, {now[:12]}... now"
+        )
     folder = out if out is not None else file.parent.with_name(file.parent.name + "-rerun")
-    new = carry_out(resolved, folder, plots=False, as_json=False) if not as_json else _quietly(resolved, folder)
+    new = execute(resolved, out=folder) if as_json else carry_out(resolved, folder, plots=False, as_json=False)
     then = {(r.attack, r.id): r for r in read_records(file.parent / old.to_dict()["per_sample"]["path"])}
     again = {(r.attack, r.id): r for r in read_records(folder / new.to_dict()["per_sample"]["path"])}
     differ = sorted(key for key in {*then, *again} if then.get(key) != again.get(key))
@@ -65,9 +70,3 @@ def rerun(
             console.print(f"  differs: {attack} on {row}", highlight=False)
     if differ:
         raise typer.Exit(DISAGREES)
-
-
-def _quietly(resolved, folder):  # type: ignore[no-untyped-def]
-    from advkit.evaluation.api import execute
-
-    return execute(resolved, out=folder)

@@ -54,4 +54,8 @@ def train(
         highlight=False,
     )
     console.print(f"checkpoint: {done['file']}", soft_wrap=True, highlight=False)
-    console.print(f"evaluate it: advkit evaluate --task {done['task']} --model path:{done['file']}", soft_wrap=True, highlight=False)
+    console.print(
+        f"evaluate it: advkit evaluate --task {done['task']} --model path:{done['file']}",
+        soft_wrap=True,
+        highlight=False,
+    )

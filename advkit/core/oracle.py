@@ -26,8 +26,8 @@ log = logging.getLogger("advkit")
 class Lanes:
     """The shapes in which a victim is evaluated.
 
-    Matrix kernels choose their code by the batch's shape, and another choice may change a row's last bits; one sign of a
-    gradient later the row ends elsewhere. Feeding chunks of one size, the last one padded to a multiple, makes every
+    Matrix kernels choose their code by the batch's shape, and another choice may change a row's last bits; one sign of
+    a gradient later the row ends elsewhere. Feeding chunks of one size, the last one padded to a multiple, makes every
     row's bits its own.
 
     chunk:    most rows in one call of the model
@@ -43,31 +43,34 @@ class Lanes:
         return cls() if torch.device(device).type == "cpu" else cls(chunk=1024, multiple=1)
 
     @classmethod
-    def probed(cls, model: Callable[[Tensor], Tensor], x: Tensor) -> Lanes:
+    def probed(cls, model: Callable[[Tensor], Tensor], x: Tensor, backward: bool = True) -> Lanes:
         """Lanes of `multiple` 16 where the model gives the same bits at 16 rows as at 64, else 64 throughout.
 
-        Tried on the rows at hand, repeated up to 64; forward and input gradient must both agree.
+        Tried on the rows at hand, repeated up to 64; forward and, with `backward`, input gradient must agree.
         """
         lanes = cls.on(x.device)
         if lanes.multiple == 1 or not x.is_floating_point():
             return lanes
-        with torch.random.fork_rng(devices=[]):
-            rows = x.detach()[torch.arange(lanes.chunk, device=x.device) % len(x)]
-            try:
-                whole = _answer_and_gradient(model, rows)
-                parts = [_answer_and_gradient(model, part) for part in rows.split(lanes.multiple)]
-            except RuntimeError:
-                return replace(lanes, multiple=lanes.chunk)
+        rows = x.detach()[torch.arange(lanes.chunk, device=x.device) % len(x)]
+        try:
+            whole = _probe(model, rows, backward)
+            parts = [_probe(model, part, backward) for part in rows.split(lanes.multiple)]
+        except RuntimeError:
+            return replace(lanes, multiple=lanes.chunk)
         same = all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
         return lanes if same else replace(lanes, multiple=lanes.chunk)
 
 
-def _answer_and_gradient(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def _probe(model: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> tuple[Tensor, ...]:
+    """The answer and, where asked for, the input gradient of its squares."""
+    if not backward:
+        with torch.inference_mode():
+            return (model(x),)
     with torch.enable_grad():
-        x = x.clone().requires_grad_()
-        answer = model(x)
+        leaf = x.clone().requires_grad_()
+        answer = model(leaf)
         total = answer.square().sum()
-        gradient = torch.autograd.grad(total, x)[0] if total.requires_grad else torch.zeros_like(x)
+        gradient = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
     return answer.detach(), gradient
 
 
@@ -179,8 +182,8 @@ class MeteredOracle:
     access:  NOTHING refuses all, LABELS answers one-hot decisions, SCORES the answers, GRADIENTS everything
     queries: answers each row may ask for; None is unlimited
     decides: its answers are the verdict's, so that a row which reached its goal may stop
-    lanes:   shapes of the calls; None pads on the CPU and leaves models in training mode alone, because batch statistics
-             would see the padding
+    lanes:   shapes of the calls; None pads on the CPU and leaves models in training mode alone, because batch
+             statistics would see the padding
 
     Raises AccessDenied and BudgetExhausted.
     """
@@ -262,10 +265,7 @@ class MeteredOracle:
                 aim = goal if len(chunks) == 1 else goal.take(torch.arange(start, start + len(part), device=x.device))
                 loss = aim.loss(answer)
                 total = loss.sum()
-            if total.requires_grad:
-                gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0]
-            else:
-                gradient = None
+            gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
             if gradient is None:
                 self.meter.detached = True
                 gradient = torch.zeros_like(leaf)

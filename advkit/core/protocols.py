@@ -14,9 +14,10 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
     from torch import Tensor, nn
-    from typing_extensions import Self
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -305,7 +306,9 @@ class Defense(Protocol):
     """Training, filtering, smoothing, rejecting: model -> model."""
 
     needs_data: ClassVar[bool]
-    claims: ClassVar[str]  # spec of the threat model it was designed against, reported beside the one asked for; "" = none
+    claims: ClassVar[
+        str
+    ]  # spec of the threat model it was designed against, reported beside the one asked for; "" = none
 
     def protect(self, model: Any, data: Data | None, rng: Rng) -> Any: ...
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from advkit.attacks import ATTACKS
-from advkit.core.errors import BadInput, UnknownName, UsageError
+from advkit.core.errors import BadInput, SpecError, UnknownName, UsageError
 from advkit.core.protocols import Record
 from advkit.defenses import DEFENSES
 from advkit.evaluation import diagnostics
@@ -22,7 +22,6 @@ from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
 from advkit.evaluation.summary import attack_entry, build, by_label
 from advkit.evaluation.victims import Victim, protected, ready
-from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS
 
@@ -53,7 +52,9 @@ def pick_device(name: str) -> str:
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:INDEX or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name} is not here ({torch.cuda.device_count()} CUDA devices found): try --device auto")
+        raise UsageError(
+            f"device {name} is not here ({torch.cuda.device_count()} CUDA devices found): try --device auto"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device mps is not here: try --device auto")
     if device.type not in ("cpu", "cuda", "mps"):
@@ -62,9 +63,11 @@ def pick_device(name: str) -> str:
 
 
 def spec_of(registry: Any, part: Any) -> str:
-    """The canonical spec of a part, or the type's name of an object that no registry holds."""
+    """A part's canonical spec; the bare name of one that holds objects, the type's of one that no registry holds."""
     try:
         return str(registry.spec(part))
+    except SpecError:
+        return str(registry.name_of(part))
     except UnknownName:
         return type(part).__name__
 
@@ -205,7 +208,7 @@ def with_public_sources(threat: Any, task: Any, defense: str) -> Any:
     cards = zoo.public(task.name)
     if not cards:
         raise UsageError(
-            f"no public surrogates are known for task {task.name}: name them, tapm:sources=zoo:NAME+path:FILE.safetensors"
+            f"no public surrogates are known for task {task.name}: name them, tapm:sources=zoo:NAME+path:FILE"
         )
     named = [source for source in threat.sources if source != PUBLIC]
     specs = [f"zoo:{card.name}" for card in cards]
@@ -217,9 +220,7 @@ def surrogates_of(threat: Any, task: Any, device: str) -> tuple[tuple[str, Any],
     """The models a transfer threat model speaks of, by the names that records use."""
     from advkit.threat_models.transfer import source_name
 
-    return tuple(
-        (source_name(source), ready(source, task).to(device)) for source in getattr(threat, "surrogates", ())
-    )
+    return tuple((source_name(source), ready(source, task).to(device)) for source in getattr(threat, "surrogates", ()))
 
 
 def _claimed(case: Case, guard: Any) -> Case:
@@ -348,7 +349,8 @@ def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, *,
             diagnostics.Finding(
                 id="transfer_failure",
                 severity="info",
-                message=f"the threat model this defense claims ({resolved.defense.claims}) was not evaluated: {resolved.without}",
+                message=f"the threat model that the defense claims ({resolved.defense.claims}) was not evaluated: "
+                + resolved.without,
                 advice="name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
             )
         )

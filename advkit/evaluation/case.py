@@ -29,7 +29,8 @@ class Case:
     specs:      canonical specs of attack, defense, task, model, threat_model, goal
     n:          rows evaluated
     seed:       the run's only seed
-    randomized: the victim's answers vary from call to call (declared or found): verdicts go by majority, no row stops early
+    randomized: the victim's answers vary from call to call (declared or found): verdicts go by majority of draws, and
+                no row stops early
     draws:      verdict draws of a randomised victim
     batch_size: rows in flight; changes no record
     device:     where it runs; part of no digest

@@ -19,7 +19,7 @@ SHOWN = 10
 
 
 def draw(resolved: Plan, folder: Path, report: Report) -> list[Path]:
-    """Per-class bars, the transfer grid and a strip of broken examples into FOLDER/plots, as far as the run has them."""
+    """Per-class bars, transfer grid and a strip of broken examples into FOLDER/plots, as far as the run has them."""
     from advkit.evaluation.plots import save, write_plots
 
     made = write_plots(folder, resolved.case.task.class_names())
@@ -58,7 +58,7 @@ def strip(case: Case, folder: Path, title: str = "") -> Any:
 
 
 def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = None) -> dict[str, Any]:
-    """Attack a case and write every example: examples.safetensors, records.jsonl, and PNG files of the first broken ones.
+    """Attack a case and write examples.safetensors, records.jsonl, and PNG files of the first broken rows.
 
     Returns what was written, as JSON values. Raises UsageError for a grid, whose every cell has examples of its own.
     """

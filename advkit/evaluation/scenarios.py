@@ -81,9 +81,7 @@ class Evasion:
             batch = _on(batch, case.device)
             with frozen(*modules):
                 if lanes is None:
-                    # Always probed on the task's first rows, so that a resumed run chooses the same shapes.
-                    first = next(iter(case.task.batches(64, n=64)))
-                    lanes = Lanes.probed(case.victim, _on(first, case.device).x)
+                    lanes = lanes_of(case)
                 with own_randomness(case.device, case.seed, case.label, batch.ids[0]):
                     played = play_batch(case, batch, lanes)
             yield played
@@ -140,6 +138,20 @@ def scenario_of(case: Case) -> Any:
     if reason:
         raise UsageError(reason)
     return scenario
+
+
+def lanes_of(case: Case) -> Lanes:
+    """Shapes in which every model of the case answers the same bits for a row in any batch.
+
+    Always probed on the task's first rows, so that a resumed run chooses the same. A victim that the attacker may not
+    differentiate is not differentiated here either.
+    """
+    first = _on(next(iter(case.task.batches(64, n=64))), case.device).x
+    probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
+    with own_randomness(case.device, "lanes"):
+        return max(
+            (Lanes.probed(model, first, backward) for model, backward in probes), key=lambda found: found.multiple
+        )
 
 
 def _on(batch: Batch, device: str) -> Batch:

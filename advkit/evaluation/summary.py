@@ -19,7 +19,7 @@ import numpy as np
 from advkit import __version__
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.case import Case
-from advkit.evaluation.stats import rate
+from advkit.evaluation.stats import DenominatorKind, rate
 
 PROTOCOL_VERSION = "1"
 MOST_CLASSES_LISTED = 20
@@ -82,7 +82,7 @@ def count(records: Iterable[Record]) -> Counts:
     return Counts(len(rows), sound, contested, broken, unknown, robust, eight if rounded and contested else None)
 
 
-def _asr_kind(case: Case) -> str:
+def _asr_kind(case: Case) -> DenominatorKind:
     return "clean_correct" if case.rule.kind == "untargeted" else "clean_not_target"
 
 
@@ -119,7 +119,9 @@ def per_class(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     return metrics
 
 
-def attack_entry(case: Case, label: str, records: Sequence[Record], params: dict[str, Any], order: int, seconds: float) -> dict[str, Any]:
+def attack_entry(
+    case: Case, label: str, records: Sequence[Record], params: dict[str, Any], order: int, seconds: float
+) -> dict[str, Any]:
     """One line of the report's attack list."""
     c = count(records)
     settled = c.sound - c.contested
@@ -140,6 +142,8 @@ def attack_entry(case: Case, label: str, records: Sequence[Record], params: dict
             "backward": sum(r.backwards for r in records),
         },
     }
+    if c.unknown:
+        entry["undecided"] = c.unknown
     if len(queries):
         entry["cost"]["queries_median"] = float(np.median(queries))
         entry["cost"]["queries_max"] = float(queries.max())

@@ -50,7 +50,7 @@ def _row_shape(task: Any) -> tuple[int, ...]:
 
 
 def _part(spec: Any) -> tuple[Any, bool]:
-    """What a spec or object stands for, and whether it is one of the registry's builders (else it is a model itself)."""
+    """What a spec or object stands for, and whether it is a builder of the registry (else it is a model itself)."""
     part = MODELS.build(spec)
     try:
         MODELS.name_of(part)
@@ -79,7 +79,9 @@ def blank(spec: Any, task: Any, seed: int) -> Any:
     return part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
 
 
-def protected(model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False) -> Victim:
+def protected(
+    model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False
+) -> Victim:
     """The protected model that names or objects ask for.
 
     A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
@@ -109,9 +111,7 @@ def protected(model: Any, defense: Any, task: Any, *, seed: int = 0, device: str
         held = zoo.load(card.name)
         if held.space.shape is None or tuple(held.space.shape) == shape:
             return Victim(held.to(device), f"zoo:{card.name}", {"card": card.name, "measured": dict(card.measured)})
-    return _trained(
-        blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part)
-    )
+    return _trained(blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part))
 
 
 def _trained_with(asked: Any, spec: str) -> bool:
@@ -133,8 +133,8 @@ def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress
     spec = DEFENSES.spec(guard)
     if data is None:
         raise NoTrainingData(
-            f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no training "
-            f"data at hand: give it some (e.g. {task.name}:root=FOLDER), or name a trained model "
+            f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
+            f"training data at hand: give it some (e.g. {task.name}:root=FOLDER), or name a trained model "
             "(--model path:FILE.safetensors)"
         )
     if not hasattr(guard, "objective"):
@@ -219,7 +219,7 @@ def train_victim(
 
 
 def _claim(folder: Path, fingerprint: str) -> None:
-    """Mark a training folder as this training's; raises StaleRun for another's, UsageError where it can't be written."""
+    """Mark a folder as this training's; raises StaleRun for another's, UsageError where it can't be written."""
     mark = folder / "training.sha256"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,9 @@ def _claim(folder: Path, fingerprint: str) -> None:
             temporary.write_text(fingerprint + "\n", encoding="utf-8")
             os.replace(temporary, mark)
     except OSError as error:
-        raise UsageError(f"the folder {folder} can't be written ({error.strerror or error}): name another --out") from error
+        raise UsageError(
+            f"the folder {folder} can't be written ({error.strerror or error}): name another --out"
+        ) from error
 
 
 def _data_digest(data: Any) -> str:

@@ -133,7 +133,7 @@ def flags_of(report):
 
 
 def test_nan_victim_is_named(digits, digits_module):
-    report = api.evaluate("pgd:steps=5", task=digits, model=NaNOffData(digits_module), threat_model=EPS, n=50)
+    report = api.evaluate("pgd:steps=5", task=digits, model=NaNOffData(digits_module).eval(), threat_model=EPS, n=50)
     assert flags_of(report).get("nonfinite_gradient") == "unreliable"
     metrics = report.to_dict()["metrics"]
     assert metrics["robust_accuracy"]["numerator"] == 0
@@ -142,13 +142,13 @@ def test_nan_victim_is_named(digits, digits_module):
 
 
 def test_zero_gradient_victim_is_named(digits, digits_module):
-    report = api.evaluate("pgd:steps=5", task=digits, model=Rounded(digits_module), threat_model=EPS, n=50)
+    report = api.evaluate("pgd:steps=5", task=digits, model=Rounded(digits_module).eval(), threat_model=EPS, n=50)
     assert flags_of(report).get("zero_gradient") == "unreliable"
 
 
 def test_random_victim_is_named(digits, digits_module):
     before = torch.random.get_rng_state()
-    report = api.evaluate("pgd:steps=5", task=digits, model=Noisy(digits_module), threat_model=EPS, n=50)
+    report = api.evaluate("pgd:steps=5", task=digits, model=Noisy(digits_module).eval(), threat_model=EPS, n=50)
     assert "randomized_output" in flags_of(report)
     assert report.to_dict()["protocol"]["n_eval_repeats"] == 10
     assert torch.equal(before, torch.random.get_rng_state())
@@ -199,7 +199,8 @@ def test_unwritable_folder(digits, digits_model, tmp_path):
 
 
 def test_refuses_what_gives_no_number(digits, digits_module):
-    x, y = digits.x[:32], digits.labels[:32]
+    first = next(iter(digits.batches(32)))
+    x, y = first.x, first.labels
     quick = {"attack": "fgsm", "threat_model": EPS}
     with pytest.raises(BadInput, match="255"):
         api.evaluate(task=(x * 255, y), model=digits_module, **quick)
@@ -279,7 +280,9 @@ def test_kill_9_and_resume_equals_uninterrupted(tmp_path):
     env = {**os.environ, "ADVKIT_CACHE": str(tmp_path / "cache")}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*command, "--out", str(whole)], check=True, env=env, capture_output=True)
-    first = subprocess.Popen([*command, "--out", str(cut)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [*command, "--out", str(cut)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     for _ in range(600):
         if (cut / "records.jsonl").exists() and (cut / "records.jsonl").stat().st_size:
             break
