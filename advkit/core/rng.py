@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _BUMPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_CACHED = 1 << 16
 Kind = Literal["uniform", "normal", "integers"]
 _KINDS: dict[Kind, int] = {"uniform": 0, "normal": 1, "integers": 2}
 _BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -112,64 +113,96 @@ class RowRng:
         digest = hashlib.sha256(f"{self._seed}|generator|{self._path}".encode()).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    def words(self, n: int, kind: Kind, device: torch.device | None = None) -> Tensor:
+    def words(self, n: int, kind: Kind) -> Tensor:
         """The first n 32-bit words of every row, int64 [B, n]."""
-        rounds = self._rounds if device is None else self.to(device)._rounds
+        return self._words(self._rounds, n, kind)
+
+    def _words(self, rounds: Tensor, n: int, kind: Kind) -> Tensor:
         rows, blocks = rounds.shape[2], -(-n // 4)
         even = torch.empty((2, rows, blocks), dtype=torch.int64, device=rounds.device)
         even[0] = torch.arange(blocks, device=rounds.device)
         even[1] = self._path & _MASK
-        # odd counter words as a [2, 1, 1] tensor, (c3, c1): the first round broadcasts them
+        # (c3, c1) as a [2, 1, 1] tensor: the first round broadcasts it
         odd = torch.tensor((self._path >> 32, _KINDS[kind]), device=rounds.device)[:, None, None]
         return philox(rounds, even, odd).reshape(rows, blocks * 4)[:, :n]
 
-    def _count(self, like: Tensor) -> int:
+    def _draw(
+        self, like: Tensor, dtype: torch.dtype, n: int, kind: Kind, convert: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Numbers shaped like `like` from n words per row; on a CPU, as many rows at a time as its cache holds."""
         if like.ndim == 0 or like.shape[0] != len(self):
             raise UsageError(
                 f"asked for random numbers of shape {tuple(like.shape)} from streams of {len(self)} rows; "
                 "expected rows first: take(rows) the streams of the rows that are left"
             )
-        return math.prod(like.shape[1:])
+        rounds = self.to(like.device)._rounds
+        values = math.prod(like.shape[1:])
+        rows = max(1, _CACHED // max(1, n)) if rounds.device.type == "cpu" else max(1, len(self))
+        if len(self) <= rows:
+            drawn = convert(self._words(rounds, n, kind))[:, :values].to(dtype)
+        else:
+            drawn = torch.empty((len(self), values), dtype=dtype, device=rounds.device)
+            for start in range(0, len(self), rows):
+                part = slice(start, start + rows)
+                drawn[part] = convert(self._words(rounds[:, :, part], n, kind))[:, :values]
+        return drawn.reshape(like.shape).to(like.device)
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1) with the shape, floating dtype and device of `like`."""
-        n = self._count(like)
+        n = math.prod(like.shape[1:])
         if like.dtype == torch.float64:
-            return self._wide(self.words(2 * n, "uniform", like.device)).reshape(like.shape).to(like.device)
+            return self._draw(like, like.dtype, 2 * n, "uniform", _double)
         bits = _BITS.get(like.dtype)
         if bits is None:
             raise UsageError(f"asked for uniform numbers of type {like.dtype}; expected a floating type")
-        words = self.words(n, "uniform", like.device)
-        return (words >> (32 - bits)).to(like.dtype).mul_(2.0**-bits).reshape(like.shape).to(like.device)
-
-    @staticmethod
-    def _wide(words: Tensor) -> Tensor:
-        high, low = words[:, 0::2] >> 5, words[:, 1::2] >> 6
-        return ((high << 26) | low).to(torch.float64).mul_(2.0**-53)
+        return self._draw(
+            like, like.dtype, n, "uniform", lambda words: (words >> (32 - bits)).to(like.dtype).mul_(2.0**-bits)
+        )
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal with the shape, floating dtype and device of `like` (beyond 6.7 sigma only in float64)."""
-        n = self._count(like)
         if not like.is_floating_point():
             raise UsageError(f"asked for normal numbers of type {like.dtype}; expected a floating type")
-        pairs = -(-n // 2)
-        if like.dtype == torch.float64:
-            uniform = self._wide(self.words(4 * pairs, "normal", like.device))
-            radius, angle = 1.0 - uniform[:, 0::2], uniform[:, 1::2]
-        else:
-            words = self.words(2 * pairs, "normal", like.device).to(torch.float64)
-            radius, angle = (words[:, 0::2] + 0.5) * 2.0**-32, words[:, 1::2] * 2.0**-32
-        # contiguous, so that every element goes through the same vector routine whatever its place in the batch
-        radius, angle = radius.contiguous(), angle.contiguous()
-        radius = radius.log_().mul_(-2.0).sqrt_()
-        angle = angle.mul_(2.0 * math.pi)
-        both = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).reshape(len(self), 2 * pairs)
-        return both[:, :n].to(like.dtype).reshape(like.shape).to(like.device)
+        precise = like.dtype == torch.float64
+        pairs = -(-math.prod(like.shape[1:]) // 2)
+        return self._draw(
+            like, like.dtype, (4 if precise else 2) * pairs, "normal", _box_muller_double if precise else _box_muller
+        )
 
     def integers(self, high: int, like: Tensor) -> Tensor:
         """Long integers in [0, high), 1 <= high < 2**31, with the shape and device of `like`."""
         if not 1 <= high < 2**31:
             raise UsageError(f"asked for integers below {high}; expected a bound from 1 to 2**31 - 1")
-        words = self.words(2 * self._count(like), "integers", like.device) * high
-        # floor(r * high / 2**64) for the 64-bit r = (first word, second word), without leaving int64
-        return ((words[:, 0::2] + (words[:, 1::2] >> 32)) >> 32).reshape(like.shape).to(like.device)
+        return self._draw(
+            like, torch.int64, 2 * math.prod(like.shape[1:]), "integers", lambda words: _scaled(words, high)
+        )
+
+
+def _double(words: Tensor) -> Tensor:
+    """53 random bits of two words each, in [0, 1)."""
+    return ((words[:, 0::2] >> 5 << 26) | (words[:, 1::2] >> 6)).to(torch.float64).mul_(2.0**-53)
+
+
+def _scaled(words: Tensor, high: int) -> Tensor:
+    """floor(r * high / 2**64) for the 64-bit r = (first word, second word), without leaving int64."""
+    product = words * high
+    return (product[:, 0::2] + (product[:, 1::2] >> 32)) >> 32
+
+
+def _box_muller(words: Tensor) -> Tensor:
+    uniform = words.to(torch.float64)
+    return _normals((uniform[:, 0::2] + 0.5) * 2.0**-32, uniform[:, 1::2] * 2.0**-32)
+
+
+def _box_muller_double(words: Tensor) -> Tensor:
+    uniform = _double(words)
+    return _normals(1.0 - uniform[:, 0::2], uniform[:, 1::2])
+
+
+def _normals(radius: Tensor, angle: Tensor) -> Tensor:
+    """Two normals of each pair of uniforms, radius in (0, 1]."""
+    # contiguous, so that every element goes through the same vector routine whatever its place in the batch
+    radius, angle = radius.contiguous(), angle.contiguous()
+    radius = radius.log_().mul_(-2.0).sqrt_()
+    angle = angle.mul_(2.0 * math.pi)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)

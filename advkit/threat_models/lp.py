@@ -28,6 +28,14 @@ UNIT = Box()
 _INSIDE = 1 + 1e-9
 """A projected point's norm may exceed eps by the round-off of a float64 sum and is still left alone the next time."""
 
+_CACHED = 1 << 16
+"""Values that a CPU core shapes at a time: a round of the solvers below takes a dozen passes over float64 copies."""
+
+
+def _time_to_look(round_: int, x: Tensor) -> bool:
+    """Whether to ask if all rows have arrived: always on a CPU, every fourth round where asking means waiting."""
+    return x.device.type == "cpu" or round_ % 4 == 3
+
 
 def wide(x: Tensor) -> torch.dtype:
     """The type that norms are summed in: float64, float32 where the device has no other."""
@@ -245,7 +253,7 @@ class Linf(NormBall):
 
     def project(self, z: Tensor, origin: Tensor) -> Tensor:
         """Clamp to the box, then to the ball. Rounding is monotone, so what is inside either is left bit for bit."""
-        return torch.clamp(self.box.clamp(z), origin - self.eps, origin + self.eps)
+        return self.box.clamp(z).clamp_(origin - self.eps, origin + self.eps)
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
         """Uniform in the ball, then clamped to the box."""
@@ -284,6 +292,13 @@ class _SumBall(NormBall):
 
     def project(self, z: Tensor, origin: Tensor) -> Tensor:
         """The nearest point of ball and box together."""
+        if origin.device.type != "cpu" or origin.numel() <= 2 * _CACHED:
+            return self._project(z, origin)
+        rows = max(1, _CACHED * len(origin) // origin.numel())
+        parts = (slice(start, start + rows) for start in range(0, len(origin), rows))
+        return torch.cat([self._project(z[part], origin[part]) for part in parts])
+
+    def _project(self, z: Tensor, origin: Tensor) -> Tensor:
         lower, upper = self._walls(origin)
         inside = torch.clamp(z, lower, upper)
         x = origin.to(wide(origin))
@@ -316,7 +331,7 @@ class _SumBall(NormBall):
         gain = torch.where(away, (near - x).abs() ** self.power - (back - x).abs() ** self.power, 0.0).flatten(1)
         cost = ((back - wanted).square() - (near - wanted).square()).flatten(1)
         excess = row_sum((near - x).abs() ** self.power) - (self.eps * (1 + 5e-6) + 5e-8) ** self.power
-        price = torch.where(gain > 0, cost / gain.clamp_min(1e-300), torch.inf)
+        price = torch.where(gain > 0, cost / gain.clamp_min(torch.finfo(gain.dtype).tiny), torch.inf)
         order = price.argsort(dim=1, stable=True)
         sorted_gain = gain.gather(1, order)
         before = sorted_gain.cumsum(1) - sorted_gain
@@ -345,14 +360,14 @@ class L2(_SumBall):
         square, limit = move.square(), room.square()
         total = self.eps**2
         t = total / row_sum(square).clamp_min(torch.finfo(move.dtype).tiny)
-        for _ in range(move.shape[1] + 1):
+        for round_ in range(move.shape[1] + 1):
             capped = t.unsqueeze(1) * square >= limit
             free = row_sum(torch.where(capped, 0.0, square))
             spent = row_sum(torch.where(capped, limit, 0.0))
             further = torch.where(outside & (free > 0), (total - spent) / free, t)
-            arrived = ~(further > t)
+            climbs = further > t
             t = torch.maximum(t, further)
-            if bool(arrived.all()):
+            if _time_to_look(round_, t) and not bool(climbs.any()):
                 break
         return torch.minimum(t.sqrt().unsqueeze(1) * move.abs(), room) * move.sign()
 
@@ -405,24 +420,23 @@ class L1(_SumBall):
         """v = sign(d) clip(|d| - t, 0, c), with t such that its sum is eps.
 
         The sum is decreasing and piecewise linear in t, neither convex nor concave: Newton's method inside a bracket,
-        with a bisection every third round. A row that has arrived stays where it is.
+        and a bisection where it would leave the bracket or did not halve the error. A row that has arrived stays where
+        it is.
         """
         size = move.abs()
+        nothing = torch.zeros_like(size[0, 0])
         low, high = torch.zeros_like(size[:, 0]), size.amax(1)
-        t, arrived = low, ~outside
+        t, arrived, last = low, ~outside, torch.full_like(low, torch.inf)
         for round_ in range(200):
             rest = size - t.unsqueeze(1)
-            spent = row_sum(torch.minimum(rest.clamp_min(0), room))
-            arrived = arrived | ((spent - self.eps).abs() <= 1e-13 * self.eps)
-            low, high = torch.where(spent > self.eps, t, low), torch.where(spent > self.eps, high, t)
-            slope = row_sum(((rest > 0) & (rest < room)).to(size.dtype))
-            newton = t + (spent - self.eps) / slope
-            middle = (low + high) / 2
-            good = (newton > low) & (newton < high) & (round_ % 3 != 2)
-            further = torch.where(good, newton, middle)
-            arrived = arrived | (further == t)
-            t = torch.where(arrived, t, further)
-            if bool(arrived.all()):
+            error = row_sum(torch.clamp(rest, nothing, room)) - self.eps
+            low, high = torch.where(error > 0, t, low), torch.where(error > 0, high, t)
+            newton = t + error / row_sum((rest > 0) & (rest < room))
+            good = (newton > low) & (newton <= high) & (error.abs() <= last / 2)
+            further = torch.where(good, newton, (low + high) / 2)
+            arrived = arrived | (error.abs() <= 1e-13 * self.eps) | (further == t)
+            t, last = torch.where(arrived, t, further), error.abs()
+            if _time_to_look(round_, t) and bool(arrived.all()):
                 break
         return torch.minimum((size - t.unsqueeze(1)).clamp_min(0), room) * move.sign()
 
