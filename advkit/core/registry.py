@@ -596,7 +596,8 @@ class Registry(Generic[T]):
 
     def summary(self, name: str) -> str:
         """What a name stands for: the first paragraph of its docstring, read without importing the module."""
-        doc = self._docstrings(name)[1]
+        module, _, attribute = self.target(name).partition(":")
+        doc = _glimpse(module, attribute) or self._docstrings(name)[1]
         return " ".join(doc.split("\n\n", 1)[0].split())
 
     def signature(self, name: str) -> Signature:
@@ -660,6 +661,28 @@ def _source(module: str) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def _glimpse(module: str, attribute: str) -> str:
+    """The docstring of a class, parsed without the rest of its file; "" where that is not enough to find it.
+
+    Listing every name parses every file otherwise, which is most of the time that `advkit list` takes.
+    """
+    path = _source(module)
+    try:
+        source = path.read_text(encoding="utf-8") if path else ""
+    except (OSError, ValueError):
+        return ""
+    start = re.search(rf"^(?:class|def) {re.escape(attribute)}\b", source, re.MULTILINE)
+    if start is None:
+        return ""
+    opening = source.find('"""', start.start())
+    closing = source.find('"""', opening + 3)
+    try:
+        node = ast.parse(source[start.start() : closing + 3]).body[0]
+    except (SyntaxError, ValueError, IndexError):
+        return ""
+    return (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef | ast.FunctionDef) else ""
 
 
 def _read_docstrings(module: str, attribute: str, hops: int = 4) -> tuple[str, str]:
