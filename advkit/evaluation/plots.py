@@ -1,0 +1,342 @@
+"""Figures for reports: accuracy against eps, classes, examples, transfer grids; drawn without pyplot's global state.
+
+Every function returns a matplotlib Figure of its own; `save` writes it. Colours are Okabe and Ito's, told apart by
+colour-blind readers and in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from advkit.core.errors import ReportError, UsageError
+from advkit.evaluation.report import Report, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+_SERIES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (PINK, "v"), (SKY, "P"))
+_INK, _FAINT, _CLEAN = "#222222", "#DDDDDD", "#BDBDBD"
+_MOST_EXAMPLES = 10
+_MOST_CELLS = 1500
+
+
+@dataclass(frozen=True)
+class Point:
+    """Robust accuracy at one radius, as fractions; low and high None without an interval."""
+
+    eps: float
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, eps: float, rate: Mapping[str, Any]) -> Point:
+        """From a report's rate; raises UsageError for a rate of no rows."""
+        if rate["value"] is None:
+            raise UsageError(f"robust accuracy at eps {eps:g} has no value (0 rows); nothing to draw")
+        ci = rate["ci"] or {}
+        return cls(eps, rate["value"], ci.get("low"), ci.get("high"))
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(colors=_INK, length=3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _plain(text: str) -> str:
+    """Text as it stands: matplotlib would set what stands between dollar signs as mathematics, or fail at it."""
+    return text.replace("$", r"\$")
+
+
+def _eps_text(eps: float) -> str:
+    whole = Fraction(eps).limit_denominator(255)
+    if 0 < eps < 1 and abs(eps * 255 - round(eps * 255)) < 1e-6 and whole.denominator > 20:
+        return f"{round(eps * 255)}/255"
+    return f"{eps:.3g}"
+
+
+def robust_accuracy_curve(
+    curves: Mapping[str, Sequence[Point]] | Sequence[Point], *, norm: str = "", title: str = ""
+) -> Figure:
+    """Robust accuracy against eps, one line per name, with its interval as a band.
+
+    curves: points of one curve, or name -> points; any order; radii in units of the model's space
+    """
+    named = {"": curves} if not isinstance(curves, Mapping) else curves
+    if not named or any(len(points) == 0 for points in named.values()):
+        raise UsageError("robust_accuracy_curve: expected at least one point per curve")
+    figure, axes = _axes(6.0, 3.8)
+    for i, (name, given) in enumerate(named.items()):
+        color, marker = _SERIES[i % len(_SERIES)]
+        points = sorted(given, key=lambda point: point.eps)
+        eps = [point.eps for point in points]
+        axes.plot(
+            eps, [point.value for point in points], color=color, marker=marker, markersize=5, label=_plain(name) or None
+        )
+        low = [point.value if point.low is None else point.low for point in points]
+        high = [point.value if point.high is None else point.high for point in points]
+        axes.fill_between(eps, low, high, color=color, alpha=0.18, linewidth=0)
+    ticks = sorted({point.eps for points in named.values() for point in points})
+    apart: list[float] = []
+    for eps_value in reversed(ticks):
+        if not apart or apart[-1] - eps_value >= 0.09 * (ticks[-1] - ticks[0]):
+            apart.append(eps_value)
+    axes.set_xticks(apart)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _eps_text(value)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_ylim(0, 1.02)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_xlabel(f"eps ({_plain(norm)})" if norm else "eps")
+    axes.set_ylabel("robust accuracy")
+    if any(named):
+        axes.legend(frameon=False)
+    if title:
+        axes.set_title(_plain(title), loc="left", fontsize=11)
+    return figure
+
+
+def per_class_bars(
+    rates: Mapping[int, Mapping[str, Mapping[str, Any]]], class_names: Sequence[str] = (), *, title: str = ""
+) -> Figure:
+    """Robust accuracy of each class inside its clean accuracy, the weakest class at the bottom.
+
+    rates: label -> {"clean": rate, "robust": rate} as `compare.per_class_rates` makes them
+    """
+    if not rates:
+        raise UsageError("per_class_bars: no class to draw; the records carry no labels")
+    order = sorted(rates, key=lambda label: (rates[label]["robust"]["value"] or 0.0, -label))
+    names = [_plain(class_names[k]) if 0 <= k < len(class_names) else str(k) for k in order]
+    figure, axes = _axes(6.4, 1.2 + 0.3 * len(order))
+    y = np.arange(len(order))
+    clean = [rates[k]["clean"]["value"] or 0.0 for k in order]
+    robust = [rates[k]["robust"]["value"] or 0.0 for k in order]
+    cis = [rates[k]["robust"]["ci"] or {"low": v, "high": v} for k, v in zip(order, robust, strict=True)]
+    axes.barh(y, clean, height=0.72, color=_CLEAN, label="clean accuracy")
+    axes.barh(y, robust, height=0.42, color=BLUE, label="robust accuracy")
+    levels = [rates[k]["robust"]["ci"]["level"] for k in order if rates[k]["robust"]["ci"]]
+    interval = f"{100 * levels[0]:g} % interval" if levels else "interval"
+    spread = [
+        [max(0.0, v - ci["low"]) for v, ci in zip(robust, cis, strict=True)],
+        [max(0.0, ci["high"] - v) for v, ci in zip(robust, cis, strict=True)],
+    ]
+    axes.errorbar(robust, y, xerr=spread, fmt="none", ecolor=_INK, elinewidth=1.1, capsize=2.5, label=interval)
+    axes.set_yticks(y, names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.set_xlim(0, 1.0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+    axes.set_xlabel("share of the class's rows")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    if title:
+        axes.set_title(_plain(title), loc="left", fontsize=11)
+    return figure
+
+
+def example_grid(
+    clean: Any,
+    adversarial: Any,
+    *,
+    clean_names: Sequence[str] = (),
+    adversarial_names: Sequence[str] = (),
+    low: float = 0.0,
+    high: float = 1.0,
+    title: str = "",
+) -> Figure:
+    """Columns of images: untouched, adversarial, and their difference amplified by the factor it names.
+
+    clean, adversarial: tensors or arrays [B, C, H, W] or [B, H, W], C 1 or 3, values in [low, high]; at most the first
+                        10 are drawn
+    clean_names, adversarial_names: the model's answer above each image; red where the two differ
+    """
+    before, after = _images(clean, low, high), _images(adversarial, low, high)
+    if before.shape != after.shape:
+        raise UsageError(f"example_grid: {before.shape} clean and {after.shape} adversarial images; expected the same")
+    before, after = before[:_MOST_EXAMPLES], after[:_MOST_EXAMPLES]
+    difference = after - before
+    size = float(np.abs(difference).max())
+    # The largest change fills half the range at most: mid grey is "unchanged".
+    factor = max(1, int(0.5 / size + 1e-4)) if size > 0 else 1
+    count = len(before)
+    figure = Figure(figsize=(max(3.2, 0.9 + 1.15 * count), 4.4), layout="constrained", facecolor="white")
+    rows = (
+        ("clean", before),
+        ("adversarial", after),
+        (f"difference\namplified x{factor}", np.clip(0.5 + factor * difference, 0, 1)),
+    )
+    grid = figure.subplots(3, count, squeeze=False)
+    for r, (name, images) in enumerate(rows):
+        for i in range(count):
+            axes = grid[r, i]
+            image = images[i]
+            axes.imshow(
+                image[..., 0] if image.shape[-1] == 1 else image,
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            if i == 0:
+                axes.set_ylabel(name, fontsize=10)
+            words = (clean_names, adversarial_names, ())[r]
+            if i < len(words):
+                turned = r == 1 and i < len(clean_names) and clean_names[i] != words[i]
+                axes.set_title(
+                    _plain(str(words[i])),
+                    fontsize=9,
+                    color=RED if turned else _INK,
+                    fontweight="bold" if turned else "normal",
+                )
+    if title:
+        figure.suptitle(_plain(title), fontsize=11, x=0.02, ha="left")
+    return figure
+
+
+def _images(batch: Any, low: float, high: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """[B, H, W, C] in [0, 1]."""
+    if hasattr(batch, "detach"):
+        batch = batch.detach().cpu().float().numpy()
+    images = np.asarray(batch, dtype=np.float64)
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise UsageError(f"example_grid: shape {images.shape}; expected images [B, C, H, W] with C 1 or 3")
+    images = (images - low) / (high - low)
+    if not np.isfinite(images).all() or images.min() < -1e-6 or images.max() > 1 + 1e-6:
+        raise UsageError(f"example_grid: values outside [{low:g}, {high:g}]; name the range with low and high")
+    return np.moveaxis(images, 1, -1)
+
+
+def transfer_heatmap(
+    accuracy: Any, sources: Sequence[str], attacks: Sequence[str], seen: Collection[str] = (), *, title: str = ""
+) -> Figure:
+    """Accuracy of the victim in each cell of a transfer grid, seen sources above the unseen, the worst cell framed.
+
+    accuracy: [S, A] fractions, NaN where a cell is missing
+    seen:     names of the sources the defender trained on
+    """
+    table = np.asarray(accuracy, dtype=np.float64)
+    if table.shape != (len(sources), len(attacks)) or table.size == 0 or not np.isfinite(table).any():
+        raise UsageError(
+            f"transfer_heatmap: a table of shape {table.shape} for {len(sources)} sources and {len(attacks)} attacks; "
+            "expected [sources, attacks] with at least one value"
+        )
+    order = sorted(range(len(sources)), key=lambda s: sources[s] not in seen)
+    table = table[order]
+    known = sum(name in seen for name in sources)
+    height = 1.9 + 0.34 * len(sources)
+    figure = Figure(figsize=(max(5.2, 3.0 + 0.75 * len(attacks)), height), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    image = axes.imshow(np.ma.masked_invalid(table), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    axes.set_facecolor("#F0F0F0")
+    if table.size <= _MOST_CELLS:
+        for (s, a), value in np.ndenumerate(table):
+            shown = "-" if np.isnan(value) else f"{100 * value:.0f}"
+            dark = np.isfinite(value) and value < 0.55
+            axes.text(a, s, shown, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    marks = ["\u25cf" if s < known else "\u25cb" for s in range(len(sources))]
+    axes.set_yticks(range(len(sources)), [f"{_plain(sources[o])} {m}" for o, m in zip(order, marks, strict=True)])
+    axes.set_xticks(range(len(attacks)), [_plain(name) for name in attacks], rotation=25, ha="right")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if 0 < known < len(sources):
+        axes.axhline(known - 0.5, color="white", linewidth=4)
+    worst = np.unravel_index(int(np.nanargmin(table)), table.shape)
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(
+        Rectangle((float(worst[1]) - 0.5, float(worst[0]) - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5)
+    )
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0, symbol=" %"), pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("accuracy of the victim")
+    axes.set_xlabel("attack")
+    axes.set_ylabel("source model")
+    note = "\u25cf seen by the defender   \u25cb unseen   red frame: strongest cell"
+    figure.supxlabel(note, fontsize=9, color="#555555")
+    if title:
+        axes.set_title(_plain(title), loc="left", fontsize=11)
+    return figure
+
+
+def curve_points(reports: Iterable[Report]) -> list[Point]:
+    """The points of a curve from reports that differ in eps; raises ReportError where one has none."""
+    points = []
+    for report in reports:
+        eps, rate = report.to_dict()["threat_model"].get("eps"), report.metrics.get("robust_accuracy")
+        if eps is None or rate is None:
+            raise ReportError(f"{report.title}: has no eps or no robust accuracy; it is no point of a curve")
+        points.append(Point.of(eps, rate))
+    return points
+
+
+def transfer_heatmap_of(report: Report) -> Figure | None:
+    """The grid of a report whose attacks name their source; None where there is none."""
+    cells = [attack for attack in report.attacks if "source" in attack["params"]]
+    sources = list(dict.fromkeys(str(cell["params"]["source"]) for cell in cells))
+    attacks = list(dict.fromkeys(cell["name"].split("@")[0] for cell in cells))
+    if len(cells) < 2:
+        return None
+    table = np.full((len(sources), len(attacks)), np.nan)
+    for cell in cells:
+        value = cell["robust_accuracy"]["value"]
+        if value is not None:
+            table[sources.index(str(cell["params"]["source"])), attacks.index(cell["name"].split("@")[0])] = value
+    if not np.isfinite(table).any():
+        return None
+    seen = {str(cell["params"]["source"]) for cell in cells if cell["params"].get("seen")}
+    return transfer_heatmap(table, sources, attacks, seen, title="Robust accuracy under transfer")
+
+
+def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
+    """Write PNG or SVG in one move; the same figure gives the same bytes. Raises ReportError when it can't."""
+    target = Path(path)
+    kind = target.suffix.lower().lstrip(".")
+    if kind not in ("png", "svg"):
+        raise UsageError(f"{target.name}: expected a name that ends in .png or .svg")
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "advkit"}):
+        metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+    write_atomic(target, buffer.getvalue())
+    return target
+
+
+def write_plots(run: str | os.PathLike[str], class_names: Sequence[str] = ()) -> list[Path]:
+    """Draw what a finished run folder supports (classes, transfer grid) into its plots/ folder."""
+    from advkit.evaluation.compare import per_class_rates, read_records, records_path
+
+    folder = Path(run)
+    report = Report.load(folder)
+    made = []
+    records = records_path(folder)
+    if records.exists():
+        rates = per_class_rates(read_records(records))
+        if 1 < len(rates) <= 100:
+            figure = per_class_bars(rates, class_names, title=f"Per class, {report.threat}")
+            made.append(save(figure, folder / "plots" / "per_class.png"))
+    grid = transfer_heatmap_of(report)
+    if grid is not None:
+        made.append(save(grid, folder / "plots" / "transfer.png"))
+    return made

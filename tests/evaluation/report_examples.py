@@ -1,0 +1,119 @@
+"""Small valid reports and their records, made from outcomes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.stats import rate
+from advkit.evaluation.store import to_line
+
+W, R, B = Outcome.WRONG, Outcome.ROBUST, Outcome.BROKEN
+
+
+def records(outcomes: Mapping[str, Sequence[Outcome]], first: int = 0, classes: int = 2) -> list[Record]:
+    """One record per attack and row; labels go round the classes."""
+    return [
+        Record(
+            id=f"row-{first + i}",
+            attack=attack,
+            outcome=outcome,
+            label=(first + i) % classes,
+            clean=(first + i + (outcome is W)) % classes,
+            adversarial=(first + i + (outcome in (W, B))) % classes,
+            reached=outcome in (W, B),
+        )
+        for attack, column in outcomes.items()
+        for i, outcome in enumerate(column)
+    ]
+
+
+def document(
+    outcomes: Mapping[str, Sequence[Outcome]], changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The report of those outcomes, as a dict; `changes` are merged into its sections."""
+    columns = list(outcomes.values())
+    n = len(columns[0])
+    right = sum(o is not W for o in columns[0])
+    kept = sum(all(c[i] is R for c in columns) for i in range(n))
+    data: dict[str, Any] = {
+        "schema_version": "1.0",
+        "kind": "evaluation",
+        "created_utc": "2026-01-02T03:04:05Z",
+        "advkit_version": "0.1.0",
+        "task": "classification",
+        "dataset": {
+            "name": "digits",
+            "version": "1",
+            "split": "test",
+            "n_total": 1000,
+            "n_evaluated": n,
+            "selection": {"kind": "first_n"},
+            "sha256": "a" * 64,
+        },
+        "model": {"name": "mlp", "architecture": "mlp:width=64", "state_sha256": "b" * 64, "n_parameters": 4810},
+        "defense": {"name": "none", "params": {}},
+        "threat_model": {
+            "name": "linf",
+            "norm": "Linf",
+            "eps": 8 / 255,
+            "eps_string": "8/255",
+            "goal": "untargeted",
+            "knowledge": "white_box",
+            "adaptive": True,
+        },
+        "protocol": {"version": "1", "aggregation": "worst_case_per_sample" if len(columns) > 1 else "single_attack"},
+        "attacks": [
+            {
+                "name": name,
+                "params": {},
+                "order": order,
+                "n_attacked": right,
+                "robust_accuracy": rate(sum(o is R for o in column), n, "all_samples"),
+                "attack_success_rate": rate(sum(o is B for o in column), right, "clean_correct"),
+                "cost": {"seconds": 1.5, "forward": 40 * right, "backward": 40 * right},
+            }
+            for order, (name, column) in enumerate(outcomes.items())
+        ],
+        "metrics": {
+            "clean_accuracy": rate(right, n, "all_samples"),
+            "robust_accuracy": rate(kept, n, "all_samples"),
+            "attack_success_rate": rate(right - kept, right, "clean_correct"),
+        },
+        "diagnostics": {"flags": []},
+        "reproducibility": {
+            "seed": 0,
+            "deterministic_algorithms": False,
+            "packages": {"torch": "2.6.0"},
+            "python": "3.11.9",
+            "platform": "Linux",
+            "device": "cpu",
+            "command": "advkit evaluate --attack pgd",
+            "config_sha256": "c" * 64,
+        },
+    }
+    for section, values in (changes or {}).items():
+        if isinstance(data.get(section), dict):
+            data[section].update(copy.deepcopy(values))
+        else:
+            data[section] = copy.deepcopy(values)
+    return data
+
+
+def run_folder(
+    folder: Path,
+    outcomes: Mapping[str, Sequence[Outcome]],
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    first: int = 0,
+    classes: int = 2,
+) -> Path:
+    """report.json and records.jsonl in a folder."""
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(document(outcomes, changes)), encoding="utf-8")
+    lines = "".join(to_line(record) + "\n" for record in records(outcomes, first, classes))
+    (folder / "records.jsonl").write_text(lines, encoding="utf-8")
+    return folder

@@ -1,0 +1,147 @@
+"""Figures show the numbers they were given and leave matplotlib as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from report_examples import B, R, W, document, run_folder
+
+from advkit.core.errors import ReportError, UsageError
+from advkit.evaluation import plots
+from advkit.evaluation.report import Report
+from advkit.evaluation.stats import rate
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def points(*counts: int) -> list[plots.Point]:
+    return [plots.Point.of(8 * i / 255, rate(k, 100, "all_samples")) for i, k in enumerate(counts)]
+
+
+def test_curve_draws_the_points_and_their_band() -> None:
+    given = points(90, 50, 10)
+    figure = plots.robust_accuracy_curve({"a$b": list(reversed(given)), "other": points(80, 60, 40)}, norm="Linf")
+    axes = figure.axes[0]
+    line = axes.lines[0]
+    np.testing.assert_allclose(line.get_xydata(), [(p.eps, p.value) for p in given])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {round(float(y), 6) for y in band[:, 1]} >= {round(p.low, 6) for p in given if p.low is not None}
+    figure.canvas.draw()
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["16/255", "8/255", "0"]
+    assert axes.get_xlabel() == "eps (Linf)"
+
+
+def test_bars_hold_each_class_with_the_weakest_at_the_bottom() -> None:
+    rates = {
+        k: {"clean": rate(9, 10, "source_class"), "robust": rate(v, 10, "source_class")}
+        for k, v in enumerate((7, 2, 5))
+    }
+    figure = plots.per_class_bars(rates, ["cat", "dog", "emu"])
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["dog", "emu", "cat"]
+    assert [round(bar.get_width(), 3) for bar in axes.patches] == [0.9, 0.9, 0.9, 0.2, 0.5, 0.7]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_amplifies_the_difference_and_says_by_how_much(channels: int) -> None:
+    x = torch.full((3, channels, 4, 4), 0.5)
+    z = x.clone()
+    z[0, :, 0, 0] += 0.1
+    z[1, :, 1, 1] -= 0.05
+    figure = plots.example_grid(x, z, clean_names=["a", "b", "c"], adversarial_names=["a", "x", "c"])
+    bottom = figure.axes[6]
+    assert "amplified x5" in bottom.get_ylabel()
+    image = np.asarray(bottom.images[0].get_array())
+    assert image[0, 0] == pytest.approx(1.0, abs=1e-6)
+    assert image[2, 2] == pytest.approx(0.5)
+    assert np.asarray(figure.axes[7].images[0].get_array())[1, 1] == pytest.approx(0.25, abs=1e-6)
+    colors = [figure.axes[3 + i].title.get_color() for i in range(3)]
+    assert colors[1] == plots.RED
+    assert colors[0] == colors[2] != plots.RED
+
+
+def test_grid_of_unchanged_images_and_other_ranges() -> None:
+    x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    figure = plots.example_grid(x, x, low=-1, high=1)
+    assert "x1" in figure.axes[2].get_ylabel()
+    with pytest.raises(UsageError, match="outside"):
+        plots.example_grid(x, x)
+    with pytest.raises(UsageError, match="expected the same"):
+        plots.example_grid(torch.rand(2, 1, 4, 4), torch.rand(1, 1, 4, 4))
+    with pytest.raises(UsageError, match="C 1 or 3"):
+        plots.example_grid(torch.rand(2, 5, 4, 4), torch.rand(2, 5, 4, 4))
+
+
+def test_heat_map_puts_seen_sources_first_and_frames_the_worst_cell() -> None:
+    table = np.array([[0.9, 0.8], [0.4, np.nan], [0.3, 0.7]])
+    figure = plots.transfer_heatmap(table, ["new", "known", "newer"], ["fgsm", "pgd"], seen=["known"])
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["known \u25cf", "new \u25cb", "newer \u25cb"]
+    assert [t.get_text() for t in axes.texts] == ["40", "-", "90", "80", "30", "70"]
+    frame = axes.patches[0]
+    assert (frame.get_x(), frame.get_y()) == (-0.5, 1.5)
+
+
+def test_heat_map_of_a_report() -> None:
+    data = document({"fgsm@a": [R, R, B, W], "pgd@a": [R, B, B, W], "fgsm@b": [R, R, R, W]})
+    for attack in data["attacks"]:
+        attack["params"] = {"source": attack["name"].split("@")[1], "seen": attack["name"].endswith("b")}
+    data["threat_model"]["knowledge"] = "transfer"
+    figure = plots.transfer_heatmap_of(Report.from_dict(data))
+    assert figure is not None
+    assert [t.get_text() for t in figure.axes[0].texts] == ["75", "-", "50", "25"]
+    assert plots.transfer_heatmap_of(Report.from_dict(document({"pgd": [R, B]}))) is None
+
+
+def test_curve_points_of_reports() -> None:
+    report = Report.from_dict(document({"pgd": [R, B, R, W]}))
+    assert plots.curve_points([report])[0].value == 0.5
+    with pytest.raises(ReportError, match="no eps"):
+        plots.curve_points([Report.from_dict(document({"pgd": [R, B]}, {"threat_model": {"eps": None}}))])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: plots.robust_accuracy_curve([]),
+        lambda: plots.robust_accuracy_curve({"a": []}),
+        lambda: plots.per_class_bars({}),
+        lambda: plots.transfer_heatmap(np.zeros((2, 2)), ["a"], ["b", "c"]),
+        lambda: plots.transfer_heatmap(np.full((1, 1), np.nan), ["a"], ["b"]),
+        lambda: plots.Point.of(0.1, rate(0, 0, "all_samples")),
+        lambda: plots.save(plots.robust_accuracy_curve(points(3)), "figure.exe"),
+    ],
+)
+def test_nothing_to_draw_is_an_error(call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError):
+        call()
+
+
+def test_save_repeats_byte_for_byte(tmp_path: Path) -> None:
+    for suffix in ("png", "svg"):
+        paths = [plots.save(plots.robust_accuracy_curve(points(9, 5)), tmp_path / f"{i}.{suffix}") for i in range(2)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert (tmp_path / "0.png").read_bytes().startswith(PNG)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReportError, match="can't be written"):
+        plots.save(plots.robust_accuracy_curve(points(9, 5)), tmp_path / "file" / "x.png")
+
+
+def test_write_plots_of_a_run(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", {"pgd": [R, B, R, W, R, B]})
+    made = plots.write_plots(run, ["zero", "one"])
+    assert [path.name for path in made] == ["per_class.png"]
+    assert made[0].read_bytes().startswith(PNG)
+
+
+def test_pyplot_is_never_touched() -> None:
+    code = (
+        "import sys; from advkit.evaluation import plots as p; "
+        "p.robust_accuracy_curve([p.Point(0.1, 0.5)]).canvas.draw(); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
