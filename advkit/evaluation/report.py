@@ -318,8 +318,11 @@ class Report:
         return rows
 
     def findings(self) -> list[tuple[str, str, str, str]]:
-        """(severity, id, message, advice) of every flag, the gravest first."""
-        return [(f["severity"], f["id"], f["message"], ADVICE.get(f["id"], "")) for f in self.flags]
+        """(severity, id, message, advice) of every flag, the gravest first; "" where the message ends with advice."""
+        return [
+            (f["severity"], f["id"], f["message"], "" if f["message"].endswith(")") else ADVICE.get(f["id"], ""))
+            for f in self.flags
+        ]
 
     def verdict(self) -> str:
         """What the number says and whether it can be believed, in a few plain sentences."""
