@@ -22,12 +22,10 @@ from advkit.models.checkpoint import load_checkpoint
 
 log = logging.getLogger("advkit")
 
-FASHION_TRAIN = 30_000
-
 
 @dataclass(frozen=True)
 class Plan:
-    """One model of the zoo."""
+    """One model of the zoo; `train` first training images of Fashion-MNIST."""
 
     name: str
     task: str
@@ -35,12 +33,13 @@ class Plan:
     defense: str = "none"
     recipe: str = ""
     seed: int = 0
+    train: int = 20_000
     role: str = "victim"
     group: str = "normal"
     seen: bool = False
 
 
-def fashion(name: str, model: str, defense: str = "none", epochs: int = 10, **more: object) -> Plan:
+def fashion(name: str, model: str, defense: str = "none", epochs: int = 6, **more: object) -> Plan:
     return Plan(f"fashion-mnist-{name}", "fashion-mnist", model, defense, f"epochs={epochs},schedule=cosine", **more)  # type: ignore[arg-type]
 
 
@@ -49,17 +48,27 @@ def digits(name: str, model: str, defense: str = "none", epochs: int = 60, **mor
 
 
 PLANS = [
-    fashion("public-cnn", "cnn", seed=101, role="public", seen=True),
-    fashion("public-mlp", "mlp", seed=102, role="public", seen=True),
-    fashion("public-cnn-at", "cnn", "pgd_at:eps=0.1,steps=4", seed=103, role="public", group="linf", seen=True),
-    fashion("public-cnn5", "cnn:kernel=5", seed=201, role="public"),
-    fashion("public-mlp-b", "mlp", seed=202, role="public"),
+    fashion("public-cnn", "cnn", epochs=10, train=30_000, seed=101, role="public", seen=True),
+    fashion("public-mlp", "mlp", epochs=10, train=30_000, seed=102, role="public", seen=True),
+    fashion(
+        "public-cnn-at",
+        "cnn",
+        "pgd_at:eps=0.1,steps=4",
+        epochs=10,
+        train=30_000,
+        seed=103,
+        role="public",
+        group="linf",
+        seen=True,
+    ),
+    fashion("public-cnn5", "cnn:kernel=5", epochs=10, seed=201, role="public"),
+    fashion("public-mlp-b", "mlp", epochs=10, seed=202, role="public"),
     fashion("public-cnn5-at", "cnn:kernel=5", "pgd_at:eps=0.1,steps=4", seed=203, role="public", group="linf"),
     fashion("public-mlp-at", "mlp", "pgd_at:eps=0.1,steps=4", seed=204, role="public", group="linf"),
-    fashion("cnn", "cnn"),
-    fashion("cnn-pubdef", "cnn", "pubdef:eps=0.1"),
-    fashion("cnn-pgd_at", "cnn", "pgd_at:eps=0.1,steps=7", group="linf"),
-    fashion("cnn-trades", "cnn", "trades:eps=0.1,steps=7", group="linf"),
+    fashion("cnn", "cnn", epochs=10),
+    fashion("cnn-pubdef", "cnn", "pubdef:eps=0.1,copies=2", epochs=10),
+    fashion("cnn-pgd_at", "cnn", "pgd_at:eps=0.1,steps=5", epochs=8, group="linf"),
+    fashion("cnn-trades", "cnn", "trades:eps=0.1,steps=5", epochs=8, group="linf"),
     digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
     digits("public-cnn", "cnn", seed=102, role="public", seen=True),
     digits(
@@ -77,7 +86,7 @@ PLANS = [
 
 
 def task_spec(plan: Plan, root: str) -> str:
-    return f"fashion-mnist:root={root},train={FASHION_TRAIN}" if plan.task == "fashion-mnist" else plan.task
+    return f"fashion-mnist:root={root},train={plan.train}" if plan.task == "fashion-mnist" else plan.task
 
 
 def make(plan: Plan, root: str, work: Path) -> None:
@@ -103,7 +112,7 @@ def make(plan: Plan, root: str, work: Path) -> None:
         "seen_by": ("pubdef",) if plan.seen else (),
         "command": f"python scripts/make_zoo.py --root FOLDER {plan.name}",
         "notes": f"recipe {plan.recipe}"
-        + (f"; first {FASHION_TRAIN} training images" if plan.task == "fashion-mnist" else ""),
+        + (f"; first {plan.train} training images" if plan.task == "fashion-mnist" else ""),
     }
     zoo.publish(model, described)
     report = evaluate("pgd:steps=40,step_size=0.1", task=plan.task, model=f"zoo:{plan.name}", beside=False)
