@@ -1,0 +1,274 @@
+"""Models of other packages: timm, torchvision, and factories in the user's own code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advkit.core.errors import BadModel, UnknownName, UsageError
+from advkit.core.protocols import Rng
+from advkit.core.spaces import Box
+from advkit.models.checkpoint import fill_from_file
+from advkit.models.torch import TorchModel, as_model, seeded
+
+
+def _space(space: Any, shape: tuple[int, ...]) -> Any:
+    return Box(0.0, 1.0, tuple(shape)) if space is None else space
+
+
+def _probed(module: nn.Module, shape: tuple[int, ...], classes: int, name: str, hint: str) -> None:
+    """Ask the module about one row of zeros: does it take this shape and answer this many logits?"""
+    try:
+        with torch.no_grad():
+            answer = module(torch.zeros(1, *shape))
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadModel(f"{name} does not take rows of shape {list(shape)} ({first}); {hint}") from error
+    if not isinstance(answer, Tensor) or answer.dim() != 2:
+        seen = f"a tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise BadModel(f"{name} answers {seen}; expected logits of shape [rows, classes]")
+    if answer.shape[1] != classes:
+        raise BadModel(f"{name} answers {answer.shape[1]} classes, this task has {classes}; {hint}")
+
+
+def _unknown(name: str, names: Iterable[str], package: str) -> UnknownName:
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return UnknownName(
+        f"{package} knows no model {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+    )
+
+
+def _unreachable(name: str, error: BaseException) -> UsageError:
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return UsageError(
+        f"the weights of {name} can't be fetched ({type(error).__name__}: {first}); connect to the network once, or "
+        f"fetch the file yourself and say {name},checkpoint=FILE, or {name},pretrained=false for random weights"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timm:
+    """A model of the timm package by name, normalised inside as its data configuration says.
+
+    name:       such as resnet18 or vit_tiny_patch16_224.augreg_in21k_ft_in1k
+    pretrained: fetch the package's weights; its classes must then be the task's
+    checkpoint: .safetensors, .pt or .pth of this architecture with the task's classes, instead of fetching
+    sha256:     of the checkpoint; checked before it is opened
+    """
+
+    name: str
+    pretrained: bool = True
+    checkpoint: str = ""
+    sha256: str = ""
+
+    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> TorchModel:
+        import timm
+        from timm.data.config import resolve_model_data_config
+
+        from advkit.models import MODELS
+
+        shape = tuple(shape)
+        spec = f"timm:{self.name}"
+        if not timm.is_model(self.name.partition(".")[0]):
+            raise _unknown(self.name, timm.list_models(), "timm")
+        if len(shape) != 3:
+            raise BadModel(f"{spec} takes images of shape [C, H, W], this task's rows are {list(shape)}")
+        fetch = self.pretrained and not self.checkpoint
+
+        def build() -> nn.Module:
+            made: nn.Module
+            if fetch:
+                made = timm.create_model(self.name, pretrained=True)
+            else:
+                made = timm.create_model(self.name, pretrained=False, num_classes=classes, in_chans=shape[0])
+            return made
+
+        try:
+            module = seeded(build, rng).eval()
+        except Exception as error:  # hub clients raise whatever their transport raises
+            if not fetch:
+                raise BadModel(f"{spec} can't be built: {error}") from error
+            raise _unreachable(spec, error) from error
+        if self.checkpoint:
+            fill_from_file(module, self.checkpoint, self.sha256, spec)
+        config: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
+        size = "x".join(str(length) for length in config["input_size"])
+        hint = f"it was made for {size} and {getattr(module, 'num_classes', '?')} classes" + (
+            "; pretrained=false gives it the task's channels and classes" if fetch else ""
+        )
+        _probed(module, shape, classes, spec, hint)
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        if len(mean) not in (1, shape[0]):
+            mean, std = (), ()  # colour statistics say nothing about other channels
+        details = getattr(module, "pretrained_cfg", None) or {}
+        return TorchModel(
+            module,
+            _space(space, shape),
+            classes,
+            mean,
+            std,
+            name=spec,
+            source=str(details.get("hf_hub_id") or details.get("url") or "timm") if fetch else "timm architecture",
+            license=str(details.get("license") or "") if fetch else "",
+            architecture=MODELS.spec(replace(self, pretrained=False, checkpoint="", sha256="")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchVision:
+    """A classification model of torchvision by name, with the normalisation of its default weights inside.
+
+    name:       such as resnet18 or vit_b_16
+    pretrained: fetch the package's default weights (1,000 ImageNet classes)
+    checkpoint: .safetensors, .pt or .pth of this architecture with the task's classes, instead of fetching
+    sha256:     of the checkpoint; checked before it is opened
+    """
+
+    name: str
+    pretrained: bool = True
+    checkpoint: str = ""
+    sha256: str = ""
+
+    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> TorchModel:
+        import torchvision.models
+
+        from advkit.models import MODELS
+
+        shape = tuple(shape)
+        spec = f"torchvision:{self.name}"
+        names = torchvision.models.list_models(module=torchvision.models)
+        if self.name not in names:
+            raise _unknown(self.name, names, "torchvision")
+        fetch = self.pretrained and not self.checkpoint
+        weights = torchvision.models.get_model_weights(self.name).DEFAULT
+        # the published weights have a thousand classes; anything else would fail on the last layer
+        outputs = len(weights.meta["categories"]) if fetch else classes
+        module = seeded(lambda: torchvision.models.get_model(self.name, weights=None, num_classes=outputs), rng).eval()
+        if fetch:
+            try:
+                state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            except Exception as error:  # whatever the transport raises
+                raise _unreachable(spec, error) from error
+            module.load_state_dict(state, strict=True)
+        elif self.checkpoint:
+            fill_from_file(module, self.checkpoint, self.sha256, spec)
+        transform = weights.transforms()
+        hint = f"it was made for 3x{transform.crop_size[0]}x{transform.crop_size[0]} images" + (
+            f" and {outputs} classes" if fetch else ""
+        )
+        _probed(module, shape, classes, spec, hint)
+        return TorchModel(
+            module,
+            _space(space, shape),
+            classes,
+            tuple(transform.mean),
+            tuple(transform.std),
+            name=spec,
+            source=weights.url if fetch else "torchvision architecture",
+            license="",  # weights carry the licence of the data that they were trained on
+            architecture=MODELS.spec(replace(self, pretrained=False, checkpoint="", sha256="")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonFactory:
+    """A model from the user's own code: `python:module:factory` imports the module and calls the factory.
+
+    target:     module:factory; the module may lie in the working directory. The factory gets `shape` (of one row) and
+                `classes` where it has parameters of these names, and returns a torch module, an advkit model or a
+                function from rows to logits. A torch module is put into evaluation mode
+    mean, std:  normalisation of a torch module, per channel; empty: rows enter as they are
+    checkpoint: .safetensors, .pt or .pth for a torch module
+    sha256:     of the checkpoint; checked before it is opened
+    """
+
+    target: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    checkpoint: str = ""
+    sha256: str = ""
+
+    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> Any:
+        from advkit.models import MODELS
+
+        shape = tuple(shape)
+        spec = f"python:{self.target}"
+        factory = self._factory()
+        wanted = inspect.signature(factory).parameters
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in wanted.values())
+        given = {key: value for key, value in (("shape", shape), ("classes", classes)) if takes_any or key in wanted}
+        made: list[Any] = []
+
+        def build() -> nn.Module:
+            made.append(factory(**given))
+            return made[0] if isinstance(made[0], nn.Module) else nn.Identity()
+
+        try:
+            seeded(build, rng)
+        except TypeError as error:
+            raise BadModel(f"{spec} can't be called with {', '.join(given) or 'no arguments'}: {error}") from error
+        thing = made[0]
+        if not isinstance(thing, nn.Module):
+            if self.checkpoint or self.mean or self.std:
+                raise BadModel(f"{spec} returns no torch module: checkpoint, mean and std do not apply to it")
+            model: Any = as_model(thing)
+            for attribute, value in (("space", _space(space, shape)), ("classes", classes)):
+                if callable(thing) and not hasattr(thing, "describe"):
+                    setattr(model, attribute, value)
+            return model
+        if self.checkpoint:
+            fill_from_file(thing, self.checkpoint, self.sha256, spec)
+        thing.eval()
+        _probed(thing.cpu(), shape, classes, spec, "let the factory use its parameters shape and classes")
+        return TorchModel(
+            thing,
+            _space(space, shape),
+            classes,
+            self.mean,
+            self.std,
+            name=spec,
+            source="python factory",
+            architecture=MODELS.spec(replace(self, mean=(), std=(), checkpoint="", sha256="")),
+        )
+
+    def _factory(self) -> Any:
+        name, colon, attribute = self.target.partition(":")
+        if not colon or not name or not attribute:
+            raise UsageError(f"python:{self.target} is incomplete; expected python:module:factory")
+        found: Any = _import(name)
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise UnknownName(f"{name} has no {attribute!r}; expected a function or class that returns a model")
+            found = getattr(found, part)
+        if not callable(found):
+            raise BadModel(f"python:{self.target} is a {type(found).__name__}; expected a function or class")
+        return found
+
+
+def _import(name: str) -> ModuleType:
+    """A module by name, the working directory searched last; sys.path is given back as it was."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UnknownName(f"there is no Python module {name!r}, neither installed nor in {here}") from error
+        raise UsageError(f"{name} does not import: {error}; install what it needs") from error
+    except (ImportError, SyntaxError) as error:
+        raise UsageError(f"{name} does not import: {error}") from error
+    finally:
+        if added:
+            sys.path.remove(here)

@@ -1,0 +1,350 @@
+"""PyTorch models as the harness sees them: normalising happens inside, the weights have one hash."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from advkit.core.errors import BadModel, UnknownName
+from advkit.core.protocols import Model, ModelInfo, Rng
+from advkit.core.spaces import Box
+
+BIG_ENDIAN: bool = sys.byteorder == "big"
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+def tensors_sha256(tensors: NamedTensors) -> str:
+    """sha256 over the tensors sorted by name, each as name, dtype, shape and raw little-endian bytes.
+
+    Independent of device, memory layout and listing order.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+        row = dense.cpu().contiguous().reshape(-1)
+        raw = row.view(torch.uint8).numpy().tobytes()
+        if BIG_ENDIAN:
+            raw = np.frombuffer(raw, np.dtype(f"u{row.element_size()}")).byteswap().tobytes()
+        shape = ",".join(str(length) for length in tensor.shape)
+        digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{shape}|".encode())
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, also those that are tied or kept out of the state dict."""
+    tensors: dict[str, Tensor] = {}
+    listed = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    for name, tensor in chain(*listed):
+        if is_lazy(tensor):
+            raise BadModel(f"{name!r} has no shape yet (a lazy layer); run one batch through the model first")
+        tensors[name] = tensor
+    return tensors
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """The device of the first parameter or buffer; None where the module holds none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return None
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A device with its index said: "cuda" is the current one."""
+    index: int | None = device.index  # torch's stubs deny the None
+    if index is None:
+        index = torch.cuda.current_device() if device.type == "cuda" else 0
+    return torch.device(device.type, index)
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and _indexed(one) == _indexed(other)
+
+
+class TorchModel:
+    """A torch module that speaks the attacker's space and answers logits [B, classes].
+
+    module:       takes normalised rows; its mode, weights and flags are never changed here
+    space:        legal inputs, before normalising (default: the box [0, 1])
+    classes:      number of logits; None where unknown
+    mean, std:    per channel (dimension 1) or one for all: the module gets (x - mean) / std; empty: x
+    name:         for reports
+    source:       where the weights come from
+    license:      of the weights
+    architecture: spec that builds the module again ("cnn:width=16"); empty where unknown
+
+    Raises BadModel where mean and std do not fit each other or a std is not positive.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        space: Any = None,
+        classes: int | None = None,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        name: str = "",
+        source: str = "",
+        license: str = "",
+        *,
+        architecture: str = "",
+    ) -> None:
+        if not isinstance(cast(object, module), nn.Module):
+            raise BadModel(f"a torch module was expected, got {type(module).__name__}; wrap functions with as_model")
+        if len(mean) != len(std):
+            raise BadModel(f"mean has {len(mean)} values and std {len(std)}; give both, one per channel or one for all")
+        if any(not value > 0 for value in std):
+            raise BadModel(f"std must be positive, got {tuple(std)}")
+        self.module = module
+        self.space = Box() if space is None else space
+        self.classes = classes
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+        self.name = name or type(module).__name__
+        self.source = source
+        self.license = license
+        self.architecture = architecture
+        self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
+
+    def __repr__(self) -> str:
+        return f"TorchModel({self.name}, classes={self.classes}, space={self.space})"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of rows in `space`; half-precision answers come back as float32."""
+        if self.mean:
+            mean, std = self._normalisation(x)
+            x = (x - mean) / std
+        dtype = self.dtype
+        if dtype is not None and x.is_floating_point() and x.dtype != dtype:
+            x = x.to(dtype)
+        answer: Tensor = self.module(x)
+        if isinstance(answer, Tensor) and answer.dtype in (torch.float16, torch.bfloat16):
+            answer = answer.float()
+        return answer
+
+    def _normalisation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        key = (x.device, x.dtype, x.dim())
+        if key not in self._constants:
+            shape = (1, len(self.mean)) + (1,) * max(0, x.dim() - 2)
+            # outside inference mode: a constant born inside it could not be saved for a later backward pass
+            with torch.inference_mode(False):
+                self._constants[key] = (
+                    torch.tensor(self.mean, device=x.device, dtype=x.dtype).reshape(shape),
+                    torch.tensor(self.std, device=x.device, dtype=x.dtype).reshape(shape),
+                )
+        return self._constants[key]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating type the module computes in; None where it has no floating parameter."""
+        for parameter in self.module.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.module) or torch.device("cpu")
+
+    def attacker_view(self) -> TorchModel:
+        """Itself: what it computes is what an attacker differentiates."""
+        return self
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.module,)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, and the normalisation, since it changes every answer."""
+        tensors = named_tensors(self.module)
+        if self.mean:
+            tensors["preprocessing.mean"] = torch.tensor(self.mean, dtype=torch.float64)
+            tensors["preprocessing.std"] = torch.tensor(self.std, dtype=torch.float64)
+        return tensors
+
+    def state_sha256(self) -> str:
+        return tensors_sha256(self.state().items())
+
+    def describe(self) -> ModelInfo:
+        return ModelInfo(
+            name=self.name,
+            architecture=self.architecture or type(self.module).__name__,
+            state_sha256=self.state_sha256(),
+            n_parameters=sum(parameter.numel() for parameter in self.module.parameters()),
+            classes=self.classes,
+            source=self.source,
+            license=self.license,
+        )
+
+    def with_module(self, module: nn.Module) -> TorchModel:
+        """The same description around another module."""
+        return TorchModel(
+            module,
+            self.space,
+            self.classes,
+            self.mean,
+            self.std,
+            self.name,
+            self.source,
+            self.license,
+            architecture=self.architecture,
+        )
+
+    def copy(self) -> TorchModel:
+        """A model with its own weights."""
+        try:
+            return self.with_module(copy.deepcopy(self.module))
+        except RuntimeError as error:
+            raise BadModel(f"{self.name} can't be copied ({error}); give it leaf tensors only") from error
+
+    def to(self, device: torch.device | str) -> TorchModel:
+        """Itself where its weights are there already, else a copy there: the caller's module stays where it is."""
+        target = torch.device(device)
+        if all(same_device(tensor.device, target) for tensor in named_tensors(self.module).values()):
+            return self
+        moved = self.copy()
+        moved.module.to(target)
+        return moved
+
+
+class FunctionModel:
+    """A bare callable as a model: rows in, logits out, nothing known of what is inside.
+
+    function: tensor [B, ...] -> logits [B, classes]
+    identity: what its hash is made of. Empty: a fresh one per object, so that a run of an unnamed function is never
+              taken for the run of another
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        space: Any = None,
+        classes: int | None = None,
+        name: str = "",
+        identity: str = "",
+    ) -> None:
+        self.function = function
+        self.space = Box() if space is None else space
+        self.classes = classes
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.identity = identity or uuid.uuid4().hex
+
+    def __repr__(self) -> str:
+        return f"FunctionModel({self.name}, classes={self.classes}, space={self.space})"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def attacker_view(self) -> FunctionModel:
+        return self
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        return ()
+
+    def describe(self) -> ModelInfo:
+        return ModelInfo(
+            name=self.name,
+            architecture="function",
+            state_sha256=hashlib.sha256(f"function|{self.identity}".encode()).hexdigest(),
+            n_parameters=0,
+            classes=self.classes,
+            source="python callable",
+        )
+
+    def to(self, device: torch.device | str) -> FunctionModel:
+        """Itself: a function runs where its author put it."""
+        return self
+
+
+def is_model(thing: object) -> bool:
+    """Whether an object has every member of protocols.Model."""
+    return not isinstance(thing, type) and all(
+        hasattr(thing, member) for member in ("space", "__call__", "attacker_view", "modules", "describe", "to")
+    )
+
+
+def as_model(thing: Any, task: Any = None) -> Model[Any, Any]:
+    """A model from a model, a torch module or a bare callable; the task says the space and the number of classes.
+
+    A module or callable is taken to accept rows as the task hands them out; one that wants normalised rows goes into
+    `TorchModel(module, mean=..., std=...)`. Raises BadModel for anything else.
+    """
+    space = getattr(task, "space", None)
+    classes = getattr(task, "classes", None)
+    if isinstance(thing, nn.Module):
+        return TorchModel(thing, space=space, classes=classes)
+    if is_model(thing):
+        return cast("Model[Any, Any]", thing)
+    if callable(thing) and not isinstance(thing, type):
+        return FunctionModel(thing, space=space, classes=classes)
+    raise BadModel(
+        f"a model, a torch module or a function from rows to logits was expected, got {type(thing).__name__}"
+        + (" (a class: call it first)" if isinstance(thing, type) else "")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(ABC):
+    """What builds an untrained model for rows of a shape.
+
+    mean, std: normalisation inside the model, per channel; empty: rows enter as they are
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @abstractmethod
+    def network(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        """The module, its weights drawn from torch's global generator."""
+
+    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> TorchModel:
+        """An untrained model in evaluation mode, on the CPU; shape is one row's, space by default the box [0, 1]."""
+        from advkit.models import MODELS
+
+        shape = tuple(int(length) for length in shape)
+        if not shape or any(length < 1 for length in shape):
+            raise BadModel(f"{type(self).__name__} needs the shape of one row, such as (3, 32, 32); got {shape}")
+        if classes < 1:
+            raise BadModel(f"{type(self).__name__} needs at least one class, got {classes}")
+        network = seeded(lambda: self.network(shape, classes), rng).eval()
+        try:
+            spec = MODELS.spec(self)
+        except UnknownName:  # an architecture of the user's own, passed as an object
+            spec = ""
+        return TorchModel(
+            network,
+            Box(0.0, 1.0, shape) if space is None else space,
+            classes,
+            self.mean,
+            self.std,
+            name=spec or type(self).__name__,
+            source="trained from random weights",
+            architecture=spec,
+        )
+
+
+def image_shape(shape: tuple[int, ...], owner: str) -> tuple[int, int, int]:
+    """(channels, height, width), or BadModel where rows are no images."""
+    if len(shape) != 3:
+        raise BadModel(f"{owner} takes images of shape [C, H, W], got rows of shape {list(shape)}; use mlp")
+    channels, height, width = shape
+    return channels, height, width
+
+
+def seeded(build: Callable[[], nn.Module], rng: Rng) -> nn.Module:
+    """A module built on the CPU with weights drawn from rng; the global generators are given back as they were."""
+    seed = int(torch.randint(2**62, (), generator=rng.generator("cpu")))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator's too
+        return build()

@@ -1,0 +1,199 @@
+"""Classification tasks: rows in a fixed order, with ids and a hash of every byte; bad data is refused at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import abstractmethod
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import BadInput, UsageError
+from advkit.core.protocols import Batch, Data, TaskDefaults
+from advkit.core.spaces import Box
+
+DATA_VARIABLE = "ADVKIT_DATA"
+
+
+def data_folder(root: str, name: str) -> Path | None:
+    """The folder that holds a data set: the one the user names, else ADVKIT_DATA/name where that exists, else None.
+
+    Raises UsageError where the user names a folder that does not exist.
+    """
+    if root:
+        folder = Path(root).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {root}; root= names the folder that holds the {name} files")
+        return folder
+    default = os.environ.get(DATA_VARIABLE, "")
+    folder = Path(default).expanduser() / name
+    return folder if default and folder.is_dir() else None
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The little-endian bytes of a tensor in row-major order."""
+    array = tensor.detach().cpu().contiguous().numpy()
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def check_rows(x: Tensor, y: Tensor, classes: int, space: Any, name: str) -> None:
+    """BadInput unless there is one label in range per row and every row is finite and in the space."""
+    if len(x) != len(y):
+        raise BadInput(f"{name}: {len(x)} rows and {len(y)} labels; expected one label per row")
+    if len(x) == 0:
+        raise BadInput(f"{name} has no rows")
+    if y.dim() != 1 or y.is_floating_point() or y.is_complex():
+        raise BadInput(f"{name}: labels of shape {list(y.shape)}, type {y.dtype}; expected whole numbers, one per row")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise BadInput(
+            f"{name}: labels from {low} to {high} with {classes} classes; expected 0 to {classes - 1}"
+            + (": subtract one from every label" if low == 1 and high == classes else "")
+        )
+    complaint = space.complaint(x)
+    if complaint is not None:
+        raise BadInput(f"{name}: {complaint}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A checked set of rows: x [N, ...] float, y long [N], ids of the same length."""
+
+    x: Tensor
+    y: Tensor
+    ids: tuple[str, ...]
+
+
+class ClassificationTask:
+    """What every labelled task shares; a subclass says `rows` or, where rows do not fit in memory, `fetch`.
+
+    The goal of a batch is Untargeted. Batches of any size and any `skip` hand out the same rows under the same ids.
+    """
+
+    name: str
+    version: str = "1"
+    split: str
+    classes: int
+    defaults: TaskDefaults
+
+    @property
+    @abstractmethod
+    def space(self) -> Box:
+        """Legal inputs."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> tuple[str, ...]:
+        """One per row, in order."""
+
+    @abstractmethod
+    def fetch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x and y of these rows."""
+
+    @abstractmethod
+    def training(self) -> Data | None:
+        """The training set, or None where there is none at hand."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 of the rows, labels and ids."""
+
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one row."""
+        shape = self.space.shape
+        return tuple(self.fetch([0])[0].shape[1:]) if shape is None else tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(self, size: int, skip: Container[str] = (), n: int | None = None) -> Iterator[Batch]:
+        """The first n rows (all by default) in order, without those in skip."""
+        from advkit.threat_models.goals.untargeted import Untargeted
+
+        if size < 1:
+            raise UsageError(f"a batch holds at least one row, got size={size}")
+        if n is not None and not 1 <= n <= len(self):
+            raise UsageError(f"{self.name} has {len(self)} rows in its {self.split} split, n={n} were asked for")
+        ids = self.ids
+        wanted = [row for row in range(len(ids) if n is None else n) if ids[row] not in skip]
+        for start in range(0, len(wanted), size):
+            rows = wanted[start : start + size]
+            x, y = self.fetch(rows)
+            yield Batch(ids=tuple(ids[row] for row in rows), x=x, goal=Untargeted(labels=y), labels=y)
+
+
+class ArrayTask(ClassificationTask):
+    """A task over x, y and ids in memory; a subclass says `load` and, where it has one, `load_training`."""
+
+    @abstractmethod
+    def load(self) -> Rows:
+        """The rows of this split; called once."""
+
+    def load_training(self) -> tuple[Tensor, Tensor] | None:
+        """x and y of the training set; called once."""
+        return None
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows, loaded and checked at first use."""
+        rows = self.load()
+        check_rows(rows.x, rows.y, self.classes, self.space, self.name)
+        if len(rows.ids) != len(rows.y) or len(set(rows.ids)) != len(rows.ids):
+            raise BadInput(f"{self.name}: {len(rows.ids)} ids for {len(rows.y)} rows; expected one each, all different")
+        return rows
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return self.rows.ids
+
+    def fetch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(list(rows), dtype=torch.long)
+        return self.rows.x[index], self.rows.y[index]
+
+    @cached_property
+    def _training(self) -> Data | None:
+        found = self.load_training()
+        if found is None:
+            return None
+        x, y = found
+        check_rows(x, y, self.classes, self.space, f"{self.name} training set")
+        return Data(x=x, y=y, space=self.space, classes=self.classes, name=f"{self.name}/train")
+
+    def training(self) -> Data | None:
+        return self._training
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        digest.update(raw_bytes(self.rows.x))
+        digest.update(raw_bytes(self.rows.y))
+        digest.update("\n".join(self.rows.ids).encode())
+        return digest.hexdigest()
+
+    def digest(self) -> str:
+        """sha256 over x bytes, then y bytes, then the ids joined by newlines."""
+        return self._digest
+
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(str(label) for label in range(self.classes))
+
+
+def row_ids(name: str, split: str, n: int) -> tuple[str, ...]:
+    """name/split/00017: the place in the file, five digits or more."""
+    return tuple(f"{name}/{split}/{row:05d}" for row in range(n))
+
+
+def by_hash(keys: Sequence[str]) -> list[int]:
+    """A fixed shuffle: the order of the sha256 of each key, the same with every library and on every machine."""
+    return sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())

@@ -1,0 +1,57 @@
+"""Handwritten digits of 8x8 pixels (Alpaydin & Kaynak, 1998, UCI), as scikit-learn ships them: no download at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from advkit.core.protocols import TaskDefaults
+from advkit.core.spaces import Box
+from advkit.tasks.base import ArrayTask, Rows, by_hash
+
+TRAIN = 1_437
+
+
+@cache
+def _shuffled() -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """x in [0, 1], y and each row's place in scikit-learn's file, in the order of the hashes of these places."""
+    from sklearn.datasets import load_digits
+
+    held = load_digits()
+    order = by_hash([f"digits/{row}" for row in range(len(held.target))])
+    x = torch.from_numpy(held.images[order]).float().unsqueeze(1) / 16
+    return x, torch.from_numpy(held.target[order]).long(), tuple(order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(ArrayTask):
+    """Handwritten digits: ten classes, 8x8 grey images with 17 levels; 1,437 to train on and 360 to test.
+
+    split: "test" or "train"
+
+    The file is grouped by writer, so rows are shuffled: in the order of sha256("digits/PLACE"), the first 1,437 train.
+    An id names the row's place in scikit-learn's file.
+    """
+
+    split: Literal["test", "train"] = "test"
+
+    name = "digits"
+    classes = 10
+    defaults = TaskDefaults(model="mlp:hidden=64", threat_model="linf:eps=0.2")
+
+    @property
+    def space(self) -> Box:
+        return Box(0.0, 1.0, (1, 8, 8))
+
+    def load(self) -> Rows:
+        x, y, places = _shuffled()
+        part = slice(None, TRAIN) if self.split == "train" else slice(TRAIN, None)
+        return Rows(x[part], y[part], tuple(f"digits/{self.split}/{place:05d}" for place in places[part]))
+
+    def load_training(self) -> tuple[Tensor, Tensor]:
+        x, y, _ = _shuffled()
+        return x[:TRAIN], y[:TRAIN]

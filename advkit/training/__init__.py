@@ -1,0 +1,1 @@
+"""One visible training loop; defenses supply a loss and never a loop."""

@@ -1,0 +1,592 @@
+"""The one training loop: a defense brings an Objective, a Recipe says how, `fit` trains a copy and can be killed.
+
+What a run depends on is data, model, recipe, objective and rng. All randomness is derived from rng by epoch and row,
+and the checkpoint after every epoch holds everything else that lives on, so a run that was killed and started again
+ends with the same bits (on the same device and library versions).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advkit.core.errors import BadInput, BadModel, CheckpointError, StaleRun, UsageError
+from advkit.core.protocols import Data, Rng
+from advkit.core.rng import RowRng
+from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
+from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
+from advkit.training.augment import AUGMENTATIONS
+
+log = logging.getLogger("advkit")
+
+CHECKPOINT = "training.safetensors"
+FORMAT = "advkit-training-1"
+RESIDENT = 4 * 2**30
+"""Bytes of training rows that are kept on an accelerator as a whole; larger sets travel batch by batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train: everything but the loss.
+
+    epochs:       passes over the training rows
+    batch_size:   rows per step; a last batch of a single row joins the one before
+    optimizer:    "adam" or "sgd"
+    lr:           peak learning rate
+    momentum:     of sgd
+    weight_decay: L2 coefficient on weights with two axes or more; biases and normalisation parameters are spared
+    schedule:     "none"; "cosine" to zero; "onecycle": linearly up from zero, and down again from half time; "steps": a
+                  tenth at half time, a hundredth at three quarters
+    ema:          decay of the averaged weights that are scored and returned, such as 0.999; 0 for none. At step t the
+                  decay is at most (1 + t) / (10 + t), so that random initial weights are forgotten
+    amp:          the loss under bfloat16 autocast (no gradient scaling needed)
+    augment:      "none", or "crop-flip" for images
+    validation:   fraction of the rows, the first ones of the file, kept for scoring; 0 for none
+    select:       "best" weights on the validation rows, or "last"
+    select_every: epochs between scorings; the last epoch is always scored
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 2e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["none", "cosine", "onecycle", "steps"] = "none"
+    ema: float = 0.0
+    amp: bool = False
+    augment: Literal["none", "crop-flip"] = "none"
+    validation: float = 0.1
+    select: Literal["best", "last"] = "best"
+    select_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "select_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}; expected at least 1")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UsageError(f"lr={self.lr}; expected a positive number")
+        if self.weight_decay < 0:
+            raise UsageError(f"weight_decay={self.weight_decay}; expected 0 or more")
+        for name in ("momentum", "ema", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}; expected a number in [0, 1)")
+        for name, known in (
+            ("optimizer", ("adam", "sgd")),
+            ("schedule", ("none", "cosine", "onecycle", "steps")),
+            ("augment", tuple(AUGMENTATIONS)),
+            ("select", ("best", "last")),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(known)}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of optimiser step `step` of `steps`, counted from 0."""
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        if self.schedule == "onecycle":
+            return self.lr * (1 - abs(2 * (step + 0.5) / steps - 1))
+        if self.schedule == "steps":
+            return self.lr * (1.0 if 2 * step < steps else 0.1 if 4 * step < 3 * steps else 0.01)
+        return self.lr
+
+
+def correct(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Float [B]: 1 where the model's largest logit is the label's."""
+    with torch.no_grad():
+        answer: Tensor = model(x)
+    return (answer.argmax(dim=1) == y).float()
+
+
+class Objective:
+    """The loss of a training run, with whatever state it keeps; the base class is plain cross-entropy.
+
+    A defense makes a fresh one for every run. Rows are given by their place in the training data, validation rows
+    included, as a long tensor on the device of x; rng holds one stream per row of the batch.
+    """
+
+    def prepare(self, model: TorchModel, data: Data, rng: Rng) -> None:
+        """Called once before the first epoch with the initial weights, and again when a run is resumed.
+
+        Must be deterministic: what it makes is not stored, only what `state` returns.
+        """
+
+    def loss(self, model: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        """The scalar to descend on a batch of augmented clean rows; the model's module is in training mode."""
+        return F.cross_entropy(model(x), y)
+
+    def stepped(self, model: TorchModel) -> None:
+        """Called after every optimiser step: the place to take back a perturbation of the weights."""
+
+    def score(self, model: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        """Float or bool [B], larger is better, on validation rows; the module is in evaluation mode.
+
+        The streams are the same at every scoring.
+        """
+        return correct(model, x, y)
+
+    def state(self) -> dict[str, Tensor]:
+        """What must survive an interruption, as tensors by name."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` returned."""
+
+    def fingerprint(self) -> str:
+        """Tells runs with other settings apart: the class and the dataclasses it holds as attributes."""
+        settings = {
+            # addresses differ from process to process and say nothing
+            name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+            for name, value in vars(self).items()
+            if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        }
+        return f"{type(self).__module__}.{type(self).__qualname__}{sorted(settings.items())}"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the log.
+
+    epoch:   from 1
+    loss:    mean over the epoch's rows
+    score:   mean of the objective's score over the validation rows, NaN where it was not measured
+    clean:   accuracy on the validation rows as they are, NaN likewise
+    seconds: training and scoring
+    lr:      learning rate of the last step
+    """
+
+    epoch: int
+    loss: float
+    score: float
+    clean: float
+    seconds: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came out of a run.
+
+    model:      the selected weights, in evaluation mode
+    last:       the weights after the last epoch
+    log:        one entry per epoch
+    best_epoch: the epoch whose weights `model` holds
+    """
+
+    model: TorchModel
+    last: TorchModel
+    log: tuple[Epoch, ...]
+    best_epoch: int
+
+    @property
+    def best(self) -> Epoch:
+        """The log entry of the selected weights."""
+        return self.log[self.best_epoch - 1]
+
+
+def validation_rows(n: int, fraction: float) -> int:
+    """How many rows, the first ones, are kept for scoring: at least one where the fraction is positive."""
+    return 0 if fraction == 0 else max(1, int(n * fraction))
+
+
+def fit(
+    model: TorchModel,
+    data: Data,
+    objective: Objective,
+    recipe: Recipe,
+    rng: Rng,
+    *,
+    device: torch.device | str | None = None,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Train a copy of the model; the caller's keeps its weights, mode, gradients and device.
+
+    device:   where to train (default: where the model is)
+    out:      folder of the run. Its checkpoint is replaced after every epoch and taken up again by the next call
+    progress: show a bar where standard error is a terminal
+
+    Raises BadInput for data outside the model's space or labels out of range, BadModel for a model that can't be
+    trained, StaleRun where `out` holds another run, UsageError where the loss becomes NaN or infinite.
+    """
+    if not isinstance(model, TorchModel):
+        raise BadModel(f"only torch models are trained here, got {type(model).__name__}")
+    held = validation_rows(len(data), recipe.validation)
+    _check(model, data, held)
+    place = model.device if device is None else torch.device(device)
+    run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held)
+    with _own_randomness(place):
+        return run.play(progress)
+
+
+def _check(model: TorchModel, data: Data, held: int) -> None:
+    if len(data) - held < 1:
+        raise BadInput(f"{len(data)} training rows leave none to train on after {held} for validation")
+    if len(data.x) != len(data.y):
+        raise BadInput(f"{len(data.x)} training rows and {len(data.y)} labels; expected one label per row")
+    if int(data.y.min()) < 0 or int(data.y.max()) >= data.classes:
+        raise BadInput(
+            f"training labels from {int(data.y.min())} to {int(data.y.max())}; expected 0 to {data.classes - 1}"
+        )
+    if model.classes is not None and model.classes < data.classes:
+        raise BadModel(f"the model answers {model.classes} classes, the training data has {data.classes}")
+    complaint = model.space.complaint(data.x)
+    if complaint is not None:
+        raise BadInput(f"training data: {complaint}")
+    if not any(parameter.requires_grad for parameter in model.module.parameters()):
+        raise BadModel(f"{model.name} has no parameter that requires a gradient; nothing can be trained")
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """torch's generators and cuDNN's flags are given back as they were: dropout must not move the caller's draws."""
+    cudnn = torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = flags
+
+
+def _seed(generator: torch.Generator, device: torch.device) -> None:
+    """Seed torch's generator on the host and on the device in use, and no other."""
+    seed = generator.initial_seed()
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+class _Run:
+    """One call of fit: the working copy, the optimiser, the averaged and the best weights, the log."""
+
+    def __init__(
+        self,
+        model: TorchModel,
+        data: Data,
+        objective: Objective,
+        recipe: Recipe,
+        rng: Rng,
+        device: torch.device,
+        out: Path | None,
+        held: int,
+    ) -> None:
+        self.data, self.objective, self.recipe, self.rng = data, objective, recipe, rng
+        self.device, self.out, self.held = device, out, held
+        self.initial = model.state_sha256() if out is not None else ""
+        self.model = model.copy()
+        self.model.module.to(device)
+        self.average = self.model.copy() if recipe.ema else None
+        self.optimizer = _optimizer(self.model.module, recipe)
+        whole = data.x.numel() * data.x.element_size() <= RESIDENT
+        self.x = data.x.to(device) if whole else data.x
+        self.y = data.y.to(device) if whole else data.y
+        seed = rng.at("rows").generator().initial_seed()
+        self.streams = RowRng.from_ids(seed, [str(row) for row in range(len(data))], device)
+        self.log: list[Epoch] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_epoch = 0
+        self.best_score = -math.inf
+
+    @property
+    def scored(self) -> TorchModel:
+        """The weights that are scored and returned."""
+        return self.model if self.average is None else self.average
+
+    def play(self, progress: bool) -> Fit:
+        recipe = self.recipe
+        saved = self._saved()
+        if saved is None or saved[1]["epochs"] < recipe.epochs:
+            _seed(self.rng.at("torch", "prepare").generator(), self.device)
+            self.model.module.eval()
+            self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
+        if saved is not None:
+            self._restore(*saved)
+        with _bar(progress, recipe.epochs, self._batches_per_epoch()) as bar:
+            bar.start(len(self.log))
+            for epoch in range(len(self.log) + 1, recipe.epochs + 1):
+                self._epoch(epoch, bar)
+                self._save()
+        last = self.scored.copy()
+        last.module.eval()
+        best = last
+        if self.best is not None and self.best_epoch != recipe.epochs:
+            best = last.copy()
+            _fill(best.module, self.best)
+        for one in (last, best):
+            one.source = f"trained on {self.data.name}" if self.data.name else "trained by advkit"
+        return Fit(best, last, tuple(self.log), self.best_epoch)
+
+    def _batches(self, epoch: int) -> list[Tensor]:
+        generator = self.rng.at("shuffle", epoch).generator()
+        order = torch.randperm(len(self.data) - self.held, generator=generator) + self.held
+        batches = list(torch.split(order, self.recipe.batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # batch normalisation has no statistics of a single row
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
+    def _batches_per_epoch(self) -> int:
+        rows, size = len(self.data) - self.held, self.recipe.batch_size
+        whole, rest = divmod(rows, size)
+        return max(1, whole + (rest > 1 or (rest == 1 and whole == 0)))
+
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and the rows themselves, on the device."""
+        index = rows.to(self.x.device)
+        return self.x[index].to(self.device), self.y[index].to(self.device), rows.to(self.device)
+
+    def _epoch(self, epoch: int, bar: _Bar) -> None:
+        started = time.perf_counter()
+        recipe, module = self.recipe, self.model.module
+        _seed(self.rng.at("torch", epoch).generator(), self.device)
+        streams = self.streams.at("epoch", epoch)
+        augment = AUGMENTATIONS[recipe.augment]
+        batches = self._batches(epoch)
+        steps = recipe.epochs * len(batches)
+        total = torch.zeros((), device=self.device)
+        rate = recipe.lr
+        for number, chosen in enumerate(batches):
+            step = (epoch - 1) * len(batches) + number
+            rate = recipe.lr_at(step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            x, y, rows = self._rows(chosen)
+            own = streams.take(rows)
+            if augment is not None:
+                x = augment(x, own.at("augment"))
+            module.train()
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
+                loss = self.objective.loss(self.model, x, y, rows, own.at("objective"))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.objective.stepped(self.model)
+            if self.average is not None:
+                _average(self.average.module, module, min(recipe.ema, (1 + step) / (10 + step)))
+            total += loss.detach() * len(rows)
+            bar.advance()
+        mean = float(total) / (len(self.data) - self.held)
+        if not math.isfinite(mean):
+            raise UsageError(
+                f"training diverged: the mean loss of epoch {epoch} is {mean} at learning rate {rate:.3g}; lower lr"
+            )
+        score, clean = math.nan, math.nan
+        if self.held and (epoch % recipe.select_every == 0 or epoch == recipe.epochs):
+            score, clean = self._score()
+            if not math.isfinite(score):
+                raise UsageError(f"the validation score of epoch {epoch} is {score}; expected finite scores")
+        self.log.append(Epoch(epoch, mean, score, clean, time.perf_counter() - started, rate))
+        self._select(epoch, score)
+        bar.report(self.log[-1])
+        log.debug("epoch %d: loss %.4f, score %.4f, clean %.4f", epoch, mean, score, clean)
+
+    def _select(self, epoch: int, score: float) -> None:
+        if self.recipe.select == "last" or not self.held:
+            self.best_epoch = epoch
+        elif score > self.best_score:
+            self.best_score, self.best_epoch = score, epoch
+            state = named_tensors(self.scored.module)
+            self.best = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def _score(self) -> tuple[float, float]:
+        """Mean score and clean accuracy over the validation rows."""
+        model, objective = self.scored, self.objective
+        model.module.eval()
+        streams = self.streams.at("validation")
+        plain = type(objective).score is Objective.score
+        scores, cleans = [], []
+        for chosen in torch.split(torch.arange(self.held), max(256, self.recipe.batch_size)):
+            x, y, rows = self._rows(chosen)
+            scores.append(objective.score(model, x, y, rows, streams.take(rows)).detach().float().cpu())
+            cleans.append(scores[-1] if plain else correct(model, x, y).cpu())
+        return float(torch.cat(scores).double().mean()), float(torch.cat(cleans).double().mean())
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for part in (
+            FORMAT,
+            repr(self.recipe),
+            self.initial,
+            self.objective.fingerprint(),
+            str(self.rng.at("fingerprint").generator().initial_seed()),
+            tensors_sha256([("x", self.data.x), ("y", self.data.y)]),
+        ):
+            digest.update(hashlib.sha256(part.encode()).digest())
+        return digest.hexdigest()
+
+    def _saved(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and progress of an earlier call, or None; StaleRun where the folder is another run's."""
+        if self.out is None:
+            return None
+        self.mark = self._fingerprint()
+        path = self.out / CHECKPOINT
+        for unfinished in path.parent.glob(f".{CHECKPOINT}.*"):
+            unfinished.unlink(missing_ok=True)  # left by a process that was killed while writing
+        if not path.exists():
+            return None
+        tensors, metadata = unpack(read_checked(path), path)
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is no training checkpoint; choose another folder for this run")
+        if metadata.get("fingerprint") != self.mark:
+            raise StaleRun(
+                f"{self.out} holds the training of another model, data set, recipe, objective or seed; choose another "
+                "folder, or remove it"
+            )
+        if metadata.get("seal") != _seal(tensors, metadata.get("progress", "")):
+            raise CheckpointError(f"{path} is damaged; remove it and train again")
+        return tensors, json.loads(metadata["progress"])
+
+    def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = tensor
+        _fill(self.model.module, groups["model"])
+        if self.average is not None:
+            _fill(self.average.module, groups["average"])
+        _load_optimizer(self.optimizer, groups.get("optimizer", {}))
+        best = groups.get("best")
+        self.best = None if best is None else {name: tensor.to(self.device) for name, tensor in best.items()}
+        self.best_epoch = int(progress["best_epoch"])
+        self.best_score = -math.inf if progress["best_score"] is None else float(progress["best_score"])
+        self.log = [_entry(each) for each in progress["log"]]
+        self.objective.load({name: tensor.to(self.device) for name, tensor in groups.get("objective", {}).items()})
+        log.info("training goes on after epoch %d of %d", len(self.log), self.recipe.epochs)
+
+    def _save(self) -> None:
+        if self.out is None:
+            return
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "model": named_tensors(self.model.module),
+            "average": named_tensors(self.average.module) if self.average is not None else {},
+            "best": self.best or {},
+            "optimizer": _optimizer_tensors(self.optimizer),
+            "objective": self.objective.state(),
+        }
+        tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
+        entries = [
+            {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(epoch).items()}
+            for epoch in self.log
+        ]
+        progress = canonical_json(
+            {
+                "epochs": len(self.log),
+                "best_epoch": self.best_epoch,
+                "best_score": self.best_score if math.isfinite(self.best_score) else None,
+                "log": entries,
+            }
+        )
+        metadata = {"format": FORMAT, "fingerprint": self.mark, "progress": progress, "seal": _seal(tensors, progress)}
+        write_atomically(self.out / CHECKPOINT, pack(tensors, metadata))
+        write_atomically(self.out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
+
+
+def _entry(written: Mapping[str, Any]) -> Epoch:
+    """JSON has no NaN: what was not measured is null there."""
+    values: dict[str, Any] = {key: math.nan if value is None else value for key, value in written.items()}
+    return Epoch(**values)
+
+
+def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:
+    return hashlib.sha256(f"{tensors_sha256(tensors.items())}|{progress}".encode()).hexdigest()
+
+
+def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    live = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in live if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in live if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.Adam(groups, lr=recipe.lr)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of every parameter as place/key; hyper-parameters come from the recipe."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{place}/{key}": value
+        for place, values in state.items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        place, _, key = name.partition("/")
+        state.setdefault(int(place), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    wanted = named_tensors(module)
+    if set(wanted) != set(tensors):
+        raise CheckpointError("the training checkpoint's weights are not this model's; remove it and train again")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            wanted[name].copy_(tensor)
+
+
+def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * module; buffers (running statistics, counters) are copied."""
+    with torch.no_grad():
+        for mean, parameter in zip(average.parameters(), module.parameters(), strict=True):
+            mean.lerp_(parameter, 1 - decay)
+        for held, buffer in zip(average.buffers(), module.buffers(), strict=True):
+            held.copy_(buffer)
+
+
+class _Bar:
+    """The progress bar, or nothing where nobody looks."""
+
+    def __init__(self, shown: Any, task: Any, per_epoch: int) -> None:
+        self.shown, self.task, self.per_epoch = shown, task, per_epoch
+
+    def start(self, epochs: int) -> None:
+        if self.shown is not None:
+            self.shown.update(self.task, completed=epochs * self.per_epoch)
+
+    def advance(self) -> None:
+        if self.shown is not None:
+            self.shown.advance(self.task)
+
+    def report(self, entry: Epoch) -> None:
+        if self.shown is not None:
+            measured = "" if math.isnan(entry.score) else f", validation {entry.score:.3f}"
+            self.shown.update(self.task, description=f"epoch {entry.epoch}: loss {entry.loss:.3f}{measured}")
+
+
+@contextmanager
+def _bar(progress: bool, epochs: int, per_epoch: int) -> Iterator[_Bar]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not progress or not console.is_terminal:
+        yield _Bar(None, None, per_epoch)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        yield _Bar(shown, shown.add_task("training", total=epochs * per_epoch), per_epoch)
