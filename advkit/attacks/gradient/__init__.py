@@ -1,0 +1,1 @@
+"""Attacks that descend the oracle's gradient."""

@@ -1,0 +1,1 @@
+"""Attacks that only ask for answers."""

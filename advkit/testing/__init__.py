@@ -1,0 +1,53 @@
+"""The public contract kit: analytic victims, laws, and one check per kind of part.
+
+`check_attack(attack)`, `check_threat_model(threat)` and `check_defense(defense)` raise AssertionError at the first law
+that is broken, naming it; ATTACK_LAWS, THREAT_LAWS and DEFENSE_LAWS hold the laws one by one.
+"""
+
+from __future__ import annotations
+
+from advkit.testing.attack_laws import ATTACK_LAWS, Subject, check_attack, check_law, subjects
+from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, protect_twice, stripes
+from advkit.testing.play import BALLS, RADII, Played, accepts, play, shortened
+from advkit.testing.threat_laws import THREAT_LAWS, check_threat_law, check_threat_model
+from advkit.testing.victims import (
+    Leaver,
+    Linear,
+    Quadratic,
+    exhaustive,
+    linear,
+    nan_off,
+    network,
+    noisy,
+    quantised,
+)
+
+__all__ = [
+    "ATTACK_LAWS",
+    "BALLS",
+    "DEFENSE_LAWS",
+    "RADII",
+    "THREAT_LAWS",
+    "Leaver",
+    "Linear",
+    "Played",
+    "Quadratic",
+    "Subject",
+    "accepts",
+    "check_attack",
+    "check_defense",
+    "check_law",
+    "check_threat_law",
+    "check_threat_model",
+    "exhaustive",
+    "linear",
+    "nan_off",
+    "network",
+    "noisy",
+    "play",
+    "protect_twice",
+    "quantised",
+    "shortened",
+    "stripes",
+    "subjects",
+]

@@ -1,0 +1,507 @@
+"""What every attack owes its users, one function per law; each raises AssertionError with the law's name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advkit.core.errors import AccessDenied
+from advkit.core.oracle import Lanes
+from advkit.core.protocols import Access
+from advkit.core.rng import RowRng
+from advkit.core.spaces import Box
+from advkit.testing.play import BALLS, RADII, BallMaker, accepts, fields_of, names, play, require, shortened
+from advkit.testing.victims import (
+    Quadratic,
+    exhaustive,
+    linear,
+    nan_off,
+    network,
+    quantised,
+    uniform,
+)
+from advkit.threat_models.goals.diverge import Diverge
+from advkit.threat_models.goals.targeted import Targeted
+from advkit.threat_models.goals.untargeted import Untargeted
+
+WIDE = Box(-1000.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An attack in one kind of ball.
+
+    attack: shortened for tiny victims
+    norm:   key of BALLS
+    ball:   makes one from eps and box
+    """
+
+    attack: Any
+    norm: str
+    ball: BallMaker
+
+    @property
+    def eps(self) -> float:
+        return RADII[self.norm]
+
+    @property
+    def iterates(self) -> bool:
+        """Whether it spends more effort when told to."""
+        return bool({"steps", "queries"} & fields_of(self.attack))
+
+    def at(self, eps: float | None = None, box: Box | None = None) -> Any:
+        return self.ball(eps=self.eps if eps is None else eps, box=Box() if box is None else box)
+
+
+def labels_of(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        decisions: Tensor = model(x).argmax(1)
+    return decisions
+
+
+def _on_network(subject: Subject, rows: int = 12, **settings: Any) -> tuple[Any, Tensor, Untargeted, Any]:
+    model = network()
+    x = uniform(1, rows, 2, 6, 6)
+    scale = {"linf": 0.3, "l2": 1.0, "l1": 4.0, "l0": 3.0}[subject.norm]
+    return model, x, Untargeted(labels_of(model, x)), subject.at(subject.eps * scale if subject.norm != "l0" else 3)
+
+
+def _differ(z: Tensor, x: Tensor) -> Tensor:
+    return (z != x).flatten(1).any(1)
+
+
+def stays_admitted(subject: Subject) -> None:
+    """Every returned row is finite, in the box and within eps, also where the origin sits in a corner of the box."""
+    model = network()
+    x = uniform(2, 16, 2, 6, 6)
+    x[::2] = x[::2].round()
+    goal = Untargeted(labels_of(model, x))
+    for eps in (subject.eps, 3 * subject.eps):
+        ball = subject.at(eps)
+        z = play(subject.attack, model, x, goal, ball).z
+        require(z.shape == x.shape and z.dtype == x.dtype and not z.requires_grad, "shape, type or graph changed")
+        require(bool(ball.admits(z, x).all()), f"rows {(~ball.admits(z, x)).nonzero().flatten().tolist()} are outside")
+
+
+def one_step_moves(subject: Subject) -> None:
+    """One step is enough to leave the origin and, where nothing is drawn, to lower the margin of a linear victim."""
+    attack = subject.attack
+    attack = replace(
+        attack, **{n: v for n, v in (("steps", 1), ("queries", 60), ("restarts", 1)) if n in fields_of(attack)}
+    )
+    if "start" in fields_of(attack):
+        attack = replace(attack, start="origin")
+    victim = linear(space=WIDE)
+    x = uniform(4, 12, 8)
+    goal = Untargeted(labels_of(victim, x))
+    drawn: list[str] = []
+    rng = _Spy(RowRng.from_ids(0, names(len(x))), drawn)
+    played = play(attack, victim, x, goal, subject.at(box=WIDE), rng=rng)
+    require(bool(_differ(played.z, x).all()), "some rows were returned untouched")
+    if drawn:
+        return
+    with torch.no_grad():
+        before = goal.margin(victim(x))
+    require(bool((played.margin < before).all()), "the step did not lower the margin")
+
+
+def zero_eps_is_identity(subject: Subject) -> None:
+    """A ball of radius 0 gives back the origin, bit by bit."""
+    model, x, goal, _ = _on_network(subject)
+    z = play(subject.attack, model, x, goal, subject.at(0)).z
+    require(torch.equal(z, x), "rows moved in a ball of radius 0")
+
+
+def more_restarts_never_help(subject: Subject) -> None:
+    """What one restart breaks, three break too, and their loss is no higher."""
+    if "restarts" not in fields_of(subject.attack):
+        return
+    model, x, goal, ball = _on_network(subject, 24)
+    one = play(replace(subject.attack, restarts=1), model, x, goal, ball)
+    three = play(replace(subject.attack, restarts=3), model, x, goal, ball)
+    require(not bool((one.reached & ~three.reached).any()), "more restarts lost rows that fewer had broken")
+
+
+def more_effort_never_helps(subject: Subject) -> None:
+    """What few steps or queries break, more break too (on a linear victim: schedules may scale with the effort)."""
+    for name, few, many in (("steps", 3, 12), ("queries", 40, 160)):
+        if name not in fields_of(subject.attack):
+            continue
+        victim = linear()
+        x = uniform(5, 24, 8)
+        goal = Untargeted(labels_of(victim, x))
+        less = play(replace(subject.attack, **{name: few}), victim, x, goal, subject.at())
+        more = play(replace(subject.attack, **{name: many}), victim, x, goal, subject.at())
+        require(not bool((less.reached & ~more.reached).any()), f"{many} {name} lost rows that {few} had broken")
+
+
+def more_eps_never_helps(subject: Subject) -> None:
+    """What a small ball holds, larger ones hold too (on a linear victim inside its box)."""
+    victim = linear()
+    x = uniform(6, 24, 8)
+    goal = Untargeted(labels_of(victim, x))
+    before = torch.zeros(24, dtype=torch.bool)
+    for eps in (1, 2, 4) if subject.norm == "l0" else (subject.eps / 3, subject.eps, 3 * subject.eps):
+        reached = play(subject.attack, victim, x, goal, subject.at(eps)).reached
+        require(not bool((before & ~reached).any()), f"eps {eps} lost rows that a smaller eps had broken")
+        before = reached
+    require(bool(before.any()), "the largest ball broke no row")
+
+
+def closed_form(subject: Subject) -> None:
+    """Robust accuracy on linear victims is the closed form for all eps (slack 2 %; without gradients 30 %)."""
+    slack = 0.02 if subject.attack.needs >= Access.GRADIENTS else 0.3
+    for seed in (0, 1):
+        if subject.norm == "l0":
+            victim, radii = linear(seed=seed), (1.0, 2.0, 4.0)
+        else:
+            victim, radii = linear(seed=seed, space=WIDE), (0.4, 1.0, 1.6)
+        x = uniform(10 + seed, 24, 8)
+        labels = labels_of(victim, x)
+        exact = victim.distance_l0(x, labels) if subject.norm == "l0" else victim.distance(x, labels, subject.norm)
+        for factor in radii:
+            eps = factor if subject.norm == "l0" else factor * float(exact.median())
+            reached = play(subject.attack, victim, x, Untargeted(labels), subject.at(eps, victim.space)).reached
+            breakable = exact <= eps
+            if subject.norm == "l0":
+                clear = torch.ones_like(breakable)
+            else:
+                clear = (exact / eps - 1).abs() > slack
+                require(
+                    not bool((reached & (exact > eps * 1.0001)).any()), f"eps {eps:.3g}: rows broken beyond the ball"
+                )
+            wrong = ((breakable != reached) & clear).nonzero().flatten().tolist()
+            require(not wrong, f"eps {eps:.4g}: rows {wrong} at distances {exact[wrong].tolist()} are misjudged")
+
+
+def agrees_with_exhaustive_search(subject: Subject) -> None:
+    """On a curved 2-D victim an attack that iterates breaks what a fine grid over the ball breaks, and nothing more."""
+    victim = Quadratic(torch.tensor([0.45, 0.55]), 0.3)
+    x = uniform(8, 30, 2)
+    goal = Untargeted(labels_of(victim, x))
+    ball = subject.at(1 if subject.norm == "l0" else {"linf": 0.12, "l2": 0.14, "l1": 0.16}[subject.norm])
+    lowest = exhaustive(victim, goal, ball, x)
+    played = play(subject.attack, victim, x, goal, ball)
+    # Between grid points the margin falls by at most its slope times half the grid's gap.
+    gap = 2 * (ball.eps if subject.norm != "l0" else 1) / 100
+    require(not bool((played.reached & (lowest > 2 * gap)).any()), "rows were broken that no grid point breaks")
+    if subject.iterates:
+        needed = 0.15 if subject.attack.needs < Access.GRADIENTS or subject.norm == "l0" else 0.02
+        missed = ((lowest < -needed * lowest.abs().max()) & ~played.reached).nonzero().flatten().tolist()
+        require(not missed, f"rows {missed} survive, a grid breaks them with margins {lowest[missed].tolist()}")
+
+
+def batch_of_one(subject: Subject) -> None:
+    """A batch of one gives the row what it gets in company, bit by bit; so do other batch sizes and orders."""
+    model, x, goal, ball = _on_network(subject, 21)
+    ids = names(21)
+    whole = play(subject.attack, model, x, goal, ball, ids=ids)
+
+    def same(rows: Tensor) -> None:
+        part = play(subject.attack, model, x[rows], goal.take(rows), ball, ids=[ids[i] for i in rows.tolist()])
+        require(torch.equal(part.z, whole.z[rows]), f"rows {rows.tolist()[:5]}... differ by batch")
+        require(torch.equal(part.meter.forwards, whole.meter.forwards[rows]), "the number of answers differs by batch")
+
+    same(torch.tensor([4]))
+    same(torch.arange(7))
+    same(torch.randperm(21, generator=torch.Generator().manual_seed(0)))
+
+
+def all_wrong_batch(subject: Subject) -> None:
+    """Rows that are wrong untouched are no trouble, alone or all together."""
+    model, x, goal, ball = _on_network(subject)
+    wrong = Untargeted((goal.labels + 1) % 3)
+    z = play(subject.attack, model, x, wrong, ball).z
+    require(
+        z.shape == x.shape and bool(ball.admits(z, x).all()), "rows of an all-wrong batch came back outside the ball"
+    )
+
+
+def one_survivor(subject: Subject) -> None:
+    """The one row that does not fall gets what it gets alone, though the rest leave the batch."""
+    victim = linear()
+    x = uniform(9, 9, 8)
+    labels = labels_of(victim, x)
+    robust = int(victim.distance(x, labels, "linf").argmax())
+    labels = torch.where(torch.arange(9) == robust, labels, 1 - labels)
+    ball = subject.at(1 if subject.norm == "l0" else subject.eps / 20)
+    whole = play(subject.attack, victim, x, Untargeted(labels), ball)
+    alone = torch.tensor([robust])
+    part = play(subject.attack, victim, x[alone], Untargeted(labels[alone]), ball, ids=[names(9)[robust]])
+    require(torch.equal(part.z, whole.z[alone]), "the survivor's result depends on the rows that fell")
+
+
+def same_seed_same_bits(subject: Subject) -> None:
+    """The same seed repeats every bit; another seed asks other questions, if the attack draws at all."""
+    model, x, goal, ball = _on_network(subject)
+    asked: list[Tensor] = []
+    drawn: list[str] = []
+
+    def listening(z: Tensor) -> Tensor:
+        asked.append(z.detach().clone())
+        answer: Tensor = model(z)
+        return answer
+
+    def run(seed: int) -> tuple[Tensor, Tensor]:
+        asked.clear()
+        rng = _Spy(RowRng.from_ids(seed, names(len(x))), drawn)
+        z = play(subject.attack, listening, x, goal, ball, rng=rng, lanes=Lanes(64, 1)).z
+        return z, torch.cat(asked)
+
+    first, again, other = run(0), run(0), run(1)
+    require(all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "the same seed gave other bits")
+    if drawn:
+        differs = first[1].shape != other[1].shape or not torch.equal(first[1], other[1])
+        require(differs, "another seed asked the same questions")
+
+
+class _Spy:
+    """Streams that note what is drawn."""
+
+    def __init__(self, rng: Any, drawn: list[str]) -> None:
+        self.rng, self.drawn = rng, drawn
+
+    def at(self, *path: object) -> _Spy:
+        return _Spy(self.rng.at(*path), self.drawn)
+
+    def take(self, rows: Tensor) -> _Spy:
+        return _Spy(self.rng.take(rows), self.drawn)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        self.drawn.append("uniform")
+        drawn: Tensor = self.rng.uniform(like)
+        return drawn
+
+    def normal(self, like: Tensor) -> Tensor:
+        self.drawn.append("normal")
+        drawn: Tensor = self.rng.normal(like)
+        return drawn
+
+    def integers(self, high: int, like: Tensor) -> Tensor:
+        self.drawn.append("integers")
+        drawn: Tensor = self.rng.integers(high, like)
+        return drawn
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        self.drawn.append("generator")
+        generator: torch.Generator = self.rng.generator(device)
+        return generator
+
+
+def leaves_no_trace(subject: Subject) -> None:
+    """Model, caller's tensors, global randomness and global flags are as they were, bit by bit."""
+    model, x, goal, ball = _on_network(subject)
+    model.module.register_forward_hook(lambda module, inputs, answer: None)
+    before = _snapshot(model.module), _globals()
+    inputs = x.clone(), goal.labels.clone()
+    play(subject.attack, model, x, goal, ball)
+    after = _snapshot(model.module), _globals()
+    require(before[0] == after[0], "weights, gradients, buffers, modes, hooks or flags of the model changed")
+    require(before[1] == after[1], "global random state or flags changed")
+    require(torch.equal(x, inputs[0]) and torch.equal(goal.labels, inputs[1]), "the caller's tensors changed")
+    require(not x.requires_grad and x.grad is None, "the caller's tensors were made to require gradients")
+
+
+def _snapshot(module: torch.nn.Module) -> list[object]:
+    state: list[object] = [(n, t.detach().numpy().tobytes()) for n, t in module.state_dict().items()]
+    for name, parameter in module.named_parameters():
+        gradient = None if parameter.grad is None else parameter.grad.numpy().tobytes()
+        state.append((name, parameter.requires_grad, gradient))
+    for name, part in module.named_modules():
+        hooks = [len(getattr(part, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        state.append((name, part.training, hooks))
+    return state
+
+
+def _globals() -> list[object]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the legacy state is what must not change
+    return [
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        (kind, np.asarray(keys).tobytes(), rest),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    ]
+
+
+def metered_is_counted(subject: Subject) -> None:
+    """The meter's forwards are the rows that really went through the model, its backwards those that came back."""
+    model, x, goal, ball = _on_network(subject)
+    through = {"forward": 0, "backward": 0}
+
+    def counting(z: Tensor) -> Tensor:
+        through["forward"] += len(z)
+        answer: Tensor = model(z)
+        return _counting_backwards(answer, through) if answer.requires_grad else answer
+
+    meter = play(subject.attack, counting, x, goal, ball, lanes=Lanes(chunk=5, multiple=1)).meter
+    through["forward"] -= len(x)  # the kit's own question about the returned rows
+    require(int(meter.forwards.sum()) == through["forward"], f"metered {int(meter.forwards.sum())}, counted {through}")
+    require(
+        int(meter.backwards.sum()) == through["backward"], f"metered {int(meter.backwards.sum())}, counted {through}"
+    )
+    require(bool((meter.queries == meter.forwards).all()), "answers asked for are not the forwards")
+
+
+def _counting_backwards(answer: Tensor, through: dict[str, int]) -> Tensor:
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value.view_as(value)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            through["backward"] += len(gradients[0])
+            return gradients[0]
+
+    counted: Tensor = Counted.apply(answer)
+    return counted
+
+
+def every_goal_accepted(subject: Subject) -> None:
+    """Untargeted, targeted and diverging goals all work; a target within reach is reached."""
+    model, x, goal, ball = _on_network(subject)
+    with torch.no_grad():
+        reference = model(x)
+    for other in (Targeted((goal.labels + 1) % 3), Diverge(reference), Untargeted(goal.labels, "margin")):
+        z = play(subject.attack, model, x, other, ball).z
+        require(bool(ball.admits(z, x).all()), f"{type(other).__name__}: rows came back outside the ball")
+
+    victim = linear(space=WIDE)
+    x = uniform(11, 16, 8)
+    labels = labels_of(victim, x)
+    if subject.norm == "l0":
+        return
+    exact = victim.distance(x, labels, subject.norm)
+    ball = subject.at(2 * float(exact.median()), WIDE)
+    reached = play(subject.attack, victim, x, Targeted(1 - labels), ball).reached
+    require(bool(reached[exact <= ball.eps / 2].all()), "targets well within reach were not reached")
+
+
+def keeps_the_query_budget(subject: Subject) -> None:
+    """Where the threat model counts answers, the attack ends when they do, and uses what there is."""
+    model, x, goal, ball = _on_network(subject)
+    for budget in (1, 7):
+        played = play(subject.attack, model, x, goal, ball, queries=budget)
+        require(int(played.meter.queries.max()) <= budget, f"more than {budget} answers were asked of a row")
+        require(int(played.meter.queries.max()) > 0, "the attack gave up a budget it could have used")
+        require(bool(ball.admits(played.z, x).all()), "rows came back outside the ball")
+
+
+def refuses_without_access(subject: Subject) -> None:
+    """With less access than it declares the attack is refused, and never makes do with a lesser attack in silence."""
+    if subject.attack.needs == Access.NOTHING:
+        return
+    model, x, goal, ball = _on_network(subject, 2)
+    less = Access(subject.attack.needs - 1)
+    if less == Access.LABELS:
+        # One-hot labels look like scores; the scenario refuses the case before any oracle is made.
+        less = Access.NOTHING
+    try:
+        play(subject.attack, model, x, goal, ball, access=less)
+    except AccessDenied:
+        return
+    raise AssertionError(f"the attack ran with access {less.name}, it declares {subject.attack.needs.name}")
+
+
+def survives_nan(subject: Subject) -> None:
+    """A victim that answers NaN off the data is met with finite rows, and the meter says whom it happened to."""
+    model, x, goal, ball = _on_network(subject)
+    played = play(subject.attack, nan_off(model, x), x, goal, ball)
+    require(bool(torch.isfinite(played.z).all()) and bool(ball.admits(played.z, x).all()), "rows came back not finite")
+    require(not bool(played.reached.any()), "a NaN answer was called a success")
+    moved = _differ(played.z, x)
+    require(bool(played.meter.non_finite[moved].all()) or not subject.iterates, "NaN answers went unnoticed")
+
+
+def survives_zero_gradients(subject: Subject) -> None:
+    """A victim without gradients is no crash, and the meter says that there were none."""
+    model, x, goal, ball = _on_network(subject)
+    played = play(subject.attack, quantised(model), x, goal, ball)
+    require(bool(ball.admits(played.z, x).all()), "rows came back outside the ball")
+    if subject.attack.needs == Access.GRADIENTS:
+        asked = played.meter.backwards > 0
+        require(bool(played.meter.zero_gradient[asked].all()) and bool(asked.any()), "zero gradients went unnoticed")
+
+
+def survives_saturation(subject: Subject) -> None:
+    """Logits times a million: the returned rows are finite and admitted."""
+    victim = linear(scale=1e6)
+    x = uniform(12, 8, 8)
+    ball = subject.at()
+    z = play(subject.attack, victim, x, Untargeted(labels_of(victim, x)), ball).z
+    require(bool(torch.isfinite(z).all()) and bool(ball.admits(z, x).all()), "rows came back not finite or outside")
+
+
+def does_not_stop_under_transfer(subject: Subject) -> None:
+    """Where the oracle's answers are not the verdict's, rows go on after the surrogate is fooled."""
+    model, x, goal, ball = _on_network(subject)
+    wrong = Untargeted((goal.labels + 1) % 3)
+    played = play(subject.attack, model, x, wrong, ball, decides=False)
+    counts = played.meter.forwards
+    require(bool((counts == counts[0]).all()), f"rows stopped on a surrogate's word: answers per row {counts.tolist()}")
+
+
+ATTACK_LAWS: dict[str, Callable[[Subject], None]] = {
+    law.__name__: law
+    for law in (
+        stays_admitted,
+        leaves_no_trace,
+        one_step_moves,
+        zero_eps_is_identity,
+        more_restarts_never_help,
+        more_effort_never_helps,
+        more_eps_never_helps,
+        closed_form,
+        agrees_with_exhaustive_search,
+        batch_of_one,
+        all_wrong_batch,
+        one_survivor,
+        same_seed_same_bits,
+        metered_is_counted,
+        every_goal_accepted,
+        keeps_the_query_budget,
+        refuses_without_access,
+        survives_nan,
+        survives_zero_gradients,
+        survives_saturation,
+        does_not_stop_under_transfer,
+    )
+}
+
+
+def subjects(attack: Any, balls: dict[str, BallMaker] | None = None) -> dict[str, Subject]:
+    """The attack, shortened, in every kind of ball that it accepts."""
+    kinds = BALLS if balls is None else balls
+    accepted = {norm: ball for norm, ball in kinds.items() if accepts(attack, ball, norm) is None}
+    return {norm: Subject(shortened(attack), norm, ball) for norm, ball in accepted.items()}
+
+
+def check_law(name: str, subject: Subject) -> None:
+    """One law; its AssertionError starts with the law's name, the attack and the ball."""
+    try:
+        ATTACK_LAWS[name](subject)
+    except AssertionError as broken:
+        raise AssertionError(f"law {name}: {subject.attack!r} in {subject.norm}: {broken}") from broken
+
+
+def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None:
+    """Every law in every ball that the attack accepts; at least one of them must be accepted.
+
+    balls: norm -> maker of a ball from eps and box; the norms are keys of BALLS. Raises AssertionError at the first law
+    that is broken, naming it.
+    """
+    require(isinstance(attack.needs, Access), "law declares_its_access: `needs` is no Access")
+    found = subjects(attack, balls)
+    require(found, f"law accepts_a_ball: {attack!r} refuses every ball of {', '.join(balls or BALLS)}")
+    for subject in found.values():
+        for name in ATTACK_LAWS:
+            check_law(name, subject)

@@ -1,0 +1,92 @@
+"""One attack on one victim, with everything a law wants to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import UsageError
+from advkit.core.oracle import Lanes, Meter, MeteredOracle
+from advkit.core.protocols import Access
+from advkit.core.rng import RowRng
+from advkit.testing.victims import linear, uniform
+from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.threat_models.lp import L1, L2, Linf
+from advkit.threat_models.sparse import L0
+
+BallMaker = Callable[..., Any]  # eps=..., box=... -> a ball
+BALLS: dict[str, BallMaker] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
+
+# Radii that break some rows of the kit's victims on [0, 1]^8 and leave others.
+RADII = {"linf": 0.1, "l2": 0.25, "l1": 0.5, "l0": 2}
+
+
+@dataclass(frozen=True)
+class Played:
+    """What an attack returned and what the victim says of it, asked again."""
+
+    z: Tensor
+    reached: Tensor
+    margin: Tensor
+    meter: Meter
+
+
+def require(holds: Any, otherwise: str) -> None:
+    """Raise AssertionError unless the condition holds; a statement would vanish under `python -O`."""
+    if not holds:
+        raise AssertionError(otherwise)
+
+
+def names(rows: int) -> tuple[str, ...]:
+    return tuple(f"row-{i}" for i in range(rows))
+
+
+def play(
+    attack: Any,
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    goal: Any,
+    ball: Any,
+    *,
+    seed: int = 0,
+    ids: Sequence[str] | None = None,
+    access: Access | None = None,
+    queries: int | None = None,
+    decides: bool = True,
+    lanes: Lanes | None = None,
+    rng: Any = None,
+) -> Played:
+    """Run the attack through a metered oracle that grants just what it needs, and ask the victim again."""
+    granted = attack.needs if access is None else access
+    oracle = MeteredOracle(model, len(x), granted, queries, decides, lanes)
+    streams = RowRng.from_ids(seed, names(len(x)) if ids is None else ids) if rng is None else rng
+    z = attack(oracle, x, goal, ball, streams)
+    with torch.no_grad():
+        answer = model(z)
+    return Played(z, goal.reached(answer), goal.margin(answer), oracle.meter)
+
+
+def fields_of(attack: Any) -> set[str]:
+    return {each.name for each in fields(attack)}
+
+
+def shortened(attack: Any, steps: int = 40, queries: int = 200) -> Any:
+    """The attack with its effort cut to what tiny victims need; settings below the cut stay."""
+    have = fields_of(attack)
+    most = {"steps": steps, "queries": queries}
+    return replace(attack, **{name: n for name, n in most.items() if name in have and getattr(attack, name) > n})
+
+
+def accepts(attack: Any, ball: BallMaker, norm: str) -> str | None:
+    """None where the attack works in this kind of ball, else the UsageError's message."""
+    victim = linear()
+    x = uniform(3, 2, 8)
+    try:
+        play(shortened(attack, 2, 2), victim, x, Untargeted(victim(x).argmax(1)), ball(eps=RADII[norm]))
+    except UsageError as refusal:
+        return str(refusal)
+    return None

@@ -1,0 +1,161 @@
+"""What every threat model one can walk in owes its users; each law raises AssertionError with its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advkit.core.rng import RowRng
+from advkit.core.spaces import Box
+from advkit.testing.play import names, require
+from advkit.testing.victims import normal, uniform
+
+
+def rows(shape: tuple[int, ...] = (2, 4, 4), n: int = 12) -> Tensor:
+    """Rows in [0, 1], half of them with every value at an end of the box."""
+    x = uniform(21, n, *shape)
+    x[::2] = x[::2].round()
+    return x
+
+
+def _bound(threat: Any) -> Any:
+    return threat.bind(Box(0.0, 1.0, shape=(2, 4, 4)))
+
+
+def origin_is_admitted(threat: Any) -> None:
+    """The untouched row is always within reach, at distance 0."""
+    ball, x = _bound(threat), rows()
+    require(bool(ball.admits(x, x).all()), "untouched rows are outside")
+    require(bool((ball.distance(x, x) == 0).all()), "an untouched row has a distance")
+
+
+def projection_lands_inside(threat: Any) -> None:
+    """Whatever is projected is admitted, and what is admitted already stays as it is, bit by bit."""
+    ball, x = _bound(threat), rows()
+    for scale in (0.001, 0.1, 3.0):
+        z = ball.project(x + scale * normal(22, *x.shape), x)
+        require(bool(ball.admits(z, x).all()), f"points projected from a distance of {scale} are outside")
+        require(torch.equal(ball.project(z, x), z), "projecting twice is not projecting once")
+
+
+def projection_is_nearest(threat: Any) -> None:
+    """No other admitted point is nearer to what was projected (tried on points sampled in the ball)."""
+    ball, x = _bound(threat), rows()
+    far = x + 0.3 * normal(23, *x.shape)
+    nearest = (ball.project(far, x) - far).flatten(1).norm(dim=1)
+    for draw in range(20):
+        other = ball.sample(x, RowRng.from_ids(draw, names(len(x))))
+        distance = (other - far).flatten(1).norm(dim=1)
+        require(bool((nearest <= distance * (1 + 1e-5) + 1e-6).all()), "a sampled point is nearer than the projection")
+
+
+def samples_are_admitted_and_differ(threat: Any) -> None:
+    """Random starts are inside, differ from the origin, repeat with the seed and change with it."""
+    ball, x = _bound(threat), rows()
+    one, again, other = (ball.sample(x, RowRng.from_ids(seed, names(len(x)))) for seed in (0, 0, 1))
+    require(bool(ball.admits(one, x).all()), "sampled points are outside")
+    require(bool((one != x).flatten(1).any(1).all()), "a sampled point is the origin")
+    require(torch.equal(one, again), "the same seed drew another point")
+    require(not torch.equal(one, other), "another seed drew the same point")
+
+
+def steepest_ascends(threat: Any) -> None:
+    """A projected step along the steepest direction does not descend, ascends where there is room, and is finite."""
+    ball, x = _bound(threat), uniform(24, 12, 2, 4, 4)
+    gradient = normal(25, *x.shape)
+    step = ball.steepest(gradient, x)
+    require(step.shape == x.shape and bool(torch.isfinite(step).all()), "the direction is not finite")
+    z = ball.project(x + step, x)
+    gain = ((z - x) * gradient).flatten(1).sum(1)
+    require(bool((gain > 0).all()), "a step along the steepest direction does not ascend")
+    require(bool(ball.admits(z, x).all()), "a step along the steepest direction ends outside")
+    zero = ball.steepest(torch.zeros_like(x), x)
+    require(bool((zero == 0).all()), "a zero gradient has a direction")
+
+
+def outside_is_refused(threat: Any) -> None:
+    """NaN, infinity, points outside the box and points beyond eps are not admitted."""
+    ball, x = _bound(threat), rows()
+    for value in (torch.nan, torch.inf, -0.5, 1.5):
+        z = x.clone()
+        z[:, 0, 0, 0] = value
+        require(not bool(ball.admits(z, x).any()), f"a row holding {value} was admitted")
+    far = 1.0 - x.round()
+    require(not bool(ball.admits(far, x).any()), "the opposite corner of the box was admitted")
+
+
+def zero_eps_holds_only_the_origin(threat: Any) -> None:
+    """With radius 0 everything projects, samples and finishes to the origin."""
+    ball, x = replace(_bound(threat), eps=0), rows()
+    require(torch.equal(ball.project(x + normal(26, *x.shape), x), x), "a point other than the origin is inside")
+    require(
+        torch.equal(ball.sample(x, RowRng.from_ids(0, names(len(x)))), x), "a point other than the origin was sampled"
+    )
+
+
+def finishing_stays_inside(threat: Any) -> None:
+    """What the attacker hands in is admitted, and finishing it again changes nothing."""
+    ball = _bound(threat)
+    x = (rows() * 255).round() / 255
+    for seed in range(3):
+        z = ball.sample(x, RowRng.from_ids(seed, names(len(x))))
+        done = ball.finish(z, x)
+        require(bool(ball.admits(done, x).all()), "a finished row is outside")
+        require(torch.equal(ball.finish(done, x), done), "finishing twice is not finishing once")
+
+
+def rows_do_not_mix(threat: Any) -> None:
+    """Projection, samples, directions and finish of a row are the same bits in every batch."""
+    ball, x = _bound(threat), rows()
+    far, gradient = x + 0.4 * normal(27, *x.shape), normal(28, *x.shape)
+    rng = RowRng.from_ids(0, names(len(x)))
+
+    def everything(chosen: Tensor) -> list[Tensor]:
+        origin = x[chosen]
+        inside = ball.sample(origin, rng.take(chosen))
+        return [
+            inside,
+            ball.project(far[chosen], origin),
+            ball.steepest(gradient[chosen], origin),
+            ball.finish(inside, origin),
+            ball.distance(inside, origin),
+        ]
+
+    whole = everything(torch.arange(len(x)))
+    for chosen in (torch.tensor([3]), torch.arange(5), torch.arange(len(x)).flip(0)):
+        for alone, together in zip(everything(chosen), whole, strict=True):
+            require(torch.equal(alone, together[chosen]), "a row's result depends on the batch")
+
+
+THREAT_LAWS: dict[str, Callable[[Any], None]] = {
+    law.__name__: law
+    for law in (
+        origin_is_admitted,
+        projection_lands_inside,
+        projection_is_nearest,
+        samples_are_admitted_and_differ,
+        steepest_ascends,
+        outside_is_refused,
+        zero_eps_holds_only_the_origin,
+        finishing_stays_inside,
+        rows_do_not_mix,
+    )
+}
+
+
+def check_threat_law(name: str, threat: Any) -> None:
+    """One law; its AssertionError starts with the law's name and the threat model."""
+    try:
+        THREAT_LAWS[name](threat)
+    except AssertionError as broken:
+        raise AssertionError(f"law {name}: {threat!r}: {broken}") from broken
+
+
+def check_threat_model(threat: Any) -> None:
+    """Every law on a ball whose eps fits rows [2, 4, 4] in [0, 1] and does not hold their box's opposite corner."""
+    for name in THREAT_LAWS:
+        check_threat_law(name, threat)

@@ -1,0 +1,76 @@
+"""The laws over the whole registry: a new attack or ball is tested by its registry line alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from advkit.attacks import ATTACKS
+from advkit.core.errors import UsageError
+from advkit.testing import ATTACK_LAWS, BALLS, RADII, THREAT_LAWS, accepts, check_law, check_threat_law, subjects
+from advkit.threat_models import THREAT_MODELS
+
+BUILT_IN = {"fgsm", "pgd", "mifgsm", "apgd-ce", "apgd-margin", "square"}
+SUBJECTS = {
+    (name, norm): subject for name in ATTACKS.names() for norm, subject in subjects(ATTACKS.build(name)).items()
+}
+REFUSED = {(name, norm) for name in ATTACKS.names() for norm in BALLS} - set(SUBJECTS)
+
+THREATS = {
+    "linf": "linf:eps=0.1",
+    "linf-8bit": "linf:eps=8/255,lattice=255",
+    "l2": "l2:eps=0.5",
+    "l2-8bit": "l2:eps=0.5,lattice=255",
+    "l1": "l1:eps=2",
+    "l1-8bit": "l1:eps=2,lattice=255",
+    "l0": "l0:eps=3",
+    "transfer": "transfer:eps=0.1,sources=python:advkit.testing.victims:network",
+}
+
+
+@pytest.mark.parametrize("law", ATTACK_LAWS)
+@pytest.mark.parametrize(("name", "norm"), SUBJECTS, ids=["-".join(pair) for pair in SUBJECTS])
+def test_attack(name, norm, law):
+    check_law(law, SUBJECTS[name, norm])
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_every_attack_works_in_some_ball(name):
+    assert any(attack == name for attack, _ in SUBJECTS)
+
+
+@pytest.mark.parametrize(("name", "norm"), sorted(REFUSED), ids=["-".join(pair) for pair in sorted(REFUSED)])
+def test_refused_balls_are_refused_in_words(name, norm):
+    refusal = accepts(ATTACKS.build(name), BALLS[norm], norm)
+    assert refusal is not None
+    works_in = [kind for (attack, kind) in SUBJECTS if attack == name]
+    assert norm in refusal.lower()
+    assert all(kind in refusal.lower() for kind in works_in)
+
+
+def test_what_is_refused_today():
+    assert {pair for pair in REFUSED if pair[0] in BUILT_IN} == {
+        ("apgd-ce", "l0"),
+        ("apgd-margin", "l0"),
+        ("square", "l1"),
+        ("square", "l0"),
+    }
+
+
+@pytest.mark.parametrize("law", THREAT_LAWS)
+@pytest.mark.parametrize("name", THREATS)
+def test_threat_model(name, law):
+    check_threat_law(law, THREAT_MODELS.build(THREATS[name]))
+
+
+def test_every_registered_ball_is_covered():
+    covered = {spec.partition(":")[0] for spec in THREATS.values()}
+    # A grid is played cell by cell; the ball of a cell is `transfer`'s.
+    assert set(THREAT_MODELS.names()) - covered == {"tapm"}
+
+
+def test_radii_fit_the_registry():
+    assert set(RADII) == set(BALLS)
+    for norm, ball in BALLS.items():
+        with pytest.raises(UsageError):
+            ball(eps=-1.0)
+        assert THREAT_MODELS.load(norm) is ball
