@@ -407,6 +407,8 @@ class Battery:
         runs = {1: self._play(self._reference(steps=1)), 10: self._play(self._reference(steps=10)), most: self.margin}
         self.white += [runs[1], runs[10]]
         self.curves["iterations"] = {"steps": [*runs], "robust_accuracy": [self._share(run) for run in runs.values()]}
+        if self.case.randomized:
+            return  # the best of more noisy answers is more often a lucky one: longer walks may look worse
         for few, many in ((1, 10), (10, most), (1, most)):
             rises, difference = self._rises(self._standing(runs[few]), self._standing(runs[many]))
             if rises:
