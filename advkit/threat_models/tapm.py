@@ -188,23 +188,6 @@ def tapm_metrics(
     }
 
 
-def tapm_counts(metrics: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """The tables of `tapm_metrics` as one flat list of (right, images) for reports.
-
-    Keys are `tapm_acc_avg`, `tapm_acc_best_attack` and `tapm_acc_per_sample`, and the same followed by `_seen`,
-    `_unseen`, `:source=NAME`, `:attack=NAME` and `:group=NAME`; blocks without a cell are left out.
-    """
-    blocks = {"": metrics["overall"], "_seen": metrics["seen"], "_unseen": metrics["unseen"]}
-    for kind in ("source", "attack", "group"):
-        blocks |= {f":{kind}={name}": block for name, block in metrics[f"by_{kind}"].items()}
-    return {
-        f"tapm_{figure}{suffix}": (block[figure]["numerator"], block[figure]["denominator"])
-        for suffix, block in blocks.items()
-        if block is not None
-        for figure in ("acc_avg", "acc_best_attack", "acc_per_sample")
-    }
-
-
 def game_value(accuracies: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
     """Optimal mixes and value of the zero-sum game: (defender mix [m], attacker mix [n], value).
 

@@ -100,7 +100,9 @@ class SurrogateBall:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else source_name(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return source_name(value) if hasattr(value, "describe") else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)

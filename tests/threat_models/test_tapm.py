@@ -1,13 +1,21 @@
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import linprog
+from torch import nn
 
+from advkit.attacks.gradient.fgsm import FGSM
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
+from advkit.core.spaces import Box
+from advkit.evaluation.api import evaluate
+from advkit.models.torch import TorchModel
 from advkit.threat_models import THREAT_MODELS
-from advkit.threat_models.tapm import Tapm, game_value, tapm_counts, tapm_metrics
+from advkit.threat_models.lp import Linf
+from advkit.threat_models.tapm import Tapm, game_value, tapm_metrics
 
 SOURCES, ATTACKS = ["a", "b", "c"], ["fgsm", "pgd"]
 GROUPS = {"a": "normal", "b": "linf", "c": "normal"}
@@ -129,14 +137,6 @@ def test_what_does_not_fit_is_refused(errors, arguments):
         tapm_metrics(errors, SOURCES, ATTACKS, **arguments)
 
 
-def test_flat_counts_name_every_block(by_hand):
-    counts = tapm_counts(tapm_metrics(by_hand, SOURCES, ATTACKS, GROUPS, seen=["a"]))
-    assert counts["tapm_acc_best_attack"] == (2, 4)
-    assert counts["tapm_acc_avg_unseen"] == (14, 16)
-    assert counts["tapm_acc_per_sample:group=normal"] == (2, 4)
-    assert len(counts) == 3 * (3 + 3 + 2 + 2)
-
-
 def test_two_by_two_game_with_an_interior_solution():
     # Both columns pay the same at p, both rows at q.
     a, b, c, d = 0.9, 0.3, 0.2, 0.8
@@ -229,6 +229,66 @@ def test_public_sources_are_filled_in_later():
     filled = threat.with_sources(["x", "y"], seen=["x"])
     assert len(filled.cells) == 2 * len(threat.attacks)
     assert filled.seen == ("x",)
+
+
+# Played by the harness
+
+
+class Watched(TorchModel):
+    """A victim that must not be asked while an attack is at work."""
+
+    working = False
+
+    def __call__(self, x):
+        assert not Watched.working, "the victim was asked while transfer images were made"
+        return super().__call__(x)
+
+    def to(self, device):
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching(FGSM):
+    def __call__(self, *arguments):
+        Watched.working = True
+        try:
+            return super().__call__(*arguments)
+        finally:
+            Watched.working = False
+
+
+def model(seed, name, kind=TorchModel):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    return kind(module, Box(0.0, 1.0, (1, 4, 4)), 3, name=name)
+
+
+@pytest.fixture
+def rows():
+    x = torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    return x, model(0, "labeller")(x).argmax(1)
+
+
+def test_the_victim_is_never_asked_while_images_are_made(rows):
+    grid = Tapm(eps=0.2, sources=(model(1, "s"), model(2, "t")), attacks=(Watching(),))
+    report = evaluate(task=rows, model=model(0, "v", Watched), threat_model=grid, device="cpu")
+    assert report.to_dict()["metrics"]["tapm_acc_avg"]["denominator"] == 2 * 80
+    # The wire is live: a white-box attack on the same victim trips it in every row.
+    direct = evaluate(Watching(), task=rows, model=model(0, "v", Watched), threat_model=Linf(0.2), device="cpu")
+    assert direct.to_dict()["metrics"]["robust_accuracy_upper"]["numerator"] == 80
+
+
+def test_a_victim_that_is_a_source_shows_its_white_box_result_there(rows):
+    victim = model(0, "v")
+    grid = Tapm(eps=0.2, sources=(model(0, "itself"), model(1, "s")), attacks=("fgsm",))
+    shown = evaluate(task=rows, model=victim, threat_model=grid, device="cpu").to_dict()
+    own = next(entry for entry in shown["attacks"] if entry["name"] == "fgsm@itself")
+    other = next(entry for entry in shown["attacks"] if entry["name"] == "fgsm@s")
+    direct = evaluate("fgsm", task=rows, model=victim, threat_model=Linf(0.2, lattice=255), device="cpu").to_dict()
+    assert own["robust_accuracy"]["numerator"] == direct["metrics"]["robust_accuracy"]["numerator"] < 40
+    # and that cell is left out of what counts as transfer
+    assert shown["metrics"]["tapm_acc_avg"]["numerator"] == other["robust_accuracy"]["numerator"]
 
 
 @pytest.mark.parametrize("arguments", [{"sources": ()}, {"attacks": ()}, {"sources": ("a", "a")}, {"sources": "a"}])

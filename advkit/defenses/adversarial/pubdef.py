@@ -149,7 +149,8 @@ def public_sources(defense: PubDef, data: Data) -> list[Source]:
     from advkit.models import zoo
     from advkit.models.torch import Architecture, as_model
 
-    cards = {card.name: card for card in zoo.public(data.name)} if data.name else {}
+    task = data.name.partition("/")[0]
+    cards = {card.name: card for card in zoo.public(task)} if task else {}
     named: list[tuple[Any, str]] = []
     for place, source in enumerate(cast("tuple[Any, ...]", defense.sources)):
         group = defense.groups[place] if defense.groups else ""
@@ -157,7 +158,7 @@ def public_sources(defense: PubDef, data: Data) -> list[Source]:
             chosen = [card for card in cards.values() if source == PUBLIC or "pubdef" in card.seen_by]
             if not chosen:
                 raise UsageError(
-                    f"the zoo has no public models for task {data.name or 'unnamed'} to train pubdef on; "
+                    f"the zoo has no public models for task {task or 'unnamed'} to train pubdef on; "
                     "name some with sources=zoo:NAME+path:FILE.safetensors"
                 )
             named += [(f"zoo:{card.name}", group or card.group) for card in chosen]
