@@ -48,7 +48,9 @@ def attack(
     from advkit.cli.progress import Bars
     from advkit.evaluation.api import resolve
     from advkit.evaluation.pictures import export
+    from advkit.evaluation.store import check_folder
 
+    check_folder(out)
     case = resolve(
         attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size
     )
@@ -62,6 +64,7 @@ def attack(
         f"{written['broken']} of {written['contested']} rows broken, {written['rows']} exported to {written['file']}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
     if written["pictures"]:
-        console.print(f"pictures: {written['pictures']}", soft_wrap=True, highlight=False)
+        console.print(f"pictures: {written['pictures']}", soft_wrap=True, highlight=False, markup=False)

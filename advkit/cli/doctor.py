@@ -42,6 +42,10 @@ def doctor(
     """
     from rich.console import Console
 
+    from advkit.evaluation.store import check_folder
+
+    if out is not None:
+        check_folder(out)
     console = Console()
     said: dict[str, Any] = {}
     if model is None and defense == "none":

@@ -54,7 +54,9 @@ def evaluate(
     Exit status: 0 done, 2 a mistake in the request, 3 the run has errors or flags that make the number untrustworthy.
     """
     from advkit.evaluation.api import plan, run_digest
+    from advkit.evaluation.store import check_folder
 
+    check_folder(out if out is not None else Path("runs"))
     resolved = plan(
         attack,
         defense,
@@ -100,9 +102,9 @@ def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool) -> Re
         return report
     console = Console()
     console.print(report.summary_table())
-    console.print(f"report: {folder / 'report.json'}", soft_wrap=True, highlight=False)
+    console.print(f"report: {folder / 'report.json'}", soft_wrap=True, highlight=False, markup=False)
     if drawn:
-        console.print(f"plots:  {', '.join(str(p) for p in drawn)}", soft_wrap=True, highlight=False)
+        console.print(f"plots:  {', '.join(str(p) for p in drawn)}", soft_wrap=True, highlight=False, markup=False)
     return report
 
 

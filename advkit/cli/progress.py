@@ -19,10 +19,10 @@ class Bars:
 
     def __init__(self, *, hidden: bool = False) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[far]}"),
+            TextColumn("{task.fields[far]}", markup=False),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=hidden,
@@ -31,16 +31,18 @@ class Bars:
         self._standing: dict[str, list[int]] = {}
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._bars:
+            self._progress.stop()
 
     def watch(self, title: str, case: Any, records: list[Record], total: int) -> None:
         """Advance a case's bar."""
+        if not self._bars:  # not before there is something to show: an error says its one line alone
+            self._progress.start()
         if title not in self._bars:
             name = case.label if case.attack is not None else f"{case.threat.scenario} {case.specs['threat_model']}"
             shown = name if len(name) <= 40 else name[:37] + "..."

@@ -33,7 +33,7 @@ def rerun(
     from advkit.core.errors import ReportError
     from advkit.evaluation.api import execute, plan
     from advkit.evaluation.report import Report
-    from advkit.evaluation.store import read_records
+    from advkit.evaluation.store import check_folder, read_records
 
     file = report / "report.json" if report.is_dir() else report
     old = Report.load(file)
@@ -42,6 +42,12 @@ def rerun(
     missing = [name for name in wanted if name not in settings]
     if missing:
         raise ReportError(f"{file} does not say its {', '.join(missing)}: it can't be run again from names alone")
+    home = file.absolute().parent
+    records = home / old.to_dict().get("per_sample", {}).get("path", "records.jsonl")
+    if not records.is_file():
+        raise ReportError(f"{file} has no records beside it ({records.name}): there is nothing to compare a rerun with")
+    folder = out if out is not None else home.with_name(f"{home.name}-rerun")
+    check_folder(folder)
     resolved = plan(
         **{name: settings[name] for name in wanted},
         n=old.to_dict()["dataset"]["n_evaluated"],
@@ -56,17 +62,16 @@ def rerun(
         raise ReportError(
             f"the model's weights are not those of the report: sha256 {before[:12]}... then, {now[:12]}... now"
         )
-    folder = out if out is not None else file.parent.with_name(file.parent.name + "-rerun")
     new = execute(resolved, out=folder) if as_json else carry_out(resolved, folder, plots=False, as_json=False)
-    then = {(r.attack, r.id): r for r in read_records(file.parent / old.to_dict()["per_sample"]["path"])}
+    then = {(r.attack, r.id): r for r in read_records(records)}
     again = {(r.attack, r.id): r for r in read_records(folder / new.to_dict()["per_sample"]["path"])}
     differ = sorted(key for key in {*then, *again} if then.get(key) != again.get(key))
     if as_json:
         typer.echo(json.dumps({"rows": len(again), "differ": [list(key) for key in differ]}, indent=2))
     else:
         console = Console()
-        console.print(f"{len(again) - len(differ)} of {len(again)} records are identical", highlight=False)
+        console.print(f"{len(again) - len(differ)} of {len(again)} records are identical", highlight=False, markup=False)
         for attack, row in differ[:20]:
-            console.print(f"  differs: {attack} on {row}", highlight=False)
+            console.print(f"  differs: {attack} on {row}", highlight=False, markup=False)
     if differ:
         raise typer.Exit(DISAGREES)

@@ -31,8 +31,10 @@ def train(
 
     from rich.console import Console
 
+    from advkit.evaluation.store import check_folder
     from advkit.evaluation.victims import train_victim
 
+    check_folder(out)
     done = train_victim(
         model,
         defense,
@@ -49,13 +51,16 @@ def train(
     console = Console()
     console.print(
         f"trained {done['model']} under {done['defense']} on {done['task']}: {done['epochs']} epochs, "
-        f"validation score {100 * done['score']:.1f} % (best epoch {done['best_epoch']})",
+        + ("" if done["score"] is None else f"validation score {100 * done['score']:.1f} %, ")
+        + f"weights of epoch {done['best_epoch']}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
-    console.print(f"checkpoint: {done['file']}", soft_wrap=True, highlight=False)
+    console.print(f"checkpoint: {done['file']}", soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"evaluate it: advkit evaluate --task {done['task']} --model path:{done['file']}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )

@@ -20,6 +20,7 @@ def zoo(
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from advkit.models import zoo as shelf
 
@@ -35,14 +36,14 @@ def zoo(
     console = Console()
     if name:
         for key, value in asdict(cards[0]).items():
-            console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+            console.print(Text.assemble((key, "bold"), f": {value}"), highlight=False)
     else:
         table = Table(title="embedded models")
         for column in ("name", "task", "defense", "role", "group", "measured"):
             table.add_column(column)
         for card in cards:
             figures = ", ".join(f"{k} {100 * v:.1f} %" for k, v in card.measured.items() if isinstance(v, float))
-            table.add_row(card.name, card.task, card.defense, card.role, card.group, figures)
+            table.add_row(*map(Text, (card.name, card.task, card.defense, card.role, card.group, figures)))
         console.print(table)
     if verify:
         console.print(f"{len(checked)} of {len(cards)} hashes agree with their cards", highlight=False)

@@ -54,7 +54,7 @@ class Lanes:
         rows = x.detach()[torch.arange(lanes.chunk, device=x.device) % len(x)]
         try:
             whole = _probe(model, rows, backward)
-            parts = [_probe(model, part, backward) for part in rows.split(lanes.multiple)]
+            parts = [_probe(model, part, backward) for part in torch.split(rows, lanes.multiple)]
         except RuntimeError:
             return replace(lanes, multiple=lanes.chunk)
         same = all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
@@ -285,7 +285,7 @@ class MeteredOracle:
             training = any(m.training for m in modules()) if callable(modules) else False
             lanes = Lanes(chunk=max(1, len(x)), multiple=1) if training else Lanes.on(x.device)
             self.lanes = lanes
-        return ([x] if len(x) <= lanes.chunk else list(x.split(lanes.chunk))), lanes
+        return ([x] if len(x) <= lanes.chunk else list(torch.split(x, lanes.chunk))), lanes
 
     @staticmethod
     def _padded(x: Tensor, lanes: Lanes) -> Tensor:

@@ -276,12 +276,16 @@ class TaskDefaults:
 class Task(Protocol):
     """Hands out rows; has a name, a version and a hash of its ids and bytes."""
 
-    name: str
-    version: str
-    split: str
-    classes: int
-    defaults: TaskDefaults
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def defaults(self) -> TaskDefaults: ...
     @property
     def space(self) -> Any: ...
 

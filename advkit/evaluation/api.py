@@ -22,6 +22,7 @@ from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
 from advkit.evaluation.summary import attack_entry, build, by_label
 from advkit.evaluation.victims import Victim, protected, ready
+from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS
 
@@ -70,6 +71,17 @@ def spec_of(registry: Any, part: Any) -> str:
         return str(registry.name_of(part))
     except UnknownName:
         return type(part).__name__
+
+
+def spec_of_model(asked: Any, model: Any) -> str:
+    """How the model can be named again: the spec asked for, or what a model of the caller's own says of itself."""
+    from advkit.evaluation.victims import model_part
+
+    part, builder = model_part(asked)
+    if builder:
+        return spec_of(MODELS, part)
+    info = model.describe()
+    return str(info.architecture or info.name)
 
 
 def parameters(part: Any) -> dict[str, Any]:
@@ -166,7 +178,7 @@ def plan(
         "attack": spec_of(ATTACKS, strike),
         "defense": spec_of(DEFENSES, guard),
         "task": spec_of(TASKS, work),
-        "model": victim.model.describe().architecture or victim.model.describe().name,
+        "model": spec_of_model(model if model is not None else work.defaults.model, victim.model),
         "threat_model": spec_of(THREAT_MODELS, threat),
         "goal": spec_of(GOALS, rule),
     }
@@ -309,6 +321,8 @@ def execute(resolved: Plan, *, out: str | Path | None = None, watch: Watch | Non
 def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, *, lasting: bool) -> Report:
     case = resolved.case
     preflight(case)
+    if resolved.beside is not None:
+        preflight(resolved.beside)
     first = next(iter(case.task.batches(64, n=case.n)))
     labels = first.labels
     findings = diagnostics.cheap(case, first.x.to(case.device), labels.to(case.device)) if labels is not None else []

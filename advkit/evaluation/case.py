@@ -56,10 +56,13 @@ class Case:
     keep: int = 64
 
     def config(self) -> dict[str, Any]:
-        """All that decides a record, as plain JSON values."""
+        """All that decides a record, as plain JSON values.
+
+        The model stands here as what it is, so that a checkpoint may move to another place during a run.
+        """
         info = self.victim.describe()
         return {
-            "specs": dict(self.specs),
+            "specs": {**self.specs, "model": info.architecture or info.name},
             "label": self.label,
             "threat": self.threat.describe(),
             "victim": info.state_sha256,

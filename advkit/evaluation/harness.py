@@ -13,7 +13,7 @@ from advkit.core.errors import BadInput, BadModel
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Record
 from advkit.evaluation.case import Case
-from advkit.evaluation.scenarios import own_randomness, scenario_of
+from advkit.evaluation.scenarios import on_device, own_randomness, rehearse, scenario_of
 from advkit.evaluation.store import Stopwatch, Store
 from advkit.evaluation.verdict import Judge
 
@@ -58,6 +58,8 @@ def preflight(case: Case) -> None:
             f"the model answers a tensor of shape {tuple(answer.shape)} for {len(x)} inputs; expected logits "
             f"[{len(x)}, {case.task.classes}] or decisions [{len(x)}]"
         )
+    with own_randomness(case.device, "rehearsal"):
+        rehearse(case, on_device(first, case.device), answer)
 
 
 def run(case: Case, store: Store, progress: Progress | None = None) -> list[Record]:

@@ -68,12 +68,13 @@ def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = Non
     from safetensors.torch import save_file
 
     from advkit.evaluation.api import in_order
-    from advkit.evaluation.harness import open_store, run
+    from advkit.evaluation.harness import open_store, preflight, run
     from advkit.evaluation.plots import save
 
     if case.attack is None:
         raise UsageError("a grid has examples for every cell: name one with --threat-model transfer:sources=zoo:NAME")
     case = replace(case, keep=case.n)
+    preflight(case)
     store = open_store(case, folder)
     try:
         watcher = None if watch is None else (lambda new, total: watch("records", case, new, total))

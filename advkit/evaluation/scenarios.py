@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -78,7 +78,7 @@ class Evasion:
         modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
         lanes: Lanes | None = None
         for batch in batches:
-            batch = _on(batch, case.device)
+            batch = on_device(batch, case.device)
             with frozen(*modules):
                 if lanes is None:
                     lanes = lanes_of(case)
@@ -146,7 +146,7 @@ def lanes_of(case: Case) -> Lanes:
     Always probed on the task's first rows, so that a resumed run chooses the same. A victim that the attacker may not
     differentiate is not differentiated here either.
     """
-    first = _on(next(iter(case.task.batches(64, n=64))), case.device).x
+    first = on_device(next(iter(case.task.batches(64, n=64))), case.device).x
     probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
     with own_randomness(case.device, "lanes"):
         return max(
@@ -154,7 +154,8 @@ def lanes_of(case: Case) -> Lanes:
         )
 
 
-def _on(batch: Batch, device: str) -> Batch:
+def on_device(batch: Batch, device: str) -> Batch:
+    """The same batch there."""
     labels = None if batch.labels is None else batch.labels.to(device)
     return replace(batch, x=batch.x.to(device), goal=batch.goal.to(device), labels=labels)
 
@@ -170,6 +171,34 @@ def attacked_model(case: Case) -> tuple[Any, bool]:
     from advkit.models.ensemble import Ensemble
 
     return Ensemble(models=tuple(model for _, model in case.surrogates)), False
+
+
+class _Asked(Exception):
+    """An attack came as far as its first question."""
+
+
+def _curtain(x: Tensor) -> Tensor:
+    raise _Asked
+
+
+def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
+    """Start every attack of the case on one row and end it at its first question: no pass through any model.
+
+    An attack that refuses its settings, goal or threat model would refuse them on every row; that is a mistake of the
+    request, raised here before anything is written. Whatever else it raises is for the row's record.
+    """
+    row = torch.zeros(1, dtype=torch.long, device=batch.x.device)
+    rng = RowRng.from_ids(case.seed, batch.ids, device=case.device).at("rehearsal")
+    goal = case.rule(batch.labels, clean, rng.at("goal")) if batch.labels is not None else batch.goal
+    for each in Grid().cells(case) if case.attack is None else [case]:
+        oracle = MeteredOracle(_curtain, 1, each.threat.access, each.threat.queries, decides=True)
+        with suppress(_Asked):
+            try:
+                each.attack(oracle, batch.x[row], goal.take(row), each.threat, rng.take(row))
+            except (AdvkitError, _Asked):
+                raise
+            except Exception:
+                log.debug("the rehearsal of %s raised", each.label, exc_info=True)
 
 
 def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:

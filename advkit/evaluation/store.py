@@ -59,6 +59,17 @@ def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor
     return found
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UsageError, before anything is spent, where a run folder could not be made; nothing is written."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"the run folder {folder} can't be written ({place} is a file): name another with --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"the run folder {folder} can't be written (no permission in {place}): name another with --out")
+
+
 class Store:
     """Records of one case in a folder.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 
 log = logging.getLogger("advkit")
+
+MARK = "training.sha256"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def _row_shape(task: Any) -> tuple[int, ...]:
     return tuple(next(iter(task.batches(1))).x.shape[1:])
 
 
-def _part(spec: Any) -> tuple[Any, bool]:
+def model_part(spec: Any) -> tuple[Any, bool]:
     """What a spec or object stands for, and whether it is a builder of the registry (else it is a model itself)."""
     part = MODELS.build(spec)
     try:
@@ -65,7 +69,7 @@ def ready(spec: Any, task: Any) -> Any:
     """A trained model from a spec or an object; raises BadModel for an architecture without weights."""
     from advkit.models.torch import Architecture, as_model
 
-    part, builder = _part(spec)
+    part, builder = model_part(spec)
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
     if not builder:
@@ -75,7 +79,7 @@ def ready(spec: Any, task: Any) -> Any:
 
 def blank(spec: Any, task: Any, seed: int) -> Any:
     """An untrained model of an architecture, its weights drawn from the seed."""
-    part, _ = _part(spec)
+    part, _ = model_part(spec)
     return part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
 
 
@@ -96,7 +100,7 @@ def protected(
     asked = model if model is not None else task.defaults.model
     guard = DEFENSES.build(defense)
     spec = DEFENSES.spec(guard)
-    part, _ = _part(asked)
+    part, _ = model_part(asked)
     if not isinstance(part, Architecture):
         given = ready(part, task).to(device)
         origin = asked if isinstance(asked, str) else "given"
@@ -119,7 +123,7 @@ def _trained_with(asked: Any, spec: str) -> bool:
     from advkit.models import zoo
     from advkit.models.checkpoint import CheckpointFile, checkpoint_extra
 
-    part, _ = _part(asked)
+    part, _ = model_part(asked)
     told = ""
     if isinstance(part, zoo.ZooModel):
         told = zoo.card(part.name).defense
@@ -190,7 +194,7 @@ def train_victim(
     if not hasattr(guard, "objective"):
         raise UsageError(f"the defense {DEFENSES.name_of(guard)} trains nothing: apply it with `advkit evaluate`")
     asked = model if model is not None else work.defaults.model
-    part, _ = _part(asked)
+    part, _ = model_part(asked)
     start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
     data = work.training()
     if data is None:
@@ -198,13 +202,17 @@ def train_victim(
             f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
         )
     out = Path(out)
-    _claim(out, _fingerprint(start, guard, data, seed))
-    fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
+    fresh = _claim(out, _fingerprint(start, guard, data, seed))
+    try:
+        fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
+    except UsageError:
+        if fresh and not (out / "training").exists():
+            _unclaim(out)
+        raise
     file = out / "model.safetensors"
     spec = DEFENSES.spec(guard)
     extra = {"task": spec_of(TASKS, work), "defense": spec, "seed": seed, "data": _data_digest(data)}
     sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
-    best = max(fitted.log, key=lambda epoch: epoch.score)
     return {
         "file": str(file),
         "sha256": sha256,
@@ -213,17 +221,21 @@ def train_victim(
         "task": extra["task"],
         "seed": seed,
         "epochs": len(fitted.log),
-        "best_epoch": best.epoch,
-        "score": best.score,
+        "best_epoch": fitted.best_epoch,
+        "score": None if math.isnan(fitted.best.score) else fitted.best.score,
     }
 
 
-def _claim(folder: Path, fingerprint: str) -> None:
-    """Mark a folder as this training's; raises StaleRun for another's, UsageError where it can't be written."""
-    mark = folder / "training.sha256"
+def _claim(folder: Path, fingerprint: str) -> bool:
+    """Mark a folder as this training's and say whether it is new to it.
+
+    Raises StaleRun for another's folder, UsageError where it can't be written.
+    """
+    mark = folder / MARK
     try:
+        fresh = not mark.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        if mark.exists():
+        if not fresh:
             if mark.read_text(encoding="utf-8").strip() != fingerprint:
                 raise StaleRun(f"{folder} holds another training (other settings, data or seed): name another --out")
         else:
@@ -234,6 +246,14 @@ def _claim(folder: Path, fingerprint: str) -> None:
         raise UsageError(
             f"the folder {folder} can't be written ({error.strerror or error}): name another --out"
         ) from error
+    return fresh
+
+
+def _unclaim(folder: Path) -> None:
+    """Take the mark away again, and the folder where nothing else is in it."""
+    with suppress(OSError):
+        (folder / MARK).unlink()
+        folder.rmdir()
 
 
 def _data_digest(data: Any) -> str:

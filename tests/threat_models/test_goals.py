@@ -114,10 +114,15 @@ def test_a_step_down_the_loss_comes_nearer_to_the_goal(kind, name, scores, class
     assert closer[away].all()
 
 
-def test_ties_are_not_reached():
+def test_among_equal_scores_the_lowest_index_decides():
     tie = torch.tensor([[1.0, 1.0, 0.0]])
-    for goal in (Untargeted(torch.tensor([0])), Untargeted(torch.tensor([1])), Targeted(torch.tensor([0]))):
-        assert not goal.reached(tie).any()
+    for goal, reached in (
+        (Untargeted(torch.tensor([0])), False),
+        (Untargeted(torch.tensor([1])), True),
+        (Targeted(torch.tensor([0])), True),
+        (Targeted(torch.tensor([1])), False),
+    ):
+        assert bool(goal.reached(tie)) is reached
         assert goal.margin(tie).item() == 0
     assert not Diverge(torch.tensor([[3.0, 1.0, 0.0]])).reached(tie).any()
     smallest = torch.tensor([[1.0, 1.0 + 2**-23, 0.0]])
@@ -125,15 +130,17 @@ def test_ties_are_not_reached():
     assert Untargeted(torch.tensor([0])).margin(smallest).item() < 0
 
 
-def test_margin_is_negative_exactly_where_reached():
+def test_margin_agrees_with_reached_but_for_ties():
     generator = torch.Generator().manual_seed(3)
     scores = torch.randint(0, 3, (400, 4), generator=generator).float()  # many ties
     scores[::17, 1] = float("nan")
     scores[::23, 2] = float("inf")
     classes = torch.randint(4, (400,), generator=generator)
     for goal in goals(classes, scores):
-        assert torch.equal(goal.reached(scores), goal.margin(scores) < 0)
-        assert 0 < goal.reached(scores).sum() < 400
+        reached, margin = goal.reached(scores), goal.margin(scores)
+        untied = margin != 0
+        assert torch.equal(reached[untied], margin[untied] < 0)
+        assert 0 < reached.sum() < 400
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

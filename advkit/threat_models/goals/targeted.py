@@ -25,7 +25,7 @@ from advkit.threat_models.goals.untargeted import (
 
 @dataclass(frozen=True, eq=False)
 class Targeted:
-    """One chosen class, strictly: a tie with another class is not reached.
+    """One chosen class; among equal scores the lowest index decides, as in `Untargeted`.
 
     targets:   wanted classes, long [B]
     surrogate: "ce" the cross-entropy to the target; "margin" the best other score minus the target's; "dlr" that
@@ -54,10 +54,10 @@ class Targeted:
         """Bool [B]."""
         if not self._scores(answer):
             return answer == self.targets
-        return (pick(answer, self.targets) > best_other(answer, self.targets)) & torch.isfinite(answer).all(1)
+        return (answer.argmax(1) == self.targets) & torch.isfinite(answer).all(1)
 
     def margin(self, answer: Tensor) -> Tensor:
-        """Float [B]: best other score minus the target's, negative exactly where reached; +inf where not finite."""
+        """Float [B]: best other score minus the target's: negative where reached (0 in a tie); +inf where not finite."""
         if not self._scores(answer):
             return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
         margin = best_other(answer, self.targets) - pick(answer, self.targets)

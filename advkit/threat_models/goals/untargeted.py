@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self, cast
 
@@ -86,7 +87,9 @@ def checked_surrogate(name: str) -> Surrogate:
 
 @dataclass(frozen=True, eq=False)
 class Untargeted:
-    """Any class but the true one, strictly: a tie between the true class and another is not reached.
+    """Any class but the true one.
+
+    Classes are decided as a deployed classifier does: the largest score, the lowest index among equals.
 
     labels:    true classes, long [B]
     surrogate: "ce" minus the cross-entropy; "margin" true score minus the best other; "dlr" the margin over the spread
@@ -115,10 +118,10 @@ class Untargeted:
         """Bool [B]."""
         if not self._scores(answer):
             return (answer >= 0) & (answer != self.labels)
-        return (best_other(answer, self.labels) > pick(answer, self.labels)) & torch.isfinite(answer).all(1)
+        return (answer.argmax(1) != self.labels) & torch.isfinite(answer).all(1)
 
     def margin(self, answer: Tensor) -> Tensor:
-        """Float [B]: true score minus the best other, negative exactly where reached; +inf where it is not finite."""
+        """Float [B]: true score minus the best other: negative where reached (0 in a tie); +inf where not finite."""
         if not self._scores(answer):
             return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
         margin = pick(answer, self.labels) - best_other(answer, self.labels)
@@ -150,6 +153,56 @@ class Untargeted:
     def to(self, device: torch.device | str) -> Self:
         """The same goal on a device."""
         return replace(self, labels=self.labels.to(device))
+
+    def rivals(self, answer: Tensor, k: int, without: Sequence[Rival] = ()) -> tuple[Rival, ...]:
+        """The same goal aimed at one wrong class at a time: the k likeliest at `answer`, likeliest first.
+
+        `without` are earlier rivals that do not come again; there are never more than there are classes left.
+        """
+        if not self._scores(answer):
+            raise BadModel("the model answers decisions; rivals are ordered by scores: use an attack without targets")
+        lowest = torch.finfo(answer.dtype).min
+        scores = torch.nan_to_num(answer.detach(), nan=lowest, neginf=lowest)
+        taken = torch.stack([self.labels, *(earlier.rival for earlier in without)], dim=1)
+        order = scores.scatter(1, taken, -torch.inf).topk(max(0, min(k, answer.shape[1] - taken.shape[1])), dim=1)
+        return tuple(Rival(self.labels, _top=self._top, rival=rival) for rival in order.indices.unbind(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Rival(Untargeted):
+    """Any class but the true one, on the way to one of them.
+
+    rival:     the class that the loss leads to, long [B]; any other wrong class reaches the goal too
+    surrogate: "margin" the true score minus the rival's; "dlr" that over the distance from the largest score to the
+               mean of the third and fourth (needs four classes), as published; "ce" the cross-entropy to the rival
+
+    The margin's zero is the boundary between the two classes.
+    """
+
+    surrogate: Surrogate = "margin"
+    rival: Tensor = field(kw_only=True)
+
+    def loss(self, answer: Tensor) -> Tensor:
+        """Float [B], smaller is better for the attacker."""
+        scores = self._scores(answer)
+        scores_only(scores, self.surrogate)
+        if not scores:
+            return self.margin(answer)
+        if self.surrogate == "ce":
+            return F.cross_entropy(answer, self.rival, reduction="none")
+        margin = pick(answer, self.labels) - pick(answer, self.rival)
+        if self.surrogate == "margin":
+            return margin
+        top = top_scores(answer, 4, "targeted dlr")
+        return margin / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+    def take(self, rows: Tensor) -> Self:
+        """The goal of a subset of the rows (long or bool index)."""
+        return replace(self, labels=self.labels[rows], rival=self.rival[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same goal on a device."""
+        return replace(self, labels=self.labels.to(device), rival=self.rival.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
