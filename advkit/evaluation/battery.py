@@ -37,9 +37,8 @@ from advkit.evaluation.diagnostics import (
     found,
     graded,
 )
-from advkit.evaluation.scenarios import Evasion, attacked_model, own_randomness
+from advkit.evaluation.scenarios import attacked_model, own_randomness, single_attack
 from advkit.evaluation.stats import newcombe_paired
-from advkit.evaluation.store import Store
 from advkit.evaluation.verdict import decide, finite
 from advkit.threat_models.lp import L2, Linf
 
@@ -264,8 +263,8 @@ class Battery:
     def _play(self, case: Case, only: set[str] | None = None) -> Played:
         if only is not None and not only:
             return {}
-        skip = set() if only is None else {Store.key(case.label, row) for row in self.ids if row not in only}
-        return {record.id: record for records, _, _ in Evasion().rounds(case, skip) for record in records}
+        skip = set() if only is None else set(self.ids) - only
+        return {record.id: record for records, _, _ in single_attack(case, skip) for record in records}
 
     def _reference(self, *, steps: int = STEPS, restarts: int = 1, loss: str = "margin", **changes: Any) -> Case:
         """The case of the reference attack on the victim; its walk is 2.5 eps long."""
@@ -302,7 +301,7 @@ class Battery:
         attack = _Traced(case.attack)
         model, decides = attacked_model(case)
         run = _Run()
-        for played, _, returned in Evasion().rounds(replace(case, attack=attack)):
+        for played, _, returned in single_attack(replace(case, attack=attack)):
             run.records.update({record.id: record for record in played})
             traces = attack.traces[:]
             attack.traces.clear()
@@ -609,9 +608,7 @@ class Battery:
             self._say("unstable_predictions", "warning", seen, value, UNSTABLE)
 
 
-def gradient_errors(
-    view: Any, victim: Any, x: Tensor, goal: Any, rng: Any, width: float = 1.0
-) -> tuple[Tensor, bool]:
+def gradient_errors(view: Any, victim: Any, x: Tensor, goal: Any, rng: Any, width: float = 1.0) -> tuple[Tensor, bool]:
     """Relative errors [B] of the view's gradient against central differences of the victim, and whether in float64.
 
     The direction is half the gradient and half random, so that the derivative along it is never small by accident.

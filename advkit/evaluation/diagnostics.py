@@ -323,9 +323,7 @@ def _after(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
     outcomes = [r.outcome for r in rows]
     findings = []
     # A row whose untouched answer was NaN is wrong whatever comes, so the interval does not hold it.
-    unknown = sum(
-        r.outcome in (Outcome.NON_FINITE, Outcome.ERROR) and "clean_non_finite" not in r.notes for r in rows
-    )
+    unknown = sum(r.outcome in (Outcome.NON_FINITE, Outcome.ERROR) and "clean_non_finite" not in r.notes for r in rows)
     robust = outcomes.count(Outcome.ROBUST) + outcomes.count(Outcome.INVALID)
     interval = f"robust accuracy is the interval [{robust / n:.4f}, {(robust + unknown) / n:.4f}]"
 

@@ -66,17 +66,16 @@ def run(case: Case, store: Store, progress: Progress | None = None) -> list[Reco
     """Play what the store does not hold yet and return the case's records in playing order."""
     preflight(case)
     scenario = scenario_of(case)
-    total = scenario.expected(case)
     if progress and len(store):
-        progress(list(store), total)
+        progress(list(store), scenario.expected(case, store.records))
     kept = first_ids(case, case.keep)
     watch = Stopwatch()
     while True:
         try:
-            for records, origin, returned in scenario.rounds(case, done=store):
+            for records, origin, returned in scenario.rounds(case, store.records):
                 store.append(records, watch.lap(), examples=(origin, returned), keep=kept)
                 if progress:
-                    progress(records, total)
+                    progress(records, scenario.expected(case, store.records))
             break
         except torch.OutOfMemoryError:
             if case.batch_size == 1:

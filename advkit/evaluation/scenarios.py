@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -43,16 +43,19 @@ def own_randomness(device: str, *names: object) -> Iterator[None]:
         yield
 
 
-def _done_ids(done: Container[str], label: str) -> Container[str]:
-    class Done:
-        def __contains__(self, row: object) -> bool:
-            return Store.key(label, str(row)) in done
+class _Without:
+    """Rows to leave out of one attack's batches: those on record, and those that the stage does not take."""
 
-    return Done()
+    def __init__(self, done: Mapping[str, Record], label: str, taken: Container[str] | None = None) -> None:
+        self.done, self.label, self.taken = done, label, taken
+
+    def __contains__(self, row: object) -> bool:
+        name = str(row)
+        return Store.key(self.label, name) in self.done or (self.taken is not None and name not in self.taken)
 
 
 class Evasion:
-    """The attacker changes inputs of a finished model; one attack, judged row by row."""
+    """The attacker changes inputs of a finished model; one attack or a suite of them, judged row by row."""
 
     name: ClassVar[str] = "evasion"
 
@@ -66,25 +69,79 @@ class Evasion:
                 f"the attack {case.label} needs {needs.name.lower()}; the threat model grants {granted.name.lower()}: "
                 "choose an attack that asks for less, or grant more with access=..."
             )
+        if hasattr(case.attack, "stages") and case.surrogates:
+            return (
+                f"the suite {case.label} follows rows by the victim's verdicts; under transfer name one of its attacks"
+            )
         return None
 
-    def expected(self, case: Case) -> int:
-        """How many records a finished case has."""
-        return case.n
+    def expected(self, case: Case, records: Mapping[str, Record]) -> int:
+        """How many records the finished case has, as far as these tell (a suite's later stages take fewer rows)."""
+        if not hasattr(case.attack, "stages"):
+            return case.n
+        stages = case.attack.stages()
+        return max(case.n, len(records)) if len(stages) > 1 else case.n
 
-    def rounds(self, case: Case, done: Container[str] = ()) -> Iterator[Played]:
+    def rounds(self, case: Case, done: Mapping[str, Record]) -> Iterator[Played]:
         """Records, origins and returned inputs batch by batch, in the task's order."""
-        batches = case.task.batches(case.batch_size, skip=_done_ids(done, case.label), n=case.n)
-        modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
-        lanes: Lanes | None = None
-        for batch in batches:
-            batch = on_device(batch, case.device)
-            with frozen(*modules):
-                if lanes is None:
-                    lanes = lanes_of(case)
-                with own_randomness(case.device, case.seed, case.label, batch.ids[0]):
-                    played = play_batch(case, batch, lanes)
-            yield played
+        if hasattr(case.attack, "stages"):
+            yield from _cascade(case, done)
+        else:
+            yield from single_attack(case, _Without(done, case.label))
+
+
+def single_attack(case: Case, skip: Container[str] = ()) -> Iterator[Played]:
+    """One attack on the rows whose ids are not skipped; batch by batch, in the task's order."""
+    modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
+    lanes: Lanes | None = None
+    for batch in case.task.batches(case.batch_size, skip=skip, n=case.n):
+        batch = on_device(batch, case.device)
+        with frozen(*modules):
+            if lanes is None:
+                lanes = lanes_of(case)
+            with own_randomness(case.device, case.seed, case.label, batch.ids[0]):
+                played = play_batch(case, batch, lanes)
+        yield played
+
+
+def _cascade(case: Case, done: Mapping[str, Record]) -> Iterator[Played]:
+    """A suite, stage by stage over all rows; a stage takes rows that stood after every stage before it.
+
+    Which rows a stage takes follows from the records alone, so a resumed run takes the same.
+    """
+    held = dict(done)
+    order = [row for batch in case.task.batches(1024, n=case.n) for row in batch.ids]
+    standing = dict.fromkeys(order, math.inf)
+    escalated = False
+    for stage in case.attack.stages():
+        if stage.when == "escalated" and not escalated:
+            continue
+        label = f"{case.label}/{stage.name}"
+        taken = taken_by(stage, standing, case.seed)
+        cell = replace(case, attack=stage.attack, label=label)
+        for records, origin, returned in single_attack(cell, _Without(held, label, taken)):
+            held.update((Store.key(label, record.id), record) for record in records)
+            yield records, origin, returned
+        for row in taken:
+            record = held[Store.key(label, row)]
+            if record.outcome in (Outcome.WRONG, Outcome.BROKEN):
+                del standing[row]
+                escalated |= stage.sentinel and record.outcome == Outcome.BROKEN
+            elif record.closeness is not None:
+                standing[row] = min(standing[row], record.closeness)
+
+
+def taken_by(stage: Any, standing: Mapping[str, float], seed: int) -> frozenset[str]:
+    """The rows that a stage takes of those standing: all, the share nearest to the boundary, or a drawn share."""
+    if stage.share >= 1:
+        return frozenset(standing)
+    most = min(len(standing), max(stage.least, math.ceil(stage.share * len(standing))))
+
+    def rank(row: str) -> tuple[float, str]:
+        word = hashlib.sha256(f"{seed}|{stage.name}|{row}".encode()).hexdigest()
+        return (standing[row] if stage.by == "nearest" else 0.0, word)
+
+    return frozenset(sorted(standing, key=rank)[:most])
 
 
 class Grid:
@@ -117,15 +174,14 @@ class Grid:
             for label, attack in case.threat.algorithms(ATTACKS.build)
         ]
 
-    def expected(self, case: Case) -> int:
+    def expected(self, case: Case, records: Mapping[str, Record]) -> int:
         """How many records a finished case has."""
         return case.n * len(self.cells(case))
 
-    def rounds(self, case: Case, done: Container[str] = ()) -> Iterator[Played]:
+    def rounds(self, case: Case, done: Mapping[str, Record]) -> Iterator[Played]:
         """Records, origins and returned inputs cell by cell."""
-        evasion = Evasion()
         for cell in self.cells(case):
-            yield from evasion.rounds(cell, done)
+            yield from single_attack(cell, _Without(done, cell.label))
 
 
 SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid}
@@ -292,6 +348,7 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
                 reached=bool(verdict.reached[i]),
                 distance=_number(verdict.distance[i]),
                 margin=_number(verdict.margin[i]),
+                closeness=_number(verdict.closeness[i]),
                 eight_bit=None if verdict.eight_bit is None else bool(verdict.eight_bit[i]),
                 forwards=int(cost[0, i]),
                 backwards=int(cost[1, i]),
@@ -315,4 +372,5 @@ def _stream(case: Case) -> tuple[str, ...]:
     With the settings left out, ten more steps start where the shorter run started.
     """
     attack, _, source = case.label.partition("@")
-    return (attack.partition(":")[0], source)
+    suite, _, stage = attack.partition("/")
+    return (stage or suite.partition(":")[0], source)

@@ -67,7 +67,9 @@ def check_folder(folder: Path) -> None:
     if not place.is_dir():
         raise UsageError(f"the run folder {folder} can't be written ({place} is a file): name another with --out")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"the run folder {folder} can't be written (no permission in {place}): name another with --out")
+        raise UsageError(
+            f"the run folder {folder} can't be written (no permission in {place}): name another with --out"
+        )
 
 
 class Store:

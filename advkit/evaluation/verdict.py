@@ -37,6 +37,7 @@ class Verdict:
     reached: Tensor
     decision: Tensor
     margin: Tensor
+    closeness: Tensor
     distance: Tensor
     eight_bit: Tensor | None
 
@@ -96,13 +97,16 @@ class Judge:
         eight_bit = None
         if origin.ndim == 4 and origin.is_floating_point() and hasattr(self.victim.space, "quantize"):
             eight_bit = self.reached(self.victim.space.quantize(handed), goal)[0]
-        margin = goal.margin(answer) if answer.is_floating_point() and answer.ndim > 1 else torch.zeros(len(answer))
+        scores = answer.is_floating_point() and answer.ndim > 1
+        margin = goal.margin(answer) if scores else torch.zeros(len(answer))
+        spread = answer.amax(1) - answer.amin(1) if scores else torch.ones(len(answer))
         return Verdict(
             admitted=admitted.cpu(),
             finite=finite(answer).cpu(),
             reached=reached.cpu(),
             decision=decide(answer).cpu(),
             margin=margin.float().cpu(),
+            closeness=(margin / spread).float().cpu(),
             distance=threat.distance(handed, origin).cpu(),
             eight_bit=None if eight_bit is None else eight_bit.cpu(),
         )

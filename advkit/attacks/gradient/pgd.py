@@ -77,7 +77,7 @@ def walk(
                 move = ball.steepest(-gradient, live.x)
                 z = ball.project(torch.where(move != 0, z + step_size * move, live.x), live.x)
             else:
-                z = ball.project(z + step_size * ball.steepest(-gradient, z), live.x)
+                z = ball.project(torch.add(z, ball.steepest(-gradient, z), alpha=step_size), live.x)
         if not len(live):
             continue
         if keep == "last":

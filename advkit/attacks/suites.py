@@ -1,0 +1,173 @@
+"""Suites: attacks played one after the other on the rows still standing, worst case per row (arXiv 2003.01690).
+
+A suite is data: stages in order, and for each which of the standing rows it takes. The evasion scenario plays stage
+by stage over the whole evaluation, cheap ones first, so that a choice such as "the fifth nearest to the boundary" means
+the fifth of all survivors and not of whatever rows share a batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle
+from advkit.attacks.gradient.apgd import APGDCE
+from advkit.attacks.gradient.targeted import APGDDLR, APGDT
+from advkit.attacks.minimal.fab import FAB, FABT
+from advkit.attacks.query.square import Square
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Access, Ball, Rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One attack of a suite and the rows it takes of those still standing.
+
+    name:     of its records and of its random streams; unique in the suite
+    attack:   what is played
+    share:    fraction of the standing rows, in (0, 1]
+    by:       which ones: "nearest" to the boundary (smallest margin over the spread of the scores, at the best point of
+              the stages before), or a "sample" drawn by the rows' ids
+    least:    at least so many rows where a share is taken
+    sentinel: asks for scores alone and only watches: a row that falls here to a search the gradients lost means that
+              gradients are masked, and calls the escalation
+    when:     "always", or only after a sentinel's find ("escalated")
+    """
+
+    name: str
+    attack: Any
+    share: float = 1.0
+    by: Literal["nearest", "sample"] = "nearest"
+    least: int = 20
+    sentinel: bool = False
+    when: Literal["always", "escalated"] = "always"
+
+
+class Suite(ABC):
+    """What the suites share: called as an attack, on rows of which nobody else knows, every stage takes all that stand.
+
+    The evasion scenario does not call a suite, it plays its stages one by one, with shares taken over all survivors.
+    """
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order; those of an escalation last."""
+
+    def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
+        best = Best(x, goal)
+        live = Live(oracle, x, goal, rng)
+        for stage in self.stages():
+            if stage.when == "escalated":
+                continue
+            if not len(live) or not live.affords():
+                break
+            z = stage.attack(live.oracle, live.x, live.goal, ball, live.rng.at(stage.name))
+            if not live.affords():
+                best.put(z, live.index)
+                break
+            reached = best.offer(z, live.oracle(z), rows=live.index)
+            if oracle.decides and (stay := live.left(reached)) is not None:
+                live = live.take(stay)
+        return best.x
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(Suite):
+    """The field's referee at the reference's exact budget: every stage takes all rows still standing.
+
+    version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square 5,000), "plus" (APGD-CE and DLR with 5 restarts,
+             FAB with 5, Square, both targeted ones) or "rand" for victims whose answers vary (EOT over 20 draws)
+
+    Square keeps the reference's patch schedule in absolute query counts.
+    """
+
+    version: Literal["standard", "plus", "rand"] = "standard"
+
+    def __post_init__(self) -> None:
+        if self.version not in ("standard", "plus", "rand"):
+            raise UsageError(f"version {self.version!r}; expected standard, plus or rand")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """In the reference's order."""
+        square = Stage(name="square", attack=Square(queries=5000, schedule="published"))
+        targeted = (
+            Stage(name="apgd-t", attack=APGDT(steps=100, targets=9)),
+            Stage(name="fab-t", attack=FABT(steps=100, targets=9)),
+        )
+        if self.version == "standard":
+            return (Stage(name="apgd-ce", attack=APGDCE(steps=100)), *targeted, square)
+        if self.version == "rand":
+            return (
+                Stage(name="apgd-ce", attack=APGDCE(steps=100, eot=20)),
+                Stage(name="apgd-dlr", attack=APGDDLR(steps=100, eot=20)),
+            )
+        return (
+            Stage(name="apgd-ce", attack=APGDCE(steps=100, restarts=5)),
+            Stage(name="apgd-dlr", attack=APGDDLR(steps=100, restarts=5)),
+            Stage(name="fab", attack=FAB(steps=100, restarts=5)),
+            square,
+            *targeted,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lean(Suite):
+    """Nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
+
+    Short runs toward every other class first, ordered by the scores at the best adversarial point; long runs only for
+    the survivors nearest to the boundary; a black-box sentinel on a sample. Where the sentinel finds a row that the
+    gradients missed, every survivor gets the full black-box budget and AutoAttack's own stages.
+
+    targets: most classes run toward
+    """
+
+    targets: int = 9
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Cheap ones first."""
+        return _cascade(
+            self.targets, first=10, short=10, share=0.15, dlr=3, ce=1, sentinel=Stage(
+                name="sentinel", attack=Square(queries=300), share=0.25, by="sample", sentinel=True
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thorough(Suite):
+    """AutoAttack's robust accuracy or less for a small part of its cost: the default of `--attack auto`.
+
+    As `lean`, with longer first runs, a quarter of the survivors in the near-boundary stage, more restarts there, and
+    the sentinel on all survivors.
+
+    targets: most classes run toward
+    """
+
+    targets: int = 9
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Cheap ones first."""
+        return _cascade(
+            self.targets, first=20, short=10, share=0.25, dlr=5, ce=2, sentinel=Stage(
+                name="sentinel", attack=Square(queries=300), sentinel=True
+            )
+        )  # fmt: skip
+
+
+def _cascade(
+    targets: int, *, first: int, short: int, share: float, dlr: int, ce: int, sentinel: Stage
+) -> tuple[Stage, ...]:
+    return (
+        Stage(name="apgd-ce", attack=APGDCE(steps=first)),
+        Stage(name="apgd-t-short", attack=APGDT(steps=short, targets=targets, loss="margin", order="adversarial")),
+        Stage(name="near-dlr", attack=APGDT(steps=100, targets=dlr, order="adversarial"), share=share),
+        Stage(name="near-ce", attack=APGDCE(steps=100, restarts=ce), share=share),
+        sentinel,
+        Stage(name="square", attack=Square(queries=5000), when="escalated"),
+        Stage(name="apgd-t", attack=APGDT(steps=100, targets=9), when="escalated"),
+        Stage(name="fab-t", attack=FABT(steps=100, targets=9), when="escalated"),
+    )
