@@ -5,15 +5,22 @@ from __future__ import annotations
 import pytest
 
 from advkit.attacks import ATTACKS
+from advkit.attacks.suites import Suite
 from advkit.core.errors import UsageError
 from advkit.testing import ATTACK_LAWS, BALLS, RADII, THREAT_LAWS, accepts, check_law, check_threat_law, subjects
 from advkit.threat_models import THREAT_MODELS
 
 BUILT_IN = {"fgsm", "pgd", "mifgsm", "apgd-ce", "apgd-margin", "square"}
-SUBJECTS = {
-    (name, norm): subject for name in ATTACKS.names() for norm, subject in subjects(ATTACKS.build(name)).items()
-}
-REFUSED = {(name, norm) for name in ATTACKS.names() for norm in BALLS} - set(SUBJECTS)
+
+# Names that build what another name builds already are aliases.
+NAMES = [name for name in ATTACKS.names() if ATTACKS.spec(ATTACKS.build(name)).partition(":")[0] == name]
+SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subjects(ATTACKS.build(name)).items()}
+REFUSED = {(name, norm) for name in NAMES for norm in BALLS} - set(SUBJECTS)
+# A suite plays attacks that meet the laws one by one already; its own run through them takes minutes.
+PAIRS = [
+    pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] if isinstance(subject.attack, Suite) else [])
+    for pair, subject in SUBJECTS.items()
+]
 
 THREATS = {
     "linf": "linf:eps=0.1",
@@ -28,12 +35,12 @@ THREATS = {
 
 
 @pytest.mark.parametrize("law", ATTACK_LAWS)
-@pytest.mark.parametrize(("name", "norm"), SUBJECTS, ids=["-".join(pair) for pair in SUBJECTS])
+@pytest.mark.parametrize(("name", "norm"), PAIRS)
 def test_attack(name, norm, law):
     check_law(law, SUBJECTS[name, norm])
 
 
-@pytest.mark.parametrize("name", ATTACKS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_attack_works_in_some_ball(name):
     assert any(attack == name for attack, _ in SUBJECTS)
 

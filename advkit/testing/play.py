@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advkit.attacks.suites import Stage, Suite
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, Meter, MeteredOracle
 from advkit.core.protocols import Access
@@ -74,8 +75,25 @@ def fields_of(attack: Any) -> set[str]:
     return {each.name for each in fields(attack)}
 
 
+@dataclass(frozen=True)
+class ShortSuite(Suite):
+    """A suite with every stage shortened."""
+
+    suite: Suite
+    steps: int
+    queries: int
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The suite's stages in its order."""
+        return tuple(
+            replace(stage, attack=shortened(stage.attack, self.steps, self.queries)) for stage in self.suite.stages()
+        )
+
+
 def shortened(attack: Any, steps: int = 40, queries: int = 200) -> Any:
     """The attack with its effort cut to what tiny victims need; settings below the cut stay."""
+    if isinstance(attack, Suite):
+        return ShortSuite(attack, steps, queries)
     have = fields_of(attack)
     most = {"steps": steps, "queries": queries}
     return replace(attack, **{name: n for name, n in most.items() if name in have and getattr(attack, name) > n})
