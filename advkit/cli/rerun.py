@@ -70,7 +70,9 @@ def rerun(
         typer.echo(json.dumps({"rows": len(again), "differ": [list(key) for key in differ]}, indent=2))
     else:
         console = Console()
-        console.print(f"{len(again) - len(differ)} of {len(again)} records are identical", highlight=False, markup=False)
+        console.print(
+            f"{len(again) - len(differ)} of {len(again)} records are identical", highlight=False, markup=False
+        )
         for attack, row in differ[:20]:
             console.print(f"  differs: {attack} on {row}", highlight=False, markup=False)
     if differ:

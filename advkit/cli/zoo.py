@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from advkit.cli.options import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from advkit.models.zoo import Card
 
 
 def zoo(
@@ -19,7 +25,6 @@ def zoo(
     from dataclasses import asdict
 
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from advkit.models import zoo as shelf
@@ -36,14 +41,28 @@ def zoo(
     console = Console()
     if name:
         for key, value in asdict(cards[0]).items():
-            console.print(Text.assemble((key, "bold"), f": {value}"), highlight=False)
+            console.print(Text.assemble((key, "bold"), f": {value}"), highlight=False, soft_wrap=True)
     else:
-        table = Table(title="embedded models")
-        for column in ("name", "task", "defense", "role", "group", "measured"):
-            table.add_column(column)
-        for card in cards:
-            figures = ", ".join(f"{k} {100 * v:.1f} %" for k, v in card.measured.items() if isinstance(v, float))
-            table.add_row(*map(Text, (card.name, card.task, card.defense, card.role, card.group, figures)))
-        console.print(table)
+        for task in dict.fromkeys(card.task for card in cards):
+            console.print(_table(task, [card for card in cards if card.task == task]))
     if verify:
         console.print(f"{len(checked)} of {len(cards)} hashes agree with their cards", highlight=False)
+
+
+def _table(task: str, cards: Sequence[Card]) -> Table:
+    """The models of one task, a column per measured figure; the whole of a defense is on the model's card."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    figures = list(dict.fromkeys(key for card in cards for key in card.measured))
+    table = Table(title=Text(task), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    for heading in ("defense", "role", "group"):
+        table.add_column(heading, no_wrap=True)
+    for figure in figures:
+        table.add_column(figure, justify="right", min_width=8)
+    for card in cards:
+        told = [f"{100 * card.measured[each]:.1f} %" if each in card.measured else "" for each in figures]
+        table.add_row(*map(Text, (card.name, card.defense.partition(":")[0], card.role, card.group, *told)))
+    return table

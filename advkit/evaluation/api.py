@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import logging
+import pickle
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from contextlib import suppress
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from advkit.threat_models import GOALS, THREAT_MODELS
 
 log = logging.getLogger("advkit")
 
+_PROCESS = uuid.uuid4().hex
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
 
@@ -64,13 +70,57 @@ def pick_device(name: str) -> str:
 
 
 def spec_of(registry: Any, part: Any) -> str:
-    """A part's canonical spec; the bare name of one that holds objects, the type's of one that no registry holds."""
+    """A part's canonical spec; for one that holds objects or that no registry holds, its name and settings.
+
+    Two parts with other settings get other texts: a run folder is known by them.
+    """
     try:
         return str(registry.spec(part))
     except SpecError:
-        return str(registry.name_of(part))
+        name = str(registry.name_of(part))
     except UnknownName:
-        return type(part).__name__
+        name = getattr(part, "__name__", type(part).__name__)
+    if registry is TASKS:  # known by the digest of its rows
+        return name
+    words = [f"{key}={_word(value)}" for key, value in _settings(part).items()]
+    return f"{name}:{','.join(words)}" if words else name
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """What sets a part apart from others of its type."""
+    if is_dataclass(part) and not isinstance(part, type):
+        given = {each.name: (getattr(part, each.name), each) for each in fields(part) if each.init}
+        return {name: value for name, (value, each) in given.items() if not _default(value, each)}
+    if inspect.isroutine(part):
+        return {"object": part}
+    return dict(getattr(part, "__dict__", {}))
+
+
+def _default(value: Any, of: Field[Any]) -> bool:
+    default = of.default_factory() if of.default_factory is not MISSING else of.default
+    with suppress(RuntimeError, ValueError, TypeError):  # tensors do not say whether they are equal
+        return type(value) is type(default) and bool(value == default)
+    return False
+
+
+def _word(value: Any) -> str:
+    """A text that differs where values differ: plain values as they are, models by their weights, others by content."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return "+".join(map(_word, value))
+    if hasattr(value, "describe") and hasattr(value.describe(), "state_sha256"):
+        return f"{value.describe().name}-{value.describe().state_sha256[:12]}"
+    if isinstance(value, torch.Tensor | torch.nn.Module):
+        from advkit.models.torch import named_tensors, tensors_sha256
+
+        held = named_tensors(value) if isinstance(value, torch.nn.Module) else {"": value}
+        return f"{type(value).__name__}-{tensors_sha256(held.items())[:12]}"
+    try:
+        content = pickle.dumps(value)
+    except Exception:  # what can't be pickled says so in many ways; then an object is itself alone
+        content = f"{_PROCESS}|{id(value)}".encode()
+    return f"{type(value).__name__}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def spec_of_model(asked: Any, model: Any) -> str:

@@ -60,9 +60,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file; tensors that share memory are written once each."""
+    """The bytes of a safetensors file; tensors that share memory are written once each.
+
+    The same tensors and metadata give the same bytes: the library writes metadata in an order that changes from call to
+    call, so the header is written again with its keys sorted.
+    """
     held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(held, dict(metadata))
+    content = safetensors.torch.save(held, dict(metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = canonical_json(json.loads(content[8 : 8 + length])).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns what follows
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def unpack(content: bytes, path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

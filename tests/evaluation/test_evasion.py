@@ -246,7 +246,7 @@ def test_transfer_never_asks_the_victim(digits, digits_model, digits_module, tmp
 
     class Victim(TorchModel):
         def __call__(self, x):
-            asked.append(torch.is_inference_mode_enabled())
+            asked.append(not torch.is_grad_enabled())
             return super().__call__(x)
 
     torch.manual_seed(3)
@@ -314,3 +314,41 @@ def test_out_of_memory_halves_the_batch(digits, digits_model, tmp_path, monkeypa
     monkeypatch.undo()
     assert sizes[:3] == [40, 32, 16]
     assert records == play(replace(case, batch_size=64), tmp_path / "roomy")
+
+
+def test_an_attack_of_ones_own_is_known_by_its_settings(digits, digits_model, tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Mine:
+        needs: ClassVar[Access] = Access.NOTHING
+        steps: int = 3
+        weight: torch.Tensor | None = None
+
+        def __call__(self, oracle, x, goal, ball, rng, /):
+            return x
+
+    ones = torch.ones(2)
+    labels = {
+        case_of(digits, digits_model, attack, n=5).label
+        for attack in (Mine(), Mine(steps=4), Mine(weight=ones), Mine(weight=2 * ones))
+    }
+    assert {"Mine", "Mine:steps=4"} < labels
+    assert len(labels) == 4
+    assert case_of(digits, digits_model, Mine(weight=ones.clone()), n=5).label in labels
+    play(case_of(digits, digits_model, Mine(), n=5), tmp_path)
+    with pytest.raises(StaleRun):
+        play(case_of(digits, digits_model, Mine(steps=4), n=5), tmp_path)
+
+
+def test_a_request_that_no_row_can_meet_is_refused_before_anything_is_written(digits, digits_model, tmp_path):
+    asked = []
+
+    class Victim(TorchModel):
+        def __call__(self, x):
+            asked.append(len(x))
+            return super().__call__(x)
+
+    victim = Victim(digits_model.module, space=digits.space, classes=10)
+    with pytest.raises(UsageError, match="logit"):
+        api.evaluate("pgd:loss=logit", task=digits, model=victim, threat_model=EPS, n=20, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert asked == [asked[0]], "one look at the first rows, no attack"
