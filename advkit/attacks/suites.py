@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle
+from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, lp_ball
 from advkit.attacks.gradient.apgd import APGDCE
 from advkit.attacks.gradient.targeted import APGDDLR, APGDT
 from advkit.attacks.minimal.fab import FAB, FABT
 from advkit.attacks.query.square import Square
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
+from advkit.threat_models.lp import L2, Linf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,20 @@ class Suite(ABC):
 
     needs: ClassVar[Access] = Access.GRADIENTS
 
+    def complaint(self, ball: Any) -> str | None:
+        """None, or why the suite can't be played in this ball."""
+        inner = lp_ball(ball)
+        if isinstance(inner, Linf | L2):
+            return None
+        return f"the suites end with Square, which works in Linf and L2, not in {type(inner).__name__}: name one attack"
+
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order; those of an escalation last."""
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
+        if reason := self.complaint(ball):
+            raise UsageError(reason)
         best = Best(x, goal)
         live = Live(oracle, x, goal, rng)
         for stage in self.stages():

@@ -64,7 +64,7 @@ class Lanes:
 def _probe(model: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> tuple[Tensor, ...]:
     """The answer and, where asked for, the input gradient of its squares."""
     if not backward:
-        with torch.inference_mode():
+        with torch.no_grad():
             return (model(x),)
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
@@ -234,10 +234,10 @@ class MeteredOracle:
             raise AccessDenied("the attack asked for an answer; this threat model grants no access to the victim")
         self._spend(x, of)
         chunks, lanes = self._chunks(x)
-        with torch.inference_mode():
+        # Not inference mode, 2-5 % faster: a defense that optimises while it predicts must be able to.
+        with torch.no_grad():
             parts = [self._forward(part, lanes)[: len(part)] for part in chunks]
-        # Cloned outside inference mode: what an attack keeps must be an ordinary tensor.
-        answer = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+        answer = parts[0].detach() if len(parts) == 1 else torch.cat(parts).detach()
         self._note(answer, of)
         if self.access == Access.LABELS and answer.ndim > 1:
             return nn.functional.one_hot(answer.argmax(1), answer.shape[1]).to(answer.dtype)
@@ -276,7 +276,11 @@ class MeteredOracle:
         loss, gradient, answer = (v[0] if len(v) == 1 else torch.cat(v) for v in (losses, gradients, answers))
         size = gradient.abs().flatten(1).amax(1)
         self._note(answer, of, size)
-        return loss.nan_to_num(nan=torch.inf), gradient.nan_to_num_(0.0, 0.0, 0.0), answer
+        return (
+            loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
+            gradient.nan_to_num_(0.0, 0.0, 0.0),
+            answer,
+        )
 
     def _chunks(self, x: Tensor) -> tuple[list[Tensor], Lanes]:
         lanes = self.lanes

@@ -333,8 +333,9 @@ class Scenario(Protocol):
 class Record:
     """How one row ended under one attack; what a report says is computed from these alone.
 
-    `margin` is the goal's margin of the victim's answer on the returned input, `eight_bit` whether the goal is still
-    reached after rounding to 8 bits (None where that has no meaning).
+    `margin` is the goal's margin of the victim's answer on the returned input and `closeness` that margin over the
+    spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
+    has no meaning).
     """
 
     id: str
@@ -346,6 +347,7 @@ class Record:
     reached: bool = False  # the goal holds on the returned row (also where the clean row was already wrong)
     distance: float | None = None
     margin: float | None = None
+    closeness: float | None = None
     eight_bit: bool | None = None
     forwards: int = 0
     backwards: int = 0
