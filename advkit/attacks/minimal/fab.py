@@ -14,7 +14,7 @@ from advkit.attacks.gradient.targeted import rivals_of
 from advkit.attacks.minimal.hyperplane import Norm, close_gap, dual_length, length
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
-from advkit.threat_models.lp import L1, L2, Linf, NormBall
+from advkit.threat_models.lp import L1, L2, Linf, NormBall, row_sum
 
 NEWTON = 8  # rounds of the projection; the steps after it make up for what is missing
 SEARCH = 3  # answers of the final search
@@ -89,41 +89,39 @@ class _Nearest:
 
 
 @dataclass
-class _Shortest:
-    """What the attack has found per row.
+class _Found:
+    """The nearest points that reached the goal, wherever they lie.
 
-    near:   the nearest point that reached the goal, wherever it lies [B, ...]; before there is one, the last point seen
-    away:   its distance [B], +inf before there is one
-    margin: the goal's margin there [B]
-    best:   the points of the ball
+    near:   the points [B, ...]; before there is one, the last point looked at
+    away:   their distances [B], +inf before there is one
+    answer: the victim's answers there [B, C]
     """
 
     near: Tensor
     away: Tensor
-    margin: Tensor
-    best: Best
-    goal: TensorGoal
+    answer: Tensor
 
-    def see(self, live: Live, ball: Ball[Tensor], z: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember points and what the victim says of them; bool [n]: which reached the goal, and which did inside."""
-        distance = ball.distance(z, live.x).to(z.dtype)
-        finite = finite_rows(answer)
-        margin = live.goal.margin(answer).to(z.dtype)
-        reached = live.goal.reached(answer) & finite
-        inside = ball.admits(z, live.x)
-        # Best never takes an answer that is not finite, and a point outside the ball is not to be taken.
-        self.best.offer(
-            z,
-            torch.where(inside[:, None], answer, torch.nan),
-            torch.where(reached, distance, margin),
-            live.index,
-        )
-        rows = slice(None) if live.index is None else live.index
-        closer = (reached & (distance < self.away[rows])) | (finite & ~reached & self.away[rows].isinf())
-        self.near[rows] = torch.where(per_row(closer, z), z, self.near[rows])
-        self.margin[rows] = torch.where(closer, margin, self.margin[rows])
-        self.away[rows] = torch.where(reached, torch.minimum(distance, self.away[rows]), self.away[rows])
-        return reached, reached & inside
+    def see(self, live: Live, ball: Ball[Tensor], z: Tensor, answer: Tensor) -> Tensor:
+        """Keep the points that reached the goal and lie nearer; bool [B]: which reached it."""
+        reached = live.goal.reached(answer) & finite_rows(answer)
+        distance = torch.where(reached, ball.distance(z, live.x).to(z.dtype), torch.inf)
+        closer = distance < self.away
+        self.near = torch.where(per_row(closer, z), z, self.near)
+        self.answer = torch.where(closer[:, None], answer, self.answer)
+        self.away = torch.minimum(distance, self.away)
+        return reached
+
+    def last(self, z: Tensor) -> None:
+        """Where to search from in rows that never reached the goal."""
+        self.near = torch.where(per_row(self.away.isinf(), z), z, self.near)
+
+    def take(self, rows: Tensor) -> _Found:
+        return _Found(*kept(rows, self.near, self.away, self.answer))
+
+    def put(self, rows: Tensor | None, part: _Found) -> None:
+        """Write back what was found for some of the rows; all of them for None."""
+        here = slice(None) if rows is None else rows
+        self.near[here], self.away[here], self.answer[here] = part.near, part.away, part.answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,43 +244,40 @@ def _attack(
     if not len(x) or not live.affords():
         return x.clone()
     answer = oracle(x)
-    nothing = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-    shortest = _Shortest(x.clone(), nothing, nothing.clone(), Best(x, goal), goal)
     clean = goal.margin(answer).to(x.dtype)
+    found = _Found(x.clone(), torch.full_like(clean, torch.inf), answer.clone())
+    found.see(live, ball, x, answer)
     stopping = pace.stop and oracle.decides
-    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    done |= shortest.see(live, ball, x, answer)[1]
     faces = rivals_of(goal, answer, rivals) or (_Way(goal),)
     runs = [faces] if together else [(face,) for face in faces]
-    for run, each in enumerate(runs):
+
+    def survivors(live: Live) -> Live:
+        away = found.away if live.index is None else found.away[live.index]
+        stay = live.left(away <= inner.eps) if stopping else None
+        return live if stay is None else live.take(stay)
+
+    for run, several in enumerate(runs):
         for restart in range(pace.restarts):
-            if stopping and (stay := live.left(done if live.index is None else done[live.index])) is not None:
-                live = live.take(stay)
+            live = survivors(live)
             if not len(live):
-                return shortest.best.x
-            here = each if live.index is None else tuple(face.take(live.index) for face in each)
-            start = live.x.clone() if not restart else _start(live, inner, norm, shortest, (run, restart))
-            _run(live, start, here, inner, ball, norm, pace, shortest, done, stopping)
-    if stopping and (stay := live.left(done if live.index is None else done[live.index])) is not None:
-        live = live.take(stay)
+                break
+            here = several if live.index is None else tuple(face.take(live.index) for face in several)
+            mine = found if live.index is None else found.take(live.index)
+            start = live.x if not restart else _start(live, inner, norm, mine.away, (run, restart))
+            _run(live, start, here, inner, ball, norm, pace, found, stopping)
+    best = Best(x, goal)
+    live = survivors(live)
     if len(live):
-        _search(live, ball, inner.eps, pace.eta, shortest, clean)
-    return shortest.best.x
+        _search(live, ball, inner.eps, pace.eta, found, clean if live.index is None else clean[live.index], best)
+    return torch.where(per_row(found.away <= inner.eps, x), found.near, best.x)
 
 
-def _start(live: Live, inner: NormBall, norm: Norm, shortest: _Shortest, names: tuple[int, int]) -> Tensor:
+def _start(live: Live, inner: NormBall, norm: Norm, away: Tensor, names: tuple[int, int]) -> Tensor:
     """Half as far from the row as the ball's edge or the nearest adversarial point, in a random direction."""
     rng = live.rng.at("start", *names)
     noise = 2 * rng.uniform(live.x) - 1 if norm == "Linf" else rng.normal(live.x)
-    away = shortest.away if live.index is None else shortest.away[live.index]
     factor = away.clamp_max(inner.eps) / (2 * length(noise, norm).clamp_min(1e-12))
     return inner.box.clamp(live.x + per_row(factor, live.x) * noise)
-
-
-def _walls(inner: NormBall, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The box, widened to rows that round-off left outside."""
-    low, high = inner.box.bounds_like(x)
-    return torch.minimum(low, x), torch.maximum(high, x)
 
 
 def _run(
@@ -293,47 +288,46 @@ def _run(
     ball: Ball[Tensor],
     norm: Norm,
     pace: _Pace,
-    shortest: _Shortest,
-    done: Tensor,
+    everyone: _Found,
     stopping: bool,
 ) -> None:
-    """One restart; marks in `done` the rows that reached the goal inside the ball."""
+    """One restart; what it finds goes to `everyone`."""
     aim = _Nearest(faces, z.new_ones((len(z), len(faces))))
-    low, high = _walls(inner, live.x)
+    found = everyone if live.index is None else everyone.take(live.index)
+    low, high = inner.box.bounds_like(z)
     for step in range(pace.steps):
         every = len(faces) > 1 and step % pace.refresh == 0
-        if not live.affords(len(faces) + 1 if every else 2):
-            return
+        # One answer more is kept for the point that is handed in.
+        if not live.affords((len(faces) if every else 1) + 2):
+            break
         value, normal, aim = (_look_at_all if every else _look_at_one)(live, z, aim, norm)
-        points, origins = torch.cat([z, live.x]), torch.cat([value, value + _along(normal, live.x - z)])
+        from_row = value + row_sum(normal * (live.x - z))
         moves = close_gap(
-            points, torch.cat([normal, normal]), origins, torch.cat([low, low]), torch.cat([high, high]), norm, NEWTON
+            torch.cat([z, live.x]), torch.cat([normal, normal]), torch.cat([value, from_row]), low, high, norm, NEWTON
         )
-        here, there = moves[: len(z)], moves[len(z) :]
-        near, far = length(here, norm), length(there, norm)
-        alpha = per_row((near / (near + far).clamp_min(1e-30)).clamp_max(pace.alpha_max), z)
-        z = (1 - alpha) * (z + pace.eta * here) + alpha * (live.x + pace.eta * there)
-        z = torch.minimum(torch.maximum(z, low), high)
-        reached, inside = shortest.see(live, ball, z, live.oracle(z))
-        done[slice(None) if live.index is None else live.index] |= inside
-        z = torch.where(per_row(reached, z), live.x + pace.beta * (z - live.x), z)
-        if stopping and (stay := live.left(inside)) is not None:
-            live, aim = live.take(stay), aim.take(stay)
-            z, low, high = kept(stay, z, low, high)
+        (here, there), (near, far) = moves.chunk(2), length(moves, norm).chunk(2)
+        alpha = (near / (near + far).clamp_min(1e-30)).clamp_max(pace.alpha_max)
+        z = torch.lerp(z.add(here, alpha=pace.eta), live.x.add(there, alpha=pace.eta), per_row(alpha, z))
+        z = inner.box.clamp(z)
+        reached = found.see(live, ball, z, live.oracle(z))
+        if stopping and (stay := live.left(reached & (found.away <= inner.eps))) is not None:
+            found.last(z)
+            everyone.put(live.index, found)
+            live, aim, found = live.take(stay), aim.take(stay), found.take(stay)
+            z, reached = kept(stay, z, reached)
             if not len(live):
                 return
-
-
-def _along(normal: Tensor, move: Tensor) -> Tensor:
-    """The inner product of every row [B]."""
-    return (normal * move).flatten(1).sum(1)
+        # A weight of 1 gives back z bit for bit.
+        z = torch.lerp(live.x, z, per_row(torch.where(reached, pace.beta, 1.0).to(z.dtype), z))
+    found.last(z)
+    everyone.put(live.index, found)
 
 
 def _look_at_one(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
     """Value [B] and normal of the face that seems nearest, and the faces with that one's norm renewed."""
-    value, normal, answer = live.oracle.gradient(z, aim)
     if len(aim.faces) == 1:
-        return value, normal, aim
+        return *live.oracle.gradient(z, aim.faces[0])[:2], aim
+    value, normal, answer = live.oracle.gradient(z, aim)
     which = aim.nearest(aim.values(answer))[:, None]
     return value, normal, replace(aim, norms=aim.norms.scatter(1, which, dual_length(normal, norm)[:, None]))
 
@@ -353,31 +347,40 @@ def _look_at_all(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tens
     return value, normal, replace(aim, norms=torch.stack(norms, 1))
 
 
-def _search(live: Live, ball: Ball[Tensor], eps: float, eta: float, shortest: _Shortest, clean: Tensor) -> None:
+def _search(
+    live: Live, ball: Ball[Tensor], eps: float, eta: float, everyone: _Found, clean: Tensor, best: Best
+) -> None:
     """Shorten the way to the nearest adversarial point along its own line, then ask about its projection too.
 
     The ball's edge comes first where that point lies outside: what reaches the goal there counts, what is nearer need
     not be known. The secants after that narrow the bracket between the row and the nearest point that reached the goal.
+    `best` takes the points inside the ball.
     """
-    rows = slice(None) if live.index is None else live.index
-    x, end = live.x, shortest.near[rows].clone()
+    found = everyone if live.index is None else everyone.take(live.index)
+    x, end = live.x, found.near
     # The edge's float neighbours must not lie outside: aim a hair below.
     edge = (eps * (1 - 1e-6) / ball.distance(end, x).to(x.dtype).clamp_min(1e-30)).clamp_max(1.0)
     low, high = torch.zeros_like(edge), torch.ones_like(edge)
-    low_margin, high_margin = clean[rows].clone(), shortest.margin[rows].clone()
+    low_margin, high_margin = clean, live.goal.margin(found.answer).to(x.dtype)
     for step in range(SEARCH):
         if not live.affords(2):
             break
         share = eta * low_margin / (low_margin - high_margin)
         usable = torch.isfinite(share) & (share > 0)
-        secant = low + (high - low) * torch.where(usable, share, 1.0).clamp_max(1.0)
-        t = torch.where(edge < 1, edge, secant) if step == 0 else secant
-        z = torch.where(per_row(t < 1, x), x + per_row(t, x) * (end - x), end)
+        t = low + (high - low) * torch.where(usable, share, 1.0).clamp_max(1.0)
+        if step == 0:
+            t = torch.where(edge < 1, edge, t)
+        z = torch.lerp(x, end, per_row(t, x))
         answer = live.oracle(z)
-        reached, _ = shortest.see(live, ball, z, answer)
+        reached = found.see(live, ball, z, answer)
         margin = live.goal.margin(answer).to(x.dtype)
+        inside = (t <= edge) | (edge == 1)
+        # Best never takes an answer that is not finite.
+        best.offer(z, torch.where(inside[:, None], answer, torch.nan), margin, live.index)
         low, low_margin = torch.where(reached, low, t), torch.where(reached, low_margin, margin)
         high, high_margin = torch.where(reached, t, high), torch.where(reached, margin, high_margin)
     if live.affords():
-        z = ball.project(shortest.near[rows], x)
-        shortest.see(live, ball, z, live.oracle(z))
+        z = ball.project(found.near, x)
+        answer = live.oracle(z)
+        best.offer(z, answer, live.goal.margin(answer).to(x.dtype), live.index)
+    everyone.put(live.index, found)

@@ -48,14 +48,16 @@ def close_gap(
     usable = (scale > 0) & torch.isfinite(value)
     scale = torch.where(usable, scale, 1.0)
     weight = weight / scale[:, None]
-    gap = torch.where(usable, value.abs() / scale, 0.0)
-    forwards = torch.where((value < 0).view(-1, *(1 for _ in point.shape[1:])), normal, -normal).sign()
+    gap = torch.where(usable, value / scale, 0.0)
+    forwards = normal.sign() * -gap.sign().view(-1, *(1 for _ in point.shape[1:]))
     room = torch.where(forwards > 0, high - point, point - low).clamp_min(0).flatten(1)
+    gap = gap.abs()
     if norm == "L1":
         size = _fill(weight, room, gap)
+    elif norm == "Linf":
+        size = torch.minimum(_climb(weight, None, room, gap, rounds)[:, None], room)
     else:
-        unit = torch.ones_like(weight) if norm == "Linf" else weight
-        size = torch.minimum(_climb(weight, unit, room, gap, rounds)[:, None] * unit, room)
+        size = torch.minimum(_climb(weight, weight, room, gap, rounds)[:, None] * weight, room)
     return size.view_as(point) * forwards
 
 
@@ -72,24 +74,23 @@ def dual_length(normal: Tensor, norm: Norm) -> Tensor:
     return length(normal, duals[norm])
 
 
-def _climb(weight: Tensor, unit: Tensor, room: Tensor, gap: Tensor, rounds: int | None) -> Tensor:
-    """The t [B] with sum weight min(t unit, room) = gap, by Newton's method from below.
+def _climb(weight: Tensor, unit: Tensor | None, room: Tensor, gap: Tensor, rounds: int | None) -> Tensor:
+    """The t [B] with sum weight min(t unit, room) = gap, by Newton's method from below; unit None is one everywhere.
 
     A row that has arrived stays where it is, whatever the others do. Looking whether all have costs a synchronisation,
     so with a fixed number of rounds only the CPU looks.
     """
-    rate, filled = weight * unit, weight * room
+    rate, filled = weight if unit is None else weight * unit, weight * room
     t = gap / row_sum(rate).clamp_min(torch.finfo(gap.dtype).tiny)
     looking = rounds is None or gap.device.type == "cpu"
     for _ in range(weight.shape[1] + 1 if rounds is None else rounds):
-        full = t[:, None] * unit >= room
-        slope = row_sum(torch.where(full, 0.0, rate))
-        spent = row_sum(torch.where(full, filled, 0.0))
+        full = (t[:, None] if unit is None else t[:, None] * unit) >= room
+        slope = row_sum(rate.masked_fill(full, 0.0))
+        spent = row_sum(filled.masked_fill(~full, 0.0))
         further = torch.where(slope > 0, (gap - spent) / slope, t)
-        climbs = further > t
-        t = torch.maximum(t, further)
-        if looking and not bool(climbs.any()):
+        if looking and not bool((further > t).any()):
             break
+        t = torch.maximum(t, further)
     return t
 
 
