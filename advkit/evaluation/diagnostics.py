@@ -20,6 +20,7 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.case import Case
 from advkit.evaluation.scenarios import attacked_model, own_randomness
 from advkit.evaluation.stats import mcnemar_exact
@@ -32,32 +33,6 @@ SPREAD = 1e-4  # L2 distance between L2-normalised answers from which a victim i
 PROBABILITY = 1e-5
 BETTER = 0.002  # share of rows by which a black-box attack may be ahead by chance
 GROSS = 0.05  # share of rows from which a fault is no longer a matter of single rows
-
-ADVICE = {
-    "training_mode": "call .eval() on it",
-    "randomized_output": "average the attack's gradients over draws (eot=20); verdicts go by majority of draws",
-    "probability_output": "let it answer logits",
-    "inference_time_optimization": "attack the inner loop too (unroll it, or use an attacker view), and run square",
-    "not_differentiable": "give the defense an attacker view (BPDA), or attack with scores alone (square)",
-    "nonfinite_gradient": "look for log(0), 0/0 or overflow in the model",
-    "zero_gradient": "give the attack a useful backward pass (BPDA, a smooth surrogate), or attack with square",
-    "zero_gradient_ce_only": "use loss=margin",
-    "low_precision": "evaluate it in float32 (.float())",
-    "too_few_classes": "use loss=margin",
-    "preprocessing_mismatch": "check that mean and std are inside the model, the order of its labels and its weights",
-    "budget_violation": "project the attack's result into the ball and the box",
-    "black_box_beats_white_box": "use BPDA or another loss, and report the worst case of both",
-    "random_search_finds_failures": "treat the gradient-based figure as an upper bound; use BPDA or another loss",
-    "iterative_weaker_than_single_step": "smooth the gradient (eot over noise), or attack with square",
-    "non_monotone_in_eps": "the attack fails at the larger radius: take more steps or another loss",
-    "gradient_mismatch": "look for a custom backward, a detach or rounding inside the model",
-    "nondeterministic_rerun": "set torch.use_deterministic_algorithms(True); look for state that calls leave behind",
-    "unstable_predictions": "average gradients over draws or over noise (eot=20 or more)",
-    "silent_success": "let the attack return its best point so far (keep=best)",
-    "incomplete_optimization": "take more steps, or another step size, until the loss stops falling",
-    "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
-    "unconstrained_attack_failure": "change the attacker's loss (margin in place of ce); look for hidden gradients",
-}
 
 Progress = Callable[[str, int, int], None]  # what runs now, steps done, steps in all
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from advkit.core.errors import ReportError
+from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.stats import DenominatorKind, Interval, clopper_pearson, wilson
 
 if TYPE_CHECKING:
@@ -39,32 +40,6 @@ _CLASS = "robust_accuracy_class_"
 _SEVERITIES = ("info", "warning", "unreliable")
 _RATE_KEYS = {"value", "numerator", "denominator", "denominator_kind", "ci"}
 _ROUND_OFF = 1e-9
-
-ADVICE: Mapping[str, str] = {
-    "randomized_output": "average the loss gradient over draws (EOT) and judge every point by many fresh draws",
-    "probability_output": "hand over logits: losses saturate on probabilities",
-    "zero_gradient": "attack through a smooth surrogate or BPDA, or without gradients (square)",
-    "zero_gradient_ce_only": "cross-entropy saturates: use the margin loss",
-    "nonfinite_gradient": "find the operation whose derivative is infinite and declare a surrogate for it",
-    "not_differentiable": "declare an attacker view (BPDA) or attack without gradients (square)",
-    "inference_time_optimization": "gradients of a model that optimises while predicting mislead: attack it adaptively",
-    "training_mode": "call .eval(): dropout and batch statistics are active",
-    "black_box_beats_white_box": "gradients are masked: attack through a smooth surrogate, trust the black-box figure",
-    "unconstrained_attack_failure": "the attack fails even with an unlimited budget: change its loss",
-    "incomplete_optimization": "the loss was still falling: more iterations or another step size",
-    "silent_success": "the attack left points that had succeeded: return the best iterate, not the last",
-    "transfer_failure": "attack the evaluated model itself, or stronger surrogates",
-    "unstable_predictions": "the loss jumps within a tiny neighbourhood: average (EOT) or smooth it",
-    "non_monotone_in_eps": "a larger ball made the attack weaker: its optimisation fails",
-    "iterative_weaker_than_single_step": "more steps made the attack weaker: check the step size and the loss",
-    "budget_violation": "the attack left its threat model; those points were not counted as broken",
-    "random_search_finds_failures": "random points break rows that the attack could not: the attack is too weak",
-    "gradient_mismatch": "autograd disagrees with finite differences: the backward pass is not this model's",
-    "too_few_classes": "this loss needs more classes: use the margin loss",
-    "preprocessing_mismatch": "normalise inside the model and hand over raw values",
-    "nondeterministic_rerun": "two identical runs differ: switch on deterministic algorithms",
-    "low_precision": "repeat in float32: rounding may hide gradients",
-}
 
 
 @cache

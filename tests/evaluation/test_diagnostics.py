@@ -21,6 +21,7 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.evaluation import diagnostics
+from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.battery import RandomSearch, gradient_errors
 from advkit.evaluation.case import Case
 from advkit.evaluation.scenarios import Evasion
@@ -518,13 +519,13 @@ def test_flags_fit_the_schema() -> None:
     if not SCHEMA.exists():
         pytest.skip("the schema is not there yet")
     flags = json.loads(SCHEMA.read_text(encoding="utf-8"))["properties"]["diagnostics"]["properties"]["flags"]
-    assert set(diagnostics.ADVICE) == set(flags["items"]["properties"]["id"]["enum"])
+    assert set(ADVICE) == set(flags["items"]["properties"]["id"]["enum"])
     assert set(diagnostics.SEVERITIES) == set(flags["items"]["properties"]["severity"]["enum"])
     finding = diagnostics.found("zero_gradient", "warning", "seen", float("nan"), 0.0, "pgd")
     flag = finding.to_dict()
     jsonschema.validate([flag], flags)
     assert "value" not in flag
-    assert flag["message"] == f"seen ({diagnostics.ADVICE['zero_gradient']})"
+    assert flag["message"] == f"seen ({ADVICE['zero_gradient']})"
 
 
 def test_merge_keeps_the_gravest_of_each() -> None:

@@ -15,7 +15,8 @@ import pytest
 from report_examples import B, R, W, document, run_folder
 
 from advkit.core.errors import ReportError
-from advkit.evaluation.report import ADVICE, Report, merge, schema
+from advkit.evaluation.advice import ADVICE
+from advkit.evaluation.report import Report, merge, schema
 from advkit.evaluation.stats import rate
 
 # Three attacks, each breaking another row: the worst case is below the best single attack.

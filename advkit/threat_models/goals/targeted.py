@@ -57,7 +57,7 @@ class Targeted:
         return (answer.argmax(1) == self.targets) & torch.isfinite(answer).all(1)
 
     def margin(self, answer: Tensor) -> Tensor:
-        """Float [B]: best other score minus the target's: negative where reached (0 in a tie); +inf where not finite."""
+        """Float [B]: best other score minus the target's: negative where reached (0 in a tie), +inf if not finite."""
         if not self._scores(answer):
             return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
         margin = best_other(answer, self.targets) - pick(answer, self.targets)

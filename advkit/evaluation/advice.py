@@ -1,0 +1,31 @@
+"""What to do about each flag that a report may raise, by the schema's flag ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ADVICE: Mapping[str, str] = {
+    "training_mode": "call .eval() on it",
+    "randomized_output": "average the attack's gradients over draws (eot=20); verdicts go by majority of draws",
+    "probability_output": "let it answer logits",
+    "inference_time_optimization": "attack the inner loop too (unroll it, or use an attacker view), and run square",
+    "not_differentiable": "give the defense an attacker view (BPDA), or attack with scores alone (square)",
+    "nonfinite_gradient": "look for log(0), 0/0 or overflow in the model",
+    "zero_gradient": "give the attack a useful backward pass (BPDA, a smooth surrogate), or attack with square",
+    "zero_gradient_ce_only": "use loss=margin",
+    "low_precision": "evaluate it in float32 (.float())",
+    "too_few_classes": "use loss=margin",
+    "preprocessing_mismatch": "check that mean and std are inside the model, the order of its labels and its weights",
+    "budget_violation": "project the attack's result into the ball and the box",
+    "black_box_beats_white_box": "use BPDA or another loss, and report the worst case of both",
+    "random_search_finds_failures": "treat the gradient-based figure as an upper bound; use BPDA or another loss",
+    "iterative_weaker_than_single_step": "smooth the gradient (eot over noise), or attack with square",
+    "non_monotone_in_eps": "the attack fails at the larger radius: take more steps or another loss",
+    "gradient_mismatch": "look for a custom backward, a detach or rounding inside the model",
+    "nondeterministic_rerun": "set torch.use_deterministic_algorithms(True); look for state that calls leave behind",
+    "unstable_predictions": "average gradients over draws or over noise (eot=20 or more)",
+    "silent_success": "let the attack return its best point so far (keep=best)",
+    "incomplete_optimization": "take more steps, or another step size, until the loss stops falling",
+    "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
+    "unconstrained_attack_failure": "change the attacker's loss (margin in place of ce); look for hidden gradients",
+}
