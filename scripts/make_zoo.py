@@ -44,7 +44,7 @@ def fashion(name: str, model: str, defense: str = "none", epochs: int = 6, **mor
 
 
 def digits(name: str, model: str, defense: str = "none", epochs: int = 60, **more: object) -> Plan:
-    return Plan(f"digits-{name}", "digits", model, defense, f"epochs={epochs}", **more)  # type: ignore[arg-type]
+    return Plan(f"digits-{name}", "digits", model, defense, f"epochs={epochs},batch_size=64,lr=0.003", **more)  # type: ignore[arg-type]
 
 
 PLANS = [

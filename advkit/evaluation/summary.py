@@ -243,6 +243,12 @@ def build(
         attack_entry(case, label, found, params.get(label, {}), order, seconds.get(label, 0.0))
         for order, (label, found) in enumerate(labels.items())
     ]
+    if len(labels) > 1 and case.attack is not None:
+        seen: list[Record] = []
+        for entry, found in zip(attacks, labels.values(), strict=True):
+            seen += found
+            c = count(seen)
+            entry["cumulative_robust_accuracy"] = rate(c.robust + c.sound - c.contested, c.n, "all_samples")
     first = next(iter(case.task.batches(1)))
     space = case.task.space
     report: dict[str, Any] = {

@@ -1,0 +1,166 @@
+"""Suites played stage by stage over a whole evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from advkit.attacks.gradient.apgd import APGDCE
+from advkit.attacks.gradient.pgd import PGD
+from advkit.attacks.query.square import Square
+from advkit.attacks.suites import Stage, Suite
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Access, Outcome
+from advkit.evaluation import api
+from advkit.evaluation.harness import open_store, run
+from advkit.evaluation.scenarios import taken_by
+from advkit.evaluation.summary import by_label, count
+
+EPS = "linf:eps=0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small(Suite):
+    """A suite short enough for a test, with every kind of stage."""
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+
+    def stages(self):
+        return (
+            Stage(name="first", attack=APGDCE(steps=5)),
+            Stage(name="near", attack=PGD(steps=20, loss="margin"), share=0.3, least=5),
+            Stage(name="sentinel", attack=Square(queries=60), share=0.5, by="sample", sentinel=True, least=5),
+            Stage(name="last", attack=Square(queries=100), when="escalated"),
+        )
+
+
+class Rounded(nn.Module):
+    """Sees its input on nine levels: no gradient passes, random search does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner((x * 8).round() / 8)
+
+
+def play(case, folder):
+    store = open_store(case, folder)
+    try:
+        run(case, store)
+    finally:
+        store.close()
+    return api.in_order(case, list(store))
+
+
+def case_of(digits, model, **more):
+    case = api.resolve("pgd", "none", digits, model, EPS, device="cpu", n=more.pop("n", 150), **more)
+    return replace(case, attack=Small(), label="small")
+
+
+def test_stages_take_only_rows_still_standing(digits, digits_model, tmp_path):
+    records = play(case_of(digits, digits_model), tmp_path)
+    groups = by_label(records)
+    assert list(groups)[:3] == ["small/first", "small/near", "small/sentinel"]
+    first = {r.id: r for r in groups["small/first"]}
+    standing = {row for row, r in first.items() if r.outcome == Outcome.ROBUST}
+    near = {r.id: r for r in groups["small/near"]}
+    assert len(near) == -(-len(standing) * 3 // 10)
+    assert set(near) <= standing
+    # the nearest by the first stage's closeness
+    rest = standing - set(near)
+    assert max(first[row].closeness for row in near) <= min(first[row].closeness for row in rest)
+    c = count(records)
+    assert c.n == len(first) == 150
+    assert c.broken == sum(r.outcome == Outcome.BROKEN for r in records)
+    assert c.sound == c.robust + c.broken
+
+
+def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_path):
+    from advkit.models.torch import TorchModel
+
+    masked = TorchModel(Rounded(digits_module).eval(), space=digits.space, classes=10)
+    records = play(case_of(digits, masked), tmp_path)
+    groups = by_label(records)
+    assert any(r.outcome == Outcome.BROKEN for r in groups["small/sentinel"])
+    assert "small/last" in groups
+    survivors = {r.id for r in groups["small/first"] if r.outcome == Outcome.ROBUST}
+    for stage in ("small/near", "small/sentinel"):
+        survivors -= {r.id for r in groups[stage] if r.outcome == Outcome.BROKEN}
+    assert {r.id for r in groups["small/last"]} == survivors
+
+
+def test_no_find_no_escalation(digits, tmp_path):
+    from advkit.models.torch import TorchModel
+
+    # A linear victim far from its boundaries: nothing within reach, so nothing for the sentinel either.
+    weights = torch.zeros(10, 64)
+    far = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    with torch.no_grad():
+        far[1].weight.copy_(weights)
+        far[1].bias.copy_(torch.tensor([5.0] + [0.0] * 9))
+    records = play(case_of(digits, TorchModel(far, space=digits.space, classes=10), n=60), tmp_path)
+    assert "small/last" not in by_label(records)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_batch_size_changes_no_record(digits, digits_model, tmp_path, size):
+    reference = play(case_of(digits, digits_model, n=60), tmp_path / "reference")
+    assert play(case_of(digits, digits_model, n=60, batch_size=size), tmp_path / "other") == reference
+
+
+def test_resume_in_the_middle_of_a_stage(digits, digits_model, tmp_path):
+    case = case_of(digits, digits_model, batch_size=16)
+    whole = play(case, tmp_path)
+    file = tmp_path / "records.jsonl"
+    raw = file.read_bytes()
+    for part in (0.5, 0.9):
+        file.write_bytes(raw[: int(len(raw) * part)])
+        assert play(case, tmp_path) == whole
+        assert file.read_bytes() == raw
+
+
+def test_what_a_stage_takes_depends_on_the_rows_alone():
+    standing = {f"row/{i}": float(i % 7) for i in range(100)}
+    near = taken_by(Stage(name="a", attack=None, share=0.2, least=1), standing, 0)
+    assert len(near) == 20
+    shuffled = dict(sorted(standing.items(), key=lambda item: hash(item)))
+    assert taken_by(Stage(name="a", attack=None, share=0.2, least=1), shuffled, 0) == near
+    drawn = taken_by(Stage(name="a", attack=None, share=0.2, least=1, by="sample"), standing, 0)
+    assert drawn != taken_by(Stage(name="a", attack=None, share=0.2, least=1, by="sample"), standing, 1)
+    assert taken_by(Stage(name="a", attack=None, share=0.01, least=30), standing, 0) >= set()
+    assert len(taken_by(Stage(name="a", attack=None, share=0.01, least=30), standing, 0)) == 30
+
+
+def test_suites_refuse_balls_they_do_not_serve(digits, digits_model):
+    with pytest.raises(UsageError, match="L1"):
+        api.evaluate("lean", task=digits, model=digits_model, threat_model="l1:eps=1", n=5)
+
+
+def test_the_report_counts_cumulatively(digits, digits_model):
+    report = api.evaluate(Small(), task=digits, model=digits_model, threat_model=EPS, n=80)
+    attacks = report.attacks
+    falling = [a["cumulative_robust_accuracy"]["numerator"] for a in attacks]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] == report.metrics["robust_accuracy"]["numerator"]
+    assert report.to_dict()["protocol"]["aggregation"] == "worst_case_per_sample"
+
+
+@pytest.mark.slow
+def test_autoattack_agrees_with_the_reference(digits, digits_model, tmp_path):
+    reference = pytest.importorskip("pyautoattack")
+    case = api.resolve("thorough", "none", digits, digits_model, EPS, device="cpu", n=120)
+    records = play(case, tmp_path)
+    batch = next(iter(digits.batches(120)))
+    peer = reference.AutoAttack(
+        digits_model.module, norm="Linf", eps=0.1, version="standard", seed=0, verbose=False, device="cpu"
+    )
+    found = peer.run_standard_evaluation(batch.x, batch.labels, bs=120)
+    with torch.no_grad():
+        theirs = (digits_model(found).argmax(1) == batch.labels) & (digits_model(batch.x).argmax(1) == batch.labels)
+    assert count(records).robust <= int(theirs.sum())
