@@ -172,10 +172,29 @@ def test_every_boundary_at_every_step_finds_no_more(digits):
     lazy, published = (play(FAB(steps=30, refresh=k), model, x, goal, ball) for k in (10, 1))
     assert (lazy.reached != published.reached).sum() <= 1
     assert lazy.meter.backwards.sum() < 0.3 * published.meter.backwards.sum()
-    # All nine boundaries and one answer per step, one answer at first and four at the end.
-    stood = ~published.reached
-    assert (published.meter.backwards[stood] == 9 * 30).all()
-    assert (published.meter.forwards[stood] == 10 * 30 + 5).all()
+    assert (published.meter.backwards[~published.reached] == 9 * 30).all()
+
+
+def test_asking_about_every_point_finds_no_more(digits):
+    model, x, y = digits
+    x, goal = x[:100], Untargeted(y[:100])
+    for ball in (Linf(eps=0.1), L2(eps=0.5), L1(eps=1.8)):
+        trusting, asking = (play(FABT(steps=20, targets=4, confirm=c), model, x, goal, ball) for c in (False, True))
+        assert (trusting.reached != asking.reached).sum() <= 1
+        assert trusting.meter.forwards.sum() < 0.6 * asking.meter.forwards.sum()
+        # An answer per step, one at first, three in the search and one about the projection.
+        stood = ~asking.reached
+        assert (asking.meter.backwards[stood] == 4 * 20).all()
+        assert (asking.meter.forwards[stood] == 2 * 4 * 20 + 5).all()
+        assert (trusting.meter.forwards[~trusting.reached] >= 4 * 20 + 3).all()
+
+
+def test_more_is_not_asked_without_need(digits):
+    model, x, y = digits
+    meter = play(FABT(steps=20, targets=4), model, x[:20], Untargeted(y[:20]), Linf(eps=1e-4)).meter
+    assert (meter.forwards == 4 * 20 + 3).all()
+    transferred = play(FABT(steps=5, targets=4), model, x[:20], Untargeted(y[:20]), Linf(eps=0.1), decides=False)
+    assert (transferred.meter.forwards == 2 * 4 * 5 + 5).all()
 
 
 def test_rows_do_not_depend_on_their_batch(digits):

@@ -92,36 +92,41 @@ class _Nearest:
 class _Found:
     """The nearest points that reached the goal, wherever they lie.
 
-    near:   the points [B, ...]; before there is one, the last point looked at
+    near:   the points [B, ...]; before there is one, the nearest point where a run ended
     away:   their distances [B], +inf before there is one
-    answer: the victim's answers there [B, C]
+    ended:  distances of the nearest points where runs ended [B]
+    answer: the victim's answers at `near`, the untouched rows' before it reached the goal [B, C]
     """
 
     near: Tensor
     away: Tensor
+    ended: Tensor
     answer: Tensor
 
-    def see(self, live: Live, ball: Ball[Tensor], z: Tensor, answer: Tensor) -> Tensor:
+    def see(self, goal: TensorGoal, z: Tensor, distance: Tensor, answer: Tensor) -> Tensor:
         """Keep the points that reached the goal and lie nearer; bool [B]: which reached it."""
-        reached = live.goal.reached(answer) & finite_rows(answer)
-        distance = torch.where(reached, ball.distance(z, live.x).to(z.dtype), torch.inf)
+        reached = goal.reached(answer) & finite_rows(answer)
+        distance = torch.where(reached, distance, torch.inf)
         closer = distance < self.away
         self.near = torch.where(per_row(closer, z), z, self.near)
         self.answer = torch.where(closer[:, None], answer, self.answer)
         self.away = torch.minimum(distance, self.away)
         return reached
 
-    def last(self, z: Tensor) -> None:
-        """Where to search from in rows that never reached the goal."""
-        self.near = torch.where(per_row(self.away.isinf(), z), z, self.near)
+    def end(self, z: Tensor, distance: Tensor) -> None:
+        """Where to search from in rows that are not known to have reached the goal."""
+        closer = self.away.isinf() & (distance < self.ended)
+        self.near = torch.where(per_row(closer, z), z, self.near)
+        self.ended = torch.where(closer, distance, self.ended)
 
     def take(self, rows: Tensor) -> _Found:
-        return _Found(*kept(rows, self.near, self.away, self.answer))
+        return _Found(*kept(rows, self.near, self.away, self.ended, self.answer))
 
     def put(self, rows: Tensor | None, part: _Found) -> None:
         """Write back what was found for some of the rows; all of them for None."""
         here = slice(None) if rows is None else rows
-        self.near[here], self.away[here], self.answer[here] = part.near, part.away, part.answer
+        self.near[here], self.away[here], self.ended[here] = part.near, part.away, part.ended
+        self.answer[here] = part.answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +149,11 @@ class FAB:
     beta:      how much of the way from the row remains after an adversarial point was found, in (0, 1)
     stop:      leave a row as soon as its goal is reached inside the ball, where the oracle's answers are the verdict's;
                False goes on to shorten the distance
+    confirm:   ask about every point, as published; else, while rows may leave, only about those inside the ball, which
+               alone can decide, and take it that the others crossed the boundary (99 of 100 do)
 
-    Costs 5 answers per row and, per restart, a gradient and an answer per step and rivals - 1 gradients per refresh.
+    Costs 3 answers per row and, per restart, a gradient per step, rivals - 1 more per refresh, and an answer per point
+    inside the ball; with confirm or without stop 5 answers, and one at every step.
     Raises UsageError for values out of range and for the L0 ball.
 
     The final search follows the paper (3 steps, secant with overshoot) but tries the ball's edge first, and the
@@ -161,13 +169,16 @@ class FAB:
     eta: float = 1.05
     beta: float = 0.9
     stop: bool = True
+    confirm: bool = False
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "restarts", "rivals", "refresh")
         _in_range(self)
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        pace = _Pace(self.steps, self.restarts, self.refresh, self.alpha_max, self.eta, self.beta, self.stop)
+        pace = _Pace(
+            self.steps, self.restarts, self.refresh, self.alpha_max, self.eta, self.beta, self.stop, self.confirm
+        )
         return _attack("fab", oracle, x, goal, ball, rng, pace, self.rivals, together=True)
 
 
@@ -175,8 +186,8 @@ class FAB:
 class FABT:
     """FAB towards the boundary with one wrong class after the other, the likeliest first.
 
-    Costs 5 answers per row and a gradient and an answer per step, restart and target; rows that reach their goal inside
-    the ball, by whatever class, leave at once.
+    Costs 3 answers per row, a gradient per step, restart and target, and an answer per point inside the ball (see
+    `confirm`); rows that reach their goal inside the ball, by whatever class, leave at once.
 
     targets: wrong classes tried per row, at most all of them, >= 1
 
@@ -191,13 +202,16 @@ class FABT:
     eta: float = 1.05
     beta: float = 0.9
     stop: bool = True
+    confirm: bool = False
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "restarts", "targets")
         _in_range(self)
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        pace = _Pace(self.steps, self.restarts, self.steps, self.alpha_max, self.eta, self.beta, self.stop)
+        pace = _Pace(
+            self.steps, self.restarts, self.steps, self.alpha_max, self.eta, self.beta, self.stop, self.confirm
+        )
         return _attack("fab-t", oracle, x, goal, ball, rng, pace, self.targets, together=False)
 
 
@@ -212,6 +226,7 @@ class _Pace:
     eta: float
     beta: float
     stop: bool
+    confirm: bool
 
 
 def _in_range(settings: FAB | FABT) -> None:
@@ -245,8 +260,9 @@ def _attack(
         return x.clone()
     answer = oracle(x)
     clean = goal.margin(answer).to(x.dtype)
-    found = _Found(x.clone(), torch.full_like(clean, torch.inf), answer.clone())
-    found.see(live, ball, x, answer)
+    never = torch.full_like(clean, torch.inf)
+    found = _Found(x.clone(), never, never.clone(), answer.clone())
+    found.see(goal, x, torch.zeros_like(clean), answer)
     stopping = pace.stop and oracle.decides
     faces = rivals_of(goal, answer, rivals) or (_Way(goal),)
     runs = [faces] if together else [(face,) for face in faces]
@@ -268,7 +284,10 @@ def _attack(
     best = Best(x, goal)
     live = survivors(live)
     if len(live):
-        _search(live, ball, inner.eps, pace.eta, found, clean if live.index is None else clean[live.index], best)
+        # A point that nobody asked about is no end of a bracket: the edge and the projection have to do.
+        searches = SEARCH if pace.confirm or not stopping else 1
+        margin = clean if live.index is None else clean[live.index]
+        _search(live, ball, inner.eps, pace.eta, found, margin, best, searches)
     return torch.where(per_row(found.away <= inner.eps, x), found.near, best.x)
 
 
@@ -295,6 +314,7 @@ def _run(
     aim = _Nearest(faces, z.new_ones((len(z), len(faces))))
     found = everyone if live.index is None else everyone.take(live.index)
     low, high = inner.box.bounds_like(z)
+    distance: Tensor | None = None
     for step in range(pace.steps):
         every = len(faces) > 1 and step % pace.refresh == 0
         # One answer more is kept for the point that is handed in.
@@ -309,18 +329,42 @@ def _run(
         alpha = (near / (near + far).clamp_min(1e-30)).clamp_max(pace.alpha_max)
         z = torch.lerp(z.add(here, alpha=pace.eta), live.x.add(there, alpha=pace.eta), per_row(alpha, z))
         z = inner.box.clamp(z)
-        reached = found.see(live, ball, z, live.oracle(z))
-        if stopping and (stay := live.left(reached & (found.away <= inner.eps))) is not None:
-            found.last(z)
+        distance = ball.distance(z, live.x).to(z.dtype)
+        fell: Tensor | None
+        if pace.confirm or not stopping:
+            reached = found.see(live.goal, z, distance, live.oracle(z))
+            fell = reached & (distance <= inner.eps)
+        else:
+            reached, fell = _ask_inside(live, z, distance, inner.eps, found)
+        if stopping and fell is not None and (stay := live.left(fell)) is not None:
+            found.end(z, distance)
             everyone.put(live.index, found)
             live, aim, found = live.take(stay), aim.take(stay), found.take(stay)
-            z, reached = kept(stay, z, reached)
+            z, distance, reached = kept(stay, z, distance, reached)
             if not len(live):
                 return
+        if step == pace.steps - 1:
+            break
         # A weight of 1 gives back z bit for bit.
         z = torch.lerp(live.x, z, per_row(torch.where(reached, pace.beta, 1.0).to(z.dtype), z))
-    found.last(z)
+    if distance is not None:
+        found.end(z, distance)
     everyone.put(live.index, found)
+
+
+def _ask_inside(live: Live, z: Tensor, distance: Tensor, eps: float, found: _Found) -> tuple[Tensor, Tensor | None]:
+    """Which points reached the goal [B], those outside the ball taken on trust; which did inside it, if any lie there.
+
+    The overshoot takes 99 of 100 points across the boundary, and outside the ball it decides nothing whether it did.
+    """
+    inside = (distance <= eps).nonzero().squeeze(1)
+    reached = torch.ones_like(distance, dtype=torch.bool)
+    if not len(inside):
+        return reached, None
+    part = found.take(inside)
+    reached[inside] = part.see(live.goal.take(inside), z[inside], distance[inside], live.oracle(z[inside], inside))
+    found.put(inside, part)
+    return reached, reached & (distance <= eps)
 
 
 def _look_at_one(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
@@ -348,7 +392,7 @@ def _look_at_all(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tens
 
 
 def _search(
-    live: Live, ball: Ball[Tensor], eps: float, eta: float, everyone: _Found, clean: Tensor, best: Best
+    live: Live, ball: Ball[Tensor], eps: float, eta: float, everyone: _Found, clean: Tensor, best: Best, searches: int
 ) -> None:
     """Shorten the way to the nearest adversarial point along its own line, then ask about its projection too.
 
@@ -362,7 +406,7 @@ def _search(
     edge = (eps * (1 - 1e-6) / ball.distance(end, x).to(x.dtype).clamp_min(1e-30)).clamp_max(1.0)
     low, high = torch.zeros_like(edge), torch.ones_like(edge)
     low_margin, high_margin = clean, live.goal.margin(found.answer).to(x.dtype)
-    for step in range(SEARCH):
+    for step in range(searches):
         if not live.affords(2):
             break
         share = eta * low_margin / (low_margin - high_margin)
@@ -372,7 +416,7 @@ def _search(
             t = torch.where(edge < 1, edge, t)
         z = torch.lerp(x, end, per_row(t, x))
         answer = live.oracle(z)
-        reached = found.see(live, ball, z, answer)
+        reached = found.see(live.goal, z, ball.distance(z, x).to(x.dtype), answer)
         margin = live.goal.margin(answer).to(x.dtype)
         inside = (t <= edge) | (edge == 1)
         # Best never takes an answer that is not finite.
