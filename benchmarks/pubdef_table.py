@@ -4,7 +4,9 @@
 
 Three surrogates that the defender knows (two trained normally, one with PGD) and four that it does not (two of each
 kind) are trained once. Every row of the table is a target trained per seed and evaluated by the harness under the grid
-of seven surrogates times FGSM, PGD-20 and momentum PGD-10, and under white-box PGD-20. Finished models and evaluations
+of seven surrogates times FGSM, PGD-20 and momentum PGD-10, and under white-box PGD-20. Every defended target, PubDef's
+and adversarial training's alike, goes on from the seed's undefended one for as many epochs again (PubDef's authors
+fine-tune a normally trained model); with --start scratch all begin with random weights. Finished models and evaluations
 are kept in a folder beside FILE.json and skipped when the command is given again.
 """
 
@@ -40,6 +42,7 @@ from advkit.threat_models.tapm import Tapm
 from advkit.training.loop import Recipe, fit
 
 ATTACKS = ("fgsm", "pgd:steps=20,step_size=0.25", "mifgsm:steps=10")
+UNDEFENDED = "undefended"
 WHITE_BOX = "pgd:steps=20,step_size=0.25"
 FIGURES = {
     "clean": "clean_accuracy",
@@ -119,7 +122,8 @@ def surrogates(protocol: Protocol) -> list[Surrogate]:
 class Bench:
     """One task's protocol in a working folder."""
 
-    def __init__(self, name: str, root: str, work: Path, epochs: int | None) -> None:
+    def __init__(self, name: str, root: str, work: Path, epochs: int | None, start: str) -> None:
+        self.start = start
         self.protocol = PROTOCOLS[name]
         self.task = TASKS.build(self.protocol.task.format(root=root))
         self.work = work
@@ -129,14 +133,15 @@ class Bench:
     def pgd_at(self) -> PGDAT:
         return PGDAT(eps=self.protocol.eps, steps=self.protocol.steps, recipe=self.recipe)
 
-    def train(self, spec: str, defense: Any, seed: int, folder: Path) -> TorchModel:
+    def train(self, spec: str, defense: Any, seed: int, folder: Path, start: TorchModel | None = None) -> TorchModel:
         """The trained model, from the folder where it was trained before."""
         file = folder / "model.safetensors"
         if not file.exists():
             data = self.task.training()
             rng = RowRng.from_ids(seed, ["training"]).at("train")
-            blank = MODELS.build(spec)(tuple(data.x.shape[1:]), data.classes, rng.at("init"), space=data.space)
-            done = fit(blank, data, defense.objective(), defense.recipe, rng, out=folder, progress=False)
+            if start is None:
+                start = MODELS.build(spec)(tuple(data.x.shape[1:]), data.classes, rng.at("init"), space=data.space)
+            done = fit(start, data, defense.objective(), defense.recipe, rng, out=folder, progress=False)
             save_checkpoint(done.model, file)
         return load_checkpoint(file)
 
@@ -163,7 +168,7 @@ class Bench:
             )
 
         return {
-            "undefended": lambda: NoDefense(recipe=self.recipe),
+            UNDEFENDED: lambda: NoDefense(recipe=self.recipe),
             f"PGD-{self.protocol.steps} adversarial training": self.pgd_at,
             "PubDef random": pubdef(),
             "PubDef all": pubdef(loss="all"),
@@ -187,13 +192,21 @@ class Bench:
         found = {name: metrics[key] for name, key in FIGURES.items()} | {"white-box": direct["robust_accuracy"]}
         return {name: {key: rate[key] for key in ("numerator", "denominator")} for name, rate in found.items()}
 
+    def folder(self, row: str, seed: int) -> Path:
+        """Where a target's model and figures are kept."""
+        name = row if row == UNDEFENDED or self.start == "scratch" else f"{row}, from {UNDEFENDED}"
+        return self.work / f"seed{seed}" / hashlib.sha256(name.encode()).hexdigest()[:12]
+
     def target(self, row: str, seed: int) -> dict[str, Any]:
-        """One row's counts at one seed."""
-        folder = self.work / f"seed{seed}" / hashlib.sha256(row.encode()).hexdigest()[:12]
+        """One row's counts at one seed; the seed's undefended row comes first."""
+        folder = self.folder(row, seed)
         kept = folder / "figures.json"
         if not kept.exists():
             started = time.perf_counter()
-            model = self.train(self.protocol.target, self.defenses()[row](), seed, folder)
+            start = None
+            if row != UNDEFENDED and self.start != "scratch":
+                start = load_checkpoint(self.folder(UNDEFENDED, seed) / "model.safetensors")
+            model = self.train(self.protocol.target, self.defenses()[row](), seed, folder, start)
             trained = time.perf_counter()
             counts = self.measure(model)
             seconds = {"training": trained - started, "evaluation": time.perf_counter() - trained}
@@ -228,7 +241,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def acceptance(means: dict[str, dict[str, float]], trained: str) -> dict[str, dict[str, Any]]:
     """What the protocol asks of PubDef random: difference or figure, bound, and whether it holds."""
-    pubdef, undefended, robust = means["PubDef random"], means["undefended"], means[trained]
+    pubdef, undefended, robust = means["PubDef random"], means[UNDEFENDED], means[trained]
     asked = {
         "clean, PubDef - PGD-AT": (pubdef["clean"] - robust["clean"], ">=", 0.05),
         "best-attack, PubDef - PGD-AT": (pubdef["best-attack"] - robust["best-attack"], ">=", 0.03),
@@ -272,23 +285,27 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write; FILE-work keeps what was finished")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=None, help="instead of the protocol's")
+    parser.add_argument("--start", choices=("undefended", "scratch"), default="undefended")
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
-    arguments = (given.task, given.root, given.out.with_name(f"{given.out.stem}-work"), given.epochs)
+    arguments = (given.task, given.root, given.out.with_name(f"{given.out.stem}-work"), given.epochs, given.start)
     bench = Bench(*arguments)
     results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_surrogate, arguments, n) for n in range(len(bench.models))]):
             print(f"surrogate {done.result()}", file=sys.stderr, flush=True)
-        # The first PubDef target makes the stored images; the others, started after it, open them.
-        rows = sorted(bench.defenses(), key=lambda row: row != "PubDef random")
-        first = pool.submit(_target, arguments, rows[0], given.seeds[0])
-        results.append(first.result())
-        jobs = [(row, seed) for seed in given.seeds for row in rows if (row, seed) != (rows[0], given.seeds[0])]
-        for done in as_completed([pool.submit(_target, arguments, *job) for job in jobs]):
-            results.append(done.result())
-            print(f"{results[-1]['row']}, seed {results[-1]['seed']}", file=sys.stderr, flush=True)
+        # Undefended targets first, the others start there; then one PubDef target, which makes the stored images.
+        jobs = [(row, seed) for seed in given.seeds for row in bench.defenses()]
+        stages = [
+            [job for job in jobs if job[0] == UNDEFENDED],
+            [("PubDef random", given.seeds[0])],
+        ]
+        stages.append([job for job in jobs if job not in [*stages[0], *stages[1]]])
+        for stage in stages:
+            for done in as_completed([pool.submit(_target, arguments, *job) for job in stage]):
+                results.append(done.result())
+                print(f"{results[-1]['row']}, seed {results[-1]['seed']}", file=sys.stderr, flush=True)
     order = list(bench.defenses())
     results.sort(key=lambda one: (order.index(one["row"]), one["seed"]))
     means = summary(results)
@@ -300,6 +317,7 @@ def main() -> int:
         "epochs": bench.recipe.epochs,
         "attacks": list(ATTACKS),
         "surrogates": [vars(one) for one in bench.models],
+        "start": given.start,
         "seeds": given.seeds,
         "results": results,
         "mean": means,
