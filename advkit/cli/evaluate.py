@@ -19,6 +19,7 @@ from advkit.cli.options import (
     Seed,
     TaskSpec,
     ThreatSpec,
+    Workers,
 )
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 256,
+    workers: Workers = 1,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder; resumed when it holds the same case.", show_default="runs/DIGEST"),
     ] = None,
     beside: Annotated[
-        bool, typer.Option("--beside/--only", help="Also evaluate the threat model the defense claims (PubDef: TAPM).")
+        bool, typer.Option("--beside/--only", help="Also evaluate the other side: TAPM for PubDef, white box for TAPM.")
     ] = True,
     plots: Annotated[bool, typer.Option(help="Draw plots into the run folder.")] = True,
     as_json: Json = False,
@@ -72,7 +74,7 @@ def evaluate(
         progress=sys.stderr.isatty(),
     )
     folder = out if out is not None else Path("runs") / run_digest(resolved)[:16]
-    report = carry_out(resolved, folder, plots=plots, as_json=as_json)
+    report = carry_out(resolved, folder, plots=plots, as_json=as_json, workers=workers)
     if untrustworthy(report):
         raise typer.Exit(UNTRUSTWORTHY)
 
@@ -83,7 +85,7 @@ def untrustworthy(report: Report) -> bool:
     return any(flag["severity"] == "unreliable" for flag in data["diagnostics"]["flags"])
 
 
-def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool) -> Report:
+def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool, workers: int = 1) -> Report:
     """Play a plan with a progress bar, then say what came out."""
     import shlex
 
@@ -95,7 +97,7 @@ def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool) -> Re
 
     command = shlex.join(["advkit", *sys.argv[1:]])
     with Bars(hidden=as_json) as bars:
-        report = execute(resolved, out=folder, watch=bars.watch, command=command)
+        report = execute(resolved, out=folder, watch=bars.watch, command=command, workers=workers)
     drawn = draw(resolved, folder, report) if plots else []
     if as_json:
         typer.echo(report.to_json())

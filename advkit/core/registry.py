@@ -594,6 +594,15 @@ class Registry(Generic[T]):
         parts = _write_fields(part, prefix=prefix) if dataclasses.is_dataclass(part) else []
         return f"{name.rstrip(':')}:{','.join(parts)}" if parts else name
 
+    def label(self, part: object) -> str:
+        """The canonical spec; the bare name of a part that holds objects, the type's of one that no registry holds."""
+        try:
+            return self.spec(part)
+        except SpecError:
+            return self.name_of(part)
+        except UnknownName:
+            return type(part).__name__
+
     def summary(self, name: str) -> str:
         """What a name stands for: the first paragraph of its docstring, read without importing the module."""
         module, _, attribute = self.target(name).partition(":")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import logging
-import pickle
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ from typing import Any
 import torch
 
 from advkit.attacks import ATTACKS
-from advkit.core.errors import BadInput, SpecError, UnknownName, UsageError
+from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Record
 from advkit.defenses import DEFENSES
 from advkit.evaluation import diagnostics
@@ -25,7 +21,7 @@ from advkit.evaluation.case import Case, digest_of
 from advkit.evaluation.harness import open_store, preflight, run
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
-from advkit.evaluation.summary import attack_entry, build, by_label
+from advkit.evaluation.summary import attack_entry, build, by_label, headline
 from advkit.evaluation.victims import Victim, protected, ready
 from advkit.models import MODELS
 from advkit.tasks import TASKS
@@ -34,12 +30,17 @@ from advkit.threat_models import GOALS, THREAT_MODELS
 log = logging.getLogger("advkit")
 
 _PROCESS = uuid.uuid4().hex
+_WHITE_BOX = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate")
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved evaluation: the case asked for, and the one the defense was designed against beside it."""
+    """A resolved evaluation: the case asked for, and the other side beside it.
+
+    Beside an attack on the victim stands the transfer grid that its defense claims to hold against; beside a grid, an
+    attacker who has the victim itself.
+    """
 
     case: Case
     victim: Victim
@@ -69,67 +70,13 @@ def pick_device(name: str) -> str:
     return name
 
 
-def spec_of(registry: Any, part: Any) -> str:
-    """A part's canonical spec; for one that holds objects or that no registry holds, its name and settings.
-
-    Two parts with other settings get other texts: a run folder is known by them.
-    """
-    try:
-        return str(registry.spec(part))
-    except SpecError:
-        name = str(registry.name_of(part))
-    except UnknownName:
-        name = getattr(part, "__name__", type(part).__name__)
-    if registry is TASKS:  # known by the digest of its rows
-        return name
-    words = [f"{key}={_word(value)}" for key, value in _settings(part).items()]
-    return f"{name}:{','.join(words)}" if words else name
-
-
-def _settings(part: Any) -> dict[str, Any]:
-    """What sets a part apart from others of its type."""
-    if is_dataclass(part) and not isinstance(part, type):
-        given = {each.name: (getattr(part, each.name), each) for each in fields(part) if each.init}
-        return {name: value for name, (value, each) in given.items() if not _default(value, each)}
-    if inspect.isroutine(part):
-        return {"object": part}
-    return dict(getattr(part, "__dict__", {}))
-
-
-def _default(value: Any, of: Field[Any]) -> bool:
-    default = of.default_factory() if of.default_factory is not MISSING else of.default
-    with suppress(RuntimeError, ValueError, TypeError):  # tensors do not say whether they are equal
-        return type(value) is type(default) and bool(value == default)
-    return False
-
-
-def _word(value: Any) -> str:
-    """A text that differs where values differ: plain values as they are, models by their weights, others by content."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return "+".join(map(_word, value))
-    if hasattr(value, "describe") and hasattr(value.describe(), "state_sha256"):
-        return f"{value.describe().name}-{value.describe().state_sha256[:12]}"
-    if isinstance(value, torch.Tensor | torch.nn.Module):
-        from advkit.models.torch import named_tensors, tensors_sha256
-
-        held = named_tensors(value) if isinstance(value, torch.nn.Module) else {"": value}
-        return f"{type(value).__name__}-{tensors_sha256(held.items())[:12]}"
-    try:
-        content = pickle.dumps(value)
-    except Exception:  # what can't be pickled says so in many ways; then an object is itself alone
-        content = f"{_PROCESS}|{id(value)}".encode()
-    return f"{type(value).__name__}-{hashlib.sha256(content).hexdigest()[:12]}"
-
-
 def spec_of_model(asked: Any, model: Any) -> str:
     """How the model can be named again: the spec asked for, or what a model of the caller's own says of itself."""
     from advkit.evaluation.victims import model_part
 
     part, builder = model_part(asked)
     if builder:
-        return spec_of(MODELS, part)
+        return MODELS.label(part)
     info = model.describe()
     return str(info.architecture or info.name)
 
@@ -222,15 +169,15 @@ def plan(
     guard = DEFENSES.build(defense)
     threat = THREAT_MODELS.build(threat_model if threat_model is not None else work.defaults.threat_model)
     rule = GOALS.build(goal)
-    threat = with_public_sources(threat, work, spec_of(DEFENSES, guard).partition(":")[0])
+    threat = with_public_sources(threat, work, DEFENSES.label(guard).partition(":")[0])
     victim = protected(model, guard, work, seed=seed, device=device, progress=progress)
     specs = {
-        "attack": spec_of(ATTACKS, strike),
-        "defense": spec_of(DEFENSES, guard),
-        "task": spec_of(TASKS, work),
+        "attack": ATTACKS.label(strike),
+        "defense": DEFENSES.label(guard),
+        "task": TASKS.label(work),
         "model": spec_of_model(model if model is not None else work.defaults.model, victim.model),
-        "threat_model": spec_of(THREAT_MODELS, threat),
-        "goal": spec_of(GOALS, rule),
+        "threat_model": THREAT_MODELS.label(threat),
+        "goal": GOALS.label(rule),
     }
     case = Case(
         task=work,
@@ -249,12 +196,17 @@ def plan(
         device=device,
         keep=keep,
     )
-    if not beside or not guard.claims or threat.scenario == THREAT_MODELS.build(guard.claims).scenario:
-        return Plan(case, victim, guard)
+    trained: Any = DEFENSES.build(victim.defense) if victim.defense else guard
+    if not beside:
+        return Plan(case, victim, trained)
+    if threat.scenario == "grid":
+        return Plan(case, victim, trained, _white_box(case, strike))
+    if not guard.claims or THREAT_MODELS.build(guard.claims).scenario != "grid":
+        return Plan(case, victim, trained)
     try:
-        return Plan(case, victim, guard, _claimed(case, guard))
+        return Plan(case, victim, trained, _claimed(case, guard))
     except UsageError as error:
-        return Plan(case, victim, guard, None, str(error))
+        return Plan(case, victim, trained, None, str(error))
 
 
 def with_public_sources(threat: Any, task: Any, defense: str) -> Any:
@@ -283,6 +235,20 @@ def surrogates_of(threat: Any, task: Any, device: str) -> tuple[tuple[str, Any],
     from advkit.threat_models.transfer import source_name
 
     return tuple((source_name(source), ready(source, task).to(device)) for source in getattr(threat, "surrogates", ()))
+
+
+def _white_box(case: Case, strike: Any) -> Case:
+    """The attack on the victim itself, in the same ball."""
+    base = case.threat.describe()
+    ball: Any = THREAT_MODELS.build(f"{str(base['norm']).lower()}:eps={base['eps']!r}")
+    return replace(
+        case,
+        attack=strike,
+        threat=ball.bind(case.victim.space),
+        label=case.specs["attack"],
+        surrogates=(),
+        specs={**case.specs, "threat_model": THREAT_MODELS.spec(ball)},
+    )
 
 
 def _claimed(case: Case, guard: Any) -> Case:
@@ -322,6 +288,7 @@ def evaluate(
     watch: Watch | None = None,
     progress: bool = False,
     command: str = "",
+    workers: int = 1,
 ) -> Report:
     """Robust accuracy and attack success rate of a protected model, re-measured on validated inputs.
 
@@ -338,10 +305,12 @@ def evaluate(
     draws:        verdict draws of a randomised victim
     keep:         how many rows' adversarial examples are written into the run folder
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
-    beside:       also evaluate the threat model that the defense claims (PubDef: transfer from public models)
+    beside:       also evaluate the other side: transfer from public models where the defense claims to hold against it
+                  (PubDef), the attack in white box where the threat model is a transfer grid
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
     command:      what the report gives as the command that made it
+    workers:      processes of one thread each that share the batches; change no record
 
     Raises AdvkitError subclasses for whatever can't give a number.
     """
@@ -349,7 +318,7 @@ def evaluate(
         attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size,
         draws=draws, keep=keep, beside=beside, progress=progress,
     )  # fmt: skip
-    return execute(resolved, out=out, watch=watch, command=command)
+    return execute(resolved, out=out, watch=watch, command=command, workers=workers)
 
 
 def run_digest(resolved: Plan) -> str:
@@ -358,17 +327,26 @@ def run_digest(resolved: Plan) -> str:
     return digest_of(configs)
 
 
-def execute(resolved: Plan, *, out: str | Path | None = None, watch: Watch | None = None, command: str = "") -> Report:
+def execute(
+    resolved: Plan,
+    *,
+    out: str | Path | None = None,
+    watch: Watch | None = None,
+    command: str = "",
+    workers: int = 1,
+) -> Report:
     """Play a plan and write its report."""
     import tempfile
 
     if out is None:
         with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
-            return _execute(resolved, Path(folder), watch, command, lasting=False)
-    return _execute(resolved, Path(out), watch, command, lasting=True)
+            return _execute(resolved, Path(folder), watch, command, workers, lasting=False)
+    return _execute(resolved, Path(out), watch, command, workers, lasting=True)
 
 
-def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, *, lasting: bool) -> Report:
+def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, workers: int, *, lasting: bool) -> Report:
+    if workers < 1:
+        raise UsageError(f"workers must be at least 1, got {workers}")
     case = resolved.case
     preflight(case)
     if resolved.beside is not None:
@@ -387,7 +365,7 @@ def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, *,
         stores.append(store)
         try:
             watcher = None if watch is None else _bound(watch, title, each)
-            results.append(run(each, store, watcher))
+            results.append(run(each, store, watcher, workers))
         finally:
             store.close()
 
@@ -400,14 +378,19 @@ def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, *,
         extra_metrics.update(grid_metrics(case, records))
         params = _grid_params(case)
     if len(cases) > 1:
-        found = in_order(cases[1], results[1])
-        extra_metrics.update(grid_metrics(cases[1], found))
+        other = cases[1]
+        found = in_order(other, results[1])
+        if other.threat.scenario == "grid":
+            extra_metrics.update(grid_metrics(other, found))
+            settings = _grid_params(other)
+        else:
+            figures = headline(other, found)
+            extra_metrics.update({f"white_box_{name}": figures[name] for name in _WHITE_BOX if name in figures})
+            settings = {other.label: parameters(other.attack)}
         seconds = stores[1].seconds()
-        settings = _grid_params(cases[1])
         for label, rows in by_label(found).items():
-            extra_attacks.append(
-                attack_entry(cases[1], label, rows, settings[label], len(extra_attacks) + 1, seconds.get(label, 0.0))
-            )
+            entry = attack_entry(other, label, rows, settings[label], len(extra_attacks) + 1, seconds.get(label, 0.0))
+            extra_attacks.append({**entry, "beside": True})
     if resolved.without:
         findings.append(
             diagnostics.Finding(

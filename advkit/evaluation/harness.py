@@ -16,6 +16,7 @@ from advkit.evaluation.case import Case
 from advkit.evaluation.scenarios import on_device, own_randomness, rehearse, scenario_of
 from advkit.evaluation.store import Stopwatch, Store
 from advkit.evaluation.verdict import Judge
+from advkit.evaluation.workers import Crew
 
 log = logging.getLogger("advkit")
 
@@ -62,9 +63,19 @@ def preflight(case: Case) -> None:
         rehearse(case, on_device(first, case.device), answer)
 
 
-def run(case: Case, store: Store, progress: Progress | None = None) -> list[Record]:
-    """Play what the store does not hold yet and return the case's records in playing order."""
+def run(case: Case, store: Store, progress: Progress | None = None, workers: int = 1) -> list[Record]:
+    """Play what the store does not hold yet and return the case's records in playing order.
+
+    workers: processes of one thread each that share the batches; with 1 everything happens here
+    """
     preflight(case)
+    if workers > 1:
+        with Crew(case, workers) as crew:
+            return _run(case, store, progress, crew)
+    return _run(case, store, progress, None)
+
+
+def _run(case: Case, store: Store, progress: Progress | None, crew: Crew | None) -> list[Record]:
     scenario = scenario_of(case)
     if progress and len(store):
         progress(list(store), scenario.expected(case, store.records))
@@ -72,7 +83,7 @@ def run(case: Case, store: Store, progress: Progress | None = None) -> list[Reco
     watch = Stopwatch()
     while True:
         try:
-            for records, origin, returned in scenario.rounds(case, store.records):
+            for records, origin, returned in scenario.rounds(case, store.records, crew):
                 store.append(records, watch.lap(), examples=(origin, returned), keep=kept)
                 if progress:
                     progress(records, scenario.expected(case, store.records))

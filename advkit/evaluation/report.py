@@ -379,6 +379,9 @@ class Report:
         caption.append(self.verdict())
         return caption
 
+    def __repr__(self) -> str:
+        return f"Report({self.title}: {self.verdict()})"
+
     def __str__(self) -> str:
         from io import StringIO
 

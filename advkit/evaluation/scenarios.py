@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from advkit.core.rng import RowRng
 from advkit.evaluation.case import Case
 from advkit.evaluation.store import Store
 from advkit.evaluation.verdict import Judge, decide, finite
+from advkit.evaluation.workers import Crew
 
 log = logging.getLogger("advkit")
 
@@ -82,29 +84,37 @@ class Evasion:
         stages = case.attack.stages()
         return max(case.n, len(records)) if len(stages) > 1 else case.n
 
-    def rounds(self, case: Case, done: Mapping[str, Record]) -> Iterator[Played]:
+    def rounds(self, case: Case, done: Mapping[str, Record], crew: Crew | None = None) -> Iterator[Played]:
         """Records, origins and returned inputs batch by batch, in the task's order."""
         if hasattr(case.attack, "stages"):
-            yield from _cascade(case, done)
+            yield from _cascade(case, done, crew)
         else:
-            yield from single_attack(case, _Without(done, case.label))
+            yield from single_attack(case, _Without(done, case.label), crew)
 
 
-def single_attack(case: Case, skip: Container[str] = ()) -> Iterator[Played]:
+def single_attack(case: Case, skip: Container[str] = (), crew: Crew | None = None) -> Iterator[Played]:
     """One attack on the rows whose ids are not skipped; batch by batch, in the task's order."""
+    batches = case.task.batches(case.batch_size, skip=skip, n=case.n)
+    first = next(batches, None)
+    if first is None:
+        return
+    lanes = lanes_of(case)
+    waiting = chain([first], batches)
+    if crew is not None:
+        yield from crew.play(case, waiting, lanes)
+        return
+    for batch in waiting:
+        yield played_alone(case, batch, lanes)
+
+
+def played_alone(case: Case, batch: Batch, lanes: Lanes) -> Played:
+    """One batch with every model frozen and torch's generators put aside: nothing outside can tell that it ran."""
     modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
-    lanes: Lanes | None = None
-    for batch in case.task.batches(case.batch_size, skip=skip, n=case.n):
-        batch = on_device(batch, case.device)
-        with frozen(*modules):
-            if lanes is None:
-                lanes = lanes_of(case)
-            with own_randomness(case.device, case.seed, case.label, batch.ids[0]):
-                played = play_batch(case, batch, lanes)
-        yield played
+    with frozen(*modules), own_randomness(case.device, case.seed, case.label, batch.ids[0]):
+        return play_batch(case, on_device(batch, case.device), lanes)
 
 
-def _cascade(case: Case, done: Mapping[str, Record]) -> Iterator[Played]:
+def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Iterator[Played]:
     """A suite, stage by stage over all rows; a stage takes rows that stood after every stage before it.
 
     Which rows a stage takes follows from the records alone, so a resumed run takes the same.
@@ -119,7 +129,7 @@ def _cascade(case: Case, done: Mapping[str, Record]) -> Iterator[Played]:
         label = f"{case.label}/{stage.name}"
         taken = taken_by(stage, standing, case.seed)
         cell = replace(case, attack=stage.attack, label=label)
-        for records, origin, returned in single_attack(cell, _Without(held, label, taken)):
+        for records, origin, returned in single_attack(cell, _Without(held, label, taken), crew):
             held.update((Store.key(label, record.id), record) for record in records)
             yield records, origin, returned
         for row in taken:
@@ -178,10 +188,10 @@ class Grid:
         """How many records a finished case has."""
         return case.n * len(self.cells(case))
 
-    def rounds(self, case: Case, done: Mapping[str, Record]) -> Iterator[Played]:
+    def rounds(self, case: Case, done: Mapping[str, Record], crew: Crew | None = None) -> Iterator[Played]:
         """Records, origins and returned inputs cell by cell."""
         for cell in self.cells(case):
-            yield from single_attack(cell, _Without(done, cell.label))
+            yield from single_attack(cell, _Without(done, cell.label), crew)
 
 
 SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid}
@@ -202,7 +212,7 @@ def lanes_of(case: Case) -> Lanes:
     Always probed on the task's first rows, so that a resumed run chooses the same. A victim that the attacker may not
     differentiate is not differentiated here either.
     """
-    first = on_device(next(iter(case.task.batches(64, n=64))), case.device).x
+    first = on_device(next(iter(case.task.batches(64, n=min(64, len(case.task))))), case.device).x
     probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
     with own_randomness(case.device, "lanes"):
         return max(

@@ -25,13 +25,15 @@ MARK = "training.sha256"
 class Victim:
     """A protected model and where it came from.
 
-    model:  what the verdicts ask
-    origin: "zoo:NAME", "cache:FOLDER", "trained now", "given"
-    card:   the zoo card's measured figures and settings, or {}
+    model:   what the verdicts ask
+    origin:  "zoo:NAME", "trained here, seed 0", the spec of a model that was ready, or "given"
+    defense: spec of the defense as its weights were really trained; empty where that is the one asked for
+    card:    the zoo card's measured figures and settings, or {}
     """
 
     model: Any
     origin: str
+    defense: str = ""
     card: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,42 +101,44 @@ def protected(
 
     asked = model if model is not None else task.defaults.model
     guard = DEFENSES.build(defense)
-    spec = DEFENSES.spec(guard)
+    spec = DEFENSES.label(guard)
     part, _ = model_part(asked)
     if not isinstance(part, Architecture):
         given = ready(part, task).to(device)
         origin = asked if isinstance(asked, str) else "given"
         if not guard.needs_data:
             return Victim(guard.protect(given, None, training_rng(seed)), origin)
-        if _trained_with(asked, spec):
-            return Victim(given, origin)
+        told = _trained_with(asked)
+        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
+            return Victim(given, origin, told)
         return _trained(given, guard, task, seed, device, progress, name=origin)
 
     shape = _row_shape(task)
     for card in zoo.find(task.name, MODELS.spec(part), spec, role="victim"):
         held = zoo.load(card.name)
         if held.space.shape is None or tuple(held.space.shape) == shape:
-            return Victim(held.to(device), f"zoo:{card.name}", {"card": card.name, "measured": dict(card.measured)})
+            return Victim(
+                held.to(device), f"zoo:{card.name}", card.defense, {"card": card.name, "measured": dict(card.measured)}
+            )
     return _trained(blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part))
 
 
-def _trained_with(asked: Any, spec: str) -> bool:
-    """Whether a stored model says of itself that this defense trained it: then it is the victim as it is."""
+def _trained_with(asked: Any) -> str:
+    """The spec of the defense that a stored model says it was trained with; empty where it does not say."""
     from advkit.models import zoo
     from advkit.models.checkpoint import CheckpointFile, checkpoint_extra
 
     part, _ = model_part(asked)
-    told = ""
     if isinstance(part, zoo.ZooModel):
-        told = zoo.card(part.name).defense
-    elif isinstance(part, CheckpointFile) and str(part.file).endswith(".safetensors"):
-        told = str(checkpoint_extra(part.file).get("defense", ""))
-    return bool(told) and (told == spec or (":" not in spec and told.partition(":")[0] == spec))
+        return zoo.card(part.name).defense
+    if isinstance(part, CheckpointFile) and str(part.file).endswith(".safetensors"):
+        return str(checkpoint_extra(part.file).get("defense", ""))
+    return ""
 
 
 def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, name: str) -> Victim:
     data = task.training()
-    spec = DEFENSES.spec(guard)
+    spec = DEFENSES.label(guard)
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
@@ -179,7 +183,7 @@ def train_victim(
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError.
     """
-    from advkit.evaluation.api import pick_device, spec_of, task_of
+    from advkit.evaluation.api import pick_device, task_of
     from advkit.models.checkpoint import save_checkpoint
     from advkit.models.torch import Architecture
     from advkit.tasks import TASKS
@@ -210,8 +214,8 @@ def train_victim(
             _unclaim(out)
         raise
     file = out / "model.safetensors"
-    spec = DEFENSES.spec(guard)
-    extra = {"task": spec_of(TASKS, work), "defense": spec, "seed": seed, "data": _data_digest(data)}
+    spec = DEFENSES.label(guard)
+    extra = {"task": TASKS.label(work), "defense": spec, "seed": seed, "data": _data_digest(data)}
     sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
     return {
         "file": str(file),

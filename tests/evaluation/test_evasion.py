@@ -297,6 +297,27 @@ def test_kill_9_and_resume_equals_uninterrupted(tmp_path):
     assert a["metrics"] == b["metrics"]
 
 
+@pytest.mark.slow
+def test_two_workers_write_the_same_records(digits, digits_model, tmp_path):
+    case = case_of(digits, digits_model, "apgd-ce:steps=10", n=100, batch_size=16)
+    alone = play(case, tmp_path / "alone")
+    store = open_store(case, tmp_path / "crew")
+    run(case, store, workers=2)
+    store.close()
+    assert (tmp_path / "crew" / "records.jsonl").read_bytes() == (tmp_path / "alone" / "records.jsonl").read_bytes()
+    assert len(alone) == 100
+
+
+def test_what_cannot_travel_to_workers_is_refused(digits, digits_module, tmp_path):
+    from advkit.models.torch import FunctionModel
+
+    case = case_of(digits, FunctionModel(lambda x: digits_module(x), classes=10), "fgsm", n=10)
+    store = open_store(case, tmp_path)
+    with pytest.raises(UsageError, match="workers 1"):
+        run(case, store, workers=2)
+    store.close()
+
+
 def test_out_of_memory_halves_the_batch(digits, digits_model, tmp_path, monkeypatch):
     from advkit.evaluation import scenarios
 
