@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from advkit.cli.options import BatchSize, Device, Json
 
+if TYPE_CHECKING:
+    from advkit.core.protocols import Record
+
 DISAGREES = 3
+BESIDE = "beside.jsonl"
 
 
 def rerun(
@@ -33,7 +37,7 @@ def rerun(
     from advkit.core.errors import ReportError
     from advkit.evaluation.api import execute, plan
     from advkit.evaluation.report import Report
-    from advkit.evaluation.store import check_folder, read_records
+    from advkit.evaluation.store import check_folder
 
     file = report / "report.json" if report.is_dir() else report
     old = Report.load(file)
@@ -54,8 +58,7 @@ def rerun(
         seed=old.to_dict()["reproducibility"]["seed"],
         device=device,
         batch_size=batch_size,
-        beside=any(name.startswith("tapm_") for name in old.to_dict()["metrics"])
-        and settings["threat_model"][:4] != "tapm",
+        beside=(home / BESIDE).is_file(),
     )
     before, now = old.to_dict()["model"]["state_sha256"], resolved.case.victim.describe().state_sha256
     if before != now:
@@ -63,17 +66,24 @@ def rerun(
             f"the model's weights are not those of the report: sha256 {before[:12]}... then, {now[:12]}... now"
         )
     new = execute(resolved, out=folder) if as_json else carry_out(resolved, folder, plots=False, as_json=False)
-    then = {(r.attack, r.id): r for r in read_records(records)}
-    again = {(r.attack, r.id): r for r in read_records(folder / new.to_dict()["per_sample"]["path"])}
+    then, again = _all_records(records), _all_records(folder / new.to_dict()["per_sample"]["path"])
     differ = sorted(key for key in {*then, *again} if then.get(key) != again.get(key))
     if as_json:
-        typer.echo(json.dumps({"rows": len(again), "differ": [list(key) for key in differ]}, indent=2))
+        typer.echo(json.dumps({"rows": len(again), "differ": [list(key[1:]) for key in differ]}, indent=2))
     else:
         console = Console()
         console.print(
             f"{len(again) - len(differ)} of {len(again)} records are identical", highlight=False, markup=False
         )
-        for attack, row in differ[:20]:
+        for _, attack, row in differ[:20]:
             console.print(f"  differs: {attack} on {row}", highlight=False, markup=False)
     if differ:
         raise typer.Exit(DISAGREES)
+
+
+def _all_records(file: Path) -> dict[tuple[str, str, str], Record]:
+    """A run's records and those of the other side beside them, by file, attack and row."""
+    from advkit.evaluation.store import read_records
+
+    found = [file, *(other for other in [file.with_name(BESIDE)] if other.is_file())]
+    return {("beside" if each.name == BESIDE else "", r.attack, r.id): r for each in found for r in read_records(each)}

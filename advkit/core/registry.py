@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
+from advkit.core.labels import settings_text
 
 T = TypeVar("T")
 
@@ -595,13 +596,18 @@ class Registry(Generic[T]):
         return f"{name.rstrip(':')}:{','.join(parts)}" if parts else name
 
     def label(self, part: object) -> str:
-        """The canonical spec; the bare name of a part that holds objects, the type's of one that no registry holds."""
+        """The canonical spec; a name and settings for a part that holds objects or that no registry holds.
+
+        Parts with other settings get other labels: records and run folders are known by them.
+        """
         try:
             return self.spec(part)
         except SpecError:
-            return self.name_of(part)
+            name = self.name_of(part)
         except UnknownName:
-            return type(part).__name__
+            name = getattr(part, "__name__", type(part).__name__)
+        settings = settings_text(part)
+        return f"{name}:{settings}" if settings else name
 
     def summary(self, name: str) -> str:
         """What a name stands for: the first paragraph of its docstring, read without importing the module."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from fractions import Fraction
@@ -29,7 +28,6 @@ from advkit.threat_models import GOALS, THREAT_MODELS
 
 log = logging.getLogger("advkit")
 
-_PROCESS = uuid.uuid4().hex
 _WHITE_BOX = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate")
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from advkit.core.protocols import Outcome
+from advkit.defenses import DEFENSES
 from advkit.evaluation.report import Report, schema
 from advkit.evaluation.store import read_records
+from advkit.models import zoo
 from advkit.models.checkpoint import load_checkpoint
 from advkit.tasks import TASKS
 from advkit.threat_models.lp import Linf
@@ -88,6 +90,25 @@ def test_a_finished_run_is_not_run_again(advkit: Any, victim: str, monkeypatch: 
     }
 
 
+def test_the_other_side_of_a_pubdef_model(advkit: Any) -> None:
+    spec = zoo.card("digits-mlp-pubdef").defense
+    said = advkit(*EVALUATE, "--defense", "pubdef", "--out", "run", "--json")
+    assert said.code == 0
+    metrics = said.json["metrics"]
+    assert metrics["tapm_acc_avg"]["denominator"] == 40 * 3 * len(zoo.public("digits"))
+    for part in ("seen", "unseen"):
+        assert metrics[f"tapm_acc_best_attack_{part}"]["denominator"] == 40
+    assert metrics["tapm_acc_best_attack"]["value"] == min(
+        metrics[f"tapm_acc_best_attack_{part}"]["value"] for part in ("seen", "unseen")
+    )
+    assert said.json["defense"]["params"]["eps"] == DEFENSES.build(spec).eps, (
+        "as it was trained, not as it was asked for"
+    )
+    assert not any(
+        "tapm" in name for name in advkit(*EVALUATE, "--defense", "pubdef", "--only", "--json").json["metrics"]
+    )
+
+
 def test_a_checkpoint_may_move_during_a_run(advkit: Any, victim: str) -> None:
     assert advkit(*EVALUATE, "--model", victim, "--out", "run").code == 0
     Path("moved.safetensors").write_bytes(Path(victim.removeprefix("path:")).read_bytes())
@@ -122,9 +143,7 @@ def test_an_untrustworthy_number_exits_with_3(advkit: Any, monkeypatch: pytest.M
     assert not Report.load("run/report.json").trustworthy
 
 
-def test_pubdef_prints_white_box_and_transfer_figures_side_by_side(advkit: Any, victim: str) -> None:
-    from advkit.models import zoo
-
+def test_tapm_has_the_white_box_figure_beside_it(advkit: Any, victim: str) -> None:
     public = [card.name for card in zoo.public("digits")]
     assert public
     said = advkit(
@@ -139,7 +158,14 @@ def test_pubdef_prints_white_box_and_transfer_figures_side_by_side(advkit: Any, 
         <= metrics["tapm_acc_best_attack"]["value"]
         <= metrics["tapm_acc_avg"]["value"]
     )
-    assert {attack["name"] for attack in said.json["attacks"]} >= {f"fgsm@zoo:{name}" for name in public}
+    assert {attack["name"] for attack in said.json["attacks"]} == {
+        *(f"{attack}@zoo:{name}" for name in public for attack in ("fgsm", "pgd:steps=3")),
+        "pgd",
+    }
+    white = [json.loads(line) for line in Path("grid/beside.jsonl").read_text().splitlines()]
+    assert len(white) == 30
+    assert metrics["white_box_robust_accuracy"]["numerator"] == sum(r["outcome"] == "robust" for r in white)
+    assert "not evaluated" not in Report.load("grid/report.json").verdict()
 
 
 def test_transfer_never_uses_the_victims_gradients(advkit: Any, victim: str) -> None:
@@ -271,7 +297,8 @@ def test_attack_says_what_it_wrote(advkit: Any, victim: str) -> None:
 )
 def test_rerun_finds_every_row_identical(advkit: Any, victim: str, options: tuple[object, ...]) -> None:
     assert advkit(*EVALUATE, "--model", victim, *options, "--out", "run").code == 0
-    rows = len(read_records(Path("run/records.jsonl")))
+    rows = sum(len(read_records(file)) for file in Path("run").glob("*.jsonl") if "seconds" not in file.name)
+    assert rows == (40 * (len(zoo.public("digits")) + 1) if "tapm" in str(options) else 40)
     said = advkit("rerun", "run", "--batch-size", 7)
     assert said.code == 0
     assert f"{rows} of {rows} records are identical" in said.out
@@ -315,8 +342,6 @@ def test_rerun_of_other_weights_is_refused(advkit: Any) -> None:
 
 
 def test_zoo_lists_shows_and_verifies(advkit: Any) -> None:
-    from advkit.models import zoo
-
     names = [card.name for card in zoo.cards()]
     said = advkit("zoo")
     assert said.code == 0
@@ -331,8 +356,6 @@ def test_zoo_lists_shows_and_verifies(advkit: Any) -> None:
 
 
 def test_zoo_with_a_damaged_file(advkit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from advkit.models import zoo
-
     folder = tmp_path / "weights"
     folder.mkdir()
     for suffix in (".json", ".safetensors"):
