@@ -16,10 +16,12 @@ BUILT_IN = {"fgsm", "pgd", "mifgsm", "apgd-ce", "apgd-margin", "square"}
 NAMES = [name for name in ATTACKS.names() if ATTACKS.spec(ATTACKS.build(name)).partition(":")[0] == name]
 SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subjects(ATTACKS.build(name)).items()}
 REFUSED = {(name, norm) for name in NAMES for norm in BALLS} - set(SUBJECTS)
-# A suite plays attacks that meet the laws one by one already; its own run through them takes minutes.
+# Attacks that run toward many classes, and suites of attacks, take minutes together.
+LONG = {"apgd-dlr", "apgd-t", "fab", "fab-t"} | {
+    n for (n, _), subject in SUBJECTS.items() if isinstance(subject.attack, Suite)
+}
 PAIRS = [
-    pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] if isinstance(subject.attack, Suite) else [])
-    for pair, subject in SUBJECTS.items()
+    pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] if pair[0] in LONG else []) for pair in SUBJECTS
 ]
 
 THREATS = {
