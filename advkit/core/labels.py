@@ -16,10 +16,10 @@ def settings_text(part: object) -> str:
     """`steps=4,weight=Tensor-0fc1...`: what sets a part apart from others of its type; empty where nothing does.
 
     Two parts with other settings get other texts. A part with the same settings gets the same text in another process,
-    too, unless it holds something that can't be pickled: then it is itself alone. Data sets (`digest`), models and
-    threat models (`describe`) say of themselves what they are.
+    too, unless it holds something that can't be pickled: then it is itself alone. Data sets (`digest`) are known by
+    their rows.
     """
-    if hasattr(part, "digest") or hasattr(part, "describe"):
+    if hasattr(part, "digest"):
         return ""
     return ",".join(f"{key}={_word(value)}" for key, value in _settings(part).items())
 
@@ -50,8 +50,8 @@ def _word(value: Any) -> str:
         return str(value)
     if isinstance(value, tuple | list):
         return "+".join(map(_word, value))
-    if hasattr(value, "describe") and hasattr(value.describe(), "state_sha256"):
-        info = value.describe()
+    info: Any = value.describe() if hasattr(value, "describe") else None
+    if hasattr(info, "state_sha256"):
         return f"{info.name}-{info.state_sha256[:12]}"
     return f"{type(value).__name__}-{_content(value)[:12]}"
 

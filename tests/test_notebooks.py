@@ -1,0 +1,97 @@
+"""The notebooks run from top to bottom in a fresh kernel, and are kept without outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> Any:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def test_both_are_there() -> None:
+    assert [path.name for path in NOTEBOOKS] == ["01_first_evaluation.ipynb", "02_your_own_model_and_attack.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_kept_without_outputs(path: Path) -> None:
+    notebook = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+def outputs(notebook: Any, kind: str) -> list[str]:
+    """Every output of a MIME type, `stream` for what was printed."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream" and kind == "stream":
+                found.append(output.text)
+            elif kind in output.get("data", {}):
+                found.append(output.data[kind])
+    return found
+
+
+def executed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook after every cell ran in a fresh kernel; raises with the cell and its traceback where one fails."""
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    monkeypatch.setenv("ADVKIT_CACHE", str(folder / "cache"))
+    monkeypatch.delenv("ADVKIT_DATA", raising=False)
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    here = folder / "here"
+    here.mkdir()
+    notebook = read(path)
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(here)}}
+    )
+    client.execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any(o.get("name") == "stderr" and "Traceback" in o.text for c in code for o in c.outputs)
+    assert not (folder / "cache").exists(), "something was trained that the zoo should hold"
+    return notebook
+
+
+@pytest.mark.slow
+def test_first_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(NOTEBOOKS[0], tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 3
+    assert len(outputs(notebook, "text/html")) == 2
+    from advkit.evaluation.report import Report
+
+    runs = {
+        name: Report.load(tmp_path / "here" / "runs" / name / "report.json")
+        for name in ("none", "pgd_at", "trades", "pubdef", "pubdef-both")
+    }
+    robust = {name: run.robust_accuracy or 0.0 for name, run in runs.items()}
+    clean = {name: run.clean_accuracy or 0.0 for name, run in runs.items()}
+    # what the text says of them
+    assert min(robust["pgd_at"], robust["trades"]) > 0.4 > 0.15 > max(robust["none"], robust["pubdef"])
+    assert clean["none"] > clean["pgd_at"]
+    assert abs(clean["pubdef"] - clean["none"]) < 0.05
+    assert runs["pubdef-both"].metrics["tapm_acc_best_attack"]["value"] > 0.5
+
+
+@pytest.mark.slow
+def test_your_own_model_and_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(NOTEBOOKS[1], tmp_path, monkeypatch)
+    said = "".join(outputs(notebook, "stream"))
+    for word in ("BadInput", "normalised", "BadModel", "8/255", "did you mean 'pgd'", "StaleRun"):
+        assert word in said
+    assert "interrupted after 100 of 300 rows" in said
+    assert "resumed to 300 rows; identical to a run in one piece: True" in said
