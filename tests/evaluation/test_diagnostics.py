@@ -24,7 +24,7 @@ from advkit.evaluation import diagnostics
 from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.battery import RandomSearch, gradient_errors
 from advkit.evaluation.case import Case
-from advkit.evaluation.scenarios import Evasion
+from advkit.evaluation.scenarios import single_attack
 from advkit.models.torch import FunctionModel, TorchModel
 from advkit.tasks.arrays import Arrays
 from advkit.tasks.digits import Digits
@@ -124,7 +124,7 @@ def grave(findings: Sequence[diagnostics.Finding]) -> set[str]:
 
 
 def play(case: Case) -> list[Record]:
-    return [record for records, _, _ in Evasion().rounds(case) for record in records]
+    return [record for records, _, _ in single_attack(case) for record in records]
 
 
 def battery(case: Case, **settings: Any) -> tuple[set[str], dict[str, Any]]:

@@ -189,9 +189,16 @@ class FABT:
     Costs 3 answers per row, a gradient per step, restart and target, and an answer per point inside the ball (see
     `confirm`); rows that reach their goal inside the ball, by whatever class, leave at once.
 
-    targets: wrong classes tried per row, at most all of them, >= 1
+    steps:     steps per restart and target, >= 1
+    restarts:  starts per target, as in FAB, >= 1
+    targets:   wrong classes tried per row, at most all of them, >= 1
+    alpha_max: largest weight of the projection seen from the row, in [0, 1]
+    eta:       overshoot of the projections, >= 1
+    beta:      how much of the way from the row remains after an adversarial point was found, in (0, 1)
+    stop:      leave a row as soon as its goal is reached inside the ball, where the oracle's answers are the verdict's
+    confirm:   ask about every point, as published, and not only about those inside the ball
 
-    The other fields, what is returned, and the errors are as in FAB.
+    What is returned, and the errors, are as in FAB.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
