@@ -22,6 +22,9 @@ ATTACKS: Registry[Attack] = Registry(
         "auto": "advkit.attacks.suites:Thorough",
         "lean": "advkit.attacks.suites:Lean",
         "autoattack": "advkit.attacks.suites:AutoAttack",
+        "foolbox:": "advkit.attacks.peers:Foolbox",
+        "torchattacks:": "advkit.attacks.peers:TorchAttacks",
+        "art:": "advkit.attacks.peers:ART",
     },
     group="advkit.attacks",
 )

@@ -118,10 +118,11 @@ class Meter:
         self._segments.append(_Segment(rows))
         return self._segments[-1]
 
-    def scatter(self, of: Tensor, non_finite: Tensor, backward: bool) -> None:
+    def scatter(self, of: Tensor, non_finite: Tensor, backward: bool, forward: bool = True) -> None:
         """Candidates that belong to rows in another order or number."""
         of = of.cpu()
-        self._scattered += torch.bincount(of, minlength=self.rows)
+        if forward:
+            self._scattered += torch.bincount(of, minlength=self.rows)
         if backward:
             self._scattered_backwards += torch.bincount(of, minlength=self.rows)
         self._scattered_bad[of[non_finite.cpu()]] = True
@@ -282,6 +283,19 @@ class MeteredOracle:
             answer,
         )
 
+    def differentiable(self, origin: Tensor) -> nn.Module:
+        """The model as a torch module, for attacks that bring their own loop and autograd.
+
+        Metered and refused like every other question. The module holds none of the model's parameters, so that nobody
+        can switch modes or move weights through it, and they are frozen while it computes; its one empty parameter
+        says where it lives to those who ask. Lanes do not apply: whole batches go through as they come, and a row's
+        last bits may depend on its batch.
+
+        origin: the rows [rows, ...] that the candidates come from. As many candidates as rows are taken to be the rows
+                in order; any other number is told apart by the nearest origin, for nothing but the meter
+        """
+        return _Differentiable(self, origin)
+
     def _chunks(self, x: Tensor) -> tuple[list[Tensor], Lanes]:
         lanes = self.lanes
         if lanes is None:
@@ -301,6 +315,20 @@ class MeteredOracle:
     def _forward(self, x: Tensor, lanes: Lanes | None) -> Tensor:
         answer: Tensor = self.model(x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes))
         return answer
+
+    def _passed_back(self, gradient: Tensor, of: Tensor | None) -> Tensor:
+        """Count a backward pass of somebody else's autograd; what is not finite goes on as 0."""
+        size = gradient.abs().flatten(1).amax(1)
+        bad = ~torch.isfinite(size)
+        if of is not None:
+            self.meter.scatter(self._global(of), bad, forward=False, backward=True)
+        else:
+            segment = self._segment
+            segment.backwards += 1
+            segment.non_finite = bad if segment.non_finite is None else segment.non_finite | bad
+            zero = size == 0
+            segment.zero = zero if segment.zero is None else segment.zero & zero
+        return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def _spend(self, x: Tensor, of: Tensor | None) -> None:
         if self.queries is not None:
@@ -339,3 +367,38 @@ class MeteredOracle:
             segment.backwards += 1
             zero = size == 0
             segment.zero = zero if segment.zero is None else segment.zero & zero
+
+
+class _Differentiable(nn.Module):
+    """See `MeteredOracle.differentiable`."""
+
+    def __init__(self, oracle: MeteredOracle, origin: Tensor) -> None:
+        super().__init__()
+        self._oracle = oracle
+        self._origin = origin.detach().flatten(1)
+        self.place = nn.Parameter(origin.new_empty(0), requires_grad=False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answers [n, ...]; with gradient where x requires one and the threat model grants it."""
+        oracle = self._oracle
+        follows = x.requires_grad and torch.is_grad_enabled()
+        if oracle.access < (Access.GRADIENTS if follows else Access.LABELS):
+            raise AccessDenied(
+                f"the attack asked for {'a gradient' if follows else 'an answer'}; this threat model grants "
+                f"{oracle.access.name.lower()} only"
+            )
+        of = None if len(x) == oracle.rows else torch.cdist(x.detach().flatten(1), self._origin).argmin(1)
+        oracle._spend(x, of)
+        modules = getattr(oracle.model, "modules", None)
+        with frozen(*modules() if callable(modules) else ()):
+            if follows:
+                x = x.view_as(x)
+                x.register_hook(lambda gradient: oracle._passed_back(gradient, of))  # type: ignore[no-untyped-call]
+            answer = oracle._forward(x, None)
+        oracle._note(answer.detach(), of)
+        if oracle.access == Access.LABELS and answer.ndim > 1:
+            return nn.functional.one_hot(answer.argmax(1), answer.shape[1]).to(answer.dtype)
+        if follows and not answer.requires_grad:
+            oracle.meter.detached = True
+        return answer

@@ -16,6 +16,7 @@ MODELS: Registry[Any] = Registry(
         "wrn-28-10": "advkit.models.resnet:WRN28x10",
         "timm:": "advkit.models.external:Timm",
         "torchvision:": "advkit.models.external:TorchVision",
+        "robustbench:": "advkit.models.robustbench:RobustBench",
         "python:": "advkit.models.external:PythonFactory",
         "path:": "advkit.models.checkpoint:CheckpointFile",
         "zoo:": "advkit.models.zoo:ZooModel",

@@ -1,0 +1,415 @@
+"""Attacks of other packages: the oracle as a torch module, and the adapters."""
+
+from __future__ import annotations
+
+import random
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from advkit.attacks import ATTACKS
+from advkit.attacks.peers import ART, Foolbox, TorchAttacks, foreign_randomness, peer_package, read_settings
+from advkit.core.errors import AccessDenied, BudgetExhausted, MissingExtra, UnknownName, UsageError
+from advkit.core.oracle import MeteredOracle
+from advkit.core.protocols import Access, Outcome
+from advkit.core.rng import RowRng
+from advkit.core.spaces import Box
+from advkit.models import MODELS
+from advkit.models.torch import TorchModel
+from advkit.threat_models.goals.diverge import Diverge
+from advkit.threat_models.goals.targeted import Targeted
+from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.threat_models.lp import L1, L2, Linf
+
+
+def streams(rows):
+    return RowRng.from_ids(0, [f"row {i}" for i in range(rows)])
+
+
+class TestDifferentiable:
+    def test_answers_and_gradients_are_the_models(self, digits):
+        model, x, y = digits
+        oracle = MeteredOracle(model, 20)
+        module = oracle.differentiable(x[:20])
+        leaf = x[:20].clone().requires_grad_()
+        answer = module(leaf)
+        assert torch.equal(answer, model(x[:20]))
+        nn.functional.cross_entropy(answer, y[:20], reduction="sum").backward()
+        _, gradient, _ = MeteredOracle(model, 20).gradient(x[:20], Untargeted(y[:20]))
+        torch.testing.assert_close(leaf.grad, -gradient)
+        assert oracle.meter.forwards.tolist() == [1] * 20
+        assert oracle.meter.backwards.tolist() == [1] * 20
+
+    def test_the_models_parameters_stay_out_of_it(self, digits):
+        model, x, _ = digits
+        module = MeteredOracle(model, 4).differentiable(x[:4])
+        assert sum(p.numel() for p in module.parameters()) == 0
+        assert next(module.parameters()).device == x.device
+        module(x[:4].clone().requires_grad_()).sum().backward()
+        assert all(p.requires_grad and p.grad is None for p in model.module.parameters())
+        module.train()
+        assert not model.module.training
+
+    def test_each_backward_counts_once(self, digits):
+        model, x, _ = digits
+        oracle = MeteredOracle(model, 4)
+        leaf = x[:4].clone().requires_grad_()
+        answer = oracle.differentiable(x[:4])(leaf)
+        for column in range(3):
+            torch.autograd.grad(answer[:, column].sum(), leaf, retain_graph=True)
+        assert oracle.meter.forwards.tolist() == [1] * 4
+        assert oracle.meter.backwards.tolist() == [3] * 4
+
+    def test_subsets_and_copies_are_told_apart_by_the_nearest_origin(self, digits):
+        model, x, _ = digits
+        oracle = MeteredOracle(model, 10)
+        module = oracle.differentiable(x[:10])
+        rows = torch.tensor([7, 2, 2])
+        leaf = (x[rows] + 0.05 * torch.randn_like(x[rows])).requires_grad_()
+        module(leaf).sum().backward()
+        module(x[rows])
+        assert oracle.meter.forwards.tolist() == [0, 0, 4, 0, 0, 0, 0, 2, 0, 0]
+        assert oracle.meter.backwards.tolist() == [0, 0, 2, 0, 0, 0, 0, 1, 0, 0]
+
+    def test_a_view_counts_into_the_shared_meter(self, digits):
+        model, x, _ = digits
+        oracle = MeteredOracle(model, 6)
+        rows = torch.tensor([5, 1, 3])
+        module = oracle.take(rows).differentiable(x[rows])
+        module(x[rows])
+        module(x[rows[:1]].clone().requires_grad_()).sum().backward()
+        assert oracle.meter.forwards.tolist() == [0, 1, 0, 1, 0, 2]
+        assert oracle.meter.backwards.tolist() == [0, 0, 0, 0, 0, 1]
+
+    def test_access_is_checked(self, digits):
+        model, x, _ = digits
+        scores = MeteredOracle(model, 4, Access.SCORES).differentiable(x[:4])
+        assert torch.equal(scores(x[:4]), model(x[:4]))
+        with pytest.raises(AccessDenied, match="gradient"):
+            scores(x[:4].clone().requires_grad_())
+        labels = MeteredOracle(model, 4, Access.LABELS).differentiable(x[:4])(x[:4])
+        assert labels.sum(1).tolist() == [1.0] * 4
+        assert torch.equal(labels.argmax(1), model(x[:4]).argmax(1))
+        with pytest.raises(AccessDenied, match="answer"):
+            MeteredOracle(model, 4, Access.NOTHING).differentiable(x[:4])(x[:4])
+
+    def test_the_budget_ends(self, digits):
+        model, x, _ = digits
+        module = MeteredOracle(model, 4, queries=2).differentiable(x[:4])
+        module(x[:4])
+        module(x[:1])
+        module(x[1:2])
+        with pytest.raises(BudgetExhausted):
+            module(x[:1])
+
+    def test_broken_gradients_are_zeroed_and_remembered(self):
+        def model(x):
+            return torch.stack([x.sqrt().sum(1), x.sum(1)], 1)
+
+        x = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+        oracle = MeteredOracle(model, 2)
+        leaf = x.clone().requires_grad_()
+        oracle.differentiable(x)(leaf)[:, 0].sum().backward()
+        assert leaf.grad.tolist() == [[0.0, 0.5], [0.5, 0.5]]
+        assert oracle.meter.non_finite.tolist() == [True, False]
+
+    def test_zero_gradients_are_remembered(self):
+        x = torch.rand(3, 2)
+        oracle = MeteredOracle(lambda z: z * torch.tensor([[0.0], [1.0], [0.0]]), 3)
+        oracle.differentiable(x)(x.clone().requires_grad_()).sum().backward()
+        assert oracle.meter.zero_gradient.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("steps=20,rel_stepsize=1/40,loss=ce", {"steps": 20, "rel_stepsize": 1 / 40, "loss": "ce"}),
+        ("flag=true,other=False,nothing=none,eta=1e-3", {"flag": True, "other": False, "nothing": None, "eta": 1e-3}),
+        ("text=[a,b]", {"text": "a,b"}),
+    ],
+)
+def test_settings(text, expected):
+    assert read_settings(text) == expected
+
+
+@pytest.mark.parametrize("text", ["steps", "a=1,a=2"])
+def test_settings_that_are_none(text):
+    with pytest.raises(UsageError):
+        Foolbox(name="LinfPGD", settings=text)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "foolbox:LinfPGD",
+        "foolbox:LinfPGD,settings=[steps=20,rel_stepsize=0.1]",
+        "torchattacks:Square,settings=n_queries=100,access=scores",
+        "art:DeepFool",
+    ],
+)
+def test_specs(spec):
+    assert ATTACKS.spec(ATTACKS.build(spec)) == spec
+
+
+def test_what_an_adapter_needs_is_what_it_was_told():
+    assert ATTACKS.build("foolbox:LinfPGD").needs == Access.GRADIENTS
+    assert ATTACKS.build("foolbox:L2BoundaryAttack,access=labels").needs == Access.LABELS
+
+
+def test_global_randomness_is_lent():
+    def states():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+    before = states()
+    drawn = []
+    for _ in range(2):
+        with foreign_randomness(7):
+            drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))  # noqa: NPY002
+            torch.manual_seed(3)
+    assert drawn[0] == drawn[1]
+    assert states() == before
+
+
+@pytest.mark.parametrize("name", ["foolbox", "torchattacks", "art"])
+def test_a_missing_package_is_named_with_its_extra(digits, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    model, x, y = digits
+    with pytest.raises(MissingExtra, match=r"advkit\[peers\]"):
+        ATTACKS.build(f"{name}:PGD")(MeteredOracle(model, 4), x[:4], Untargeted(y[:4]), Linf(0.1), streams(4))
+
+
+def test_robustbench_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "robustbench", None)
+    monkeypatch.setitem(sys.modules, "robustbench.utils", None)
+    with pytest.raises(MissingExtra, match="pip install robustbench"):
+        MODELS.build("robustbench:Standard")((3, 32, 32), 10, streams(1))
+
+
+def test_robustbench_names_are_checked():
+    pytest.importorskip("robustbench", exc_type=ImportError)
+    with pytest.raises(UnknownName, match="Carmon2019Unlabeled"):
+        MODELS.build("robustbench:Carmon2019Unlabelled")((3, 32, 32), 10, streams(1))
+
+
+class TestFoolbox:
+    @pytest.fixture(autouse=True)
+    def _needs(self):
+        pytest.importorskip("foolbox")
+
+    def test_the_points_are_foolboxs_own(self, digits):
+        model, x, y = digits
+        x, y = x[:32], y[:32]
+        oracle = MeteredOracle(model, 32)
+        attack = Foolbox(name="LinfPGD", settings="steps=10,rel_stepsize=0.2")
+        z = attack(oracle, x, Untargeted(y), Linf(0.1), streams(32))
+        foolbox = peer_package("foolbox")
+        seed = int(streams(32).at("peer").integers(2**31 - 1, torch.empty(32, 1))[0])
+        with foreign_randomness(seed):
+            theirs = foolbox.attacks.LinfPGD(steps=10, rel_stepsize=0.2)(
+                foolbox.PyTorchModel(model.module, bounds=(0, 1), device="cpu"),
+                x,
+                foolbox.Misclassification(y),
+                epsilons=0.1,
+            )[1]
+        assert torch.equal(z, theirs)
+        assert Linf(0.1).admits(z, x).all()
+        assert oracle.meter.backwards.tolist() == [10] * 32
+        assert oracle.meter.forwards.tolist() == [11] * 32  # and foolbox's own verdict
+
+    def test_the_same_seed_gives_the_same_points(self, digits):
+        model, x, y = digits
+        attack = Foolbox(name="L2PGD", settings="steps=3")
+
+        def run(seed):
+            rng = RowRng.from_ids(seed, [str(i) for i in range(8)])
+            return attack(MeteredOracle(model, 8), x[:8], Untargeted(y[:8]), L2(0.5), rng)
+
+        assert torch.equal(run(0), run(0))
+        assert not torch.equal(run(0), run(1))
+
+    def test_targets_are_reached(self, digits):
+        model, x, y = digits
+        goal = Targeted((y[:16] + 1) % 10)
+        z = Foolbox(name="LinfPGD", settings="steps=40,rel_stepsize=0.1")(
+            MeteredOracle(model, 16), x[:16], goal, Linf(0.4), streams(16)
+        )
+        assert goal.reached(model(z)).float().mean() > 0.8
+
+    def test_label_only_attacks_get_labels_only(self, digits):
+        model, x, y = digits
+        attack = Foolbox(
+            name="SaltAndPepperNoiseAttack", settings="steps=20,across_channels=false", access=Access.LABELS
+        )
+        oracle = MeteredOracle(model, 8, Access.LABELS)
+        z = attack(oracle, x[:8], Untargeted(y[:8]), L2(4.0), streams(8))
+        assert L2(4.0).admits(z, x[:8]).all()
+        assert int(oracle.meter.backwards.sum()) == 0
+        with pytest.raises(AccessDenied):
+            Foolbox(name="LinfPGD")(oracle, x[:8], Untargeted(y[:8]), Linf(0.1), streams(8))
+
+    def test_what_does_not_fit_is_said(self, digits):
+        model, x, y = digits
+
+        def run(attack, goal=None, ball=None):
+            attack(MeteredOracle(model, 4), x[:4], goal or Untargeted(y[:4]), ball or Linf(0.1), streams(4))
+
+        with pytest.raises(UnknownName, match="LinfPGD"):
+            run(Foolbox(name="LinfPDG"))
+        with pytest.raises(UsageError, match="L2"):
+            run(Foolbox(name="LinfPGD"), ball=L2(0.5))
+        with pytest.raises(UsageError, match="rel_stepsize"):
+            run(Foolbox(name="LinfPGD", settings="stepz=3"))
+        with pytest.raises(UsageError, match="Diverge"):
+            run(Foolbox(name="LinfPGD"), goal=Diverge(model(x[:4])))
+        with pytest.raises(UsageError, match="bound"):
+            run(Foolbox(name="LinfPGD"), ball=Linf(0.1, box=Box(torch.zeros(1, 8, 8), 1.0)))
+
+
+class TestTorchAttacks:
+    @pytest.fixture(autouse=True)
+    def _needs(self):
+        pytest.importorskip("torchattacks")
+
+    def test_the_points_are_torchattacks_own(self, digits, capsys):
+        model, x, y = digits
+        x, y = x[:32], y[:32]
+        attack = TorchAttacks(name="PGD", settings="steps=10,alpha=0.02,random_start=false")
+        z = attack(MeteredOracle(model, 32), x, Untargeted(y), Linf(0.1), streams(32))
+        theirs = peer_package("torchattacks").PGD(model.module, eps=0.1, alpha=0.02, steps=10, random_start=False)
+        assert torch.equal(z, theirs(x, y))
+        assert capsys.readouterr().out == ""
+
+    def test_another_box_is_stretched(self, digits):
+        model, x, y = digits
+        x, y = x[:32], y[:32]
+        attack = TorchAttacks(name="PGD", settings="steps=10,alpha=0.02,random_start=false")
+        z = attack(MeteredOracle(model, 32), x, Untargeted(y), Linf(0.1), streams(32))
+
+        def wide(w):
+            return model((w + 1) / 2)
+
+        ball = Linf(0.2, box=Box(-1.0, 1.0))
+        w = attack(MeteredOracle(wide, 32), 2 * x - 1, Untargeted(y), ball, streams(32))
+        assert ball.admits(w, 2 * x - 1).all()
+        assert ((w + 1) / 2 - z).abs().gt(1e-5).float().mean() < 0.02
+
+    def test_points_beyond_eps_of_an_attack_without_eps_are_no_finds(self, digits):
+        model, x, y = digits
+        x, y = x[:12], y[:12]
+        attack = TorchAttacks(name="DeepFool", settings="steps=20")
+        free = attack(MeteredOracle(model, 12), x, Untargeted(y), L2(100.0), streams(12))
+        length = L2(1.0).distance(free, x)
+        eps = float(length.median())
+        z = attack(MeteredOracle(model, 12), x, Untargeted(y), L2(eps), streams(12))
+        near = length <= eps
+        assert torch.equal(z[near], free[near])
+        assert torch.equal(z[~near], x[~near])
+        assert 0 < int(near.sum()) < 12
+
+    def test_its_own_seed_is_ours(self, digits):
+        model, x, y = digits
+        attack = TorchAttacks(name="Square", settings="n_queries=20", access=Access.SCORES)
+        oracle = MeteredOracle(model, 8, Access.SCORES)
+        before = torch.get_rng_state()
+        z = attack(oracle, x[:8], Untargeted(y[:8]), Linf(0.1), streams(8))
+        assert torch.equal(torch.get_rng_state(), before)
+        other = attack(
+            MeteredOracle(model, 8), x[:8], Untargeted(y[:8]), Linf(0.1), RowRng.from_ids(1, list("abcdefgh"))
+        )
+        assert not torch.equal(z, other)
+        assert int(oracle.meter.forwards.min()) >= 1
+
+    def test_what_does_not_fit_is_said(self, digits):
+        model, x, y = digits
+
+        def run(attack, goal=None, ball=None):
+            attack(MeteredOracle(model, 4), x[:4], goal or Untargeted(y[:4]), ball or Linf(0.1), streams(4))
+
+        with pytest.raises(UsageError, match="Linf"):
+            run(TorchAttacks(name="PGD"), ball=L2(0.5))
+        with pytest.raises(UsageError, match="L2"):
+            run(TorchAttacks(name="PGDL2"))
+        with pytest.raises(UsageError, match="threat model"):
+            run(TorchAttacks(name="PGD", settings="eps=0.5"))
+        with pytest.raises(UsageError, match="target"):
+            run(TorchAttacks(name="DeepFool"), goal=Targeted((y[:4] + 1) % 10))
+
+
+class TestART:
+    @pytest.fixture(autouse=True)
+    def _needs(self):
+        pytest.importorskip("art")
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "ball"),
+        [
+            ("ProjectedGradientDescent", "max_iter=10,eps_step=0.02", Linf(0.1)),
+            ("ProjectedGradientDescent", "max_iter=10,eps_step=0.2", L2(0.7)),
+            ("ProjectedGradientDescent", "max_iter=10,eps_step=1.0", L1(3.0)),
+            ("DeepFool", "max_iter=20", L2(0.7)),
+        ],
+    )
+    def test_rows_fall_inside_the_ball(self, digits, name, settings, ball):
+        model, x, y = digits
+        oracle = MeteredOracle(model, 24)
+        z = ART(name=name, settings=settings)(oracle, x[:24], Untargeted(y[:24]), ball, streams(24))
+        assert ball.admits(z, x[:24]).all()
+        assert (model(z).argmax(1) != y[:24]).float().mean() > 0.2
+        assert int(oracle.meter.backwards.sum()) > 0
+
+    def test_targets(self, digits):
+        model, x, y = digits
+        goal = Targeted((y[:16] + 1) % 10)
+        attack = ART(name="ProjectedGradientDescent", settings="max_iter=30,eps_step=0.05")
+        z = attack(MeteredOracle(model, 16), x[:16], goal, Linf(0.4), streams(16))
+        assert goal.reached(model(z)).float().mean() > 0.8
+
+
+def test_the_harness_judges_what_the_package_returns(digits, tmp_path, monkeypatch):
+    """A package that leaves the ball gets no win, whatever it claims."""
+    from advkit.evaluation.api import resolve
+    from advkit.evaluation.harness import open_store, run
+
+    class Cheat:
+        def __init__(self, model, eps=0.1):
+            self.model, self.eps = model, eps
+
+        def __call__(self, x, y):
+            return (x + 3 * self.eps * torch.randn_like(x).sign()).clamp(0, 1)
+
+    package = ModuleType("torchattacks")
+    package.Cheat = Cheat
+    monkeypatch.setitem(sys.modules, "torchattacks", package)
+    model, x, y = digits
+    victim = TorchModel(model.module, Box(shape=(1, 8, 8)), 10)
+    case = resolve("torchattacks:Cheat", "none", (x[:20], y[:20]), victim, "linf:eps=0.1", device="cpu")
+    records = run(case, open_store(case, tmp_path))
+    assert {record.outcome for record in records} == {Outcome.INVALID}
+
+
+def test_the_harness_refuses_a_class_the_package_lacks_before_it_starts(digits):
+    pytest.importorskip("foolbox")
+    from advkit.evaluation.api import evaluate
+
+    model, x, y = digits
+    with pytest.raises(UnknownName, match="foolbox"):
+        evaluate("foolbox:LinfPDG", "none", (x[:20], y[:20]), model, "linf:eps=0.1", device="cpu")
+
+
+def test_a_peer_in_the_harness(digits):
+    pytest.importorskip("foolbox")
+    from advkit.evaluation.api import evaluate
+
+    model, x, y = digits
+    found = {}
+    for attack in ("pgd:steps=20", "foolbox:LinfPGD,settings=[steps=20,rel_stepsize=0.1]"):
+        report = evaluate(attack, "none", (x[:100], y[:100]), model, "linf:eps=0.1", device="cpu").to_dict()
+        found[attack.partition(":")[0]] = report["metrics"]["robust_accuracy"]["value"]
+        (entry,) = report["attacks"]
+        assert entry["cost"]["backward"] > 0
+    assert 0 < found["pgd"] <= found["foolbox"] <= found["pgd"] + 0.05
