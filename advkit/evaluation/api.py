@@ -9,8 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from advkit.attacks import ATTACKS
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Record
@@ -18,6 +16,7 @@ from advkit.defenses import DEFENSES
 from advkit.evaluation import diagnostics
 from advkit.evaluation.case import Case, digest_of
 from advkit.evaluation.harness import open_store, preflight, run
+from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
 from advkit.evaluation.summary import attack_entry, build, by_label, headline
@@ -47,27 +46,6 @@ class Plan:
     without: str = ""  # why there is nothing beside
 
 
-def pick_device(name: str) -> str:
-    """cpu, cuda[:i] or mps; `auto` takes an accelerator when there is one. Raises UsageError for one that is absent."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda, cuda:INDEX or mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {name} is not here ({torch.cuda.device_count()} CUDA devices found): try --device auto"
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device mps is not here: try --device auto")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"device {name} is not supported: expected auto, cpu, cuda, cuda:INDEX or mps")
-    return name
-
-
 def spec_of_model(asked: Any, model: Any) -> str:
     """How the model can be named again: the spec asked for, or what a model of the caller's own says of itself."""
     from advkit.evaluation.victims import model_part
@@ -94,24 +72,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     return str(value)
-
-
-def task_of(task: Any, model: Any = None) -> Any:
-    """A task from a spec, a task, or a pair (x, y) of tensors or arrays; a pair takes its classes from the model."""
-    if not isinstance(task, (tuple, list)):
-        return TASKS.build(task)
-    if len(task) != 2:
-        raise BadInput(f"a task of {len(task)} parts; expected a spec, a Task, or a pair (x, y)")
-    from advkit.models.torch import as_model, is_model
-    from advkit.tasks.arrays import Arrays
-
-    work = Arrays(*task)
-    if isinstance(model, torch.nn.Module) or is_model(model):
-        with torch.inference_mode():
-            answer = as_model(model, work)(next(iter(work.batches(1))).x)
-        if answer.ndim == 2:
-            work = Arrays(*task, classes=answer.shape[1])
-    return work
 
 
 def resolve(

@@ -183,7 +183,7 @@ def train_victim(
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError.
     """
-    from advkit.evaluation.api import pick_device, task_of
+    from advkit.evaluation.inputs import pick_device, task_of
     from advkit.models.checkpoint import save_checkpoint
     from advkit.models.torch import Architecture
     from advkit.tasks import TASKS
