@@ -40,7 +40,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 256,
-    workers: Workers = 1,
+    workers: Workers = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder; resumed when it holds the same case.", show_default="runs/DIGEST"),
@@ -85,7 +85,7 @@ def untrustworthy(report: Report) -> bool:
     return any(flag["severity"] == "unreliable" for flag in data["diagnostics"]["flags"])
 
 
-def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool, workers: int = 1) -> Report:
+def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool, workers: int | None = None) -> Report:
     """Play a plan with a progress bar, then say what came out."""
     import shlex
 

@@ -29,6 +29,10 @@ Seed = Annotated[int, typer.Option(help="The run's only seed.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or mps.")]
 BatchSize = Annotated[int, typer.Option(help="Rows in flight; changes no figure.")]
 Workers = Annotated[
-    int, typer.Option(help="Processes of one thread each that share the batches (CPU); changes no figure.")
+    int | None,
+    typer.Option(
+        help="Processes of one thread each that share the batches (CPU); changes no figure.",
+        show_default="one per core for long work",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]

@@ -246,7 +246,7 @@ def evaluate(
     watch: Watch | None = None,
     progress: bool = False,
     command: str = "",
-    workers: int = 1,
+    workers: int | None = 1,
 ) -> Report:
     """Robust accuracy and attack success rate of a protected model, re-measured on validated inputs.
 
@@ -268,7 +268,8 @@ def evaluate(
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
     command:      what the report gives as the command that made it
-    workers:      processes of one thread each that share the batches; change no record
+    workers:      processes of one thread each that share the batches; change no record. None takes one per core for
+                  long work on a CPU; a script then needs the usual `if __name__ == "__main__"`
 
     Raises AdvkitError subclasses for whatever can't give a number.
     """
@@ -291,7 +292,7 @@ def execute(
     out: str | Path | None = None,
     watch: Watch | None = None,
     command: str = "",
-    workers: int = 1,
+    workers: int | None = 1,
 ) -> Report:
     """Play a plan and write its report."""
     import tempfile
@@ -302,8 +303,10 @@ def execute(
     return _execute(resolved, Path(out), watch, command, workers, lasting=True)
 
 
-def _execute(resolved: Plan, folder: Path, watch: Watch | None, command: str, workers: int, *, lasting: bool) -> Report:
-    if workers < 1:
+def _execute(
+    resolved: Plan, folder: Path, watch: Watch | None, command: str, workers: int | None, *, lasting: bool
+) -> Report:
+    if workers is not None and workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
     case = resolved.case
     preflight(case)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from advkit.core.errors import BadInput, BadModel
+from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Record
 from advkit.evaluation.case import Case
@@ -19,6 +20,9 @@ from advkit.evaluation.verdict import Judge
 from advkit.evaluation.workers import Crew
 
 log = logging.getLogger("advkit")
+
+MANY = 3000
+"""Records from which worker processes, which take seconds to start, pay."""
 
 Progress = Callable[[list[Record], int], None]  # the new records, and how many the case has in all
 
@@ -63,16 +67,33 @@ def preflight(case: Case) -> None:
         rehearse(case, on_device(first, case.device), answer)
 
 
-def run(case: Case, store: Store, progress: Progress | None = None, workers: int = 1) -> list[Record]:
+def run(case: Case, store: Store, progress: Progress | None = None, workers: int | None = 1) -> list[Record]:
     """Play what the store does not hold yet and return the case's records in playing order.
 
-    workers: processes of one thread each that share the batches; with 1 everything happens here
+    workers: processes of one thread each that share the batches; 1 plays here, None takes one per core for long work on
+             a CPU (a case that can't travel to other processes is then played here)
     """
     preflight(case)
+    asked = workers
+    if workers is None:
+        ahead = scenario_of(case).expected(case, store.records) - len(store)
+        workers = available_cores() if ahead >= MANY and torch.device(case.device).type == "cpu" else 1
     if workers > 1:
-        with Crew(case, workers) as crew:
-            return _run(case, store, progress, crew)
+        try:
+            crew = Crew(case, workers)
+        except UsageError as error:
+            if asked is not None:
+                raise
+            log.info("%s", error)
+        else:
+            with crew:
+                return _run(case, store, progress, crew)
     return _run(case, store, progress, None)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(case: Case, store: Store, progress: Progress | None, crew: Crew | None) -> list[Record]:
