@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.suites import Suite
 from advkit.core.errors import UsageError
-from advkit.testing import ATTACK_LAWS, BALLS, RADII, THREAT_LAWS, accepts, check_law, check_threat_law, subjects
+from advkit.core.rng import RowRng
+from advkit.defenses import DEFENSES
+from advkit.models import MODELS
+from advkit.testing import (
+    ATTACK_LAWS,
+    BALLS,
+    RADII,
+    THREAT_LAWS,
+    accepts,
+    check_defense,
+    check_law,
+    check_threat_law,
+    subjects,
+)
 from advkit.threat_models import THREAT_MODELS
 
 BUILT_IN = {"fgsm", "pgd", "mifgsm", "apgd-ce", "apgd-margin", "square"}
 
-# Names that build what another name builds already are aliases; prefixes (`foolbox:`) stand for attacks of others, which
-# promise less (their results depend on the batch).
+# Names that build what another name builds already are aliases; prefixes (`foolbox:`) stand for attacks of others,
+# which promise less (their results depend on the batch).
 OWN = [name for name in ATTACKS.names() if not name.endswith(":")]
 NAMES = [name for name in OWN if ATTACKS.spec(ATTACKS.build(name)).partition(":")[0] == name]
 SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subjects(ATTACKS.build(name)).items()}
@@ -85,3 +100,13 @@ def test_radii_fit_the_registry():
         with pytest.raises(UsageError):
             ball(eps=-1.0)
         assert THREAT_MODELS.load(norm) is ball
+
+
+@pytest.mark.parametrize("name", DEFENSES.names())
+def test_defense(name, digits, tmp_path, monkeypatch):
+    # PubDef trains on the zoo's surrogates of a task; digits has some, and serves the others as well.
+    monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path))
+    data = digits.training()
+    short = replace(data, x=data.x[:160], y=data.y[:160])
+    model = MODELS.build("mlp:hidden=16")((1, 8, 8), 10, RowRng.from_ids(0, ["defense"]), space=data.space)
+    check_defense(DEFENSES.build(f"{name}:recipe=[epochs=1,batch_size=64]"), model, short)
