@@ -74,27 +74,9 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def resolve(
-    attack: Any = "pgd",
-    defense: Any = "none",
-    task: Any = "fashion-mnist",
-    model: Any = None,
-    threat_model: Any = None,
-    goal: Any = "untargeted",
-    *,
-    n: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    batch_size: int = 256,
-    draws: int = 10,
-    keep: int = 64,
-    progress: bool = False,
-) -> Case:
-    """The case that names or objects ask for; see `evaluate`."""
-    return plan(
-        attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size,
-        draws=draws, keep=keep, beside=False, progress=progress,
-    ).case  # fmt: skip
+def resolve(*parts: Any, **settings: Any) -> Case:
+    """The case that names or objects ask for, without what stands beside it; takes what `plan` takes."""
+    return plan(*parts, beside=False, **settings).case
 
 
 def plan(
