@@ -9,6 +9,9 @@ from torch import nn
 from advkit.models.torch import TorchModel
 from advkit.tasks import TASKS
 
+# One process per core runs the tests; threads beside it would only wait for one another.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def digits():
