@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "rerun": ("advkit.cli.rerun", "Run a report's evaluation again and compare the two."),
     "doctor": ("advkit.cli.doctor", "Check this installation, or whether a model's gradients can be trusted."),
+    "benchmark": ("advkit.cli.benchmark", "Time our suites beside a peer's and compare their flags image by image."),
     "zoo": ("advkit.cli.zoo", "List the embedded models and verify their hashes."),
 }
 INTERRUPTED = 130

@@ -1,0 +1,96 @@
+"""`advkit benchmark`: our suites beside the reference's AutoAttack, PGD beside bare passes, operations per step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from advkit.cli.options import Json, TaskSpec, ThreatSpec
+
+MODELS = ",".join(f"zoo:fashion-mnist-cnn{kind}" for kind in ("", "-pgd_at", "-trades", "-pubdef"))
+PARTS = ("suites", "overhead", "ops")
+
+
+def benchmark(
+    models: Annotated[str, typer.Option(help="Models, comma between them; a spec with commas in brackets.")] = MODELS,
+    suites: Annotated[str, typer.Option(help="Attacks of ours to time, comma between them.")] = (
+        "thorough,lean,autoattack"
+    ),
+    reference: Annotated[
+        str, typer.Option(help="pyautoattack (AutoAttack standard), or the spec of any attack to time against.")
+    ] = "pyautoattack",
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Rows, the task's first ones.")] = 200,
+    repetitions: Annotated[int, typer.Option(min=1, help="Interleaved repetitions, each with a seed of its own.")] = 3,
+    task: TaskSpec = "fashion-mnist",
+    threat_model: ThreatSpec = None,
+    parts: Annotated[str, typer.Option(help=f"What to measure: {', '.join(PARTS)}.")] = ",".join(PARTS),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for benchmarks.md and benchmarks.json.", show_default="nothing written")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure our suites beside a peer in this process: robust accuracy, flags per image, passes, CPU time.
+
+    Runs on the CPU, one thread, for minutes. What is done so far is written after every model.
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from advkit.core.errors import UsageError
+    from advkit.evaluation import benchmark as bench
+    from advkit.evaluation.store import check_folder
+
+    wanted = _list(parts)
+    if unknown := sorted(set(wanted) - set(PARTS)):
+        raise UsageError(f"nothing to measure is called {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+    if out is not None:
+        check_folder(out)
+    progress = Console(stderr=True, quiet=as_json, highlight=False)
+    found: dict[str, Any] = {"command": _command(), "environment": bench.environment(), "suites": []}
+    if "ops" in wanted:
+        found["ops"] = bench.dispatcher_ops()
+    if "overhead" in wanted:
+        found["overhead"] = bench.pgd_overhead()
+    if "suites" in wanted:
+        for model in _list(models):
+            found["suites"].append(
+                bench.side_by_side(
+                    model, _list(suites), task=task, threat_model=threat_model, n=n, repetitions=repetitions,
+                    reference=reference, say=lambda line: progress.print(line, markup=False, soft_wrap=True),
+                )
+            )  # fmt: skip
+            if out is not None:
+                _write(found, bench.markdown(found), out)
+    if out is not None:
+        _write(found, bench.markdown(found), out)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(Markdown(bench.markdown(found)))
+
+
+def _list(text: str) -> list[str]:
+    from advkit.core.registry import parse_arguments
+
+    return [one[1:-1] if one.startswith("[") else one for one in (each.text for each in parse_arguments(text))]
+
+
+def _command() -> str:
+    import shlex
+    import sys
+
+    return shlex.join(["advkit", *sys.argv[1:]])
+
+
+def _write(found: dict[str, Any], page: str, out: Path) -> None:
+    from advkit.core.errors import UsageError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "benchmarks.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (out / "benchmarks.md").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{out} can't be written ({error.strerror or error}): name another --out") from error
