@@ -141,18 +141,21 @@ class Lean(Suite):
     def stages(self) -> tuple[Stage, ...]:
         """Cheap ones first."""
         return _cascade(
-            self.targets, first=10, short=10, share=0.15, dlr=3, ce=1, sentinel=Stage(
-                name="sentinel", attack=Square(queries=300), share=0.25, by="sample", sentinel=True
-            )
-        )  # fmt: skip
+            Stage(name="apgd-ce", attack=APGDCE(steps=10)),
+            Stage(name="apgd-t-short", attack=_toward(self.targets, steps=10)),
+            Stage(name="near-margin", attack=_toward(3, steps=30), share=0.15, least=16),
+            Stage(name="nearest-dlr", attack=_toward(3, steps=100, loss="dlr"), share=0.05, least=16),
+            Stage(name="nearest-ce", attack=APGDCE(steps=50, restarts=2), share=0.05, least=16),
+            Stage(name="sentinel", attack=Square(queries=300), share=0.25, by="sample", sentinel=True),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thorough(Suite):
     """AutoAttack's robust accuracy or less for a small part of its cost: the default of `--attack auto`.
 
-    As `lean`, with longer first runs, a quarter of the survivors in the near-boundary stage, more restarts there, and
-    the sentinel on all survivors.
+    As `lean`, with longer first runs, a quarter of the survivors in the near-boundary stage, many restarts for the
+    very nearest, and the sentinel on all survivors.
 
     targets: most classes run toward
     """
@@ -162,21 +165,26 @@ class Thorough(Suite):
     def stages(self) -> tuple[Stage, ...]:
         """Cheap ones first."""
         return _cascade(
-            self.targets, first=20, short=10, share=0.25, dlr=5, ce=2, sentinel=Stage(
-                name="sentinel", attack=Square(queries=300), sentinel=True
-            )
-        )  # fmt: skip
+            Stage(name="apgd-ce", attack=APGDCE(steps=20)),
+            Stage(name="apgd-t-short", attack=_toward(self.targets, steps=10)),
+            Stage(name="near-margin", attack=_toward(3, steps=50), share=0.25),
+            # Rows on the very boundary fall one time in five: restarts, toward the one class that is near.
+            Stage(name="nearest-margin", attack=_toward(1, steps=100, restarts=8), share=0.08, least=16),
+            Stage(name="nearest-dlr", attack=_toward(3, steps=100, loss="dlr"), share=0.08, least=16),
+            Stage(name="nearest-ce", attack=APGDCE(steps=100, restarts=2), share=0.08, least=16),
+            Stage(name="sentinel", attack=Square(queries=300), sentinel=True),
+        )
 
 
-def _cascade(
-    targets: int, *, first: int, short: int, share: float, dlr: int, ce: int, sentinel: Stage
-) -> tuple[Stage, ...]:
+def _toward(targets: int, *, steps: int, restarts: int = 1, loss: str = "margin") -> APGDT:
+    """Targets as the scores at the best adversarial point order them."""
+    return APGDT(steps=steps, restarts=restarts, targets=targets, loss=loss, order="adversarial")
+
+
+def _cascade(*stages: Stage) -> tuple[Stage, ...]:
+    """The stages, and after them what a sentinel's find calls for."""
     return (
-        Stage(name="apgd-ce", attack=APGDCE(steps=first)),
-        Stage(name="apgd-t-short", attack=APGDT(steps=short, targets=targets, loss="margin", order="adversarial")),
-        Stage(name="near-dlr", attack=APGDT(steps=100, targets=dlr, order="adversarial"), share=share),
-        Stage(name="near-ce", attack=APGDCE(steps=100, restarts=ce), share=share),
-        sentinel,
+        *stages,
         Stage(name="square", attack=Square(queries=5000), when="escalated"),
         Stage(name="apgd-t", attack=APGDT(steps=100, targets=9), when="escalated"),
         Stage(name="fab-t", attack=FABT(steps=100, targets=9), when="escalated"),
