@@ -49,7 +49,9 @@ def benchmark(
     if out is not None:
         check_folder(out)
     progress = Console(stderr=True, quiet=as_json, highlight=False)
-    found: dict[str, Any] = {"command": _command(), "environment": bench.environment(), "suites": []}
+    given = {"models": models, "suites": suites, "reference": reference, "n": n, "repetitions": repetitions}
+    given |= {"task": task, "threat-model": threat_model, "parts": parts}
+    found: dict[str, Any] = {"command": _command(given), "environment": bench.environment(), "suites": []}
     if "ops" in wanted:
         found["ops"] = bench.dispatcher_ops()
     if "overhead" in wanted:
@@ -78,11 +80,17 @@ def _list(text: str) -> list[str]:
     return [one[1:-1] if one.startswith("[") else one for one in (each.text for each in parse_arguments(text))]
 
 
-def _command() -> str:
+def _command(given: dict[str, Any]) -> str:
+    """The command that these options spell, however it was started."""
+    import inspect
     import shlex
-    import sys
 
-    return shlex.join(["advkit", *sys.argv[1:]])
+    defaults = inspect.signature(benchmark).parameters
+    words = ["advkit", "benchmark"]
+    for name, value in given.items():
+        if value != defaults[name.replace("-", "_")].default:
+            words += [f"--{name}", str(value)]
+    return shlex.join([*words, "--out", "docs"])
 
 
 def _write(found: dict[str, Any], page: str, out: Path) -> None:

@@ -138,6 +138,9 @@ def test_the_command_writes_page_and_json(tmp_path, capsys):
     assert main.run([*arguments, "--out", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert json.loads((out / "benchmarks.json").read_text()) == said
+    assert said["command"].startswith(
+        "advkit benchmark --models zoo:digits-mlp --suites '[apgd-ce:steps=5,restarts=2]'"
+    )
     (entry,) = said["suites"]
     assert entry["reference"]["name"] == "pgd:steps=5"
     assert entry["suites"]["apgd-ce:steps=5,restarts=2"]["runs"][0]["forwards"] > 0
