@@ -29,7 +29,7 @@ def reference(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, eps: fl
         torch.manual_seed(0)
         try:
             adversary = AutoAttack(module, norm="Linf", eps=eps, version="standard", seed=0)
-            found = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+            found, _ = adversary.run_standard_evaluation(x, y, batch_size=len(x))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             logging.warning("the reference broke down: %s", error)
             return None

@@ -159,7 +159,7 @@ def test_autoattack_agrees_with_the_reference(digits, digits_model, tmp_path):
     batch = next(iter(digits.batches(120)))
     peer = reference.AutoAttack(digits_model.module, norm="Linf", eps=0.1, version="standard", seed=0)
     with torch.random.fork_rng(devices=[]):
-        found = peer.run_standard_evaluation(batch.x, batch.labels, batch_size=120)
+        found, _ = peer.run_standard_evaluation(batch.x, batch.labels, batch_size=120)
     with torch.no_grad():
         theirs = (digits_model(found).argmax(1) == batch.labels) & (digits_model(batch.x).argmax(1) == batch.labels)
     assert count(records).robust <= int(theirs.sum())
