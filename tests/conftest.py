@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,9 @@ from torch import nn
 from advkit.models.torch import TorchModel
 from advkit.tasks import TASKS
 
-# One process per core runs the tests; threads beside it would only wait for one another.
+# One process per core runs the tests; threads beside it, in subprocesses too, would only wait for one another.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
