@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--model", default="zoo:fashion-mnist-cnn-pgd_at")
     parser.add_argument("--eps", type=float, default=0.1)
+    parser.add_argument("--victims", nargs="*", default=[], help="some of the victims (default: all)")
     parser.add_argument("--out", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,6 +54,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for name, wrap in {"(none)": lambda module: module, **BROKEN}.items():
+        if given.victims and name not in given.victims:
+            continue
         module = wrap(inner).eval()
         model = TorchModel(module, space=task.space, classes=task.classes, name=name)
         common = {"task": task, "model": model, "threat_model": f"linf:eps={given.eps}", "n": given.n, "device": "cpu"}

@@ -279,7 +279,7 @@ class MeteredOracle:
         self._note(answer, of, size)
         return (
             loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
-            gradient.nan_to_num_(0.0, 0.0, 0.0),
+            gradient.nan_to_num(0.0, 0.0, 0.0),
             answer,
         )
 

@@ -146,6 +146,18 @@ def test_zero_gradient_victim_is_named(digits, digits_module):
     assert flags_of(report).get("zero_gradient") == "unreliable"
 
 
+@pytest.mark.parametrize("name", ["gradient-stopping", "softmax-saturated", "logits-x-1000", "winners-take-all"])
+def test_broken_defenses_end_in_a_report(digits, digits_module, name):
+    from advkit.testing.broken import BROKEN
+
+    report = api.evaluate("pgd:steps=3", task=digits, model=BROKEN[name](digits_module).eval(), threat_model=EPS, n=30)
+    flags = flags_of(report)
+    if name == "gradient-stopping":
+        assert flags["zero_gradient"] == "unreliable"
+    if name == "softmax-saturated":
+        assert "probability_output" in flags
+
+
 def test_random_victim_is_named(digits, digits_module):
     before = torch.random.get_rng_state()
     report = api.evaluate("pgd:steps=5", task=digits, model=Noisy(digits_module).eval(), threat_model=EPS, n=50)
