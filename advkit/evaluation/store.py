@@ -179,7 +179,7 @@ class Store:
         os.replace(temporary, file)
 
     def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds spent per attack label, over all sessions of the run."""
+        """Wall-clock seconds spent per attack label, over all starts of the run."""
         total: dict[str, float] = {}
         if self._timing.exists():
             for line in self._timing.read_text(encoding="utf-8").splitlines():
