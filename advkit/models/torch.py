@@ -165,6 +165,19 @@ class TorchModel:
     def modules(self) -> tuple[nn.Module, ...]:
         return (self.module,)
 
+    def head(self) -> Tensor | None:
+        """Weight [classes, features] of the linear layer that makes the logits; None where there is none.
+
+        Taken to be the last linear layer, or 1x1 convolution, with as many outputs as there are classes. What may come
+        after it (a softmax, a temperature) changes the order of no two classes.
+        """
+        found: Tensor | None = None
+        for layer in self.module.modules():
+            pointwise = isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and layer.groups == 1
+            if (isinstance(layer, nn.Linear) or pointwise) and layer.weight.shape[0] == self.classes:
+                found = cast(Tensor, layer.weight)
+        return None if found is None else found.detach().flatten(1).float()
+
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, and the normalisation, since it changes every answer."""
         tensors = named_tensors(self.module)
