@@ -17,6 +17,7 @@ from advkit.cli.options import (
     ModelSpec,
     Rows,
     Seed,
+    SpeedSpec,
     TaskSpec,
     ThreatSpec,
     Workers,
@@ -40,13 +41,19 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 256,
+    speed: SpeedSpec = "fp32",
     workers: Workers = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder; resumed when it holds the same case.", show_default="runs/DIGEST"),
     ] = None,
     beside: Annotated[
-        bool, typer.Option("--beside/--only", help="Also evaluate the other side: TAPM for PubDef, white box for TAPM.")
+        bool,
+        typer.Option(
+            "--beside/--only",
+            help="Also evaluate the other side: TAPM for PubDef, white box for TAPM, attacks on the bare model for "
+            "input transformations.",
+        ),
     ] = True,
     plots: Annotated[bool, typer.Option(help="Draw plots into the run folder.")] = True,
     as_json: Json = False,
@@ -70,6 +77,7 @@ def evaluate(
         seed=seed,
         device=device,
         batch_size=batch_size,
+        speed=speed,
         beside=beside,
         progress=sys.stderr.isatty(),
     )

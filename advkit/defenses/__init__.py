@@ -12,6 +12,8 @@ DEFENSES: Registry[Defense] = Registry(
         "pgd_at": "advkit.defenses.adversarial.pgd_at:PGDAT",
         "trades": "advkit.defenses.adversarial.trades:TRADES",
         "pubdef": "advkit.defenses.adversarial.pubdef:PubDef",
+        "bit-depth": "advkit.defenses.inputs.bit_depth:BitDepth",
+        "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",
     },
     group="advkit.defenses",
 )

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from advkit.attacks import ATTACKS
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Record
+from advkit.core.protocols import Outcome, Record
+from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
 from advkit.evaluation import diagnostics
 from advkit.evaluation.case import Case, digest_of
-from advkit.evaluation.harness import open_store, preflight, run
+from advkit.evaluation.fast import FastViews
+from advkit.evaluation.harness import open_store, preflight, run, speed_file
 from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
@@ -24,6 +26,7 @@ from advkit.evaluation.victims import Victim, protected, ready
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS
+from advkit.threat_models.transfer import Transfer
 
 log = logging.getLogger("advkit")
 
@@ -35,8 +38,8 @@ Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new recor
 class Plan:
     """A resolved evaluation: the case asked for, and the other side beside it.
 
-    Beside an attack on the victim stands the transfer grid that its defense claims to hold against; beside a grid, an
-    attacker who has the victim itself.
+    Beside an attack on the victim stands the transfer grid that its defense claims to hold against, or, where the
+    defense can be taken off, an attacker who does not know of it; beside a grid, an attacker who has the victim itself.
     """
 
     case: Case
@@ -93,12 +96,14 @@ def plan(
     batch_size: int = 256,
     draws: int = 10,
     keep: int = 64,
+    speed: str | Speed = "fp32",
     beside: bool = True,
     progress: bool = False,
 ) -> Plan:
     """Resolve every name, find or train the victim, and bind the threat model to its space."""
     if batch_size < 1:
         raise UsageError(f"batch size must be at least 1, got {batch_size}")
+    pace = Speed.parse(speed)
     device = pick_device(device)
     work = task_of(task, model)
     total = len(work)
@@ -118,6 +123,7 @@ def plan(
         "model": spec_of_model(model if model is not None else work.defaults.model, victim.model),
         "threat_model": THREAT_MODELS.label(threat),
         "goal": GOALS.label(rule),
+        **({"speed": str(pace)} if pace.switches else {}),
     }
     case = Case(
         task=work,
@@ -135,12 +141,16 @@ def plan(
         batch_size=batch_size,
         device=device,
         keep=keep,
+        speed=pace,
     )
     trained: Any = DEFENSES.build(victim.defense) if victim.defense else guard
     if not beside:
         return Plan(case, victim, trained)
     if threat.scenario == "grid":
         return Plan(case, victim, trained, _white_box(case, strike))
+    undefended = getattr(victim.model, "undefended", None)
+    if undefended is not None and not case.surrogates:
+        return Plan(case, victim, trained, _oblivious(case, undefended))
     if not guard.claims or THREAT_MODELS.build(guard.claims).scenario != "grid":
         return Plan(case, victim, trained)
     try:
@@ -191,6 +201,27 @@ def _white_box(case: Case, strike: Any) -> Case:
     )
 
 
+def _oblivious(case: Case, undefended: Any) -> Case:
+    """The attack made on the model without its defense and shown to the defended one.
+
+    A suite follows rows by the verdicts of the model it attacks, so one long attack takes its place.
+    """
+    base = case.threat.describe()
+    norm = str(base["norm"]).lower()
+    lattice = int(getattr(case.threat, "lattice", 0))
+    ball: Any = Transfer(eps=base["eps"], norm=cast(Any, norm), lattice=lattice, sources=("undefended",))
+    strike = ATTACKS.build("apgd-ce:steps=100") if hasattr(case.attack, "stages") else case.attack
+    label = ATTACKS.label(strike)
+    return replace(
+        case,
+        attack=strike,
+        threat=ball.bind(case.victim.space),
+        label=f"{label}@undefended",
+        surrogates=(("undefended", undefended),),
+        specs={**case.specs, "attack": label, "threat_model": THREAT_MODELS.spec(ball)},
+    )
+
+
 def _claimed(case: Case, guard: Any) -> Case:
     """The case of the threat model that the defense was designed against, at the same eps and norm."""
     base = case.threat.describe()
@@ -223,6 +254,7 @@ def evaluate(
     batch_size: int = 256,
     draws: int = 10,
     keep: int = 64,
+    speed: str | Speed = "fp32",
     out: str | Path | None = None,
     beside: bool = True,
     watch: Watch | None = None,
@@ -244,9 +276,12 @@ def evaluate(
     batch_size:   rows in flight; changes no figure
     draws:        verdict draws of a randomised victim
     keep:         how many rows' adversarial examples are written into the run folder
+    speed:        how the attacker's oracle computes: "fp32", or "bf16", "fp16", "channels_last", "compile" joined by "+".
+                  Verdicts stay full precision, and rows that only the fast model believed fallen are attacked again
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     beside:       also evaluate the other side: transfer from public models where the defense claims to hold against it
-                  (PubDef), the attack in white box where the threat model is a transfer grid
+                  (PubDef), the attack made without knowing of the defense where it can be taken off (transformations
+                  of the input), the attack in white box where the threat model is a transfer grid
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
     command:      what the report gives as the command that made it
@@ -257,7 +292,7 @@ def evaluate(
     """
     resolved = plan(
         attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size,
-        draws=draws, keep=keep, beside=beside, progress=progress,
+        draws=draws, keep=keep, speed=speed, beside=beside, progress=progress,
     )  # fmt: skip
     return execute(resolved, out=out, watch=watch, command=command, workers=workers)
 
@@ -314,6 +349,11 @@ def _execute(
 
     records = in_order(case, results[0])
     findings += diagnostics.after(case, records)
+    kept = {}
+    for title, each, played in zip(("records", "beside"), cases, results, strict=False):
+        if each.speed.switches:
+            kept[title] = FastViews.load(speed_file(folder, title)).chosen
+            findings.append(speed_finding(each, played, kept[title]))
     extra_metrics: dict[str, Any] = {}
     extra_attacks: list[dict[str, Any]] = []
     params = {case.label: parameters(case.attack)}
@@ -328,8 +368,12 @@ def _execute(
             settings = _grid_params(other)
         else:
             figures = headline(other, found)
-            extra_metrics.update({f"white_box_{name}": figures[name] for name in _WHITE_BOX if name in figures})
+            kind = "oblivious" if other.surrogates else "white_box"
+            extra_metrics.update({f"{kind}_{name}": figures[name] for name in _WHITE_BOX if name in figures})
             settings = {other.label: parameters(other.attack)}
+            if other.surrogates:
+                ahead = diagnostics.black_box_beats_white_box(records, found, other.label, randomized=case.randomized)
+                findings += [ahead] if ahead else []
         seconds = stores[1].seconds()
         for label, rows in by_label(found).items():
             entry = attack_entry(other, label, rows, settings[label], len(extra_attacks) + 1, seconds.get(label, 0.0))
@@ -345,7 +389,7 @@ def _execute(
             )
         )
     name = case.specs["defense"].partition(":")[0]
-    report = Report.from_dict(
+    content = (
         build(
             case,
             records,
@@ -359,9 +403,32 @@ def _execute(
             command=command,
         )
     )
+    if kept:
+        content["reproducibility"]["speed"] = {"asked": str(case.speed), "kept": kept}
+    report = Report.from_dict(content)
     if lasting:
         report.save(folder / "report.json")
     return report
+
+
+def speed_finding(case: Case, records: Sequence[Record], kept: dict[str, str]) -> diagnostics.Finding:
+    """What the speed switches came to: which were kept, and how many rows they misled."""
+    refuted = sum(any(note.startswith("refuted_") for note in record.notes) for record in records)
+    again = sum("again_in_fp32" in record.notes for record in records)
+    broken = sum(record.outcome == Outcome.BROKEN for record in records)
+    used = sorted(set(kept.values()))
+    seen = f"the attack searched under speed {case.speed}"
+    if used != [str(case.speed)]:
+        seen += f" (kept after measuring: {', '.join(f'{text} on {name}' for name, text in sorted(kept.items()))})"
+    if case.surrogates:
+        seen += ", on surrogates; verdicts are the victim's in full precision"
+    else:
+        seen += f"; {refuted} rows that it took for fallen were refuted in full precision and attacked again there"
+        seen += f", {broken} rows fell in full precision"
+    if again:
+        seen += f"; {again} rows on which it got no usable answer or gradient were attacked again, too"
+    name = case.label if case.attack is not None else ""
+    return diagnostics.Finding("low_precision", "info", seen, "", float(refuted), None, name)
 
 
 def in_order(case: Case, records: Sequence[Record]) -> list[Record]:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,10 @@ def protected(
             return Victim(
                 held.to(device), f"zoo:{card.name}", card.defense, {"card": card.name, "measured": dict(card.measured)}
             )
+    if not guard.needs_data and not hasattr(guard, "objective"):
+        # What trains nothing goes around the task's undefended model of that architecture.
+        plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
+        return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
     return _trained(blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part))
 
 

@@ -87,12 +87,19 @@ class WinnersTakeAll(Around):
 
 
 class Purified(Around):
-    """Moves its input toward what it already believes before answering, five steps at a time, in every forward."""
+    """Moves its input toward what it already believes before answering, in every forward.
+
+    steps: of the inner optimisation, each a forward and a backward
+    """
+
+    def __init__(self, inner: nn.Module, steps: int = 2) -> None:
+        super().__init__(inner)
+        self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             z = x.detach().clone()
-            for _ in range(5):
+            for _ in range(self.steps):
                 z.requires_grad_()
                 answer = self.inner(z)
                 loss = functional.cross_entropy(answer, answer.argmax(1), reduction="sum")
