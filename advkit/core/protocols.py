@@ -182,7 +182,11 @@ class Oracle(Protocol[X, Y]):
 
 
 class ThreatModel(Protocol[X]):
-    """Capability, knowledge (access), budget and timing (scenario) of the attacker."""
+    """Capability, knowledge (access), budget and timing (scenario) of the attacker.
+
+    One that has more to say of a change than its distance also has `measures(x, origin)`, named figures per row
+    (float [B] each): they stand in every record, and reports average them over the rows that fell.
+    """
 
     scenario: ClassVar[str]  # registry name of the scenario that plays it
 
@@ -335,7 +339,7 @@ class Record:
 
     `margin` is the goal's margin of the victim's answer on the returned input and `closeness` that margin over the
     spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
-    has no meaning).
+    has no meaning). `measures` are what the threat model measures of the change beside its distance.
     """
 
     id: str
@@ -354,3 +358,4 @@ class Record:
     queries: int = 0
     notes: tuple[str, ...] = field(default=())  # findings of this row: "non_finite", "zero_gradient"...
     message: str = ""
+    measures: dict[str, float] = field(default_factory=dict, hash=False)

@@ -99,6 +99,10 @@ def headline(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         metrics["robust_accuracy_upper"] = rate(c.robust + settled + c.unknown, c.n, "all_samples")
     if c.eight_bit is not None and not getattr(case.threat, "lattice", 0):
         metrics["robust_accuracy_8bit"] = rate(c.eight_bit + settled, c.n, "all_samples")
+    if len(by_label(records)) == 1:
+        for name, found in measured(records).items():
+            for kind in ("mean", "median"):
+                metrics[f"{name}_{kind}"] = {"value": found[kind], "n": int(found["n"])}
     return metrics
 
 
@@ -155,7 +159,28 @@ def attack_entry(
             "median": float(np.median(distances)),
             "n_outside_budget": sum(r.outcome == Outcome.INVALID for r in records),
         }
+    if measures := measured(records):
+        entry["measures"] = measures
     return entry
+
+
+def measured(records: Iterable[Record]) -> dict[str, dict[str, float]]:
+    """What the threat model measured of the changes that reached their goal: mean, median and range by name."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        if record.outcome == Outcome.BROKEN:
+            for name, value in record.measures.items():
+                values[name].append(value)
+    return {
+        name: {
+            "mean": float(np.mean(found)),
+            "median": float(np.median(found)),
+            "min": min(found),
+            "max": max(found),
+            "n": len(found),
+        }
+        for name, found in values.items()
+    }
 
 
 def by_label(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -40,6 +40,7 @@ class Verdict:
     closeness: Tensor
     distance: Tensor
     eight_bit: Tensor | None
+    measures: dict[str, Tensor]
 
     def outcome(self, row: int, sound: bool, met_non_finite: bool) -> Outcome:
         """A row's outcome; `met_non_finite`: the victim answered NaN somewhere on the attack's way.
@@ -100,6 +101,7 @@ class Judge:
         scores = answer.is_floating_point() and answer.ndim > 1
         margin = goal.margin(answer) if scores else torch.zeros(len(answer))
         spread = answer.amax(1) - answer.amin(1) if scores else torch.ones(len(answer))
+        measured = getattr(threat, "measures", None)
         return Verdict(
             admitted=admitted.cpu(),
             finite=finite(answer).cpu(),
@@ -109,4 +111,5 @@ class Judge:
             closeness=(margin / spread).float().cpu(),
             distance=threat.distance(handed, origin).cpu(),
             eight_bit=None if eight_bit is None else eight_bit.cpu(),
+            measures={} if measured is None else {k: v.cpu() for k, v in measured(handed, origin).items()},
         )
