@@ -11,12 +11,12 @@ from torch import Tensor
 from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, finite_rows, kept, lp_ball, per_row
 from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.gradient.targeted import rivals_of
-from advkit.attacks.minimal.hyperplane import Norm, close_gap, dual_length, length
+from advkit.attacks.minimal.hyperplane import Norm, close_gaps, dual_length, length
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf, NormBall, row_sum
 
-NEWTON = 8  # rounds of the projection; the steps after it make up for what is missing
+NEWTON = 4  # rounds of the projection; the steps after it make up for what is missing
 SEARCH = 3  # answers of the final search
 NORMS: dict[type[NormBall], Norm] = {Linf: "Linf", L2: "L2", L1: "L1"}
 
@@ -321,6 +321,8 @@ def _run(
     aim = _Nearest(faces, z.new_ones((len(z), len(faces))))
     found = everyone if live.index is None else everyone.take(live.index)
     low, high = inner.box.bounds_like(z)
+    trusting = stopping and not pace.confirm
+    offset = z - live.x
     distance: Tensor | None = None
     for step in range(pace.steps):
         every = len(faces) > 1 and step % pace.refresh == 0
@@ -328,50 +330,62 @@ def _run(
         if not live.affords((len(faces) if every else 1) + 2):
             break
         value, normal, aim = (_look_at_all if every else _look_at_one)(live, z, aim, norm)
-        from_row = value + row_sum(normal * (live.x - z))
-        moves = close_gap(
-            torch.cat([z, live.x]), torch.cat([normal, normal]), torch.cat([value, from_row]), low, high, norm, NEWTON
-        )
-        (here, there), (near, far) = moves.chunk(2), length(moves, norm).chunk(2)
-        alpha = (near / (near + far).clamp_min(1e-30)).clamp_max(pace.alpha_max)
-        z = torch.lerp(z.add(here, alpha=pace.eta), live.x.add(there, alpha=pace.eta), per_row(alpha, z))
-        z = inner.box.clamp(z)
-        distance = ball.distance(z, live.x).to(z.dtype)
-        fell: Tensor | None
-        if pace.confirm or not stopping:
-            reached = found.see(live.goal, z, distance, live.oracle(z))
-            fell = reached & (distance <= inner.eps)
+        points = torch.stack([z, live.x])
+        values = torch.stack([value, value - row_sum(normal * offset)])
+        moves = close_gaps(points, normal, values, low, high, norm, NEWTON)
+        near, far = length(moves.flatten(0, 1), norm).view(values.shape)
+        alpha = (near / (near + far).clamp_min_(1e-30)).clamp_max_(pace.alpha_max)
+        here, there = points.add_(moves, alpha=pace.eta)
+        z = inner.box.clamp(torch.lerp(here, there, per_row(alpha, z)))
+        offset = z - live.x
+        reached: Tensor | None
+        if trusting:
+            # Rounded sums will do to pick the points to ask about.
+            distance = length(offset, norm)
+            reached, fell = _ask_inside(live, z, distance, ball, inner.eps, found)
         else:
-            reached, fell = _ask_inside(live, z, distance, inner.eps, found)
-        if stopping and fell is not None and (stay := live.left(fell)) is not None:
+            distance = ball.distance(z, live.x).to(z.dtype)
+            reached = found.see(live.goal, z, distance, live.oracle(z))
+            fell = reached & (distance <= inner.eps) if stopping else None
+        if fell is not None and (stay := live.left(fell)) is not None:
             found.end(z, distance)
             everyone.put(live.index, found)
             live, aim, found = live.take(stay), aim.take(stay), found.take(stay)
-            z, distance, reached = kept(stay, z, distance, reached)
+            z, offset, distance = kept(stay, z, offset, distance)
+            reached = None if reached is None else reached[stay]
             if not len(live):
                 return
         if step == pace.steps - 1:
             break
-        # A weight of 1 gives back z bit for bit.
-        z = torch.lerp(live.x, z, per_row(torch.where(reached, pace.beta, 1.0).to(z.dtype), z))
+        if reached is None:
+            z = torch.add(live.x, offset.mul_(pace.beta))
+        else:
+            offset = torch.where(per_row(reached, z), offset * pace.beta, offset)
+            z = torch.where(per_row(reached, z), live.x + offset, z)
     if distance is not None:
         found.end(z, distance)
     everyone.put(live.index, found)
 
 
-def _ask_inside(live: Live, z: Tensor, distance: Tensor, eps: float, found: _Found) -> tuple[Tensor, Tensor | None]:
-    """Which points reached the goal [B], those outside the ball taken on trust; which did inside it, if any lie there.
+def _ask_inside(
+    live: Live, z: Tensor, distance: Tensor, ball: Ball[Tensor], eps: float, found: _Found
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which points reached the goal [B], those outside the ball taken on trust, and which did inside it.
 
-    The overshoot takes 99 of 100 points across the boundary, and outside the ball it decides nothing whether it did.
+    Both are None where no point lies inside. The overshoot takes 99 of 100 points across the boundary, and outside the
+    ball it decides nothing whether it did.
     """
     inside = (distance <= eps).nonzero().squeeze(1)
-    reached = torch.ones_like(distance, dtype=torch.bool)
     if not len(inside):
-        return reached, None
-    part = found.take(inside)
-    reached[inside] = part.see(live.goal.take(inside), z[inside], distance[inside], live.oracle(z[inside], inside))
+        return None, None
+    reached = torch.ones_like(distance, dtype=torch.bool)
+    fell = torch.zeros_like(reached)
+    part, points = found.take(inside), z[inside]
+    exact = ball.distance(points, live.x[inside]).to(z.dtype)
+    reached[inside] = hit = part.see(live.goal.take(inside), points, exact, live.oracle(points, inside))
+    fell[inside] = hit & (exact <= eps)
     found.put(inside, part)
-    return reached, reached & (distance <= eps)
+    return reached, fell
 
 
 def _look_at_one(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:

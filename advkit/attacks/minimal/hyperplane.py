@@ -42,23 +42,32 @@ def close_gap(
     point: Tensor, normal: Tensor, value: Tensor, low: Bound, high: Bound, norm: Norm, rounds: int | None = None
 ) -> Tensor:
     """`project` where value = <normal, point> + offset [B] is known; rows whose value is not finite do not move."""
+    return close_gaps(point[None], normal, value[None], low, high, norm, rounds)[0]
+
+
+def close_gaps(
+    points: Tensor, normal: Tensor, values: Tensor, low: Bound, high: Bound, norm: Norm, rounds: int | None = None
+) -> Tensor:
+    """`close_gap` for several points [P, B, ...] and values [P, B] of rows with one normal each [B, ...]."""
     weight = normal.abs().flatten(1)
-    # Squares of gradients around 1e-25 would vanish in float32.
-    scale = weight.amax(1)
-    usable = (scale > 0) & torch.isfinite(value)
-    scale = torch.where(usable, scale, 1.0)
-    weight = weight / scale[:, None]
-    gap = torch.where(usable, value / scale, 0.0)
-    forwards = normal.sign() * -gap.sign().view(-1, *(1 for _ in point.shape[1:]))
-    room = torch.where(forwards > 0, high - point, point - low).clamp_min(0).flatten(1)
-    gap = gap.abs()
+    gap = values
+    if norm == "L2":
+        # Squares of gradients around 1e-25 would vanish in float32.
+        scale = weight.amax(1)
+        weight = weight / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]
+        gap = values / scale
+    gap = torch.where(gap.abs() < torch.inf, gap, 0.0)
+    forwards = normal.sign() * gap.sign().neg_().view(*gap.shape, *(1 for _ in normal.shape[1:]))
+    # From here on lengths are counted along the way that closes the gap.
+    room = (torch.where(forwards > 0, high, low) - points).abs_().flatten(2)
+    gap = gap.abs_()[..., None]
     if norm == "L1":
-        size = _fill(weight, room, gap)
+        size = torch.stack([_fill(weight, each, left[:, 0]) for each, left in zip(room, gap, strict=True)])
     elif norm == "Linf":
-        size = torch.minimum(_climb(weight, None, room, gap, rounds)[:, None], room)
+        size = torch.minimum(_climb(weight, None, room, gap, rounds), room)
     else:
-        size = torch.minimum(_climb(weight, weight, room, gap, rounds)[:, None] * weight, room)
-    return size.view_as(point) * forwards
+        size = torch.minimum(_climb(weight, weight, room, gap, rounds) * weight, room)
+    return size.view_as(points).mul_(forwards)
 
 
 def length(move: Tensor, norm: Norm) -> Tensor:
@@ -75,23 +84,32 @@ def dual_length(normal: Tensor, norm: Norm) -> Tensor:
 
 
 def _climb(weight: Tensor, unit: Tensor | None, room: Tensor, gap: Tensor, rounds: int | None) -> Tensor:
-    """The t [B] with sum weight min(t unit, room) = gap, by Newton's method from below; unit None is one everywhere.
+    """The t [P, B, 1] with sum weight min(t unit, room) = gap, by Newton's method from below; unit None is one.
 
-    A row that has arrived stays where it is, whatever the others do. Looking whether all have costs a synchronisation,
-    so with a fixed number of rounds only the CPU looks.
+    The first round starts at 0, where features without room drop out. A fixed number of rounds never asks whether
+    all rows have arrived, which would be a synchronisation each; one that has stays where it is, up to round-off.
     """
-    rate, filled = weight if unit is None else weight * unit, weight * room
-    t = gap / row_sum(rate).clamp_min(torch.finfo(gap.dtype).tiny)
-    looking = rounds is None or gap.device.type == "cpu"
-    for _ in range(weight.shape[1] + 1 if rounds is None else rounds):
-        full = (t[:, None] if unit is None else t[:, None] * unit) >= room
-        slope = row_sum(rate.masked_fill(full, 0.0))
-        spent = row_sum(filled.masked_fill(~full, 0.0))
-        further = torch.where(slope > 0, (gap - spent) / slope, t)
-        if looking and not bool((further > t).any()):
+    rate = weight if unit is None else weight * unit
+    t = torch.zeros_like(gap)
+    slope = _row_total((room > 0) * rate)
+    missing = gap
+    for round_ in range(weight.shape[1] + 1 if rounds is None else rounds):
+        if round_:
+            far = t if unit is None else t * unit
+            missing = (gap - _row_total(torch.minimum(room, far).mul_(weight))).clamp_min_(0)
+            slope = _row_total((room > far) * rate)
+        further = torch.where(slope > 0, missing / slope, 0.0).add_(t)
+        if rounds is None and not bool((further > t).any()):
             break
-        t = torch.maximum(t, further)
+        t = further
     return t
+
+
+def _row_total(values: Tensor) -> Tensor:
+    """Sums over the features, [P, B, D] to [P, B, 1]; see `row_sum` for why a single long row goes in twice."""
+    if values.shape[0] * values.shape[1] == 1:
+        return row_sum(values[0]).view(1, 1, 1)
+    return values.sum(2, keepdim=True)
 
 
 def _fill(weight: Tensor, room: Tensor, gap: Tensor) -> Tensor:
