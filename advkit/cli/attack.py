@@ -16,6 +16,7 @@ from advkit.cli.options import (
     ModelSpec,
     Rows,
     Seed,
+    SpeedSpec,
     TaskSpec,
     ThreatSpec,
 )
@@ -33,6 +34,7 @@ def attack(
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 256,
+    speed: SpeedSpec = "fp32",
     png: Annotated[int, typer.Option(help="How many images to draw as PNG, too.")] = 16,
     as_json: Json = False,
 ) -> None:
@@ -52,8 +54,9 @@ def attack(
 
     check_folder(out)
     case = resolve(
-        attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size
-    )
+        attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size,
+        speed=speed,
+    )  # fmt: skip
     with Bars(hidden=as_json) as bars:
         written = export(case, out, png=png, watch=bars.watch)
     if as_json:

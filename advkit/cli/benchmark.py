@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from advkit.cli.options import Json, TaskSpec, ThreatSpec
+from advkit.cli.options import Json, SpeedSpec, TaskSpec, ThreatSpec
 
 MODELS = ",".join(f"zoo:fashion-mnist-cnn{kind}" for kind in ("", "-pgd_at", "-trades", "-pubdef"))
 PARTS = ("suites", "overhead", "ops")
@@ -26,6 +26,7 @@ def benchmark(
     repetitions: Annotated[int, typer.Option(min=1, help="Interleaved repetitions, each with a seed of its own.")] = 3,
     task: TaskSpec = "fashion-mnist",
     threat_model: ThreatSpec = None,
+    speed: SpeedSpec = "fp32",
     parts: Annotated[str, typer.Option(help=f"What to measure: {', '.join(PARTS)}.")] = ",".join(PARTS),
     out: Annotated[
         Path | None, typer.Option(help="Folder for benchmarks.md and benchmarks.json.", show_default="nothing written")
@@ -50,7 +51,7 @@ def benchmark(
         check_folder(out)
     progress = Console(stderr=True, quiet=as_json, highlight=False)
     given = {"models": models, "suites": suites, "reference": reference, "n": n, "repetitions": repetitions}
-    given |= {"task": task, "threat-model": threat_model, "parts": parts}
+    given |= {"task": task, "threat-model": threat_model, "speed": speed, "parts": parts}
     found: dict[str, Any] = {"command": _command(given), "environment": bench.environment(), "suites": []}
     if "ops" in wanted:
         found["ops"] = bench.dispatcher_ops()
@@ -61,7 +62,8 @@ def benchmark(
             found["suites"].append(
                 bench.side_by_side(
                     model, _list(suites), task=task, threat_model=threat_model, n=n, repetitions=repetitions,
-                    reference=reference, say=lambda line: progress.print(line, markup=False, soft_wrap=True),
+                    reference=reference, speed=speed,
+                    say=lambda line: progress.print(line, markup=False, soft_wrap=True),
                 )
             )  # fmt: skip
             if out is not None:

@@ -28,6 +28,12 @@ Rows = Annotated[
 Seed = Annotated[int, typer.Option(help="The run's only seed.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or mps.")]
 BatchSize = Annotated[int, typer.Option(help="Rows in flight; changes no figure.")]
+SpeedSpec = Annotated[
+    str,
+    typer.Option(
+        help="How the attack computes: fp32, or bf16, fp16, channels_last, compile joined by +. Verdicts stay fp32.",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(

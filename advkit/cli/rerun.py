@@ -58,6 +58,7 @@ def rerun(
         seed=old.to_dict()["reproducibility"]["seed"],
         device=device,
         batch_size=batch_size,
+        speed=settings.get("speed", "fp32"),
         beside=(home / BESIDE).is_file(),
     )
     before, now = old.to_dict()["model"]["state_sha256"], resolved.case.victim.describe().state_sha256

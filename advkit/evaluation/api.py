@@ -276,8 +276,8 @@ def evaluate(
     batch_size:   rows in flight; changes no figure
     draws:        verdict draws of a randomised victim
     keep:         how many rows' adversarial examples are written into the run folder
-    speed:        how the attacker's oracle computes: "fp32", or "bf16", "fp16", "channels_last", "compile" joined by "+".
-                  Verdicts stay full precision, and rows that only the fast model believed fallen are attacked again
+    speed:        how the attacker's oracle computes: fp32, or bf16, fp16, channels_last, compile joined by "+";
+                  verdicts stay full precision, and rows that only the fast model believed fallen are attacked again
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     beside:       also evaluate the other side: transfer from public models where the defense claims to hold against it
                   (PubDef), the attack made without knowing of the defense where it can be taken off (transformations
@@ -389,19 +389,17 @@ def _execute(
             )
         )
     name = case.specs["defense"].partition(":")[0]
-    content = (
-        build(
-            case,
-            records,
-            defense={"name": name, "params": parameters(resolved.defense), "origin": resolved.victim.origin},
-            flags=[f.to_dict() for f in findings],
-            seconds=stores[0].seconds(),
-            params=params,
-            extra_metrics=extra_metrics,
-            extra_attacks=extra_attacks,
-            per_sample=stores[0].path if lasting else None,
-            command=command,
-        )
+    content = build(
+        case,
+        records,
+        defense={"name": name, "params": parameters(resolved.defense), "origin": resolved.victim.origin},
+        flags=[f.to_dict() for f in findings],
+        seconds=stores[0].seconds(),
+        params=params,
+        extra_metrics=extra_metrics,
+        extra_attacks=extra_attacks,
+        per_sample=stores[0].path if lasting else None,
+        command=command,
     )
     if kept:
         content["reproducibility"]["speed"] = {"asked": str(case.speed), "kept": kept}
@@ -428,7 +426,8 @@ def speed_finding(case: Case, records: Sequence[Record], kept: dict[str, str]) -
     if again:
         seen += f"; {again} rows on which it got no usable answer or gradient were attacked again, too"
     name = case.label if case.attack is not None else ""
-    return diagnostics.Finding("low_precision", "info", seen, "", float(refuted), None, name)
+    advice = "a row that stands stood against a search at that speed: --speed fp32 searches in full precision"
+    return diagnostics.Finding("low_precision", "info", seen, advice, float(refuted), None, name)
 
 
 def in_order(case: Case, records: Sequence[Record]) -> list[Record]:

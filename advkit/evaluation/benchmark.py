@@ -102,6 +102,7 @@ class Run:
     wrong:   ids of the rows that are wrong untouched
     felled:  the stage that felled a row, by id
     stages:  seconds per stage, where the side tells
+    refuted: rows that only a fast view of the model took for fallen
     """
 
     seconds: float
@@ -112,6 +113,7 @@ class Run:
     wrong: frozenset[str]
     felled: dict[str, str]
     stages: dict[str, float] = field(default_factory=dict)
+    refuted: int = 0
 
     @property
     def robust_accuracy(self) -> float:
@@ -128,21 +130,29 @@ class Run:
             "backwards": self.backwards,
             "calls": self.calls,
             "felled_by": by_stage,
+            **({"refuted": self.refuted} if self.refuted else {}),
             **({"seconds_by_stage": {k: round(v, 3) for k, v in self.stages.items()}} if self.stages else {}),
         }
 
 
 def our_run(case: Case) -> Run:
-    """The case played and judged by the harness into a folder that is thrown away."""
+    """The case played and judged by the harness into a folder that is thrown away.
+
+    Copies of the model that speed switches compute on carry the counting hooks along; a compiled one does not call
+    them, and its passes are then those of the records, without padding and verdicts.
+    """
     with tempfile.TemporaryDirectory(prefix="advkit-") as folder, counted(case.victim.modules()[0]) as passes:
         store = open_store(case, Path(folder))
         begin = time.process_time()
         records = run(case, store)
         seconds = time.process_time() - begin
         store.close()
+    if case.speed.compile:
+        passes.forwards, passes.backwards = sum(r.forwards for r in records), sum(r.backwards for r in records)
     wrong = frozenset(r.id for r in records if r.outcome == Outcome.WRONG)
     felled = {r.id: r.attack.partition("/")[2] or r.attack for r in records if r.outcome == Outcome.BROKEN}
-    return Run(seconds, passes.forwards, passes.backwards, passes.calls, case.n, wrong, felled)
+    refuted = sum(any(note.startswith("refuted_") for note in r.notes) for r in records)
+    return Run(seconds, passes.forwards, passes.backwards, passes.calls, case.n, wrong, felled, refuted=refuted)
 
 
 class _AsModule(nn.Module):
@@ -214,11 +224,13 @@ def side_by_side(
     n: int = 200,
     repetitions: int = 3,
     reference: str = REFERENCE,
+    speed: str = "fp32",
     say: Say = log.info,
 ) -> dict[str, Any]:
     """One model: the reference and the suites, repetition by repetition, each with the repetition's number as its seed.
 
     reference: "pyautoattack", or the spec of any attack, which the harness then plays (`torchattacks:AutoAttack`)
+    speed:     of our suites; the reference is always full precision
     """
     names = {suite: ATTACKS.label(ATTACKS.build(suite)) for suite in suites}
     runs: dict[str, list[Run]] = {name: [] for name in (reference, *suites)}
@@ -228,7 +240,10 @@ def side_by_side(
             turn = repetition % len(order)
             for name in order[turn:] + order[:turn]:
                 attack = "pgd" if name == REFERENCE else name
-                case = resolve(attack, "none", task, model, threat_model, n=n, seed=repetition, device="cpu")
+                pace = "fp32" if name == reference else speed
+                case = resolve(
+                    attack, "none", task, model, threat_model, n=n, seed=repetition, device="cpu", speed=pace
+                )
                 done = reference_run(case) if name == REFERENCE else our_run(case)
                 runs[name].append(done)
                 say(f"{model} {name} seed {repetition}: {done.robust_accuracy:.4f} in {done.seconds:.1f} CPU s")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from advkit.core.protocols import Task
+from advkit.core.speed import Speed
 
 
 def digest_of(value: Any) -> str:
@@ -36,6 +37,8 @@ class Case:
     device:     where it runs; part of no digest
     everyone:   attack also the rows that the victim gets wrong untouched (a grid counts every image)
     keep:       rows whose adversarial examples are written beside the records
+    speed:      how the attack's oracle computes; verdicts are always full precision
+    views:      the models under that speed, once a run has settled them (`fast.FastViews`); part of no digest
     """
 
     task: Task
@@ -54,6 +57,8 @@ class Case:
     device: str = "cpu"
     everyone: bool = False
     keep: int = 64
+    speed: Speed = field(default_factory=Speed)
+    views: Any = field(default=None, compare=False, repr=False)
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.
@@ -61,8 +66,10 @@ class Case:
         The model stands here as what it is, so that a checkpoint may move to another place during a run.
         """
         info = self.victim.describe()
+        # Named only where it changes anything, so that runs in full precision keep the digests they always had.
+        speed = {"speed": str(self.speed)} if self.speed.switches else {}
         return {
-            "specs": {**self.specs, "model": info.architecture or info.name},
+            "specs": {**self.specs, "model": info.architecture or info.name, **speed},
             "label": self.label,
             "threat": self.threat.describe(),
             "victim": info.state_sha256,

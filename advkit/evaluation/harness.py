@@ -14,7 +14,7 @@ from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Record
 from advkit.evaluation.case import Case
-from advkit.evaluation.scenarios import on_device, own_randomness, rehearse, scenario_of
+from advkit.evaluation.scenarios import on_device, own_randomness, rehearse, scenario_of, with_views
 from advkit.evaluation.store import Stopwatch, Store
 from advkit.evaluation.verdict import Judge
 from advkit.evaluation.workers import Crew
@@ -74,6 +74,7 @@ def run(case: Case, store: Store, progress: Progress | None = None, workers: int
              a CPU (a case that can't travel to other processes is then played here)
     """
     preflight(case)
+    case = with_views(case, speed_file(store.folder, store.name))
     asked = workers
     if workers is None:
         ahead = scenario_of(case).expected(case, store.records) - len(store)
@@ -115,6 +116,11 @@ def _run(case: Case, store: Store, progress: Progress | None, crew: Crew | None)
             case = replace(case, batch_size=case.batch_size // 2)
             log.warning("out of memory: going on with batches of %d rows", case.batch_size)
     return list(store)
+
+
+def speed_file(folder: Path, name: str) -> Path:
+    """Where a run keeps which speed switches its models were settled to keep."""
+    return folder / f"{name}.speed.json"
 
 
 def first_ids(case: Case, n: int) -> frozenset[str]:

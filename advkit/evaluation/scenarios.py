@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Batch, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.evaluation.case import Case
+from advkit.evaluation.fast import VICTIM, FastViews, planned_passes
 from advkit.evaluation.store import Store
 from advkit.evaluation.verdict import Judge, decide, finite
 from advkit.evaluation.workers import Crew
@@ -98,6 +100,7 @@ def single_attack(case: Case, skip: Container[str] = (), crew: Crew | None = Non
     first = next(batches, None)
     if first is None:
         return
+    case = with_views(case)
     lanes = lanes_of(case)
     waiting = chain([first], batches)
     if crew is not None:
@@ -212,12 +215,55 @@ def lanes_of(case: Case) -> Lanes:
     Always probed on the task's first rows, so that a resumed run chooses the same. A victim that the attacker may not
     differentiate is not differentiated here either.
     """
-    first = on_device(next(iter(case.task.batches(64, n=min(64, len(case.task))))), case.device).x
+    first = _first_rows(case)
     probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
     with own_randomness(case.device, "lanes"):
-        return max(
-            (Lanes.probed(model, first, backward) for model, backward in probes), key=lambda found: found.multiple
-        )
+        found = [Lanes.probed(model, first, backward) for model, backward in probes]
+        if case.views is not None:
+            found += [case.views.lanes(*each, first, backward) for *each, backward in _attacked(case)]
+    return max(found, key=lambda lanes: lanes.multiple)
+
+
+def _first_rows(case: Case) -> Tensor:
+    first: Tensor = on_device(next(iter(case.task.batches(64, n=min(64, len(case.task))))), case.device).x
+    return first
+
+
+def _attacked(case: Case) -> list[tuple[str, Any, bool]]:
+    """Name and model of all that the attacks' oracles speak for, and whether gradients are asked of it."""
+    if case.surrogates:
+        return [(name, model, True) for name, model in case.surrogates]
+    return [(VICTIM, attacked_model(case)[0], Access(case.threat.access) >= Access.GRADIENTS)]
+
+
+def with_views(case: Case, file: Path | None = None) -> Case:
+    """The case with the views that its speed asks for; itself in full precision, or where it has them.
+
+    file: where what is settled is read from, or written to
+    """
+    if not case.speed.switches or case.views is not None:
+        return case
+    if file is not None and file.exists():
+        return replace(case, views=FastViews.load(file))
+    cells = Grid().cells(case) if case.attack is None else [case]
+    passes = sum(planned_passes(cell.attack) for cell in cells) / (len(case.surrogates) if case.attack is None else 1)
+    with own_randomness(case.device, "speed"):
+        views = FastViews.settle(case.speed, _attacked(case), _first_rows(case), passes * case.n)
+    if file is not None:
+        views.save(file)
+    return replace(case, views=views)
+
+
+def fast_model(case: Case, x: Tensor) -> Any:
+    """What the attack's oracle asks in place of the attacked model; None where the case has no speed switch left."""
+    if case.views is None or all(text == "fp32" for text in case.views.chosen.values()):
+        return None
+    models = [case.views.of(name, model, x) for name, model, _ in _attacked(case)]
+    if len(models) == 1:
+        return models[0]
+    from advkit.models.ensemble import Ensemble
+
+    return Ensemble(models=models)
 
 
 def on_device(batch: Batch, device: str) -> Batch:
@@ -229,7 +275,8 @@ def on_device(batch: Batch, device: str) -> Batch:
 def attacked_model(case: Case) -> tuple[Any, bool]:
     """What the attack's oracle speaks for, and whether its answers are the verdict's."""
     if not case.surrogates:
-        view = case.victim.attacker_view()
+        # The view is for differentiating; who may only ask, asks the victim as it is deployed.
+        view = case.victim.attacker_view() if Access(case.threat.access) >= Access.GRADIENTS else case.victim
         exact = view is case.victim and not case.randomized
         return view, exact and not getattr(case.threat, "lattice", 0)
     if len(case.surrogates) == 1:
@@ -268,7 +315,12 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
 
 
 def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
-    """Attack and judge one batch; a row that raises becomes an error record and the others go on."""
+    """Attack and judge one batch; a row that raises becomes an error record and the others go on.
+
+    Under a speed switch a row is attacked a second time, in full precision and with the same random streams, where the
+    fast view took it for fallen and the model itself does not, or where the view answered NaN, gave no gradient or
+    raised. The second run is what counts; the passes of both add up, the queries are those of the second alone.
+    """
     x: Tensor = batch.x
     n = len(batch.ids)
     judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
@@ -290,10 +342,11 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
     outside = torch.zeros(n, dtype=torch.bool)
     errors: dict[int, str] = {}
     model, decides = attacked_model(case)
+    fast = fast_model(case, x)
 
-    def attempt(chosen: Tensor) -> None:
+    def attempt(chosen: Tensor, asked: Any) -> None:
         """Attack these rows; when they raise, find the culprits by halving."""
-        oracle = MeteredOracle(model, len(chosen), case.threat.access, case.threat.queries, decides, lanes)
+        oracle = MeteredOracle(asked, len(chosen), case.threat.access, case.threat.queries, decides, lanes)
         where = chosen.cpu()
         try:
             out = case.attack(oracle, x[chosen], goal.take(chosen), case.threat, rng.take(chosen))
@@ -302,7 +355,7 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
         except Exception as error:
             if len(chosen) > 1:
                 for half in chosen.tensor_split(2):
-                    attempt(half)
+                    attempt(half, asked)
                 return
             errors[int(where)] = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
             log.debug("row %s raised", batch.ids[int(where)], exc_info=True)
@@ -312,14 +365,32 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
             else:
                 outside[where] = True
         meter = oracle.meter
-        cost[:, where] = torch.stack([meter.forwards, meter.backwards, meter.queries])
+        # A view that averages draws asks the victim once for each.
+        per_answer = getattr(model, "passes", 1)
+        cost[:2, where] += per_answer * torch.stack([meter.forwards, meter.backwards])
+        cost[2, where] = per_answer * meter.queries
         met_non_finite[where] = meter.non_finite
         no_gradient[where] = meter.zero_gradient
 
     if len(rows):
-        attempt(rows)
+        attempt(rows, model if fast is None else fast)
 
     verdict = judge.judge(returned, x, goal, case.threat)
+    refuted = torch.zeros(n, dtype=torch.bool)
+    unsure = torch.zeros(n, dtype=torch.bool)
+    if fast is not None:
+        open_rows = eligible.cpu() & ~verdict.reached
+        if decides_in(case):
+            refuted = _believed(fast, returned, goal, lanes, open_rows)
+            refuted &= ~_believed(model, returned, goal, lanes, refuted)
+        unsure = open_rows & (met_non_finite | no_gradient)
+        unsure[list(errors)] = True
+        again = (refuted | unsure).nonzero().squeeze(1).to(x.device)
+        if len(again):
+            errors.clear()
+            returned[again] = x[again]
+            attempt(again, model)
+            verdict = judge.judge(returned, x, goal, case.threat)
     knows_victim = not case.surrogates
     labels = None if batch.labels is None else batch.labels.cpu()
     before = decide(clean).cpu()
@@ -344,6 +415,8 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
                 ("met_non_finite", met_non_finite[i]),
                 ("zero_gradient", no_gradient[i]),
                 ("outside_threat_model", outside[i] or not verdict.admitted[i]),
+                (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", refuted[i]),
+                ("again_in_fp32", unsure[i] and not refuted[i]),
             )
             if bool(holds)
         ]
@@ -365,9 +438,25 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
                 queries=int(cost[2, i]),
                 notes=tuple(notes),
                 message=errors.get(i, ""),
+                measures={name: float(value[i]) for name, value in verdict.measures.items()},
             )
         )
     return records, x, returned
+
+
+def decides_in(case: Case) -> bool:
+    """Whether what the attacked model says of a row can be held against the verdict: one answer, of the victim."""
+    return not case.surrogates and not case.randomized
+
+
+def _believed(model: Any, returned: Tensor, goal: Any, lanes: Lanes, among: Tensor) -> Tensor:
+    """Bool [B] on the CPU: rows, of those in `among`, that the model takes to have reached the goal."""
+    rows = among.nonzero().squeeze(1).to(returned.device)
+    found = torch.zeros(len(among), dtype=torch.bool)
+    if len(rows):
+        answer = MeteredOracle(model, len(rows), Access.SCORES, lanes=lanes)(returned[rows])
+        found[rows.cpu()] = (goal.take(rows).reached(answer) & finite(answer)).cpu()
+    return found
 
 
 def _number(value: Tensor) -> float | None:

@@ -1,0 +1,105 @@
+"""The fast views of a case's models: which speed switches each of them keeps, settled once per run.
+
+Whether another memory layout is faster is a matter of the moment; what was settled is kept in the run folder, so that
+a resumed run and worker processes compute the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import SpecError, StaleRun
+from advkit.core.oracle import Lanes, frozen
+from advkit.core.speed import Speed, View
+
+VICTIM = "victim"
+_settled: dict[tuple[object, ...], str] = {}  # what this process has measured: two runs of one case settle alike
+
+
+class FastViews:
+    """Views by model name, each made at its first use and kept; travels to another process without them.
+
+    chosen: the spec of the switches that each model keeps ("fp32": none)
+    """
+
+    def __init__(self, chosen: dict[str, str], made: dict[str, View] | None = None) -> None:
+        self.chosen = chosen
+        self._made = made or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FastViews, (self.chosen,)
+
+    @classmethod
+    def settle(cls, speed: Speed, models: Iterable[tuple[str, Any, bool]], sample: Tensor, planned: float) -> Self:
+        """What is worth applying to each (name, model, whether gradients are asked of it).
+
+        Raises UsageError where a model does not run under the switches.
+        """
+        chosen: dict[str, str] = {}
+        made: dict[str, View] = {}
+        for name, model, backward in models:
+            state, threads = model.describe().state_sha256, torch.get_num_threads()
+            key = (state, str(speed), planned, backward, str(sample.device), tuple(sample.shape[1:]), threads)
+            if key in _settled:
+                chosen[name] = _settled[key]
+                continue
+            with frozen(*model.modules()):
+                kept, view = speed.settled(model, sample, planned, backward)
+            chosen[name] = _settled[key] = str(kept)
+            if view is not None:
+                made[name] = view
+        return cls(chosen, made)
+
+    def of(self, name: str, model: Any, sample: Tensor) -> Any:
+        """The view of a model; itself where it keeps no switch."""
+        speed = Speed.parse(self.chosen[name])
+        if not speed.switches:
+            return model
+        if name not in self._made:
+            self._made[name] = speed.view(model, sample)
+        return self._made[name]
+
+    def lanes(self, name: str, model: Any, sample: Tensor, backward: bool) -> Lanes:
+        """Shapes in which the view answers the same bits for a row in any batch."""
+        return Speed.parse(self.chosen[name]).lanes(self.of(name, model, sample), sample, backward)
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """What an earlier start of the run settled; raises StaleRun where the file says nothing sensible."""
+        try:
+            chosen = json.loads(file.read_text(encoding="utf-8"))
+            for text in chosen.values():
+                Speed.parse(text)
+        except (ValueError, AttributeError, TypeError, SpecError) as error:
+            raise StaleRun(f"{file} is damaged ({error}): name another --out, or remove the folder") from error
+        return cls(chosen)
+
+    def save(self, file: Path) -> None:
+        """Written beside the target and renamed over it."""
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.chosen, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+
+
+def planned_passes(attack: Any) -> float:
+    """About how many times an attack, or a suite without its escalation, sends a row through the model.
+
+    Read off the settings that attacks share (steps, restarts, targets, eot, queries); one where there are none. An
+    estimate from above: rows that fall leave.
+    """
+    if hasattr(attack, "stages"):
+        return float(sum(s.share * planned_passes(s.attack) for s in attack.stages() if s.when == "always"))
+    restarts = max(1, getattr(attack, "restarts", 1))
+    queries = getattr(attack, "queries", None)
+    if isinstance(queries, int) and not hasattr(attack, "steps"):
+        return float(queries * restarts)
+    targets = max(1, getattr(attack, "targets", 1))
+    eot = max(1, getattr(attack, "eot", 1))
+    return float(max(1, getattr(attack, "steps", 1)) * restarts * targets * eot)
