@@ -1,0 +1,61 @@
+"""Adversarial Distillation: imitate a distribution whose top classes are the wanted ones (arXiv 1905.10695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from advkit.attacks.base import TensorGoal, TensorOracle
+from advkit.attacks.gradient.pgd import one_of
+from advkit.attacks.ordered.loop import MinimumNorm, head_of
+from advkit.core.errors import UsageError
+from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
+
+
+def cosines(weight: Tensor) -> Tensor:
+    """Cosine similarities of the rows [C, C]; a row of zeros is similar to nothing."""
+    unit = torch.nn.functional.normalize(weight.double(), dim=1)
+    return (unit @ unit.T).clamp(-1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADTopK(MinimumNorm):
+    """Descend the divergence from a distribution with the targets on top, in order, and the rest by similarity.
+
+    alpha:      logit of the first target
+    beta:       difference between the logits of targets that follow one another, >= 0; the last must stay above every
+                mean similarity, which holds for alpha 10, beta 0.3 up to 30 targets
+    similarity: between classes: "head" the cosine of the rows of the victim's last layer (no knowledge of the classes
+                where it shows none); "none" every class is similar to itself alone; or a matrix [C, C] in [-1, 1], such
+                as the cosines of word vectors that the paper takes
+
+    The other fields, costs and errors are those of the loop (`MinimumNorm`): k, budget, lr, coefficient, decay, warmup,
+    noise, weight_decay, expand, eval_last, eot. Serves the goals ordered-topk, topk and targeted.
+    """
+
+    name: ClassVar[str] = "ad_topk"
+    serves: ClassVar[tuple[str, ...]] = ("ordered-topk", "topk", "targeted")
+
+    alpha: float = 10.0
+    beta: float = 0.3
+    similarity: Literal["head", "none"] | Tensor = "head"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.similarity, Tensor):
+            one_of(self, "similarity", ("head", "none"))
+        if not self.beta >= 0:
+            raise UsageError(f"beta is {self.beta}; give a difference of logits from 0 up")
+
+    def objective(self, goal: TopK | OutOfTopK, oracle: TensorOracle) -> TensorGoal:
+        """The goal with the divergence as loss."""
+        similarity = None
+        if isinstance(self.similarity, Tensor):
+            similarity = self.similarity
+        elif self.similarity == "head":
+            weight = head_of(oracle, self.name, "classes are taken to be similar to themselves alone")
+            similarity = None if weight is None else cosines(weight)
+        return replace(goal, surrogate="ad", similarity=similarity, alpha=self.alpha, beta=self.beta)

@@ -1,0 +1,121 @@
+"""Minimum-norm threat models: any legal input is admitted, and the distance to the origin is what counts."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Access, Rng
+from advkit.core.spaces import Box
+from advkit.threat_models.lp import _KNOWLEDGE, UNIT, lattice_index, lattice_value, row_max, row_sum, wide
+
+
+@dataclass(frozen=True)
+class MinimumL2:
+    """The whole box, as near to the origin as the attacker can in L2; there is no eps.
+
+    lattice: steps across the box that a file can hold; 255 makes `finish` round to k/255, 0 leaves values as they are
+    access:  what the attacker may ask of the victim
+    queries: how often, per row; None for no limit
+    box:     legal inputs; `bind` puts the model's own here
+
+    An attack that was stopped by nothing should return the nearest point that reaches its goal, and the untouched row
+    where it found none. Attacks that walk a given radius (`steepest`, `sample`) have none here: UsageError.
+    """
+
+    norm: ClassVar[str] = "L2"
+    scenario: ClassVar[str] = "evasion"
+
+    _: KW_ONLY
+    lattice: int = 0
+    access: Access = Access.GRADIENTS
+    queries: int | None = None
+    box: Box = UNIT
+
+    def __post_init__(self) -> None:
+        if self.lattice < 0 or int(self.lattice) != self.lattice:
+            raise UsageError(f"lattice={self.lattice}; expected a number of levels such as 255, or 0 for none")
+        if self.queries is not None and self.queries < 0:
+            raise UsageError(f"queries={self.queries}; expected a number >= 0, or none for no limit")
+        object.__setattr__(self, "access", Access(self.access))
+
+    def describe(self) -> dict[str, Any]:
+        """The report's threat_model block, without the goal."""
+        return {
+            "name": "minimum-l2",
+            "phase": "test_time",
+            "norm": self.norm,
+            "eps": None,
+            "eps_string": None,
+            "knowledge": _KNOWLEDGE[self.access],
+            "query_budget": self.queries,
+            "details": {"lattice": self.lattice, "box": self.box.text()},
+        }
+
+    def bind(self, space: Any) -> Self:
+        """The same threat model in a model's box."""
+        if not isinstance(space, Box):
+            raise UsageError(
+                f"minimum-l2 measures distances in a Box and this model's space is {space!r}; choose another threat "
+                "model"
+            )
+        if self.lattice and not space.bounded:
+            raise UsageError(f"lattice={self.lattice} in {space!r}, which is unbounded; use lattice=0")
+        return replace(self, box=space)
+
+    def distance(self, x: Tensor, origin: Tensor) -> Tensor:
+        """L2 distance, float [B]."""
+        return row_sum(self._move(x, origin).square()).sqrt()
+
+    def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
+        """What a report says of a success beside its distance: the energies L1, L2 and Linf, float [B] each."""
+        move = self._move(x, origin)
+        size = move.abs()
+        return {"l1": row_sum(size), "l2": row_sum(move.square()).sqrt(), "linf": row_max(size)}
+
+    @staticmethod
+    def _move(x: Tensor, origin: Tensor) -> Tensor:
+        return x.to(wide(x)) - origin.to(wide(origin))
+
+    def admits(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Bool [B]: finite and in the box."""
+        if x.shape != origin.shape:
+            return torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
+        return self.box.contains(x)
+
+    def _walls(self, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """The box, widened to an origin that round-off left outside: the untouched row is always admitted."""
+        low, high = self.box.bounds_like(origin)
+        return torch.minimum(low, origin), torch.maximum(high, origin)
+
+    def project(self, z: Tensor, origin: Tensor) -> Tensor:
+        """The nearest point of the box."""
+        return torch.clamp(z, *self._walls(origin))
+
+    def finish(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Rows as files hold them: the nearest multiples of the box's width / lattice; values left alone stay."""
+        if not self.lattice:
+            return x
+        low, high = (bound.to(wide(x)) for bound in self.box.bounds_like(x))
+        step = (high - low) / self.lattice
+        rounded = lattice_value(lattice_index(x.to(low.dtype), low, step).round(), low, step, self.lattice).to(x.dtype)
+        return torch.where(x == origin, origin, self.project(rounded, origin))
+
+    def sample(self, origin: Tensor, rng: Rng) -> Tensor:
+        """No radius, no ball to draw from: UsageError."""
+        self._no_radius()
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        """No radius, no eps-long step: UsageError."""
+        self._no_radius()
+
+    @staticmethod
+    def _no_radius() -> NoReturn:
+        raise UsageError(
+            "minimum-l2 has no radius to take steps of; use a minimum-norm attack (quadattack, cw_topk, ad_topk), or "
+            "give this attack a budget: l2:eps=..."
+        )
