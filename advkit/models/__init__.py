@@ -14,6 +14,7 @@ MODELS: Registry[Any] = Registry(
         "resnet8": "advkit.models.resnet:ResNet8",
         "resnet18": "advkit.models.resnet:ResNet18",
         "wrn-28-10": "advkit.models.resnet:WRN28x10",
+        "efficientnet-lite0": "advkit.models.efficientnet:EfficientNetLite0",
         "timm:": "advkit.models.external:Timm",
         "torchvision:": "advkit.models.external:TorchVision",
         "robustbench:": "advkit.models.robustbench:RobustBench",
