@@ -36,7 +36,7 @@ def evaluate(
     task: TaskSpec = "fashion-mnist",
     model: ModelSpec = None,
     threat_model: ThreatSpec = None,
-    goal: GoalSpec = "untargeted",
+    goal: GoalSpec = None,
     n: Rows = None,
     seed: Seed = 0,
     device: Device = "auto",

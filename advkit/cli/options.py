@@ -19,9 +19,18 @@ ModelSpec = Annotated[
 ]
 ThreatSpec = Annotated[
     str | None,
-    typer.Option(help="Threat model, e.g. linf:eps=8/255, tapm, transfer:sources=zoo:NAME.", show_default="the task's"),
+    typer.Option(
+        help="Threat model, e.g. linf:eps=8/255, tapm, transfer:sources=zoo:NAME.",
+        show_default="the attack's or the task's",
+    ),
 ]
-GoalSpec = Annotated[str, typer.Option(help="The attacker's goal: untargeted, targeted:how=next, ...")]
+GoalSpec = Annotated[
+    str | None,
+    typer.Option(
+        help="The attacker's goal: untargeted, targeted:how=next, ordered-topk:k=5, ...",
+        show_default="the attack's or the task's",
+    ),
+]
 Rows = Annotated[
     int | None, typer.Option("--n", "-n", help="Rows to evaluate, the task's first ones.", show_default="all")
 ]

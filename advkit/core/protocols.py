@@ -229,7 +229,11 @@ class Ball(ThreatModel[X], Protocol[X]):
 
 
 class Attack(Protocol):
-    """Anything with a declared need of access."""
+    """Anything with a declared need of access.
+
+    An attack that is made for one goal or threat model names it in `default_goal` and `default_threat_model` (specs):
+    what a command that does not say otherwise gets.
+    """
 
     needs: ClassVar[Access]
 
@@ -275,6 +279,7 @@ class TaskDefaults:
     threat_model: str
     n: int | None = None  # rows evaluated
     baseline: str = "none"
+    goal: str = "untargeted"
 
 
 class Task(Protocol):

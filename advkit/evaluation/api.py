@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from advkit.attacks import ATTACKS
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Outcome, Record
+from advkit.core.protocols import Outcome, Record, TaskDefaults
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
 from advkit.evaluation import diagnostics
@@ -88,7 +88,7 @@ def plan(
     task: Any = "fashion-mnist",
     model: Any = None,
     threat_model: Any = None,
-    goal: Any = "untargeted",
+    goal: Any = None,
     *,
     n: int | None = None,
     seed: int = 0,
@@ -112,8 +112,8 @@ def plan(
         raise BadInput(f"n must be between 1 and {total}, got {n}")
     strike = ATTACKS.build(attack)
     guard = DEFENSES.build(defense)
-    threat = THREAT_MODELS.build(threat_model if threat_model is not None else work.defaults.threat_model)
-    rule = GOALS.build(goal)
+    threat = THREAT_MODELS.build(_said(threat_model, strike, "threat_model", work.defaults))
+    rule = GOALS.build(_said(goal, strike, "goal", work.defaults))
     threat = with_public_sources(threat, work, DEFENSES.label(guard).partition(":")[0])
     victim = protected(model, guard, work, seed=seed, device=device, progress=progress)
     specs = {
@@ -157,6 +157,13 @@ def plan(
         return Plan(case, victim, trained, _claimed(case, guard))
     except UsageError as error:
         return Plan(case, victim, trained, None, str(error))
+
+
+def _said(given: Any, attack: Any, part: str, defaults: TaskDefaults) -> Any:
+    """What was asked for, else what the attack is made for, else what the task is usually evaluated under."""
+    if given is not None:
+        return given
+    return getattr(attack, f"default_{part}", None) or getattr(defaults, part)
 
 
 def with_public_sources(threat: Any, task: Any, defense: str) -> Any:
@@ -246,7 +253,7 @@ def evaluate(
     task: Any = "fashion-mnist",
     model: Any = None,
     threat_model: Any = None,
-    goal: Any = "untargeted",
+    goal: Any = None,
     *,
     n: int | None = None,
     seed: int = 0,
@@ -268,8 +275,8 @@ def evaluate(
     defense:      spec or object; a training defense takes its weights from the zoo, the cache, or trains
     task:         spec, a Task, or a pair (x [N, ...] float, y [N] long)
     model:        spec, torch module, TorchModel or callable; None takes the task's default
-    threat_model: spec (`linf:eps=8/255`) or object; None takes the task's default
-    goal:         spec (`untargeted`, `targeted:how=next`) or object
+    threat_model: spec (`linf:eps=8/255`) or object; None takes the attack's own where it has one, else the task's
+    goal:         spec (`untargeted`, `targeted:how=next`) or object; None as for the threat model
     n:            rows evaluated, the task's first ones; None takes all
     seed:         the run's only seed
     device:       auto, cpu, cuda[:i], mps

@@ -173,9 +173,10 @@ class TorchModel:
         """
         found: Tensor | None = None
         for layer in self.module.modules():
-            pointwise = isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and layer.groups == 1
-            if (isinstance(layer, nn.Linear) or pointwise) and layer.weight.shape[0] == self.classes:
-                found = cast(Tensor, layer.weight)
+            pointwise = isinstance(layer, nn.Conv2d) and all(size == 1 for size in layer.kernel_size) and layer.groups == 1
+            if isinstance(layer, nn.Linear) or pointwise:
+                weight = cast(Tensor, layer.weight)
+                found = weight if len(weight) == self.classes else found
         return None if found is None else found.detach().flatten(1).float()
 
     def state(self) -> dict[str, Tensor]:
