@@ -130,7 +130,7 @@ def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
             seen = f"the model calls {', '.join(sorted(set(calls)))} while it answers"
             findings.append(found("inference_time_optimization", "warning", seen, float(len(calls)), 0.0))
         if _gives_gradients(case):
-            findings += _gradients(case, x, labels, answers[0])
+            findings += _gradients(case, x, labels, answers[0]) + _replaced(case)
     return findings + _precision(tops, answers[0]) + _classes(case) + _preprocessing(case, answers[0], labels)
 
 
@@ -198,9 +198,9 @@ def _gives_gradients(case: Case) -> bool:
 
 
 def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Finding]:
-    """The attacker's two gradients at a random point of the ball."""
+    """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
-    start = case.threat.sample(x, rng.at("start"))
+    start = case.threat.sample(x, rng.at("start")) if case.threat.describe().get("eps") else x
     view, _ = attacked_model(case)
     zero: dict[str, Tensor] = {}
     bad = torch.zeros(len(x), dtype=torch.bool)
@@ -251,6 +251,16 @@ def _saturated(case: Case, rows: int, of: int) -> Finding:
     )
 
 
+def _replaced(case: Case) -> list[Finding]:
+    """That the gradients are not the victim's own: a reader of the report should know."""
+    info = case.victim.describe()
+    if info.differentiable or case.victim.attacker_view() is case.victim:
+        return []
+    seen = f"{info.name} has no useful gradient of its own; attacks walk along its attacker view's (BPDA)"
+    advice = "another backward pass in the view may break more: compare with square and with the oblivious attack"
+    return [found("not_differentiable", "info", seen, advice=advice)]
+
+
 def _precision(tops: Sequence[nn.Module], answer: Tensor) -> list[Finding]:
     half = {torch.float16, torch.bfloat16}
     seen = {t.dtype for top in tops for t in (*top.parameters(), *top.buffers()) if t.dtype in half or t.is_quantized}
@@ -290,7 +300,52 @@ def after(case: Case, records: Sequence[Record]) -> list[Finding]:
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.attack, []).append(record)
-    return [finding for label, rows in groups.items() for finding in _after(case, label, rows)]
+    findings = [finding for label, rows in groups.items() for finding in _after(case, label, rows)]
+    stages = getattr(case.attack, "stages", None)
+    ahead = _black_box_stages(case, stages(), groups) if stages else None
+    return [*findings, ahead] if ahead else findings
+
+
+def _black_box_stages(case: Case, stages: Sequence[Any], groups: dict[str, list[Record]]) -> Finding | None:
+    """A finding when a suite's black-box stages broke rows that its white-box stages before them had left standing.
+
+    Every stage meets survivors only, so each row that falls to scores alone is one that the gradients lost. On a
+    randomised victim a later stage breaks some rows by the chance of its verdicts; there the finding stays a warning.
+    """
+    standing: set[str] = set()
+    met: set[str] = set()
+    white: list[str] = []  # stages that walked along gradients so far
+    told: list[str] = []
+    walked, before, lost = "", 0, 0
+    for stage in stages:
+        records = groups.get(f"{case.label}/{stage.name}")
+        if records is None:
+            continue
+        standing |= {r.id for r in records if r.id not in met and r.outcome != Outcome.WRONG}
+        met |= {r.id for r in records}
+        fell = {r.id for r in records if r.outcome == Outcome.BROKEN and r.id in standing}
+        if Access(stage.attack.needs) >= Access.GRADIENTS:
+            white.append(stage.name)
+        elif white and fell:
+            if not told:
+                walked, before = ", ".join(white), len(standing)
+            lost += len(fell)
+            told.append(f"{stage.name} {len(fell)} of {len(records)}")
+        standing -= fell
+    if not told:
+        return None
+    n = len(met)
+    share = lost / n
+    seen = (
+        f"scores alone broke {lost} rows that the gradients of {walked} had left ({', '.join(told)}): of {n} rows "
+        f"{before} stood before, {len(standing)} after the whole suite"
+    )
+    severity = "info" if share <= BETTER else "warning" if case.randomized else graded(share)
+    advice = (
+        "the gradients are of little use here: give the model an attacker_view (straight_through for what has no "
+        "derivative, averaged for what draws), and take the figure as an upper bound until then"
+    )
+    return found("black_box_beats_white_box", severity, seen, share, BETTER, case.label, advice=advice)
 
 
 def _after(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from advkit.attacks.gradient.pgd import PGD
 from advkit.attacks.query.square import Square
+from advkit.attacks.suites import Stage, Suite
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.evaluation import diagnostics
 from advkit.evaluation.advice import ADVICE
+from advkit.evaluation.api import evaluate
 from advkit.evaluation.battery import RandomSearch, gradient_errors
 from advkit.evaluation.case import Case
 from advkit.evaluation.scenarios import single_attack
@@ -509,6 +511,59 @@ def test_a_black_box_must_break_what_every_white_box_left() -> None:
     assert diagnostics.black_box_beats_white_box([], ahead, "square") is None
     stranger = [record("x", Outcome.BROKEN, "square")]
     assert diagnostics.black_box_beats_white_box(pgd, stranger, "square") is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Short(Suite):
+    """One walk along gradients, a sentinel, and what it calls for."""
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(name="walk", attack=PGD(steps=10)),
+            Stage(name="sentinel", attack=Square(queries=100), sentinel=True),
+            Stage(name="square", attack=Square(queries=200), when="escalated"),
+            Stage(name="again", attack=PGD(steps=10, loss="margin"), when="escalated"),
+        )
+
+
+def test_rows_that_fall_to_a_suites_sentinel_are_counted_by_stage(plain: TorchModel) -> None:
+    suite = case(plain, Short(), n=100)
+
+    def stage(name: str, rows: range, broken: int, wrong: int = 0) -> list[Record]:
+        outcomes = [Outcome.WRONG] * wrong + [Outcome.BROKEN] * broken
+        outcomes += [Outcome.ROBUST] * (len(rows) - len(outcomes))
+        return [record(str(i), o, f"{suite.label}/{name}") for i, o in zip(rows, outcomes, strict=True)]
+
+    walk, sentinel = stage("walk", range(100), 20, 10), stage("sentinel", range(30, 100), 5)
+    assert diagnostics.after(suite, walk + stage("sentinel", range(30, 100), 0)) == []
+    told = walk + sentinel + stage("square", range(35, 100), 3) + stage("again", range(38, 100), 2)
+    (finding,) = diagnostics.after(suite, told)
+    assert (finding.id, finding.severity, finding.attack) == ("black_box_beats_white_box", "unreliable", "short")
+    assert finding.value == 0.08
+    assert "broke 8 rows that the gradients of walk had left (sentinel 5 of 70, square 3 of 65)" in finding.message
+    assert "of 100 rows 70 stood before, 60 after" in finding.message
+    assert "attacker_view" in finding.advice
+    # Fewer than one row in twenty is a warning; on noisy verdicts it never is more.
+    (few,) = diagnostics.after(suite, walk + stage("sentinel", range(30, 100), 2))
+    (noise,) = diagnostics.after(replace(suite, randomized=True), told)
+    assert few.severity == noise.severity == "warning"
+
+
+def test_the_sentinels_find_on_a_quantised_victim_is_in_the_report(plain: TorchModel) -> None:
+    settings: dict[str, Any] = {"task": "digits", "threat_model": "linf:eps=0.1", "n": 48, "device": "cpu"}
+    suite: Any = Short()
+    masked = evaluate(suite, model=quantised(plain, 6), **settings)
+    (flag,) = [f for f in masked.flags if f["id"] == "black_box_beats_white_box"]
+    stages = {attack["name"].rpartition("/")[2]: attack for attack in masked.to_dict()["attacks"]}
+    broken = [stages[name]["attack_success_rate"]["numerator"] for name in ("sentinel", "square")]
+    assert broken[0] > 0
+    assert flag["value"] == pytest.approx(sum(broken) / 48)
+    walked, end = stages["walk"]["cumulative_robust_accuracy"], masked.metrics["robust_accuracy"]
+    assert f"of 48 rows {walked['numerator']} stood before, {end['numerator']} after" in flag["message"]
+    sound = evaluate(suite, model=plain, **settings)
+    assert not [f for f in sound.flags if f["id"] == "black_box_beats_white_box"]
 
 
 # Findings
