@@ -17,6 +17,7 @@ from advkit.threat_models.lp import row_max, row_sum, wide
 
 Norm = Literal["Linf", "L2", "L1"]
 Bound = Tensor | float
+_FAR = 1e30
 
 
 def project(
@@ -58,8 +59,12 @@ def close_gaps(
         gap = values / scale
     gap = torch.where(gap.abs() < torch.inf, gap, 0.0)
     forwards = normal.sign() * gap.sign().neg_().view(*gap.shape, *(1 for _ in normal.shape[1:]))
-    # From here on lengths are counted along the way that closes the gap.
-    room = (torch.where(forwards > 0, high, low) - points).abs_().flatten(2)
+    # From here on lengths are counted along the way that closes the gap. No masks: on a CPU picking by one takes 30
+    # times as long as a product. A wall at infinity would make a NaN of features without weight.
+    far, near = (torch.as_tensor(wall, dtype=points.dtype, device=points.device) for wall in (high, low))
+    room = torch.maximum(
+        (far.clamp_max(_FAR) - points).mul_(forwards), (near.clamp_min(-_FAR) - points).mul_(forwards)
+    ).flatten(2)
     gap = gap.abs_()[..., None]
     if norm == "L1":
         size = torch.stack([_fill(weight, each, left[:, 0]) for each, left in zip(room, gap, strict=True)])
@@ -91,14 +96,15 @@ def _climb(weight: Tensor, unit: Tensor | None, room: Tensor, gap: Tensor, round
     """
     rate = weight if unit is None else weight * unit
     t = torch.zeros_like(gap)
-    slope = _row_total((room > 0) * rate)
-    missing = gap
+    missing, left = gap, room
     for round_ in range(weight.shape[1] + 1 if rounds is None else rounds):
         if round_:
             far = t if unit is None else t * unit
-            missing = (gap - _row_total(torch.minimum(room, far).mul_(weight))).clamp_min_(0)
-            slope = _row_total((room > far) * rate)
-        further = torch.where(slope > 0, missing / slope, 0.0).add_(t)
+            missing = gap - _row_total(torch.minimum(room, far).mul_(weight))
+            left = room - far
+        slope = _row_total(left.clamp_min(0.0).sign_().mul_(rate))
+        # Where nothing has room left there is no slope and no further to go.
+        further = missing.clamp_min(0.0).div_(slope).nan_to_num_(0.0, 0.0, 0.0).add_(t)
         if rounds is None and not bool((further > t).any()):
             break
         t = further
