@@ -655,9 +655,11 @@ def _in_double(models: Sequence[Any], x: Tensor) -> list[Any] | None:
 
 
 def _undefended(case: Case) -> Any:
-    """An undefended model of the task's zoo that is not the victim, or None."""
+    """The victim with its defense taken off, where that can be; else an undefended model of the task's zoo, or None."""
     from advkit.models import zoo
 
+    if (bare := getattr(case.victim, "undefended", None)) is not None:
+        return bare
     own = case.victim.describe().state_sha256
     for card in zoo.find(case.task.name, "", "none"):
         try:

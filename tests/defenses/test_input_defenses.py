@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from advkit.attacks.wrappers import averaged
 from advkit.core.errors import BadModel, UsageError
+from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.spaces import Box
 from advkit.defenses import DEFENSES
 from advkit.defenses.inputs.base import InputDefense
@@ -19,7 +21,8 @@ from advkit.defenses.inputs.random_resize import RandomResize, placed
 from advkit.evaluation.api import evaluate, plan
 from advkit.models.torch import TorchModel
 from advkit.testing import check_defense
-from advkit.testing.victims import network, uniform
+from advkit.testing.victims import network, normal, uniform
+from advkit.threat_models.goals.untargeted import Untargeted
 
 EPS = "linf:eps=0.1"
 
@@ -215,6 +218,42 @@ def test_a_random_defense_is_attacked_through_its_draws(digits_cnn):
     # Each of the five gradients of each row went through six draws.
     assert pgd["cost"]["backward"] == 6 * 5 * pgd["n_attacked"]
     assert [f["severity"] for f in report.flags if f["id"] == "randomized_output"] == ["warning"]
+
+
+@pytest.mark.parametrize("draws", [1, 5, 20])
+def test_averaging_finds_the_expected_gradient_of_a_random_resize(draws):
+    """On a linear model the expectation over sizes and places, and the variance around it, are sums over 14 cases."""
+    weight, side, rows = normal(6, 2, 64), 8, 256
+    bare = TorchModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=False)).eval(), Box(shape=(1, 8, 8)), 2)
+    with torch.no_grad():
+        bare.module[1].weight.copy_(weight)
+
+    cases, shares = [], []
+    for size in (6, 7, 8):
+        for top in range(side - size + 1):
+            for left in range(side - size + 1):
+                leaf = torch.zeros(1, 1, side, side, requires_grad=True)
+                z = placed(leaf, *(torch.tensor([float(v)]) for v in (size, size, top, left)), "nearest")
+                margin = bare(z)[:, 0] - bare(z)[:, 1]
+                cases.append(torch.autograd.grad(margin.sum(), leaf)[0].flatten())
+                shares.append(1 / 3 / (side - size + 1) ** 2)
+    exact, share = torch.stack(cases), torch.tensor(shares)[:, None]
+    expected = (share * exact).sum(0)
+    variance = (share * (exact - expected).square()).sum().item()
+
+    victim = RandomResize(smallest=0.75, draws=draws).protect(bare, None, None)
+    x, goal = uniform(7, 1, 1, 8, 8).expand(rows, -1, -1, -1), Untargeted(torch.zeros(rows, dtype=torch.long))
+    lanes = Lanes(chunk=rows, multiple=1)
+    for oracle in (
+        averaged(MeteredOracle(victim, rows, lanes=lanes), draws),  # pgd:eot=N and apgd:eot=N
+        MeteredOracle(victim.attacker_view(), rows, lanes=lanes),  # what every attack sees of the defense
+    ):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(8)
+            found = oracle.gradient(x, goal.under("margin"))[1].flatten(1)
+        off = (found - expected).square().sum(1)
+        assert off.mean().item() == pytest.approx(variance / draws, rel=0.15)
+        assert (found.mean(0) - expected).square().sum().item() < 3 * variance / draws / rows
 
 
 def test_without_a_model_it_goes_around_the_tasks_undefended_one(digits):

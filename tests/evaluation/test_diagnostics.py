@@ -21,10 +21,11 @@ from advkit.attacks.suites import Stage, Suite
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
+from advkit.defenses.inputs.bit_depth import BitDepth
 from advkit.evaluation import diagnostics
 from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.api import evaluate
-from advkit.evaluation.battery import RandomSearch, gradient_errors
+from advkit.evaluation.battery import RandomSearch, _undefended, gradient_errors
 from advkit.evaluation.case import Case
 from advkit.evaluation.scenarios import single_attack
 from advkit.models.torch import FunctionModel, TorchModel
@@ -564,6 +565,14 @@ def test_the_sentinels_find_on_a_quantised_victim_is_in_the_report(plain: TorchM
     assert f"of 48 rows {walked['numerator']} stood before, {end['numerator']} after" in flag["message"]
     sound = evaluate(suite, model=plain, **settings)
     assert not [f for f in sound.flags if f["id"] == "black_box_beats_white_box"]
+
+
+def test_the_battery_transfers_from_the_model_without_its_defense(plain: TorchModel) -> None:
+    behind = BitDepth(bits=3).protect(plain, None, RowRng.from_ids(0, ["a"]))
+    assert _undefended(case(behind)) is plain
+    found = diagnostics.cheap(case(behind), *first(case(behind)))
+    assert {(f.id, f.severity) for f in found} == {("not_differentiable", "info")}
+    assert "behind bit-depth" in found[0].message
 
 
 # Findings
