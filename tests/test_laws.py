@@ -15,6 +15,7 @@ from advkit.models import MODELS
 from advkit.testing import (
     ATTACK_LAWS,
     BALLS,
+    MINIMA,
     RADII,
     THREAT_LAWS,
     accepts,
@@ -50,6 +51,8 @@ THREATS = {
     "l1-8bit": "l1:eps=2,lattice=255",
     "l0": "l0:eps=3",
     "transfer": "transfer:eps=0.1,sources=python:advkit.testing.victims:network",
+    "minimum-l2": "minimum-l2",
+    "minimum-l2-8bit": "minimum-l2:lattice=255",
 }
 
 
@@ -71,6 +74,13 @@ def test_refused_balls_are_refused_in_words(name, norm):
     works_in = [kind for (attack, kind) in SUBJECTS if attack == name]
     assert norm in refusal.lower()
     assert all(kind in refusal.lower() for kind in works_in)
+
+
+@pytest.mark.parametrize(("name", "norm"), [(name, norm) for name in NAMES for norm in MINIMA])
+def test_attacks_that_need_a_radius_say_so(name, norm):
+    refusal = accepts(ATTACKS.build(name), MINIMA[norm], norm)
+    assert (refusal is None) == ((name, norm) in SUBJECTS)
+    assert refusal is None or "minimum" in refusal.lower()
 
 
 def test_what_is_refused_today():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from advkit.testing.attack_laws import ATTACK_LAWS, Subject, check_attack, check_law, subjects
 from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, protect_twice, stripes
-from advkit.testing.play import BALLS, RADII, Played, accepts, play, shortened
+from advkit.testing.play import BALLS, MINIMA, RADII, Played, accepts, aimed, play, shortened
 from advkit.testing.threat_laws import THREAT_LAWS, check_threat_law, check_threat_model
 from advkit.testing.victims import (
     Leaver,
@@ -26,6 +26,7 @@ __all__ = [
     "ATTACK_LAWS",
     "BALLS",
     "DEFENSE_LAWS",
+    "MINIMA",
     "RADII",
     "THREAT_LAWS",
     "Leaver",
@@ -34,6 +35,7 @@ __all__ = [
     "Quadratic",
     "Subject",
     "accepts",
+    "aimed",
     "check_attack",
     "check_defense",
     "check_law",

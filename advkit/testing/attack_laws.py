@@ -11,12 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advkit.core.errors import AccessDenied
+from advkit.core.errors import AccessDenied, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
-from advkit.testing.play import BALLS, RADII, BallMaker, accepts, fields_of, names, play, require, shortened
+from advkit.testing.play import (
+    BALLS,
+    MINIMA,
+    RADII,
+    BallMaker,
+    accepts,
+    aimed,
+    fields_of,
+    names,
+    play,
+    require,
+    shortened,
+)
 from advkit.testing.victims import (
     Quadratic,
     exhaustive,
@@ -38,7 +50,7 @@ class Subject:
     """An attack in one kind of ball.
 
     attack: shortened for tiny victims
-    norm:   key of BALLS
+    norm:   key of BALLS or MINIMA
     ball:   makes one from eps and box
     """
 
@@ -48,15 +60,24 @@ class Subject:
 
     @property
     def eps(self) -> float:
-        return RADII[self.norm]
+        return RADII.get(self.norm, 0.0)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a radius bounds the attack; where none does, the distance is what it has to keep small."""
+        return self.norm in RADII
 
     @property
     def iterates(self) -> bool:
         """Whether it spends more effort when told to."""
-        return bool({"steps", "queries"} & fields_of(self.attack))
+        return bool({"steps", "queries", "budget"} & fields_of(self.attack))
 
     def at(self, eps: float | None = None, box: Box | None = None) -> Any:
         return self.ball(eps=self.eps if eps is None else eps, box=Box() if box is None else box)
+
+    def goal(self, labels: Tensor, classes: int) -> Any:
+        """Something the attack serves that rows of these classes do not fulfil."""
+        return aimed(self.attack, labels, classes)
 
 
 def labels_of(model: Any, x: Tensor) -> Tensor:
@@ -65,11 +86,21 @@ def labels_of(model: Any, x: Tensor) -> Tensor:
     return decisions
 
 
-def _on_network(subject: Subject, rows: int = 12, **settings: Any) -> tuple[Any, Tensor, Untargeted, Any]:
+def _on_network(subject: Subject, rows: int = 12, **settings: Any) -> tuple[Any, Tensor, Any, Any]:
     model = network()
     x = uniform(1, rows, 2, 6, 6)
-    scale = {"linf": 0.3, "l2": 1.0, "l1": 4.0, "l0": 3.0}[subject.norm]
-    return model, x, Untargeted(labels_of(model, x)), subject.at(subject.eps * scale if subject.norm != "l0" else 3)
+    scale = {"linf": 0.3, "l2": 1.0, "l1": 4.0, "l0": 3.0}.get(subject.norm, 1.0)
+    ball = subject.at(subject.eps * scale if subject.norm != "l0" else 3)
+    return model, x, subject.goal(labels_of(model, x), 3), ball
+
+
+def _reached_already(subject: Subject, model: Any, x: Tensor) -> Any:
+    """A goal of the subject's kind that the untouched rows of the network fulfil."""
+    return subject.goal((labels_of(model, x) + (1 if _untargeted(subject) else -1)) % 3, 3)
+
+
+def _untargeted(subject: Subject) -> bool:
+    return isinstance(subject.goal(torch.zeros(1, dtype=torch.long), 2), Untargeted)
 
 
 def _differ(z: Tensor, x: Tensor) -> Tensor:
@@ -81,7 +112,7 @@ def stays_admitted(subject: Subject) -> None:
     model = network()
     x = uniform(2, 16, 2, 6, 6)
     x[::2] = x[::2].round()
-    goal = Untargeted(labels_of(model, x))
+    goal = subject.goal(labels_of(model, x), 3)
     for eps in (subject.eps, 3 * subject.eps):
         ball = subject.at(eps)
         z = play(subject.attack, model, x, goal, ball).z
@@ -91,6 +122,8 @@ def stays_admitted(subject: Subject) -> None:
 
 def one_step_moves(subject: Subject) -> None:
     """One step is enough to leave the origin and, where nothing is drawn, to lower the margin of a linear victim."""
+    if not subject.bounded:  # a row that falls short of the goal has no nearest point to return
+        return
     attack = subject.attack
     attack = replace(
         attack, **{n: v for n, v in (("steps", 1), ("queries", 60), ("restarts", 1)) if n in fields_of(attack)}
@@ -99,7 +132,7 @@ def one_step_moves(subject: Subject) -> None:
         attack = replace(attack, start="origin")
     victim = linear(space=WIDE)
     x = uniform(4, 12, 8)
-    goal = Untargeted(labels_of(victim, x))
+    goal = subject.goal(labels_of(victim, x), 2)
     drawn: list[str] = []
     rng = _Spy(RowRng.from_ids(0, names(len(x))), drawn)
     played = play(attack, victim, x, goal, subject.at(box=WIDE), rng=rng)
@@ -113,6 +146,8 @@ def one_step_moves(subject: Subject) -> None:
 
 def zero_eps_is_identity(subject: Subject) -> None:
     """A ball of radius 0 gives back the origin, bit by bit."""
+    if not subject.bounded:
+        return
     model, x, goal, _ = _on_network(subject)
     z = play(subject.attack, model, x, goal, subject.at(0)).z
     require(torch.equal(z, x), "rows moved in a ball of radius 0")
@@ -130,12 +165,13 @@ def more_restarts_never_help(subject: Subject) -> None:
 
 def more_effort_never_helps(subject: Subject) -> None:
     """What few steps or queries break, more break too (on a linear victim: schedules may scale with the effort)."""
-    for name, few, many in (("steps", 3, 12), ("queries", 40, 160)):
+    efforts: tuple[tuple[str, Any, Any], ...] = (("steps", 3, 12), ("queries", 40, 160), ("budget", "1x9", "3x20"))
+    for name, few, many in efforts:
         if name not in fields_of(subject.attack):
             continue
         victim = linear()
         x = uniform(5, 24, 8)
-        goal = Untargeted(labels_of(victim, x))
+        goal = subject.goal(labels_of(victim, x), 2)
         less = play(replace(subject.attack, **{name: few}), victim, x, goal, subject.at())
         more = play(replace(subject.attack, **{name: many}), victim, x, goal, subject.at())
         require(not bool((less.reached & ~more.reached).any()), f"{many} {name} lost rows that {few} had broken")
@@ -143,9 +179,11 @@ def more_effort_never_helps(subject: Subject) -> None:
 
 def more_eps_never_helps(subject: Subject) -> None:
     """What a small ball holds, larger ones hold too (on a linear victim inside its box)."""
+    if not subject.bounded:
+        return
     victim = linear()
     x = uniform(6, 24, 8)
-    goal = Untargeted(labels_of(victim, x))
+    goal = subject.goal(labels_of(victim, x), 2)
     before = torch.zeros(24, dtype=torch.bool)
     for eps in (1, 2, 4) if subject.norm == "l0" else (subject.eps / 3, subject.eps, 3 * subject.eps):
         reached = play(subject.attack, victim, x, goal, subject.at(eps)).reached
@@ -158,6 +196,12 @@ def closed_form(subject: Subject) -> None:
     """Robust accuracy on linear victims is the closed form for all eps (slack 2 %; without gradients 30 %)."""
     slack = 0.02 if subject.attack.needs >= Access.GRADIENTS else 0.3
     for seed in (0, 1):
+        if not subject.bounded:
+            victim = linear(seed=seed, space=WIDE)
+            x = uniform(10 + seed, 24, 8)
+            labels = labels_of(victim, x)
+            _is_nearest(subject, victim, x, labels, victim.distance(x, labels, "l2"))
+            continue
         if subject.norm == "l0":
             victim, radii = linear(seed=seed), (1.0, 2.0, 4.0)
         else:
@@ -167,7 +211,8 @@ def closed_form(subject: Subject) -> None:
         exact = victim.distance_l0(x, labels) if subject.norm == "l0" else victim.distance(x, labels, subject.norm)
         for factor in radii:
             eps = factor if subject.norm == "l0" else factor * float(exact.median())
-            reached = play(subject.attack, victim, x, Untargeted(labels), subject.at(eps, victim.space)).reached
+            goal = subject.goal(labels, 2)
+            reached = play(subject.attack, victim, x, goal, subject.at(eps, victim.space)).reached
             breakable = exact <= eps
             if subject.norm == "l0":
                 clear = torch.ones_like(breakable)
@@ -180,11 +225,31 @@ def closed_form(subject: Subject) -> None:
             require(not wrong, f"eps {eps:.4g}: rows {wrong} at distances {exact[wrong].tolist()} are misjudged")
 
 
+def _is_nearest(subject: Subject, victim: Any, x: Tensor, labels: Tensor, exact: Tensor) -> None:
+    """Every row falls, at no more than 1.1 times its least distance and 0.02, which rows on the boundary need.
+
+    Attacks with a search get one: a single weight of loss against distance suits no two rows.
+    """
+    ball = subject.at(box=victim.space)
+    attack = replace(subject.attack, budget="9x60") if "budget" in fields_of(subject.attack) else subject.attack
+    played = play(attack, victim, x, subject.goal(labels, 2), ball)
+    require(bool(played.reached.all()), f"rows {(~played.reached).nonzero().flatten().tolist()} did not fall")
+    distance = ball.distance(played.z, x)
+    require(bool((distance >= exact * (1 - 1e-5) - 1e-6).all()), "rows fell nearer than the boundary is")
+    far = (distance > 1.1 * exact + 0.02).nonzero().flatten().tolist()
+    require(not far, f"rows {far} fell at {distance[far].tolist()}; the boundary is at {exact[far].tolist()}")
+
+
 def agrees_with_exhaustive_search(subject: Subject) -> None:
     """On a curved 2-D victim an attack that iterates breaks what a fine grid over the ball breaks, and nothing more."""
     victim = Quadratic(torch.tensor([0.45, 0.55]), 0.3)
     x = uniform(8, 30, 2)
-    goal = Untargeted(labels_of(victim, x))
+    if not subject.bounded:
+        # Towards the box's corners the sphere may lie nearest outside of it: not so from inside the sphere.
+        inside = x[labels_of(victim, x) == 1]
+        _is_nearest(subject, victim, inside, labels_of(victim, inside), victim.distance(inside))
+        return
+    goal = subject.goal(labels_of(victim, x), 2)
     ball = subject.at(1 if subject.norm == "l0" else {"linf": 0.12, "l2": 0.14, "l1": 0.16}[subject.norm])
     lowest = exhaustive(victim, goal, ball, x)
     played = play(subject.attack, victim, x, goal, ball)
@@ -215,9 +280,8 @@ def batch_of_one(subject: Subject) -> None:
 
 def all_wrong_batch(subject: Subject) -> None:
     """Rows that are wrong untouched are no trouble, alone or all together."""
-    model, x, goal, ball = _on_network(subject)
-    wrong = Untargeted((goal.labels + 1) % 3)
-    z = play(subject.attack, model, x, wrong, ball).z
+    model, x, _, ball = _on_network(subject)
+    z = play(subject.attack, model, x, _reached_already(subject, model, x), ball).z
     require(
         z.shape == x.shape and bool(ball.admits(z, x).all()), "rows of an all-wrong batch came back outside the ball"
     )
@@ -231,9 +295,10 @@ def one_survivor(subject: Subject) -> None:
     robust = int(victim.distance(x, labels, "linf").argmax())
     labels = torch.where(torch.arange(9) == robust, labels, 1 - labels)
     ball = subject.at(1 if subject.norm == "l0" else subject.eps / 20)
-    whole = play(subject.attack, victim, x, Untargeted(labels), ball)
+    goal = subject.goal(labels, 2)
+    whole = play(subject.attack, victim, x, goal, ball)
     alone = torch.tensor([robust])
-    part = play(subject.attack, victim, x[alone], Untargeted(labels[alone]), ball, ids=[names(9)[robust]])
+    part = play(subject.attack, victim, x[alone], goal.take(alone), ball, ids=[names(9)[robust]])
     require(torch.equal(part.z, whole.z[alone]), "the survivor's result depends on the rows that fell")
 
 
@@ -299,12 +364,13 @@ def leaves_no_trace(subject: Subject) -> None:
     model, x, goal, ball = _on_network(subject)
     model.module.register_forward_hook(lambda module, inputs, answer: None)
     before = _snapshot(model.module), _globals()
-    inputs = x.clone(), goal.labels.clone()
+    classes = goal.labels if isinstance(goal, Untargeted) else goal.targets
+    inputs = x.clone(), classes.clone()
     play(subject.attack, model, x, goal, ball)
     after = _snapshot(model.module), _globals()
     require(before[0] == after[0], "weights, gradients, buffers, modes, hooks or flags of the model changed")
     require(before[1] == after[1], "global random state or flags changed")
-    require(torch.equal(x, inputs[0]) and torch.equal(goal.labels, inputs[1]), "the caller's tensors changed")
+    require(torch.equal(x, inputs[0]) and torch.equal(classes, inputs[1]), "the caller's tensors changed")
     require(not x.requires_grad and x.grad is None, "the caller's tensors were made to require gradients")
 
 
@@ -367,18 +433,33 @@ def _counting_backwards(answer: Tensor, through: dict[str, int]) -> Tensor:
 
 
 def every_goal_accepted(subject: Subject) -> None:
-    """Untargeted, targeted and diverging goals all work; a target within reach is reached."""
-    model, x, goal, ball = _on_network(subject)
+    """Untargeted, targeted and diverging goals all work; a target within reach is reached.
+
+    An attack for some goals only says which it `serves`, and refuses others in words.
+    """
+    model, x, _, ball = _on_network(subject)
     with torch.no_grad():
         reference = model(x)
-    for other in (Targeted((goal.labels + 1) % 3), Diverge(reference), Untargeted(goal.labels, "margin")):
-        z = play(subject.attack, model, x, other, ball).z
+    labels = reference.argmax(1)
+    for other in (Targeted((labels + 1) % 3), Diverge(reference), Untargeted(labels, "margin")):
+        try:
+            z = play(subject.attack, model, x, other, ball).z
+        except UsageError as refusal:
+            served = getattr(subject.attack, "serves", ())
+            require(served, f"{type(other).__name__} was refused by an attack that names no goals: {refusal}")
+            require(other.kind not in served, f"{other.kind} is served and was refused: {refusal}")
+            require(all(word in str(refusal) for word in served), f"the refusal names no way out: {refusal}")
+            continue
         require(bool(ball.admits(z, x).all()), f"{type(other).__name__}: rows came back outside the ball")
 
     victim = linear(space=WIDE)
     x = uniform(11, 16, 8)
     labels = labels_of(victim, x)
     if subject.norm == "l0":
+        return
+    if not subject.bounded:
+        reached = play(subject.attack, victim, x, Targeted(1 - labels), subject.at(box=WIDE)).reached
+        require(bool(reached.all()), "targets were not reached though nothing bounds the attack")
         return
     exact = victim.distance(x, labels, subject.norm)
     ball = subject.at(2 * float(exact.median()), WIDE)
@@ -437,15 +518,14 @@ def survives_saturation(subject: Subject) -> None:
     victim = linear(scale=1e6)
     x = uniform(12, 8, 8)
     ball = subject.at()
-    z = play(subject.attack, victim, x, Untargeted(labels_of(victim, x)), ball).z
+    z = play(subject.attack, victim, x, subject.goal(labels_of(victim, x), 2), ball).z
     require(bool(torch.isfinite(z).all()) and bool(ball.admits(z, x).all()), "rows came back not finite or outside")
 
 
 def does_not_stop_under_transfer(subject: Subject) -> None:
     """Where the oracle's answers are not the verdict's, rows go on after the surrogate is fooled."""
-    model, x, goal, ball = _on_network(subject)
-    wrong = Untargeted((goal.labels + 1) % 3)
-    played = play(subject.attack, model, x, wrong, ball, decides=False)
+    model, x, _, ball = _on_network(subject)
+    played = play(subject.attack, model, x, _reached_already(subject, model, x), ball, decides=False)
     counts = played.meter.forwards
     require(bool((counts == counts[0]).all()), f"rows stopped on a surrogate's word: answers per row {counts.tolist()}")
 
@@ -480,7 +560,7 @@ ATTACK_LAWS: dict[str, Callable[[Subject], None]] = {
 
 def subjects(attack: Any, balls: dict[str, BallMaker] | None = None) -> dict[str, Subject]:
     """The attack, shortened, in every kind of ball that it accepts."""
-    kinds = BALLS if balls is None else balls
+    kinds = BALLS | MINIMA if balls is None else balls
     accepted = {norm: ball for norm, ball in kinds.items() if accepts(attack, ball, norm) is None}
     return {norm: Subject(shortened(attack), norm, ball) for norm, ball in accepted.items()}
 
@@ -496,12 +576,12 @@ def check_law(name: str, subject: Subject) -> None:
 def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None:
     """Every law in every ball that the attack accepts; at least one of them must be accepted.
 
-    balls: norm -> maker of a ball from eps and box; the norms are keys of BALLS. Raises AssertionError at the first law
-    that is broken, naming it.
+    balls: norm -> maker of a ball from eps and box; the norms are keys of BALLS and MINIMA. Raises AssertionError at
+    the first law that is broken, naming it.
     """
     require(isinstance(attack.needs, Access), "law declares_its_access: `needs` is no Access")
     found = subjects(attack, balls)
-    require(found, f"law accepts_a_ball: {attack!r} refuses every ball of {', '.join(balls or BALLS)}")
+    require(found, f"law accepts_a_ball: {attack!r} refuses every ball of {', '.join(balls or BALLS | MINIMA)}")
     for subject in found.values():
         for name in ATTACK_LAWS:
             check_law(name, subject)

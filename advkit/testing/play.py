@@ -14,13 +14,24 @@ from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, Meter, MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
+from advkit.core.spaces import Box
 from advkit.testing.victims import linear, uniform
+from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L1, L2, Linf
+from advkit.threat_models.minimum import MinimumL2
 from advkit.threat_models.sparse import L0
 
 BallMaker = Callable[..., Any]  # eps=..., box=... -> a ball
 BALLS: dict[str, BallMaker] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
+
+
+def _anywhere(*, eps: float = 0.0, box: Box | None = None) -> MinimumL2:
+    """Threat models without a radius take any."""
+    return MinimumL2(box=Box() if box is None else box)
+
+
+MINIMA: dict[str, BallMaker] = {"minimum-l2": _anywhere}
 
 # Radii that break some rows of the kit's victims on [0, 1]^8 and leave others.
 RADII = {"linf": 0.1, "l2": 0.25, "l1": 0.5, "l0": 2}
@@ -71,6 +82,12 @@ def play(
     return Played(z, goal.reached(answer), goal.margin(answer), oracle.meter)
 
 
+def aimed(attack: Any, labels: Tensor, classes: int) -> Any:
+    """A goal for rows of these classes that the attack serves: untargeted, or else the next class."""
+    serves = getattr(attack, "serves", None)
+    return Untargeted(labels) if serves is None or "untargeted" in serves else Targeted((labels + 1) % classes)
+
+
 def fields_of(attack: Any) -> set[str]:
     return {each.name for each in fields(attack)}
 
@@ -104,7 +121,8 @@ def accepts(attack: Any, ball: BallMaker, norm: str) -> str | None:
     victim = linear()
     x = uniform(3, 2, 8)
     try:
-        play(shortened(attack, 2, 2), victim, x, Untargeted(victim(x).argmax(1)), ball(eps=RADII[norm]))
+        goal = aimed(attack, victim(x).argmax(1), 2)
+        play(shortened(attack, 2, 2), victim, x, goal, ball(eps=RADII.get(norm, 0.0)))
     except UsageError as refusal:
         return str(refusal)
     return None

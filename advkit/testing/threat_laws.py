@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advkit.core.errors import UsageError
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.testing.play import names, require
@@ -24,6 +25,28 @@ def rows(shape: tuple[int, ...] = (2, 4, 4), n: int = 12) -> Tensor:
 
 def _bound(threat: Any) -> Any:
     return threat.bind(Box(0.0, 1.0, shape=(2, 4, 4)))
+
+
+def _has_radius(threat: Any) -> bool:
+    """Whether it is a ball. Where any distance is admitted there is nothing to draw from and no length of a step."""
+    return hasattr(threat, "eps")
+
+
+def _inside(threat: Any, x: Tensor, seed: int) -> Tensor:
+    """Admitted points: drawn in the ball, or anywhere in the box where there is none."""
+    if not _has_radius(threat):
+        return uniform(100 + seed, *x.shape)
+    drawn: Tensor = threat.sample(x, RowRng.from_ids(seed, names(len(x))))
+    return drawn
+
+
+def _refused(threat: Any, what: Callable[[], object]) -> None:
+    try:
+        what()
+    except UsageError as refusal:
+        require("eps" in str(refusal), f"{threat!r} refuses and does not say what else to use: {refusal}")
+    else:
+        raise AssertionError("a threat model without a radius took a step of its length")
 
 
 def origin_is_admitted(threat: Any) -> None:
@@ -48,7 +71,7 @@ def projection_is_nearest(threat: Any) -> None:
     far = x + 0.3 * normal(23, *x.shape)
     nearest = (ball.project(far, x) - far).flatten(1).norm(dim=1)
     for draw in range(20):
-        other = ball.sample(x, RowRng.from_ids(draw, names(len(x))))
+        other = _inside(ball, x, draw)
         distance = (other - far).flatten(1).norm(dim=1)
         require(bool((nearest <= distance * (1 + 1e-5) + 1e-6).all()), "a sampled point is nearer than the projection")
 
@@ -56,6 +79,9 @@ def projection_is_nearest(threat: Any) -> None:
 def samples_are_admitted_and_differ(threat: Any) -> None:
     """Random starts are inside, differ from the origin, repeat with the seed and change with it."""
     ball, x = _bound(threat), rows()
+    if not _has_radius(ball):
+        _refused(ball, lambda: ball.sample(x, RowRng.from_ids(0, names(len(x)))))
+        return
     one, again, other = (ball.sample(x, RowRng.from_ids(seed, names(len(x)))) for seed in (0, 0, 1))
     require(bool(ball.admits(one, x).all()), "sampled points are outside")
     require(bool((one != x).flatten(1).any(1).all()), "a sampled point is the origin")
@@ -67,6 +93,9 @@ def steepest_ascends(threat: Any) -> None:
     """A projected step along the steepest direction does not descend, ascends where there is room, and is finite."""
     ball, x = _bound(threat), uniform(24, 12, 2, 4, 4)
     gradient = normal(25, *x.shape)
+    if not _has_radius(ball):
+        _refused(ball, lambda: ball.steepest(gradient, x))
+        return
     step = ball.steepest(gradient, x)
     require(step.shape == x.shape and bool(torch.isfinite(step).all()), "the direction is not finite")
     z = ball.project(x + step, x)
@@ -78,18 +107,23 @@ def steepest_ascends(threat: Any) -> None:
 
 
 def outside_is_refused(threat: Any) -> None:
-    """NaN, infinity, points outside the box and points beyond eps are not admitted."""
+    """NaN, infinity, points outside the box and points beyond eps, where there is one, are not admitted."""
     ball, x = _bound(threat), rows()
     for value in (torch.nan, torch.inf, -0.5, 1.5):
         z = x.clone()
         z[:, 0, 0, 0] = value
         require(not bool(ball.admits(z, x).any()), f"a row holding {value} was admitted")
     far = 1.0 - x.round()
+    if not _has_radius(ball):
+        require(bool(ball.admits(far, x).all()), "a point of the box was refused though nothing bounds the distance")
+        return
     require(not bool(ball.admits(far, x).any()), "the opposite corner of the box was admitted")
 
 
 def zero_eps_holds_only_the_origin(threat: Any) -> None:
     """With radius 0 everything projects, samples and finishes to the origin."""
+    if not _has_radius(threat):
+        return
     ball, x = replace(_bound(threat), eps=0), rows()
     require(torch.equal(ball.project(x + normal(26, *x.shape), x), x), "a point other than the origin is inside")
     require(
@@ -102,7 +136,7 @@ def finishing_stays_inside(threat: Any) -> None:
     ball = _bound(threat)
     x = (rows() * 255).round() / 255
     for seed in range(3):
-        z = ball.sample(x, RowRng.from_ids(seed, names(len(x))))
+        z = _inside(ball, x, seed)
         done = ball.finish(z, x)
         require(bool(ball.admits(done, x).all()), "a finished row is outside")
         require(torch.equal(ball.finish(done, x), done), "finishing twice is not finishing once")
@@ -116,11 +150,14 @@ def rows_do_not_mix(threat: Any) -> None:
 
     def everything(chosen: Tensor) -> list[Tensor]:
         origin = x[chosen]
-        inside = ball.sample(origin, rng.take(chosen))
+        inside = ball.project(far[chosen], origin)
+        walked: list[Tensor] = []
+        if _has_radius(ball):
+            inside = ball.sample(origin, rng.take(chosen))
+            walked = [inside, ball.steepest(gradient[chosen], origin)]
         return [
-            inside,
+            *walked,
             ball.project(far[chosen], origin),
-            ball.steepest(gradient[chosen], origin),
             ball.finish(inside, origin),
             ball.distance(inside, origin),
         ]

@@ -15,6 +15,7 @@ THREAT_MODELS: Registry[Any] = Registry(
         "l0": "advkit.threat_models.sparse:L0",
         "transfer": "advkit.threat_models.transfer:Transfer",
         "tapm": "advkit.threat_models.tapm:Tapm",
+        "minimum-l2": "advkit.threat_models.minimum:MinimumL2",
     },
     group="advkit.threat_models",
 )
@@ -24,6 +25,9 @@ GOALS: Registry[Any] = Registry(
     {
         "untargeted": "advkit.threat_models.goals.untargeted:UntargetedRule",
         "targeted": "advkit.threat_models.goals.targeted:TargetedRule",
+        "ordered-topk": "advkit.threat_models.goals.ordered_topk:OrderedTopKRule",
+        "topk": "advkit.threat_models.goals.ordered_topk:TopKRule",
+        "out-of-topk": "advkit.threat_models.goals.ordered_topk:OutOfTopKRule",
     },
     group="advkit.goals",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Rng
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import _KNOWLEDGE, UNIT, lattice_index, lattice_value, row_max, row_sum, wide
+
+
+class _NoRadius(UsageError, AttributeError):
+    """An attack wants to know how far it may go, and it may go anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "minimum-l2 has no radius to take steps of; use a minimum-norm attack (quadattack, cw_topk, ad_topk), or "
+            "give this attack a budget: l2:eps=..."
+        )
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class MinimumL2:
     box:     legal inputs; `bind` puts the model's own here
 
     An attack that was stopped by nothing should return the nearest point that reaches its goal, and the untouched row
-    where it found none. Attacks that walk a given radius (`steepest`, `sample`) have none here: UsageError.
+    where it found none. Attacks that walk a given radius (`eps`, `steepest`, `sample`) have none here: UsageError.
     """
 
     norm: ClassVar[str] = "L2"
@@ -105,17 +115,15 @@ class MinimumL2:
         rounded = lattice_value(lattice_index(x.to(low.dtype), low, step).round(), low, step, self.lattice).to(x.dtype)
         return torch.where(x == origin, origin, self.project(rounded, origin))
 
+    @property
+    def eps(self) -> float:
+        """There is none: UsageError (and AttributeError, so that asking whether there is one works)."""
+        raise _NoRadius
+
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
         """No radius, no ball to draw from: UsageError."""
-        self._no_radius()
+        raise _NoRadius
 
     def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
         """No radius, no eps-long step: UsageError."""
-        self._no_radius()
-
-    @staticmethod
-    def _no_radius() -> NoReturn:
-        raise UsageError(
-            "minimum-l2 has no radius to take steps of; use a minimum-norm attack (quadattack, cw_topk, ad_topk), or "
-            "give this attack a budget: l2:eps=..."
-        )
+        raise _NoRadius
