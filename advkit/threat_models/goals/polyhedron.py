@@ -31,8 +31,11 @@ _WIDTH = 64  # smallest first working set
 _GROWTH = 1.5
 _PATIENCE = 3  # block flips without progress before single flips
 _SOFT = 1e-2  # slack of pairs that can't all hold, in units of mean(diag S)
-_STALLS = 3
-_OUTER = 64
+_WIDEST = 1024  # working set; the pairs that hold a solution in place are fewer than the classes, the soft ones may be more
+_FLIPS = 100  # linear systems per pass and row; a dozen are common
+_STALLS = 3  # passes that a working set may miss its own margins before it counts as impossible
+_PASSES = 64
+_CELLS = 2**22  # entries of M held at a time
 
 
 class _Precision(NamedTuple):
@@ -252,7 +255,8 @@ class _Problem:
     always: int
 
     def take(self, rows: Tensor) -> _Problem:
-        return replace(self, upper=self.upper[rows], lower=self.lower[rows], v=self.v[rows])
+        upper, lower, v = _rows(rows, self.upper, self.lower, self.v)
+        return replace(self, upper=upper, lower=lower, v=v)
 
     @property
     def scale(self) -> float | Tensor:
@@ -279,18 +283,15 @@ class _Problem:
     def matrix(self, index: Tensor) -> Tensor:
         """M restricted to the pairs named by index [B, w], as [B, w, w]."""
         upper, lower = self.upper.gather(1, index), self.lower.gather(1, index)
-        return (
-            self._between(upper, upper)
-            - self._between(upper, lower)
-            - self._between(lower, upper)
-            + self._between(lower, lower)
-        )
+        across = self._between(upper, lower)
+        return self._between(upper, upper).add_(self._between(lower, lower)).sub_(across).sub_(across.mT)
 
     def _between(self, left: Tensor, right: Tensor) -> Tensor:
         left, right = left.unsqueeze(2), right.unsqueeze(1)
         if self.metric is None:
             return (left == right).to(self.v.dtype)
-        return self.metric.reshape(-1)[left * self.classes + right]
+        place = (left * self.classes + right).reshape(-1)
+        return self.metric.reshape(-1).index_select(0, place).view(-1, left.shape[1], right.shape[2])
 
 
 @dataclass(frozen=True)
@@ -316,14 +317,14 @@ def _solve(problem: _Problem, unit: Tensor, wanted: Tensor, start: Tensor, slack
     precision = _PRECISION[dtype]
     scale = problem.scale
     softness, ridge = slack * scale, (0.0 if slack else precision.ridge * scale)
-    rows, pairs = problem.v.shape
+    batch, pairs = problem.v.shape
     end = _Dual(
         multipliers=torch.zeros_like(problem.v),
-        mu=problem.v.new_zeros(rows, problem.classes),
-        move=problem.v.new_zeros(rows, problem.classes),
+        mu=problem.v.new_zeros(batch, problem.classes),
+        move=problem.v.new_zeros(batch, problem.classes),
         missing=problem.v.clone(),
         solved=problem.v.amax(1) <= precision.exact * unit,
-        rounds=torch.zeros(rows, dtype=torch.int64, device=problem.v.device),
+        rounds=torch.zeros(batch, dtype=torch.int64, device=problem.v.device),
     )
     left = (wanted & ~end.solved).nonzero().squeeze(1)
     part, unit, multipliers = problem.take(left), unit[left], start[left].clamp_min(0.0)
@@ -333,22 +334,21 @@ def _solve(problem: _Problem, unit: Tensor, wanted: Tensor, start: Tensor, slack
         everything = torch.arange(pairs, device=left.device).expand(len(left), -1)
         missing = part.missing(part.moved(part.mu(multipliers, everything))) - softness * multipliers
     width = max(_WIDTH, 4 * (problem.always + 1), int((multipliers > 0).sum(1).max()) if len(left) else 0)
-    for _ in range(_OUTER):
+    for _ in range(_PASSES):
         if not len(left):
             break
-        width = min(width, pairs)
+        width = min(width, pairs, _WIDEST)
         index, real = _working_set(missing, multipliers, width, problem.always)
-        matrix = part.matrix(index)
-        matrix.diagonal(dim1=1, dim2=2).add_(softness)
-        found, settled, spent = _pivot(
-            matrix,
-            part.v.gather(1, index),
-            multipliers.gather(1, index),
-            real,
-            ridge,
-            precision.exact,
-            unit,
-        )
+        pieces = []
+        for rows in torch.arange(len(left), device=left.device).split(max(1, _CELLS // index.shape[1] ** 2)):
+            few, places = part.take(rows), index[rows]
+            matrix = few.matrix(places)
+            matrix.diagonal(dim1=1, dim2=2).add_(softness)
+            centre = multipliers[rows].gather(1, places)
+            pieces.append(
+                _pivot(matrix, few.v.gather(1, places), centre, real[rows], ridge, precision.exact, unit[rows])
+            )
+        found, settled, spent = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         multipliers = torch.zeros_like(part.v).scatter_add_(1, index, found)
         mu = part.mu(found, index)
         move = part.moved(mu)
@@ -358,7 +358,7 @@ def _solve(problem: _Problem, unit: Tensor, wanted: Tensor, start: Tensor, slack
         exact = settled & (worst <= precision.exact * unit)
         # What the working set itself can't hold, a larger one can't either: a few proximal steps, then give up on it.
         outside = worst > precision.accept * unit
-        stuck = ~settled | (inside > torch.where(outside, precision.accept, precision.exact) * unit)
+        stuck = ~settled | (width == _WIDEST) | (inside > torch.where(outside, precision.accept, precision.exact) * unit)
         stalls = stalls + stuck.long()
         done = exact | (stalls >= _STALLS)
         end.rounds[left] += spent
@@ -372,10 +372,10 @@ def _solve(problem: _Problem, unit: Tensor, wanted: Tensor, start: Tensor, slack
         quadratic = (mu * move).sum(1) + softness * multipliers.square().sum(1)
         gap = ((multipliers * part.v).sum(1) - quadratic).abs()
         end.solved[left] = exact | ((worst <= precision.accept * unit) & (gap <= precision.gap * quadratic))
-        go = ~done
-        if bool(done.any()):
-            left, part, unit, stalls = left[go], part.take(go), unit[go], stalls[go]
-            multipliers, missing = multipliers[go], missing[go]
+        go = (~done).nonzero().squeeze(1)
+        if len(go) < len(left):
+            part = part.take(go)
+            left, unit, stalls, multipliers, missing = _rows(go, left, unit, stalls, multipliers, missing)
         width = max(width + 32, math.ceil(width * _GROWTH))
     return end
 
@@ -419,7 +419,7 @@ def _pivot(
     place = torch.arange(width, device=v.device)
     target = v + ridge * centre.masked_fill(~real, 0.0)
     slack = (tolerance * unit).unsqueeze(1)
-    for _ in range(100 + 2 * width):
+    for _ in range(_FLIPS):
         both = passive.unsqueeze(2) & passive.unsqueeze(1)
         system = torch.where(both, matrix, 0.0)
         system.diagonal(dim1=1, dim2=2).add_(torch.where(passive, ridge, 1.0))
@@ -433,20 +433,12 @@ def _pivot(
         broken = (failed != 0) | ~torch.isfinite(x).all(1)
         over = (count == 0) & ~broken
         if bool((over | broken).any()):
-            x_end[left[over]] = _without_ridge(
-                matrix[over], v[over], factor[over], x[over], passive[over], real[over], low[over], slack[over]
-            )
-            settled[left[over]] = True
-            go = ~(over | broken)
-            left, matrix, v, target, real, passive = left[go], matrix[go], v[go], target[go], real[go], passive[go]
-            fewest, patience, slack, wrong, count, x = (
-                fewest[go],
-                patience[go],
-                slack[go],
-                wrong[go],
-                count[go],
-                x[go],
-            )
+            ended = over.nonzero().squeeze(1)
+            x_end[left[ended]] = _without_ridge(*_rows(ended, matrix, v, factor, x, passive, real, low, slack))
+            settled[left[ended]] = True
+            go = (~(over | broken)).nonzero().squeeze(1)
+            left, matrix, v, target, real, passive = _rows(go, left, matrix, v, target, real, passive)
+            fewest, patience, slack, wrong, count, x = _rows(go, fewest, patience, slack, wrong, count, x)
         if not len(left):
             break
         better = count < fewest
@@ -477,6 +469,10 @@ def _without_ridge(
     y = _product(matrix, refined) - v
     keeps = (torch.where(passive, refined >= -low, (y >= -slack) | ~real)).all(1, keepdim=True)
     return torch.where(keeps & torch.isfinite(refined), refined, x).clamp_min(0.0)
+
+
+def _rows(rows: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.index_select(0, rows) for tensor in tensors)
 
 
 def _substitute(factor: Tensor, right: Tensor) -> Tensor:
