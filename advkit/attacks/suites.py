@@ -129,9 +129,8 @@ class AutoAttack(Suite):
 class Lean(Suite):
     """Nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
 
-    Short runs toward every other class first, ordered by the scores at the best adversarial point; long runs only for
-    the survivors nearest to the boundary; a black-box sentinel on a sample. Where the sentinel finds a row that the
-    gradients missed, every survivor gets the full black-box budget and AutoAttack's own stages.
+    As `thorough`, with half the survivors in the stages nearest to the boundary, shorter runs there, and the sentinel
+    on a sample of the survivors.
 
     targets: most classes run toward
     """
@@ -141,12 +140,15 @@ class Lean(Suite):
     def stages(self) -> tuple[Stage, ...]:
         """Cheap ones first."""
         return _cascade(
-            Stage(name="apgd-ce", attack=APGDCE(steps=10)),
-            Stage(name="apgd-t-short", attack=_toward(self.targets, steps=10)),
-            Stage(name="near-margin", attack=_toward(3, steps=30), share=0.15, least=16),
-            Stage(name="nearest-dlr", attack=_toward(3, steps=100, loss="dlr"), share=0.05, least=16),
-            Stage(name="nearest-ce", attack=APGDCE(steps=50, restarts=2), share=0.05, least=16),
-            Stage(name="sentinel", attack=Square(queries=300), share=0.25, by="sample", sentinel=True),
+            *_short(),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.3, least=4),
+            Stage(name="near-margin", attack=_toward(3, steps=30, together=3), share=0.06, least=4),
+            Stage(name="near-dlr", attack=_toward(3, steps=30, together=3, loss="dlr"), share=0.06, least=4),
+            Stage(name="nearest-margin", attack=_toward(1, steps=25, restarts=8, together=8), share=0.03, least=4),
+            Stage(
+                name="nearest-dlr", attack=_toward(1, steps=25, restarts=8, together=8, loss="dlr"), share=0.03, least=4
+            ),
+            Stage(name="sentinel", attack=Square(queries=200), share=0.25, by="sample", least=4, sentinel=True),
         )
 
 
@@ -154,8 +156,11 @@ class Lean(Suite):
 class Thorough(Suite):
     """AutoAttack's robust accuracy or less for a small part of its cost: the default of `--attack auto`.
 
-    As `lean`, with longer first runs, a quarter of the survivors in the near-boundary stage, many restarts for the
-    very nearest, and the sentinel on all survivors.
+    Every row gets a short run and short runs toward its three nearest classes; a row that still stands and falls to
+    anything stands near the boundary. So the nearest 30 % are run toward every class, the nearest tenth for longer
+    under two losses, the nearest 6 % from many starts; all survivors meet a black-box sentinel, the nearest quarter for
+    longer. Where the sentinel finds a row that the gradients missed, every survivor gets the full black-box budget and
+    AutoAttack's own stages.
 
     targets: most classes run toward
     """
@@ -165,20 +170,32 @@ class Thorough(Suite):
     def stages(self) -> tuple[Stage, ...]:
         """Cheap ones first."""
         return _cascade(
-            Stage(name="apgd-ce", attack=APGDCE(steps=20)),
-            Stage(name="apgd-t-short", attack=_toward(self.targets, steps=10)),
-            Stage(name="near-margin", attack=_toward(3, steps=50), share=0.25),
-            # Rows on the very boundary fall one time in five: restarts, toward the one class that is near.
-            Stage(name="nearest-margin", attack=_toward(1, steps=100, restarts=8), share=0.08, least=16),
-            Stage(name="nearest-dlr", attack=_toward(3, steps=100, loss="dlr"), share=0.08, least=16),
-            Stage(name="nearest-ce", attack=APGDCE(steps=100, restarts=2), share=0.08, least=16),
-            Stage(name="sentinel", attack=Square(queries=300), sentinel=True),
+            *_short(),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.3, least=4),
+            Stage(name="near-margin", attack=_toward(3, steps=50, together=3), share=0.1, least=4),
+            Stage(name="near-dlr", attack=_toward(3, steps=30, together=3, loss="dlr"), share=0.1, least=4),
+            # Rows on the very boundary fall one time in five or less, and to short runs as often as to long ones: many
+            # starts. Some fall to the one loss alone, some to the other.
+            Stage(name="nearest-margin", attack=_toward(1, steps=25, restarts=8, together=8), share=0.06, least=4),
+            Stage(
+                name="nearest-dlr", attack=_toward(3, steps=25, restarts=3, together=9, loss="dlr"), share=0.06, least=4
+            ),
+            Stage(name="near-sentinel", attack=Square(queries=300), share=0.25, least=4, sentinel=True),
+            Stage(name="sentinel", attack=Square(queries=100), sentinel=True),
         )
 
 
-def _toward(targets: int, *, steps: int, restarts: int = 1, loss: str = "margin") -> APGDT:
+def _toward(targets: int, *, steps: int, restarts: int = 1, together: int = 1, loss: str = "margin") -> APGDT:
     """Targets as the scores at the best adversarial point order them."""
-    return APGDT(steps=steps, restarts=restarts, targets=targets, loss=loss, order="adversarial")
+    return APGDT(steps=steps, restarts=restarts, targets=targets, loss=loss, order="adversarial", together=together)
+
+
+def _short() -> tuple[Stage, ...]:
+    """What every row gets."""
+    return (
+        Stage(name="apgd-ce", attack=APGDCE(steps=10)),
+        Stage(name="apgd-t-short", attack=_toward(3, steps=10)),
+    )
 
 
 def _cascade(*stages: Stage) -> tuple[Stage, ...]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from advkit.attacks.gradient.targeted import APGDDLR, APGDT
 from advkit.core.errors import UsageError
+from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.rng import RowRng
 from advkit.models.torch import TorchModel
 from advkit.testing.play import names, play
 from advkit.testing.victims import linear, normal, uniform
@@ -140,13 +142,80 @@ def test_adversarial_order_tries_every_class_once(digits, monkeypatch):
 def test_rows_do_not_depend_on_their_batch(digits):
     model, x, y = digits
     x, y, ids = x[:40], y[:40], names(40)
-    for attack in (APGDT(steps=8, targets=4, order="adversarial"), APGDT(steps=8, targets=3, restarts=2)):
+    for attack in (
+        APGDT(steps=8, targets=4, order="adversarial"),
+        APGDT(steps=8, targets=3, restarts=2),
+        APGDT(steps=8, targets=3, restarts=2, order="adversarial", together=4),
+    ):
         whole = play(attack, model, x, Untargeted(y), Linf(eps=0.07), ids=ids)
         assert 0 < whole.reached.sum() < 40
         some = torch.tensor([31, 3, 17, 8, 22])
         part = play(attack, model, x[some], Untargeted(y[some]), Linf(eps=0.07), ids=[ids[i] for i in some])
         assert torch.equal(part.z, whole.z[some])
         assert torch.equal(part.meter.forwards, whole.meter.forwards[some])
+
+
+@pytest.mark.parametrize("together", [2, 3, 6, 50])
+def test_walks_side_by_side_are_the_walks_one_by_one(digits, together):
+    model, x, y = digits
+    x, y, ball = x[:60], y[:60], Linf(eps=0.09)
+    alone, beside = (
+        play(
+            APGDT(steps=12, targets=3, restarts=2, loss="margin", stop=False, together=k), model, x, Untargeted(y), ball
+        )
+        for k in (1, together)
+    )
+    assert 0 < alone.reached.sum() < 60
+    assert torch.equal(alone.z, beside.z)
+
+
+def test_a_row_that_falls_on_one_walk_leaves_with_all(digits):
+    model, x, y = digits
+    x, goal, ball = x[:60], Untargeted(y[:60]), Linf(eps=0.09)
+    passes = {"forward": 0, "backward": 0}
+    lanes = Lanes(chunk=4096, multiple=1)
+
+    def run(**settings):
+        passes.update(forward=0, backward=0)
+        oracle = MeteredOracle(_counting(model, passes), len(x), lanes=lanes)
+        z = APGDT(steps=12, targets=4, loss="margin", together=4, **settings)(
+            oracle, x, goal, ball, RowRng.from_ids(0, names(60))
+        )
+        with torch.no_grad():
+            return goal.reached(model(z)), passes["backward"]
+
+    fell, fewer = run()
+    same, all_of_them = run(stop=False)
+    assert torch.equal(fell, same)
+    assert 0 < fell.sum() < 60
+    assert all_of_them == 60 * 4 * 12
+    # The standing rows take every step; of the fallen, no walk goes on to the end.
+    standing = 60 - int(fell.sum())
+    assert standing * 4 * 12 <= fewer < standing * 4 * 12 + int(fell.sum()) * 4 * 12
+
+
+def test_walks_side_by_side_start_at_different_classes(digits, monkeypatch):
+    model, x, y = digits
+    tried = []
+    walk = APGDT._run
+
+    def spied(self, live, *rest):
+        tried.append(live.goal.rival.view(-1, 12))
+        walk(self, live, *rest)
+
+    monkeypatch.setattr(APGDT, "_run", spied)
+    play(APGDT(steps=2, order="adversarial", together=4), model, x[:12], Untargeted(y[:12]), Linf(eps=1e-3))
+    assert [len(each) for each in tried] == [4, 4, 1]
+    others = torch.stack([torch.tensor([c for c in range(10) if c != label]) for label in y[:12].tolist()])
+    assert torch.equal(torch.cat(tried).T.sort(1)[0], others)
+
+
+def test_limited_queries_are_walked_one_by_one(digits):
+    model, x, y = digits
+    attack = APGDT(steps=5, targets=3, together=3)
+    played = play(attack, model, x[:20], Untargeted(y[:20]), Linf(eps=1e-4), queries=10)
+    assert (played.meter.queries <= 10).all()
+    assert (played.meter.queries > 6).any()
 
 
 def test_orders_find_the_same(digits):
@@ -212,5 +281,6 @@ def test_refusals(digits):
             play(attack, model, x[:2], Untargeted(y[:2]), L0(eps=3))
     with pytest.raises(UsageError, match="order"):
         APGDT(order="random")
-    with pytest.raises(UsageError, match="targets"):
-        APGDT(targets=0)
+    for name in ("targets", "together"):
+        with pytest.raises(UsageError, match=name):
+            APGDT(**{name: 0})

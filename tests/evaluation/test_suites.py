@@ -12,7 +12,7 @@ from torch import nn
 from advkit.attacks.gradient.apgd import APGDCE
 from advkit.attacks.gradient.pgd import PGD
 from advkit.attacks.query.square import Square
-from advkit.attacks.suites import Stage, Suite
+from advkit.attacks.suites import Lean, Stage, Suite, Thorough
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome
 from advkit.evaluation import api
@@ -135,6 +135,45 @@ def test_what_a_stage_takes_depends_on_the_rows_alone():
     assert drawn != taken_by(Stage(name="a", attack=None, share=0.2, least=1, by="sample"), standing, 1)
     assert taken_by(Stage(name="a", attack=None, share=0.01, least=30), standing, 0) >= set()
     assert len(taken_by(Stage(name="a", attack=None, share=0.01, least=30), standing, 0)) == 30
+
+
+@pytest.mark.parametrize("suite", [Lean(), Thorough()])
+def test_the_shipped_suites(suite, digits, digits_model, tmp_path):
+    stages = suite.stages()
+    assert len({stage.name for stage in stages}) == len(stages)
+    usual = [stage for stage in stages if stage.when == "always"]
+    assert stages[: len(usual)] == tuple(usual)
+    assert usual[0].share == 1
+    # What watches the gradients asks for scores alone, and comes after them.
+    watching = [stage.sentinel for stage in usual]
+    assert any(watching)
+    assert watching == sorted(watching)
+    assert all(stage.attack.needs == (Access.SCORES if stage.sentinel else Access.GRADIENTS) for stage in usual)
+    records = {}
+    for size in (7, 1000):
+        case = api.resolve(suite, "none", digits, digits_model, EPS, device="cpu", n=60, batch_size=size)
+        records[size] = play(case, tmp_path / str(size))
+    assert records[7] == records[1000]
+    groups = by_label(records[7])
+    standing = {r.id for r in groups[f"{case.label}/{usual[0].name}"]}
+    for stage in usual:
+        group = groups[f"{case.label}/{stage.name}"]
+        taken = {r.id for r in group}
+        assert taken <= standing
+        share = -(-round(100 * stage.share) * len(standing) // 100)
+        assert len(taken) == (len(standing) if stage.share == 1 else min(len(standing), max(stage.least, share)))
+        standing -= {r.id for r in group if r.outcome in (Outcome.WRONG, Outcome.BROKEN)}
+
+
+def test_thorough_takes_at_least_what_lean_takes():
+    lean, thorough = ({stage.name: stage for stage in suite.stages()} for suite in (Lean(), Thorough()))
+    for name, stage in lean.items():
+        if stage.when == "always" and not stage.sentinel:
+            more = thorough[name]
+            assert more.share >= stage.share
+            assert more.attack.steps * getattr(more.attack, "targets", 1) * more.attack.restarts >= (
+                stage.attack.steps * getattr(stage.attack, "targets", 1) * stage.attack.restarts
+            )
 
 
 def test_suites_refuse_balls_they_do_not_serve(digits, digits_model):

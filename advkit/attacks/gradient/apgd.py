@@ -136,7 +136,7 @@ class _Sparse:
         state.back_to_best(sparser)
 
 
-def _start(x: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
+def start_of(x: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
     """The published starts: noise scaled to the ball's surface (Linf, L2) or projected onto the ball (L1)."""
     inner = lp_ball(ball)
     if isinstance(inner, Linf):
@@ -198,13 +198,12 @@ class APGD:
                 live = live if survivors is None else live.take(survivors)
             if not len(live):
                 break
-            self._run(live, ball, best, restart, stopping)
+            self._run(live, ball, best, start_of(live.x, ball, live.rng.at("start", restart)), stopping)
         return best.x
 
-    def _run(self, live: Live, ball: Ball[Tensor], best: Best, restart: int, stopping: bool) -> None:
+    def _run(self, live: Live, ball: Ball[Tensor], best: Best, z: Tensor, stopping: bool) -> None:
         if not live.affords():
             return
-        z = _start(live.x, ball, live.rng.at("start", restart))
         loss, gradient, answer = live.oracle.gradient(z, live.goal)
         state = _Walk(z, z, gradient, loss, z, gradient, loss)
         pace = (_Sparse if isinstance(lp_ball(ball), L1) else _Dense).begin(state, self.steps)

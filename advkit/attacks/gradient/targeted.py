@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, finite_rows, lp_ball
-from advkit.attacks.gradient.apgd import APGD
+from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, finite_rows, lp_ball, per_row
+from advkit.attacks.gradient.apgd import APGD, start_of
 from advkit.attacks.gradient.pgd import at_least_one, one_of
 from advkit.attacks.wrappers import averaged
 from advkit.core.errors import BadModel, UsageError
@@ -70,6 +70,34 @@ class LowestMargin(Best):
         return hit
 
 
+class _Walks(LowestMargin):
+    """The best points of several walks per row: a row that falls on one of them has fallen on all.
+
+    row:  which row each walk belongs to, long [walks]
+    rows: how many there are
+    """
+
+    def __init__(self, x: Tensor, goal: TensorGoal, answer: Tensor, row: Tensor, rows: int) -> None:
+        super().__init__(x, goal, answer)
+        self._row, self._count = row, rows
+
+    def offer(self, z: Tensor, answer: Tensor, loss: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """As `LowestMargin.offer`, but says of every walk whether its row has fallen."""
+        hit = super().offer(z, answer, loss, rows)
+        row = self._row if rows is None else self._row[rows]
+        fallen = torch.zeros(self._count, dtype=torch.long, device=hit.device).index_add_(0, row, hit.long())
+        return fallen[row] > 0
+
+
+def _in_one(aims: Sequence[TensorGoal], row: Tensor) -> TensorGoal:
+    """The aims of several walks per row as one goal; `row` long [walks * rows] names the row of each."""
+    goal = aims[0].take(row)
+    if not hasattr(goal, "rival"):
+        return goal
+    rivals = torch.cat([cast(Any, aim).rival for aim in aims])
+    return cast(TensorGoal, replace(cast(Any, goal), rival=rivals))
+
+
 def refuse_l0(name: str, ball: Ball[Tensor]) -> None:
     """Raise UsageError for the L0 ball."""
     if isinstance(lp_ball(ball), L0):
@@ -115,6 +143,9 @@ class APGDT(APGD):
     loss:    surrogate loss towards the target: "dlr", "margin" or "ce"; with fewer than four classes there is no
              targeted DLR and "margin" takes its place, which the log says
     order:   likeliest on the "clean" row, as published, or at the best "adversarial" point that the row has so far
+    together: walks (targets, and restarts of each) of a row that go side by side in one batch, >= 1, so that few rows
+              fill it; a row that falls on one leaves with all, and targets that start together are ranked at the same
+              point. One by one where the threat model limits queries
 
     steps, restarts (per target), stop and eot are as in APGD. Raises UsageError for values out of range and for L0.
     """
@@ -122,10 +153,11 @@ class APGDT(APGD):
     loss: str = field(default="dlr")
     targets: int = 9
     order: Order = "clean"
+    together: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "targets")
+        at_least_one(self, "targets", "together")
         one_of(self, "order", ("clean", "adversarial"))
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
@@ -138,21 +170,49 @@ class APGDT(APGD):
         stopping = self.stop and oracle.decides
         ways = rivals_of(goal, clean, self.targets)
         loss = usable_loss("apgd-t", ways[0] if ways else goal, clean, self.loss)
-        tried: tuple[TensorGoal, ...] = ()
-        for target in range(max(1, len(ways))):
-            for restart in range(self.restarts):
-                if stopping:
-                    reached = best.reached if live.index is None else best.reached[live.index]
-                    if (stay := live.left(reached)) is not None:
-                        live = live.take(stay)
-                        ways, tried = (tuple(way.take(stay) for way in goals) for goals in (ways, tried))
-                if not len(live):
-                    return best.x
-                if ways and self.order == "adversarial" and restart == 0:
-                    answer = best.answer if live.index is None else best.answer[live.index]
-                    ways = (*tried, *rivals_of(live.goal, answer, 1, tried), *ways[target + 1 :])
-                    tried = ways[: target + 1]
-                aim = (ways[target] if ways else live.goal).under(loss)
-                walk = replace(live, goal=aim, rng=live.rng.at("target", target))
-                self._run(walk, ball, best, restart, stopping)
+        jobs = [(target, restart) for target in range(max(1, len(ways))) for restart in range(self.restarts)]
+        chosen = ways if self.order == "clean" else ()
+        # Walks side by side would spend a row's queries faster than the loop that watches them can see.
+        together = 1 if live.oracle.left is not None else self.together
+        for first in range(0, len(jobs), together):
+            group = jobs[first : first + together]
+            if stopping:
+                reached = best.reached if live.index is None else best.reached[live.index]
+                if (stay := live.left(reached)) is not None:
+                    live, chosen = live.take(stay), tuple(way.take(stay) for way in chosen)
+            if not len(live):
+                return best.x
+            if ways and (more := group[-1][0] + 1 - len(chosen)) > 0:
+                answer = best.answer if live.index is None else best.answer[live.index]
+                chosen = (*chosen, *rivals_of(live.goal, answer, more, chosen))
+            aims = [(chosen[target] if ways else live.goal).under(loss) for target, _ in group]
+            starts = [start_of(live.x, ball, live.rng.at("target", t).at("start", r)) for t, r in group]
+            if len(group) == 1:
+                self._run(replace(live, goal=aims[0]), ball, best, starts[0], stopping)
+            else:
+                self._side_by_side(live, ball, best, aims, torch.cat(starts), clean, stopping)
         return best.x
+
+    def _side_by_side(
+        self,
+        live: Live,
+        ball: Ball[Tensor],
+        best: LowestMargin,
+        aims: Sequence[TensorGoal],
+        starts: Tensor,
+        clean: Tensor,
+        stopping: bool,
+    ) -> None:
+        """One walk per aim and row, all in one batch; what they found goes to the rows in the order of the aims."""
+        n = len(live)
+        row = torch.arange(n, device=live.x.device).repeat(len(aims))
+        walks = live.take(row)
+        goal = _in_one(aims, row)
+        origin = clean if live.index is None else clean[live.index]
+        found = _Walks(walks.x, goal, origin[row], row, n)
+        self._run(replace(walks, goal=goal, index=None), ball, found, starts, stopping)
+        # An untouched row is no find: without an answer it is passed over.
+        answers = torch.where(per_row(found.loss < torch.inf, found.answer), found.answer, torch.nan)
+        for walk in range(len(aims)):
+            part = slice(walk * n, (walk + 1) * n)
+            best.offer(found.x[part], answers[part], rows=live.index)
