@@ -32,6 +32,7 @@ BREAK_EVEN = 400_000
 GAIN = 0.97
 """Another memory layout is kept where it takes less than this share of the time."""
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_RESOLUTION = {"fp32": 0.0, "bf16": 2.0**-6, "fp16": 2.0**-9}
 _REPETITIONS = 7
 
 
@@ -45,7 +46,7 @@ class Speed:
                    makes CUDA graphs; that path has been written from torch's documentation and NEVER RUN, since no
                    device was at hand
 
-    A row that stands stood against a search in this precision; only what fell is known to full precision.
+    A row that stands far from the boundary stood against a search in this precision alone (see `resolution`).
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -78,6 +79,14 @@ class Speed:
 
     def __str__(self) -> str:
         return "+".join(self.switches) or "fp32"
+
+    @property
+    def resolution(self) -> float:
+        """Margins below this share of the scores' spread are not told from zero in this precision.
+
+        Four times the largest error seen on convolutional networks of up to five layers: 0.0039 in bf16, a rounding.
+        """
+        return _RESOLUTION[self.precision]
 
     def without(self, switch: str) -> Self:
         """The same with one switch off."""

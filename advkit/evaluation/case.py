@@ -39,6 +39,8 @@ class Case:
     keep:       rows whose adversarial examples are written beside the records
     speed:      how the attack's oracle computes; verdicts are always full precision
     views:      the models under that speed, once a run has settled them (`fast.FastViews`); part of no digest
+    exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
+                for the speed's precision; part of no digest
     """
 
     task: Task
@@ -59,6 +61,7 @@ class Case:
     keep: int = 64
     speed: Speed = field(default_factory=Speed)
     views: Any = field(default=None, compare=False, repr=False)
+    exact: frozenset[str] = field(default=frozenset(), repr=False)
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.
@@ -67,9 +70,10 @@ class Case:
         """
         info = self.victim.describe()
         # Named only where it changes anything, so that runs in full precision keep the digests they always had.
+        named = {name: spec for name, spec in self.specs.items() if name != "speed"}
         speed = {"speed": str(self.speed)} if self.speed.switches else {}
         return {
-            "specs": {**self.specs, "model": info.architecture or info.name, **speed},
+            "specs": {**named, "model": info.architecture or info.name, **speed},
             "label": self.label,
             "threat": self.threat.describe(),
             "victim": info.state_sha256,

@@ -32,6 +32,7 @@ class FastViews:
     def __init__(self, chosen: dict[str, str], made: dict[str, View] | None = None) -> None:
         self.chosen = chosen
         self._made = made or {}
+        self._lanes: dict[str, Lanes] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FastViews, (self.chosen,)
@@ -68,7 +69,10 @@ class FastViews:
 
     def lanes(self, name: str, model: Any, sample: Tensor, backward: bool) -> Lanes:
         """Shapes in which the view answers the same bits for a row in any batch."""
-        return Speed.parse(self.chosen[name]).lanes(self.of(name, model, sample), sample, backward)
+        if name not in self._lanes:
+            view = self.of(name, model, sample)
+            self._lanes[name] = Speed.parse(self.chosen[name]).lanes(view, sample, backward)
+        return self._lanes[name]
 
     @classmethod
     def load(cls, file: Path) -> Self:

@@ -131,7 +131,10 @@ def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Itera
             continue
         label = f"{case.label}/{stage.name}"
         taken = taken_by(stage, standing, case.seed)
-        cell = replace(case, attack=stage.attack, label=label)
+        # The search of a fast view is blind where its precision ends: those rows it is spared.
+        blind = case.speed.resolution
+        exact = frozenset(row for row in taken if standing[row] <= blind) if blind else frozenset()
+        cell = replace(case, attack=stage.attack, label=label, exact=exact)
         for records, origin, returned in single_attack(cell, _Without(held, label, taken), crew):
             held.update((Store.key(label, record.id), record) for record in records)
             yield records, origin, returned
@@ -318,8 +321,9 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
     """Attack and judge one batch; a row that raises becomes an error record and the others go on.
 
     Under a speed switch a row is attacked a second time, in full precision and with the same random streams, where the
-    fast view took it for fallen and the model itself does not, or where the view answered NaN, gave no gradient or
-    raised. The second run is what counts; the passes of both add up, the queries are those of the second alone.
+    fast view took it for fallen and the model itself does not; where it ended so near the boundary that the view can't
+    tell its sides; and where the view answered NaN, gave no gradient or raised. The second run is what counts; the
+    passes of both add up, the queries are those of the second alone.
     """
     x: Tensor = batch.x
     n = len(batch.ids)
@@ -333,7 +337,6 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
     sound = (~broken_already & sane).cpu()
     # A grid counts every image; elsewhere a row that is wrong untouched has nothing left to lose.
     eligible = sane if case.everyone else ~broken_already & sane & ~goal.reached(clean)
-    rows = eligible.nonzero().squeeze(1)
 
     returned = x.clone()
     cost = torch.zeros(3, n, dtype=torch.long)
@@ -372,22 +375,30 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
         met_non_finite[where] = meter.non_finite
         no_gradient[where] = meter.zero_gradient
 
-    if len(rows):
-        attempt(rows, model if fast is None else fast)
+    exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=x.device)
+    for chosen, asked in ((eligible & exact, model), (eligible & ~exact, fast)):
+        if len(rows := chosen.nonzero().squeeze(1)):
+            attempt(rows, asked)
 
     verdict = judge.judge(returned, x, goal, case.threat)
     refuted = torch.zeros(n, dtype=torch.bool)
     unsure = torch.zeros(n, dtype=torch.bool)
     if fast is not None:
-        open_rows = eligible.cpu() & ~verdict.reached
-        if decides_in(case):
-            refuted = _believed(fast, returned, goal, lanes, open_rows)
-            refuted &= ~_believed(model, returned, goal, lanes, refuted)
+        tried = (eligible & ~exact).cpu()
+        open_rows = tried & ~verdict.reached
         unsure = open_rows & (met_non_finite | no_gradient)
-        unsure[list(errors)] = True
+        if decides_in(case):
+            refuted, margin = _believed(fast, returned, goal, lanes, open_rows)
+            refuted &= ~_believed(model, returned, goal, lanes, refuted)[0]
+            near = verdict.closeness <= case.speed.resolution
+            if model is case.victim:
+                near |= verdict.margin <= 4 * (margin - verdict.margin).abs()
+            unsure |= open_rows & near & ~margin.isnan()  # answers that are no scores have no margin
+        unsure[[i for i in errors if tried[i]]] = True
         again = (refuted | unsure).nonzero().squeeze(1).to(x.device)
         if len(again):
-            errors.clear()
+            for i in again.tolist():
+                errors.pop(i, None)
             returned[again] = x[again]
             attempt(again, model)
             verdict = judge.judge(returned, x, goal, case.threat)
@@ -449,14 +460,20 @@ def decides_in(case: Case) -> bool:
     return not case.surrogates and not case.randomized
 
 
-def _believed(model: Any, returned: Tensor, goal: Any, lanes: Lanes, among: Tensor) -> Tensor:
-    """Bool [B] on the CPU: rows, of those in `among`, that the model takes to have reached the goal."""
+def _believed(model: Any, returned: Tensor, goal: Any, lanes: Lanes, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows in `among`, which the model takes to have reached the goal, and their margins (NaN elsewhere).
+
+    Both [B] on the CPU.
+    """
     rows = among.nonzero().squeeze(1).to(returned.device)
-    found = torch.zeros(len(among), dtype=torch.bool)
+    reached = torch.zeros(len(among), dtype=torch.bool)
+    margin = torch.full((len(among),), torch.nan)
     if len(rows):
-        answer = MeteredOracle(model, len(rows), Access.SCORES, lanes=lanes)(returned[rows])
-        found[rows.cpu()] = (goal.take(rows).reached(answer) & finite(answer)).cpu()
-    return found
+        aim, answer = goal.take(rows), MeteredOracle(model, len(rows), Access.SCORES, lanes=lanes)(returned[rows])
+        reached[rows.cpu()] = (aim.reached(answer) & finite(answer)).cpu()
+        if answer.is_floating_point() and answer.ndim > 1:
+            margin[rows.cpu()] = aim.margin(answer).float().cpu()
+    return reached, margin
 
 
 def _number(value: Tensor) -> float | None:

@@ -21,7 +21,7 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Batch
 from advkit.evaluation.case import Case
 
-_CELL = ("attack", "label", "threat", "everyone")
+_CELL = ("attack", "label", "threat", "everyone", "exact")
 _worker: dict[str, Any] = {}
 
 
