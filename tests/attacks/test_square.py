@@ -8,7 +8,11 @@ import torch
 from advkit.attacks.query.square import Layout, Square, bump
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes
-from advkit.testing.play import play
+from advkit.core.rng import RowRng
+from advkit.core.spaces import Box
+from advkit.evaluation.benchmark import Ops
+from advkit.testing.play import names, play
+from advkit.testing.victims import linear, uniform
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
@@ -50,7 +54,7 @@ def test_bumps_have_unit_norm_and_two_signs():
     torch.testing.assert_close(bump(3, 3)[1].view(3, 3), bump(3, 3)[0].view(3, 3).T)
 
 
-@pytest.mark.parametrize("ball", [Linf(eps=1e-3), L2(eps=1e-3)])
+@pytest.mark.parametrize("ball", [Linf(eps=1e-3), L2(eps=1e-3), L1(eps=1e-3)])
 def test_queries_are_counted_by_hand_and_the_budget_cuts_them(digits, ball):
     model, x, y = digits
     goal = Untargeted(y[:10])
@@ -93,7 +97,7 @@ def test_every_linf_query_is_a_corner_of_ball_and_box(digits):
 
 def test_more_queries_of_the_published_schedule_go_on_where_fewer_ended(digits):
     model, x, y = digits
-    for ball in (Linf(eps=0.06), L2(eps=0.4)):
+    for ball in (Linf(eps=0.06), L2(eps=0.4), L1(eps=1.5)):
         few, many = (
             play(Square(queries=n, schedule="published"), model, x[:60], Untargeted(y[:60]), ball) for n in (60, 240)
         )
@@ -116,6 +120,102 @@ def test_as_strong_as_another_library(digits, norm, kind, eps):
     assert ours.sum() >= theirs.sum() - 4
 
 
+def test_l1_as_strong_as_the_reference_in_ball_and_box(digits):
+    reference = pytest.importorskip("pyautoattack.square")
+    model, x, y = digits
+    # The reference's patches reach neither the last row nor the last column: both sides get a blank one to miss.
+    x, y = torch.nn.functional.pad(x[:100], (0, 1, 0, 1)), y[:100]
+    ball = L1(eps=2.5)
+
+    def victim(z):
+        return model(z[..., :8, :8])
+
+    attack = reference.SquareAttack(victim, norm="L1", eps=2.5, n_queries=300, seed=0, device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        theirs = int((victim(attack.perturb(x, y)).argmax(1) != y).sum())
+    played = play(Square(queries=300, schedule="published"), victim, x, Untargeted(y), ball)
+    ours = int(played.reached.sum())
+    assert ball.admits(played.z, x).all()
+    # Every row has patches of its own here, there all rows of a batch share them: ours end a little lower.
+    assert 15 < theirs < 85
+    assert theirs - 4 <= ours <= theirs + 14
+    noise = torch.zeros(len(x), dtype=torch.bool)
+    for draw in range(20):
+        with torch.no_grad():
+            noise |= victim(ball.sample(x, RowRng.from_ids(draw, names(100)))).argmax(1) != y
+    assert ours > noise.sum() + 10
+
+
+def test_l1_descends_a_linear_victim_towards_the_exact_optimum():
+    victim = linear(features=8, classes=2, seed=3, space=Box(-1000.0, 1000.0))
+    x = uniform(7, 14, 8)
+    with torch.no_grad():
+        labels = victim(x).argmax(1)
+        clean = Untargeted(labels).margin(victim(x))
+    # All the budget on the steepest feature; far too little to cross the boundary.
+    steepest = (victim.weight[0] - victim.weight[1]).abs().max()
+    eps = float(0.5 * clean.min() / steepest)
+    ball = L1(eps=eps, box=victim.space)
+    few, many = (
+        play(Square(queries=n, schedule="published"), victim, x, Untargeted(labels), ball).margin for n in (10, 400)
+    )
+    gained = (clean - many) / (eps * steepest)
+    assert (many <= few + 1e-6).all()
+    assert (gained > 0.5).all()
+    assert (gained < 1 + 1e-3).all()
+
+
+def test_scaled_linf_never_asks_about_the_best_point_again(digits):
+    model, x, y = digits
+    asked = []
+
+    def listening(z):
+        asked.append(z.detach().clone())
+        return model(z)
+
+    attack = Square(queries=150)
+    play(attack, listening, x[:6], Untargeted(y[:6]), Linf(eps=0.01), lanes=Lanes(64, 1))
+    goal, best, touched = Untargeted(y[:6], "margin"), asked[0], torch.zeros_like(x[:6], dtype=torch.bool)
+    for step, z in enumerate(asked[1:150], start=1):
+        changed = z != best
+        assert changed.flatten(1).any(1).all()
+        if attack.share(step, 150) <= 0.8 / 128:
+            touched |= changed
+        with torch.no_grad():
+            better = goal.loss(model(z)) < goal.loss(model(best))
+        best = torch.where(better[:, None, None, None], z, best)
+    # The last 90 patches of a pixel each: evenly spread, they reach most of the 64 pixels (at random, three quarters).
+    assert touched.flatten(1).float().mean(1).min() > 0.75
+
+
+@pytest.mark.parametrize("ball", [Linf(eps=0.08), L2(eps=0.5), L1(eps=1.5)])
+def test_rows_do_not_depend_on_their_batch(digits, ball):
+    model, x, y = digits
+    x, y, ids = x[:40], y[:40], names(40)
+    whole = play(Square(queries=150), model, x, Untargeted(y), ball, ids=ids)
+    assert 0 < whole.reached.sum() < 40
+    some = torch.tensor([31, 3, 17, 8, 22])
+    part = play(Square(queries=150), model, x[some], Untargeted(y[some]), ball, ids=[ids[i] for i in some])
+    assert torch.equal(part.z, whole.z[some])
+    assert torch.equal(part.meter.queries, whole.meter.queries[some])
+
+
+def test_a_query_costs_few_operations(digits):
+    model, x, y = digits
+    x, goal = x[:64], Untargeted(y[:64])
+
+    def counted(queries):
+        with Ops() as ops:
+            play(Square(queries=queries), model, x, goal, Linf(eps=1e-6))
+        return ops
+
+    with torch.no_grad(), Ops() as bare:
+        model(x)
+    few, many = counted(50), counted(150)
+    assert (many.ops - few.ops) / 100 <= bare.ops + 34
+    assert (many.syncs - few.syncs) / 100 <= 1
+
+
 def test_breaks_a_model_that_hides_its_gradients(digits):
     from advkit.attacks.gradient.pgd import PGD
     from advkit.testing.victims import quantised
@@ -132,9 +232,8 @@ def test_breaks_a_model_that_hides_its_gradients(digits):
 
 def test_refusals(digits):
     model, x, y = digits
-    for ball in (L1(eps=1.0), L0(eps=3)):
-        with pytest.raises(UsageError, match=r"Linf and L2"):
-            play(Square(queries=3), model, x[:2], Untargeted(y[:2]), ball)
+    with pytest.raises(UsageError, match=r"L0.*Linf, L2 and L1"):
+        play(Square(queries=3), model, x[:2], Untargeted(y[:2]), L0(eps=3))
     for settings in ({"queries": 0}, {"restarts": 0}, {"p_init": 0.0}, {"p_init": 1.5}, {"schedule": "fast"}):
         with pytest.raises(UsageError, match=next(iter(settings))):
             Square(**settings)
