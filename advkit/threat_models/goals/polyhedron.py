@@ -1,12 +1,13 @@
 """Distance to a polyhedron of score orders, solved exactly for a whole batch (QuadAttacK, arXiv 2312.11510).
 
-Head: logits = W z + b with features z. The nearest features at which every pair of classes (upper, lower) is ordered by a
-margin solve a quadratic program whose dual needs only the logits and the Gram matrix S = W W^T:
+Head: logits = W z + b with features z. The nearest features at which every pair of classes (upper, lower) is ordered by
+a margin solve a quadratic program whose dual needs only the logits and the Gram matrix S = W W^T:
 
-    minimise over multipliers >= 0:  1/2 multipliers^T M multipliers - multipliers^T v,   M = D S D^T,  v = margin - D logits
+    minimise 1/2 multipliers^T M multipliers - multipliers^T v over multipliers >= 0
 
-with one row e_upper - e_lower of D per pair. mu = D^T multipliers moves the logits to logits + S mu, the features by
-W^T mu, and costs mu^T S mu. Its gradient at the logits is -2 mu; at the features -2 W^T mu.
+with M = D S D^T, v = margin - D logits and one row e_upper - e_lower of D per pair. mu = D^T multipliers moves the logits
+to logits + S mu, the features by W^T mu, and costs mu^T S mu. Its gradient at the logits is -2 mu; at the features
+-2 W^T mu.
 
 The solver is block principal pivoting (Kim and Park, SIAM J. Sci. Comput. 2011) on a growing working set of pairs. It
 differs from the released attack, which stops an interior-point method at a median residual of 1e-2 in float32 and keeps
@@ -26,12 +27,13 @@ from advkit.core.errors import BadInput, UsageError
 
 MARGIN = 0.2  # of the released attack, in units of logits
 _LANES = 16  # rows per product with S: one shape whatever the batch, so that a row's bits do not depend on its batch
-_ALIGN = 8  # working sets are padded to this: matrices of a batch then lie alike in memory, and LAPACK treats them alike
+_ALIGN = 8  # working sets are padded to this: all matrices of a batch lie alike in memory, so LAPACK treats them alike
 _WIDTH = 64  # smallest first working set
 _GROWTH = 1.5
+_SPARE = 16  # pairs that a first working set holds beside those of a warm start
 _PATIENCE = 3  # block flips without progress before single flips
 _SOFT = 1e-2  # slack of pairs that can't all hold, in units of mean(diag S)
-_WIDEST = 1024  # working set; the pairs that hold a solution in place are fewer than the classes, the soft ones may be more
+_WIDEST = 1024  # largest working set; of pairs that hold a solution in place, a few hundred are many
 _FLIPS = 100  # linear systems per pass and row; a dozen are common
 _STALLS = 3  # passes that a working set may miss its own margins before it counts as impossible
 _PASSES = 64
@@ -274,7 +276,7 @@ class _Problem:
             return mu
         rows = len(mu)
         padded = torch.cat([mu, mu.new_zeros(-rows % _LANES, self.classes)])
-        return torch.cat([lanes @ self.metric for lanes in padded.split(_LANES)])[:rows]
+        return torch.cat([padded[i : i + _LANES] @ self.metric for i in range(0, len(padded), _LANES)])[:rows]
 
     def missing(self, move: Tensor) -> Tensor:
         """v - D move [B, R]: the margin that each pair still misses at logits + move."""
@@ -296,12 +298,11 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Dual:
-    """Where the working-set loop ended: multipliers and missing [B, R], mu and move = S mu [B, C], bool solved [B]."""
+    """Where the working-set loop ended: multipliers [B, R], mu and move = S mu [B, C], bool solved [B]."""
 
     multipliers: Tensor
     mu: Tensor
     move: Tensor
-    missing: Tensor
     solved: Tensor
     rounds: Tensor
 
@@ -322,33 +323,52 @@ def _solve(problem: _Problem, unit: Tensor, wanted: Tensor, start: Tensor, slack
         multipliers=torch.zeros_like(problem.v),
         mu=problem.v.new_zeros(batch, problem.classes),
         move=problem.v.new_zeros(batch, problem.classes),
-        missing=problem.v.clone(),
         solved=problem.v.amax(1) <= precision.exact * unit,
         rounds=torch.zeros(batch, dtype=torch.int64, device=problem.v.device),
     )
-    left = (wanted & ~end.solved).nonzero().squeeze(1)
-    part, unit, multipliers = problem.take(left), unit[left], start[left].clamp_min(0.0)
+    multipliers = start.clamp_min(0.0)
+    missing = problem.v
+    if bool((multipliers > 0).any()):
+        everything = torch.arange(pairs, device=start.device).expand(batch, -1)
+        missing = problem.missing(problem.moved(problem.mu(multipliers, everything))) - softness * multipliers
+    waiting = wanted & ~end.solved
+    held = (multipliers > 0).sum(1)
+    # Rows of a warm start begin at the first width that holds their own support: never at that of the rows beside them.
+    width = max(_WIDTH, 4 * (problem.always + 1))
+    while bool(waiting.any()):
+        now = waiting & (held + _SPARE <= width) if width < min(pairs, _WIDEST) else waiting
+        if bool(now.any()):
+            _grow(problem, end, unit, now.nonzero().squeeze(1), multipliers, missing, width, softness, ridge)
+        waiting = waiting & ~now
+        width = _wider(width)
+    return end
+
+
+def _wider(width: int) -> int:
+    return max(width + 32, math.ceil(width * _GROWTH))
+
+
+def _grow(
+    problem: _Problem,
+    end: _Dual,
+    unit: Tensor,
+    left: Tensor,
+    multipliers: Tensor,
+    missing: Tensor,
+    width: int,
+    softness: float | Tensor,
+    ridge: float | Tensor,
+) -> None:
+    """Solve the rows `left`, all on working sets of the same width, and write them into `end`."""
+    precision = _PRECISION[problem.v.dtype]
+    pairs = problem.v.shape[1]
+    part = problem.take(left)
+    unit, multipliers, missing = _rows(left, unit, multipliers, missing)
     stalls = torch.zeros_like(left)
-    missing = part.v
-    if len(left) and bool((multipliers > 0).any()):
-        everything = torch.arange(pairs, device=left.device).expand(len(left), -1)
-        missing = part.missing(part.moved(part.mu(multipliers, everything))) - softness * multipliers
-    width = max(_WIDTH, 4 * (problem.always + 1), int((multipliers > 0).sum(1).max()) if len(left) else 0)
     for _ in range(_PASSES):
-        if not len(left):
-            break
         width = min(width, pairs, _WIDEST)
         index, real = _working_set(missing, multipliers, width, problem.always)
-        pieces = []
-        for rows in torch.arange(len(left), device=left.device).split(max(1, _CELLS // index.shape[1] ** 2)):
-            few, places = part.take(rows), index[rows]
-            matrix = few.matrix(places)
-            matrix.diagonal(dim1=1, dim2=2).add_(softness)
-            centre = multipliers[rows].gather(1, places)
-            pieces.append(
-                _pivot(matrix, few.v.gather(1, places), centre, real[rows], ridge, precision.exact, unit[rows])
-            )
-        found, settled, spent = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        found, settled, spent = _pivoted(part, index, real, multipliers, softness, ridge, precision.exact, unit)
         multipliers = torch.zeros_like(part.v).scatter_add_(1, index, found)
         mu = part.mu(found, index)
         move = part.moved(mu)
@@ -358,26 +378,45 @@ def _solve(problem: _Problem, unit: Tensor, wanted: Tensor, start: Tensor, slack
         exact = settled & (worst <= precision.exact * unit)
         # What the working set itself can't hold, a larger one can't either: a few proximal steps, then give up on it.
         outside = worst > precision.accept * unit
-        stuck = ~settled | (width == _WIDEST) | (inside > torch.where(outside, precision.accept, precision.exact) * unit)
-        stalls = stalls + stuck.long()
-        done = exact | (stalls >= _STALLS)
+        short = inside > torch.where(outside, precision.accept, precision.exact) * unit
+        stalls = stalls + (~settled | short | (width == _WIDEST)).long()
         end.rounds[left] += spent
-        for kept, value in (
-            (end.multipliers, multipliers),
-            (end.mu, mu),
-            (end.move, move),
-            (end.missing, missing),
-        ):
+        for kept, value in ((end.multipliers, multipliers), (end.mu, mu), (end.move, move)):
             kept[left] = value
         quadratic = (mu * move).sum(1) + softness * multipliers.square().sum(1)
         gap = ((multipliers * part.v).sum(1) - quadratic).abs()
         end.solved[left] = exact | ((worst <= precision.accept * unit) & (gap <= precision.gap * quadratic))
-        go = (~done).nonzero().squeeze(1)
+        go = (~exact & (stalls < _STALLS)).nonzero().squeeze(1)
+        if not len(go):
+            return
         if len(go) < len(left):
             part = part.take(go)
             left, unit, stalls, multipliers, missing = _rows(go, left, unit, stalls, multipliers, missing)
-        width = max(width + 32, math.ceil(width * _GROWTH))
-    return end
+        width = _wider(width)
+
+
+def _pivoted(
+    part: _Problem,
+    index: Tensor,
+    real: Tensor,
+    multipliers: Tensor,
+    softness: float | Tensor,
+    ridge: float | Tensor,
+    tolerance: float,
+    unit: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_pivot` on the working sets, as many rows at a time as memory should hold."""
+    pieces = []
+    step = max(1, _CELLS // index.shape[1] ** 2)
+    for first in range(0, len(index), step):
+        rows = torch.arange(first, min(first + step, len(index)), device=index.device)
+        few, places = part.take(rows), index[rows]
+        matrix = few.matrix(places)
+        matrix.diagonal(dim1=1, dim2=2).add_(softness)
+        centre = multipliers[rows].gather(1, places)
+        pieces.append(_pivot(matrix, few.v.gather(1, places), centre, real[rows], ridge, tolerance, unit[rows]))
+    found, settled, spent = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return found, settled, spent
 
 
 def _working_set(missing: Tensor, multipliers: Tensor, width: int, always: int) -> tuple[Tensor, Tensor]:
@@ -509,7 +548,6 @@ def _finished(problem: _Problem, unit: Tensor, sound: Tensor, hard: _Dual) -> So
             multipliers=torch.where(pick, soft.multipliers, hard.multipliers),
             mu=torch.where(pick, soft.mu, hard.mu),
             move=torch.where(pick, soft.move, hard.move),
-            missing=problem.v,
             solved=hard.solved,
             rounds=hard.rounds + soft.rounds,
         )
