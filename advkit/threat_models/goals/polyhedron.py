@@ -5,9 +5,9 @@ a margin solve a quadratic program whose dual needs only the logits and the Gram
 
     minimise 1/2 multipliers^T M multipliers - multipliers^T v over multipliers >= 0
 
-with M = D S D^T, v = margin - D logits and one row e_upper - e_lower of D per pair. mu = D^T multipliers moves the logits
-to logits + S mu, the features by W^T mu, and costs mu^T S mu. Its gradient at the logits is -2 mu; at the features
--2 W^T mu.
+with M = D S D^T, v = margin - D logits and one row e_upper - e_lower of D per pair. mu = D^T multipliers moves the
+logits to logits + S mu, the features by W^T mu, and costs mu^T S mu. Its gradient at the logits is -2 mu; at the
+features -2 W^T mu.
 
 The solver is block principal pivoting (Kim and Park, SIAM J. Sci. Comput. 2011) on a growing working set of pairs. It
 differs from the released attack, which stops an interior-point method at a median residual of 1e-2 in float32 and keeps
