@@ -83,7 +83,7 @@ def test_a_view_answers_float32_near_the_model_and_touches_nothing(network, imag
     network.register_forward_hook(lambda _, inputs, answer: seen.append(answer.dtype))
     model = TorchModel(network, classes=5, mean=(0.5,) * 3, std=(0.2,) * 3)
     labels = torch.arange(64) % 5
-    loss, slope, answer = gradient(model, images, labels)
+    _, slope, answer = gradient(model, images, labels)
 
     def state():
         tensors = dict(network.state_dict())
