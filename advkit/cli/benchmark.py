@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from advkit.cli.options import Json, SpeedSpec, TaskSpec, ThreatSpec
+from advkit.cli.options import Json, SpeedSpec, TaskSpec
 
 MODELS = ",".join(f"zoo:fashion-mnist-cnn{kind}" for kind in ("", "-pgd_at", "-trades", "-pubdef"))
 PARTS = ("suites", "overhead", "ops")
@@ -23,9 +23,13 @@ def benchmark(
         str, typer.Option(help="pyautoattack (AutoAttack standard), or the spec of any attack to time against.")
     ] = "pyautoattack",
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Rows, the task's first ones.")] = 200,
-    repetitions: Annotated[int, typer.Option(min=1, help="Interleaved repetitions, each with a seed of its own.")] = 3,
+    repetitions: Annotated[
+        str, typer.Option(help="Interleaved repetitions, each with a seed of its own; or one number per threat model.")
+    ] = "3",
     task: TaskSpec = "fashion-mnist",
-    threat_model: ThreatSpec = None,
+    threat_models: Annotated[
+        str | None, typer.Option(help="Threat models, comma between them.", show_default="the task's")
+    ] = None,
     speed: SpeedSpec = "fp32",
     parts: Annotated[str, typer.Option(help=f"What to measure: {', '.join(PARTS)}.")] = ",".join(PARTS),
     out: Annotated[
@@ -47,33 +51,47 @@ def benchmark(
     wanted = _list(parts)
     if unknown := sorted(set(wanted) - set(PARTS)):
         raise UsageError(f"nothing to measure is called {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+    threats = [None] if threat_models is None else _list(threat_models)
+    counts = _counts(repetitions, len(threats))
     if out is not None:
         check_folder(out)
     progress = Console(stderr=True, quiet=as_json, highlight=False)
     given = {"models": models, "suites": suites, "reference": reference, "n": n, "repetitions": repetitions}
-    given |= {"task": task, "threat-model": threat_model, "speed": speed, "parts": parts}
+    given |= {"task": task, "threat-models": threat_models, "speed": speed, "parts": parts}
     found: dict[str, Any] = {"command": _command(given), "environment": bench.environment(), "suites": []}
     if "ops" in wanted:
         found["ops"] = bench.dispatcher_ops()
     if "overhead" in wanted:
         found["overhead"] = bench.pgd_overhead()
     if "suites" in wanted:
-        for model in _list(models):
-            found["suites"].append(
-                bench.side_by_side(
-                    model, _list(suites), task=task, threat_model=threat_model, n=n, repetitions=repetitions,
-                    reference=reference, speed=speed,
-                    say=lambda line: progress.print(line, markup=False, soft_wrap=True),
-                )
-            )  # fmt: skip
-            if out is not None:
-                _write(found, bench.markdown(found), out)
+        for threat, times in zip(threats, counts, strict=True):
+            for model in _list(models):
+                found["suites"].append(
+                    bench.side_by_side(
+                        model, _list(suites), task=task, threat_model=threat, n=n, repetitions=times,
+                        reference=reference, speed=speed,
+                        say=lambda line: progress.print(line, markup=False, soft_wrap=True),
+                    )
+                )  # fmt: skip
+                if out is not None:
+                    _write(found, bench.markdown(found), out)
     if out is not None:
         _write(found, bench.markdown(found), out)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         Console().print(Markdown(bench.markdown(found)))
+
+
+def _counts(text: str, threats: int) -> list[int]:
+    """Repetitions of each threat model."""
+    from advkit.core.errors import UsageError
+
+    words = _list(text)
+    if not all(word.isdecimal() and int(word) for word in words) or len(words) not in (1, threats):
+        raise UsageError(f"repetitions {text!r}; expected a whole number >= 1, or {threats} of them, comma between")
+    found = [int(word) for word in words]
+    return found * threats if len(found) == 1 else found
 
 
 def _list(text: str) -> list[str]:

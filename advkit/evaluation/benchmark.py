@@ -229,24 +229,28 @@ def side_by_side(
 ) -> dict[str, Any]:
     """One model: the reference and the suites, repetition by repetition, each with the repetition's number as its seed.
 
+    suites:    names or specs of attacks; "thorough@bf16" is thorough at that speed
     reference: "pyautoattack", or the spec of any attack, which the harness then plays (`torchattacks:AutoAttack`)
-    speed:     of our suites; the reference is always full precision
+    speed:     of the suites that do not say one; the reference is always full precision
     """
-    names = {suite: ATTACKS.label(ATTACKS.build(suite)) for suite in suites}
+    names = {suite: ATTACKS.label(ATTACKS.build(suite.partition("@")[0])) for suite in suites}
     runs: dict[str, list[Run]] = {name: [] for name in (reference, *suites)}
     order = list(runs)
     with one_thread():
         for repetition in range(repetitions):
             turn = repetition % len(order)
             for name in order[turn:] + order[:turn]:
-                attack = "pgd" if name == REFERENCE else name
-                pace = "fp32" if name == reference else speed
+                attack, _, pace = ("pgd" if name == REFERENCE else name).partition("@")
+                pace = "fp32" if name == reference else pace or speed
                 case = resolve(
                     attack, "none", task, model, threat_model, n=n, seed=repetition, device="cpu", speed=pace
                 )
                 done = reference_run(case) if name == REFERENCE else our_run(case)
                 runs[name].append(done)
-                say(f"{model} {name} seed {repetition}: {done.robust_accuracy:.4f} in {done.seconds:.1f} CPU s")
+                say(
+                    f"{model} {case.specs['threat_model']} {name} seed {repetition}: {done.robust_accuracy:.4f} in "
+                    f"{done.seconds:.1f} CPU s"
+                )
     theirs = runs[reference]
     fooled_any = {row: stage for done in reversed(theirs) for row, stage in done.felled.items()}
     entry: dict[str, Any] = {
@@ -464,8 +468,9 @@ def markdown(found: dict[str, Any]) -> str:
         + ".",
         "",
     ]
-    if found.get("suites"):
-        lines += _suites_page(found["suites"])
+    threats = dict.fromkeys(entry["threat_model"] for entry in found.get("suites", ()))
+    for threat in threats:
+        lines += _suites_page([entry for entry in found["suites"] if entry["threat_model"] == threat])
     if found.get("overhead"):
         lines += _overhead_page(found["overhead"])
     if found.get("ops"):
@@ -477,10 +482,11 @@ def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
     first = entries[0]
     reference, repetitions = first["reference"]["name"], len(first["reference"]["runs"])
     lines = [
-        f"## Suites against {reference} (AutoAttack standard)" if reference == REFERENCE else f"## Against {reference}",
+        f"## {first['threat_model']}: suites against {reference}"
+        + (" (AutoAttack standard)" if reference == REFERENCE else ""),
         "",
-        f"{first['n']} rows of {first['task']}, {first['threat_model']}, {repetitions} repetitions with seeds "
-        f"0 to {repetitions - 1} on both sides. RA is robust accuracy, one figure where all seeds agree. *Missed* are",
+        f"{first['n']} rows of {first['task']}, {repetitions} repetitions with seeds 0 to {repetitions - 1} on both "
+        "sides. RA is robust accuracy, one figure where all seeds agree. *Missed* are",
         "rows that the reference fools under any of its seeds and the suite does not, *gained* the converse, each the",
         "worst of our seeds.",
         "",
@@ -505,7 +511,7 @@ def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
     lines.append("")
     for name in first["suites"]:
         ratios = [entry["suites"][name]["cpu_ratio"] for entry in entries if name in entry["suites"]]
-        target = TARGETS.get(name)
+        target = TARGETS.get(name.partition("@")[0])
         goal = f" (goal {target:g})" if target and reference == REFERENCE else ""
         lines.append(
             f"- `{name}`: {min(ratios):.1f} to {max(ratios):.1f} times less CPU time, median of the models "
