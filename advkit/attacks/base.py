@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkit.core.protocols import Goal, Oracle, Rng
+from advkit.core.protocols import Ball, Goal, Oracle, Rng
+from advkit.core.rows import finite_rows as finite_rows
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
 
@@ -19,12 +20,6 @@ TensorGoal = Goal[Tensor]
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """A value per row [B] shaped to broadcast against `like` [B, ...]."""
     return values.view(-1, *(1 for _ in like.shape[1:]))
-
-
-def finite_rows(answer: Tensor) -> Tensor:
-    """Bool [B]: rows whose whole answer is finite. Half the operations of torch.isfinite, once per step."""
-    size = answer.abs()
-    return (size.flatten(1).amax(1) if answer.ndim > 1 else size) < torch.inf
 
 
 def better(reached: Tensor, loss: Tensor, than_reached: Tensor, than_loss: Tensor) -> Tensor:
@@ -39,55 +34,112 @@ def lp_ball(ball: Any) -> Any:
     return ball
 
 
+@dataclass
+class _Found:
+    """The best points of the rows that are offered for at the moment."""
+
+    rows: Tensor | None
+    goal: TensorGoal
+    x: Tensor
+    loss: Tensor
+    reached: Tensor
+    fell: bool  # whether any of them has reached, or seemed to
+    nobody: Tensor  # False for every row
+
+    def untouched(self, answer: Tensor) -> bool:
+        """Whether no row has reached its goal, nor does by these answers: the host synchronisation of a step."""
+        if self.fell:
+            return False
+        none_reached = getattr(self.goal, "none_reached", None)
+        if none_reached is not None:
+            return bool(none_reached(answer))
+        return not bool(self.goal.reached(answer).any())
+
+
 class Best:
     """The best point seen of every row.
 
     x:       the points [B, ...]; the origin until something finite was offered
     loss:    their losses [B], +inf until then
     reached: whether the goal holds there, bool [B]
+    quiet:   whether it is known already that no point offered last reaches its goal, so that nobody need look
+    won:     which of the points offered last were taken, bool [n]
 
     An answer that is not finite is never better than anything, so a victim that breaks down off the data is not taken
-    for one that was fooled.
+    for one that was fooled. A goal may have `none_reached(answer) -> bool`, a cheaper `not reached(answer).any()` that
+    may say no in doubt: most steps end with it.
     """
 
     def __init__(self, x: Tensor, goal: TensorGoal) -> None:
-        self.x = x.clone()
-        self.loss = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-        self.reached = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self._goal = goal
+        loss = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+        self._all = self._now = self._found(None, goal, x.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
+        self._now.fell = False
+        self.quiet = False
+        self.won = self._now.nobody
+        self._goal = self._goal_of_rows = goal
         self._rows: Tensor | None = None
-        self._goal_of_rows = goal
+
+    @staticmethod
+    def _found(rows: Tensor | None, goal: TensorGoal, x: Tensor, loss: Tensor, reached: Tensor) -> _Found:
+        # An expanded tensor can't be written to, so that the one may be handed out step after step.
+        nobody = torch.zeros((), dtype=torch.bool, device=x.device).expand(len(x))
+        return _Found(rows, goal, x, loss, reached, True, nobody)
+
+    @property
+    def x(self) -> Tensor:
+        return self._settled().x
+
+    @property
+    def loss(self) -> Tensor:
+        return self._settled().loss
+
+    @property
+    def reached(self) -> Tensor:
+        return self._settled().reached
+
+    def _settled(self) -> _Found:
+        """Everybody's points, those of the rows in play among them."""
+        all_, now = self._all, self._now
+        if now is not all_:
+            all_.x[now.rows], all_.loss[now.rows], all_.reached[now.rows] = now.x, now.loss, now.reached
+        return all_
+
+    def of(self, rows: Tensor | None) -> _Found:
+        """What is known of these rows; they are kept together until others are asked for."""
+        if rows is not self._now.rows:
+            all_ = self._settled()
+            if rows is None:
+                self._now, all_.fell = all_, True
+            else:
+                x, loss, reached = kept(rows, all_.x, all_.loss, all_.reached)
+                self._now = self._found(rows, all_.goal.take(rows), x, loss, reached)
+                self._now.fell = bool(reached.any())
+        return self._now
 
     def offer(self, z: Tensor, answer: Tensor, loss: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Take the points z [n, ...] that beat what their rows have; `rows` long [n] where they are not all rows.
 
         Returns bool [n]: which of these points reach the goal.
         """
-        if rows is not self._rows:
-            self._rows, self._goal_of_rows = rows, self._goal if rows is None else self._goal.take(rows)
-        goal = self._goal_of_rows
-        loss = goal.loss(answer) if loss is None else loss
+        now = self.of(rows)
+        loss = (now.goal.loss(answer) if loss is None else loss).to(now.loss.dtype)
         finite = finite_rows(answer)
-        reached = goal.reached(answer) & finite
-        loss = loss.to(self.loss.dtype)
-        if rows is None:
-            wins = better(reached, loss, self.reached, self.loss) & finite
-            self.x = torch.where(per_row(wins, z), z, self.x)
-            self.loss = torch.where(wins, loss, self.loss)
-            self.reached = self.reached | reached
+        self.quiet = now.untouched(answer)
+        if self.quiet:
+            reached = now.nobody
+            wins = (loss < now.loss) & finite
         else:
-            wins = better(reached, loss, self.reached[rows], self.loss[rows]) & finite
-            self.x[rows] = torch.where(per_row(wins, z), z, self.x[rows])
-            self.loss[rows] = torch.where(wins, loss, self.loss[rows])
-            self.reached[rows] |= reached
+            reached = now.goal.reached(answer) & finite
+            wins = better(reached, loss, now.reached, now.loss) & finite
+            now.reached, now.fell = now.reached | reached, True
+        now.x = torch.where(per_row(wins, z), z, now.x)
+        now.loss = torch.where(wins, loss, now.loss)
+        self.won = wins
         return reached
 
     def put(self, z: Tensor, rows: Tensor | None = None) -> None:
         """Set the points of these rows, better or not."""
-        if rows is None:
-            self.x = z.clone()
-        else:
-            self.x[rows] = z
+        self.of(rows).x = z.clone()
 
 
 @dataclass(frozen=True)
@@ -107,7 +159,7 @@ class Live:
         return len(self.x)
 
     def take(self, rows: Tensor) -> Live:
-        """A subset of these rows (long index)."""
+        """Some of these rows (long index); a row may come several times."""
         return Live(
             self.oracle.take(rows),
             self.x[rows],
@@ -121,7 +173,7 @@ class Live:
         return replace(self, oracle=oracle)
 
     def left(self, done: Tensor) -> Tensor | None:
-        """Which rows stay, as a long index, or None when all do. The one host synchronisation of a step."""
+        """Which rows stay, as a long index, or None when all do. Waits for the device."""
         stay = (~done).nonzero().squeeze(1)
         return None if len(stay) == len(done) else stay
 
@@ -129,6 +181,18 @@ class Live:
         """Whether every row may still ask for that many answers."""
         left = self.oracle.left
         return left is None or left >= answers
+
+
+def descended(ball: Ball[Tensor], z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
+    """z after a step down the gradient, `size` of the ball's eps long (a number, or one that broadcasts against z).
+
+    Through the ball's own `descend` where it has one, which may know a shorter way to the same point.
+    """
+    descend = getattr(ball, "descend", None)
+    if descend is not None:
+        moved: Tensor = descend(z, gradient, origin, size)
+        return moved
+    return ball.project(z + size * ball.steepest(-gradient, z), origin)
 
 
 def kept(rows: Tensor, *tensors: Any) -> tuple[Any, ...]:

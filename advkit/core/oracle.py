@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.protocols import Access
+from advkit.core.rows import row_size
 
 log = logging.getLogger("advkit")
 
@@ -90,25 +91,67 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class _Extremes:
+    """The largest and smallest of what was noted, per row; NaN, once noted, stays.
+
+    Notes are kept and folded many at a time, so that noting costs no tensor operation.
+    """
+
+    __slots__ = ("_notes",)
+    FOLDED = 32
+
+    def __init__(self) -> None:
+        self._notes: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, high: Tensor, low: Tensor) -> None:
+        self._notes.append((high, low))
+        if len(self._notes) == self.FOLDED:
+            self._notes = [self._folded()]
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        highs, lows = zip(*self._notes, strict=True)
+        return torch.stack(highs).amax(0), torch.stack(lows).amin(0)
+
+    @property
+    def non_finite(self) -> Tensor | None:
+        """Bool [rows]: NaN or infinity among the notes; None where there are none."""
+        if not self._notes:
+            return None
+        high, low = self._folded()
+        return ~(torch.isfinite(high) & torch.isfinite(low))
+
+    @property
+    def zero(self) -> Tensor | None:
+        """Bool [rows]: nothing but zeros; None where there are no notes."""
+        if not self._notes:
+            return None
+        high, low = self._folded()
+        return (high == 0) & (low == 0)
+
+
 class _Segment:
     """Counts of one view of the oracle: plain integers, so that metering costs no tensor operation per step."""
 
-    __slots__ = ("backwards", "forwards", "non_finite", "rows", "zero")
+    __slots__ = ("answers", "backwards", "forwards", "gradients", "rows")
 
     def __init__(self, rows: Tensor | None) -> None:
         self.rows = rows
         self.forwards = 0
         self.backwards = 0
-        self.non_finite: Tensor | None = None
-        self.zero: Tensor | None = None
+        self.answers = _Extremes()
+        self.gradients = _Extremes()
 
 
 class Meter:
-    """What the rows of one oracle have cost so far; long [rows] and bool [rows] tensors on the CPU."""
+    """What the rows of one oracle have cost so far; long [rows] and bool [rows] tensors on the CPU.
+
+    A view that holds a row several times pays for it several times.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.detached = False
+        self.calls = 0
         self._segments: list[_Segment] = []
         self._scattered = torch.zeros(rows, dtype=torch.long)
         self._scattered_backwards = torch.zeros(rows, dtype=torch.long)
@@ -120,6 +163,7 @@ class Meter:
 
     def scatter(self, of: Tensor, non_finite: Tensor, backward: bool, forward: bool = True) -> None:
         """Candidates that belong to rows in another order or number."""
+        self.calls += 1
         of = of.cpu()
         if forward:
             self._scattered += torch.bincount(of, minlength=self.rows)
@@ -134,7 +178,7 @@ class Meter:
             if segment.rows is None:
                 total += count
             elif count:
-                total[segment.rows.cpu()] += count
+                total += count * torch.bincount(segment.rows.cpu(), minlength=self.rows)
         return total
 
     @property
@@ -157,22 +201,27 @@ class Meter:
         """Rows to which the victim ever answered NaN or infinity, or whose gradient was."""
         bad = self._scattered_bad.clone()
         for segment in self._segments:
-            if segment.non_finite is not None:
-                rows = slice(None) if segment.rows is None else segment.rows.cpu()
-                bad[rows] |= segment.non_finite.cpu()
+            for extremes in (segment.answers, segment.gradients):
+                if (found := extremes.non_finite) is not None:
+                    bad[self._of(segment, found)] = True
         return bad
 
     @property
     def zero_gradient(self) -> Tensor:
         """Rows whose every gradient so far was exactly zero (False for rows that never asked for one)."""
-        zero = torch.ones(self.rows, dtype=torch.bool)
         asked = torch.zeros(self.rows, dtype=torch.bool)
+        moved = torch.zeros(self.rows, dtype=torch.bool)
         for segment in self._segments:
-            if segment.zero is not None:
-                rows = slice(None) if segment.rows is None else segment.rows.cpu()
-                zero[rows] &= segment.zero.cpu()
-                asked[rows] = True
-        return zero & asked
+            if (zero := segment.gradients.zero) is not None:
+                asked[self._of(segment, torch.ones_like(zero))] = True
+                moved[self._of(segment, ~zero)] = True
+        return asked & ~moved
+
+    @staticmethod
+    def _of(segment: _Segment, chosen: Tensor) -> Tensor:
+        """The oracle's rows, long, of some of a segment's, bool."""
+        chosen = chosen.cpu()
+        return chosen.nonzero().squeeze(1) if segment.rows is None else segment.rows.cpu()[chosen]
 
 
 class MeteredOracle:
@@ -209,13 +258,17 @@ class MeteredOracle:
         self.meter = meter or Meter(rows)
         self._index = index
         self._segment = self.meter.segment(index)
-        self._spent = int(self.meter.queries[self._rows()].max()) if queries is not None and rows else 0
-
-    def _rows(self) -> Tensor | slice:
-        return slice(None) if self._index is None else self._index.cpu()
+        self._aims: tuple[Any, list[int], list[Any]] = (None, [], [])
+        self._ones: Tensor | None = None
+        self._times: Tensor | None = None  # how often this view holds each row of the meter
+        if queries is not None:
+            rows_here = torch.arange(self.meter.rows) if index is None else index.cpu()
+            self._times = torch.bincount(rows_here, minlength=self.meter.rows)
+        # The meter's queries are looked up again only where somebody else has asked since `_known` calls.
+        self._most, self._known = 0, -1
 
     def take(self, rows: Tensor) -> MeteredOracle:
-        """The oracle of a subset of the rows (long or bool index); the meter is shared."""
+        """The oracle of some of the rows (long or bool index); a row may come several times. The meter is shared."""
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         index = rows if self._index is None else self._index.to(rows.device)[rows]
         return MeteredOracle(
@@ -224,10 +277,12 @@ class MeteredOracle:
 
     @property
     def left(self) -> int | None:
-        """Queries that every row of this view still has; None when unlimited."""
-        if self.queries is None:
+        """Times that this view may still be asked about all its rows; None when unlimited."""
+        if self.queries is None or self._times is None:
             return None
-        return self.queries - (int(self.meter.queries[self._rows()].max()) if self.rows else 0)
+        here = self._times > 0
+        left = (self.queries - self.meter.queries[here]) // self._times[here]
+        return int(left.min()) if len(left) else self.queries
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         """Answers [n, ...] without gradient; `of` [n] says which row each candidate belongs to."""
@@ -256,32 +311,74 @@ class MeteredOracle:
             )
         self._spend(x, of)
         chunks, lanes = self._chunks(x)
-        losses, gradients, answers = [], [], []
-        start = 0
-        for part in chunks:
-            with torch.enable_grad():
-                leaf = self._padded(part.detach(), lanes).requires_grad_()
-                answer = self._forward(leaf, None)[: len(part)]
-                # One chunk is the usual case; slicing the goal then would cost operations for nothing.
-                aim = goal if len(chunks) == 1 else goal.take(torch.arange(start, start + len(part), device=x.device))
-                loss = aim.loss(answer)
-                total = loss.sum()
-            gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
-            if gradient is None:
-                self.meter.detached = True
-                gradient = torch.zeros_like(leaf)
-            losses.append(loss.detach())
-            gradients.append(gradient[: len(part)])
-            answers.append(answer.detach())
-            start += len(part)
-        loss, gradient, answer = (v[0] if len(v) == 1 else torch.cat(v) for v in (losses, gradients, answers))
-        size = gradient.abs().flatten(1).amax(1)
-        self._note(answer, of, size)
-        return (
-            loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
-            gradient.nan_to_num(0.0, 0.0, 0.0),
-            answer,
+        aims = self._aimed(goal, [len(part) for part in chunks], x.device)
+        parts = [self._passed(part, aim, lanes) for part, aim in zip(chunks, aims, strict=True)]
+        with torch.no_grad():
+            loss, gradient, answer = parts[0] if len(parts) == 1 else (torch.cat(v) for v in zip(*parts, strict=True))
+            self._note(answer, of, gradient)
+            return (
+                loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
+                gradient.nan_to_num(0.0, 0.0, 0.0),
+                answer,
+            )
+
+    def _passed(self, x: Tensor, goal: Any, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (still with its graph), gradient and answer of one call of the model, as they come."""
+        with torch.enable_grad():
+            leaf = self._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
+            answer = self._forward(leaf, None)
+            answer = answer if len(leaf) == len(x) else answer[: len(x)]
+            loss = goal.loss(answer)
+        gradient = None
+        if loss.requires_grad:
+            # Every row's own gradient, as that of the sum would be, without a sum and what its backward makes.
+            if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
+                self._ones = torch.ones_like(loss, requires_grad=False)
+            (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+        if gradient is None:
+            self.meter.detached = True
+            gradient = torch.zeros_like(leaf, requires_grad=False)
+        return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+
+    def _aimed(self, goal: Any, sizes: list[int], device: torch.device) -> list[Any]:
+        """The goal of every chunk; those of the goal asked for last are kept, since a walk keeps its goal."""
+        if len(sizes) == 1:
+            return [goal]
+        if self._aims[0] is not goal or self._aims[1] != sizes:
+            rows = torch.split(torch.arange(sum(sizes), device=device), sizes)
+            self._aims = (goal, sizes, [goal.take(part) for part in rows])
+        return self._aims[2]
+
+    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> MeteredOracle:
+        """The same rows and the same meter, but the questions go to `view(model)`.
+
+        What white box means beyond a gradient: a tap that answers the features of a layer, a copy with another
+        backward rule, one member of an ensemble. `decides` where its answers are the verdict's still.
+        """
+        self._white_box("the inside of the model")
+        return MeteredOracle(
+            view(self.model),
+            self.rows,
+            self.access,
+            self.queries,
+            decides and self.decides,
+            self.lanes,
+            self.meter,
+            self._index,
         )
+
+    def head(self) -> Tensor | None:
+        """Weight [classes, features] of the model's last linear layer; None where it has none, or does not say."""
+        self._white_box("the weights of the last layer")
+        ask = getattr(self.model, "head", None)
+        return None if ask is None else ask()
+
+    def _white_box(self, what: str) -> None:
+        if self.access < Access.GRADIENTS:
+            raise AccessDenied(
+                f"the attack asked for {what}; this threat model grants {self.access.name.lower()} only (choose an "
+                "attack that asks for less, or grant access=gradients)"
+            )
 
     def differentiable(self, origin: Tensor) -> nn.Module:
         """The model as a torch module, for attacks that bring their own loop and autograd.
@@ -318,55 +415,59 @@ class MeteredOracle:
 
     def _passed_back(self, gradient: Tensor, of: Tensor | None) -> Tensor:
         """Count a backward pass of somebody else's autograd; what is not finite goes on as 0."""
-        size = gradient.abs().flatten(1).amax(1)
-        bad = ~torch.isfinite(size)
         if of is not None:
+            high, low = _extremes(gradient)
+            bad = ~(torch.isfinite(high) & torch.isfinite(low))
             self.meter.scatter(self._global(of), bad, forward=False, backward=True)
         else:
-            segment = self._segment
-            segment.backwards += 1
-            segment.non_finite = bad if segment.non_finite is None else segment.non_finite | bad
-            zero = size == 0
-            segment.zero = zero if segment.zero is None else segment.zero & zero
+            self._segment.backwards += 1
+            self._segment.gradients.note(*_extremes(gradient))
         return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def _spend(self, x: Tensor, of: Tensor | None) -> None:
-        if self.queries is not None:
-            if of is None:
-                self._spent += 1
-                most = self._spent
-            else:
-                index = self._global(of)
-                most = int((self.meter.queries + torch.bincount(index, minlength=self.meter.rows)).max())
-            if most > self.queries:
-                raise BudgetExhausted(
-                    f"the attack asked query number {most} of a row; the threat model allows {self.queries} "
-                    "(lower the attack's steps, or raise queries)"
-                )
         if of is None and len(x) != self.rows:
             raise ValueError(f"{len(x)} candidates for {self.rows} rows: say which row each belongs to (`of`)")
+        if self.queries is None or self._times is None or not len(x):
+            return
+        if of is None and self._known == self.meter.calls:
+            most = self._most + 1
+        else:
+            times = self._times if of is None else torch.bincount(self._global(of), minlength=self.meter.rows)
+            most = int((self.meter.queries + times)[times > 0].max())
+        if most > self.queries:
+            raise BudgetExhausted(
+                f"the attack asked query number {most} of a row; the threat model allows {self.queries} "
+                "(lower the attack's steps, or raise queries)"
+            )
+        if of is None and int(self._times.max()) == 1:
+            self._most, self._known = most, self.meter.calls + 1
 
     def _global(self, of: Tensor) -> Tensor:
         return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
 
-    def _note(self, answer: Tensor, of: Tensor | None, size: Tensor | None = None) -> None:
-        bad = (
-            ~torch.isfinite(answer).flatten(1).all(1)
-            if answer.is_floating_point()
-            else torch.zeros(len(answer), dtype=torch.bool, device=answer.device)
-        )
-        if size is not None:
-            bad = bad | ~torch.isfinite(size)
+    def _note(self, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> None:
+        sizes = row_size(answer) if answer.is_floating_point() else None
+        extremes = None if gradient is None else _extremes(gradient)
         if of is not None:
-            self.meter.scatter(self._global(of), bad, backward=size is not None)
+            bad = torch.zeros(len(answer), dtype=torch.bool, device=answer.device)
+            for size in (sizes, *(extremes or ())):
+                bad = bad if size is None else bad | ~torch.isfinite(size)
+            self.meter.scatter(self._global(of), bad, backward=gradient is not None)
             return
+        self.meter.calls += 1
         segment = self._segment
         segment.forwards += 1
-        segment.non_finite = bad if segment.non_finite is None else segment.non_finite | bad
-        if size is not None:
+        if sizes is not None:
+            segment.answers.note(sizes, sizes)
+        if extremes is not None:
             segment.backwards += 1
-            zero = size == 0
-            segment.zero = zero if segment.zero is None else segment.zero & zero
+            segment.gradients.note(*extremes)
+
+
+def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest and the smallest value of every row. On a CPU a norm would take ten times as long."""
+    features = tuple(range(1, values.ndim))
+    return values.amax(features), values.amin(features)
 
 
 class _Differentiable(nn.Module):

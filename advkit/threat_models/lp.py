@@ -7,8 +7,11 @@ two, as Croce and Hein do for L1 (arXiv 2103.01208).
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -74,6 +77,37 @@ def eps_text(eps: float) -> str:
     text = f"{eps:g}" if float(f"{eps:g}") == eps else repr(eps)
     numerator = round(eps * 255)
     return f"{numerator}/255" if len(text) > 6 and 0 < eps < 1 and numerator / 255 == eps else text
+
+
+Walls = tuple[Tensor, Tensor]
+
+
+class _Last:
+    """The walls around the rows asked for last; forgotten when the rows change or go, and left behind by copies."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        self._kept: tuple[weakref.ref[Tensor], int, Walls] | None = None
+
+    def __reduce__(self) -> tuple[type[_Last], tuple[()]]:
+        return _Last, ()
+
+    def of(self, origin: Tensor, made: Callable[[Tensor], Walls]) -> Walls:
+        """Those around `origin`, made where they are not at hand."""
+        if origin.is_inference():  # it has no version that would tell of changes
+            return made(origin)
+        kept, version = self._kept, origin._version
+        if kept is not None and kept[0]() is origin and kept[1] == version:
+            return kept[2]
+        walls = made(origin)
+        self._kept = (weakref.ref(origin, self._forget), version, walls)
+        return walls
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        kept = self._kept
+        if kept is not None and kept[0] is gone:
+            self._kept = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +199,10 @@ class NormBall(ABC):
         To walk down a loss, add `steepest(-gradient, at)`: what is open depends on the way one goes.
         """
 
+    def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
+        """z after a step against the gradient, `size` eps long, back in the ball; `size` broadcasts against z."""
+        return self.project(z + size * self.steepest(-gradient, z), origin)
+
     @abstractmethod
     def _on_lattice(self, z: Tensor, origin: Tensor) -> Tensor:
         """The lattice point in ball and box next to an admitted z."""
@@ -251,9 +289,19 @@ class Linf(NormBall):
     def _length(self, move: Tensor) -> Tensor:
         return row_max(move.abs())
 
+    @cached_property
+    def _last(self) -> _Last:
+        return _Last()
+
+    def _limits(self, origin: Tensor) -> Walls:
+        """The box's walls, clamped to the ball: what a clamp to the box and then to the ball makes of infinity."""
+        below, above = origin - self.eps, origin + self.eps
+        low, high = (torch.minimum(torch.maximum(wall, below), above) for wall in self.box.bounds_like(origin))
+        return low, high
+
     def project(self, z: Tensor, origin: Tensor) -> Tensor:
         """Clamp to the box, then to the ball. Rounding is monotone, so what is inside either is left bit for bit."""
-        return self.box.clamp(z).clamp_(origin - self.eps, origin + self.eps)
+        return torch.clamp(z, *self._last.of(origin, self._limits))
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
         """Uniform in the ball, then clamped to the box."""
@@ -262,6 +310,13 @@ class Linf(NormBall):
     def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
         """eps times the sign: a coordinate without room costs the others nothing here."""
         return usable(gradient).sign() * self.eps
+
+    def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
+        """z after a step of `size` eps against the sign of the gradient, back in the ball."""
+        signs = gradient.sign()
+        if isinstance(size, Tensor):
+            return self.project(torch.addcmul(z, signs, size, value=-self.eps), origin)
+        return self.project(torch.add(z, signs, alpha=-size * self.eps), origin)
 
     def _on_lattice(self, z: Tensor, origin: Tensor) -> Tensor:
         low, step = self._lattice_of(origin)

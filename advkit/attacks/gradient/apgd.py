@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, kept, lp_ball, per_row
+from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, descended, kept, lp_ball, per_row
 from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.wrappers import averaged
 from advkit.core.errors import UsageError
@@ -62,7 +62,7 @@ class _Dense:
     """Steps of the published attack: 2 eps at first, with momentum, halved where the loss stalls."""
 
     reviews: frozenset[int]
-    size: Tensor  # step size in units of eps [B]
+    size: Tensor  # step size in units of eps [B, 1...]
     improved: Tensor  # improving steps since the last review [B]
     seen: Tensor  # lowest loss at the last review [B]
     halved: Tensor  # whether the last review halved the step [B]
@@ -71,18 +71,20 @@ class _Dense:
     @classmethod
     def begin(cls, state: _Walk, steps: int) -> _Dense:
         zero = torch.zeros_like(state.loss)
-        return cls(frozenset(checkpoints(steps)), zero + 2, zero.clone(), state.best_loss.clone(), zero.bool())
+        size = per_row(zero + 2, state.z)
+        return cls(frozenset(checkpoints(steps)), size, zero.clone(), state.best_loss.clone(), zero.bool())
 
     def take(self, rows: Tensor) -> _Dense:
         size, improved, seen, halved = kept(rows, self.size, self.improved, self.seen, self.halved)
         return _Dense(self.reviews, size, improved, seen, halved, self.since)
 
     def propose(self, state: _Walk, x: Tensor, ball: Ball[Tensor], step: int) -> Tensor:
-        z = state.z
-        target = ball.project(z + per_row(self.size, z) * ball.steepest(-state.gradient, z), x)
+        target = descended(ball, state.z, state.gradient, x, self.size)
         if step == 1:
             return target
-        return ball.project(z + ALPHA * (target - z) + (1 - ALPHA) * (z - state.previous), x)
+        # z + ALPHA (target - z) + (1 - ALPHA) (z - previous): between where the last move leads on to and the target
+        onward = torch.lerp(state.previous, state.z, 2)
+        return ball.project(onward.lerp_(target, ALPHA), x)
 
     def review(self, state: _Walk, lower: Tensor, x: Tensor, step: int) -> None:
         """`lower`: whether this step's loss is below the step's before, bool [B]."""
@@ -92,7 +94,7 @@ class _Dense:
         few = self.improved < RHO * (step - self.since)
         stalled = ~self.halved & (state.best_loss >= self.seen)
         self.halved = few | stalled
-        self.size = torch.where(self.halved, self.size / 2, self.size)
+        self.size = torch.where(per_row(self.halved, self.size), self.size / 2, self.size)
         state.back_to_best(self.halved)
         self.seen, self.since = state.best_loss.clone(), step
         self.improved.zero_()
@@ -209,7 +211,7 @@ class APGD:
         pace = (_Sparse if isinstance(lp_ball(ball), L1) else _Dense).begin(state, self.steps)
         reached = best.offer(z, answer, loss, live.index)
         for step in range(1, self.steps + 1):
-            if stopping and (stay := live.left(reached)) is not None:
+            if stopping and not best.quiet and (stay := live.left(reached)) is not None:
                 live, state, pace = live.take(stay), state.take(stay), pace.take(stay)
             if not len(live) or not live.affords():
                 return

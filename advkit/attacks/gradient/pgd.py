@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, kept, lp_ball
+from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, descended, kept, lp_ball
 from advkit.attacks.wrappers import averaged
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
@@ -68,7 +68,7 @@ def walk(
             loss, gradient, answer = live.oracle.gradient(z, live.goal)
             if keep == "best" or stopping:
                 reached = best.offer(z, answer, loss, live.index)
-                if stopping and (stay := live.left(reached)) is not None:
+                if stopping and not best.quiet and (stay := live.left(reached)) is not None:
                     live = live.take(stay)
                     z, gradient = kept(stay, z, gradient)
                     if not len(live):
@@ -77,7 +77,7 @@ def walk(
                 move = ball.steepest(-gradient, live.x)
                 z = ball.project(torch.where(move != 0, z + step_size * move, live.x), live.x)
             else:
-                z = ball.project(torch.add(z, ball.steepest(-gradient, z), alpha=step_size), live.x)
+                z = descended(ball, z, gradient, live.x, step_size)
         if not len(live):
             continue
         if keep == "last":

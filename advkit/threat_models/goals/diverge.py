@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advkit.core.errors import BadInput
+from advkit.core.rows import finite_rows
+from advkit.threat_models.goals.per_row import PerRow
 from advkit.threat_models.goals.untargeted import best_other, checked_answer, pick
 
 
 @dataclass(frozen=True, eq=False)
-class Diverge:
+class Diverge(PerRow):
     """An answer whose distribution differs from the reference's as much as possible.
 
     reference: scores of the untouched rows, float [B, C]; taken as constants
@@ -50,14 +52,18 @@ class Diverge:
         known = self._reference_class
         if not self._scores(answer):
             return (answer >= 0) & (answer != known)
-        return (best_other(answer, known) > pick(answer, known)) & torch.isfinite(answer).all(1)
+        return (best_other(answer, known) > pick(answer, known)) & finite_rows(answer)
+
+    def none_reached(self, answer: Tensor) -> bool:
+        """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
+        return self._scores(answer) and torch.equal(answer.argmax(1), self._reference_class)
 
     def margin(self, answer: Tensor) -> Tensor:
         """Float [B]: score of the reference's class minus the best other; +inf where it is not finite."""
         if not self._scores(answer):
             return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
         margin = pick(answer, self._reference_class) - best_other(answer, self._reference_class)
-        return torch.where(torch.isfinite(answer).all(1), margin, torch.inf)
+        return torch.where(finite_rows(answer), margin, torch.inf)
 
     def loss(self, answer: Tensor) -> Tensor:
         """Float [B], smaller is better for the attacker."""
@@ -69,11 +75,3 @@ class Diverge:
     def under(self, loss: str) -> Self:
         """Itself: divergence is the goal."""
         return self
-
-    def take(self, rows: Tensor) -> Self:
-        """The goal of a subset of the rows (long or bool index)."""
-        return replace(self, reference=self.reference[rows], _decision=self._reference_class[rows])
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same goal on a device."""
-        return replace(self, reference=self.reference.to(device), _decision=self._reference_class.to(device))

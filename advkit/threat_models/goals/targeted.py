@@ -11,6 +11,8 @@ from torch import Tensor
 
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import Rng
+from advkit.core.rows import finite_rows
+from advkit.threat_models.goals.per_row import PerRow
 from advkit.threat_models.goals.untargeted import (
     Surrogate,
     best_other,
@@ -24,7 +26,7 @@ from advkit.threat_models.goals.untargeted import (
 
 
 @dataclass(frozen=True, eq=False)
-class Targeted:
+class Targeted(PerRow):
     """One chosen class; among equal scores the lowest index decides, as in `Untargeted`.
 
     targets:   wanted classes, long [B]
@@ -54,14 +56,18 @@ class Targeted:
         """Bool [B]."""
         if not self._scores(answer):
             return answer == self.targets
-        return (answer.argmax(1) == self.targets) & torch.isfinite(answer).all(1)
+        return (answer.argmax(1) == self.targets) & finite_rows(answer)
+
+    def none_reached(self, answer: Tensor) -> bool:
+        """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
+        return self._scores(answer) and not bool((answer.argmax(1) == self.targets).any())
 
     def margin(self, answer: Tensor) -> Tensor:
         """Float [B]: best other score minus the target's: negative where reached (0 in a tie), +inf if not finite."""
         if not self._scores(answer):
             return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
         margin = best_other(answer, self.targets) - pick(answer, self.targets)
-        return torch.where(torch.isfinite(answer).all(1), margin, torch.inf)
+        return torch.where(finite_rows(answer), margin, torch.inf)
 
     def loss(self, answer: Tensor) -> Tensor:
         """Float [B], smaller is better for the attacker."""
@@ -81,14 +87,6 @@ class Targeted:
         """The same goal with another surrogate loss."""
         surrogate = checked_surrogate(loss)
         return self if surrogate == self.surrogate else replace(self, surrogate=surrogate)
-
-    def take(self, rows: Tensor) -> Self:
-        """The goal of a subset of the rows (long or bool index)."""
-        return replace(self, targets=self.targets[rows])
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same goal on a device."""
-        return replace(self, targets=self.targets.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)

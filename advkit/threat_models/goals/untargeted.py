@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import ClassVar, Literal, Self, cast
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import Rng
+from advkit.core.rows import finite_rows
+from advkit.threat_models.goals.per_row import PerRow
 
 Surrogate = Literal["ce", "margin", "dlr"]
 SURROGATES: tuple[str, ...] = ("ce", "margin", "dlr")
@@ -78,6 +81,13 @@ def best_other(answer: Tensor, classes: Tensor) -> Tensor:
     return answer.scatter(1, classes.unsqueeze(1), -torch.inf).amax(1)
 
 
+@lru_cache(maxsize=16)
+def _minus_one(classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight of -1 per class: it spares a negation of the loss and another of its gradient."""
+    with torch.inference_mode(False):  # autograd has to be able to keep it
+        return torch.full((classes,), -1.0, dtype=dtype, device=device)
+
+
 def checked_surrogate(name: str) -> Surrogate:
     """The name as a surrogate; UsageError for a loss that these goals do not have."""
     if name not in SURROGATES:
@@ -86,7 +96,7 @@ def checked_surrogate(name: str) -> Surrogate:
 
 
 @dataclass(frozen=True, eq=False)
-class Untargeted:
+class Untargeted(PerRow):
     """Any class but the true one.
 
     Classes are decided as a deployed classifier does: the largest score, the lowest index among equals.
@@ -118,14 +128,18 @@ class Untargeted:
         """Bool [B]."""
         if not self._scores(answer):
             return (answer >= 0) & (answer != self.labels)
-        return (answer.argmax(1) != self.labels) & torch.isfinite(answer).all(1)
+        return (answer.argmax(1) != self.labels) & finite_rows(answer)
+
+    def none_reached(self, answer: Tensor) -> bool:
+        """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
+        return self._scores(answer) and torch.equal(answer.argmax(1), self.labels)
 
     def margin(self, answer: Tensor) -> Tensor:
         """Float [B]: true score minus the best other: negative where reached (0 in a tie); +inf where not finite."""
         if not self._scores(answer):
             return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
         margin = pick(answer, self.labels) - best_other(answer, self.labels)
-        return torch.where(torch.isfinite(answer).all(1), margin, torch.inf)
+        return torch.where(finite_rows(answer), margin, torch.inf)
 
     def loss(self, answer: Tensor) -> Tensor:
         """Float [B], smaller is better for the attacker."""
@@ -134,7 +148,8 @@ class Untargeted:
         if not scores:
             return self.margin(answer)
         if self.surrogate == "ce":
-            return -F.cross_entropy(answer, self.labels, reduction="none")
+            weight = _minus_one(answer.shape[1], answer.dtype, answer.device)
+            return F.cross_entropy(answer, self.labels, weight, reduction="none")
         margin = pick(answer, self.labels) - best_other(answer, self.labels)
         if self.surrogate == "margin":
             return margin
@@ -145,14 +160,6 @@ class Untargeted:
         """The same goal with another surrogate loss."""
         surrogate = checked_surrogate(loss)
         return self if surrogate == self.surrogate else replace(self, surrogate=surrogate)
-
-    def take(self, rows: Tensor) -> Self:
-        """The goal of a subset of the rows (long or bool index)."""
-        return replace(self, labels=self.labels[rows])
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same goal on a device."""
-        return replace(self, labels=self.labels.to(device))
 
     def rivals(self, answer: Tensor, k: int, without: Sequence[Rival] = ()) -> tuple[Rival, ...]:
         """The same goal aimed at one wrong class at a time: the k likeliest at `answer`, likeliest first.
@@ -195,14 +202,6 @@ class Rival(Untargeted):
             return margin
         top = top_scores(answer, 4, "targeted dlr")
         return margin / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
-
-    def take(self, rows: Tensor) -> Self:
-        """The goal of a subset of the rows (long or bool index)."""
-        return replace(self, labels=self.labels[rows], rival=self.rival[rows])
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same goal on a device."""
-        return replace(self, labels=self.labels.to(device), rival=self.rival.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
