@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,17 @@ def momentum(oracle: TensorOracle, decay: float = 1.0) -> TensorOracle:
     accumulated gradient keep a size that does not depend on the number of features. A fresh wrapper starts at zero.
     """
     return oracle if decay == 0 else _Momentum(oracle, decay, None)
+
+
+def normalised(gradient: Tensor) -> Tensor:
+    """Every row divided by its mean absolute value; a row of zeros stays as it is."""
+    size = gradient.abs().flatten(1).mean(1)
+    return gradient / per_row(torch.where(size > 0, size, 1.0), gradient)
+
+
+def accumulated(velocity: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
+    """What `momentum` walks along: `decay` of what was accumulated so far, plus a gradient."""
+    return gradient if velocity is None else velocity * decay + gradient
 
 
 def averaged(oracle: TensorOracle, draws: int) -> TensorOracle:
@@ -41,13 +55,17 @@ class _Momentum:
         if of is not None:
             raise UsageError("momentum is kept per row: it can't follow several candidates of one row (leave `of` out)")
         loss, gradient, answer = self.oracle.gradient(x, goal)
-        size = gradient.abs().flatten(1).mean(1)
-        gradient = gradient / per_row(torch.where(size > 0, size, 1.0), gradient)
-        self.velocity = gradient if self.velocity is None else self.velocity * self.decay + gradient
+        self.velocity = accumulated(self.velocity, normalised(gradient), self.decay)
         return loss, self.velocity, answer
 
     def take(self, rows: Tensor) -> TensorOracle:
         return _Momentum(self.oracle.take(rows), self.decay, None if self.velocity is None else self.velocity[rows])
+
+    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> TensorOracle:
+        return _Momentum(self.oracle.seen_as(view, decides), self.decay, self.velocity)
+
+    def head(self) -> Tensor | None:
+        return self.oracle.head()
 
     @property
     def left(self) -> int | None:
@@ -78,6 +96,12 @@ class _Averaged:
 
     def take(self, rows: Tensor) -> TensorOracle:
         return _Averaged(self.oracle.take(rows), self.draws)
+
+    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> TensorOracle:
+        return _Averaged(self.oracle.seen_as(view, decides), self.draws)
+
+    def head(self) -> Tensor | None:
+        return self.oracle.head()
 
     @property
     def left(self) -> int | None:

@@ -8,7 +8,7 @@ says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -173,6 +173,14 @@ class Oracle(Protocol[X, Y]):
 
     def take(self, rows: Tensor) -> Oracle[X, Y]:
         """The oracle of a subset of the rows."""
+        ...
+
+    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> Oracle[X, Any]:
+        """The same rows and meter, asked of `view(model)`: features, another backward rule, one of several models."""
+        ...
+
+    def head(self) -> Tensor | None:
+        """Weight [classes, features] of the model's last linear layer, where it has one."""
         ...
 
     @property
