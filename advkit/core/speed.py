@@ -33,7 +33,7 @@ GAIN = 0.97
 """Another memory layout is kept where it takes less than this share of the time."""
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _RESOLUTION = {"fp32": 0.0, "bf16": 2.0**-6, "fp16": 2.0**-9}
-_REPETITIONS = 7
+_REPETITIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +133,12 @@ class Speed:
                 f"the model can't be computed under speed {kept} ({_first_line(error)}): choose another, "
                 f"{'e.g. without compile (it needs a C++ compiler)' if kept.compile else 'e.g. fp32'}"
             ) from error
-        if not steady(view, sample, kept.lanes(view, sample, backward), backward):
-            log.warning("speed %s is not applied: under it the bits of a row depend on its batch", kept)
-            return type(self)(), None
-        return kept, view
+        if steady(view, sample, kept.lanes(view, sample, backward), backward):
+            return kept, view
+        log.warning("speed %s is not applied: under it the bits of a row depend on its batch", kept)
+        if kept.channels_last and len(kept.switches) > 1:
+            return kept.without("channels_last").settled(model, sample, planned, backward)
+        return type(self)(), None
 
     def lanes(self, view: Any, sample: Tensor, backward: bool = True) -> Lanes:
         """Shapes of the view's calls: one shape where it is compiled, for every other would be compiled too."""
@@ -171,11 +173,7 @@ class Speed:
         ratio = statistics.median(ratios)
         if ratio >= GAIN:
             log.info("channels_last is not applied: it takes %.2f of the time", ratio)
-            return False
-        if not steady(other, sample, Lanes.probed(other, sample, backward), backward):
-            log.info("channels_last is not applied: under it the bits of a row depend on its batch")
-            return False
-        return True
+        return ratio < GAIN
 
 
 class View:

@@ -5,6 +5,7 @@ A scenario is all that differs between settings; the harness asks it to play and
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
@@ -94,20 +95,25 @@ class Evasion:
             yield from single_attack(case, _Without(done, case.label), crew)
 
 
-def single_attack(case: Case, skip: Container[str] = (), crew: Crew | None = None) -> Iterator[Played]:
-    """One attack on the rows whose ids are not skipped; batch by batch, in the task's order."""
+def single_attack(
+    case: Case, skip: Container[str] = (), crew: Crew | None = None, lanes: Callable[[], Lanes] | None = None
+) -> Iterator[Played]:
+    """One attack on the rows whose ids are not skipped; batch by batch, in the task's order.
+
+    lanes: tells the shapes of the calls where several attacks on the same models share them; None probes
+    """
     batches = case.task.batches(case.batch_size, skip=skip, n=case.n)
     first = next(batches, None)
     if first is None:
         return
     case = with_views(case)
-    lanes = lanes_of(case)
+    shapes = lanes_of(case) if lanes is None else lanes()
     waiting = chain([first], batches)
     if crew is not None:
-        yield from crew.play(case, waiting, lanes)
+        yield from crew.play(case, waiting, shapes)
         return
     for batch in waiting:
-        yield played_alone(case, batch, lanes)
+        yield played_alone(case, batch, shapes)
 
 
 def played_alone(case: Case, batch: Batch, lanes: Lanes) -> Played:
@@ -122,6 +128,8 @@ def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Itera
 
     Which rows a stage takes follows from the records alone, so a resumed run takes the same.
     """
+    case = with_views(case)
+    lanes = functools.cache(functools.partial(lanes_of, case))
     held = dict(done)
     order = [row for batch in case.task.batches(1024, n=case.n) for row in batch.ids]
     standing = dict.fromkeys(order, math.inf)
@@ -135,7 +143,7 @@ def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Itera
         blind = case.speed.resolution
         exact = frozenset(row for row in taken if standing[row] <= blind) if blind else frozenset()
         cell = replace(case, attack=stage.attack, label=label, exact=exact)
-        for records, origin, returned in single_attack(cell, _Without(held, label, taken), crew):
+        for records, origin, returned in single_attack(cell, _Without(held, label, taken), crew, lanes):
             held.update((Store.key(label, record.id), record) for record in records)
             yield records, origin, returned
         for row in taken:
