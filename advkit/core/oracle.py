@@ -22,6 +22,9 @@ from advkit.core.rows import row_size
 
 log = logging.getLogger("advkit")
 
+LARGE = 3 * 128 * 128
+"""Numbers in a row from which on a CPU evaluates four rows at a time."""
+
 
 @dataclass
 class Lanes:
@@ -39,9 +42,15 @@ class Lanes:
     multiple: int = 16
 
     @classmethod
-    def on(cls, device: torch.device | str) -> Lanes:
-        """The default of a device: padded lanes on the CPU, plain large batches elsewhere."""
-        return cls() if torch.device(device).type == "cpu" else cls(chunk=1024, multiple=1)
+    def fitting(cls, x: Tensor) -> Lanes:
+        """The default for rows like these: padded lanes on the CPU, plain large batches elsewhere.
+
+        A large image is worth a kernel's while by itself: fixed calls of four cost no more per row and pad less.
+        """
+        size = x[0].numel() if len(x) else 0
+        if x.device.type != "cpu":
+            return cls(chunk=min(1024, max(16, 2**24 // max(1, size))), multiple=1)
+        return cls(chunk=4, multiple=4) if size >= LARGE else cls()
 
     @classmethod
     def probed(cls, model: Callable[[Tensor], Tensor], x: Tensor, backward: bool = True) -> Lanes:
@@ -49,8 +58,8 @@ class Lanes:
 
         Tried on the rows at hand, repeated up to 64; forward and, with `backward`, input gradient must agree.
         """
-        lanes = cls.on(x.device)
-        if lanes.multiple == 1 or not x.is_floating_point():
+        lanes = cls.fitting(x)
+        if lanes.multiple in (1, lanes.chunk) or not x.is_floating_point():
             return lanes
         rows = x.detach()[torch.arange(lanes.chunk, device=x.device) % len(x)]
         try:
@@ -398,7 +407,7 @@ class MeteredOracle:
         if lanes is None:
             modules = getattr(self.model, "modules", None)
             training = any(m.training for m in modules()) if callable(modules) else False
-            lanes = Lanes(chunk=max(1, len(x)), multiple=1) if training else Lanes.on(x.device)
+            lanes = Lanes(chunk=max(1, len(x)), multiple=1) if training else Lanes.fitting(x)
             self.lanes = lanes
         return ([x] if len(x) <= lanes.chunk else list(torch.split(x, lanes.chunk))), lanes
 

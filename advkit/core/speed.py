@@ -143,7 +143,7 @@ class Speed:
     def lanes(self, view: Any, sample: Tensor, backward: bool = True) -> Lanes:
         """Shapes of the view's calls: one shape where it is compiled, for every other would be compiled too."""
         if self.compile:
-            size = Lanes.on(sample.device).chunk if sample.device.type == "cpu" else 256
+            size = Lanes.fitting(sample).chunk if sample.device.type == "cpu" else 256
             return Lanes(chunk=size, multiple=size)
         return Lanes.probed(view, sample, backward)
 
@@ -152,7 +152,7 @@ class Speed:
         if sample.ndim != 4 or not any(isinstance(m, nn.Conv2d) for top in model.modules() for m in top.modules()):
             log.info("channels_last is not applied: it is for convolutions on images")
             return False
-        rows = _filled(sample, Lanes.on(sample.device).chunk)
+        rows = _filled(sample, Lanes.fitting(sample).chunk)
         try:
             plain: Any = replace(self, channels_last=False, compile=False).view(model, sample)
             other: Any = replace(self, compile=False).view(model, sample)

@@ -319,7 +319,7 @@ class Battery:
                 run.silent.update(zip(ids, indicators.silent_success(trace.reached(), came).tolist(), strict=True))
             if model is not case.victim:
                 points = returned[torch.tensor(where, device=returned.device)]
-                answer = MeteredOracle(model, len(where), Access.SCORES, lanes=Lanes.on(points.device))(points)
+                answer = MeteredOracle(model, len(where), Access.SCORES, lanes=Lanes.fitting(points))(points)
                 fooled = trace.goal.reached(answer).cpu()
                 said = torch.tensor([-1 if r.adversarial is None else r.adversarial for r in rows])
                 lost = indicators.transfer_failure(decide(answer).cpu(), said, fooled)
@@ -549,7 +549,7 @@ class Battery:
                 labels.append(batch.labels[where])
         x, y = torch.cat(xs).to(self.case.device), torch.cat(labels).to(self.case.device)
         rng = RowRng.from_ids(self.case.seed, ids, device=self.case.device).at("diagnostics")
-        clean = MeteredOracle(self.case.victim, len(x), Access.SCORES, lanes=Lanes.on(x.device))(x)
+        clean = MeteredOracle(self.case.victim, len(x), Access.SCORES, lanes=Lanes.fitting(x))(x)
         return x, self.case.rule(y, clean, rng.at("goal")).under("margin"), rng
 
     def _differences(self) -> None:
@@ -588,7 +588,7 @@ class Battery:
             x, goal, rng = probe
             bounded = isinstance(space, Box) and space.bounded
             width = space.extent[1] - space.extent[0] if bounded else 1.0
-            oracle = MeteredOracle(victim, len(x), Access.SCORES, lanes=Lanes.on(x.device))
+            oracle = MeteredOracle(victim, len(x), Access.SCORES, lanes=Lanes.fitting(x))
             repeats = self.case.draws if self.case.randomized else 1
 
             def loss(z: Tensor) -> Tensor:
@@ -614,7 +614,7 @@ def gradient_errors(view: Any, victim: Any, x: Tensor, goal: Any, rng: Any, widt
     The direction is half the gradient and half random, so that the derivative along it is never small by accident.
     width: of the input's range; the step is 1e-3 of it in float64, 1e-2 in float32
     """
-    lanes = Lanes.on(x.device)
+    lanes = Lanes.fitting(x)
     z = x
     pair = _in_double((view, victim), x)
     if pair is not None:
@@ -644,7 +644,7 @@ def _in_double(models: Sequence[Any], x: Tensor) -> list[Any] | None:
             double = model.copy() if hasattr(model, "copy") else copy.deepcopy(model)
             for module in double.modules():
                 module.double()
-            answer = MeteredOracle(double, len(x), Access.SCORES, lanes=Lanes.on(x.device))(x.double())
+            answer = MeteredOracle(double, len(x), Access.SCORES, lanes=Lanes.fitting(x))(x.double())
         except Exception:
             log.debug("no float64 copy of %s", model, exc_info=True)
             return None

@@ -359,7 +359,7 @@ def pgd_overhead(
             sides: tuple[Callable[[], object], ...] = (
                 partial(_bare, case.victim, rows, aim.labels, steps),
                 partial(ours, Lanes(chunk=size, multiple=1)),
-                partial(ours, Lanes.on("cpu")),
+                partial(ours, Lanes()),
             )
             times: list[list[float]] = []
             for repetition in range(repetitions + 1):
@@ -413,7 +413,7 @@ def dispatcher_ops(model: str = "zoo:fashion-mnist-cnn-pgd_at", *, task: Any = "
     rng = RowRng.from_ids(0, ids)
 
     def count(attack: Any) -> tuple[int, int]:
-        oracle = MeteredOracle(case.victim, len(x), lanes=Lanes.on("cpu"))
+        oracle = MeteredOracle(case.victim, len(x), lanes=Lanes())
         with frozen(*case.victim.modules()), Ops() as ops:
             attack(oracle, x, goal, ball, rng)
         return ops.ops, ops.syncs

@@ -121,7 +121,7 @@ def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
     if not len(x):
         return []
     with frozen(*tops), own_randomness(case.device, case.seed, "diagnostics"):
-        oracle = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=Lanes.on(x.device))
+        oracle = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=Lanes.fitting(x))
         with _autograd_calls() as calls:
             answers = [oracle(x)]
         answers += [oracle(x) for _ in range(REPEATS - 1)]
@@ -208,7 +208,7 @@ def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Fin
     try:
         goal = case.rule(labels, clean, rng.at("goal"))
         for loss in ("ce", "margin"):
-            oracle = MeteredOracle(view, len(x), lanes=Lanes.on(x.device))
+            oracle = MeteredOracle(view, len(x), lanes=Lanes.fitting(x))
             _, gradient, _ = oracle.gradient(start, goal.under(loss))
             bad |= oracle.meter.non_finite
             zero[loss] = (gradient.flatten(1) == 0).all(1).cpu()
@@ -401,7 +401,7 @@ def _margin_lives(case: Case, ids: set[str]) -> bool:
     where = [i for i, row in enumerate(batch.ids) if row in ids][:FIRST_ROWS]
     x, labels = batch.x[where].to(case.device), batch.labels[where].to(case.device)
     view, _ = attacked_model(case)
-    lanes = Lanes.on(x.device)
+    lanes = Lanes.fitting(x)
     with frozen(*case.victim.modules()), own_randomness(case.device, case.seed, "diagnostics"):
         clean = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=lanes)(x)
         goal = case.rule(labels, clean, RowRng.from_ids(case.seed, [batch.ids[i] for i in where], device=x.device))

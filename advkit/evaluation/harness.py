@@ -48,7 +48,7 @@ def preflight(case: Case) -> None:
         raise BadInput(complaint)
     with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
         try:
-            answer = Judge(case.victim, Lanes.on(case.device)).answer(x)
+            answer = Judge(case.victim, Lanes.fitting(x)).answer(x)
         except (RuntimeError, ValueError, TypeError) as error:
             raise BadModel(
                 f"the model can't take inputs of shape {tuple(x.shape[1:])} of task {case.task.name}: {error}"

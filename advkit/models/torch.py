@@ -173,8 +173,9 @@ class TorchModel:
         """
         found: Tensor | None = None
         for layer in self.module.modules():
-            pointwise = isinstance(layer, nn.Conv2d) and all(size == 1 for size in layer.kernel_size) and layer.groups == 1
-            if isinstance(layer, nn.Linear) or pointwise:
+            if isinstance(layer, nn.Linear) or (
+                isinstance(layer, nn.Conv2d) and layer.groups == 1 and all(size == 1 for size in layer.kernel_size)
+            ):
                 weight = cast(Tensor, layer.weight)
                 found = weight if len(weight) == self.classes else found
         return None if found is None else found.detach().flatten(1).float()

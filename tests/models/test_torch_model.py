@@ -174,9 +174,11 @@ def test_ensemble_is_the_mean_of_logits(x: torch.Tensor) -> None:
 def test_head_is_the_last_layer_with_a_row_per_class() -> None:
     network = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))
     head = TorchModel(network, classes=3).head()
-    assert head is not None and torch.equal(head, network[4].weight)
+    assert head is not None
+    assert torch.equal(head, network[4].weight)
     assert not head.requires_grad
     pointwise = nn.Sequential(nn.Conv2d(2, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     head = TorchModel(pointwise, classes=4).head()
-    assert head is not None and head.shape == (4, 2)
+    assert head is not None
+    assert head.shape == (4, 2)
     assert TorchModel(nn.Flatten(), classes=4).head() is None
