@@ -37,6 +37,7 @@ class ADTopK(MinimumNorm):
     """
 
     name: ClassVar[str] = "ad_topk"
+    without_head: ClassVar[str] = "classes are taken to be similar to themselves alone"
     serves: ClassVar[tuple[str, ...]] = ("ordered-topk", "topk", "targeted")
 
     alpha: float = 10.0
@@ -50,12 +51,15 @@ class ADTopK(MinimumNorm):
         if not self.beta >= 0:
             raise UsageError(f"beta is {self.beta}; give a difference of logits from 0 up")
 
+    @property
+    def asks_for_head(self) -> bool:
+        """Whether classes are compared by the rows of the last layer."""
+        return not isinstance(self.similarity, Tensor) and self.similarity == "head"
+
     def objective(self, goal: TopK | OutOfTopK, oracle: TensorOracle) -> TensorGoal:
         """The goal with the divergence as loss."""
-        similarity = None
-        if isinstance(self.similarity, Tensor):
-            similarity = self.similarity
-        elif self.similarity == "head":
-            weight = head_of(oracle, self.name, "classes are taken to be similar to themselves alone")
-            similarity = None if weight is None else cosines(weight)
+        similarity = self.similarity if isinstance(self.similarity, Tensor) else None
+        weight = head_of(oracle) if self.asks_for_head else None
+        if weight is not None:
+            similarity = cosines(weight)
         return replace(goal, surrogate="ad", similarity=similarity, alpha=self.alpha, beta=self.beta)

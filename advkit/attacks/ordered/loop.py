@@ -102,6 +102,7 @@ class MinimumNorm(ABC):
     name: ClassVar[str]
     serves: ClassVar[tuple[str, ...]] = ("ordered-topk", "topk", "out-of-topk", "targeted")
     default_threat_model: ClassVar[str] = "minimum-l2"
+    without_head: ClassVar[str] = ""
 
     k: int = 5
     budget: str = "1x60"
@@ -141,6 +142,11 @@ class MinimumNorm(ABC):
         searches, steps = self.budget.split("x")
         return int(searches), int(steps)
 
+    @property
+    def asks_for_head(self) -> bool:
+        """Whether the loss is made from the victim's last linear layer, where it shows one."""
+        return False
+
     @abstractmethod
     def objective(self, goal: TopK | OutOfTopK, oracle: TensorOracle) -> TensorGoal:
         """The goal with this attack's loss."""
@@ -156,7 +162,11 @@ class MinimumNorm(ABC):
                 "minimum-l2 (within a radius use `pgd:loss=quad`, `apgd-margin` or another gradient attack)"
             )
         aim = self.objective(self._served(goal), oracle)
-        return self._search(averaged(oracle, self.eot), x, goal, aim, threat, rng)
+        found = self._search(averaged(oracle, self.eot), x, goal, aim, threat, rng)
+        # Said at the end: a rehearsal of the attack has no victim behind its oracle and ends at the first question.
+        if self.asks_for_head and head_of(oracle) is None:
+            log.info("%s: the victim shows no linear last layer; %s", self.name, self.without_head)
+        return found
 
     def _served(self, goal: TensorGoal) -> TopK | OutOfTopK:
         """The goal as one of those with the losses of ordered attacks."""
@@ -254,10 +264,8 @@ def _affords(oracle: TensorOracle) -> bool:
     return left is None or left >= 1
 
 
-def head_of(oracle: TensorOracle, name: str, instead: str) -> Tensor | None:
-    """The weight [C, d] of the victim's last linear layer; None, and a line in the log, where it shows none."""
+def head_of(oracle: TensorOracle) -> Tensor | None:
+    """The weight [C, d] of the victim's last linear layer; None where it shows none."""
     ask = getattr(oracle, "head", None)
     weight: Tensor | None = None if ask is None else ask()
-    if weight is None:
-        log.info("%s: the victim shows no linear last layer; %s", name, instead)
     return weight

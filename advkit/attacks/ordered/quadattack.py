@@ -75,6 +75,7 @@ class QuadAttack(MinimumNorm):
     """
 
     name: ClassVar[str] = "quadattack"
+    without_head: ClassVar[str] = "distances are measured in the logits"
 
     margin: float = 0.2
     head: Literal["auto", "identity"] = "auto"
@@ -85,11 +86,14 @@ class QuadAttack(MinimumNorm):
         if not self.margin > 0:
             raise UsageError(f"margin is {self.margin}; give a positive difference of logits such as 0.2")
 
+    @property
+    def asks_for_head(self) -> bool:
+        """Whether distances are measured in the features before the last layer."""
+        return self.head == "auto"
+
     def objective(self, goal: TopK | OutOfTopK, oracle: TensorOracle) -> TensorGoal:
         """The goal with the distance to its polyhedron as loss."""
-        weight = None
-        if self.head == "auto":
-            weight = head_of(oracle, self.name, "distances are measured in the logits")
+        weight = head_of(oracle) if self.asks_for_head else None
         if weight is None:
             return _Projected(goal, None, self.margin, [])
         return _Projected(goal.for_classes(len(weight)), gram(weight), self.margin, [])
