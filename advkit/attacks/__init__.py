@@ -25,6 +25,8 @@ ATTACKS: Registry[Attack] = Registry(
         "auto": "advkit.attacks.suites:Thorough",
         "lean": "advkit.attacks.suites:Lean",
         "autoattack": "advkit.attacks.suites:AutoAttack",
+        "online": "advkit.attacks.stream.online:Online",
+        "transfer:": "advkit.attacks.transfer.engine:Composed",
         "foolbox:": "advkit.attacks.peers:Foolbox",
         "torchattacks:": "advkit.attacks.peers:TorchAttacks",
         "art:": "advkit.attacks.peers:ART",

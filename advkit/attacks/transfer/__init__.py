@@ -1,0 +1,44 @@
+"""Attacks composed of parts, for models that are never asked. A part is one class below and one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advkit.core.registry import Registry
+
+PARTS: Registry[Any] = Registry(
+    "transfer part",
+    {
+        "mi": "advkit.attacks.transfer.gradients:MI",
+        "ni": "advkit.attacks.transfer.gradients:NI",
+        "emi1": "advkit.attacks.transfer.gradients:EMI1",
+        "emi": "advkit.attacks.transfer.gradients:EMI",
+        "vmi": "advkit.attacks.transfer.gradients:VMI",
+        "gra": "advkit.attacks.transfer.gradients:GRA",
+        "pgn": "advkit.attacks.transfer.gradients:PGN",
+        "mef": "advkit.attacks.transfer.gradients:MEF",
+        "mig": "advkit.attacks.transfer.gradients:MIG",
+        "gi": "advkit.attacks.transfer.gradients:GI",
+        "pi": "advkit.attacks.transfer.gradients:PI",
+        "ti": "advkit.attacks.transfer.gradients:TI",
+        "logit": "advkit.attacks.transfer.gradients:Logit",
+        "di": "advkit.attacks.transfer.transforms:DI",
+        "si": "advkit.attacks.transfer.transforms:SI",
+        "admix": "advkit.attacks.transfer.transforms:Admix",
+        "ssa": "advkit.attacks.transfer.transforms:SSA",
+        "sia": "advkit.attacks.transfer.transforms:SIA",
+        "bsr": "advkit.attacks.transfer.transforms:BSR",
+        "naa": "advkit.attacks.transfer.features:NAA",
+        "fia": "advkit.attacks.transfer.features:FIA",
+        "bfa": "advkit.attacks.transfer.features:BFA",
+        "ila": "advkit.attacks.transfer.features:ILA",
+        "ilpd": "advkit.attacks.transfer.features:ILPD",
+        "sgm": "advkit.attacks.transfer.backward:SGM",
+        "linbp": "advkit.attacks.transfer.backward:LinBP",
+        "bpa": "advkit.attacks.transfer.backward:BPA",
+        "ens": "advkit.attacks.transfer.ensembles:Ens",
+        "svre": "advkit.attacks.transfer.ensembles:SVRE",
+        "cwa": "advkit.attacks.transfer.ensembles:CWA",
+        "lgv": "advkit.attacks.transfer.ensembles:LGV",
+    },
+)

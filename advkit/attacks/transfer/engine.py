@@ -1,0 +1,386 @@
+"""Transfer attacks as sums of parts: probe + transforms + gradient rule + smoothing + momentum + step.
+
+The walk is that of the iterative method (arXiv 1607.02533) with momentum (arXiv 1710.06081); every part changes one of
+its lines. Gradients are of the attacker's loss, which is walked down: signs are the opposite of papers that walk up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from advkit.attacks.base import Best, TensorGoal, TensorOracle, descended, lp_ball
+from advkit.attacks.gradient.pgd import Start, at_least_one, one_of, starting_point
+from advkit.attacks.transfer import PARTS
+from advkit.attacks.wrappers import accumulated, normalised
+from advkit.core.errors import BudgetExhausted, UsageError
+from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.spaces import Box
+from advkit.threat_models.lp import L1, L2, Linf
+
+# Copies that go through the transforms at a time. A constant, so that neither draws nor sums depend on the batch.
+TOGETHER = 5
+
+
+class Ask(Protocol):
+    """Points [n, ...] and which row each belongs to (None: the rows in order) -> gradients [n, ...]."""
+
+    def __call__(self, points: Tensor, of: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers of copies that go together: copy after copy, each holding every row, `copies * rows` in all."""
+
+    rng: Rng
+    rows: Tensor
+    copies: int
+
+    def _drawn(self, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        like = self.rows.new_empty(len(self.rows), self.copies, *shape)
+        drawn: Tensor = getattr(self.rng.at(name), kind)(like)
+        return drawn.transpose(0, 1).reshape(-1, *shape)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        """Uniform in [0, 1), [copies * rows, *shape]."""
+        return self._drawn("uniform", name, shape)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """Standard normal, [copies * rows, *shape]."""
+        return self._drawn("normal", name, shape)
+
+
+class Part:
+    """One term of a composition; its class says which line of the walk it changes.
+
+    momentum: the decay that it is published with; None where it is published on plain gradients. A part `mi` overrules
+    """
+
+    momentum: ClassVar[float | None] = None
+
+
+class Probe(Part):
+    """Where gradients are asked for instead of at z."""
+
+    def __call__(self, z: Tensor, walk: Walk) -> Tensor:
+        raise NotImplementedError
+
+
+class Transform(Part):
+    """What happens to the candidates before the model sees them, differentiably; gradients are averaged over copies."""
+
+    copies: int = 1
+
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+        """x [n, ...] -> [n, ...]; copy: which of the part's copies each is, long [n]."""
+        raise NotImplementedError
+
+
+class Rule(Part):
+    """How a step's gradient is made of the gradients at one or many points."""
+
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+        raise NotImplementedError
+
+
+class Smooth(Part):
+    """What happens to a step's gradient before it is accumulated."""
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Step(Part):
+    """From z along the accumulated gradient to the next z."""
+
+    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor:
+        raise NotImplementedError
+
+
+class Prelude(Part):
+    """Steps before the walk that leave nothing but their momentum."""
+
+    steps: int
+    factor: float
+
+
+class View(Part):
+    """The model seen differently: another backward rule."""
+
+    def through(self, oracle: TensorOracle, x: Tensor) -> TensorOracle:
+        raise NotImplementedError
+
+
+class Objective(Part):
+    """What is walked down instead of the goal's loss."""
+
+    def begin(self, walk: Walk) -> Ask:
+        raise NotImplementedError
+
+
+P = TypeVar("P", bound=Part)
+ROLES: tuple[tuple[type[Part], str], ...] = (
+    (Probe, "probes"),
+    (Rule, "gradient rules"),
+    (Smooth, "smoothings"),
+    (Step, "steps"),
+    (Prelude, "preludes"),
+    (Objective, "objectives"),
+    (View, "backward rules"),
+)
+
+
+@dataclass
+class Walk:
+    """What the parts of a composition know while it walks.
+
+    alpha:    length of a step, per coordinate, in units of the inputs
+    reach:    eps per coordinate: eps in Linf; in L2 and L1 the change of every coordinate when all change alike
+    velocity: accumulated gradient; None before the first step
+    raw:      the last step's gradient before it was accumulated; None before the first step
+    memory:   tensors per row that a part keeps between steps, by name
+    notes:    what else a part keeps, by name
+    """
+
+    oracle: TensorOracle
+    x: Tensor
+    goal: TensorGoal
+    ball: Ball[Tensor]
+    rng: Rng
+    steps: int
+    step_size: float
+    reach: float
+    decay: float
+    transforms: tuple[Transform, ...] = ()
+    step: int = 0
+    velocity: Tensor | None = None
+    raw: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    ask: Ask = field(init=False)
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.ask = self.asking(self.oracle, self.goal)
+
+    @property
+    def alpha(self) -> float:
+        return self.step_size * self.reach
+
+    @property
+    def box(self) -> Box:
+        """The legal inputs."""
+        box: Box = lp_ball(self.ball).box
+        return box
+
+    def asking(self, oracle: TensorOracle, goal: TensorGoal) -> Ask:
+        """Gradients of a goal's loss through an oracle."""
+        taken: dict[int, tuple[Tensor, TensorGoal]] = {}
+
+        def ask(points: Tensor, of: Tensor | None = None) -> Tensor:
+            if of is None:
+                return oracle.gradient(points, goal)[1]
+            if len(of) not in taken or not torch.equal(taken[len(of)][0], of):
+                taken[len(of)] = (of, goal.take(of))
+            return oracle.gradient(points, taken[len(of)][1], of)[1]
+
+        return ask
+
+    def gradient(self, p: Tensor, ask: Ask | None = None) -> Tensor:
+        """The gradient at p [rows, ...], averaged over the copies that the transforms make; every call draws anew."""
+        ask = self.ask if ask is None else ask
+        if not self.transforms:
+            return ask(p)
+        self.calls += 1
+        rng = self.rng.at("transform", self.step, self.calls)
+        copies = math.prod(each.copies for each in self.transforms)
+        rows = torch.arange(len(p), device=p.device)
+        total = torch.zeros_like(p)
+        for first in range(0, copies, TOGETHER):
+            group = torch.arange(first, min(first + TOGETHER, copies), device=p.device)
+            with torch.enable_grad():
+                leaf = p.detach().repeat(len(group), *(1 for _ in p.shape[1:])).requires_grad_()
+                seen, copy = leaf, group.repeat_interleave(len(p))
+                for place, each in enumerate(self.transforms):
+                    draw = Draw(rng.at(place, first), p, len(group))
+                    seen = each(seen, copy % each.copies, draw, self)
+                    copy = copy // each.copies
+            upstream = ask(seen.detach(), rows.repeat(len(group)))
+            (back,) = torch.autograd.grad(seen, leaf, upstream)
+            for one in back.split(len(p)):
+                total = total + one
+        return total / copies
+
+    def noise(self, name: str, number: int, radius: float) -> Tensor:
+        """Uniform in [-radius, radius], shaped like the rows; drawn anew at every step."""
+        return (2 * self.rng.at(name, self.step, number).uniform(self.x) - 1) * radius
+
+
+def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
+    """eps per coordinate; UsageError for balls in which a walk with momentum has no natural step."""
+    inner = lp_ball(ball)
+    if not isinstance(inner, Linf | L2 | L1):
+        norm = getattr(inner, "norm", type(inner).__name__)
+        raise UsageError(
+            f"transfer attacks walk in linf, l2 and l1 balls, not in {norm} ({type(inner).__name__.lower()}); "
+            "choose one of these threat models, or another attack such as `pgd`"
+        )
+    power = {Linf: 0.0, L2: 0.5, L1: 1.0}[type(inner)]
+    return float(inner.eps) / max(1, x[0].numel() if len(x) else 1) ** power
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """Walk down a surrogate's loss by the parts of a composition, to the end, and return where it ends.
+
+    Nothing is kept but the last point and no row stops early: the surrogate's verdict says little about the victim.
+    Draws are per row, step and copy. Costs one gradient per step, times what the parts say.
+
+    parts:     names joined by +, each with settings in brackets: ni+si+ti+[di:p=0.5,copies=3]. Transforms apply in the
+               order given, the order of the others does not matter. The parts: mi (momentum); ni, emi1 (probes); emi,
+               vmi, gra, pgn, mef, mig, svre, cwa (gradient rules); di, si, admix, ssa, sia, bsr (transforms of the
+               input); ti (smoothing); gi, pi (steps); naa, fia, bfa, ila, ilpd, logit, lgv (objectives); sgm, linbp,
+               bpa (backward rules); ens. `bim` is no part at all
+    steps:     gradient steps, >= 1
+    step_size: length of one step in units of eps, > 0; None is `path` / steps
+    start:     "origin", "random" in the ball, or "gaussian": the origin plus 0.001 N(0, 1)
+    restarts:  >= 1; more than one keep per row the point of lowest loss, for one answer each. Needs a start that is drawn
+    path:      length of the whole path in units of eps, > 0, where step_size is none
+    loss:      surrogate loss: "ce", "margin" or "dlr", where the goal has them
+
+    Look-aheads and neighbourhoods are published for Linf; in L2 and L1 balls their radii are those of a change spread
+    evenly over the coordinates. Raises UsageError for values out of range, parts that exclude one another, balls other
+    than linf, l2, l1, and whatever a part needs and does not get.
+    """
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+    parts: tuple[str, ...] = ()
+    steps: int = 10
+    step_size: float | None = None
+    start: Start = "origin"
+    restarts: int = 1
+    path: float = 1.0
+    loss: str = "ce"
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "steps", "restarts")
+        if self.step_size is not None and not self.step_size > 0:
+            raise UsageError(f"step_size is {self.step_size}; give a positive length in units of eps, e.g. 0.1")
+        if not self.path > 0:
+            raise UsageError(f"path is {self.path}; give a positive length in units of eps, e.g. 1")
+        one_of(self, "start", ("random", "origin", "gaussian"))
+        if self.restarts > 1 and self.start == "origin":
+            raise UsageError(f"{self.restarts} restarts from the origin repeat one another; use start=random")
+        given: Any = self.parts
+        given = (given,) if isinstance(given, str) else given
+        names = [one for each in given for one in ([each] if not isinstance(each, str) else _split(each))]
+        built = [PARTS.build(each) for each in names if each != "bim"]
+        object.__setattr__(self, "parts", tuple(PARTS.spec(each) for each in built))
+        self._check(built)
+
+    @property
+    def built(self) -> tuple[Part, ...]:
+        """The parts themselves."""
+        return tuple(PARTS.build(each) for each in self.parts)
+
+    def _check(self, built: list[Part]) -> None:
+        names = [PARTS.name_of(each) for each in built]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UsageError(f"{'+'.join(names)} names {', '.join(twice)} more than once; once is enough")
+        for role, plural in ROLES:
+            rivals = [name for name, each in zip(names, built, strict=True) if isinstance(each, role)]
+            if len(rivals) > 1:
+                raise UsageError(
+                    f"{'+'.join(names)}: {' and '.join(rivals)} are both {plural}, and a walk has one; leave one out"
+                )
+
+    def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
+        goal = goal.under(self.loss)
+        if self.restarts == 1:
+            return self.walked(oracle, x, goal, ball, rng.at("restart", 0))
+        best = Best(x, goal)
+        for restart in range(self.restarts):
+            z = self.walked(oracle, x, goal, ball, rng.at("restart", restart))
+            if oracle.left == 0:
+                break
+            best.offer(z, oracle(z))
+        return best.x
+
+    def walked(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng) -> Tensor:
+        """One walk under the goal's loss as it is."""
+        reach = reach_of(ball, x)
+        if not len(x):
+            return x.clone()
+        parts = self.built
+        momentum = _one(parts, Momentum)
+        published = [part.momentum for part in parts if part.momentum is not None]
+        decay = momentum.decay if momentum is not None else (min(published) if published else 0.0)
+        view, objective = _one(parts, View), _one(parts, Objective)
+        probe, rule, smooth, stepper = _one(parts, Probe), _one(parts, Rule), _one(parts, Smooth), _one(parts, Step)
+        prelude = _one(parts, Prelude)
+
+        walk = Walk(
+            oracle if view is None else view.through(oracle, x),
+            x,
+            goal,
+            ball,
+            rng,
+            self.steps,
+            self.path / self.steps if self.step_size is None else self.step_size,
+            reach,
+            decay,
+            tuple(part for part in parts if isinstance(part, Transform)),
+            notes={"data": getattr(oracle, "data", None)},
+        )
+        start = starting_point(self.start, x, ball, rng.at("start"))
+        z = start
+        try:
+            if objective is not None:
+                walk.ask = objective.begin(walk)
+            phases = [(self.steps, walk.step_size)]
+            if prelude is not None:
+                phases.insert(0, (prelude.steps, walk.step_size * prelude.factor))
+            for steps, walk.step_size in phases:
+                z = start
+                for _ in range(steps):
+                    p = z if probe is None else probe(z, walk)
+                    gradient = walk.gradient(p) if rule is None else rule(p, walk)
+                    gradient = gradient if smooth is None else smooth(gradient)
+                    scaled = gradient if momentum is not None and not momentum.normalise else normalised(gradient)
+                    walk.raw, velocity = gradient, accumulated(walk.velocity, scaled, decay)
+                    if stepper is None:
+                        z = descended(ball, z, velocity, x, walk.step_size)
+                    else:
+                        z = stepper.step(z, velocity, walk)
+                    walk.velocity, walk.step = velocity, walk.step + 1
+        except BudgetExhausted:
+            return z  # as far as the answers went
+        return z
+
+
+class Momentum(Part):
+    """How gradients are accumulated."""
+
+    decay: float
+    normalise: bool
+
+
+def _one(parts: tuple[Part, ...], role: type[P]) -> P | None:
+    return next((part for part in parts if isinstance(part, role)), None)
+
+
+def _split(text: str) -> list[str]:
+    """A composition written as one text, as in Python: `ni+si`; brackets keep together."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "[") - (character == "]")
+        if character == "+" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part[1:-1] if part.startswith("[") and part.endswith("]") else part for part in map(str.strip, parts)]

@@ -1,0 +1,257 @@
+"""Parts that attack the features of a layer instead of the answer.
+
+Every one of them walks <h(z), w> down, h being the layer's output. What makes w up differs: gradients of the score that
+the goal wants lower (`Scored`), so that targeted goals are served, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from advkit.attacks.base import per_row
+from advkit.attacks.gradient.pgd import at_least_one
+from advkit.attacks.transfer.engine import Ask, Composed, Objective, Walk
+from advkit.attacks.transfer.gradients import Scored, not_negative
+from advkit.attacks.transfer.layers import Steered, Tap, layer_named, packed
+from advkit.core.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """The goal of features [B, ...] far down a direction w [B, n]; its loss is <h, w>."""
+
+    weight: Tensor
+    kind: ClassVar[str] = "features"
+
+    def loss(self, answer: Tensor) -> Tensor:
+        """Float [B]."""
+        return (answer.flatten(1) * self.weight.to(answer)).sum(1)
+
+    def margin(self, answer: Tensor) -> Tensor:
+        return self.loss(answer)
+
+    def reached(self, answer: Tensor) -> Tensor:
+        return self.loss(answer) < 0
+
+    def take(self, rows: Tensor) -> Along:
+        return Along(self.weight[rows])
+
+    def under(self, loss: str) -> Along:
+        return self
+
+    def to(self, device: Any) -> Along:
+        return Along(self.weight.to(device))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the source that a walk goes through: its features, and gradients with respect to them."""
+
+    walk: Walk
+    module: nn.Module
+
+    @classmethod
+    def of(cls, walk: Walk, name: str, part: str) -> Layer:
+        found: list[nn.Module] = []
+
+        def look(model: Any) -> Any:
+            found.append(layer_named(model, name, walk.x, part))
+            return model
+
+        walk.oracle.seen_as(look)
+        return cls(walk, found[0])
+
+    def features(self, x: Tensor) -> Tensor:
+        """h(x) [B, ...]; one answer."""
+        answer: Tensor = self.walk.oracle.seen_as(lambda model: Tap(model, self.module))(x)
+        return answer
+
+    def steered(self, shape: tuple[int, ...], keep: float = 1.0) -> tuple[Any, Steered]:
+        """The oracle of the source with something added to its features, and how rows are packed for it."""
+        made: list[Steered] = []
+
+        def view(model: Any) -> Steered:
+            made.append(Steered(model, self.module, tuple(self.walk.x.shape[1:]), shape, keep))
+            return made[0]
+
+        return self.walk.oracle.seen_as(view), made[0]
+
+    def slopes(self, points: list[Tensor], goal: Any) -> Tensor:
+        """The mean over the points of d loss / d h [B, n]; one gradient each."""
+        shape = tuple(self._shape())
+        oracle, view = self.steered(shape)
+        nothing = self.walk.x.new_zeros(len(self.walk.x), int(torch.Size(shape).numel()))
+        total = torch.zeros_like(nothing)
+        for point in points:
+            total = total + view.unpacked(oracle.gradient(packed(point, nothing), goal)[1])[1]
+        return total / len(points)
+
+    def _shape(self) -> torch.Size:
+        shapes: list[torch.Size] = []
+
+        def look(model: Any) -> Any:
+            with torch.no_grad():
+                shapes.append(Tap(model, self.module)(torch.zeros_like(self.walk.x[:1])).shape[1:])
+            return model
+
+        self.walk.oracle.seen_as(look)
+        return shapes[0]
+
+    def down(self, weight: Tensor) -> Ask:
+        """Gradients of <h, w>, w [B, n]."""
+        return self.walk.asking(self.walk.oracle.seen_as(lambda model: Tap(model, self.module)), Along(weight))
+
+
+def unit(weight: Tensor) -> Tensor:
+    """Every row divided by its L2 norm; a row of zeros stays."""
+    length = weight.flatten(1).square().sum(1).sqrt()
+    return weight / per_row(torch.where(length > 0, length, 1.0), weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NAA(Objective):
+    """Take away what the features contribute to the class, integrated from black to the image (neuron attribution,
+    arXiv 2204.00008).
+
+    layer:  name of a module of the source; empty: the one whose output is nearest to the middle in multiplications
+    points: points on the way from black, >= 1
+
+    The attribution goes down. PubDef's release walks it up and mixes the labels of the batch.
+    """
+
+    layer: str = ""
+    points: int = 30
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "points")
+
+    def begin(self, walk: Walk) -> Ask:
+        layer = Layer.of(walk, self.layer, "naa")
+        points = [walk.x * (i / self.points) for i in range(1, self.points + 1)]
+        return layer.down(layer.slopes(points, Scored(walk.goal, soft=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FIA(Objective):
+    """Take away features that matter to the class whichever pixels are dropped (feature importance, arXiv 2107.14185).
+
+    layer: as in naa
+    masks: random masks, >= 1
+    keep:  probability that a value stays, in (0, 1]
+    """
+
+    layer: str = ""
+    masks: int = 30
+    keep: float = 0.7
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "masks")
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"FIA: keep is {self.keep}; give a probability in (0, 1]")
+
+    def begin(self, walk: Walk) -> Ask:
+        layer = Layer.of(walk, self.layer, "fia")
+        points = [walk.x * (walk.rng.at("fia", i).uniform(walk.x) < self.keep) for i in range(self.masks)]
+        return layer.down(unit(layer.slopes(points, Scored(walk.goal, soft=True))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BFA(Objective):
+    """Take away features that matter to the class along a path across the boundary (black-box feature attack).
+
+    layer:  as in naa
+    points: points on the path, >= 1
+    length: of one step on it, in L2, on a 3 x 224 x 224 image; scaled to the size at hand, >= 0
+    """
+
+    layer: str = ""
+    points: int = 30
+    length: float = 28.0
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "points")
+        not_negative(self, "length")
+
+    def begin(self, walk: Walk) -> Ask:
+        layer = Layer.of(walk, self.layer, "bfa")
+        length = self.length * (walk.x[0].numel() / (3 * 224 * 224)) ** 0.5
+        points, point = [], walk.x
+        for _ in range(self.points):
+            point = walk.x - length * unit(walk.ask(point))
+            points.append(point)
+        return layer.down(unit(layer.slopes(points, Scored(walk.goal))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ILA(Objective):
+    """Walk again from the origin, along what an attack did to the features (intermediate level, arXiv 1907.10823).
+
+    layer: as in naa
+    base:  parts of the attack walked first, with as many and as long steps
+    """
+
+    layer: str = ""
+    base: tuple[str, ...] = ("mi",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base", Composed(parts=self.base).parts)
+
+    def begin(self, walk: Walk) -> Ask:
+        layer = Layer.of(walk, self.layer, "ila")
+        base = Composed(parts=self.base, steps=walk.steps, step_size=walk.step_size)
+        # The walk's goal has its surrogate loss already.
+        found = base.walked(walk.oracle, walk.x, walk.goal, walk.ball, walk.rng.at("ila"))
+        return layer.down((layer.features(walk.x) - layer.features(found)).flatten(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ILPD(Objective):
+    """Ask with features drawn back to those of the noisy origin (intermediate-level perturbation decay,
+    arXiv 2304.13410).
+
+    layer: as in naa
+    keep:  weight of the candidate's own features, in [0, 1]
+    noise: deviation of the origin's Gaussian noise, in units of the inputs, >= 0; drawn anew at every step
+    """
+
+    layer: str = ""
+    keep: float = 0.1
+    noise: float = 0.05
+
+    def __post_init__(self) -> None:
+        not_negative(self, "noise")
+        if not 0 <= self.keep <= 1:
+            raise UsageError(f"ILPD: keep is {self.keep}; give a weight in [0, 1]")
+
+    def begin(self, walk: Walk) -> Ask:
+        return _Decayed(walk, Layer.of(walk, self.layer, "ilpd"), self.keep, self.noise)
+
+
+@dataclass
+class _Decayed:
+    """Gradients of the goal's loss with features drawn back; the origin's are asked once per step."""
+
+    walk: Walk
+    layer: Layer
+    keep: float
+    noise: float
+    at: int = -1
+    reference: Tensor | None = None
+    made: tuple[Ask, Steered] | None = field(default=None)
+
+    def __call__(self, points: Tensor, of: Tensor | None = None) -> Tensor:
+        walk = self.walk
+        if self.at != walk.step or self.reference is None:
+            noisy = walk.x + self.noise * walk.rng.at("ilpd", walk.step).normal(walk.x)
+            self.reference = (1 - self.keep) * self.layer.features(noisy)
+            self.at = walk.step
+        if self.made is None:
+            oracle, view = self.layer.steered(tuple(self.reference.shape[1:]), self.keep)
+            self.made = walk.asking(oracle, walk.goal), view
+        ask, view = self.made
+        added = self.reference if of is None else self.reference[of]
+        return cast(Tensor, view.unpacked(ask(packed(points, added), of))[0])

@@ -1,0 +1,384 @@
+"""Parts that change which gradient a walk follows, and how far (momentum: arXiv 1710.06081)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from advkit.attacks.base import TensorGoal, descended, lp_ball, per_row
+from advkit.attacks.gradient.pgd import at_least_one
+from advkit.attacks.transfer.engine import Ask, Momentum, Objective, Prelude, Probe, Rule, Smooth, Step, Walk
+from advkit.attacks.wrappers import normalised
+from advkit.core.errors import UsageError
+from advkit.threat_models.lp import Linf
+
+
+def not_negative(settings: object, *names: str) -> None:
+    """Raise UsageError where one of these fields is below 0."""
+    for name in names:
+        if not getattr(settings, name) >= 0:
+            raise UsageError(f"{type(settings).__name__}: {name} is {getattr(settings, name)}; give a number >= 0")
+
+
+def images(x: Tensor, part: str) -> tuple[int, int]:
+    """Height and width; UsageError where rows are no images."""
+    if x.ndim != 4:
+        raise UsageError(f"{part} works on images [B, C, H, W]; these rows have the shape {list(x.shape[1:])}")
+    return int(x.shape[2]), int(x.shape[3])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MI(Momentum):
+    """Accumulate gradients, each divided by its mean absolute value (arXiv 1710.06081).
+
+    decay:     how much of the accumulated gradient a step keeps, >= 0; 0 is no momentum
+    normalise: divide by the mean absolute value first
+    """
+
+    decay: float = 1.0
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        not_negative(self, "decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NI(Probe):
+    """Look ahead along the accumulated gradient before asking (Nesterov; arXiv 1908.06281)."""
+
+    momentum: ClassVar[float | None] = 1.0
+
+    def __call__(self, z: Tensor, walk: Walk) -> Tensor:
+        return z if walk.velocity is None else z - walk.alpha * walk.decay * walk.velocity
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMI1(Probe):
+    """Look ahead along the last gradient instead of the accumulated one (arXiv 2103.10609; PubDef's pregradient)."""
+
+    momentum: ClassVar[float | None] = 1.0
+
+    def __call__(self, z: Tensor, walk: Walk) -> Tensor:
+        return z if walk.raw is None else z - walk.alpha * walk.decay * normalised(walk.raw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMI(Rule):
+    """Average the gradients at points on the line of the last gradient (arXiv 2103.10609).
+
+    points: points on the line, >= 1
+    radius: the farthest, in steps, >= 0
+    """
+
+    momentum: ClassVar[float | None] = 1.0
+    points: int = 11
+    radius: float = 7.0
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "points")
+        not_negative(self, "radius")
+
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+        way = torch.zeros_like(p) if walk.raw is None else normalised(walk.raw)
+        places = torch.linspace(-self.radius, self.radius, self.points).tolist() if self.points > 1 else [0.0]
+        total = walk.gradient(p - places[0] * walk.alpha * way)
+        for place in places[1:]:
+            total = total + walk.gradient(p - place * walk.alpha * way)
+        return total / len(places)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VMI(Rule):
+    """Add how the last step's neighbourhood differed from its point (variance tuning, arXiv 2103.15571).
+
+    neighbours: points around, >= 0
+    radius:     half the side of the neighbourhood, in units of eps, >= 0
+    """
+
+    momentum: ClassVar[float | None] = 1.0
+    neighbours: int = 20
+    radius: float = 1.5
+
+    def __post_init__(self) -> None:
+        not_negative(self, "neighbours", "radius")
+
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+        gradient = walk.gradient(p)
+        tuned = gradient + walk.memory["variance"] if "variance" in walk.memory else gradient
+        if self.neighbours:
+            around = torch.zeros_like(p)
+            for i in range(self.neighbours):
+                around = around + walk.gradient(p + walk.noise("vmi", i, self.radius * walk.reach))
+            walk.memory["variance"] = around / self.neighbours - gradient
+        return tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRA(Rule, Step):
+    """Weigh a gradient against its neighbourhood's by their cosine; shorten steps where signs flip (arXiv 2309.05305).
+
+    neighbours: points around, >= 1
+    radius:     half the side of the neighbourhood, in units of eps, >= 0
+    shrink:     factor on the step of a coordinate whose accumulated gradient changed sign, in (0, 1]
+    """
+
+    momentum: ClassVar[float | None] = 1.0
+    neighbours: int = 20
+    radius: float = 3.5
+    shrink: float = 0.94
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "neighbours")
+        not_negative(self, "radius")
+        if not 0 < self.shrink <= 1:
+            raise UsageError(f"GRA: shrink is {self.shrink}; give a factor in (0, 1]")
+
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+        gradient = walk.gradient(p)
+        around = torch.zeros_like(p)
+        for i in range(self.neighbours):
+            around = around + walk.gradient(p + walk.noise("gra", i, self.radius * walk.reach))
+        around = around / self.neighbours
+        one, other = gradient.flatten(1), around.flatten(1)
+        length = one.square().sum(1).sqrt() * other.square().sum(1).sqrt()
+        cosine = per_row((one * other).sum(1) / torch.where(length > 0, length, 1.0), p)
+        return cosine * gradient + (1 - cosine) * around
+
+    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor:
+        """Every coordinate has a step size of its own; the first comparison is with nothing and takes 1/shrink back."""
+        size = walk.memory.get("gra", torch.full_like(z, 1 / self.shrink))
+        before = torch.zeros_like(z) if walk.velocity is None else walk.velocity
+        size = torch.where(velocity.sign() == before.sign(), size, size * self.shrink)
+        walk.memory["gra"] = size
+        return descended(walk.ball, z, velocity, walk.x, walk.step_size * size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGN(Rule):
+    """Prefer flat regions: gradients of neighbours, balanced with those one step back from them (arXiv 2306.05225).
+
+    neighbours: points around, >= 1
+    radius:     half the side of the neighbourhood, in units of eps, >= 0
+    balance:    weight of the gradients one step back, in [0, 1]; 0 asks only for the neighbours
+    """
+
+    momentum: ClassVar[float | None] = 1.0
+    neighbours: int = 20
+    radius: float = 3.0
+    balance: float = 0.5
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "neighbours")
+        not_negative(self, "radius")
+        if not 0 <= self.balance <= 1:
+            raise UsageError(f"PGN: balance is {self.balance}; give a weight in [0, 1]")
+
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+        total = torch.zeros_like(p)
+        for i in range(self.neighbours):
+            near = p + walk.noise("pgn", i, self.radius * walk.reach)
+            here = walk.gradient(near)
+            if self.balance:
+                back = walk.gradient(near + walk.alpha * normalised(here))
+                here = (1 - self.balance) * here + self.balance * back
+            total = total + here
+        return total / self.neighbours
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEF(Rule):
+    """Prefer regions flat and high on average: neighbours pushed by momenta of their own (MEF, arXiv 2405.16181).
+
+    neighbours: points around, >= 1
+    radius:     half the side of the neighbourhood, in units of eps, >= 0
+    push:       how far a neighbour's own momentum moves it, in units of eps, >= 0
+    inner:      how much of that momentum is taken back at every step, >= 0
+    """
+
+    momentum: ClassVar[float | None] = 0.5
+    neighbours: int = 20
+    radius: float = 2.0
+    push: float = 0.15
+    inner: float = 0.9
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "neighbours")
+        not_negative(self, "radius", "push", "inner")
+
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+        total = torch.zeros_like(p)
+        for i in range(self.neighbours):
+            name = f"mef {i}"
+            own = walk.memory.get(name, torch.zeros_like(p))
+            near = p + walk.noise("mef", i, self.radius * walk.reach) - self.push * walk.reach * own
+            gradient = walk.gradient(near) / self.neighbours
+            walk.memory[name] = normalised(gradient) - self.inner * own
+            total = total + gradient
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIG(Rule):
+    """Integrated gradients of the probability, from black to the point (arXiv 2205.13152).
+
+    points: points on the way, >= 1
+    """
+
+    momentum: ClassVar[float | None] = 1.0
+    points: int = 20
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "points")
+
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+        ask = walk.asking(walk.oracle, Scored(walk.goal, soft=True))
+        total = torch.zeros_like(p)
+        for i in range(1, self.points + 1):
+            total = total + walk.gradient(p * (i / self.points), ask)
+        return p * total / self.points
+
+
+@dataclass(frozen=True, kw_only=True)
+class GI(Prelude):
+    """Gather momentum in longer steps first, then start again with it (global momentum, arXiv 2211.11236).
+
+    steps:  steps before the walk, >= 0
+    factor: their length in steps of the walk, > 0
+    """
+
+    momentum: ClassVar[float | None] = 1.0
+    steps: int = 5
+    factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        not_negative(self, "steps")
+        if not self.factor > 0:
+            raise UsageError(f"GI: factor is {self.factor}; give a positive length, e.g. 10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PI(Step):
+    """Amplified steps whose overflow is handed on to the neighbouring pixels (patch-wise, arXiv 2007.06765).
+
+    amplification: factor on the step, > 0
+    overflow:      length of the step that hands on, in units of eps, >= 0
+    kernel:        side of the neighbourhood that gets it, odd, >= 3
+    """
+
+    amplification: float = 10.0
+    overflow: float = 1.0
+    kernel: int = 3
+
+    def __post_init__(self) -> None:
+        not_negative(self, "overflow")
+        if not self.amplification > 0 or self.kernel < 3 or self.kernel % 2 == 0:
+            raise UsageError(
+                f"PI: amplification {self.amplification}, kernel {self.kernel}; give a positive factor and an odd side"
+            )
+
+    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor:
+        images(z, "pi")
+        if not isinstance(lp_ball(walk.ball), Linf):
+            raise UsageError("pi hands on what overflows coordinate by coordinate: it works in linf balls only")
+        move = -self.amplification * walk.alpha * velocity.sign()
+        piled = walk.memory.get("pi", torch.zeros_like(z)) + move
+        cut = (piled.abs() - walk.reach).clamp_min(0) * piled.sign()
+        box = torch.ones(self.kernel, dtype=z.dtype, device=z.device)
+        spread = (separable(cut, box) - cut) / (self.kernel**2 - 1)
+        handed = self.overflow * walk.reach * spread.sign()
+        walk.memory["pi"] = piled + handed
+        return walk.ball.project(z + move + handed, walk.x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TI(Smooth):
+    """Convolve gradients with a Gaussian, as if shifted images had been asked, too (arXiv 1904.02884).
+
+    kernel: side of the kernel, odd, >= 1; the Gaussian is cut at 3 standard deviations. Papers use 15 at 299 x 299
+            pixels; 1 is no smoothing
+    """
+
+    kernel: int = 5
+
+    def __post_init__(self) -> None:
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UsageError(f"TI: kernel is {self.kernel}; give an odd side of at least 1, such as 5")
+
+    def weights(self, like: Tensor) -> Tensor:
+        """One side of the kernel [k]; the kernel is its outer product."""
+        places = torch.linspace(-3, 3, self.kernel, dtype=torch.float64) if self.kernel > 1 else torch.zeros(1).double()
+        density = torch.exp(-places.square() / 2)
+        return (density / density.sum()).to(like)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        images(gradient, "ti")
+        return gradient if self.kernel == 1 else separable(gradient, self.weights(gradient))
+
+
+def separable(x: Tensor, weights: Tensor) -> Tensor:
+    """x [B, C, H, W] convolved with weights along height and width, zeros outside.
+
+    As sums of shifted images: convolution kernels choose their order of summation by the batch.
+    """
+    k = len(weights)
+    height, width = x.shape[2:]
+    factors = weights.tolist()
+    padded = F.pad(x, (k // 2, k // 2))
+    rows = sum(factors[i] * padded[..., i : i + width] for i in range(k))
+    assert isinstance(rows, Tensor)
+    padded = F.pad(rows, (0, 0, k // 2, k // 2))
+    both = sum(factors[i] * padded[..., i : i + height, :] for i in range(k))
+    assert isinstance(both, Tensor)
+    return both
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The goal as one number linear in the logits, or in the probabilities: the score that it wants lower.
+
+    What a goal wants of an undecided answer is the gradient of its cross-entropy there: the true class down or the
+    target up, against all others alike. So no label need be known: untargeted the score is the true class's, targeted
+    minus the target's.
+
+    soft: of the probabilities instead of the logits
+    """
+
+    goal: TensorGoal
+    soft: bool = False
+    kind: ClassVar[str] = "score"
+
+    def loss(self, answer: Tensor) -> Tensor:
+        """Float [B]."""
+        with torch.enable_grad():
+            undecided = torch.zeros_like(answer).requires_grad_()
+            (pull,) = torch.autograd.grad(self.goal.under("ce").loss(undecided).sum(), undecided)
+        # The classes that it treats alike get 0: a constant over all classes would move the logits, too.
+        pull = pull - pull.median(1, keepdim=True).values
+        return (pull * (answer.softmax(1) if self.soft else answer)).sum(1)
+
+    def take(self, rows: Tensor) -> Scored:
+        return Scored(self.goal.take(rows), self.soft)
+
+    def reached(self, answer: Tensor) -> Tensor:
+        return self.goal.reached(answer)
+
+    def margin(self, answer: Tensor) -> Tensor:
+        return self.goal.margin(answer)
+
+    def under(self, loss: str) -> Scored:
+        return self
+
+    def to(self, device: Any) -> Scored:
+        return Scored(self.goal.to(device), self.soft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logit(Objective):
+    """Raise the target's logit (untargeted: lower the true class's), which never saturates (arXiv 2012.11207)."""
+
+    def begin(self, walk: Walk) -> Ask:
+        return walk.asking(walk.oracle, Scored(walk.goal))
