@@ -255,6 +255,23 @@ class Perturb(Protocol[X, Y]):
     def __call__(self, oracle: Oracle[X, Y], x: X, goal: Goal[Y], threat: Any, rng: Rng, /) -> X: ...
 
 
+class Selector(Protocol):
+    """Decides on the items of one stream, one by one."""
+
+    def select(self, value: float, t: int) -> bool:
+        """Whether to submit item t (0-based), knowing the values up to here. Asked once per item; irrevocable."""
+        ...
+
+
+@runtime_checkable
+class OnlineAttack(Perturb[X, Y], Protocol[X, Y]):
+    """Streams: shapes every item as any attack does, and decides which `budget` of `length` items to hand in."""
+
+    def start(self, length: int, budget: int, rng: Rng | None = None) -> Selector:
+        """A selector for one stream; rng (one row) is for those that draw."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows handed out by a task. `goal` is what an untargeted attacker wants of them."""

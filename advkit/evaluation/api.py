@@ -115,6 +115,8 @@ def plan(
     threat = THREAT_MODELS.build(_said(threat_model, strike, "threat_model", work.defaults))
     rule = GOALS.build(_said(goal, strike, "goal", work.defaults))
     threat = with_public_sources(threat, work, DEFENSES.label(guard).partition(":")[0])
+    if threat.scenario == "stream":
+        threat = threat.agreed(getattr(strike, "k", None))
     victim = protected(model, guard, work, seed=seed, device=device, progress=progress)
     specs = {
         "attack": ATTACKS.label(strike),
@@ -144,7 +146,7 @@ def plan(
         speed=pace,
     )
     trained: Any = DEFENSES.build(victim.defense) if victim.defense else guard
-    if not beside:
+    if not beside or threat.scenario == "stream":
         return Plan(case, victim, trained)
     if threat.scenario == "grid":
         return Plan(case, victim, trained, _white_box(case, strike))
@@ -364,6 +366,10 @@ def _execute(
     extra_metrics: dict[str, Any] = {}
     extra_attacks: list[dict[str, Any]] = []
     params = {case.label: parameters(case.attack)}
+    if case.threat.scenario == "stream":
+        from advkit.evaluation.streams import stream_metrics
+
+        extra_metrics.update(stream_metrics(case, records))
     if case.threat.scenario == "grid":
         extra_metrics.update(grid_metrics(case, records))
         params = _grid_params(case)

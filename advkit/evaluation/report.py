@@ -326,6 +326,14 @@ class Report:
                     f"{self.undecided} rows are undecided: the true figure lies between "
                     f"{percent(robust['value'])} and {percent(top)}."
                 )
+        fooling = self._rate("stream_fool_rate")
+        if fooling is not None and robust is not None and robust["value"] is not None:
+            ratio = self._value("stream_competitive_ratio") or 0.0
+            words[0] = (
+                f"{percent(fooling['value'])}{_bracket(fooling['ci'], ' ')} of what is handed in fools the model "
+                f"under {self.threat}; competitive ratio {ratio:.3f}, both in the mean of {fooling['n']} orders. "
+                f"Were every item handed in, robust accuracy would be {percent(robust['value'])}."
+            )
         if self._data["threat_model"]["knowledge"] == "transfer" and not any(
             "white_box" in name for name in self._data["metrics"]
         ):

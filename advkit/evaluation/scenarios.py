@@ -68,6 +68,8 @@ class Evasion:
         """None, or why this case can't be played."""
         if case.attack is None:
             return "this threat model needs an attack: name one with --attack"
+        if callable(getattr(case.attack, "start", None)):
+            return f"{case.label} is an attack on streams; give it one with --threat-model online"
         needs, granted = Access(case.attack.needs), Access(case.threat.access)
         if needs > granted:
             return (
@@ -208,7 +210,13 @@ class Grid:
             yield from single_attack(cell, _Without(done, cell.label), crew)
 
 
-SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid}
+def _streams() -> Any:
+    from advkit.evaluation.streams import Stream  # plays its items by what stands here
+
+    return Stream()
+
+
+SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid, "stream": _streams}
 
 
 def scenario_of(case: Case) -> Any:

@@ -28,6 +28,19 @@ def finite(answer: Tensor) -> Tensor:
     return torch.isfinite(answer).flatten(1).all(1)
 
 
+def handed_in(returned: Tensor, origin: Tensor, threat: Any) -> tuple[Tensor, Tensor]:
+    """The inputs that a victim gets to see, and which of those returned the threat model admits, bool [B]."""
+    if returned.shape != origin.shape:
+        return origin, torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
+    returned = returned.detach().to(origin.dtype)
+    admitted = threat.admits(returned, origin)
+    # An inadmissible point is replaced by the origin: the attack failed on that row, whatever it found.
+    shape = (-1,) + (1,) * (origin.ndim - 1)
+    handed = torch.where(admitted.view(shape), returned, origin)
+    handed = threat.finish(handed, origin)
+    return handed, admitted & threat.admits(handed, origin)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the victim says of returned inputs; all tensors [B]."""
@@ -83,17 +96,7 @@ class Judge:
 
     def judge(self, returned: Tensor, origin: Tensor, goal: Any, threat: Any) -> Verdict:
         """Admitted, finite, reached: in this order, on the point the attacker can really hand in."""
-        if returned.shape != origin.shape:
-            admitted = torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
-            handed = origin
-        else:
-            returned = returned.detach().to(origin.dtype)
-            admitted = threat.admits(returned, origin)
-            # An inadmissible point is replaced by the origin: the attack failed on that row, whatever it found.
-            shape = (-1,) + (1,) * (origin.ndim - 1)
-            handed = torch.where(admitted.view(shape), returned, origin)
-            handed = threat.finish(handed, origin)
-            admitted = admitted & threat.admits(handed, origin)
+        handed, admitted = handed_in(returned, origin, threat)
         reached, answer = self.reached(handed, goal)
         eight_bit = None
         if origin.ndim == 4 and origin.is_floating_point() and hasattr(self.victim.space, "quantize"):

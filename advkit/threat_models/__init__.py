@@ -15,6 +15,7 @@ THREAT_MODELS: Registry[Any] = Registry(
         "l0": "advkit.threat_models.sparse:L0",
         "transfer": "advkit.threat_models.transfer:Transfer",
         "tapm": "advkit.threat_models.tapm:Tapm",
+        "online": "advkit.threat_models.online:Online",
         "minimum-l2": "advkit.threat_models.minimum:MinimumL2",
     },
     group="advkit.threat_models",

@@ -1,0 +1,129 @@
+"""Online: a stream of items, k of which the attacker may replace, each decided as it passes (arXiv 2103.02014)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self, cast
+
+from torch import Tensor
+
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Access, ThreatModel
+from advkit.threat_models.transfer import source_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """The items of a stream come in random order; the attacker hands in changed versions of at most k of them.
+
+    An item passes once: it is handed in at once or never. With sources, the attacker sees its value (the loss of the
+    true label) on the surrogates only, several of them through the mean of their logits (the stochastic setting);
+    without, on the victim (the deterministic setting).
+
+    k:            submissions; None leaves it to the attack
+    inner:        threat model of each item: a spec, in brackets where it holds commas
+    sources:      model specs such as zoo:NAME (models themselves through the Python API); `public` stands for every
+                  public surrogate of the task's zoo; empty is white box
+    permutations: random orders of the stream that figures are averaged over
+    """
+
+    scenario: ClassVar[str] = "stream"
+
+    k: int | None = None
+    inner: str = "linf:eps=0.1"
+    sources: tuple[str, ...] = ()
+    permutations: int = 1000
+
+    def __post_init__(self) -> None:
+        if isinstance(cast(Any, self.sources), str):
+            raise UsageError(f"sources {self.sources!r} is one text; expected a tuple of specs such as ('zoo:NAME',)")
+        if self.k is not None and self.k < 1:
+            raise UsageError(f"k {self.k}: expected at least one submission")
+        if self.permutations < 1:
+            raise UsageError(f"permutations {self.permutations}: expected at least one order of the stream")
+        if self.ball.scenario != "evasion":
+            raise UsageError(f"inner={self.inner} is a {self.ball.scenario}; name what bounds one item: linf:eps=0.1")
+        if getattr(self.ball, "surrogates", ()):
+            raise UsageError(f"inner={self.inner} names surrogates; name them with sources=... of the stream")
+
+    @cached_property
+    def ball(self) -> Any:
+        """The threat model of each item."""
+        from advkit.threat_models import THREAT_MODELS
+
+        return THREAT_MODELS.build(self.inner)
+
+    @property
+    def access(self) -> Access:
+        """What the attacker may ask of the model that the values come from."""
+        made: ThreatModel[Tensor] = self.ball
+        return made.access
+
+    @property
+    def queries(self) -> int | None:
+        """Answers per item."""
+        made: ThreatModel[Tensor] = self.ball
+        return made.queries
+
+    @property
+    def lattice(self) -> int:
+        """Levels of the files handed in; 0 leaves values as they are."""
+        return int(getattr(self.ball, "lattice", 0))
+
+    @property
+    def surrogates(self) -> tuple[Any, ...]:
+        """Specs or models that the attacker's oracle speaks for; none in white box."""
+        return self.sources
+
+    def with_sources(self, sources: Any, seen: Any = None) -> Online:
+        """The same stream seen through these sources."""
+        return replace(self, sources=tuple(sources))
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Which sources a defender knew is not asked here."""
+        return ()
+
+    def agreed(self, k: int | None) -> Online:
+        """The same stream with the attack's budget; raises UsageError where both name one and they differ."""
+        if k is None or k == self.k:
+            return self
+        if self.k is not None:
+            raise UsageError(f"the attack plans {k} submissions and the threat model grants {self.k}: say k once")
+        return replace(self, k=k)
+
+    def bind(self, space: Any) -> Self:
+        """The same stream inside a model's space."""
+        return replace(self, inner=self.ball.bind(space))
+
+    def distance(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The inner threat model's distance, per item."""
+        distance: Tensor = self.ball.distance(x, origin)
+        return distance
+
+    def admits(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Which items may be handed in as they are."""
+        admitted: Tensor = self.ball.admits(x, origin)
+        return admitted
+
+    def finish(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Items as they are handed in."""
+        finished: Tensor = self.ball.finish(x, origin)
+        return finished
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON values that say what this threat model is."""
+        inner = self.ball.describe()
+        return {
+            **inner,
+            "name": "online",
+            "inner": inner["name"],
+            "k": self.k,
+            "permutations": self.permutations,
+            **(
+                {"sources": [source_name(source) for source in self.sources], "knowledge": "transfer"}
+                if self.sources
+                else {}
+            ),
+        }
