@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import cvxpy as cp
@@ -521,3 +522,50 @@ def test_balls_by_name():
     assert THREAT_MODELS.build("l0:eps=3,per=feature") == L0(3, per="feature")
     for spec in ("l2:eps=0.5", "l1:eps=12.0,sparsity=0.05", "l0:eps=20.0"):
         assert THREAT_MODELS.spec(THREAT_MODELS.build(spec)) == spec
+
+
+def test_walls_follow_the_rows():
+    """Linf keeps the walls of the rows asked for last, until these change or go."""
+    ball = Linf(0.1)
+    x, far = torch.full((2, 3), 0.5), torch.full((2, 3), 5.0)
+    assert torch.equal(ball.project(far, x), x + 0.1)
+    assert torch.equal(ball.project(far, x + 0.2), (x + 0.2) + 0.1)
+    assert torch.equal(ball.project(-far, x), x - 0.1)
+    x[0] = 0.25
+    assert torch.equal(ball.project(far, x), x + 0.1)
+    assert ball._last._kept is not None
+    other = pickle.loads(pickle.dumps(ball))
+    assert other == ball
+    assert hash(other) == hash(ball)
+    assert other._last._kept is None
+    assert replace(ball, eps=0.2)._last._kept is None
+    del x
+    assert ball._last._kept is None
+    with torch.inference_mode():
+        held = torch.full((1, 3), 0.5)
+        assert torch.equal(ball.project(far[:1], held), held + 0.1)
+        held.fill_(0.25)
+        assert torch.equal(ball.project(far[:1], held), held + 0.1)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1, 2.0])
+def test_linf_projection_is_box_then_ball(eps):
+    """Also around origins that round-off or a mistake left outside the box."""
+    torch.manual_seed(0)
+    box = Box(torch.tensor([0.0, -1.0, 0.3]), torch.tensor([1.0, 2.0, 0.3]))
+    x = torch.randn(500, 3)
+    z = 3 * torch.randn(500, 3)
+    expected = torch.minimum(torch.maximum(z, box.low), box.high)
+    expected = torch.minimum(torch.maximum(expected, x - eps), x + eps)
+    assert torch.equal(Linf(eps, box=box).project(z, x), expected)
+
+
+@every_ball
+def test_descending_is_stepping_and_projecting(ball):
+    x = origins(6)
+    z = ball.sample(x, RowRng.from_ids(0, [str(i) for i in range(6)]))
+    gradient = torch.randn(x.shape, generator=generator(8))
+    sizes = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0, 0.0]).view(-1, *(1 for _ in x.shape[1:]))
+    for size in (0.25, sizes):
+        expected = ball.project(z + size * ball.steepest(-gradient, z), x)
+        torch.testing.assert_close(ball.descend(z, gradient, x, size), expected, rtol=0, atol=1e-6)
