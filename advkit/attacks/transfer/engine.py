@@ -211,7 +211,7 @@ class Walk:
                     copy = copy // each.copies
             upstream = ask(seen.detach(), rows.repeat(len(group)))
             (back,) = torch.autograd.grad(seen, leaf, upstream)
-            for one in back.split(len(p)):
+            for one in torch.split(back, len(p)):
                 total = total + one
         return total / copies
 
@@ -230,7 +230,8 @@ def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
             "choose one of these threat models, or another attack such as `pgd`"
         )
     power = {Linf: 0.0, L2: 0.5, L1: 1.0}[type(inner)]
-    return float(inner.eps) / max(1, x[0].numel() if len(x) else 1) ** power
+    spread: float = max(1, x[0].numel() if len(x) else 1) ** power
+    return float(inner.eps) / spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +249,8 @@ class Composed:
     steps:     gradient steps, >= 1
     step_size: length of one step in units of eps, > 0; None is `path` / steps
     start:     "origin", "random" in the ball, or "gaussian": the origin plus 0.001 N(0, 1)
-    restarts:  >= 1; more than one keep per row the point of lowest loss, for one answer each. Needs a start that is drawn
+    restarts:  >= 1; more than one need a start that is drawn, and keep per row the point of lowest loss, for one answer
+               each
     path:      length of the whole path in units of eps, > 0, where step_size is none
     loss:      surrogate loss: "ce", "margin" or "dlr", where the goal has them
 

@@ -7,7 +7,7 @@ the goal wants lower (`Scored`), so that targeted goals are served, too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -254,4 +254,4 @@ class _Decayed:
             self.made = walk.asking(oracle, walk.goal), view
         ask, view = self.made
         added = self.reference if of is None else self.reference[of]
-        return cast(Tensor, view.unpacked(ask(packed(points, added), of))[0])
+        return view.unpacked(ask(packed(points, added), of))[0]

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from advkit.core.errors import BadModel, UsageError, UnknownName
+from advkit.core.errors import BadModel, UnknownName, UsageError
 
 
 def modules_of(model: Any, part: str) -> dict[str, nn.Module]:

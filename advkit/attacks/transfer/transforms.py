@@ -36,8 +36,8 @@ class DI(Transform):
     p:      probability of the transform, in [0, 1]
     low:    smallest size, as a share of the image's, in (0, 1]
     copies: transformed copies per gradient, >= 1
-    mode:   "shrink" to [low, 1] of the size; "enlarge": pad the image, taken at a random size in [1, 1.1), to 1.1 of it,
-            and resize all to the old size, as released code for large images does (one interpolation here, two there)
+    mode:   "shrink" to [low, 1] of the size; "enlarge": take the image at a random size in [1, 1.1), pad it to 1.1 and
+            resize all to the old size, as released code for large images does (one interpolation here, two there)
 
     Bilinear; the side is at least 1 pixel, and an image that can't shrink stays as it is.
     """
@@ -110,9 +110,9 @@ class Admix(Transform):
     eta:    their weight, >= 0
 
     The images come from the attacker's own labelled data (`oracle.data`), never from the batch, on which a row's result
-    must not depend; those of the row's own class are left out. An attack knows no labels: whether a class is another one
-    is the goal's answer where it is untargeted; for other goals it is any but the surrogate's decision on the row, which
-    costs one answer. Raises UsageError where there are no data, or none of another class.
+    must not depend; those of the row's own class are left out. An attack knows no labels: an untargeted goal says itself
+    whether a class is another one; for other goals that is any class but the surrogate's decision on the row, for one
+    answer. Raises UsageError where there are no data, or none of another class.
     """
 
     scales: int = 5
@@ -227,7 +227,7 @@ class SSA(Transform):
 def _both(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """left @ x @ right for every image, in fixed-shape products: a product's last bits depend on its shape."""
     parts = []
-    for part in x.split(16):
+    for part in torch.split(x, 16):
         short = 16 - len(part)
         whole = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else part
         parts.append((left @ (whole @ right))[: len(part)])
@@ -346,9 +346,7 @@ class BSR(Transform):
         turn = (2 * draw.uniform(f"bsr turn {axis}", strips) - 1) * math.radians(self.angle)
 
         strip, first, offset, size = _rearranged(starts, order, height)  # [n, height]
-        _, begin, along, _ = _rearranged(
-            across.flatten(0, 1), orders.flatten(0, 1), width
-        )  # [n * strips, width]
+        _, begin, along, _ = _rearranged(across.flatten(0, 1), orders.flatten(0, 1), width)  # [n * strips, width]
         column = (begin + along).view(n, strips, width)
         column = column.gather(1, strip[:, :, None].expand(-1, -1, width)).to(x)  # [n, height, width]
 
