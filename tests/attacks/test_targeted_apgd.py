@@ -113,8 +113,8 @@ def _broken(attack, model, x, y):
 
 def test_passes_of_a_row_that_does_not_fall(digits):
     model, x, y = digits
-    for order in ("clean", "adversarial"):
-        attack = APGDT(steps=6, restarts=2, targets=3, order=order)
+    for order, together in (("clean", 1), ("adversarial", 1), ("adversarial", 4)):
+        attack = APGDT(steps=6, restarts=2, targets=3, order=order, together=together)
         meter = play(attack, model, x[:10], Untargeted(y[:10]), Linf(eps=1e-4)).meter
         assert (meter.backwards == 3 * 2 * 6).all()
         assert (meter.forwards == 1 + 3 * 2 * 7).all()
