@@ -100,6 +100,8 @@ def planned_passes(attack: Any) -> float:
     """
     if hasattr(attack, "stages"):
         return float(sum(s.share * planned_passes(s.attack) for s in attack.stages() if s.when == "always"))
+    if callable(getattr(attack, "start", None)) and hasattr(attack, "attack"):
+        return planned_passes(attack.attack)  # an online attack's candidates are its inner attack's
     restarts = max(1, getattr(attack, "restarts", 1))
     queries = getattr(attack, "queries", None)
     if isinstance(queries, int) and not hasattr(attack, "steps"):

@@ -1,11 +1,11 @@
-"""Online selectors: streaming against vectorised, Monte Carlo against exact ratios, exact ratios against the literature."""
+"""Online selectors: streaming against vectorised, Monte Carlo against exact ratios, these against the literature."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
 from functools import cache
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -105,7 +105,9 @@ def test_monte_carlo_of_the_specification():
     """n = 100, no exhaust: single-ref and optimistic as measured independently (standard errors up to .0024)."""
     values = orders(20_000, 100)
     for k, optimistic, single in ((2, 0.4211, 0.4152), (5, 0.4807, 0.5083), (10, 0.5154, 0.5779)):
-        assert hits(select("optimistic", values, k, observe=37), values, k).mean() == pytest.approx(optimistic, abs=0.01)
+        assert hits(select("optimistic", values, k, observe=37), values, k).mean() == pytest.approx(
+            optimistic, abs=0.01
+        )
         t = math.floor(single_reference_threshold(k).alpha * 100 + 1) + 1
         assert hits(select("single-ref", values, k, observe=t), values, k).mean() == pytest.approx(single, abs=0.01)
 
@@ -148,7 +150,10 @@ def test_asymptotic_table(k):
 def test_closed_form_of_virtual_plus_is_the_papers_sum(k):
     for alpha in (0.2, 1 / math.e, 0.6):
         terms = [
-            float(Fraction(k**k, (k - 1) ** (k - m)) - k**m) * (-1) ** (m + 1) / math.factorial(m) * math.log(alpha) ** m
+            float(Fraction(k**k, (k - 1) ** (k - m)) - k**m)
+            * (-1) ** (m + 1)
+            / math.factorial(m)
+            * math.log(alpha) ** m
             for m in range(k)
         ]
         first = float(Fraction(k**k, (k - 1) ** k) - 1) * -1
@@ -282,7 +287,7 @@ def test_a_lower_reference_accepts_no_later():
         for r in (1, 2, 3, 5)
         for picked in [select("single-ref", values, 5, observe=20, reference=r)]
     ]
-    for harder, easier in zip(first, first[1:], strict=False):
+    for harder, easier in pairwise(first):
         assert (easier <= harder).all()
 
 
