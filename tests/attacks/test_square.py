@@ -132,13 +132,17 @@ def test_l1_as_strong_as_the_reference_in_ball_and_box(digits):
 
     attack = reference.SquareAttack(victim, norm="L1", eps=2.5, n_queries=300, seed=0, device="cpu")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        theirs = int((victim(attack.perturb(x, y)).argmax(1) != y).sum())
+        returned = attack.perturb(x, y)
+        theirs = int((victim(returned).argmax(1) != y).sum())
     played = play(Square(queries=300, schedule="published"), victim, x, Untargeted(y), ball)
     ours = int(played.reached.sum())
     assert ball.admits(played.z, x).all()
-    # Every row has patches of its own here, there all rows of a batch share them: ours end a little lower.
+    # Clipping to the box after scaling to the ball wastes more than half of the reference's budget; the exact
+    # projection onto both together spends nearly all of it.
+    assert float(ball.distance(returned, x).mean()) < 0.6 * ball.eps
+    assert float(ball.distance(played.z, x).mean()) > 0.9 * ball.eps
     assert 15 < theirs < 85
-    assert theirs - 4 <= ours <= theirs + 14
+    assert ours >= theirs
     noise = torch.zeros(len(x), dtype=torch.bool)
     for draw in range(20):
         with torch.no_grad():
