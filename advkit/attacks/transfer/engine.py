@@ -27,9 +27,9 @@ TOGETHER = 5
 
 
 class Ask(Protocol):
-    """Points [n, ...] and which row each belongs to (None: the rows in order) -> gradients [n, ...]."""
+    """Points [copies * rows, ...], copy after copy, each holding every row -> gradients of the same shape."""
 
-    def __call__(self, points: Tensor, of: Tensor | None = None) -> Tensor: ...
+    def __call__(self, points: Tensor, copies: int = 1) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,15 @@ class Walk:
 
     def asking(self, oracle: TensorOracle, goal: TensorGoal) -> Ask:
         """Gradients of a goal's loss through an oracle."""
-        taken: dict[int, tuple[Tensor, TensorGoal]] = {}
+        # Taken oracles, not `of`: their meter notices gradients that are zero.
+        taken = {1: (oracle, goal)}
 
-        def ask(points: Tensor, of: Tensor | None = None) -> Tensor:
-            if of is None:
-                return oracle.gradient(points, goal)[1]
-            if len(of) not in taken or not torch.equal(taken[len(of)][0], of):
-                taken[len(of)] = (of, goal.take(of))
-            return oracle.gradient(points, taken[len(of)][1], of)[1]
+        def ask(points: Tensor, copies: int = 1) -> Tensor:
+            if copies not in taken:
+                rows = torch.arange(len(self.x), device=self.x.device).repeat(copies)
+                taken[copies] = oracle.take(rows), goal.take(rows)
+            view, aim = taken[copies]
+            return view.gradient(points, aim)[1]
 
         return ask
 
@@ -198,7 +199,6 @@ class Walk:
         self.calls += 1
         rng = self.rng.at("transform", self.step, self.calls)
         copies = math.prod(each.copies for each in self.transforms)
-        rows = torch.arange(len(p), device=p.device)
         total = torch.zeros_like(p)
         for first in range(0, copies, TOGETHER):
             group = torch.arange(first, min(first + TOGETHER, copies), device=p.device)
@@ -209,7 +209,7 @@ class Walk:
                     draw = Draw(rng.at(place, first), p, len(group))
                     seen = each(seen, copy % each.copies, draw, self)
                     copy = copy // each.copies
-            upstream = ask(seen.detach(), rows.repeat(len(group)))
+            upstream = ask(seen.detach(), len(group))
             (back,) = torch.autograd.grad(seen, leaf, upstream)
             for one in torch.split(back, len(p)):
                 total = total + one
@@ -278,8 +278,7 @@ class Composed:
         if self.restarts > 1 and self.start == "origin":
             raise UsageError(f"{self.restarts} restarts from the origin repeat one another; use start=random")
         given: Any = self.parts
-        given = (given,) if isinstance(given, str) else given
-        names = [one for each in given for one in ([each] if not isinstance(each, str) else _split(each))]
+        names = _split(given) if isinstance(given, str) else [_bare(each) for each in given]
         built = [PARTS.build(each) for each in names if each != "bim"]
         object.__setattr__(self, "parts", tuple(PARTS.spec(each) for each in built))
         self._check(built)
@@ -385,4 +384,10 @@ def _split(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += character
-    return [part[1:-1] if part.startswith("[") and part.endswith("]") else part for part in map(str.strip, parts)]
+    return [_bare(part) for part in parts]
+
+
+def _bare(part: Any) -> Any:
+    """A part's text without the brackets around it; what is no text as it is."""
+    text = part.strip() if isinstance(part, str) else part
+    return text[1:-1] if isinstance(text, str) and text.startswith("[") and text.endswith("]") else text

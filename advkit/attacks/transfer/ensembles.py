@@ -114,10 +114,8 @@ class CWA(Rule):
         for ask in asks:
             velocity = accumulated(velocity, unit(walk.gradient(z, ask)), self.inner)
             z = walk.ball.project(z - ahead * velocity, walk.x)
-        if velocity is not None:
             walk.memory["cwa"] = velocity
-        way: Tensor = p - z
-        return way
+        return torch.sub(p, z)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +129,8 @@ class LGV(Objective):
         asks = [walk.asking(oracle, walk.goal) for oracle in members(walk.oracle, "lgv")]
         order = torch.randperm(len(asks), generator=walk.rng.at("lgv").generator("cpu")).tolist()
 
-        def ask(points: Tensor, of: Tensor | None = None) -> Tensor:
-            return asks[order[walk.step % len(order)]](points, of)
+        def ask(points: Tensor, copies: int = 1) -> Tensor:
+            return asks[order[walk.step % len(order)]](points, copies)
 
         return ask
 

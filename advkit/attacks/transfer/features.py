@@ -243,7 +243,7 @@ class _Decayed:
     reference: Tensor | None = None
     made: tuple[Ask, Steered] | None = field(default=None)
 
-    def __call__(self, points: Tensor, of: Tensor | None = None) -> Tensor:
+    def __call__(self, points: Tensor, copies: int = 1) -> Tensor:
         walk = self.walk
         if self.at != walk.step or self.reference is None:
             noisy = walk.x + self.noise * walk.rng.at("ilpd", walk.step).normal(walk.x)
@@ -253,5 +253,5 @@ class _Decayed:
             oracle, view = self.layer.steered(tuple(self.reference.shape[1:]), self.keep)
             self.made = walk.asking(oracle, walk.goal), view
         ask, view = self.made
-        added = self.reference if of is None else self.reference[of]
-        return view.unpacked(ask(packed(points, added), of))[0]
+        added = self.reference.repeat(copies, *(1 for _ in self.reference.shape[1:]))
+        return view.unpacked(ask(packed(points, added), copies))[0]

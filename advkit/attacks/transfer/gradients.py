@@ -287,9 +287,17 @@ class PI(Step):
         move = -self.amplification * walk.alpha * velocity.sign()
         piled = walk.memory.get("pi", torch.zeros_like(z)) + move
         cut = (piled.abs() - walk.reach).clamp_min(0) * piled.sign()
-        box = torch.ones(self.kernel, dtype=z.dtype, device=z.device)
-        spread = (separable(cut, box) - cut) / (self.kernel**2 - 1)
-        handed = self.overflow * walk.reach * spread.sign()
+        around = range(self.kernel)
+        middle = self.kernel // 2
+        height, width = z.shape[2:]
+        padded = F.pad(cut, (middle, middle, middle, middle))
+        spread = torch.zeros_like(cut)
+        for i in around:
+            for j in around:
+                if (i, j) != (middle, middle):
+                    spread = spread + padded[..., i : i + height, j : j + width]
+        # What cancels leaves round-off, whose sign would be a whole step.
+        handed = self.overflow * walk.reach * torch.where(spread.abs() > 1e-4 * walk.reach, spread, 0.0).sign()
         walk.memory["pi"] = piled + handed
         return walk.ball.project(z + move + handed, walk.x)
 

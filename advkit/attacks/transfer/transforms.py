@@ -110,7 +110,7 @@ class Admix(Transform):
     eta:    their weight, >= 0
 
     The images come from the attacker's own labelled data (`oracle.data`), never from the batch, on which a row's result
-    must not depend; those of the row's own class are left out. An attack knows no labels: an untargeted goal says itself
+    must not depend; those of the row's own class are left out. An attack knows no labels: an untargeted goal says
     whether a class is another one; for other goals that is any class but the surrogate's decision on the row, for one
     answer. Raises UsageError where there are no data, or none of another class.
     """
