@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from advkit.evaluation.api import evaluate
+    from advkit.evaluation.matrix import matrix
     from advkit.evaluation.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "evaluate"]
+__all__ = ["Report", "__version__", "evaluate", "matrix"]
 
-_LAZY = {"evaluate": "advkit.evaluation.api", "Report": "advkit.evaluation.report"}
+_LAZY = {
+    "evaluate": "advkit.evaluation.api",
+    "matrix": "advkit.evaluation.matrix",
+    "Report": "advkit.evaluation.report",
+}
 _SUBPACKAGES = (
     "attacks",
     "cli",

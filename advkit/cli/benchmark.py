@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from advkit.cli.options import Json, SpeedSpec, TaskSpec
+from advkit.cli.options import Json, SpeedSpec, TaskSpec, listed
 
 MODELS = ",".join(f"zoo:fashion-mnist-cnn{kind}" for kind in ("", "-pgd_at", "-trades", "-pubdef"))
 PARTS = ("suites", "overhead", "ops")
@@ -48,10 +48,10 @@ def benchmark(
     from advkit.evaluation import benchmark as bench
     from advkit.evaluation.store import check_folder
 
-    wanted = _list(parts)
+    wanted = listed(parts)
     if unknown := sorted(set(wanted) - set(PARTS)):
         raise UsageError(f"nothing to measure is called {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
-    threats = [None] if threat_models is None else _list(threat_models)
+    threats = [None] if threat_models is None else listed(threat_models)
     counts = _counts(repetitions, len(threats))
     if out is not None:
         check_folder(out)
@@ -65,10 +65,10 @@ def benchmark(
         found["overhead"] = bench.pgd_overhead()
     if "suites" in wanted:
         for threat, times in zip(threats, counts, strict=True):
-            for model in _list(models):
+            for model in listed(models):
                 found["suites"].append(
                     bench.side_by_side(
-                        model, _list(suites), task=task, threat_model=threat, n=n, repetitions=times,
+                        model, listed(suites), task=task, threat_model=threat, n=n, repetitions=times,
                         reference=reference, speed=speed,
                         say=lambda line: progress.print(line, markup=False, soft_wrap=True),
                     )
@@ -87,17 +87,11 @@ def _counts(text: str, threats: int) -> list[int]:
     """Repetitions of each threat model."""
     from advkit.core.errors import UsageError
 
-    words = _list(text)
+    words = listed(text)
     if not all(word.isdecimal() and int(word) for word in words) or len(words) not in (1, threats):
         raise UsageError(f"repetitions {text!r}; expected a whole number >= 1, or {threats} of them, comma between")
     found = [int(word) for word in words]
     return found * threats if len(found) == 1 else found
-
-
-def _list(text: str) -> list[str]:
-    from advkit.core.registry import parse_arguments
-
-    return [one[1:-1] if one.startswith("[") else one for one in (each.text for each in parse_arguments(text))]
 
 
 def _command(given: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("advkit.cli.evaluate", "Attack a model under a defense and report its robust accuracy."),
     "train": ("advkit.cli.train", "Train a model under a defense and save the checkpoint."),
     "attack": ("advkit.cli.attack", "Export adversarial examples as safetensors and PNG."),
+    "matrix": ("advkit.cli.matrix", "Show what every attack makes on every source to every target, as a table."),
     "list": ("advkit.cli.list", "List attacks, defenses, threat models, tasks, models and goals."),
     "show": ("advkit.cli.show", "Show what a name stands for: its fields, defaults, paper and an example."),
     "compare": ("advkit.cli.compare", "Compare two reports row by row with a paired test."),

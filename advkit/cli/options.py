@@ -51,3 +51,10 @@ Workers = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]
+
+
+def listed(text: str) -> list[str]:
+    """The specs of a list with commas between; a spec that has commas itself stands in brackets."""
+    from advkit.core.registry import parse_arguments
+
+    return [one[1:-1] if one.startswith("[") else one for one in (each.text for each in parse_arguments(text))]
