@@ -345,11 +345,12 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
     n = len(batch.ids)
     judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
-    rng = rng.at("attack", *_stream(case))
+    # Every attack on a row meets the same goal: what it is to reach does not depend on who tries.
+    wanted, rng = rng.at("goal"), rng.at("attack", *_stream(case))
 
     broken_already, clean = judge.reached(x, batch.goal)
     sane = finite(clean)
-    goal = case.rule(batch.labels, clean, rng.at("goal")) if batch.labels is not None else batch.goal
+    goal = case.rule(batch.labels, clean, wanted) if batch.labels is not None else batch.goal
     sound = (~broken_already & sane).cpu()
     # A grid counts every image; elsewhere a row that is wrong untouched has nothing left to lose.
     eligible = sane if case.everyone else ~broken_already & sane & ~goal.reached(clean)
@@ -369,8 +370,8 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
         where = chosen.cpu()
         try:
             out = case.attack(oracle, x[chosen], goal.take(chosen), case.threat, rng.take(chosen))
-        except (AccessDenied, torch.OutOfMemoryError):
-            raise
+        except (AccessDenied, UsageError, torch.OutOfMemoryError):
+            raise  # nobody's row is at fault
         except Exception as error:
             if len(chosen) > 1:
                 for half in chosen.tensor_split(2):
