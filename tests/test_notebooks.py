@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ def read(path: Path) -> Any:
     return notebook
 
 
-def test_both_are_there() -> None:
-    assert [path.name for path in NOTEBOOKS] == ["01_first_evaluation.ipynb", "02_your_own_model_and_attack.ipynb"]
+def test_all_are_there() -> None:
+    assert [path.name for path in NOTEBOOKS] == [
+        "01_first_evaluation.ipynb",
+        "02_your_own_model_and_attack.ipynb",
+        "03_which_k_images.ipynb",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -95,3 +100,19 @@ def test_your_own_model_and_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert word in said
     assert "interrupted after 100 of 300 rows" in said
     assert "resumed to 300 rows; identical to a run in one piece: True" in said
+
+
+@pytest.mark.slow
+def test_which_k_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(NOTEBOOKS[2], tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 2
+    from advkit.evaluation.report import Report
+
+    metrics = Report.load(tmp_path / "here" / "runs" / "virtual+" / "report.json").metrics
+    # what the text says: the choice is worth more than the attack
+    assert metrics["stream_fool_rate"]["value"] > metrics["stream_naive_fool_rate"]["value"] + 0.1
+    said = "".join(outputs(notebook, "stream"))
+    blind, chosen = (float(part) for part in re.findall(r"(?:blindly fools|by virtual\+) ([0-9.]+[0-9])", said))
+    assert chosen > blind
+    assert "fool rate 0.00; 11 error records" in said
+    assert "trustworthy: False" in said

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
 from advkit.attacks.stream.selectors import SELECTORS, selector
 from advkit.core.errors import UsageError
@@ -104,7 +104,7 @@ def competitive_ratio_curves(curves: Mapping[str, RatioCurve], *, title: str = "
     if max(budgets) > 4 * min(budgets):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter("")
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(_spread(sorted(budgets)))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.set_ylim(0, 1.03)
@@ -121,7 +121,7 @@ def _spread(ks: Sequence[int]) -> list[int]:
     """Ticks far enough apart to be read on a logarithmic axis."""
     kept: list[int] = []
     for k in ks:
-        if not kept or k >= 1.35 * kept[-1]:
+        if not kept or k >= 1.3 * kept[-1]:
             kept.append(k)
     return kept
 

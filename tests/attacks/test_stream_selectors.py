@@ -16,6 +16,7 @@ from advkit.attacks.stream.ratios import (
     optimal_policy,
     random_ratio,
     single_reference_limit,
+    single_reference_ratio,
     single_reference_threshold,
     virtual_limit,
     virtual_plus_limit,
@@ -91,6 +92,9 @@ def test_monte_carlo_is_exact(k):
         assert within(virtual, virtual_ratio(n, t))
     plus = hits(select("virtual+", values, k, observe=37), values, k)
     assert within(plus, virtual_plus_ratio(n, k, 37))
+    for t, r in ((30, 1), (37, 3)):
+        single = hits(select("single-ref", values, k, observe=t, reference=r), values, k)
+        assert within(single, single_reference_ratio(n, k, t, r))
     best = hits(select("optimal-dp", values, k), values, k)
     assert within(best, optimal_policy(n, k).ratio)
     blind = hits(select("random", values, k, rng=streams(count)), values, k)
@@ -118,6 +122,7 @@ def test_no_ordinal_rule_beats_the_optimal_one():
         for t in range(k, n + 1):
             assert virtual_ratio(n, t) <= best + 1e-12
             assert virtual_plus_ratio(n, k, t) <= best + 1e-12
+            assert all(single_reference_ratio(n, k, t, r) <= best + 1e-12 for r in range(1, k + 1))
 
 
 ASYMPTOTIC = {
@@ -181,6 +186,14 @@ def test_single_reference_constants():
     for r in range(1, 20):
         for alpha in np.linspace(0.02, 0.9, 45):
             assert single_reference_limit(37, float(alpha), r) <= found.ratio + 1e-9
+
+
+def test_single_reference_of_long_streams():
+    for k, t, r in ((4, 30_000, 2), (20, 20_000, 5)):
+        exact = single_reference_ratio(100_000, k, t, r)
+        assert exact == pytest.approx(single_reference_limit(k, t / 100_000, r), abs=1e-3)
+    # k = 1 with one reference is the classical rule
+    assert single_reference_ratio(100, 1, 37, 1) == pytest.approx(virtual_ratio(100, 37), abs=1e-12)
 
 
 def test_optimal_dp_values():

@@ -117,9 +117,25 @@ def single_reference_limit(k: int, alpha: float, reference: int) -> float:
         raise UsageError(f"reference {reference}; expected a rank of at least 1")
     most = int(stats.nbinom.isf(1e-16, reference, alpha)) + 1
     larger = np.arange(1, most + 1)
+    return float((stats.nbinom.pmf(larger, reference, alpha) * _found(k, larger, reference)).sum()) / k
+
+
+def single_reference_ratio(n: int, k: int, t: int, reference: int) -> float:
+    """single-ref on n items, t observed: as in the limit, with a negative hypergeometric number of larger items."""
+    checked(n, k)
+    if not 1 <= reference <= t <= n:
+        raise UsageError(f"reference {reference} of {t} observed of {n} items; expected 1 <= reference <= observed")
+    larger = np.arange(1, n - t + 1)
     s = larger + reference
-    good = np.minimum(k, s - 1) * larger / (s - 1) * np.minimum(1.0, k / larger)
-    return float((stats.nbinom.pmf(larger, reference, alpha) * good).sum()) / k
+    logs = _log_choose(s - 1, reference - 1) + _log_choose(n - s, t - reference) - _log_choose(np.array(n), t)
+    return float((np.exp(logs) * _found(k, larger, reference)).sum()) / k
+
+
+def _found(k: int, larger: NDArray[np.int64], reference: int) -> NDArray[np.float64]:
+    """Expected hits where `larger` items of the rest exceed the reference and the first k of them are taken."""
+    above = larger + reference - 1
+    hits: NDArray[np.float64] = np.minimum(k, larger) * np.minimum(1.0, k / above)
+    return hits
 
 
 @lru_cache(maxsize=4096)

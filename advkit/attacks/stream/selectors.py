@@ -26,7 +26,7 @@ from advkit.attacks.stream.ratios import (
     checked,
     optimal_policy,
     random_ratio,
-    single_reference_limit,
+    single_reference_ratio,
     single_reference_threshold,
     virtual_plus_ratio,
     virtual_ratio,
@@ -337,8 +337,8 @@ class SingleReference(Observing):
         return single_reference_threshold(budget).reference if self.reference is None else self.reference
 
     def ratio(self, length: int, budget: int) -> float:
-        """The competitive ratio of as large a share observed of a stream without end."""
-        return single_reference_limit(budget, self.observed(length, budget) / length, self.rank(budget))
+        """The exact competitive ratio."""
+        return single_reference_ratio(length, budget, self.observed(length, budget), self.rank(budget))
 
     def one(self, length: int, budget: int, rng: Rng | None) -> Wants:
         observed, rank = self.observed(length, budget), self.rank(budget)
