@@ -76,8 +76,6 @@ class Best:
         self._now.fell = False
         self.quiet = False
         self.won = self._now.nobody
-        self._goal = self._goal_of_rows = goal
-        self._rows: Tensor | None = None
 
     @staticmethod
     def _found(rows: Tensor | None, goal: TensorGoal, x: Tensor, loss: Tensor, reached: Tensor) -> _Found:

@@ -20,7 +20,7 @@ from advkit.attacks.minimal.fab import FAB, FABT
 from advkit.attacks.query.square import Square
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
-from advkit.threat_models.lp import L2, Linf
+from advkit.threat_models.lp import L1, L2, Linf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class Suite(ABC):
     def complaint(self, ball: Any) -> str | None:
         """None, or why the suite can't be played in this ball."""
         inner = lp_ball(ball)
-        if isinstance(inner, Linf | L2):
+        if isinstance(inner, Linf | L2 | L1):
             return None
-        return f"the suites end with Square, which works in Linf and L2, not in {type(inner).__name__}: name one attack"
+        return f"the suites work in Linf, L2 and L1, not in {type(inner).__name__}: name one attack (`pgd` for L0)"
 
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:

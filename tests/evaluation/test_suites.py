@@ -177,8 +177,21 @@ def test_thorough_takes_at_least_what_lean_takes():
 
 
 def test_suites_refuse_balls_they_do_not_serve(digits, digits_model):
-    with pytest.raises(UsageError, match="L1"):
-        api.evaluate("lean", task=digits, model=digits_model, threat_model="l1:eps=1", n=5)
+    with pytest.raises(UsageError, match="L0"):
+        api.evaluate("lean", task=digits, model=digits_model, threat_model="l0:eps=3", n=5)
+
+
+@pytest.mark.parametrize("suite", ["lean", "thorough"])
+def test_every_stage_plays_in_l1(digits, digits_model, tmp_path, suite):
+    case = api.resolve(suite, "none", digits, digits_model, "l1:eps=1.5", device="cpu", n=50)
+    records = play(case, tmp_path)
+    groups = by_label(records)
+    assert {f"{case.label}/{stage.name}" for stage in case.attack.stages() if stage.when == "always"} <= set(groups)
+    assert not any(r.outcome in (Outcome.ERROR, Outcome.INVALID) for r in records)
+    assert not any("outside_threat_model" in r.notes for r in records)
+    assert all(r.distance <= 1.5 * (1 + 1e-6) for r in records)
+    apgd = play(replace(case, attack=APGDCE(steps=100), label="apgd-ce"), tmp_path / "apgd")
+    assert 0 < count(records).robust <= count(apgd).robust
 
 
 def test_the_report_counts_cumulatively(digits, digits_model):

@@ -57,16 +57,11 @@ class LowestMargin(Best):
 
     def offer(self, z: Tensor, answer: Tensor, loss: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """As `Best.offer`; the loss that is handed in does not count."""
-        if rows is not self._rows:
-            self._rows, self._goal_of_rows = rows, self._goal if rows is None else self._goal.take(rows)
-        margin = self._goal_of_rows.margin(answer).to(self.loss.dtype)
-        reached, before = self.reached.clone(), self.loss.clone()
-        hit = super().offer(z, answer, margin, rows)
-        wins = (self.loss != before) | (self.reached != reached)
+        hit = super().offer(z, answer, self.of(rows).goal.margin(answer), rows)
         if rows is None:
-            self.answer = torch.where(wins[:, None], answer, self.answer)
+            self.answer = torch.where(self.won[:, None], answer, self.answer)
         else:
-            self.answer[rows] = torch.where(wins[rows][:, None], answer, self.answer[rows])
+            self.answer[rows] = torch.where(self.won[:, None], answer, self.answer[rows])
         return hit
 
 
@@ -84,6 +79,8 @@ class _Walks(LowestMargin):
     def offer(self, z: Tensor, answer: Tensor, loss: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """As `LowestMargin.offer`, but says of every walk whether its row has fallen."""
         hit = super().offer(z, answer, loss, rows)
+        if self.quiet:
+            return hit
         row = self._row if rows is None else self._row[rows]
         fallen = torch.zeros(self._count, dtype=torch.long, device=hit.device).index_add_(0, row, hit.long())
         return fallen[row] > 0
