@@ -45,8 +45,12 @@ def residual(seed=0, shape=(2, 6, 6)):
 def source(name, shape=(2, 6, 6)):
     """A small untrained source that the preset works on."""
     if name in SEVERAL:
-        return Ensemble([residual(0, shape), residual(1, shape)])
-    return residual(0, shape)
+        return Ensemble([plain_net(0, shape), plain_net(1, shape)])
+    return residual(0, shape) if name == "sgm" else plain_net(0, shape)
+
+
+def plain_net(seed, shape):
+    return MODELS.build("cnn:width=4,hidden=8")(shape, 3, RowRng.from_ids(seed, ["net"]))
 
 
 def attack_of(name, steps=2):
@@ -107,7 +111,9 @@ def test_walks_equal_those_of_another_library(name, plain):
     peers = pytest.importorskip("torchattacks")
     model, x, y = plain
     if name == "ti+mi":  # theirs convolves three channels
-        plain = model, x, y = smooth(3), uniform(1, 9, 3, 5, 5).double(), y
+        model = smooth(3)
+        model.module.float()
+        plain = model, x, y = model, uniform(1, 9, 3, 5, 5), y
     ours, theirs = {
         "fgsm": (Composed(steps=1), peers.FGSM(model.module, eps=EPS)),
         "bim": (Composed(), peers.BIM(model.module, eps=EPS, alpha=EPS / 10, steps=10)),
@@ -168,12 +174,8 @@ def test_pi_as_written(plain):
 
 def test_mi_is_mifgsm_that_keeps_the_last_point_and_never_stops(plain):
     assert torch.equal(walk_of(Composed(parts="mi"), plain), walk_of(MIFGSM(keep="last", stop=False), plain))
-    pgd = PGD(steps=10, step_size=0.25, keep="last", stop=False)
-    model, x, y = plain
-    ours = run(Composed(step_size=0.25, start="random"), model, x, Untargeted(y), Linf(EPS))[0]
-    theirs = run(pgd, model, x, Untargeted(y), Linf(EPS))[0]
-    # Their starts are drawn under other names; everything else is the same.
-    assert ours.shape == theirs.shape
+    bim = PGD(steps=10, step_size=0.1, start="origin", keep="last", stop=False)
+    assert torch.equal(walk_of(Composed(), plain), walk_of(bim, plain))
 
 
 # --- reductions
@@ -317,17 +319,15 @@ def test_eps_and_box_hold_to_the_level_after_rounding(name, shape):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_row_gets_the_same_bits_in_every_batch(name):
     model = source(name)
-    x = battery((2, 6, 6), 19)
-    goal, ids, data = Untargeted(model(x).argmax(1).detach()), names(19), pool()
+    x = battery((2, 6, 6), 18)
+    goal, ids, data = Untargeted(model(x).argmax(1).detach()), names(18), pool()
     whole, meter = run(attack_of(name), model, x, goal, Linf(EPS), data=data, ids=ids)
-    for rows in (torch.tensor([4]), torch.tensor([11, 2, 18, 0, 7])):
+    for rows in (torch.tensor([4]), torch.tensor([11, 2, 17, 0, 7])):
         part, less = run(
             attack_of(name), model, x[rows], goal.take(rows), Linf(EPS), data=data, ids=[ids[i] for i in rows]
         )
         assert torch.equal(part, whole[rows])
         assert torch.equal(less.forwards, meter.forwards[rows])
-    again = run(attack_of(name), model, x, goal, Linf(EPS), data=data, ids=ids)[0]
-    assert torch.equal(again, whole)
 
 
 def traces(model):
@@ -352,7 +352,7 @@ def test_nothing_is_left_in_the_model_also_after_an_exception(name):
     assert traces(model) == before
 
     calls = 0
-    last = model.modules()[-1].logits
+    last = list(model.modules()[-1].modules())[-1]
 
     def failing(*_):
         nonlocal calls
@@ -362,9 +362,8 @@ def test_nothing_is_left_in_the_model_also_after_an_exception(name):
 
     handle = last.register_forward_pre_hook(failing)
     before = traces(model)
-    if name in {"ila", "naa", "fia", "bfa", "ilpd", "sgm", "linbp", "bpa", *SEVERAL}:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            run(attack_of(name, 8), model, x, goal, Linf(EPS))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(attack_of(name, 8), model, x, goal, Linf(EPS))
     assert traces(model) == before
     handle.remove()
 
@@ -443,15 +442,17 @@ def test_laws_of_plain_walks(name, law):
 
 
 @pytest.mark.parametrize(
-    ("name", "forwards"),
-    [("bim", 10), ("mi", 10), ("ni", 10), ("emi", 110), ("vni", 210), ("gra", 210), ("pgn", 400), ("mef", 400)]
-    + [("gi", 15), ("sim", 50), ("admix", 150), ("di", 50), ("ssa", 200), ("naa", 40), ("fia", 40), ("bfa", 70)],
+    ("name", "gradients"),
+    [
+        *[("bim", 2), ("mi", 2), ("ni", 2), ("emi", 22), ("vni", 42), ("gra", 42), ("pgn", 80), ("mef", 40)],
+        *[("gi", 7), ("sim", 10), ("admix", 30), ("di", 10), ("ssa", 40), ("naa", 32), ("fia", 32), ("bfa", 62)],
+    ],
 )
-def test_gradients_per_row(name, forwards):
+def test_gradients_per_row_in_two_steps(name, gradients):
     model, x = network(), uniform(5, 2, 2, 6, 6)
     goal = Untargeted(model(x).argmax(1).detach())
-    _, meter = run(ATTACKS.build(name), model, x, goal, Linf(EPS), data=pool())
-    assert meter.forwards.tolist() == meter.backwards.tolist() == [forwards] * 2
+    _, meter = run(attack_of(name), model, x, goal, Linf(EPS), data=pool())
+    assert meter.forwards.tolist() == meter.backwards.tolist() == [gradients] * 2
 
 
 # --- direction

@@ -25,7 +25,8 @@ from advkit.core.errors import UsageError
 
 ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 WEIGHTED = frozenset(
-    {"conv1d", "conv2d", "conv3d", "linear", "matmul", "__matmul__", "bmm", "scaled_dot_product_attention"}
+    {"conv1d", "conv2d", "conv3d", "linear", "matmul", "__matmul__", "bmm"}
+    | {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
 )
 
 

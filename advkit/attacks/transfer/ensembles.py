@@ -130,7 +130,8 @@ class LGV(Objective):
         order = torch.randperm(len(asks), generator=walk.rng.at("lgv").generator("cpu")).tolist()
 
         def ask(points: Tensor, copies: int = 1) -> Tensor:
-            return asks[order[walk.step % len(order)]](points, copies)
+            place: int = order[walk.step % len(order)]
+            return asks[place](points, copies)
 
         return ask
 

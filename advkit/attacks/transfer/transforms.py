@@ -131,21 +131,22 @@ class Admix(Transform):
         scaled = x
         if self.eta:
             rows = len(walk.x)
-            partners = [self._partners(mix, walk) for mix in range(self.mixes)]
+            partners = [_partners_of(walk, mix) for mix in range(self.mixes)]
             mixed = torch.stack(partners)[copy // self.scales, torch.arange(len(x), device=x.device) % rows]
             scaled = x + self.eta * mixed
         return scaled * per_row(torch.pow(0.5, copy % self.scales).to(x), x)
 
-    def _partners(self, mix: int, walk: Walk) -> Tensor:
-        """An image of another class for every row; the same for all scales, another at every gradient."""
-        pool = _pool(walk)
-        drawn = walk.rng.at("admix", walk.step, walk.calls, mix).uniform(walk.x.new_empty(len(walk.x)).double())
-        counts = pool.others.cumsum(1)
-        number = below(drawn, counts[:, -1])
-        place = torch.searchsorted(counts, number[:, None], right=True)
-        before = torch.where(place > 0, counts.gather(1, (place - 1).clamp_min(0)), 0)
-        images: Tensor = pool.images[(pool.first[place] + number[:, None] - before).squeeze(1)]
-        return images
+
+def _partners_of(walk: Walk, mix: int) -> Tensor:
+    """An image of another class for every row; the same for all scales, another at every gradient."""
+    pool = _pool(walk)
+    drawn = walk.rng.at("admix", walk.step, walk.calls, mix).uniform(walk.x.new_empty(len(walk.x)).double())
+    counts = pool.others.cumsum(1)
+    number = below(drawn, counts[:, -1])
+    place = torch.searchsorted(counts, number[:, None], right=True)
+    before = torch.where(place > 0, counts.gather(1, (place - 1).clamp_min(0)), 0)
+    images: Tensor = pool.images[(pool.first[place] + number[:, None] - before).squeeze(1)]
+    return images
 
 
 @dataclass(frozen=True)
