@@ -172,7 +172,7 @@ def matrix(
     task:         spec, a Task, or a pair (x [N, ...] in [0, 1], y [N] long)
     threat_model: spec or object of an Lp ball (its eps and norm count); None takes the task's
     eps:          radius in its place
-    goal:         `untargeted`, or `targeted:how=next`, `targeted:how=class,target=K`
+    goal:         `untargeted`, `targeted:how=next`, `targeted:how=random` or `targeted:how=class,target=K`
     n:            rows, the task's first ones; None takes the task's default or all
     seeds:        how many, from 0 on, or which; attacks that two seeds give the same images of are made under one
     equal_budget: gradients per image of the second table, in which every attack gets that many (its steps scaled, the
@@ -240,7 +240,7 @@ def matrix(
         seeds=wanted_seeds,
         images=Images(cache_root() / "matrix" if cache is None else Path(cache)),
         watch=watch or (lambda text, done, units: None),
-        wanted=_wanted(rule, rows, work),
+        wanted=_wanted(rule, rows, work, wanted_seeds),
         workers=workers,
     )
     play.units = _pairs(play, strikes) * (1 + (equal_budget is not None))
@@ -394,19 +394,17 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _wanted(rule: Any, rows: Rows, task: Any) -> Tensor | None:
-    """The classes that a targeted attacker wants, long [N]; None for an untargeted one."""
-    how = getattr(rule, "how", None)
+def _wanted(rule: Any, rows: Rows, task: Any, seeds: Sequence[int]) -> Tensor | None:
+    """The classes that a targeted attacker wants, long [K, N]; None for an untargeted one."""
     if rule.kind == "untargeted":
         return None
-    if rule.kind != "targeted" or how not in ("next", "class"):
+    if rule.kind != "targeted" or getattr(rule, "how", None) not in ("next", "random", "class"):
         raise UsageError(
-            f"the goal {GOALS.label(rule)} asks for more than labels can tell; in a matrix, where images are made "
-            "before any target is asked, use untargeted, targeted:how=next or targeted:how=class,target=K"
+            f"the goal {GOALS.label(rule)} depends on a victim's answers; in a matrix, whose images are made before "
+            "any target is asked, use untargeted or targeted:how=next, how=random, or how=class,target=K"
         )
-    goal = rule(rows.labels, torch.zeros(len(rows.ids), task.classes), RowRng.from_ids(0, rows.ids))
-    wanted: Tensor = goal.targets
-    return wanted
+    answers = torch.zeros(len(rows.ids), task.classes)
+    return torch.stack([rule(rows.labels, answers, RowRng.from_ids(s, rows.ids).at("goal")).targets for s in seeds])
 
 
 def _pairs(play: _Play, strikes: Sequence[Strike]) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -117,7 +118,7 @@ def figure(counts: Sequence[tuple[int, int]], interval: bool = True) -> dict[str
     """A share: the mean over seeds, the smallest and the largest, the counts, and the first seed's Wilson interval."""
     shares = [k / n for k, n in counts if n]
     made: dict[str, Any] = {
-        "value": float(np.mean(shares)) if shares else None,
+        "value": _mean(shares),
         "range": [min(shares), max(shares)] if shares else None,
         "counts": [[int(k), int(n)] for k, n in counts],
         "ci": None,
@@ -127,12 +128,17 @@ def figure(counts: Sequence[tuple[int, int]], interval: bool = True) -> dict[str
     return made
 
 
+def _mean(shares: Sequence[float]) -> float | None:
+    """Exact where all are the same."""
+    return None if not shares else shares[0] if min(shares) == max(shares) else fmean(shares)
+
+
 def cell_figures(
     decisions: Decisions, clean: Decisions, labels: NDArray[Any], wanted: NDArray[Any] | None = None
 ) -> dict[str, Any]:
     """A cell's accuracy and its three attack success rates, which are never mixed.
 
-    decisions: [K, N]; clean, labels, wanted: [N]
+    decisions: [K, N]; clean, labels: [N]; wanted: [N] or [K, N]
 
     acc:      share of all images that are right (asr_all is one minus it)
     asr_cond: share of the images right untouched that become wrong
@@ -149,7 +155,7 @@ def cell_figures(
         "acc": acc,
         "asr_all": figure(list(zip((known & ~right).sum(1).tolist(), counted.tolist(), strict=True))),
         "asr_cond": figure(list(zip(fell.tolist(), base.tolist(), strict=True))),
-        "fooling": None if not base.all() else float(np.mean((base - right.sum(1)) / base)),
+        "fooling": None if not base.all() else fmean(((base - right.sum(1)) / base).tolist()),
         "targeted": None,
     }
     if wanted is not None:
@@ -300,7 +306,7 @@ def _part(
         told.append(
             {
                 **strike.to_dict(),
-                "grads_per_image": float(np.mean(cost)) if cost else None,
+                "grads_per_image": fmean(cost) if cost else None,
                 "random": any(made["seed"] != seeds[0] for made in own) if len(seeds) > 1 and own else None,
             }
         )
@@ -403,7 +409,7 @@ def _consistent(part: Mapping[str, Any]) -> None:
 
 def _counted(told: Mapping[str, Any], where: str) -> None:
     shares = [k / n for k, n in told["counts"] if n]
-    value = float(np.mean(shares)) if shares else None
+    value = _mean(shares)
     if (value is None) != (told["value"] is None) or (value is not None and abs(value - told["value"]) > _ROUND_OFF):
         raise ReportError(f"{where}: the value is {told['value']}, its counts say {value}")
 
@@ -432,8 +438,8 @@ def page(content: Mapping[str, Any], brief: bool = False) -> str:
         f"{_ball(content)}, stored with 8 bits; goal {content['goal']}; seeds {', '.join(map(str, seeds))}.",
         "Accuracy of the target in %, the mean over the seeds of a random attack with the smallest and the largest in",
         "brackets; in square brackets the 95 % Wilson interval. *Gradients* are gradient evaluations per image, as",
-        "metered; one of an ensemble counts once. Cells marked `w` are white box (the target's weights are in the source): left",
-        "out of every aggregate. `-` is a missing cell.",
+        "metered; one of an ensemble counts once. Cells marked `w` are white box (the target's weights are in the",
+        "source): left out of every aggregate. `-` is a missing cell.",
         "",
     ]
     if content["command"] and not brief:
@@ -542,7 +548,7 @@ def _source_table(content: Mapping[str, Any], part: Mapping[str, Any], source: s
     noise = {one["t"]: percents(one["acc"]) for one in content["noise"]}
     lines.append(_row([NOISE, "0", *(noise[name] for name in targets)]))
     for attack in part["attacks"]:
-        row = [attack["name"], _grads(float(np.mean(grads[attack["name"]])) if attack["name"] in grads else None)]
+        row = [attack["name"], _grads(fmean(grads[attack["name"]]) if attack["name"] in grads else None)]
         for name in targets:
             cell = cells.get((name, attack["name"]))
             row.append("-" if cell is None else percents(cell["acc"]) + (" w" if cell["whitebox"] else ""))

@@ -237,19 +237,20 @@ class Images:
         waiting = [place for place in range(len(pieces)) if place not in found]
         if waiting:
             shapes, watch = lanes(), Stopwatch()
-            todo = (pieces[place] for place in waiting)
-            try:
-                for place, (records, origin, returned) in zip(waiting, _played(case, todo, shapes, crew), strict=True):
-                    made = _finished(key, case.threat, records, origin, returned, watch.lap())
-                    if not bool(made.usable.any()):
-                        raise Unsupported(next(iter(made.messages.values())))
-                    if bool(made.usable.all()):  # what raised is tried again when the run is resumed
-                        self._save(made, pieces[place])
-                    found[place] = made
-                    self.made += 1
-                    step(len(pieces[place].ids))
-            except AccessDenied as error:
-                raise Unsupported(str(error)) from error
+            plays = _played(case, (pieces[place] for place in waiting), shapes, crew)
+            for place in waiting:
+                try:
+                    records, origin, returned = next(plays)
+                except (AccessDenied, UsageError) as error:
+                    raise Unsupported(str(error)) from error
+                made = _finished(key, case.threat, records, origin, returned, watch.lap())
+                if not bool(made.usable.any()):
+                    raise Unsupported(next(iter(made.messages.values())))
+                if bool(made.usable.all()):  # what raised is tried again when the run is resumed
+                    self._save(made, pieces[place])
+                found[place] = made
+                self.made += 1
+                step(len(pieces[place].ids))
         return ImageSet.joined(key, [found[place] for place in range(len(pieces))])
 
     def _path(self, key: str, piece: Batch) -> Path:
