@@ -30,7 +30,12 @@ BUILT_IN = {"fgsm", "pgd", "mifgsm", "apgd-ce", "apgd-margin", "square"}
 
 # Names that build what another name builds already are aliases; prefixes (`foolbox:`) stand for attacks of others,
 # which promise less (their results depend on the batch).
-OWN = [name for name in ATTACKS.names() if not name.endswith(":")]
+OWN = [
+    # Transfer presets work on images and have the laws of images in tests/attacks/test_transfer_engine.py.
+    name
+    for name in ATTACKS.names()
+    if not name.endswith(":") and not ATTACKS.target(name).startswith("advkit.attacks.transfer.")
+]
 NAMES = [name for name in OWN if ATTACKS.spec(ATTACKS.build(name)).partition(":")[0] == name]
 SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subjects(ATTACKS.build(name)).items()}
 REFUSED = {(name, norm) for name in NAMES for norm in BALLS} - set(SUBJECTS)
