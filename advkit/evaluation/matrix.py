@@ -134,7 +134,7 @@ class _Play:
     images: Images
     watch: Watch
     wanted: Tensor | None
-    workers: int = 1
+    crew: Crew | None = None
     done: int = 0
     units: int = 0
     lanes: dict[str, Lanes] = field(default_factory=dict)
@@ -241,19 +241,21 @@ def matrix(
         images=Images(cache_root() / "matrix" if cache is None else Path(cache)),
         watch=watch or (lambda text, done, units: None),
         wanted=_wanted(rule, rows, work, wanted_seeds),
-        workers=workers,
     )
     play.units = _pairs(play, strikes) * (1 + (equal_budget is not None))
     clean = np.stack([_answers(play, target, rows.x, 0) for target in play.targets])
-    table = _table(play, strikes, clean)
     second, budget, how = None, None, ""
-    if equal_budget is not None:
-        budget, scaled = _scaled(play, strikes, equal_budget)
-        second = _table(play, scaled, clean)
-        how = (
-            "every attack's steps are scaled so that it asks for at most this many gradients per image, and a step's "
-            "length so that the path stays as long; attacks without steps stay as they are"
-        )
+    with ExitStack() as stack:
+        if workers > 1:
+            play.crew = stack.enter_context(Crew(base, workers))
+        table = _table(play, strikes, clean)
+        if equal_budget is not None:
+            budget, scaled = _scaled(play, strikes, equal_budget)
+            second = _table(play, scaled, clean)
+            how = (
+                "every attack's steps are scaled so that it asks for at most this many gradients per image, and a "
+                "step's length so that the path stays as long; attacks without steps stay as they are"
+            )
     content = document(
         play.case, play.sources, play.targets, play.seeds, clean, rows, table, second, budget, how,
         seen=_seen(play, seen), similarity=_similarity(play, strikes) if similarity else None, command=command,
@@ -417,9 +419,7 @@ def _lanes(play: _Play, key: str, case: Case) -> Lanes:
     return play.lanes[key]
 
 
-def _set(
-    play: _Play, source: Player | None, strike: Strike, seed: int, crew: Crew | None
-) -> tuple[ImageSet, str] | str:
+def _set(play: _Play, source: Player | None, strike: Strike, seed: int) -> tuple[ImageSet, str] | str:
     """Images and their hash, or why there are none; `source` None is noise."""
     key = "" if source is None else source.key
     name = (key, strike.spec, seed)
@@ -441,7 +441,7 @@ def _set(
             told if source is None else case,
             play.rows.pieces(),
             functools.partial(_lanes, play, key, case),
-            crew if source is not None else None,
+            play.crew if source is not None else None,
         )
     except Unsupported as error:
         play.refused[name] = str(error)
@@ -457,40 +457,32 @@ def _table(play: _Play, strikes: Sequence[Strike], clean: Decisions) -> Table:
     missing: dict[tuple[int, int], str] = {}
     sets: dict[tuple[int, int, int], tuple[ImageSet, str]] = {}
     quiet = Strike(NOISE, SignNoise(), NOISE)
-    with ExitStack() as stack:
-        crews: dict[int, Crew] = {}
-
-        def crew(seed: int) -> Crew | None:
-            if play.workers > 1 and seed not in crews:
-                crews[seed] = stack.enter_context(Crew(replace(play.case, seed=seed), play.workers))
-            return crews.get(seed)
-
-        for k, seed in enumerate(play.seeds):
-            made = _set(play, None, quiet, seed, None)
-            assert not isinstance(made, str)
-            for t, target in enumerate(play.targets):
-                noise[t, k] = _shown(play, target, made, seed)
-        _tick(play, "noise")
-        for s, source in enumerate(play.sources):
-            for a, strike in enumerate(strikes):
-                play.watch(f"{strike.name} on {source.name}", play.done, play.units)
-                first: ImageSet | None = None
-                for k, seed in enumerate(play.seeds):
-                    if k == 1 and first is not None and _repeats(play, source, strike, first, crew):
-                        decisions[:, s, a, 1:] = decisions[:, s, a, :1]
-                        break
-                    made = _set(play, source, strike, seed, crew(seed))
-                    if isinstance(made, str):
-                        missing[s, a] = made
-                        for gone in range(k):
-                            del sets[s, a, gone]
-                        decisions[:, s, a] = NOTHING
-                        break
-                    for t, target in enumerate(play.targets):
-                        decisions[t, s, a, k] = _shown(play, target, made, seed)
-                    first = first or made[0]
-                    sets[s, a, k] = without_images(made[0]), made[1]
-                _tick(play, f"{strike.name} on {source.name}")
+    for k, seed in enumerate(play.seeds):
+        made = _set(play, None, quiet, seed)
+        assert not isinstance(made, str)
+        for t, target in enumerate(play.targets):
+            noise[t, k] = _shown(play, target, made, seed)
+    _tick(play, "noise")
+    for s, source in enumerate(play.sources):
+        for a, strike in enumerate(strikes):
+            play.watch(f"{strike.name} on {source.name}", play.done, play.units)
+            first: ImageSet | None = None
+            for k, seed in enumerate(play.seeds):
+                if k == 1 and first is not None and _repeats(play, source, strike, first):
+                    decisions[:, s, a, 1:] = decisions[:, s, a, :1]
+                    break
+                made = _set(play, source, strike, seed)
+                if isinstance(made, str):
+                    missing[s, a] = made
+                    for gone in range(k):
+                        del sets[s, a, gone]
+                    decisions[:, s, a] = NOTHING
+                    break
+                for t, target in enumerate(play.targets):
+                    decisions[t, s, a, k] = _shown(play, target, made, seed)
+                first = first or made[0]
+                sets[s, a, k] = without_images(made[0]), made[1]
+            _tick(play, f"{strike.name} on {source.name}")
     return Table(tuple(strikes), decisions, noise, missing, sets)
 
 
@@ -499,10 +491,9 @@ def _tick(play: _Play, text: str) -> None:
     play.watch(text, play.done, play.units)
 
 
-def _repeats(play: _Play, source: Player, strike: Strike, first: ImageSet, crew: Callable[[int], Crew | None]) -> bool:
+def _repeats(play: _Play, source: Player, strike: Strike, first: ImageSet) -> bool:
     """Whether the second seed makes the first rows' images once more: an attack that draws nothing."""
-    head = replace(play, rows=_head(play.rows), refused={})
-    again = _set(head, source, strike, play.seeds[1], crew(play.seeds[1]))
+    again = _set(replace(play, rows=_head(play.rows), refused={}), source, strike, play.seeds[1])
     return not isinstance(again, str) and torch.equal(again[0].images, first.images[: len(again[0].images)])
 
 
@@ -642,7 +633,7 @@ def _similarity(play: _Play, strikes: Sequence[Strike]) -> dict[str, Any]:
     names, moves = [], []
     for source in play.sources:
         for strike in strikes:
-            made = _set(play, source, strike, play.seeds[0], None)
+            made = _set(play, source, strike, play.seeds[0])
             if isinstance(made, str):
                 continue
             move = (made[0].values - play.rows.x.float()).flatten(1)

@@ -21,7 +21,7 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Batch
 from advkit.evaluation.case import Case
 
-_CELL = ("attack", "label", "threat", "everyone", "exact")
+_CELL = ("attack", "label", "threat", "everyone", "exact", "seed")
 _worker: dict[str, Any] = {}
 
 
