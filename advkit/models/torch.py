@@ -176,8 +176,7 @@ class TorchModel:
             if isinstance(layer, nn.Linear) or (
                 isinstance(layer, nn.Conv2d) and layer.groups == 1 and all(size == 1 for size in layer.kernel_size)
             ):
-                weight = cast(Tensor, layer.weight)
-                found = weight if len(weight) == self.classes else found
+                found = layer.weight if len(layer.weight) == self.classes else found
         return None if found is None else found.detach().flatten(1).float()
 
     def state(self) -> dict[str, Tensor]:
