@@ -64,6 +64,8 @@ ATTACKS: Registry[Attack] = Registry(
         "naa": "advkit.attacks.transfer.presets:NAA",
         "ni-si-ti-dim": "advkit.attacks.transfer.presets:NISITIDIM",
         "ni-admix-ti-dim": "advkit.attacks.transfer.presets:NIAdmixTIDIM",
+        "auto-pgd-ce": "advkit.attacks.gradient.apgd:APGDCE",
+        "auto-pgd-dlr": "advkit.attacks.gradient.targeted:APGDDLR",
         "transfer:": "advkit.attacks.transfer.engine:Composed",
         "foolbox:": "advkit.attacks.peers:Foolbox",
         "torchattacks:": "advkit.attacks.peers:TorchAttacks",

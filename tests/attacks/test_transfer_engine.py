@@ -12,7 +12,7 @@ from torch import nn
 from advkit.attacks import ATTACKS
 from advkit.attacks.gradient.mifgsm import MIFGSM
 from advkit.attacks.gradient.pgd import PGD
-from advkit.attacks.transfer import PARTS
+from advkit.attacks.transfer import PARTS, PUBDEF
 from advkit.attacks.transfer.engine import Composed
 from advkit.attacks.transfer.gradients import Scored
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
@@ -32,9 +32,9 @@ from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
 
 PRESETS = [name for name in ATTACKS.names() if ATTACKS.target(name).startswith("advkit.attacks.transfer.presets:")]
-PUBDEF = ["pgd", "mpgd", "pregradient", "di", "ti", "admix", "naa", "ni-si-ti-dim", "ni-admix-ti-dim", "apgd-ce"]
 SEVERAL = {"ens", "svre", "cwa", "lgv"}
 INSIDE = {"naa", "fia", "bfa", "ila", "ilpd", "sgm", "linbp", "bpa"}
+DEAR = {"emi", "vmi", "pgn", "mef", "logit", "ilpd", "bsr", "bfa"}  # their like is tested always: gra, vni, ssa, fia
 COSTLY = {"mef": 4, "logit": 5, "ilpd": 4}
 
 
@@ -281,13 +281,16 @@ def test_parts_may_be_given_as_objects_and_are_written_in_one_way():
 
 
 def test_pubdefs_attacks_have_names_and_settings():
-    for name in PUBDEF:
+    assert len(PUBDEF) == 11
+    for name, spec in PUBDEF.items():
         assert name in ATTACKS.names()
-    for name in PUBDEF[1:-1]:
-        attack = ATTACKS.build(name)
-        assert (attack.start, attack.path, attack.steps) == ("random", 2.5, 10)
+        attack = ATTACKS.build(spec)
+        if isinstance(attack, Composed):
+            assert (attack.start, attack.path, attack.steps) == ("random", 2.5, 10)
     assert ATTACKS.build("ni-si-ti-dim").parts == ("ni", "si", "ti", "di")
     assert ATTACKS.build("logit").default_goal == "targeted"
+    for name in ("auto-pgd-ce", "auto-pgd-dlr"):  # more lines of the registry for the same attacks
+        assert ATTACKS.spec(ATTACKS.build(name)) == name.removeprefix("auto-").replace("pgd", "apgd")
 
 
 # --- manners of every preset
@@ -299,7 +302,9 @@ def battery(shape, rows):
     return x
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 9), (3, 9, 7)], ids=["grey", "colour"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((1, 7, 9), id="grey"), pytest.param((3, 9, 7), id="colour", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", PRESETS)
 def test_eps_and_box_hold_to_the_level_after_rounding(name, shape):
     model = source(name, shape)
@@ -316,7 +321,9 @@ def test_eps_and_box_hold_to_the_level_after_rounding(name, shape):
     assert (z != x).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in PRESETS]
+)
 def test_a_row_gets_the_same_bits_in_every_batch(name):
     model = source(name)
     x = battery((2, 6, 6), 18)
@@ -369,7 +376,7 @@ def test_nothing_is_left_in_the_model_also_after_an_exception(name):
 
 
 @pytest.mark.parametrize("ball", [L2(0.5), L1(3.0)], ids=["l2", "l1"])
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in {"pi", "logit", "mef", "ilpd"}])
+@pytest.mark.parametrize("name", ["mi", "ni-si-ti-dim", "admix", "ssa", "naa", "gra", "svre", "cwa", "sgm"])
 def test_other_balls(name, ball):
     model = source(name)
     x = battery((2, 6, 6), 4)
@@ -412,7 +419,7 @@ def test_restarts_keep_the_lowest_loss():
     assert (three[1].backwards == 9).all()
 
 
-GENERIC = ["bim", "mi", "ni", "vni", "emi", "gi", "dim", "tim", "sim", "ssa", "sia", "bsr", "ni-si-ti-dim", "mpgd"]
+GENERIC = ["bim", "ni", "gi", "dim", "sim", "sia", "ni-si-ti-dim", "mpgd"]
 LAWS = [
     "stays_admitted",
     "leaves_no_trace",
@@ -494,7 +501,10 @@ def sources():
     return one, several, net, batch.x, batch.labels, data
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "bsr"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in PRESETS if name != "bsr"],
+)
 def test_the_sources_loss_rises(name, sources):
     one, several, net, x, y, data = sources
     model = several if name in SEVERAL else net if name == "sgm" else one
@@ -526,3 +536,33 @@ def test_wrong_attributes_are_refused():
     for parts in ("di", "ti", "ssa", "sia", "bsr", "pi"):
         with pytest.raises(UsageError, match="images"):
             run(Composed(parts=parts), lambda z: z[:, :3] * 2, flat, Untargeted(torch.zeros(3).long()), Linf(EPS))
+
+
+@pytest.mark.slow
+def test_effects_on_fashion_mnist():
+    """Transfer works from a convolutional source to others, correct NAA breaks its source, BSR's loss rises, too."""
+    from advkit.models.zoo import load
+    from advkit.tasks import TASKS
+
+    batch = next(iter(TASKS.build("fashion-mnist").batches(100)))
+    x, y = batch.x, batch.labels
+    one, other, hardened = (load(f"fashion-mnist-public-{name}") for name in ("cnn", "cnn5", "cnn-at"))
+    sign = 2 * (uniform(0, *x.shape) < 0.5).float() - 1
+    noisy = (x + 0.1 * sign).clamp(0, 1)
+
+    def accuracy(model, z):
+        with torch.no_grad():
+            return (model(z).argmax(1) == y).float().mean().item()
+
+    found = {}
+    for name in ("mpgd", "ti", "naa", "fia", "bsr"):
+        z, _ = run(ATTACKS.build(name), one, x, Untargeted(y), Linf(0.1))
+        found[name] = z
+        with torch.no_grad():
+            rise = F.cross_entropy(one(z), y, reduction="none") - F.cross_entropy(one(x), y, reduction="none")
+        assert (rise > 0).float().mean() > 0.95
+    assert accuracy(one, found["naa"]) < 0.4
+    assert accuracy(other, found["mpgd"]) < accuracy(other, noisy) - 0.2
+    assert accuracy(other, found["ti"]) < accuracy(other, found["mpgd"]) + 0.02
+    assert accuracy(hardened, found["mpgd"]) > accuracy(one, found["mpgd"]) + 0.1
+    assert accuracy(hardened, found["mpgd"]) > accuracy(other, found["mpgd"]) + 0.1

@@ -42,3 +42,18 @@ PARTS: Registry[Any] = Registry(
         "lgv": "advkit.attacks.transfer.ensembles:LGV",
     },
 )
+
+# The attacks of PubDef (arXiv 2310.17645) by its names, with the settings of its training sets.
+PUBDEF: dict[str, str] = {
+    "pgd": "pgd:steps=10,step_size=0.25,keep=last,stop=false",
+    "mpgd": "mpgd",
+    "pregradient": "pregradient",
+    "di": "di",
+    "ti": "ti",
+    "admix": "admix",
+    "naa": "naa",
+    "ni-si-ti-dim": "ni-si-ti-dim",
+    "ni-admix-ti-dim": "ni-admix-ti-dim",
+    "auto-pgd-ce": "apgd-ce:stop=false",
+    "auto-pgd-dlr": "apgd-dlr:stop=false",
+}
