@@ -42,6 +42,7 @@ from advkit.evaluation.transfer_images import (
     SignNoise,
     Unasked,
     Unsupported,
+    as_seen,
     code_digest,
     write_tensors,
 )
@@ -507,14 +508,14 @@ def _head(rows: Rows) -> Rows:
 def _shown(play: _Play, target: Player, made: tuple[ImageSet, str], seed: int) -> Decisions:
     """What a target says of a set, [N]; NOTHING where the set holds nothing."""
     held, sha256 = made
-    decisions = _answers(play, target, held.values, seed, sha256)
+    decisions = _answers(play, target, held.images, seed, sha256)
     return np.where(held.usable.numpy(), decisions, NOTHING).astype(np.int16)
 
 
 def _answers(play: _Play, target: Player, x: Tensor, seed: int, sha256: str = "") -> Decisions:
     """Decisions [N], the commonest among the draws of a randomised target; kept by the content of model and images.
 
-    -1 abstains, NOTHING is an answer that is not finite.
+    x: stored images uint8 [N, ...], or rows as they are. -1 abstains, NOTHING is an answer that is not finite.
     """
     model = target.model
     draws = play.case.draws if model.describe().randomized else 1
@@ -541,7 +542,7 @@ def _answers(play: _Play, target: Player, x: Tensor, seed: int, sha256: str = ""
         for _ in range(draws):
             parts = []
             for part in torch.split(x, 1024):
-                answer = judge.answer(part.to(device))
+                answer = judge.answer(as_seen(part).to(device))
                 parts.append(torch.where(finite(answer), decide(answer), NOTHING).cpu())
             votes.append(torch.cat(parts))
     decisions = torch.stack(votes).mode(0).values.long()
@@ -636,7 +637,7 @@ def _similarity(play: _Play, strikes: Sequence[Strike]) -> dict[str, Any]:
             made = _set(play, source, strike, play.seeds[0])
             if isinstance(made, str):
                 continue
-            move = (made[0].values - play.rows.x.float()).flatten(1)
+            move = (as_seen(made[0].images) - play.rows.x.float()).flatten(1)
             moves.append(move / move.norm(dim=1, keepdim=True).clamp_min(1e-12))
             names.append([source.name, strike.name])
     cosine = [[float((a * b).sum(1).mean()) for b in moves] for a in moves]

@@ -166,11 +166,6 @@ class ImageSet:
         """Of the stored images."""
         return hashlib.sha256(raw_bytes(self.images)).hexdigest()
 
-    @property
-    def values(self) -> Tensor:
-        """The images as targets see them, float in [0, 1]."""
-        return self.images.float() / LEVELS
-
     @classmethod
     def joined(cls, key: str, parts: Sequence[ImageSet]) -> ImageSet:
         """One set of the rows of several, in order."""
@@ -183,6 +178,11 @@ class ImageSet:
             for name in ("images", "usable", "admitted", "distance", "forwards", "backwards")
         }
         return cls(key=key, seconds=sum(part.seconds for part in parts), messages=messages, **tensors)
+
+
+def as_seen(images: Tensor) -> Tensor:
+    """Stored images as targets see them, float in [0, 1]; rows that are no files stay as they are."""
+    return images.float() / LEVELS if images.dtype == torch.uint8 else images
 
 
 def set_config(case: Case) -> dict[str, Any]:

@@ -413,6 +413,29 @@ def test_names_of_sums() -> None:
         strikes_of(["pgd", "pgd:steps=40"])
 
 
+def test_heat_maps_hold_the_cells_and_their_titles_stand_clear(made: tuple[Matrix, Path]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from advkit.evaluation.plots import transfer_heatmap
+
+    figure = made[0].plot()
+    panels = figure.axes[:-1]
+    assert [axes.get_title(loc="left") for axes in panels] == ["target public-cnn-b", "target public-mlp"]
+    for axes, target in zip(panels, (CNN_B, MLP), strict=True):
+        values = np.asarray(axes.images[0].get_array())
+        expected = [[made[0].cell(target, source, attack)["acc"]["value"] for attack in TWO] for source in (CNN, MLP)]
+        np.testing.assert_allclose(values, expected)
+    hatched = [[patch.get_hatch() for patch in axes.patches].count("////") for axes in panels]
+    assert hatched == [0, 2], "the cells of the source that is the target"
+    long = "Robust accuracy under transfer of every public model of the zoo"
+    for drawn in (figure, transfer_heatmap(np.full((1, 2), 0.5), ["s"], ["a", "b"], title=long)):
+        canvas = FigureCanvasAgg(drawn)
+        canvas.draw()
+        title = drawn._suptitle.get_window_extent()
+        for tick in drawn.axes[-1].get_yticklabels():
+            assert not title.overlaps(tick.get_window_extent())
+
+
 def test_saved_loaded_and_refused(made: tuple[Matrix, Path], tmp_path: Path) -> None:
     matrix, _ = made
     assert matrix.save(tmp_path / "out") == tmp_path / "out" / "matrix.json"
