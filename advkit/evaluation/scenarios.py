@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks import ATTACKS
-from advkit.core.errors import AccessDenied, AdvkitError, UsageError
+from advkit.core.errors import AccessDenied, AdvkitError, BudgetExhausted, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Batch, Outcome, Record
 from advkit.core.rng import RowRng
@@ -306,27 +306,42 @@ def attacked_model(case: Case) -> tuple[Any, bool]:
 
 
 class _Asked(Exception):
-    """An attack came as far as its first question."""
+    """An attack came as far as its second question."""
 
 
-def _curtain(x: Tensor) -> Tensor:
-    raise _Asked
+class _Curtain:
+    """Stands where a model would: answers the first question as the untouched row was answered, with gradient zero."""
+
+    def __init__(self, answer: Tensor) -> None:
+        self.answer = answer
+        self.left = int(answer.is_floating_point() and bool(torch.isfinite(answer).all()))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.left:
+            raise _Asked
+        self.left -= 1
+        return self.answer.expand(len(x), -1) + 0.0 * x.flatten(1).sum(1, keepdim=True)
 
 
 def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
-    """Start every attack of the case on one row and end it at its first question: no pass through any model.
+    """Start every attack of the case on one row and end it at its second question: no pass through any model.
 
-    An attack that refuses its settings, goal or threat model would refuse them on every row; that is a mistake of the
-    request, raised here before anything is written. Whatever else it raises is for the row's record.
+    By then it has taken a step. An attack that refuses its settings, goal or threat model would refuse them on every
+    row; that is a mistake of the request, raised here before anything is written. Whatever else it raises is for the
+    row's record.
     """
     row = torch.zeros(1, dtype=torch.long, device=batch.x.device)
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device).at("rehearsal")
     goal = case.rule(batch.labels, clean, rng.at("goal")) if batch.labels is not None else batch.goal
     for each in Grid().cells(case) if case.attack is None else [case]:
-        oracle = MeteredOracle(_curtain, 1, each.threat.access, each.threat.queries, decides=True)
+        curtain = _Curtain(clean[:1])
+        oracle = MeteredOracle(curtain, 1, each.threat.access, each.threat.queries, decides=True)
         with suppress(_Asked):
             try:
                 each.attack(oracle, batch.x[row], goal.take(row), each.threat, rng.take(row))
+            except BudgetExhausted:
+                if curtain.left:
+                    raise
             except (AdvkitError, _Asked):
                 raise
             except Exception:

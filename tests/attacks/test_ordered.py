@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from advkit.attacks import ATTACKS
+from advkit.attacks.ordered import quadattack
 from advkit.attacks.ordered.ad_topk import ADTopK, cosines
 from advkit.attacks.ordered.cw_topk import CWTopK
 from advkit.attacks.ordered.loop import AdamW
@@ -20,6 +21,7 @@ from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel
 from advkit.testing import play
+from advkit.threat_models.goals import polyhedron
 from advkit.threat_models.goals.diverge import Diverge
 from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK, TopK, drawn_targets
 from advkit.threat_models.goals.targeted import Targeted
@@ -154,6 +156,51 @@ def test_a_row_gets_in_any_batch_what_it_gets_alone(name, digits):
         part = find(attack, model, x[rows], goal.take(rows), names=[names[i] for i in rows.tolist()])
         assert torch.equal(part.x, whole.x[rows])
         assert torch.equal(part.energy, whole.energy[rows])
+
+
+@pytest.mark.parametrize("head", ["auto", "identity"])
+@pytest.mark.parametrize("size", [1, 7])
+def test_batches_of_one_seven_and_all_agree(size, head, digits):
+    """Each program starts from the row's own last one, whatever rows it is solved with."""
+    model, x, y = digits
+    rows = 70  # more than the oracle asks about at a time
+    x, y, names = x[:rows], y[:rows], ids(rows)
+    goal = goal_of(y, 7)
+    attack = QuadAttack(budget="1x6", head=head)
+    whole = find(attack, model, x, goal)
+    for part in torch.arange(rows).split(size)[:: 1 if size > 1 else 6]:
+        alone = find(attack, model, x[part], goal.take(part), names=[names[i] for i in part.tolist()])
+        assert torch.equal(alone.x, whole.x[part])
+        assert torch.equal(alone.energy, whole.energy[part])
+        assert torch.equal(alone.first, whole.first[part])
+
+
+def test_programs_start_from_the_last_step(digits, monkeypatch):
+    """Warm starts save most of the linear systems and change nothing else."""
+    model, x, y = digits
+    x, y = x[:70], y[:70]
+    goal = goal_of(y, 7)
+
+    def run(warmly):
+        systems, starts = [], []
+
+        def counted(logits, gram, pairs, margin, warm=None):
+            starts.append(warm)
+            solution = polyhedron.solve(logits, gram, pairs, margin, warm=warm if warmly else None)
+            systems.append(int(solution.rounds.sum()))
+            return solution
+
+        monkeypatch.setattr(quadattack, "solve", counted)
+        return find(QuadAttack(budget="1x20"), model, x, goal), sum(systems), starts
+
+    cold, cold_systems, _ = run(False)
+    warm, warm_systems, starts = run(True)
+    assert len(starts) == 2 * 20  # chunks of 64 rows and 6
+    assert starts[0] is None
+    assert all(start.shape == (64 if i % 2 == 0 else 6, 9) for i, start in enumerate(starts) if i)
+    assert warm_systems < 0.6 * cold_systems
+    assert torch.equal(cold.reached, warm.reached)
+    torch.testing.assert_close(cold.x, warm.x, rtol=0, atol=1e-4)
 
 
 def test_a_thousand_classes_do_not_mix_rows():

@@ -52,6 +52,13 @@ def trained(**changes: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
     return batch.x.numpy().copy(), batch.labels.numpy().copy()
 
 
+@pytest.mark.parametrize("attack", ["fgsm", "mifgsm", "pgd", "square"])
+def test_an_attack_within_a_radius_where_there_is_none(advkit: Any, victim: str, attack: str) -> None:
+    """Known before anything is written, also where the attack itself notices at its first step."""
+    asked = ("evaluate", "--task", "digits", "--model", victim, "--n", 16, "--device", "cpu", "--out", "here")
+    refused(advkit, *asked, "--attack", attack, "--threat-model", "minimum-l2", says=("inimum",))
+
+
 def archive(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> str:
     """The spec of a task that reads these arrays."""
     np.savez("rows.npz", x=x, y=y)

@@ -163,7 +163,7 @@ class MinimumNorm(ABC):
             )
         aim = self.objective(self._served(goal), oracle)
         found = self._search(averaged(oracle, self.eot), x, goal, aim, threat, rng)
-        # Said at the end: a rehearsal of the attack has no victim behind its oracle and ends at the first question.
+        # Said at the end: a rehearsal of the attack has no victim behind its oracle and ends at the second question.
         if self.asks_for_head and head_of(oracle) is None:
             log.info("%s: the victim shows no linear last layer; %s", self.name, self.without_head)
         return found

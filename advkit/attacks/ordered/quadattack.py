@@ -19,15 +19,49 @@ from advkit.threat_models.goals.polyhedron import gram, solve
 log = logging.getLogger("advkit")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
+class _Memory:
+    """What the solver found at the last step, for all rows of a batch.
+
+    A row starts from its own last solution, whichever rows it is asked about with: they may change its time, never its
+    bits.
+
+    rows:        of the batch
+    multipliers: of every row's last program [rows, R]; None before the first
+    told:        whether it was said that some row has no solution
+    """
+
+    rows: int
+    multipliers: Tensor | None = None
+    told: bool = False
+
+    def of(self, rows: Tensor | None) -> Tensor | None:
+        """The multipliers of some rows, or of all."""
+        return self.multipliers if self.multipliers is None or rows is None else self.multipliers[rows]
+
+    def keep(self, rows: Tensor | None, found: Tensor) -> None:
+        """Remember the multipliers of some rows, or of all; those never asked about stay at 0, a cold start."""
+        if rows is None:
+            self.multipliers = found
+        else:
+            if self.multipliers is None:
+                self.multipliers = found.new_zeros(self.rows, found.shape[1])
+            self.multipliers[rows] = found
+
+
+@dataclass(eq=False)
 class _Projected:
-    """A goal whose loss is the squared distance to its polyhedron; it says once when no logits can satisfy a row."""
+    """A goal whose loss is the squared distance to its polyhedron; it says once when no logits can satisfy a row.
+
+    rows: which rows of the memory the goal's are, long; None for all of them in order
+    """
 
     kind: ClassVar[str] = "projected"
     goal: TopK | OutOfTopK
     gram: Tensor | None
     margin_wanted: float
-    told: list[bool]
+    memory: _Memory
+    rows: Tensor | None = None
 
     def reached(self, answer: Tensor) -> Tensor:
         return self.goal.reached(answer)
@@ -36,11 +70,17 @@ class _Projected:
         return self.goal.margin(answer)
 
     def loss(self, answer: Tensor) -> Tensor:
-        solution = solve(answer, self.gram, self.goal.pairs(answer), self.margin_wanted)
-        if not self.told and answer.device.type == "cpu":  # elsewhere looking would mean waiting
+        self.goal = self.goal.for_classes(answer.shape[1])
+        # Which pairs keep the true class out of the top K changes with the answer, so there a solution is no start.
+        fixed = isinstance(self.goal, TopK)
+        warm = self.memory.of(self.rows) if fixed else None
+        solution = solve(answer, self.gram, self.goal.pairs(answer), self.margin_wanted, warm=warm)
+        if fixed:
+            self.memory.keep(self.rows, solution.multipliers)
+        if not self.memory.told and answer.device.type == "cpu":  # elsewhere looking would mean waiting
             hopeless = int((~solution.feasible & torch.isfinite(answer).all(1)).sum())
             if hopeless:
-                self.told.append(True)
+                self.memory.told = True
                 log.warning(
                     "quadattack: no features of this head order the classes of %d of %d rows as wanted; they follow "
                     "the least violated order instead",
@@ -53,10 +93,13 @@ class _Projected:
         return self
 
     def take(self, rows: Tensor) -> Self:
-        return replace(self, goal=self.goal.take(rows))
+        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        return replace(self, goal=self.goal.take(rows), rows=rows if self.rows is None else self.rows[rows])
 
     def to(self, device: torch.device | str) -> Self:
-        return replace(self, goal=self.goal.to(device), gram=None if self.gram is None else self.gram.to(device))
+        moved = None if self.gram is None else self.gram.to(device)
+        rows = None if self.rows is None else self.rows.to(device)
+        return replace(self, goal=self.goal.to(device), gram=moved, memory=_Memory(self.memory.rows), rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +137,5 @@ class QuadAttack(MinimumNorm):
     def objective(self, goal: TopK | OutOfTopK, oracle: TensorOracle) -> TensorGoal:
         """The goal with the distance to its polyhedron as loss."""
         weight = head_of(oracle) if self.asks_for_head else None
-        if weight is None:
-            return _Projected(goal, None, self.margin, [])
-        return _Projected(goal.for_classes(len(weight)), gram(weight), self.margin, [])
+        memory = _Memory(len(goal.targets if isinstance(goal, TopK) else goal.labels))
+        return _Projected(goal, None if weight is None else gram(weight), self.margin, memory)

@@ -272,6 +272,8 @@ class TopK(_Top):
 
     def for_classes(self, classes: int) -> Self:
         """The same goal with its pairs worked out beforehand, for a model of that many classes."""
+        if self._pairs is not None:
+            return self
         return replace(self, _pairs=self.pairs(self.targets.new_empty(len(self.targets), classes)))
 
     def take(self, rows: Tensor) -> Self:

@@ -172,7 +172,7 @@ def projection_loss(
     pairs: Pairs | tuple[Tensor, Tensor] | Tensor,
     margin: float | Tensor = MARGIN,
     *,
-    warm: Solution | None = None,
+    warm: Solution | Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Squared distance of each row to its polyhedron, differentiable in the answer [B, C]; arguments as `solve`."""
@@ -185,7 +185,7 @@ def solve(
     pairs: Pairs | tuple[Tensor, Tensor] | Tensor,
     margin: float | Tensor = MARGIN,
     *,
-    warm: Solution | None = None,
+    warm: Solution | Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Solution:
     """Project each row of logits [B, C] onto the scores at which all its pairs hold by the margin.
@@ -193,7 +193,7 @@ def solve(
     gram:   S [C, C] of the head (`gram(weight)`), or None for the identity: distances between logits themselves
     pairs:  Pairs, (upper, lower) long [B, R], or targets long [B, K] standing for `ordered_pairs`
     margin: one number, or a tensor that broadcasts to [B, R], in logits
-    warm:   the solution of earlier, similar logits for the same pairs; changes the time only
+    warm:   the solution of earlier, similar logits for the same pairs, or its multipliers [B, R]; changes the time only
     dtype:  float64, or float32 for a loss within 1e-3
 
     On the CPU a row's bits do not depend on the rows beside it. Rows whose pairs hold already cost nothing. A head with
@@ -204,7 +204,8 @@ def solve(
     """
     if dtype not in _PRECISION:
         raise UsageError(f"the solver in {dtype}; expected torch.float64 or torch.float32")
-    pairs = _checked(logits, gram, pairs, warm)
+    guess = warm.multipliers if isinstance(warm, Solution) else warm
+    pairs = _checked(logits, gram, pairs, guess)
     with torch.no_grad():
         logits = logits.detach().to(dtype)
         metric = None if gram is None else gram.detach().to(device=logits.device, dtype=dtype)
@@ -216,13 +217,13 @@ def solve(
         if not pairs.upper.shape[1]:
             return _trivial(problem, sound)
         unit = (difference.abs() + wanted.abs()).amax(1)
-        start = torch.zeros_like(difference) if warm is None else warm.multipliers.to(difference)
+        start = torch.zeros_like(difference) if guess is None else guess.to(difference)
         hard = _solve(problem, unit, sound, start, slack=0.0)
         return _finished(problem, unit, sound, hard)
 
 
 def _checked(
-    logits: Tensor, gram: Tensor | None, pairs: Pairs | tuple[Tensor, Tensor] | Tensor, warm: Solution | None
+    logits: Tensor, gram: Tensor | None, pairs: Pairs | tuple[Tensor, Tensor] | Tensor, guess: Tensor | None
 ) -> Pairs:
     if logits.ndim != 2 or not logits.is_floating_point():
         raise BadInput(f"logits are {logits.dtype} {list(logits.shape)}; expected floats [B, C]")
@@ -237,9 +238,9 @@ def _checked(
         raise BadInput(
             f"pairs {list(pairs.upper.shape)} and {list(pairs.lower.shape)} for {rows} rows; expected [{rows}, R] twice"
         )
-    if warm is not None and warm.multipliers.shape != pairs.upper.shape:
+    if guess is not None and guess.shape != pairs.upper.shape:
         raise BadInput(
-            f"a warm start with multipliers {list(warm.multipliers.shape)}; "
+            f"a warm start with multipliers {list(guess.shape)}; "
             f"expected {list(pairs.upper.shape)}, the solution of the same pairs"
         )
     return pairs
