@@ -310,7 +310,7 @@ class LinBP(View):
 @dataclass(frozen=True, kw_only=True)
 class BPA(View):
     """Pass gradients through ReLUs as if they were SiLUs and through max-pooling by the softmax of its windows, from a
-    layer on (arXiv 2306.16894).
+    layer on (arXiv 2306.12685).
 
     layer:       as in linbp
     temperature: of the softmax, the larger the nearer to the maximum, >= 0

@@ -119,7 +119,7 @@ class VMI(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class GRA(Rule, Step):
-    """Weigh a gradient against its neighbourhood's by their cosine; shorten steps where signs flip (arXiv 2309.05305).
+    """Weigh a gradient and its neighbourhood's by their cosine; shorten steps where signs flip (Zhu et al., ICCV 2023).
 
     neighbours: points around, >= 1
     radius:     half the side of the neighbourhood, in units of eps, >= 0
@@ -191,7 +191,7 @@ class PGN(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class MEF(Rule):
-    """Prefer regions flat and high on average: neighbours pushed by momenta of their own (MEF, arXiv 2405.16181).
+    """Prefer regions flat and high on average: neighbours pushed by momenta of their own (MEF: Qiu et al., TIFS 2024).
 
     neighbours: points around, >= 1
     radius:     half the side of the neighbourhood, in units of eps, >= 0
@@ -223,7 +223,7 @@ class MEF(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class MIG(Rule):
-    """Integrated gradients of the probability, from black to the point (arXiv 2205.13152).
+    """Integrated gradients of the probability, from black to the point (Ma et al., ICCV 2023).
 
     points: points on the way, >= 1
     """

@@ -125,7 +125,7 @@ class BSR(Composed):
 
 @dataclass(frozen=True, kw_only=True)
 class GRA(Composed):
-    """Momentum of gradients weighed against their neighbourhood's (arXiv 2309.05305)."""
+    """Momentum of gradients weighed against their neighbourhood's (Zhu et al., ICCV 2023)."""
 
     parts: tuple[str, ...] = ("gra",)
 
@@ -139,7 +139,7 @@ class PGN(Composed):
 
 @dataclass(frozen=True, kw_only=True)
 class MEF(Composed):
-    """Momentum of gradients that prefer flat and high regions; twice the usual steps (MEF, arXiv 2405.16181)."""
+    """Momentum of gradients that prefer flat and high regions; twice the usual steps (MEF: Qiu et al., TIFS 2024)."""
 
     parts: tuple[str, ...] = ("mef",)
     steps: int = 20
@@ -147,7 +147,7 @@ class MEF(Composed):
 
 @dataclass(frozen=True, kw_only=True)
 class MIG(Composed):
-    """Momentum of integrated gradients (arXiv 2205.13152)."""
+    """Momentum of integrated gradients (Ma et al., ICCV 2023)."""
 
     parts: tuple[str, ...] = ("mig",)
 
@@ -198,7 +198,7 @@ class LinBP(Composed):
 
 @dataclass(frozen=True, kw_only=True)
 class BPA(Composed):
-    """Momentum of gradients through SiLU and soft pooling (arXiv 2306.16894)."""
+    """Momentum of gradients through SiLU and soft pooling (arXiv 2306.12685)."""
 
     parts: tuple[str, ...] = ("mi", "bpa")
 
