@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -54,6 +55,8 @@ from advkit.tasks.base import raw_bytes
 from advkit.threat_models import GOALS, THREAT_MODELS
 from advkit.threat_models.tapm import PUBLIC
 from advkit.threat_models.transfer import Transfer, source_name
+
+log = logging.getLogger("advkit")
 
 VICTIMS = "victims"
 Watch = Callable[[str, int, int], None]  # what is going on, units done, units in all
@@ -223,6 +226,7 @@ def matrix(
             "data": "" if pool is None else _digest(pool.x, pool.y),
         },
         surrogates=tuple({key: model for one in players["source"] for key, model in one.members}.items()),
+        data=pool if any(getattr(strike.attack, "wants_data", False) for strike in strikes) else None,
         device=device,
         everyone=True,
     )
@@ -243,6 +247,7 @@ def matrix(
         watch=watch or (lambda text, done, units: None),
         wanted=_wanted(rule, rows, work, wanted_seeds),
     )
+    known = _seen(play, seen)
     play.units = _pairs(play, strikes) * (1 + (equal_budget is not None))
     clean = np.stack([_answers(play, target, rows.x, 0) for target in play.targets])
     second, budget, how = None, None, ""
@@ -257,9 +262,10 @@ def matrix(
                 "every attack's steps are scaled so that it asks for at most this many gradients per image, and a "
                 "step's length so that the path stays as long; attacks without steps stay as they are"
             )
+    log.info("transfer images: %d pieces made, %d found", play.images.made, play.images.read)
     content = document(
         play.case, play.sources, play.targets, play.seeds, clean, rows, table, second, budget, how,
-        seen=_seen(play, seen), similarity=_similarity(play, strikes) if similarity else None, command=command,
+        seen=known, similarity=_similarity(play, strikes) if similarity else None, command=command,
         wanted=play.wanted,
     )  # fmt: skip
     made = Matrix.from_dict(content, table)
@@ -613,7 +619,7 @@ def _asked(play: _Play, source: Player, attack: Any) -> float:
     goal = case.rule(batch.labels[rows].to(case.device), case.victim(x), rng.at("goal"))
     model = source.model
     with frozen(*model.modules()), own_randomness(case.device, "cost"):
-        oracle = MeteredOracle(model, len(x), Access.GRADIENTS, decides=False)
+        oracle = MeteredOracle(model, len(x), Access.GRADIENTS, decides=False, data=case.data)
         attack(oracle, x, goal, case.threat, rng)
     return float(oracle.meter.backwards.max())
 

@@ -85,7 +85,7 @@ class Unasked:
 @cache
 def code_digest(module: str = "") -> str:
     """sha256 over the sources that decide what attacks make and models answer, and over somebody else's module."""
-    import importlib.util
+    import sys
 
     import advkit
 
@@ -94,8 +94,7 @@ def code_digest(module: str = "") -> str:
         path for part in ("core", "threat_models", "models", "attacks") for path in sorted((root / part).rglob("*.py"))
     ]
     if module and not module.startswith("advkit."):
-        found = importlib.util.find_spec(module) if module != "__main__" else None
-        files += [Path(found.origin)] if found is not None and found.origin and Path(found.origin).is_file() else []
+        files += [Path(file) for file in [getattr(sys.modules.get(module), "__file__", None)] if file]
     digest = hashlib.sha256()
     for path in files:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -204,7 +203,8 @@ def set_config(case: Case) -> dict[str, Any]:
 class Images:
     """Sets of images, from a folder or made now.
 
-    folder: kept there by content; safe to share between runs that go on at the same time
+    folder:     kept there by content; safe to share between runs that go on at the same time
+    made, read: pieces made anew and pieces found
     """
 
     def __init__(self, folder: Path) -> None:
@@ -218,11 +218,8 @@ class Images:
         pieces: Sequence[Batch],
         lanes: Callable[[], Lanes],
         crew: Crew | None = None,
-        step: Callable[[int], None] = lambda rows: None,
     ) -> ImageSet:
         """The set that a cell's attack makes of these pieces.
-
-        step: told of rows as they are there
 
         Raises Unsupported where the attack can't be made on this source.
         """
@@ -233,7 +230,6 @@ class Images:
             if held is not None:
                 found[place] = held
                 self.read += 1
-                step(len(piece.ids))
         waiting = [place for place in range(len(pieces)) if place not in found]
         if waiting:
             shapes, watch = lanes(), Stopwatch()
@@ -250,7 +246,6 @@ class Images:
                     self._save(made, pieces[place])
                 found[place] = made
                 self.made += 1
-                step(len(pieces[place].ids))
         return ImageSet.joined(key, [found[place] for place in range(len(pieces))])
 
     def _path(self, key: str, piece: Batch) -> Path:

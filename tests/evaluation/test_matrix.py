@@ -213,9 +213,12 @@ def test_seen_sources_come_from_the_cards_or_from_the_caller(tmp_path: Path) -> 
         small(tmp_path, targets=[pubdef], seen={pubdef: ["nobody"]}, **settings)
 
 
-def test_nothing_is_made_twice(made: tuple[Matrix, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_made_twice(
+    made: tuple[Matrix, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     matrix, folder = made
     before = pieces(folder)
+    caplog.set_level("INFO", logger="advkit")
     # Noise and pgd: 3 seeds of 2 pieces. fgsm: 2 pieces, and one of the second seed, which shows that it draws nothing.
     assert len(before) == 3 * 2 + 2 * (3 * 2) + 2 * (2 + 1)
 
@@ -226,6 +229,8 @@ def test_nothing_is_made_twice(made: tuple[Matrix, Path], monkeypatch: pytest.Mo
         patch.setattr("advkit.evaluation.transfer_images.played_alone", never)
         patch.setattr("advkit.evaluation.matrix.Judge", never)
         assert small(folder).text == matrix.text
+        # The second seed's first piece of pgd is looked at first, and then again with the rest.
+        assert f"0 pieces made, {len(before) + 2} found" in caplog.text
         fewer = small(folder, targets=[MLP], attacks=["fgsm"])
     assert pieces(folder) == before
     assert fewer.cell(MLP, CNN, "fgsm") == matrix.cell(MLP, CNN, "fgsm")
@@ -471,6 +476,7 @@ def test_saved_loaded_and_refused(made: tuple[Matrix, Path], tmp_path: Path) -> 
         ({"sources": [CNN, CNN]}, "more than once"),
         ({"targets": [f"{CNN}+{MLP}"]}, "several targets"),
         ({"seeds": 0}, "at least 1"),
+        ({"seen": {CNN_B: ["nobody"]}}, "seen names nobody"),
         ({"equal_budget": 0}, "budget"),
         ({"threat_model": "minimum-l2"}, "no radius"),
         ({"sources": ["zoo:fashion-mnist-public-cnn"]}, "trained on rows of shape"),
