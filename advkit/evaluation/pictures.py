@@ -19,7 +19,10 @@ SHOWN = 10
 
 
 def draw(resolved: Plan, folder: Path, report: Report) -> list[Path]:
-    """Per-class bars, transfer grid and a strip of broken examples into FOLDER/plots, as far as the run has them."""
+    """Per-class bars, success by distance, transfer grid and a strip of broken examples into FOLDER/plots.
+
+    As far as the run has them.
+    """
     from advkit.evaluation.plots import save, write_plots
 
     made = write_plots(folder, resolved.case.task.class_names())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from advkit.core.errors import ReportError, UsageError
+from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.report import Report, write_atomic
 
 if TYPE_CHECKING:
@@ -105,6 +107,35 @@ def robust_accuracy_curve(
     axes.set_xlabel(f"eps ({_plain(norm)})" if norm else "eps")
     axes.set_ylabel("robust accuracy")
     if any(named):
+        axes.legend(frameon=False)
+    if title:
+        axes.set_title(_plain(title), loc="left", fontsize=11)
+    return figure
+
+
+def success_by_distance(
+    curves: Mapping[str, tuple[Sequence[float], int]], *, norm: str = "L2", title: str = ""
+) -> Figure:
+    """Share of the attacked rows whose goal is reached within a distance, one step line per name.
+
+    curves: name -> distances of the successes, and how many rows were attacked
+    """
+    if not curves or any(attacked < 1 or len(found) > attacked for found, attacked in curves.values()):
+        raise UsageError("success_by_distance: expected curves of at least one row, and no more successes than rows")
+    figure, axes = _axes(6.0, 3.8)
+    furthest = max((max(found) for found, _ in curves.values() if len(found)), default=0.0) or 1.0
+    for i, (name, (found, attacked)) in enumerate(curves.items()):
+        reach = [0.0, *sorted(found), 1.05 * furthest]
+        share = [k / attacked for k in range(len(found) + 1)]
+        color, _ = _SERIES[i % len(_SERIES)]
+        axes.step(reach, [*share, share[-1]], where="post", color=color, label=_plain(name) or None)
+    axes.set_xlim(0, 1.05 * furthest)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_xlabel(f"distance allowed ({_plain(norm)})")
+    axes.set_ylabel("attack success rate")
+    if any(curves):
         axes.legend(frameon=False)
     if title:
         axes.set_title(_plain(title), loc="left", fontsize=11)
@@ -207,7 +238,8 @@ def example_grid(
                     fontweight="bold" if turned else "normal",
                 )
     if title:
-        figure.suptitle(_plain(title), fontsize=11, x=0.02, ha="left")
+        room = int(12 * figure.get_figwidth())  # characters of this size in a line
+        figure.suptitle(_plain(textwrap.fill(title, room)), fontsize=11, x=0.02, ha="left")
     return figure
 
 
@@ -378,6 +410,26 @@ def transfer_heatmap_of(report: Report) -> Figure | None:
     return transfer_heatmap(table, sources, attacks, seen, title="Robust accuracy under transfer")
 
 
+def success_by_distance_of(report: Report, records: Iterable[Record]) -> Figure | None:
+    """The curve of each attack of a run without a radius; None where there is one, or nothing was attacked."""
+    threat = report.to_dict()["threat_model"]
+    if threat.get("eps") is not None or not threat.get("norm"):
+        return None
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record.outcome == Outcome.BROKEN and record.distance is not None:
+            found.setdefault(record.attack, []).append(record.distance)
+    rates = {attack["name"]: attack["attack_success_rate"] for attack in report.attacks}
+    curves = {
+        name: (found.get(name, []), rate["denominator"])
+        for name, rate in rates.items()
+        if len(found.get(name, [])) == rate["numerator"] and rate["denominator"]
+    }
+    if not curves:
+        return None
+    return success_by_distance(curves, norm=threat["norm"], title=f"Success within a distance, {report.threat}")
+
+
 def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
     """Write PNG or SVG in one move; the same figure gives the same bytes. Raises ReportError when it can't."""
     target = Path(path)
@@ -395,18 +447,22 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
 
 
 def write_plots(run: str | os.PathLike[str], class_names: Sequence[str] = ()) -> list[Path]:
-    """Draw what a finished run folder supports (classes, transfer grid) into its plots/ folder."""
+    """Draw what a finished run folder supports (classes, distances, transfer grid) into its plots/ folder."""
     from advkit.evaluation.compare import per_class_rates, read_records, records_path
 
     folder = Path(run)
     report = Report.load(folder)
     made = []
-    records = records_path(folder)
-    if records.exists():
-        rates = per_class_rates(read_records(records))
+    path = records_path(folder)
+    if path.exists():
+        records = read_records(path)
+        rates = {} if report.other_goal else per_class_rates(records)
         if 1 < len(rates) <= 100:
             figure = per_class_bars(rates, class_names, title=f"Per class, {report.threat}")
             made.append(save(figure, folder / "plots" / "per_class.png"))
+        reach = success_by_distance_of(report, records)
+        if reach is not None:
+            made.append(save(reach, folder / "plots" / "success_by_distance.png"))
     grid = transfer_heatmap_of(report)
     if grid is not None:
         made.append(save(grid, folder / "plots" / "transfer.png"))

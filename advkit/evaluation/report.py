@@ -249,6 +249,11 @@ class Report:
         """The threat model in one line."""
         return describe_threat(self._data["threat_model"])
 
+    @property
+    def other_goal(self) -> bool:
+        """The attacker wanted something else than a wrong answer: rows that stand are those that did not give it."""
+        return bool(self._data["threat_model"]["goal"] != "untargeted")
+
     def rows(self, full: bool = False) -> list[Row]:
         """The summary as data: clean, attacks, worst case, other metrics.
 
@@ -275,7 +280,8 @@ class Report:
         rows += lines(together, _SHOWN_ATTACKS, "attack")
         robust = metrics.get("robust_accuracy")
         if robust is not None:
-            label = f"worst case of {len(together)} attacks" if len(together) > 1 else "robust accuracy"
+            alone = "goal not reached" if self.other_goal else "robust accuracy"
+            label = f"worst case of {len(together)} attacks" if len(together) > 1 else alone
             if self._data["protocol"]["aggregation"] == "mean_over_runs":
                 label = "mean over runs"
             rows.append(_rate_row(label, robust, "worst", metrics.get("attack_success_rate")))
@@ -287,7 +293,7 @@ class Report:
         if full or len(classes) < 4:
             for name, entry in classes.items():
                 rows.extend(_metric_rows(_words(name), entry))
-        else:
+        elif not self.other_goal:
             weakest = min(classes, key=lambda name: (classes[name]["value"] is None, classes[name]["value"] or 0.0))
             rows.extend(_metric_rows(f"weakest class: {weakest.removeprefix(_CLASS)}", classes[weakest]))
         return rows
@@ -317,14 +323,20 @@ class Report:
             }[self._data["protocol"]["aggregation"]]
             if attacks == 1:
                 how = "one attack"
-            words = [
-                f"Robust accuracy {percent(robust['value'])}{_bracket(robust['ci'], ' ')} under {self.threat}; {how}."
-            ]
+            success = self._rate("attack_success_rate")
+            figure, name = robust, "Robust accuracy"
+            if self.other_goal and success is not None and success["value"] is not None:
+                figure, name = success, "Attack success rate"
+            words = [f"{name} {percent(figure['value'])}{_bracket(figure['ci'], ' ')} under {self.threat}; {how}."]
+            norm = str(self._data["threat_model"].get("norm"))
+            distance = self._value(f"{norm.lower()}_mean")
+            if figure is success and distance is not None:
+                words.append(f"Successes lie {distance:.4g} ({norm}) from their origins in the mean.")
             if self.undecided:
-                top = (robust["numerator"] + self.undecided) / robust["denominator"]
+                top = (figure["numerator"] + self.undecided) / figure["denominator"]
                 words.append(
                     f"{self.undecided} rows are undecided: the true figure lies between "
-                    f"{percent(robust['value'])} and {percent(top)}."
+                    f"{percent(figure['value'])} and {percent(top)}."
                 )
         fooling = self._rate("stream_fool_rate")
         if fooling is not None and robust is not None and robust["value"] is not None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from report_examples import B, R, W, document, run_folder
+from report_examples import B, R, W, document, records, run_folder
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.evaluation import plots
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
+from advkit.evaluation.store import to_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -47,6 +49,17 @@ def test_bars_hold_each_class_with_the_weakest_at_the_bottom() -> None:
     assert [round(bar.get_width(), 3) for bar in axes.patches] == [0.9, 0.9, 0.9, 0.2, 0.5, 0.7]
 
 
+def test_success_by_distance_steps_up_at_every_success() -> None:
+    figure = plots.success_by_distance({"a$b": ([2.0, 0.5, 1.0], 4), "none": ([], 4)}, norm="L2")
+    axes = figure.axes[0]
+    line = axes.lines[0]
+    assert line.get_drawstyle() == "steps-post"
+    np.testing.assert_allclose(line.get_xydata(), [(0, 0), (0.5, 0.25), (1, 0.5), (2, 0.75), (2.1, 0.75)])
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), [0, 0])
+    assert axes.get_xlabel() == "distance allowed (L2)"
+    figure.canvas.draw()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_amplifies_the_difference_and_says_by_how_much(channels: int) -> None:
     x = torch.full((3, channels, 4, 4), 0.5)
@@ -69,6 +82,8 @@ def test_grid_of_unchanged_images_and_other_ranges() -> None:
     x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     figure = plots.example_grid(x, x, low=-1, high=1)
     assert "x1" in figure.axes[2].get_ylabel()
+    titled = plots.example_grid(x, x, low=-1, high=1, title="a title of more words than fit above one column")
+    assert "\n" in titled.get_suptitle()
     with pytest.raises(UsageError, match="outside"):
         plots.example_grid(x, x)
     with pytest.raises(UsageError, match="expected the same"):
@@ -111,6 +126,8 @@ def test_curve_points_of_reports() -> None:
         lambda: plots.robust_accuracy_curve([]),
         lambda: plots.robust_accuracy_curve({"a": []}),
         lambda: plots.per_class_bars({}),
+        lambda: plots.success_by_distance({}),
+        lambda: plots.success_by_distance({"a": ([1.0, 2.0], 1)}),
         lambda: plots.transfer_heatmap(np.zeros((2, 2)), ["a"], ["b", "c"]),
         lambda: plots.transfer_heatmap(np.full((1, 1), np.nan), ["a"], ["b"]),
         lambda: plots.Point.of(0.1, rate(0, 0, "all_samples")),
@@ -137,6 +154,19 @@ def test_write_plots_of_a_run(tmp_path: Path) -> None:
     made = plots.write_plots(run, ["zero", "one"])
     assert [path.name for path in made] == ["per_class.png"]
     assert made[0].read_bytes().startswith(PNG)
+
+
+def test_write_plots_of_a_run_without_a_radius(tmp_path: Path) -> None:
+    """Distances in place of classes, whose robust accuracy means nothing for such a goal."""
+    threat = {"name": "minimum-l2", "norm": "L2", "eps": None, "eps_string": None, "goal": "topk_ordered"}
+    run = run_folder(tmp_path / "run", {"quadattack": [R, B, R, W, B]}, {"threat_model": threat})
+    held = [replace(r, distance=float(i)) for i, r in enumerate(records({"quadattack": [R, B, R, W, B]}))]
+    (run / "records.jsonl").write_text("".join(to_line(r) + "\n" for r in held), encoding="utf-8")
+    assert [path.name for path in plots.write_plots(run)] == ["success_by_distance.png"]
+    figure = plots.success_by_distance_of(Report.load(run), held)
+    assert figure is not None
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [(0, 0), (1, 0.25), (4, 0.5), (4.2, 0.5)])
+    assert plots.success_by_distance_of(Report.from_dict(document({"pgd": [R, B]})), held) is None
 
 
 def test_pyplot_is_never_touched() -> None:

@@ -230,6 +230,22 @@ def test_summary_says_all_that_matters() -> None:
     assert "No reliability flag was raised." in str(report())
 
 
+def test_goals_beyond_a_wrong_answer_are_headed_by_their_success_rate() -> None:
+    classes = {
+        f"robust_accuracy_class_{c}": rate(k, 5, "all_samples") for c, k in zip("wxyz", (3, 1, 2, 5), strict=True)
+    }
+    wanted = report(metrics=classes, threat_model={"goal": "topk_ordered", "norm": "L2"})
+    success = wanted.attack_success_rate
+    assert wanted.verdict().startswith(f"Attack success rate {100 * success:.1f} % [")
+    assert "weakest class" not in str(wanted)
+    assert "Robust accuracy" not in wanted.verdict()
+    far = report(metrics={"l2_mean": {"value": 1.25, "n": 3}}, threat_model={"goal": "topk_ordered", "norm": "L2"})
+    assert "Successes lie 1.25 (L2) from their origins" in far.verdict()
+    plain = report(metrics=classes)
+    assert plain.verdict().startswith("Robust accuracy ")
+    assert "weakest class" in str(plain)
+
+
 def test_transfer_reports_never_pass_for_white_box() -> None:
     made = report(threat_model={"knowledge": "transfer", "adaptive": False}, defense={"name": "pubdef"})
     assert "White-box accuracy was not evaluated" in made.verdict()

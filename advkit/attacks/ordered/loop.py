@@ -91,8 +91,12 @@ class MinimumNorm(ABC):
     eot:          gradients averaged per step, for victims whose answers vary from call to call
 
     Costs a gradient per step and coefficient. No row leaves early: it goes on to come nearer. Rows that never reach the
-    goal come back untouched. Raises UsageError for values out of range, for goals that it does not serve, and for
-    threat models with a radius (there, `pgd:loss=quad` or any other gradient attack serves these goals).
+    goal come back untouched. What an attack knows of itself is no figure of a report: the log tells the median step of
+    the first success (at info), and `find`, called as the attack is, gives it for every row (`Found.first`). The
+    solver's rounds and certificates are those of `goals.polyhedron.solve`.
+
+    Raises UsageError for values out of range, for goals that it does not serve, and for threat models with a radius
+    (there, `pgd:loss=quad` or any other gradient attack serves these goals).
 
     Unlike the released code, the starting point lies in the box before it is asked about, and success means that the
     logits stand in strict order.
@@ -166,6 +170,12 @@ class MinimumNorm(ABC):
         # Said at the end: a rehearsal of the attack has no victim behind its oracle and ends at the second question.
         if self.asks_for_head and head_of(oracle) is None:
             log.info("%s: the victim shows no linear last layer; %s", self.name, self.without_head)
+        if log.isEnabledFor(logging.INFO) and bool(found.reached.any()):
+            first = int(found.first[found.reached].median())
+            log.info(
+                "%s: reached the goal on %d of %d rows in its own view, first after %d steps in the median, budget %s",
+                self.name, int(found.reached.sum()), len(x), first + 1, self.budget,
+            )  # fmt: skip
         return found
 
     def _served(self, goal: TensorGoal) -> TopK | OutOfTopK:
