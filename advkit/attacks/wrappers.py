@@ -47,6 +47,7 @@ class _Momentum:
         self.velocity = velocity
         self.access: Access = oracle.access
         self.decides: bool = oracle.decides
+        self.data = oracle.data
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         return self.oracle(x, of)
@@ -80,6 +81,7 @@ class _Averaged:
         self.draws = draws
         self.access: Access = oracle.access
         self.decides: bool = oracle.decides
+        self.data = oracle.data
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         answer = self.oracle(x, of)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from advkit.core.errors import AccessDenied, BudgetExhausted
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, Data
 from advkit.core.rows import row_size
 
 log = logging.getLogger("advkit")
@@ -243,6 +243,7 @@ class MeteredOracle:
     decides: its answers are the verdict's, so that a row which reached its goal may stop
     lanes:   shapes of the calls; None pads on the CPU and leaves models in training mode alone, because batch
              statistics would see the padding
+    data:    what labelled data the attacker holds, for attacks that need some; None where none was handed over
 
     Raises AccessDenied and BudgetExhausted.
     """
@@ -257,8 +258,10 @@ class MeteredOracle:
         lanes: Lanes | None = None,
         meter: Meter | None = None,
         index: Tensor | None = None,
+        data: Data | None = None,
     ) -> None:
         self.model = model
+        self.data = data
         self.rows = rows
         self.access = access
         self.queries = queries
@@ -281,7 +284,7 @@ class MeteredOracle:
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         index = rows if self._index is None else self._index.to(rows.device)[rows]
         return MeteredOracle(
-            self.model, len(index), self.access, self.queries, self.decides, self.lanes, self.meter, index
+            self.model, len(index), self.access, self.queries, self.decides, self.lanes, self.meter, index, self.data
         )
 
     @property
@@ -374,6 +377,7 @@ class MeteredOracle:
             self.lanes,
             self.meter,
             self._index,
+            self.data,
         )
 
     def head(self) -> Tensor | None:

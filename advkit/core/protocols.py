@@ -162,6 +162,7 @@ class Oracle(Protocol[X, Y]):
 
     access: Access
     decides: bool  # its answers are the verdict's: a row that reached its goal here may stop. False under transfer
+    data: Data | None  # labelled data that the attacker holds; handed to attacks that say `wants_data`
 
     def __call__(self, x: X, of: Tensor | None = None) -> Y:
         """Answers without gradient; `of` says which row each candidate belongs to (default: the rows in order)."""
@@ -240,7 +241,8 @@ class Attack(Protocol):
     """Anything with a declared need of access.
 
     An attack that is made for one goal or threat model names it in `default_goal` and `default_threat_model` (specs):
-    what a command that does not say otherwise gets.
+    what a command that does not say otherwise gets. One with a true `wants_data` finds the task's training data at
+    `oracle.data`.
     """
 
     needs: ClassVar[Access]

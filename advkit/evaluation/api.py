@@ -142,6 +142,7 @@ def plan(
         draws=draws,
         batch_size=batch_size,
         device=device,
+        data=work.training() if wants_data(strike, threat) else None,
         keep=keep,
         speed=pace,
     )
@@ -166,6 +167,12 @@ def _said(given: Any, attack: Any, part: str, defaults: TaskDefaults) -> Any:
     if given is not None:
         return given
     return getattr(attack, f"default_{part}", None) or getattr(defaults, part)
+
+
+def wants_data(attack: Any, threat: Any) -> bool:
+    """Whether the attack, or one of those that the threat model brings, works with labelled data of its own."""
+    brought = threat.algorithms(ATTACKS.build) if threat.scenario == "grid" else ()
+    return any(getattr(each, "wants_data", False) for each in (attack, *(one for _, one in brought)))
 
 
 def with_public_sources(threat: Any, task: Any, defense: str) -> Any:

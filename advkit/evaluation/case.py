@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from advkit.core.protocols import Task
+from advkit.core.protocols import Data, Task
 from advkit.core.speed import Speed
 
 
@@ -36,6 +36,7 @@ class Case:
     batch_size: rows in flight; changes no record
     device:     where it runs; part of no digest
     everyone:   attack also the rows that the victim gets wrong untouched (a grid counts every image)
+    data:       labelled data that the attacker holds; only where the attack wants some
     keep:       rows whose adversarial examples are written beside the records
     speed:      how the attack's oracle computes; verdicts are always full precision
     views:      the models under that speed, once a run has settled them (`fast.FastViews`); part of no digest
@@ -58,6 +59,7 @@ class Case:
     batch_size: int = 256
     device: str = "cpu"
     everyone: bool = False
+    data: Data | None = None
     keep: int = 64
     speed: Speed = field(default_factory=Speed)
     views: Any = field(default=None, compare=False, repr=False)

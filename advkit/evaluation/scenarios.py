@@ -137,7 +137,7 @@ def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Itera
     standing = dict.fromkeys(order, math.inf)
     escalated = False
     for stage in case.attack.stages():
-        if stage.when == "escalated" and not escalated:
+        if (stage.when == "escalated" and not escalated) or len(standing) <= stage.above * len(order):
             continue
         label = f"{case.label}/{stage.name}"
         taken = taken_by(stage, standing, case.seed)
@@ -148,13 +148,16 @@ def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Itera
         for records, origin, returned in single_attack(cell, _Without(held, label, taken), crew, lanes):
             held.update((Store.key(label, record.id), record) for record in records)
             yield records, origin, returned
+        felled = []
         for row in taken:
             record = held[Store.key(label, row)]
             if record.outcome in (Outcome.WRONG, Outcome.BROKEN):
-                del standing[row]
-                escalated |= stage.sentinel and record.outcome == Outcome.BROKEN
+                stood = standing.pop(row)
+                if record.outcome == Outcome.BROKEN:
+                    felled.append(stood)
             elif record.closeness is not None:
                 standing[row] = min(standing[row], record.closeness)
+        escalated |= stage.alarmed(felled, len(taken))
 
 
 def taken_by(stage: Any, standing: Mapping[str, float], seed: int) -> frozenset[str]:
@@ -306,7 +309,7 @@ def attacked_model(case: Case) -> tuple[Any, bool]:
 
 
 class _Asked(Exception):
-    """An attack came as far as its second question."""
+    """An attack came as far as its second question, or wanted to look inside the model."""
 
 
 class _Curtain:
@@ -322,6 +325,9 @@ class _Curtain:
         self.left -= 1
         return self.answer.expand(len(x), -1) + 0.0 * x.flatten(1).sum(1, keepdim=True)
 
+    def __getattr__(self, name: str) -> Any:
+        raise _Asked
+
 
 def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
     """Start every attack of the case on one row and end it at its second question: no pass through any model.
@@ -335,7 +341,9 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
     goal = case.rule(batch.labels, clean, rng.at("goal")) if batch.labels is not None else batch.goal
     for each in Grid().cells(case) if case.attack is None else [case]:
         curtain = _Curtain(clean[:1])
-        oracle = MeteredOracle(curtain, 1, each.threat.access, each.threat.queries, decides=True)
+        oracle = MeteredOracle(
+            curtain, 1, each.threat.access, each.threat.queries, decides=True, lanes=Lanes(1, 1), data=each.data
+        )
         with suppress(_Asked):
             try:
                 each.attack(oracle, batch.x[row], goal.take(row), each.threat, rng.take(row))
@@ -381,7 +389,9 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
 
     def attempt(chosen: Tensor, asked: Any) -> None:
         """Attack these rows; when they raise, find the culprits by halving."""
-        oracle = MeteredOracle(asked, len(chosen), case.threat.access, case.threat.queries, decides, lanes)
+        oracle = MeteredOracle(
+            asked, len(chosen), case.threat.access, case.threat.queries, decides, lanes, data=case.data
+        )
         where = chosen.cpu()
         try:
             out = case.attack(oracle, x[chosen], goal.take(chosen), case.threat, rng.take(chosen))

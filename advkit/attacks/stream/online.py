@@ -89,6 +89,7 @@ class _Undecided:
         self.oracle = oracle
         self.access: Access = oracle.access
         self.decides: bool = False
+        self.data = oracle.data
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         return self.oracle(x, of)

@@ -7,8 +7,10 @@ its lines. Gradients are of the attacker's loss, which is walked down: signs are
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -54,20 +56,22 @@ class Draw:
         return self._drawn("normal", name, shape)
 
 
-class Part:
+class Part(ABC):  # noqa: B024
     """One term of a composition; its class says which line of the walk it changes.
 
-    momentum: the decay that it is published with; None where it is published on plain gradients. A part `mi` overrules
+    momentum:   the decay that it is published with; None: published on plain gradients. A part `mi` overrules it
+    wants_data: it needs labelled data of the attacker's own
     """
 
     momentum: ClassVar[float | None] = None
+    wants_data: ClassVar[bool] = False
 
 
 class Probe(Part):
     """Where gradients are asked for instead of at z."""
 
-    def __call__(self, z: Tensor, walk: Walk) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, z: Tensor, walk: Walk) -> Tensor: ...
 
 
 class Transform(Part):
@@ -75,30 +79,30 @@ class Transform(Part):
 
     copies: int = 1
 
+    @abstractmethod
     def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
         """x [n, ...] -> [n, ...]; copy: which of the part's copies each is, long [n]."""
-        raise NotImplementedError
 
 
 class Rule(Part):
     """How a step's gradient is made of the gradients at one or many points."""
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, p: Tensor, walk: Walk) -> Tensor: ...
 
 
 class Smooth(Part):
     """What happens to a step's gradient before it is accumulated."""
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, gradient: Tensor) -> Tensor: ...
 
 
 class Step(Part):
     """From z along the accumulated gradient to the next z."""
 
-    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor: ...
 
 
 class Prelude(Part):
@@ -111,15 +115,15 @@ class Prelude(Part):
 class View(Part):
     """The model seen differently: another backward rule."""
 
-    def through(self, oracle: TensorOracle, x: Tensor) -> TensorOracle:
-        raise NotImplementedError
+    @abstractmethod
+    def through(self, oracle: TensorOracle, x: Tensor) -> TensorOracle: ...
 
 
 class Objective(Part):
     """What is walked down instead of the goal's loss."""
 
-    def begin(self, walk: Walk) -> Ask:
-        raise NotImplementedError
+    @abstractmethod
+    def begin(self, walk: Walk) -> Ask: ...
 
 
 P = TypeVar("P", bound=Part)
@@ -284,6 +288,11 @@ class Composed:
         self._check(built)
 
     @property
+    def wants_data(self) -> bool:
+        """Whether a part mixes in images of the attacker's own."""
+        return any(part.wants_data for part in self.built)
+
+    @property
     def built(self) -> tuple[Part, ...]:
         """The parts themselves."""
         return tuple(PARTS.build(each) for each in self.parts)
@@ -336,7 +345,7 @@ class Composed:
             reach,
             decay,
             tuple(part for part in parts if isinstance(part, Transform)),
-            notes={"data": getattr(oracle, "data", None)},
+            notes={"data": oracle.data},
         )
         start = starting_point(self.start, x, ball, rng.at("start"))
         z = start
@@ -371,8 +380,10 @@ class Momentum(Part):
     normalise: bool
 
 
-def _one(parts: tuple[Part, ...], role: type[P]) -> P | None:
-    return next((part for part in parts if isinstance(part, role)), None)
+def _one(parts: tuple[Part, ...], role: Callable[..., P]) -> P | None:
+    # roles are abstract, and no abstract class is a type[P]
+    found = [part for part in parts if isinstance(part, cast(type[Part], role))]
+    return cast(P, found[0]) if found else None
 
 
 def _split(text: str) -> list[str]:

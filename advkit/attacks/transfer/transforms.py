@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -115,6 +115,7 @@ class Admix(Transform):
     answer. Raises UsageError where there are no data, or none of another class.
     """
 
+    wants_data: ClassVar[bool] = True
     scales: int = 5
     mixes: int = 3
     eta: float = 0.2
