@@ -92,7 +92,6 @@ def test_what_is_refused_today():
     assert {pair for pair in REFUSED if pair[0] in BUILT_IN} == {
         ("apgd-ce", "l0"),
         ("apgd-margin", "l0"),
-        ("square", "l1"),
         ("square", "l0"),
     }
 
