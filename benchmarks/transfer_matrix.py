@@ -17,8 +17,8 @@ from advkit.evaluation.matrix import read_matrix
 from advkit.evaluation.matrix_report import Matrix, page
 
 ZOO = "zoo:fashion-mnist-"
-SOURCES = [f"{ZOO}{name}" for name in ("public-cnn", "public-cnn5", "public-mlp", "public-cnn5-at")]
-SOURCES.append(f"{ZOO}public-cnn+{ZOO}public-mlp")
+SOURCES = [f"{ZOO}{name}" for name in ("public-cnn", "public-cnn5", "public-mlp", "public-mlp-at")]
+SOURCES.append(f"{ZOO}public-mlp+{ZOO}public-mlp-b")
 TARGETS = [f"{ZOO}{name}" for name in ("cnn", "cnn-pgd_at", "cnn-trades", "cnn-pubdef", "public-mlp")]
 PGD = "pgd:steps=10,step_size=0.25"
 ATTACKS = ["fgsm", PGD, "mi", "ni", "vmi", "di", "ti", "sim", "ssa", "bsr", "naa", "fia", "linbp", "ni+si+ti+di", "sgm"]

@@ -128,7 +128,7 @@ class Strike:
 
 @dataclass
 class _Play:
-    """A matrix in the making."""
+    """A matrix in the making; `data` is the digest of what labelled data the attacker holds."""
 
     case: Case
     rows: Rows
@@ -138,6 +138,7 @@ class _Play:
     images: Images
     watch: Watch
     wanted: Tensor | None
+    data: str = ""
     crew: Crew | None = None
     done: int = 0
     units: int = 0
@@ -211,7 +212,7 @@ def matrix(
     threat, spec = _threat(threat_model, eps, work)
     rule = GOALS.build(goal)
     rows = Rows.of(work, total)
-    pool = work.training()
+    wanted_data = any(getattr(strike.attack, "wants_data", False) for strike in strikes)
     base = Case(
         task=work,
         victim=Unasked(work.space, work.classes),
@@ -220,13 +221,9 @@ def matrix(
         rule=rule,
         label="noise@",
         n=total,
-        specs={
-            "goal": GOALS.label(rule),
-            "threat_model": spec,
-            "data": "" if pool is None else _digest(pool.x, pool.y),
-        },
+        specs={"goal": GOALS.label(rule), "threat_model": spec},
+        data=work.training() if wanted_data else None,
         surrogates=tuple({key: model for one in players["source"] for key, model in one.members}.items()),
-        data=pool if any(getattr(strike.attack, "wants_data", False) for strike in strikes) else None,
         device=device,
         everyone=True,
     )
@@ -246,6 +243,7 @@ def matrix(
         images=Images(cache_root() / "matrix" if cache is None else Path(cache)),
         watch=watch or (lambda text, done, units: None),
         wanted=_wanted(rule, rows, work, wanted_seeds),
+        data="" if base.data is None else _digest(base.data.x, base.data.y),
     )
     known = _seen(play, seen)
     play.units = _pairs(play, strikes) * (1 + (equal_budget is not None))
@@ -440,12 +438,13 @@ def _set(play: _Play, source: Player | None, strike: Strike, seed: int) -> tuple
         surrogates=surrogates,
         threat=replace(play.case.threat, sources=(key[:16],)),
         seed=seed,
+        specs={**play.case.specs, "data": play.data if getattr(strike.attack, "wants_data", False) else ""},
     )
     # What nobody is asked for must not depend on who is not asked.
     told = case if source is not None else replace(case, surrogates=())
     try:
         held = play.images.get(
-            told if source is None else case,
+            told,
             play.rows.pieces(),
             functools.partial(_lanes, play, key, case),
             play.crew if source is not None else None,

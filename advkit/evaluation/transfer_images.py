@@ -192,7 +192,7 @@ def set_config(case: Case) -> dict[str, Any]:
         "source": [name for name, _ in case.surrogates],
         "attack": case.label.partition("@")[0],
         "threat": {key: threat[key] for key in ("norm", "eps", "lattice")},
-        "space": repr(case.threat.box),
+        "space": case.threat.box.text(),
         "goal": case.specs["goal"],
         "data": case.specs["data"],
         "seed": case.seed,

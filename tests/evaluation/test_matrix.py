@@ -405,6 +405,18 @@ def test_similarity_is_one_on_the_diagonal_and_symmetric(tmp_path: Path) -> None
     assert cosine[0, 2] < 0.9
 
 
+def test_an_attack_that_wants_data_gets_the_training_set(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sources": [MLP], "targets": [CNN_B], "attacks": ["admix:steps=2", "fgsm"], "n": 12}
+    found = small(tmp_path, seeds=1, equal_budget=30, **settings).to_dict()
+    assert found["missing"] == []
+    assert [attack["grads_per_image"] for attack in found["attacks"]] == [2 * 15, 1]
+    rows = Rows.of(TASKS.build("digits"), 12)
+    without = small(tmp_path, task=(rows.x, rows.labels), seeds=1, **settings).to_dict()
+    assert [(told["a"], told["t"]) for told in without["missing"]] == [("admix:steps=2", None)]
+    keys = [next(m["file_hash"] for m in told["sets"] if m["a"] == "fgsm") for told in (found, without)]
+    assert keys[0] == keys[1], "what an attack does not look at does not decide its images"
+
+
 def test_names_of_sums() -> None:
     assert split_sum("zoo:a+zoo:b") == ("zoo:a", "zoo:b")
     assert split_sum("[zoo:a]+pgd_at@cnn") == ("zoo:a", "pgd_at@cnn")
