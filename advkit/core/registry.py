@@ -409,7 +409,10 @@ def _default(each: dataclasses.Field[Any]) -> Any:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x' or 'y'?` or nothing."""
-    close = difflib.get_close_matches(name.casefold(), list(names), n=3, cutoff=0.5)
+    typed, known = name.casefold(), list(names)
+    # Somebody who types the beginning of a name means that name, whatever else is a letter away.
+    begun = [one for one in known if typed and one.casefold().startswith(typed)]
+    close = list(dict.fromkeys([*begun, *difflib.get_close_matches(typed, known, n=3, cutoff=0.5)]))[:3]
     return f"; did you mean {' or '.join(repr(one) for one in close)}?" if close else ""
 
 
