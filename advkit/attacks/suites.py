@@ -8,6 +8,7 @@ the fifth of all survivors and not of whatever rows share a batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,12 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf
 
+INSIDE = 0.02
+"""Closeness above which a row stands well inside: honest victims' last rows fell at a tenth of it and less."""
+
+LUCK = 0.1
+"""Share of a sentinel's rows that may fall by luck: honest victims lost at most 1 of 33, a misleading one half."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -33,9 +40,10 @@ class Stage:
     by:       which ones: "nearest" to the boundary (smallest margin over the spread of the scores, at the best point of
               the stages before), or a "sample" drawn by the rows' ids
     least:    at least so many rows where a share is taken
-    sentinel: asks for scores alone and only watches: a row that falls here to a search the gradients lost means that
-              gradients are masked, and calls the escalation
-    when:     "always", or only after a sentinel's find ("escalated")
+    above:    left out unless more than this share of the suite's rows still stand, in [0, 1)
+    sentinel: asks for scores alone and only watches: rows that fall here to a search the gradients lost mean that
+              gradients are masked, and call the escalation
+    when:     "always", or only after a sentinel's alarm ("escalated")
     """
 
     name: str
@@ -43,8 +51,22 @@ class Stage:
     share: float = 1.0
     by: Literal["nearest", "sample"] = "nearest"
     least: int = 20
+    above: float = 0.0
     sentinel: bool = False
     when: Literal["always", "escalated"] = "always"
+
+    def alarmed(self, felled: Sequence[float], taken: int) -> bool:
+        """Whether what fell to this sentinel says that gradients are masked.
+
+        A row that gradients brought to the very boundary falls to any search now and then. A row that they left well
+        inside does not, nor do many at once.
+
+        felled: the closeness (see `by`) at which the felled rows stood before; infinite where nothing is known
+        taken:  how many rows it was played on
+        """
+        if not self.sentinel:
+            return False
+        return any(close > INSIDE for close in felled) or len(felled) >= max(2, LUCK * taken)
 
 
 class Suite(ABC):
@@ -72,7 +94,7 @@ class Suite(ABC):
         best = Best(x, goal)
         live = Live(oracle, x, goal, rng)
         for stage in self.stages():
-            if stage.when == "escalated":
+            if stage.when == "escalated" or len(live) <= stage.above * len(x):
                 continue
             if not len(live) or not live.affords():
                 break
@@ -141,14 +163,10 @@ class Lean(Suite):
         """Cheap ones first."""
         return _cascade(
             *_short(),
-            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.3, least=4),
-            Stage(name="near-margin", attack=_toward(3, steps=30, together=3), share=0.06, least=4),
-            Stage(name="near-dlr", attack=_toward(3, steps=30, together=3, loss="dlr"), share=0.06, least=4),
-            Stage(name="nearest-margin", attack=_toward(1, steps=25, restarts=8, together=8), share=0.03, least=4),
-            Stage(
-                name="nearest-dlr", attack=_toward(1, steps=25, restarts=8, together=8, loss="dlr"), share=0.03, least=4
-            ),
-            Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=4, sentinel=True),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.15, least=4),
+            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.08, least=4),
+            *_nearest(0.04),
+            Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
             Stage(name="sentinel", attack=Square(queries=100), share=0.25, by="sample", least=4, sentinel=True),
         )
 
@@ -173,17 +191,11 @@ class Thorough(Suite):
         """Cheap ones first."""
         return _cascade(
             *_short(),
-            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.3, least=4),
-            Stage(name="near-margin", attack=_toward(3, steps=50, together=3), share=0.1, least=4),
-            Stage(name="near-dlr", attack=_toward(3, steps=30, together=3, loss="dlr"), share=0.1, least=4),
-            # Rows on the very boundary fall one time in five or less, and to short runs as often as to long ones: many
-            # starts. Some fall to the one loss alone, some to the other.
-            Stage(name="nearest-margin", attack=_toward(1, steps=25, restarts=8, together=8), share=0.06, least=4),
-            Stage(
-                name="nearest-dlr", attack=_toward(3, steps=25, restarts=3, together=9, loss="dlr"), share=0.06, least=4
-            ),
-            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.3, least=4),
-            Stage(name="near-sentinel", attack=Square(queries=1000), share=0.06, least=4, sentinel=True),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.2, least=4),
+            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.15, least=4),
+            *_nearest(0.08),
+            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.1, least=4),
+            Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
             Stage(name="sentinel", attack=Square(queries=100), sentinel=True),
         )
 
@@ -199,6 +211,20 @@ def _short() -> tuple[Stage, ...]:
         Stage(name="apgd-ce", attack=APGDCE(steps=10)),
         Stage(name="apgd-t-short", attack=_toward(3, steps=10)),
     )
+
+
+def _nearest(share: float) -> tuple[Stage, ...]:
+    """Many starts for rows on the very boundary: a run fells such a row one time in two to ten.
+
+    Some fall on the way to one class alone, some to the untargeted loss, a few to the plain margin; the long runs
+    toward two classes, which fell most, come last because they cost most.
+    """
+    attacks = {
+        "nearest-dlr": _toward(0, steps=50, restarts=4, together=4, loss="dlr"),
+        "nearest-margin": _toward(1, steps=25, restarts=8, together=8),
+        "nearest-targets": _toward(2, steps=100, restarts=2, together=4, loss="dlr"),
+    }
+    return tuple(Stage(name=name, attack=attack, share=share, least=4) for name, attack in attacks.items())
 
 
 def _cascade(*stages: Stage) -> tuple[Stage, ...]:

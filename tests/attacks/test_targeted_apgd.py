@@ -155,6 +155,19 @@ def test_rows_do_not_depend_on_their_batch(digits):
         assert torch.equal(part.meter.forwards, whole.meter.forwards[some])
 
 
+def test_no_target_is_the_untargeted_walk(digits):
+    model, x, y = digits
+    x, y, ball = x[:60], y[:60], Linf(eps=0.09)
+    for together in (1, 3):
+        settings = {"steps": 12, "restarts": 3, "loss": "dlr"}
+        walked = play(APGDT(targets=0, together=together, **settings), model, x, Untargeted(y), ball)
+        assert (walked.meter.backwards <= 3 * 12).all()
+        assert (walked.meter.backwards[~walked.reached] == 3 * 12).all()
+        plain = play(APGDDLR(**settings), model, x, Untargeted(y), ball)
+        assert 0 < plain.reached.sum() < 60
+        assert (walked.reached != plain.reached).sum() <= 1
+
+
 @pytest.mark.parametrize("together", [2, 3, 6, 50])
 def test_walks_side_by_side_are_the_walks_one_by_one(digits, together):
     model, x, y = digits
@@ -281,6 +294,6 @@ def test_refusals(digits):
             play(attack, model, x[:2], Untargeted(y[:2]), L0(eps=3))
     with pytest.raises(UsageError, match="order"):
         APGDT(order="random")
-    for name in ("targets", "together"):
+    for name, low in (("targets", -1), ("together", 0)):
         with pytest.raises(UsageError, match=name):
-            APGDT(**{name: 0})
+            APGDT(**{name: low})

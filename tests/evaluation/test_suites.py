@@ -95,6 +95,38 @@ def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_p
     assert {r.id for r in groups["small/last"]} == survivors
 
 
+def test_what_alarms_a_sentinel():
+    watching = Stage(name="a", attack=None, sentinel=True)
+    # One row that stood on the very boundary is luck; one that stood well inside, or about which nothing is known, no.
+    assert not watching.alarmed([], 30)
+    assert not watching.alarmed([0.0005], 30)
+    assert not watching.alarmed([0.0005], 1)
+    assert not watching.alarmed([0.001, 0.002], 30)
+    assert watching.alarmed([0.2], 500)
+    assert watching.alarmed([float("inf")], 500)
+    assert watching.alarmed([0.001] * 3, 30)
+    assert watching.alarmed([0.001, 0.002], 4)
+    assert not Stage(name="b", attack=None).alarmed([0.2, 0.3], 2)
+
+
+def test_a_stage_is_left_out_where_few_rows_still_stand(digits, digits_model, tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Watched(Small):
+        above: float
+
+        def stages(self):
+            first, *_ = super().stages()
+            return first, Stage(name="watch", attack=Square(queries=10), above=self.above, sentinel=True)
+
+    case = case_of(digits, digits_model, n=60)
+    first = by_label(play(case, tmp_path))["small/first"]
+    share = sum(r.outcome == Outcome.ROBUST for r in first) / 60
+    assert 0.1 < share < 0.9
+    for above, played in ((share - 0.01, True), (share, False)):
+        records = play(replace(case, attack=Watched(above=above)), tmp_path / str(played))
+        assert ("small/watch" in by_label(records)) == played
+
+
 def test_no_find_no_escalation(digits, tmp_path):
     from advkit.models.torch import TorchModel
 
@@ -157,6 +189,9 @@ def test_the_shipped_suites(suite, digits, digits_model, tmp_path):
     groups = by_label(records[7])
     standing = {r.id for r in groups[f"{case.label}/{usual[0].name}"]}
     for stage in usual:
+        if len(standing) <= stage.above * 60:
+            assert f"{case.label}/{stage.name}" not in groups
+            continue
         group = groups[f"{case.label}/{stage.name}"]
         taken = {r.id for r in group}
         assert taken <= standing
@@ -171,8 +206,8 @@ def test_thorough_takes_at_least_what_lean_takes():
         if stage.when == "always" and not stage.sentinel:
             more = thorough[name]
             assert more.share >= stage.share
-            assert more.attack.steps * getattr(more.attack, "targets", 1) * more.attack.restarts >= (
-                stage.attack.steps * getattr(stage.attack, "targets", 1) * stage.attack.restarts
+            assert more.attack.steps * max(1, getattr(more.attack, "targets", 1)) * more.attack.restarts >= (
+                stage.attack.steps * max(1, getattr(stage.attack, "targets", 1)) * stage.attack.restarts
             )
 
 

@@ -136,7 +136,8 @@ class APGDT(APGD):
     Costs one answer, and per target what APGD costs; rows that reach their goal, by whatever class, leave at once. The
     point returned is the one of lowest margin. A goal that has only one way to be reached is walked towards as it is.
 
-    targets: wrong classes tried per row, at most all of them, >= 1
+    targets: wrong classes tried per row, at most all of them, >= 0; 0 walks toward none in particular, down the goal's
+             own loss, with what else this attack does
     loss:    surrogate loss towards the target: "dlr", "margin" or "ce"; with fewer than four classes there is no
              targeted DLR and "margin" takes its place, which the log says
     order:   likeliest on the "clean" row, as published, or at the best "adversarial" point that the row has so far
@@ -154,7 +155,9 @@ class APGDT(APGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "targets", "together")
+        at_least_one(self, "together")
+        if self.targets < 0:
+            raise UsageError(f"targets is {self.targets}; expected a number of classes, 0 for none in particular")
         one_of(self, "order", ("clean", "adversarial"))
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
