@@ -572,7 +572,9 @@ def _scalable(strikes: Sequence[Strike], costs: Sequence[Any]) -> list[tuple[Str
 
 def _fitted(strike: Strike, cost: tuple[float, float] | None, budget: int) -> Strike:
     if cost is None:
-        return replace(strike, note="as it is: it has no steps to scale")
+        stepped = isinstance(getattr(strike.attack, "steps", None), int)
+        why = "its cost could not be counted on any source" if stepped else "it has no steps to scale"
+        return replace(strike, note=f"as it is: {why}")
     once, each = cost
     before = strike.attack.steps
     steps = max(1, int((budget - once) / each + 1e-9))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,13 +18,14 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng
 from advkit.evaluation.case import Case, digest_of
+from advkit.evaluation.report import write_atomic
 from advkit.evaluation.scenarios import played_alone
 from advkit.evaluation.store import Stopwatch
 from advkit.evaluation.verdict import handed_in
@@ -277,20 +276,8 @@ class Images:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
-    """A safetensors file in one move; UsageError where it can't be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(descriptor)
-        try:
-            save_file(tensors, temporary, metadata=told)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"can't write {path.parent} ({error.strerror or error}); name another folder for the cache"
-        ) from error
+    """A safetensors file in one move; ReportError where it can't be written."""
+    write_atomic(path, save(tensors, metadata=told))
 
 
 def _played(case: Case, batches: Iterable[Batch], lanes: Lanes, crew: Crew | None) -> Iterator[Any]:
