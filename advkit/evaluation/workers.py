@@ -7,11 +7,13 @@ the task's order and the one store writes them. On a CPU two processes of one th
 from __future__ import annotations
 
 import io
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -25,7 +27,16 @@ _CELL = ("attack", "label", "threat", "everyone", "exact", "seed")
 _worker: dict[str, Any] = {}
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it ended: a pool's queues do not tell."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _begin(payload: bytes) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     case = torch.load(io.BytesIO(payload), weights_only=False)  # our own bytes, from the parent process
     _worker["case"] = case

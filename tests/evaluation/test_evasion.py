@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -318,6 +319,35 @@ def test_two_workers_write_the_same_records(digits, digits_model, tmp_path):
     store.close()
     assert (tmp_path / "crew" / "records.jsonl").read_bytes() == (tmp_path / "alone" / "records.jsonl").read_bytes()
     assert len(alone) == 100
+
+
+def children_of(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks up processes in /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    command = [
+        sys.executable, "-m", "advkit", "evaluate", "--task", "digits", "--attack", "pgd:steps=5000,restarts=50",
+        "--workers", "2", "--batch-size", "16", "--only", "--no-plots", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    crew: list[int] = []
+    for _ in range(600):
+        time.sleep(0.1)
+        # two workers, and the process that keeps track of what they share
+        if run.poll() is None and len(crew := children_of(run.pid)) >= 3:
+            break
+    assert len(crew) >= 3
+    time.sleep(8)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    for _ in range(200):
+        if not any(Path(f"/proc/{worker}").exists() for worker in crew):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in crew)
 
 
 def test_what_cannot_travel_to_workers_is_refused(digits, digits_module, tmp_path):
