@@ -31,6 +31,9 @@ def benchmark(
         str | None, typer.Option(help="Threat models, comma between them.", show_default="the task's")
     ] = None,
     speed: SpeedSpec = "fp32",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of one thread each that share the pairs of model and threat model.")
+    ] = 1,
     parts: Annotated[str, typer.Option(help=f"What to measure: {', '.join(PARTS)}.")] = ",".join(PARTS),
     out: Annotated[
         Path | None, typer.Option(help="Folder for benchmarks.md and benchmarks.json.", show_default="nothing written")
@@ -57,24 +60,23 @@ def benchmark(
         check_folder(out)
     progress = Console(stderr=True, quiet=as_json, highlight=False)
     given = {"models": models, "suites": suites, "reference": reference, "n": n, "repetitions": repetitions}
-    given |= {"task": task, "threat-models": threat_models, "speed": speed, "parts": parts}
+    given |= {"task": task, "threat-models": threat_models, "speed": speed, "workers": workers, "parts": parts}
     found: dict[str, Any] = {"command": _command(given), "environment": bench.environment(), "suites": []}
     if "ops" in wanted:
         found["ops"] = bench.dispatcher_ops()
     if "overhead" in wanted:
         found["overhead"] = bench.pgd_overhead()
     if "suites" in wanted:
-        for threat, times in zip(threats, counts, strict=True):
-            for model in listed(models):
-                found["suites"].append(
-                    bench.side_by_side(
-                        model, listed(suites), task=task, threat_model=threat, n=n, repetitions=times,
-                        reference=reference, speed=speed,
-                        say=lambda line: progress.print(line, markup=False, soft_wrap=True),
-                    )
-                )  # fmt: skip
-                if out is not None:
-                    _write(found, bench.markdown(found), out)
+        settings = {"task": task, "n": n, "reference": reference, "speed": speed}
+        asked = [
+            {"model": model, "suites": listed(suites), "threat_model": threat, "repetitions": times, **settings}
+            for threat, times in zip(threats, counts, strict=True)
+            for model in listed(models)
+        ]
+        for entry in bench.entries(asked, workers, lambda line: progress.print(line, markup=False, soft_wrap=True)):
+            found["suites"].append(entry)
+            if out is not None:
+                _write(found, bench.markdown(found), out)
     if out is not None:
         _write(found, bench.markdown(found), out)
     if as_json:

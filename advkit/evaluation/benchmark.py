@@ -13,10 +13,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,28 @@ def side_by_side(
             ],
         }
     return entry
+
+
+def entries(asked: Sequence[dict[str, Any]], workers: int = 1, say: Say = log.info) -> Iterator[dict[str, Any]]:
+    """`side_by_side` of every set of keywords, in their order; each whole in one process, so that its ratios stand.
+
+    workers: processes that share them; what they say is heard when they are done
+    """
+    if workers == 1:
+        for one in asked:
+            yield side_by_side(**one, say=say)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(_heard, one) for one in asked]:
+            entry, lines = future.result()
+            for line in lines:
+                say(line)
+            yield entry
+
+
+def _heard(asked: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    lines: list[str] = []
+    return side_by_side(**asked, say=lines.append), lines
 
 
 def _victim(model: str, task: Any, rows: int) -> tuple[Case, Tensor, Untargeted, tuple[str, ...]]:
