@@ -194,7 +194,9 @@ class ThreatModel(Protocol[X]):
     """Capability, knowledge (access), budget and timing (scenario) of the attacker.
 
     One that has more to say of a change than its distance also has `measures(x, origin)`, named figures per row
-    (float [B] each): they stand in every record, and reports average them over the rows that fell.
+    (float [B] each): they stand in every record, and reports average them over the rows that fell. Where the budget is
+    such a figure and one run serves many budgets, `levels()` names thresholds per measure: reports then give the share
+    of the attacked rows broken within each.
     """
 
     scenario: ClassVar[str]  # registry name of the scenario that plays it

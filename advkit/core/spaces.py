@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -218,18 +218,48 @@ class Binary:
     """Zeros and ones: spikes, events, bag-of-words.
 
     shape: the shape of one row; None accepts any
+
+    Values stay floating, so that a gradient with respect to them exists; a file holds them exactly (`levels` is None).
     """
+
+    low: ClassVar[float] = 0.0
+    high: ClassVar[float] = 1.0
+    levels: ClassVar[None] = None
+    bounded: ClassVar[bool] = True
+    extent: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     shape: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.shape is not None:
+            shape = tuple(int(length) for length in self.shape)
+            if any(length < 1 for length in shape):
+                raise UsageError(f"Binary of shape {shape}; expected positive lengths")
+            object.__setattr__(self, "shape", shape)
+
+    def text(self) -> str:
+        """For messages and reports."""
+        return "{0, 1}"
+
+    def bounds_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """0 and 1 as tensors of x's device and floating type."""
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        return torch.zeros((), dtype=dtype, device=x.device), torch.ones((), dtype=dtype, device=x.device)
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """The nearest row of zeros and ones; a half, and what is no number, becomes zero."""
+        return (x > 0.5).to(x.dtype)
+
     def contains(self, x: Tensor) -> Tensor:
         """Bool [B]: every value is exactly 0 or 1."""
+        if _not_a_tensor(x, "") is not None:
+            raise BadInput(self.complaint(x) or "")
         if _wrong_shape(x, self.shape) is not None:
             return torch.zeros(len(x), dtype=torch.bool, device=x.device)
         return _per_row((x == 0) | (x == 1)).all(1)
 
     def complaint(self, x: Any) -> str | None:
-        """None when every row is legal; else what was seen."""
+        """None when every row is legal; else what was seen and the likely cause."""
         problem = _not_a_tensor(x, "zeros and ones")
         if problem is not None:
             return problem
@@ -239,8 +269,13 @@ class Binary:
         legal = self.contains(x)
         if bool(legal.all()):
             return None
-        seen = _interval(float(x.min()), float(x.max()))
-        return f"values in {seen}, not all 0 or 1, in {int((~legal).sum())} of {len(x)} rows; threshold them first"
+        rows = f"in {int((~legal).sum())} of {len(x)} rows"
+        if not bool(torch.isfinite(x).all()):
+            return f"values that are not finite {rows}; this model wants 0 and 1; look for a division by zero upstream"
+        low, high = float(x.min()), float(x.max())
+        counts = low >= 0 and bool((x == x.round()).all())
+        cause = "these look like event counts: pass (x >= 1)" if counts else "threshold them first"
+        return f"values in {_interval(low, high)}, not all 0 or 1, {rows}; {cause}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ THREAT_MODELS: Registry[Any] = Registry(
         "tapm": "advkit.threat_models.tapm:Tapm",
         "online": "advkit.threat_models.online:Online",
         "minimum-l2": "advkit.threat_models.minimum:MinimumL2",
+        "flips": "advkit.threat_models.events:Flips",
     },
     group="advkit.threat_models",
 )

@@ -134,6 +134,29 @@ def test_binary():
     assert "(3,)" in str(space.complaint(torch.zeros(1, 3)))
 
 
+def test_binary_answers_what_a_box_does():
+    space, box = Binary((3,)), Box(0.0, 1.0, (3,))
+    x = torch.tensor([[0.5, 0.51, -3.0], [7.0, torch.nan, 1.0]])
+    assert space.clamp(x).tolist() == [[0, 1, 0], [1, 0, 1]]
+    bits = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
+    assert torch.equal(space.clamp(bits), bits)
+    assert space.clamp(bits).dtype == torch.float64
+    assert space.contains(space.clamp(x)).all()
+    for mine, other in zip(space.bounds_like(bits), box.bounds_like(bits), strict=True):
+        assert torch.equal(mine, other)
+        assert mine.dtype == torch.float64
+    assert (space.extent, space.bounded, space.levels) == (box.extent, box.bounded, box.levels)
+    assert space == Binary((3,)) != Binary((4,))
+    assert hash(space) == hash(Binary((3,)))
+    assert "0, 1" in space.text()
+    assert "divide" not in str(space.complaint(torch.full((1, 3), torch.inf)))
+    assert "counts" in str(space.complaint(torch.tensor([[0.0, 1.0, 4.0]])))
+    assert "threshold" in str(space.complaint(torch.tensor([[0.0, 0.3, 1.0]])))
+    assert space.complaint(torch.zeros(0, 3)) is None
+    with pytest.raises(UsageError):
+        Binary((0, 2))
+
+
 def test_tokens():
     space = Tokens(10, 3)
     assert space.contains(torch.tensor([[0, 9, 3], [0, 10, 3], [-1, 2, 3]])).tolist() == [True, False, False]

@@ -1,0 +1,166 @@
+"""Bits flipped in binary event frames: as few as the attacker can, or no more than a budget (arXiv 2503.03272)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import BadInput, UsageError
+from advkit.core.protocols import Access, Rng
+from advkit.core.spaces import Binary
+from advkit.threat_models.lp import _KNOWLEDGE, per_row, row_sum
+
+BITS = Binary()
+LEVELS: dict[str, tuple[float, ...]] = {"l0": (200, 800), "l0_percent": (0.05, 0.1, 0.25, 0.5, 1)}
+"""Budgets at which every report gives the share of rows that fell, one run for all of them."""
+
+
+class NoSteps(UsageError, AttributeError):
+    """An attack wants to take steps of a length, and bits have none."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "in flips a bit is flipped or it is not: there is no step of a fraction of eps. Use an attack on bits "
+            "(sda, topk_grad, random_flips; without n they look for the minimum), or, on a model of real-valued "
+            "inputs, a ball such as linf:eps=8/255"
+        )
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Binary rows with at most n bits flipped; without n, with as few as the attacker finds.
+
+    n:       most flips, >= 0; None admits any number, and what an attack is judged by is how many it needed
+    allow:   "flip" both ways, "add" only turns 0 into 1 (a sensor that sees ghosts), "delete" only 1 into 0
+    access:  what the attacker may ask of the victim
+    queries: how often, per row; None for no limit
+    space:   legal rows; `bind` puts the model's own here
+
+    Every record carries the number of flips (`l0`) and their share of all bits in per cent (`l0_percent`); a report
+    gives the share of the attacked rows that fell within 200 and 800 flips, and within 0.05 to 1 per cent of the bits.
+    Attacks that walk steps of a length (`eps`, `steepest`, `sample`) find none here: UsageError.
+    Raises UsageError for a negative n, in `bind` for a space that is not binary, BadInput for rows of another shape.
+    """
+
+    norm: ClassVar[str] = "L0"
+    scenario: ClassVar[str] = "evasion"
+
+    n: int | None = None
+    _: KW_ONLY
+    allow: Literal["flip", "add", "delete"] = "flip"
+    access: Access = Access.GRADIENTS
+    queries: int | None = None
+    space: Binary = BITS
+
+    def __post_init__(self) -> None:
+        if self.n is not None and (self.n < 0 or int(self.n) != self.n):
+            raise UsageError(f"n={self.n}; expected a whole number of flips >= 0, or none for as few as possible")
+        if self.allow not in ("flip", "add", "delete"):
+            raise UsageError(f"allow={self.allow!r}; expected flip, add or delete")
+        if self.queries is not None and self.queries < 0:
+            raise UsageError(f"queries={self.queries}; expected a number >= 0, or none for no limit")
+        object.__setattr__(self, "access", Access(self.access))
+
+    def describe(self) -> dict[str, Any]:
+        """The report's threat_model block, without the goal."""
+        return {
+            "name": "flips",
+            "phase": "test_time",
+            "norm": self.norm,
+            "eps": self.n,
+            "eps_string": None if self.n is None else f"{self.n} flips",
+            "knowledge": _KNOWLEDGE[self.access],
+            "query_budget": self.queries,
+            "details": {"allow": self.allow, "space": self.space.text()},
+        }
+
+    def bind(self, space: Any) -> Self:
+        """The same threat model in a model's space."""
+        if not isinstance(space, Binary):
+            raise UsageError(
+                f"flips are changes of bits and this model's space is {space!r}; choose a task of binary events "
+                "(fashion-mnist-dvs, digits-dvs), or a threat model for real values such as l0:eps=10"
+            )
+        return replace(self, space=space)
+
+    def levels(self) -> Mapping[str, tuple[float, ...]]:
+        """Thresholds by measure: a report gives the share of the attacked rows broken within each."""
+        if self.n is None:
+            return LEVELS
+        return {**LEVELS, "l0": tuple(level for level in LEVELS["l0"] if level <= self.n)}
+
+    def allowed(self, origin: Tensor) -> Tensor:
+        """Bool, shaped as the rows: the bits that may be flipped."""
+        if self.allow == "flip":
+            return torch.ones_like(origin, dtype=torch.bool)
+        return origin == (0 if self.allow == "add" else 1)
+
+    def distance(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The number of flips, float64 [B]."""
+        return self._count(x, origin).to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+    def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
+        """What a record says of a change: flips, and their share of all bits in per cent."""
+        flips = self.distance(x, origin)
+        return {"l0": flips, "l0_percent": 100 * flips / max(1, origin[:1].numel())}
+
+    @staticmethod
+    def _count(x: Tensor, origin: Tensor) -> Tensor:
+        if x.shape != origin.shape:
+            raise BadInput(
+                f"rows of shape {tuple(x.shape)} against origins of shape {tuple(origin.shape)}; expected equal"
+            )
+        return row_sum((x != origin).long())
+
+    def admits(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Bool [B]: zeros and ones, at most n of them not the origin's, each changed in a direction that is allowed."""
+        if x.shape != origin.shape:
+            return torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
+        legal = self.space.contains(x)
+        if self.allow != "flip":
+            legal &= row_sum(((x != origin) & ~self.allowed(origin)).long()) == 0
+        return legal if self.n is None else legal & (self._count(x, origin) <= self.n)
+
+    def project(self, z: Tensor, origin: Tensor) -> Tensor:
+        """The nearest admitted row in L2: the allowed flips that save most of (z - x)**2, as many as there may be."""
+        z = torch.nan_to_num(z.to(origin.dtype))
+        # (z - x)**2 - (z - (1 - x))**2, which is positive where the flipped bit is nearer
+        gain = torch.where(self.allowed(origin), (2 * z - 1) * (1 - 2 * origin), 0.0).flatten(1)
+        chosen = gain > 0
+        if self.n is not None and self.n < gain.shape[1]:
+            # A stable sort, so that the lower index wins a tie in every batch.
+            order = gain.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
+            chosen &= torch.zeros_like(chosen).scatter(1, order, True)
+        return self.flipped(origin, chosen)
+
+    @staticmethod
+    def flipped(origin: Tensor, chosen: Tensor) -> Tensor:
+        """The rows with the chosen bits flipped; chosen: bool [B, bits]."""
+        return torch.where(chosen.reshape(origin.shape), 1 - origin, origin)
+
+    def within(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The rows themselves where they keep to n, their origins where they do not."""
+        if self.n is None:
+            return x
+        return torch.where(per_row(self._count(x, origin) <= self.n, x), x, origin)
+
+    def finish(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The rows as they are: bits need no rounding."""
+        return x
+
+    @property
+    def eps(self) -> float:
+        """There is none: UsageError (and AttributeError, so that asking whether there is one works)."""
+        raise NoSteps
+
+    def sample(self, origin: Tensor, rng: Rng) -> Tensor:
+        """No steps to take from a random start: UsageError; `random_flips` is the attack that draws."""
+        raise NoSteps
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        """No step of a length: UsageError; `topk_grad` is the attack that flips what the gradient points at."""
+        raise NoSteps
