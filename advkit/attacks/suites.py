@@ -26,8 +26,8 @@ from advkit.threat_models.lp import L1, L2, Linf
 INSIDE = 0.02
 """Closeness above which a row stands well inside: honest victims' last rows fell at a tenth of it and less."""
 
-LUCK = 0.1
-"""Share of a sentinel's rows that may fall by luck: honest victims lost at most 1 of 33, a misleading one half."""
+LUCK = 0.01
+"""Share of the rows that may fall to a sentinel by luck: honest victims lost at most 0.4 %, a misleading one 2 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,18 @@ class Stage:
     sentinel: bool = False
     when: Literal["always", "escalated"] = "always"
 
-    def alarmed(self, felled: Sequence[float], taken: int) -> bool:
+    def alarmed(self, felled: Sequence[float], rows: int) -> bool:
         """Whether what fell to this sentinel says that gradients are masked.
 
         A row that gradients brought to the very boundary falls to any search now and then. A row that they left well
         inside does not, nor do many at once.
 
         felled: the closeness (see `by`) at which the felled rows stood before; infinite where nothing is known
-        taken:  how many rows it was played on
+        rows:   for how many they speak: all that stood where it took the nearest of them, else those it took
         """
         if not self.sentinel:
             return False
-        return any(close > INSIDE for close in felled) or len(felled) >= max(2, LUCK * taken)
+        return any(close > INSIDE for close in felled) or len(felled) >= max(2, LUCK * rows)
 
 
 class Suite(ABC):
@@ -163,9 +163,9 @@ class Lean(Suite):
         """Cheap ones first."""
         return _cascade(
             *_short(),
-            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.15, least=4),
-            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.08, least=4),
-            *_nearest(0.04),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.25, least=8),
+            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.08, least=8),
+            *_nearest(0.04, least=4),
             Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
             Stage(name="sentinel", attack=Square(queries=100), share=0.25, by="sample", least=4, sentinel=True),
         )
@@ -191,9 +191,10 @@ class Thorough(Suite):
         """Cheap ones first."""
         return _cascade(
             *_short(),
-            Stage(name="all-classes", attack=_toward(self.targets, steps=10, together=3), share=0.2, least=4),
-            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.15, least=4),
-            *_nearest(0.08),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.5, least=12),
+            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.15, least=12),
+            Stage(name="near-classes", attack=_toward(self.targets, steps=20, together=9), share=0.06, least=4),
+            *_nearest(0.08, least=12),
             Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.1, least=4),
             Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
             Stage(name="sentinel", attack=Square(queries=100), sentinel=True),
@@ -213,7 +214,7 @@ def _short() -> tuple[Stage, ...]:
     )
 
 
-def _nearest(share: float) -> tuple[Stage, ...]:
+def _nearest(share: float, *, least: int) -> tuple[Stage, ...]:
     """Many starts for rows on the very boundary: a run fells such a row one time in two to ten.
 
     Some fall on the way to one class alone, some to the untargeted loss, a few to the plain margin; the long runs
@@ -224,7 +225,7 @@ def _nearest(share: float) -> tuple[Stage, ...]:
         "nearest-margin": _toward(1, steps=25, restarts=8, together=8),
         "nearest-targets": _toward(2, steps=100, restarts=2, together=4, loss="dlr"),
     }
-    return tuple(Stage(name=name, attack=attack, share=share, least=4) for name, attack in attacks.items())
+    return tuple(Stage(name=name, attack=attack, share=share, least=least) for name, attack in attacks.items())
 
 
 def _cascade(*stages: Stage) -> tuple[Stage, ...]:

@@ -148,7 +148,7 @@ def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Itera
         for records, origin, returned in single_attack(cell, _Without(held, label, taken), crew, lanes):
             held.update((Store.key(label, record.id), record) for record in records)
             yield records, origin, returned
-        felled = []
+        felled, stood_for = [], len(standing) if stage.by == "nearest" else len(taken)
         for row in taken:
             record = held[Store.key(label, row)]
             if record.outcome in (Outcome.WRONG, Outcome.BROKEN):
@@ -157,7 +157,7 @@ def _cascade(case: Case, done: Mapping[str, Record], crew: Crew | None) -> Itera
                     felled.append(stood)
             elif record.closeness is not None:
                 standing[row] = min(standing[row], record.closeness)
-        escalated |= stage.alarmed(felled, len(taken))
+        escalated |= stage.alarmed(felled, stood_for)
 
 
 def taken_by(stage: Any, standing: Mapping[str, float], seed: int) -> frozenset[str]:

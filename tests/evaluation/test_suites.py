@@ -98,14 +98,14 @@ def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_p
 def test_what_alarms_a_sentinel():
     watching = Stage(name="a", attack=None, sentinel=True)
     # One row that stood on the very boundary is luck; one that stood well inside, or about which nothing is known, no.
-    assert not watching.alarmed([], 30)
-    assert not watching.alarmed([0.0005], 30)
+    assert not watching.alarmed([], 500)
+    assert not watching.alarmed([0.0005], 500)
     assert not watching.alarmed([0.0005], 1)
-    assert not watching.alarmed([0.001, 0.002], 30)
+    assert not watching.alarmed([0.001, 0.002], 500)
     assert watching.alarmed([0.2], 500)
     assert watching.alarmed([float("inf")], 500)
-    assert watching.alarmed([0.001] * 3, 30)
-    assert watching.alarmed([0.001, 0.002], 4)
+    assert watching.alarmed([0.001] * 5, 500)
+    assert watching.alarmed([0.001, 0.002], 100)
     assert not Stage(name="b", attack=None).alarmed([0.2, 0.3], 2)
 
 
