@@ -522,7 +522,7 @@ class Short(Suite):
 
     def stages(self) -> tuple[Stage, ...]:
         return (
-            Stage(name="walk", attack=PGD(steps=10)),
+            Stage(name="walk", attack=PGD(steps=40, restarts=3)),
             Stage(name="sentinel", attack=Square(queries=100), sentinel=True),
             Stage(name="square", attack=Square(queries=200), when="escalated"),
             Stage(name="again", attack=PGD(steps=10, loss="margin"), when="escalated"),
