@@ -103,7 +103,32 @@ def headline(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         for name, found in measured(records).items():
             for kind in ("mean", "median"):
                 metrics[f"{name}_{kind}"] = {"value": found[kind], "n": int(found["n"])}
-    return metrics
+    return metrics | within_levels(case, records)
+
+
+def within_levels(case: Case, records: Iterable[Record]) -> dict[str, Any]:
+    """The share of the attacked rows broken within each threshold of a measure that the threat model names (`levels`).
+
+    One run gives them all: `attack_success_rate_l0_200` is the share that fell to at most 200 flips. The denominator
+    holds every row on which the attacker had something to win, those included on which the attack failed.
+    """
+    levels = getattr(case.threat, "levels", None)
+    if levels is None:
+        return {}
+    records = list(records)
+    contested = count(records).contested
+    least: dict[str, dict[str, float]] = defaultdict(dict)
+    for record in records:
+        if record.outcome == Outcome.BROKEN:
+            for name, value in record.measures.items():
+                least[name][record.id] = min(value, least[name].get(record.id, value))
+    return {
+        f"attack_success_rate_{name}_{level:g}": rate(
+            sum(value <= level for value in least[name].values()), contested, _asr_kind(case)
+        )
+        for name, thresholds in levels().items()
+        for level in thresholds
+    }
 
 
 def per_class(case: Case, records: Sequence[Record]) -> dict[str, Any]:
@@ -161,6 +186,8 @@ def attack_entry(
         }
     if measures := measured(records):
         entry["measures"] = measures
+    if within := within_levels(case, records):
+        entry["within"] = within
     return entry
 
 

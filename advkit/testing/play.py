@@ -16,6 +16,7 @@ from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.testing.victims import linear, uniform
+from advkit.threat_models.events import Flips
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L1, L2, Linf
@@ -31,7 +32,13 @@ def _anywhere(*, eps: float = 0.0, box: Box | None = None) -> MinimumL2:
     return MinimumL2(box=Box() if box is None else box)
 
 
-MINIMA: dict[str, BallMaker] = {"minimum-l2": _anywhere}
+def _fewest(*, eps: float = 0.0, box: Box | None = None) -> Flips:
+    """Flips, as few as possible; the victim's box is [0, 1] and the rows are its corners."""
+    return Flips()
+
+
+MINIMA: dict[str, BallMaker] = {"minimum-l2": _anywhere, "flips": _fewest}
+BITS = frozenset({"flips"})  # threat models whose rows are zeros and ones
 
 # Radii that break some rows of the kit's victims on [0, 1]^8 and leave others.
 RADII = {"linf": 0.1, "l2": 0.25, "l1": 0.5, "l0": 2}
@@ -51,6 +58,11 @@ def require(holds: Any, otherwise: str) -> None:
     """Raise AssertionError unless the condition holds; a statement would vanish under `python -O`."""
     if not holds:
         raise AssertionError(otherwise)
+
+
+def legal(x: Tensor, norm: str) -> Tensor:
+    """Rows in [0, 1] as such a threat model knows them: the nearest corner of the box where rows are bits."""
+    return x.round() if norm in BITS else x
 
 
 def names(rows: int) -> tuple[str, ...]:
@@ -119,7 +131,7 @@ def shortened(attack: Any, steps: int = 40, queries: int = 200) -> Any:
 def accepts(attack: Any, ball: BallMaker, norm: str) -> str | None:
     """None where the attack works in this kind of ball, else the UsageError's message."""
     victim = linear()
-    x = uniform(3, 2, 8)
+    x = legal(uniform(3, 2, 8), norm)
     try:
         goal = aimed(attack, victim(x).argmax(1), 2)
         play(shortened(attack, 2, 2), victim, x, goal, ball(eps=RADII.get(norm, 0.0)))

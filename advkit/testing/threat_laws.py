@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advkit.core.errors import UsageError
 from advkit.core.rng import RowRng
-from advkit.core.spaces import Box
+from advkit.core.spaces import Binary, Box
 from advkit.testing.play import names, require
 from advkit.testing.victims import normal, uniform
 
@@ -24,7 +24,17 @@ def rows(shape: tuple[int, ...] = (2, 4, 4), n: int = 12) -> Tensor:
 
 
 def _bound(threat: Any) -> Any:
-    return threat.bind(Box(0.0, 1.0, shape=(2, 4, 4)))
+    shape = (2, 4, 4)
+    return threat.bind(Binary(shape) if _of_bits(threat) else Box(0.0, 1.0, shape=shape))
+
+
+def _of_bits(threat: Any) -> bool:
+    """Whether the rows that it speaks of are zeros and ones."""
+    return isinstance(getattr(threat, "space", None), Binary)
+
+
+def _rows_of(threat: Any) -> Tensor:
+    return rows().round() if _of_bits(threat) else rows()
 
 
 def _has_radius(threat: Any) -> bool:
@@ -32,8 +42,16 @@ def _has_radius(threat: Any) -> bool:
     return hasattr(threat, "eps")
 
 
+def _limited(threat: Any) -> bool:
+    """Whether anything bounds the distance: a radius, or a number of flips."""
+    return _has_radius(threat) or getattr(threat, "n", None) is not None
+
+
 def _inside(threat: Any, x: Tensor, seed: int) -> Tensor:
     """Admitted points: drawn in the ball, or anywhere in the box where there is none."""
+    if _of_bits(threat):
+        flipped: Tensor = threat.project(uniform(100 + seed, *x.shape).round(), x)
+        return flipped
     if not _has_radius(threat):
         return uniform(100 + seed, *x.shape)
     drawn: Tensor = threat.sample(x, RowRng.from_ids(seed, names(len(x))))
@@ -51,14 +69,14 @@ def _refused(threat: Any, what: Callable[[], object]) -> None:
 
 def origin_is_admitted(threat: Any) -> None:
     """The untouched row is always within reach, at distance 0."""
-    ball, x = _bound(threat), rows()
+    ball, x = _bound(threat), _rows_of(threat)
     require(bool(ball.admits(x, x).all()), "untouched rows are outside")
     require(bool((ball.distance(x, x) == 0).all()), "an untouched row has a distance")
 
 
 def projection_lands_inside(threat: Any) -> None:
     """Whatever is projected is admitted, and what is admitted already stays as it is, bit by bit."""
-    ball, x = _bound(threat), rows()
+    ball, x = _bound(threat), _rows_of(threat)
     for scale in (0.001, 0.1, 3.0):
         z = ball.project(x + scale * normal(22, *x.shape), x)
         require(bool(ball.admits(z, x).all()), f"points projected from a distance of {scale} are outside")
@@ -67,7 +85,7 @@ def projection_lands_inside(threat: Any) -> None:
 
 def projection_is_nearest(threat: Any) -> None:
     """No other admitted point is nearer to what was projected (tried on points sampled in the ball)."""
-    ball, x = _bound(threat), rows()
+    ball, x = _bound(threat), _rows_of(threat)
     far = x + 0.3 * normal(23, *x.shape)
     nearest = (ball.project(far, x) - far).flatten(1).norm(dim=1)
     for draw in range(20):
@@ -78,8 +96,8 @@ def projection_is_nearest(threat: Any) -> None:
 
 def samples_are_admitted_and_differ(threat: Any) -> None:
     """Random starts are inside, differ from the origin, repeat with the seed and change with it."""
-    ball, x = _bound(threat), rows()
-    if not _has_radius(ball):
+    ball, x = _bound(threat), _rows_of(threat)
+    if not _limited(ball):
         _refused(ball, lambda: ball.sample(x, RowRng.from_ids(0, names(len(x)))))
         return
     one, again, other = (ball.sample(x, RowRng.from_ids(seed, names(len(x)))) for seed in (0, 0, 1))
@@ -108,13 +126,13 @@ def steepest_ascends(threat: Any) -> None:
 
 def outside_is_refused(threat: Any) -> None:
     """NaN, infinity, points outside the box and points beyond eps, where there is one, are not admitted."""
-    ball, x = _bound(threat), rows()
+    ball, x = _bound(threat), _rows_of(threat)
     for value in (torch.nan, torch.inf, -0.5, 1.5):
         z = x.clone()
         z[:, 0, 0, 0] = value
         require(not bool(ball.admits(z, x).any()), f"a row holding {value} was admitted")
     far = 1.0 - x.round()
-    if not _has_radius(ball):
+    if not _limited(ball):
         require(bool(ball.admits(far, x).all()), "a point of the box was refused though nothing bounds the distance")
         return
     require(not bool(ball.admits(far, x).any()), "the opposite corner of the box was admitted")
@@ -124,7 +142,7 @@ def zero_eps_holds_only_the_origin(threat: Any) -> None:
     """With radius 0 everything projects, samples and finishes to the origin."""
     if not _has_radius(threat):
         return
-    ball, x = replace(_bound(threat), eps=0), rows()
+    ball, x = replace(_bound(threat), eps=0), _rows_of(threat)
     require(torch.equal(ball.project(x + normal(26, *x.shape), x), x), "a point other than the origin is inside")
     require(
         torch.equal(ball.sample(x, RowRng.from_ids(0, names(len(x)))), x), "a point other than the origin was sampled"
@@ -134,7 +152,7 @@ def zero_eps_holds_only_the_origin(threat: Any) -> None:
 def finishing_stays_inside(threat: Any) -> None:
     """What the attacker hands in is admitted, and finishing it again changes nothing."""
     ball = _bound(threat)
-    x = (rows() * 255).round() / 255
+    x = (_rows_of(threat) * 255).round() / 255
     for seed in range(3):
         z = _inside(ball, x, seed)
         done = ball.finish(z, x)
@@ -144,7 +162,7 @@ def finishing_stays_inside(threat: Any) -> None:
 
 def rows_do_not_mix(threat: Any) -> None:
     """Projection, samples, directions and finish of a row are the same bits in every batch."""
-    ball, x = _bound(threat), rows()
+    ball, x = _bound(threat), _rows_of(threat)
     far, gradient = x + 0.4 * normal(27, *x.shape), normal(28, *x.shape)
     rng = RowRng.from_ids(0, names(len(x)))
 

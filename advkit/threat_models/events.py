@@ -42,7 +42,7 @@ class Flips:
 
     Every record carries the number of flips (`l0`) and their share of all bits in per cent (`l0_percent`); a report
     gives the share of the attacked rows that fell within 200 and 800 flips, and within 0.05 to 1 per cent of the bits.
-    Attacks that walk steps of a length (`eps`, `steepest`, `sample`) find none here: UsageError.
+    Attacks that walk steps of a length (`eps`, `steepest`) find none here: UsageError.
     Raises UsageError for a negative n, in `bind` for a space that is not binary, BadInput for rows of another shape.
     """
 
@@ -158,8 +158,13 @@ class Flips:
         raise NoSteps
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
-        """No steps to take from a random start: UsageError; `random_flips` is the attack that draws."""
-        raise NoSteps
+        """Rows with n of the allowed bits flipped, drawn without replacement; UsageError where n is not said."""
+        if self.n is None:
+            raise NoSteps
+        allowed = self.allowed(origin).flatten(1)
+        key = torch.where(allowed, rng.uniform(origin).flatten(1), 2.0)
+        order = key.sort(dim=1, stable=True).indices[:, : self.n]
+        return self.flipped(origin, allowed & torch.zeros_like(allowed).scatter(1, order, True))
 
     def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
         """No step of a length: UsageError; `topk_grad` is the attack that flips what the gradient points at."""

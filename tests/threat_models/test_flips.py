@@ -84,11 +84,21 @@ def test_what_needs_a_step_is_told_what_else_there_is():
     for question in (
         lambda: threat.eps,
         lambda: threat.steepest(X, X),
-        lambda: threat.sample(X, RowRng.from_ids(0, ["a", "b"])),
+        lambda: Flips().sample(X, RowRng.from_ids(0, ["a", "b"])),
     ):
         with pytest.raises(UsageError, match="sda"):
             question()
     assert not hasattr(threat, "eps")
+
+
+def test_samples_flip_n_allowed_bits():
+    rng = RowRng.from_ids(0, ["a", "b"])
+    for n in (0, 1, 3):
+        drawn = Flips(n=n).sample(X, rng)
+        assert Flips().distance(drawn, X).tolist() == [n, n]
+    assert Flips().distance(Flips(n=5, allow="add").sample(X, rng), X).tolist() == [3, 3]  # three zeros each
+    alone = Flips(n=3).sample(X[1:], rng.take(torch.tensor([1])))
+    assert torch.equal(alone, Flips(n=3).sample(X, rng)[1:])
 
 
 def test_specs_and_reports():
