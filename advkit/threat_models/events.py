@@ -158,7 +158,7 @@ class Flips:
         raise NoSteps
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
-        """Rows with n of the allowed bits flipped, drawn without replacement; UsageError where n is not said."""
+        """Rows with n allowed bits flipped, drawn without replacement; UsageError without n: nothing to draw."""
         if self.n is None:
             raise NoSteps
         allowed = self.allowed(origin).flatten(1)
