@@ -66,7 +66,6 @@ ATTACKS: Registry[Attack] = Registry(
         "ni-admix-ti-dim": "advkit.attacks.transfer.presets:NIAdmixTIDIM",
         "auto-pgd-ce": "advkit.attacks.gradient.apgd:APGDCE",
         "auto-pgd-dlr": "advkit.attacks.gradient.targeted:APGDDLR",
-        "spiking:": "advkit.attacks.events.spiking:Spiking",
         "transfer:": "advkit.attacks.transfer.engine:Composed",
         "foolbox:": "advkit.attacks.peers:Foolbox",
         "torchattacks:": "advkit.attacks.peers:TorchAttacks",

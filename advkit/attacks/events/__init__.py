@@ -1,1 +1,0 @@
-"""Attacks on spiking victims and on event data."""
