@@ -82,6 +82,7 @@ def evaluated(given: argparse.Namespace, attack: str, k: int, seed: int) -> tupl
         "goal": f"ordered-topk:k={k}",
         "n": given.n,
         "seed": seed,
+        **({"speed": given.speed} if given.speed else {}),
     }
     victim = given.victim.describe().state_sha256
     word = hashlib.sha256(json.dumps([attack, victim, asked], sort_keys=True).encode()).hexdigest()[:16]
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="*", default=[])
     parser.add_argument("--coefficient", type=float, nargs="*", default=[])
     parser.add_argument("--settings", nargs="*", default=[], help="more settings of every attack, e.g. expand=true")
+    parser.add_argument("--speed", default="", help="e.g. channels_last: a faster victim, every success verified without")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--out", default="ordered_topk", help="writes OUT.json, OUT.md and the folder OUT-runs")

@@ -412,7 +412,9 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     typed, known = name.casefold(), list(names)
     # Somebody who types the beginning of a name means that name, whatever else is a letter away.
     begun = [one for one in known if typed and one.casefold().startswith(typed)]
-    close = list(dict.fromkeys([*begun, *difflib.get_close_matches(typed, known, n=3, cutoff=0.5)]))[:3]
+    # Two letters swapped is the commonest slip of a quick hand, and the matcher counts it as two.
+    swapped = [one for one in known if sorted(one.casefold()) == sorted(typed)]
+    close = list(dict.fromkeys([*begun, *swapped, *difflib.get_close_matches(typed, known, n=3, cutoff=0.5)]))[:3]
     return f"; did you mean {' or '.join(repr(one) for one in close)}?" if close else ""
 
 
