@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="*", default=[])
     parser.add_argument("--coefficient", type=float, nargs="*", default=[])
     parser.add_argument("--settings", nargs="*", default=[], help="more settings of every attack, e.g. expand=true")
-    parser.add_argument("--speed", default="", help="e.g. channels_last: a faster victim, every success verified without")
+    parser.add_argument("--speed", default="", help="e.g. channels_last; successes are verified without")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--out", default="ordered_topk", help="writes OUT.json, OUT.md and the folder OUT-runs")

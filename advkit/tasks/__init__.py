@@ -16,6 +16,9 @@ TASKS: Registry[Task] = Registry(
         "imagenet-samples": "advkit.tasks.imagenet:ImageNetSamples",
         "folder": "advkit.tasks.folder:Folder",
         "npz": "advkit.tasks.npz:Npz",
+        "fashion-mnist-dvs": "advkit.tasks.events:FashionMNISTDVS",
+        "digits-dvs": "advkit.tasks.events:DigitsDVS",
+        "events": "advkit.tasks.events:EventFolder",
     },
     group="advkit.tasks",
 )

@@ -1,0 +1,1 @@
+"""Attacks on spiking victims and on event data."""

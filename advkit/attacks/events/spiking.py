@@ -1,0 +1,175 @@
+"""Any gradient attack on a spiking network, under the backward rule that the attacker chooses (arXiv 2503.03272)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from advkit.attacks import ATTACKS
+from advkit.attacks.base import TensorGoal, TensorOracle
+from advkit.attacks.suites import Stage, Suite
+from advkit.core.errors import BadModel, UsageError
+from advkit.core.protocols import Access, Ball, Rng
+
+ENSEMBLE = ("pdsg", "atan", "rect", "triangle", "rga", "bptr", "hart")
+PASSED_ON = frozenset(
+    {"steps", "restarts", "targets", "eot", "queries"}
+    | {"serves", "default_goal", "default_threat_model", "wants_data", "complaint"}
+)
+TOGETHER = "ensemble"
+OWN = "own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spiking:
+    """A gradient attack on a spiking network under a chosen backward rule: spiking:pgd,surrogate=pdsg.
+
+    No rule is strongest on every network. The ensemble plays the attack under seven rules and under the one that the
+    network was trained with, each on the rows that stood before; reports tell its stages by their rule.
+
+    attack:    a spec, in brackets where it has commas; it needs gradients
+    surrogate: pdsg, atan, sigmoid, rect, triangle, gaussian, rga, bptr, hart or assg, settings in brackets such as
+               [atan:alpha=50,detach_reset=true]; "own" for the rule it was trained with; "ensemble" for the worst case
+               per row
+    """
+
+    attack: str = "pgd"
+    surrogate: str = "pdsg"
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+
+    def __post_init__(self) -> None:
+        if callable(getattr(self.inner, "start", None)) or hasattr(self.inner, "stages"):
+            raise UsageError(f"attack={self.attack}: name one attack on inputs, not a suite or an attack on streams")
+        if Access(self.inner.needs) < Access.GRADIENTS:
+            raise UsageError(
+                f"attack={self.attack} asks for no gradient, so no surrogate matters to it: name it without spiking"
+            )
+        if not self.surrogate:
+            raise UsageError("surrogate is empty; name a rule such as pdsg, or own, or ensemble")
+
+    @cached_property
+    def inner(self) -> Any:
+        """The attack that walks along the gradients."""
+        return ATTACKS.build(self.attack)
+
+    def __getattr__(self, name: str) -> Any:
+        # What the attack inside is made for, or planned with, is so under any rule.
+        if name in PASSED_ON:
+            return getattr(self.inner, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def stages(self) -> Callable[[], tuple[Stage, ...]]:
+        """The ensemble's stages; single rules have none, and are no suite."""
+        if self.surrogate != TOGETHER:
+            raise AttributeError("stages")
+        return self._stages
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return tuple(Stage(name=rule, attack=replace(self, surrogate=rule)) for rule in (*ENSEMBLE, OWN))
+
+    def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
+        if self.surrogate == TOGETHER:
+            return _WorstCase(self._stages())(oracle, x, goal, ball, rng)
+        found: Tensor = self.inner(self.through(oracle), x, goal, ball, rng)
+        return found
+
+    def through(self, oracle: TensorOracle) -> TensorOracle:
+        """The oracle under the rule; raises BadModel where the model has no spiking neurons."""
+        return seen_under(oracle, self.surrogate)
+
+
+@dataclass(frozen=True)
+class _WorstCase(Suite):
+    """The stages of an ensemble, in any threat model that the attack inside takes."""
+
+    each: tuple[Stage, ...]
+
+    def complaint(self, ball: Any) -> str | None:
+        return None
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.each
+
+
+def under_rule(model: Any, rule: str | None) -> Any:
+    """A spiking model under a backward rule, given by its spec; None: the rule it was trained with.
+
+    Asks the model's `with_rule`; one that has none, such as a checkpoint or a network behind a defense, is asked
+    through the spiking neurons among its modules. Raises BadModel where there are none.
+    """
+    ask = getattr(model, "with_rule", None)
+    if callable(ask):
+        return ask(rule)
+    inside = getattr(model, "modules", None)
+    for module in inside() if callable(inside) else ():
+        for layer in module.modules():
+            ask = getattr(layer, "model_under", None)
+            if callable(ask):
+                return ask(model, rule)
+    raise BadModel(
+        f"{getattr(model, 'name', type(model).__name__)} has no spiking neurons, so there is no surrogate to choose: "
+        "attack it directly (pgd in place of spiking:pgd), or turn a network of spikingjelly or snntorch into a model "
+        "with from_spikingjelly or from_snntorch"
+    )
+
+
+def seen_under(oracle: TensorOracle, surrogate: str) -> TensorOracle:
+    """An oracle whose gradients follow a backward rule of spikes; its answers, and the verdict, stay the same.
+
+    surrogate: spec of a rule, or "own"
+    """
+    views = []
+
+    def view(model: Any) -> Any:
+        views.append(under_rule(model, None if surrogate == OWN else surrogate))
+        return views[-1]
+
+    seen = oracle.seen_as(view, decides=oracle.decides)
+    rule = getattr(views[-1], "rule", None)
+    return _Remembered(oracle, rule, None) if getattr(rule, "remembers", False) else seen
+
+
+class _Remembered:
+    """An oracle under a rule with a memory; what it knows of a row goes along with the row, whatever batch it is in."""
+
+    def __init__(self, oracle: TensorOracle, rule: Any, memory: Any) -> None:
+        self.oracle = oracle
+        self.rule = rule
+        self.memory = memory
+        self.access: Access = oracle.access
+        self.decides: bool = oracle.decides
+        self.data = oracle.data
+        self._seen: TensorOracle | None = None
+
+    def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
+        return self.oracle(x, of)
+
+    def gradient(self, x: Tensor, goal: TensorGoal, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if of is not None:
+            raise UsageError("this surrogate follows every row by itself, not several candidates of one row")
+        if self.memory is None:
+            self.memory = self.rule.memory_of(len(x))
+        if self._seen is None:
+            rule = self.memory.remembering
+            self._seen = self.oracle.seen_as(lambda model: under_rule(model, rule), decides=self.decides)
+        self.memory.rewind()
+        return self._seen.gradient(x, goal)
+
+    def take(self, rows: Tensor) -> TensorOracle:
+        return _Remembered(self.oracle.take(rows), self.rule, None if self.memory is None else self.memory.take(rows))
+
+    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> TensorOracle:
+        return _Remembered(self.oracle.seen_as(view, decides), self.rule, self.memory)
+
+    def head(self) -> Tensor | None:
+        return self.oracle.head()
+
+    @property
+    def left(self) -> int | None:
+        return self.oracle.left

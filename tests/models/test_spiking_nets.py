@@ -1,0 +1,370 @@
+"""Spiking networks as models: rules change no answer, rows stay by themselves, other libraries' networks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advkit.core.errors import BadModel
+from advkit.core.oracle import MeteredOracle
+from advkit.core.protocols import Access
+from advkit.core.rng import RowRng
+from advkit.core.spaces import Binary, Box
+from advkit.models import MODELS
+from advkit.models.checkpoint import load_checkpoint, save_checkpoint
+from advkit.models.spiking import RULES
+from advkit.models.spiking.encoders import Direct, Frames, Integer, Poisson
+from advkit.models.spiking.model import SpikingModel, neurons, under_rule
+from advkit.models.spiking.nets import SpikingNet
+from advkit.models.spiking.neurons import LIF, Neuron
+from advkit.models.torch import TorchModel, as_model
+from advkit.models.views import Preprocessed
+from advkit.threat_models.goals.untargeted import Untargeted
+
+RNG = RowRng.from_ids(0, ["a"])
+SMALL = "snn:widths=4+6,hidden=16"
+
+
+def lively(model: SpikingModel, seed: int = 0) -> SpikingModel:
+    """Normalisation with statistics, so that every layer spikes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.copy_(1 + torch.rand(layer.weight.shape, generator=generator))
+                layer.bias.copy_(torch.rand(layer.bias.shape, generator=generator))
+                layer.running_var.fill_(0.1)
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(3)
+    return model
+
+
+def small(spec: str = SMALL, shape: tuple[int, ...] = (1, 8, 8)) -> SpikingModel:
+    model = lively(MODELS.build(spec)(shape, 10, RNG))
+    assert isinstance(model, SpikingModel)
+    return model
+
+
+def images(rows: int, *shape: int, seed: int = 3) -> Tensor:
+    return torch.rand(rows, *(shape or (1, 8, 8)), generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(model: Any, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    model(leaf).square().sum().backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("spec", [SMALL, "snn:down=stride,hidden=0", "snn-resnet18:width=2", "vggsnn:width=2"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 5), (2, 1, 1), (5, 2, 6, 7)])
+def test_any_shape(spec: str, shape: tuple[int, ...]) -> None:
+    model = MODELS.build(spec)(shape, 7, RNG)
+    assert model(torch.ones(2, *shape)).shape == (2, 7)
+    assert model.space == (Binary(shape) if len(shape) == 4 else Box(0.0, 1.0, shape))
+    assert model.architecture == spec == model.describe().architecture
+    assert not any(each.training for each in model.module.modules())
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "parameters", "spiking"),
+    [
+        ("snn-resnet18", (3, 32, 32), 11_173_962, 17),
+        ("snn-vgg11", (3, 32, 32), 61.4e6, 10),
+        ("vggsnn", (10, 2, 128, 128), 9.23e6, 8),
+    ],
+)
+def test_sizes_as_published(spec: str, shape: tuple[int, ...], parameters: float, spiking: int) -> None:
+    with torch.device("meta"):
+        module = MODELS.build(spec).network(shape, 10)
+    assert sum(p.numel() for p in module.parameters()) == pytest.approx(parameters, rel=2e-3)
+    assert len(neurons(module)) == spiking
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("snn", (64,)),
+        ("snn:encoder=direct", (4, 2, 8, 8)),
+        ("snn:encoder=binary", (2, 8, 8)),
+        ("snn:kernel=2", (1, 8, 8)),
+        ("snn:time=0", (1, 8, 8)),
+        ("snn:threshold=0", (1, 8, 8)),
+        ("snn:widths=,hidden=0", (1, 8, 8)),
+    ],
+)
+def test_what_can_not_be_built_is_refused(spec: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadModel):
+        MODELS.build(spec)(shape, 3, RNG)
+
+
+def test_steps_that_are_alike_are_computed_once() -> None:
+    """Direct coding repeats a view; the same rows as real copies give the same bits."""
+    model = small()
+    x = images(16)
+    net = model.module
+    assert isinstance(net, SpikingNet)
+    copies = x[:, None].expand(-1, 4, -1, -1, -1).transpose(0, 1).contiguous()
+    expected = net.logits(net.layers(copies).mean(0))
+    assert torch.allclose(model(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["snn:neuron=plif", "snn:reset=none", "snn:neuron=if", "snn:decay_input=true,time=6"])
+def test_rules_change_gradients_and_no_answer(spec: str) -> None:
+    model = small(spec)
+    x = images(6)
+    before = {name: tensor.clone() for name, tensor in model.state().items()}
+    answer, own = model(x), gradient(model, x)
+    for rule in RULES.names():
+        swapped = model.with_rule(rule)
+        assert swapped.module is model.module
+        assert torch.equal(swapped(x), answer)
+        assert torch.equal(swapped.copy()(x), answer)
+        with torch.no_grad():
+            assert torch.equal(swapped(x), answer)
+        if rule != "atan":
+            assert not torch.equal(gradient(swapped, x), own)
+    assert torch.equal(gradient(model, x), own)
+    assert torch.equal(gradient(model.with_rule("atan"), x), own)
+    assert torch.equal(gradient(model.with_rule("pdsg").with_rule(None), x), own)
+    after = model.state()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert model.with_rule("pdsg").describe() == model.describe()
+
+
+@pytest.mark.parametrize("rule", ["pdsg", "rga", "hart", "atan"])
+def test_a_rows_gradient_is_its_own_to_the_last_bit(rule: str) -> None:
+    model = small().with_rule(rule)
+    x = images(70)
+    goal = Untargeted(torch.arange(70) % 10)
+
+    def through(rows: Tensor) -> Tensor:
+        oracle = MeteredOracle(model, len(rows), Access.GRADIENTS)
+        return oracle.gradient(x[rows], goal.take(rows))[1]
+
+    whole = through(torch.arange(70))
+    assert (whole.flatten(1).abs().sum(1) > 0).float().mean() > 0.5
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(through(order), whole[order])
+    for rows in (torch.tensor([41]), torch.tensor([69, 2, 17, 5, 30])):
+        assert torch.equal(through(rows), whole[rows])
+
+
+def test_published_statistics_mix_rows() -> None:
+    model = small().with_rule("pdsg:stats=batch")
+    x = images(5)
+    assert not torch.allclose(gradient(model, x)[:1], gradient(model, x[:1]), rtol=1e-3)
+
+
+def rescaled(model: SpikingModel, factor: float) -> SpikingModel:
+    """The same function: whatever feeds a neuron, its threshold and its reset times a factor."""
+    made = model.copy()
+    previous: nn.Module | None = None
+    for layer in made.module.modules():
+        if isinstance(layer, Neuron):
+            assert previous is not None
+            with torch.no_grad():
+                previous.weight.mul_(factor)
+                previous.bias.mul_(factor)
+            told = layer.dynamics
+            reset = None if told.reset is None else told.reset * factor
+            layer.dynamics = replace(told, threshold=told.threshold * factor, reset=reset)
+        elif isinstance(layer, nn.BatchNorm2d | nn.Linear):
+            previous = layer
+    return made
+
+
+@pytest.mark.parametrize("reset", ["0", "-0.25", "none"])
+@pytest.mark.parametrize("factor", [16.0, 2.0**-5, 3.0])
+def test_scale_law(reset: str, factor: float) -> None:
+    """PDSG measures in the potentials' own unit; a fixed width does not."""
+    model = small(f"{SMALL},reset={reset}")
+    other = rescaled(model, factor)
+    x = images(16)
+    exact = factor != 3
+    assert torch.equal(other(x), model(x)) if exact else torch.allclose(other(x), model(x), rtol=1e-5)
+    for rule in ("pdsg", "rga", "bptr"):
+        one, two = gradient(model.with_rule(rule), x), gradient(other.with_rule(rule), x)
+        if rule == "bptr":  # passes unchanged through the spike: every layer's factor stays
+            one = one * factor**3
+        assert one.abs().max() > 0
+        if exact:
+            assert torch.equal(one, two)
+        else:
+            assert torch.allclose(one, two, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+    assert not torch.allclose(gradient(model, x), gradient(other, x), rtol=0.1)
+
+
+def test_frames_of_events() -> None:
+    model = small("snn:down=stride,widths=4+6,hidden=0", (5, 2, 8, 8))
+    x = (images(4, 5, 2, 8, 8) > 0.7).float()
+    one = model(x)
+    assert torch.equal(model(x * 3), one)  # counts of one or more are spikes
+    counts = small("snn:down=stride,widths=4+6,hidden=0,encoder=integer", (5, 2, 8, 8))
+    assert torch.equal(counts(x), one)
+    assert not torch.equal(counts(x * 3), one)
+    assert gradient(model.with_rule("pdsg"), x).shape == x.shape
+
+
+def test_encoders() -> None:
+    x = images(3, 2, 4, 4).requires_grad_()
+    assert torch.equal(Direct(3)(x), torch.stack([x, x, x]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drawn = Poisson(4000)(x)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert torch.allclose(drawn.mean(0), x, atol=0.04)  # five deviations
+    drawn.mean(0).sum().backward()
+    assert torch.allclose(x.grad, torch.ones_like(x))
+    frames = torch.tensor([[[0.0, 1.0], [2.0, 0.5]]], requires_grad=True)  # [B=1, T=2, 2]
+    assert torch.equal(Integer()(frames), frames.transpose(0, 1))
+    assert torch.equal(Frames()(frames), torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]))
+    (Frames()(frames) * torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])).sum().backward()
+    assert torch.equal(frames.grad, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+
+
+def test_random_coding_says_so() -> None:
+    model = small(f"{SMALL},encoder=poisson")
+    assert model.describe().randomized
+    assert model.attacker_view() is not model
+    assert not small().describe().randomized
+    assert small().attacker_view().module is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        assert not torch.equal(model(images(4)), model(images(4)))
+        under_rule(model.attacker_view(), "pdsg")(images(4).requires_grad_()).sum().backward()
+
+
+def test_checkpoints_and_defended_networks_are_spiking_still(tmp_path) -> None:
+    model = small()
+    x = images(4)
+    save_checkpoint(model, tmp_path / "snn.safetensors")
+    loaded = load_checkpoint(tmp_path / "snn.safetensors")
+    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(gradient(under_rule(loaded, "pdsg"), x), gradient(model.with_rule("pdsg"), x))
+    defended = Preprocessed(model, lambda z: z * 0.9, label="dimmed")
+    ruled = under_rule(defended, "pdsg")
+    assert torch.equal(ruled(x), defended(x))
+    assert torch.equal(gradient(ruled, x), gradient(model.with_rule("pdsg"), x * 0.9) * 0.9)
+    assert torch.equal(gradient(ruled.with_rule(None), x), gradient(defended, x))
+    with pytest.raises(BadModel, match="no spiking neurons"):
+        under_rule(as_model(nn.Linear(2, 2)), "pdsg")
+    with pytest.raises(BadModel, match="no spiking neuron"):
+        SpikingModel(nn.Linear(2, 2))
+
+
+def test_training_moves_what_attacks_leave_alone() -> None:
+    model = small("snn:neuron=plif,widths=4,hidden=8")
+    model.module.train()
+    model(images(8)).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.module.parameters())
+    assert any(float(n.w.grad.abs()) > 0 for n in neurons(model.module))  # type: ignore[union-attr]
+
+
+def test_a_network_of_ones_own() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.neuron, self.last = nn.Linear(6, 8), LIF(surrogate="rect"), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.neuron(self.first(x).expand(5, -1, -1))).mean(0)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Mine()
+    plain = TorchModel(module, classes=3)
+    x = images(4, 6)
+    assert torch.equal(under_rule(plain, "pdsg")(x), plain(x))
+    assert not torch.equal(gradient(under_rule(plain, "pdsg"), x), gradient(plain, x))
+
+
+def spikingjelly_network(mode: str, **more: Any) -> nn.Module:
+    pytest.importorskip("spikingjelly.activation_based.neuron", exc_type=ImportError)
+    from spikingjelly.activation_based import functional, layer, neuron
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            layer.Conv2d(1, 4, 3, padding=1),
+            neuron.LIFNode(tau=1.6, **more),
+            layer.Flatten(),
+            layer.Linear(256, 12),
+            neuron.ParametricLIFNode(init_tau=3.0, **more),
+            layer.Linear(12, 12),
+            neuron.IFNode(**more),
+            layer.Linear(12, 10),
+        )
+    for each in module:
+        if hasattr(each, "weight"):
+            each.weight.data.mul_(3)
+    functional.set_step_mode(module, mode)
+    return module
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("more", [{}, {"v_reset": None, "detach_reset": True}])
+def test_spikingjelly(mode: str, more: dict[str, Any]) -> None:
+    from advkit.models.spiking.adapters import from_spikingjelly
+
+    module = spikingjelly_network(mode, **more)
+    from spikingjelly.activation_based import functional
+
+    model = from_spikingjelly(module, time=5, classes=10)
+    assert "LIFNode" in type(module[1]).__name__
+    assert all(name in model.source for name in ("1 (LIF)", "4 (PLIF)", "6 (IF)"))
+    x = images(6).requires_grad_()
+    expected = torch.stack([module(x) for _ in range(5)]) if mode == "s" else module(x.expand(5, *x.shape))
+    functional.reset_net(module)
+    for _ in range(2):  # state is reset at every call
+        assert torch.allclose(model(x), expected.mean(0), rtol=1e-4, atol=1e-5)
+    expected.mean(0).square().sum().backward()
+    assert torch.allclose(gradient(model, x.detach()), x.grad, rtol=1e-3, atol=1e-5)
+    assert gradient(model.with_rule("pdsg"), x.detach()).abs().max() > 0
+
+
+def test_snntorch() -> None:
+    snn = pytest.importorskip("snntorch")
+    from advkit.models.spiking.adapters import from_snntorch
+
+    class Net(nn.Module):
+        def __init__(self, mechanism: str) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 30), nn.Linear(30, 10)
+            self.one = snn.Leaky(beta=0.8, reset_mechanism=mechanism)
+            self.two = snn.Leaky(beta=0.9, threshold=0.5, init_hidden=True, reset_mechanism=mechanism)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            mem = self.one.reset_mem()
+            self.two.reset_mem()
+            spikes = []
+            for _ in range(6):
+                spk, mem = self.one(self.first(x.flatten(1)) * 3, mem)
+                spikes.append(self.two(self.last(spk)))
+            return torch.stack(spikes), mem
+
+    for mechanism in ("zero", "subtract"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = Net(mechanism)
+        x = images(20).requires_grad_()
+        expected = module(x)[0].mean(0)
+        model = from_snntorch(module, classes=10)
+        for _ in range(2):
+            assert torch.allclose(model(x), expected, atol=1e-6)
+        expected.square().sum().backward()
+        assert torch.allclose(gradient(model, x.detach()), x.grad, rtol=1e-3, atol=1e-5)
+        assert gradient(model.with_rule("pdsg"), x.detach()).abs().max() > 0
+    with pytest.raises(BadModel, match="Synaptic"):
+        from_snntorch(nn.Sequential(snn.Synaptic(0.9, 0.8)))
+
+
+def test_networks_without_neurons_are_refused_by_the_adapters() -> None:
+    from advkit.models.spiking.adapters import from_snntorch, from_spikingjelly
+
+    for adapter in (from_snntorch, from_spikingjelly):
+        with pytest.raises(BadModel, match="no spiking neuron"):
+            adapter(nn.Linear(2, 2))
