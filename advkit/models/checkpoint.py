@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import safetensors.torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from advkit.core.errors import BadModel, CheckpointError, UsageError
 from advkit.core.protocols import Rng
 from advkit.core.rng import RowRng
-from advkit.core.spaces import Box
+from advkit.core.spaces import Binary, Box
 from advkit.models.torch import TorchModel
 
 FORMAT = "advkit-model-1"
@@ -109,9 +110,11 @@ def read_checked(path: str | Path, sha256: str = "") -> bytes:
 
 
 def _space_to_json(space: Any) -> dict[str, Any]:
+    if isinstance(space, Binary):
+        return {"kind": "binary", "shape": None if space.shape is None else list(space.shape)}
     if not isinstance(space, Box):
         raise CheckpointError(
-            f"a checkpoint holds models whose space is a Box, this one's is {type(space).__name__}; "
+            f"a checkpoint holds models whose space is a Box or Binary, this one's is {type(space).__name__}; "
             "save the module's state dict yourself"
         )
     described: dict[str, Any] = {"kind": "box"}
@@ -123,7 +126,10 @@ def _space_to_json(space: Any) -> dict[str, Any]:
     return described
 
 
-def _space_from_json(described: Mapping[str, Any]) -> Box:
+def _space_from_json(described: Mapping[str, Any]) -> Box | Binary:
+    if described["kind"] == "binary":
+        shape = described["shape"]
+        return Binary(None if shape is None else tuple(shape))
     if described["kind"] != "box":
         raise ValueError(f"unknown space {described['kind']!r}")
     low, high = (
@@ -286,7 +292,8 @@ def _load_own(
         raise CheckpointError(f"{path} holds {spec!r}, not {architecture!r}; leave the architecture out")
     if set(dtypes) != set(tensors):
         raise CheckpointError(f"{path} is damaged: its tensors are not the ones that its metadata lists")
-    module = _build(spec, held_shape, held_classes).module
+    built = _build(spec, held_shape, held_classes)
+    module = built.module
     _fill(module, {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}, path, spec)
     model = TorchModel(
         module,
@@ -299,6 +306,8 @@ def _load_own(
         metadata["license"],
         architecture=spec,
     )
+    if isinstance(kind := getattr(type(built), "of", None), MethodType):  # a spiking network is one again
+        model = kind(model)
     if model.state_sha256() != metadata["state_sha256"]:
         raise CheckpointError(f"{path} is damaged: its weights do not match their hash; fetch or train it again")
     return model

@@ -360,7 +360,7 @@ class FashionMNISTDVS(Filmed):
     test: int = 0
 
     name = "fashion-mnist-dvs"
-    defaults = TaskDefaults(model="snn", threat_model="flips", n=100)
+    defaults = TaskDefaults(model="snn:widths=12+24,down=stride,hidden=0", threat_model="flips", n=100)
 
     @property
     def side(self) -> int:
@@ -399,7 +399,7 @@ class DigitsDVS(Filmed):
     threshold: float = 0.2
 
     name = "digits-dvs"
-    defaults = TaskDefaults(model="snn", threat_model="flips", n=100)
+    defaults = TaskDefaults(model="snn:widths=16+32,down=stride,hidden=0", threat_model="flips", n=100)
 
     @property
     def side(self) -> int:

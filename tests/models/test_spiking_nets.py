@@ -243,6 +243,7 @@ def test_checkpoints_and_defended_networks_are_spiking_still(tmp_path) -> None:
     x = images(4)
     save_checkpoint(model, tmp_path / "snn.safetensors")
     loaded = load_checkpoint(tmp_path / "snn.safetensors")
+    assert isinstance(loaded, SpikingModel)
     assert torch.equal(loaded(x), model(x))
     assert torch.equal(gradient(under_rule(loaded, "pdsg"), x), gradient(model.with_rule("pdsg"), x))
     defended = Preprocessed(model, lambda z: z * 0.9, label="dimmed")
@@ -254,6 +255,18 @@ def test_checkpoints_and_defended_networks_are_spiking_still(tmp_path) -> None:
         under_rule(as_model(nn.Linear(2, 2)), "pdsg")
     with pytest.raises(BadModel, match="no spiking neuron"):
         SpikingModel(nn.Linear(2, 2))
+
+
+def test_checkpoints_keep_bits_and_random_coding(tmp_path) -> None:
+    events = MODELS.build(SMALL)((3, 2, 8, 8), 4, RowRng.from_ids(0, ["events"]))
+    drawn = MODELS.build(f"{SMALL},encoder=poisson")((1, 8, 8), 4, RowRng.from_ids(0, ["drawn"]))
+    for model in (events, drawn):
+        save_checkpoint(model, tmp_path / "snn.safetensors")
+        loaded = load_checkpoint(tmp_path / "snn.safetensors")
+        assert loaded.space == model.space
+        assert loaded.describe().randomized == model.describe().randomized
+    assert drawn.describe().randomized
+    assert events.space == Binary((3, 2, 8, 8))
 
 
 def test_training_moves_what_attacks_leave_alone() -> None:
