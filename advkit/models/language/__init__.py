@@ -1,0 +1,1 @@
+"""Language models: tokenizers with a chat template, decoders, and the model that scores transcripts."""
