@@ -6,7 +6,7 @@ static:  success rate of PGD-10 (step eps / 4, random start) under each rule, un
          random signs, on victims trained with a wide and with a narrow surrogate
 scale:   the same function with weights, biases and threshold times 16: which rules notice
 events:  SDA, SDA under other rules, without its parts and with its extensions, and two baselines: flips and forwards
-singles: on which rows one flip suffices, by trying them all, and which variants find it
+singles: tiny random nets: on which rows one flip suffices, by enumeration, and which variants find it
 
 Writes OUT.json, OUT.md and the folder OUT-runs; an evaluation that has its folder there is not run again. All victims
 are embedded: nothing is trained or fetched. Flips are means and medians over successes, forwards over attacked rows.
@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,11 +29,11 @@ from torch import Tensor, nn
 import advkit
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Outcome
+from advkit.core.rng import RowRng
 from advkit.evaluation.store import read_examples, read_records
-from advkit.models import zoo
+from advkit.models import MODELS, zoo
 from advkit.models.spiking.neurons import Neuron
 from advkit.models.torch import TorchModel
-from advkit.tasks import TASKS
 
 PGD = "[pgd:steps=10,step_size=0.25]"
 RULES = {
@@ -70,6 +69,9 @@ EVENTS = {
     "random_flips": "random_flips",
 }
 FILMED = ("digits-dvs", "fashion-mnist-dvs")
+TINY = "snn:widths=16,down=stride,hidden=0,threshold=0.5"
+TINY_SHAPE = (2, 2, 3, 3)
+TINY_NETS, TINY_ROWS = 10, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +111,24 @@ class Cell:
 
 
 def evaluated(
-    given: argparse.Namespace, attack: Any, task: str, model: TorchModel, threat: str, n: int, keep: int = 0
+    given: argparse.Namespace,
+    attack: Any,
+    task: str,
+    model: TorchModel,
+    threat: str,
+    n: int,
+    *,
+    keep: int = 0,
+    data: tuple[Tensor, Tensor] | None = None,
 ) -> Cell:
-    """One cell; read from its folder where it was run before."""
+    """One cell; read from its folder where it was run before. data: rows and labels of a task without a name."""
     asked = {"task": task, "threat_model": threat, "n": n, "seed": given.seed, "keep": keep}
     word = json.dumps([str(attack), model.describe().state_sha256, model.architecture, asked], sort_keys=True)
     name = str(attack).partition(":")[0].partition("(")[0]
     folder = Path(f"{given.out}-runs") / f"{task}-{name}-{hashlib.sha256(word.encode()).hexdigest()[:16]}"
     if not (folder / "report.json").exists():
         settings = {"device": given.device, "batch_size": given.batch_size, "beside": False}
-        advkit.evaluate(attack, model=model, **asked, **settings, out=folder)
+        advkit.evaluate(attack, model=model, **{**asked, "task": data or task}, **settings, out=folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     metrics = report["metrics"]
     success = metrics["attack_success_rate"]
@@ -228,43 +238,60 @@ def events(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def singles(given: argparse.Namespace) -> dict[str, Any]:
-    task = FILMED[0]
-    victim = zoo.load(f"{task}-snn")
-    rows = given.n or 30
-    bits = math.prod(victim.space.shape)
-    one_enough = set(decided_by_one_flip(victim, task, rows))
+    bits = math.prod(TINY_SHAPE)
     table: dict[str, list[Cell]] = {}
-    lines = {}
+    lines: dict[str, list[str]] = {}
+    nets = [tiny(seed) for seed in range(TINY_NETS)]
+    enough = [decided_by_one_flip(*net) for net in nets]
+    rows = sum(len(rows) for rows in enough)
     for label, attack in {
         "SDA": "sda",
+        "SDA, k_init = all bits": f"sda:k_init={bits}",
         "early": "sda:early=true",
         "early, k_init = all bits": f"sda:early=true,k_init={bits}",
-        "prune": "sda:prune=true",
+        "early, prefix, prune": "sda:early=true,prefix=true,prune=true",
     }.items():
-        cell = evaluated(given, attack, task, victim, "flips", rows)
-        records = read_records(Path(cell.folder) / "records.jsonl")
-        ones = {r.id for r in records if r.outcome == Outcome.BROKEN and r.measures["l0"] == 1}
-        assert ones <= one_enough, "a row fell to one flip that the search through all flips did not find"
-        table[label] = [cell]
-        lines[label] = [f"{len(ones)} of {len(one_enough)}", f"{cell.forwards:.0f}"]
-    said = f"{task}: of the first {rows} rows, those on which one flip of {bits} suffices, and how many were found."
-    return block("singles", said, "attack", ["found with L0 = 1", "forwards"], lines, table)
+        table[label], found, failed = [], 0, 0
+        for (model, x, y), decided in zip(nets, enough, strict=True):
+            cell = evaluated(given, attack, "tiny", model, "flips", len(x), data=(x, y))
+            table[label].append(cell)
+            records = read_records(Path(cell.folder) / "records.jsonl")
+            ones = {i for i, r in enumerate(records) if r.outcome == Outcome.BROKEN and r.measures["l0"] == 1}
+            if ones - decided:
+                raise AssertionError(f"{model.name}: rows {ones - decided} fell to one flip that enumeration lacks")
+            found += len(ones)
+            failed += sum(records[row].outcome != Outcome.BROKEN for row in decided)
+        forwards = sum(cell.forwards * cell.attacked for cell in table[label]) / sum(len(net[1]) for net in nets)
+        lines[label] = [f"{found} of {rows}", str(failed), f"{forwards:.0f}"]
+    said = (
+        f"{TINY_NETS} random spiking nets of {bits} bits, {TINY_ROWS} random rows each: rows on which one flip changes "
+        f"the answer, by enumeration ({rows}), and those on which the attack found a single flip."
+    )
+    return block("singles", said, "attack", ["found with L0 = 1", "not broken", "forwards"], lines, table)
 
 
-def decided_by_one_flip(model: TorchModel, task: str, n: int, chunk: int = 640) -> Iterator[str]:
-    """Ids of the rightly read rows that some single flip makes misread."""
-    batch = next(iter(TASKS.build(task).batches(n, n=n)))
+def tiny(seed: int) -> tuple[TorchModel, Tensor, Tensor]:
+    """An untrained net, random rows, and what it says of them."""
+    model = MODELS.build(TINY)(TINY_SHAPE, 4, RowRng.from_ids(seed, ["tiny"]))
+    model.name = f"tiny-{seed}"
+    draw = RowRng.from_ids(seed, [f"row-{i}" for i in range(TINY_ROWS)]).at("bits")
+    x = (draw.uniform(torch.empty(TINY_ROWS, *TINY_SHAPE)) < 0.3).float()
+    return model, x, MeteredOracle(model, len(x), Access.SCORES)(x).argmax(1)
+
+
+def decided_by_one_flip(model: TorchModel, x: Tensor, y: Tensor) -> set[int]:
+    """The rows that some single flip makes misread."""
     # Through the oracle, as attacks ask: a spike can hang on a potential's last bit.
-    oracle = MeteredOracle(model, len(batch.ids), Access.SCORES)
-    for place in (oracle(batch.x).argmax(1) == batch.labels).nonzero().squeeze(1):
-        row = batch.x[place]
-        for part in torch.arange(row.numel()).split(chunk):
-            tried = row.flatten().repeat(len(part), 1)
-            tried[torch.arange(len(part)), part] = 1 - tried[torch.arange(len(part)), part]
-            answer = oracle(tried.view(-1, *row.shape), place.expand(len(part)))
-            if bool((answer.argmax(1) != batch.labels[place]).any()):
-                yield batch.ids[place]
-                break
+    oracle = MeteredOracle(model, len(x), Access.SCORES)
+    bits = torch.arange(x[0].numel())
+    found = set()
+    for place in range(len(x)):
+        tried = x[place].flatten().repeat(len(bits), 1)
+        tried[bits, bits] = 1 - tried[bits, bits]
+        answer = oracle(tried.view(-1, *x.shape[1:]), torch.full_like(bits, place))
+        if bool((answer.argmax(1) != y[place]).any()):
+            found.add(place)
+    return found
 
 
 def number(value: float | None, digits: int) -> str:
