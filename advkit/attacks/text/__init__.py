@@ -1,0 +1,1 @@
+"""Attacks on language models: tokens put into a slot of the prompt."""

@@ -1,0 +1,112 @@
+"""Suffixes drawn at random: what any search for suffixes has to beat at the same number of evaluations."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advkit.attacks.text.base import Search, SuffixAttack
+from advkit.core.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn(SuffixAttack):
+    """The best of many suffixes drawn one apart from the other.
+
+    chunk: suffixes scored at a time; changes no result
+    """
+
+    evaluations: int | None = 512
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk < 1:
+            raise UsageError(f"chunk is {self.chunk}; give a whole number of at least 1")
+        if self.evaluations is None and self.tokens is None and self.seconds is None:
+            raise UsageError("nothing ends the drawing; give evaluations, tokens or seconds")
+
+    def seek(self, search: Search) -> None:
+        """Draw and score until a budget ends."""
+        start = 0
+        while search.goes_on():
+            most = self._affordable(search)
+            if not most:
+                return
+            drawn = self.drawn(search, most, start)
+            if drawn is None:
+                return
+            scored = search.score(drawn)
+            search.offer(scored)
+            search.note(scored)
+            if search.succeeded:
+                return
+            start += most
+
+    def _affordable(self, search: Search) -> int:
+        return search.affordable(self.chunk, search.room)
+
+    @abstractmethod
+    def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
+        """Suffixes number start to start + count, long [count, l]; None where there is no id to draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSuffix(_Drawn):
+    """The best of `evaluations` suffixes of tokens drawn uniformly from those allowed.
+
+    length: tokens of every suffix
+    """
+
+    def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
+        """Suffixes number start to start + count."""
+        ids = search.allowed.nonzero().squeeze(1)
+        if not len(ids):
+            return None
+        # One stream per suffix, so that how many are scored at a time is nobody's business.
+        uniform = torch.stack([search.noise((search.room,), "suffix", start + i) for i in range(count)])
+        return ids[(uniform * len(ids)).long().clamp(max=len(ids) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledSuffix(_Drawn):
+    """The best of `evaluations` suffixes that the model itself goes on with after the user's words.
+
+    length: tokens of every suffix; temperature, top_p: of the distribution they are drawn from
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            raise UsageError(
+                f"temperature={self.temperature}, top_p={self.top_p}; expected a temperature above 0 and a top_p in "
+                "(0, 1]"
+            )
+
+    def _affordable(self, search: Search) -> int:
+        """The tokens read while drawing are paid for, too."""
+        return search.affordable(self.chunk, search.room, 1, 0, range(1, search.room))
+
+    def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
+        """Suffixes number start to start + count."""
+        ids = search.empty().expand(count, 0)
+        for place in range(search.room):
+            logp = search.next(ids, self.temperature, self.top_p) if place else self._first(search, count)
+            size = logp.shape[1]
+            uniform = torch.stack([search.noise((1,), "suffix", start + i, place)[0] for i in range(count)])
+            if not bool(torch.isfinite(logp).any(1).all()):
+                return None
+            mass = logp.exp().cumsum(1)
+            token = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0].clamp(max=size - 1)
+            ids = torch.cat((ids, token[:, None]), 1)
+        return ids
+
+    def _first(self, search: Search, count: int) -> Tensor:
+        """All suffixes start from the same distribution: it is asked for once."""
+        return search.next(search.empty(), self.temperature, self.top_p).expand(count, -1)
