@@ -13,6 +13,7 @@ DEFENSES: Registry[Defense] = Registry(
         "trades": "advkit.defenses.adversarial.trades:TRADES",
         "pubdef": "advkit.defenses.adversarial.pubdef:PubDef",
         "bit-depth": "advkit.defenses.inputs.bit_depth:BitDepth",
+        "ppl_filter": "advkit.defenses.inputs.ppl_filter:PPLFilter",
         "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",
     },
     group="advkit.defenses",
