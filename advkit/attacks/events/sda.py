@@ -23,6 +23,7 @@ from advkit.threat_models.events import Flips
 
 DEFAULT_RULE = "pdsg"
 HELD = 2**24  # bits whose scores are kept at the same time: rows beyond that come in the next group
+LANE = 64  # candidates come in multiples of the oracle's own calls, which pads what is left over
 
 
 @dataclass(frozen=True)
@@ -245,15 +246,26 @@ def merged(parts: list[Found], x: Tensor) -> Found:
     return Found(*(torch.cat([vars(part)[name] for part in parts]) for name in Found.__dataclass_fields__))
 
 
-def _places(key: Tensor, among: Tensor, descending: bool = False) -> Tensor:
+def _places(key: Tensor, among: Tensor) -> Tensor:
     """Long [B, P]: each bit's place in the order of its key among the bits named; P for the others.
 
     The lower index comes first among equals.
     """
-    last = -torch.inf if descending else torch.inf
-    order = torch.where(among, key, last).sort(dim=1, descending=descending, stable=True).indices
+    order = torch.where(among, key, torch.inf).sort(dim=1, stable=True).indices
     place = torch.empty_like(order).scatter_(1, order, torch.arange(key.shape[1], device=key.device).expand_as(order))
     return torch.where(among & torch.isfinite(key), place, key.shape[1])
+
+
+def _ranked(key: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Long [n]: each value's place in the order of its key among those of its row, the first among equals first.
+
+    row: long [n], which of `rows` rows each value belongs to
+    """
+    order = key.sort(stable=True).indices
+    order = order[row[order].sort(stable=True).indices]
+    count = torch.bincount(row, minlength=rows)
+    start = (count.cumsum(0) - count)[row[order]]
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - start)
 
 
 def _best(key: Tensor, k: Tensor) -> Tensor:
@@ -287,11 +299,13 @@ class _Search:
     """One group of rows on its way.
 
     chosen: bool [B, P], the bits flipped so far; change: what each changed by itself, +inf for the others
+    point:  [B, P], the rows with these flips
     """
 
     def __init__(self, attack: SDA, oracle: TensorOracle, x: Tensor, goal: TensorGoal, threat: Flips, rng: Rng) -> None:
         self.attack, self.oracle, self.goal, self.threat, self.rng = attack, oracle, goal, threat, rng
         self.x, self.flat = x, x.flatten(1)
+        self.point = self.flat.clone()
         self.aim = goal.under("margin")
         self.allowed = threat.allowed(x).flatten(1)
         self.chosen = torch.zeros_like(self.allowed)
@@ -358,15 +372,15 @@ class _Search:
         rows = rows[~short]
         if not len(rows):
             return lost
-        aim, chosen = self.aim.take(rows), self.chosen[rows]
-        z = Flips.flipped(self.x[rows], chosen)
+        aim = self.aim.take(rows)
+        z = self.point.index_select(0, rows).view(-1, *self.x.shape[1:])
         # Through an oracle of just these rows, which notices where a gradient is zero.
         _, gradient, answer = self.oracle.take(rows).gradient(z, aim)
         self.asked[rows] += 1
         self.gradients[rows] += 1
         margin, reached = self._judged(answer, rows)
         # The untouched row counts as a success only where the victim's word here is the verdict's.
-        self.won[rows] = reached & (chosen.any(1) | self.oracle.decides)
+        self.won[rows] = reached & (self.chosen[rows].any(1) | self.oracle.decides)
         self.level[rows] = margin.clamp_min(0)
         downhill = -(1 - 2 * z) * gradient
         self.promise[rows] = downhill.flatten(1).clamp_min(0)
@@ -428,23 +442,37 @@ class _Search:
     def _select(self, row: Tensor, bit: Tensor, change: Tensor) -> None:
         self.chosen[row, bit] = True
         self.change[row, bit] = change
+        self.point[row, bit] = 1 - self.flat[row, bit]
+
+    def _unselect(self, row: Tensor, bit: Tensor) -> None:
+        self.chosen[row, bit] = False
+        self.point[row, bit] = self.flat[row, bit]
 
     def _single(self, row: Tensor, bit: Tensor) -> Tensor:
         """Rows as they stand with one bit more flipped, or one of their flips undone."""
-        chosen = self.chosen[row]
-        chosen[torch.arange(len(row), device=row.device), bit] ^= True
-        return chosen
+        # Whole rows are copied once: a mask over all their bits would cost more than a small network's forward.
+        z = self.point.index_select(0, row)
+        each = torch.arange(len(row), device=row.device)
+        z[each, bit] = 1 - z[each, bit]
+        return z
+
+    def _with(self, rows: Tensor, candidate: Tensor, row: Tensor, bit: Tensor) -> Tensor:
+        """Rows as they stand, [n, P], with more bits flipped or restored: those of their candidates, long [m]."""
+        z = self.point.index_select(0, rows)
+        z[candidate, bit] = 1 - self.point[row, bit]
+        return z
 
     def _ask(self, row: Tensor, made: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Margins and successes [n] of candidates, many rows' in one batch.
 
-        row: whose each is, long [n]; made: the flips of some of them, long -> bool [m, P]
+        row: whose each is, long [n]; made: some of them, long -> [m, P]
         """
         size = max(1, self.attack.chunk // max(1, self.flat.shape[1]))
+        size -= size % LANE if size > LANE else 0
         margins, successes = [self.level[:0]], [self.won[:0]]
         for part in torch.split(torch.arange(len(row), device=row.device), size):
             rows = row[part]
-            answer = self.oracle(Flips.flipped(self.x[rows], made(part)), rows)
+            answer = self.oracle(made(part).view(-1, *self.x.shape[1:]), rows)
             margin, reached = self._judged(answer, rows)
             margins.append(margin)
             successes.append(reached)
@@ -470,13 +498,10 @@ class _Search:
             return torch.zeros_like(helps)
         number = torch.full_like(self.asked, -1)
         number[index] = torch.arange(len(index), device=row.device)
-        own, what = number[row[helps]], bit[helps]
-        key = torch.zeros(len(index), self.flat.shape[1], dtype=margin.dtype, device=margin.device)
-        among = torch.zeros_like(key, dtype=torch.bool)
-        alone = torch.zeros_like(among)
-        key[own, what], among[own, what], alone[own, what] = margin[helps], True, reached[helps]
-        place = _places(key, among)
-        count = among.sum(1)
+        who, what = row[helps], bit[helps]
+        own = number[who]
+        place = _ranked(margin[helps], own, len(index))
+        count = torch.bincount(own, minlength=len(index))
         affords = count - 1 <= self.room(index) - 1
         count = torch.where(affords, count, 1)
         # The first bit alone was asked about already; prefixes of two and more have to be.
@@ -485,24 +510,27 @@ class _Search:
         length = torch.arange(len(owner), device=row.device) - start[owner] + 2
 
         def made(part: Tensor) -> Tensor:
-            mine = owner[part]
-            return self.chosen[index[mine]] | (place[mine] < length[part][:, None])
+            pairs = ((own == owner[part][:, None]) & (place < length[part][:, None])).nonzero()
+            return self._with(index[owner[part]], pairs[:, 0], who[pairs[:, 1]], what[pairs[:, 1]])
 
         _, hit = self._ask(index[owner], made)
         never = self.flat.shape[1] + 1
         shortest = torch.full_like(count, never)
         shortest.scatter_reduce_(0, owner[hit], length[hit], "amin")
-        shortest = torch.where((alone & (place == 0)).any(1), 1, shortest)
+        shortest[own[reached[helps] & (place == 0)]] = 1
         decided = shortest < never
-        first = (place[own] < shortest[own][:, None]).gather(1, what[:, None]).squeeze(1) & decided[own]
-        self._select(row[helps][first], what[first], change[helps][first])
+        first = (place < shortest[own]) & decided[own]
+        self._select(who[first], what[first], change[helps][first])
         self.won[index[decided]] = True
         return self.won[row]
 
     def _reduce(self, rows: Tensor) -> None:
         """Restore the longest run of flips, the least useful first, that the goal can spare; by binary search."""
-        count = self.chosen[rows].sum(1)
-        place = _places(self.change[rows].abs(), self.chosen[rows])
+        flips = self.chosen[rows].nonzero()
+        own, bit = flips[:, 0], flips[:, 1]
+        row = rows[own]
+        place = _ranked(self.change[row, bit].abs(), own, len(rows))
+        count = torch.bincount(own, minlength=len(rows))
         # The flips of a candidate are those from a place on; restoring the last one, too, leaves the untouched row.
         low, high, best = torch.zeros_like(count), count - 2, torch.zeros_like(count)
         while True:
@@ -510,13 +538,18 @@ class _Search:
             if not len(active):
                 break
             middle = (low[active] + high[active]) // 2
-            start = middle + 1
-            chosen = self.chosen[rows[active]] & (place[active] >= start[:, None])
-            _, reached = self._ask(rows[active], lambda part, chosen=chosen: chosen[part])  # type: ignore[misc]
-            best[active] = torch.where(reached, start, best[active])
+            start = torch.zeros_like(count)
+            start[active] = middle + 1
+            number = torch.full_like(count, -1)
+            number[active] = torch.arange(len(active), device=rows.device)
+            undone = place < start[own]
+            z = self._with(rows[active], number[own[undone]], row[undone], bit[undone])
+            _, reached = self._ask(rows[active], lambda part, z=z: z[part])  # type: ignore[misc]
+            best[active] = torch.where(reached, middle + 1, best[active])
             low[active] = torch.where(reached, middle + 1, low[active])
             high[active] = torch.where(reached, high[active], middle - 1)
-        self.chosen[rows] &= place >= best[:, None]
+        undone = place < best[own]
+        self._unselect(row[undone], bit[undone])
 
     def _prune(self, rows: Tensor) -> None:
         """Restore single flips, the one that leaves the lowest margin first, until none can be spared."""
@@ -530,5 +563,5 @@ class _Search:
             margin, reached = self._ask(row, lambda part, row=row, bit=bit: self._single(row[part], bit[part]))  # type: ignore[misc]
             best = _lowest(torch.where(reached, margin, torch.inf), row, len(self.x))
             best = best[(best >= 0) & reached[best]]
-            self.chosen[row[best], bit[best]] = False
+            self._unselect(row[best], bit[best])
             rows = row[best]

@@ -59,6 +59,10 @@ class _Leak:
                 torch.sub(x, potential - rest, out=out)
             self._of_inplace(out).add_(potential)
             return
+        if self.tau == 2 and not rest:
+            # One pass in place of four; halving is exact, so these are the same bits.
+            torch.add(x, potential, alpha=0.5, out=out)
+            return
         out.copy_(potential)
         if rest:
             out.sub_(rest)
@@ -73,18 +77,20 @@ def _simulated(x: Tensor, leak: _Leak, dynamics: Dynamics, keep: bool) -> tuple[
     """Charged potentials and spikes [T, B, ...]; without `keep` the potentials of the last step alone."""
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     potentials = torch.empty_like(spikes) if keep else spikes.new_empty((1, *spikes.shape[1:]))
-    potential: Tensor | None = None
+    after: Tensor | None = None
     for t in range(len(x)):
         charged = potentials[t if keep else 0]
-        leak.charge(charged, potential, x[t], dynamics)
-        fired = dynamics.fires(charged)
-        spikes[t] = fired
+        leak.charge(charged, after, x[t], dynamics)
+        fired = dynamics.fires(charged, spikes[t])
         if t + 1 < len(x):
-            potential = (
-                torch.sub(charged, spikes[t], alpha=dynamics.step)
-                if dynamics.reset is None
-                else charged.masked_fill(fired, dynamics.reset)
-            )
+            # Products with the spikes, which on a CPU take a fifth of what filling by a mask does.
+            after = torch.empty_like(charged) if after is None else after
+            if dynamics.reset is None:
+                torch.sub(charged, fired, alpha=dynamics.step, out=after)
+            else:
+                torch.addcmul(charged, charged, fired, value=-1, out=after)
+                if dynamics.reset:
+                    after.add_(fired, alpha=dynamics.reset)
     return potentials, spikes
 
 
@@ -151,7 +157,7 @@ class _Spike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, potential: Tensor, slope: Tensor, dynamics: Dynamics) -> Tensor:
         ctx.save_for_backward(slope)
-        return dynamics.fires(potential).to(potential.dtype)
+        return dynamics.fires(potential)
 
     @staticmethod
     @once_differentiable
@@ -349,7 +355,7 @@ class Stepped(nn.Module):
         neuron, dynamics = self.neuron, self.neuron.dynamics
         charged = neuron.leak().charged(self.potential, x, dynamics)
         if not (torch.is_grad_enabled() and charged.requires_grad):
-            spikes = dynamics.fires(charged).to(charged.dtype)
+            spikes = dynamics.fires(charged)
             self.potential = reset_potential(charged, spikes, dynamics, True)
             return spikes, charged
         rule = neuron.rule()

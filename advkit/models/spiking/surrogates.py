@@ -57,9 +57,12 @@ class Dynamics:
         """What a soft reset takes away."""
         return self.threshold if self.lowered is None else self.lowered
 
-    def fires(self, potential: Tensor) -> Tensor:
-        """Bool: which of the charged potentials spike."""
-        return potential > self.threshold if self.strict else potential >= self.threshold
+    def fires(self, potential: Tensor, out: Tensor | None = None) -> Tensor:
+        """Which of the charged potentials spike, 1.0 or 0.0; into `out` where it is given."""
+        out = torch.empty_like(potential) if out is None else out
+        if self.strict:
+            return torch.gt(potential, self.threshold, out=out)
+        return torch.ge(potential, self.threshold, out=out)
 
 
 @dataclass(frozen=True, kw_only=True)
