@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,9 @@ class _Momentum:
         self.velocity = accumulated(self.velocity, normalised(gradient), self.decay)
         return loss, self.velocity, answer
 
+    def note(self, row: int, figures: Mapping[str, Any]) -> None:
+        self.oracle.note(row, figures)
+
     def take(self, rows: Tensor) -> TensorOracle:
         return _Momentum(self.oracle.take(rows), self.decay, None if self.velocity is None else self.velocity[rows])
 
@@ -95,6 +98,9 @@ class _Averaged:
             more_loss, more_gradient, more_answer = self.oracle.gradient(x, goal, of)
             loss, gradient, answer = loss + more_loss, gradient + more_gradient, answer + more_answer
         return loss / self.draws, gradient / self.draws, answer / self.draws
+
+    def note(self, row: int, figures: Mapping[str, Any]) -> None:
+        self.oracle.note(row, figures)
 
     def take(self, rows: Tensor) -> TensorOracle:
         return _Averaged(self.oracle.take(rows), self.draws)

@@ -8,7 +8,8 @@ a row's bits do not depend on the batch it happens to travel in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,12 @@ class Lanes:
     chunk: int = 64
     multiple: int = 16
 
+    @staticmethod
+    def own(model: Any) -> Lanes | None:
+        """The shapes that a model wants to be called in; None where it does not say."""
+        said = getattr(model, "lanes", None)
+        return said if isinstance(said, Lanes) else None
+
     @classmethod
     def fitting(cls, x: Tensor) -> Lanes:
         """The default for rows like these: padded lanes on the CPU, plain large batches elsewhere.
@@ -58,6 +65,9 @@ class Lanes:
 
         Tried on the rows at hand, repeated up to 64; forward and, with `backward`, input gradient must agree.
         """
+        own = cls.own(model)
+        if own is not None:
+            return own
         lanes = cls.fitting(x)
         if lanes.multiple in (1, lanes.chunk) or not x.is_floating_point():
             return lanes
@@ -154,13 +164,16 @@ class _Segment:
 class Meter:
     """What the rows of one oracle have cost so far; long [rows] and bool [rows] tensors on the CPU.
 
-    A view that holds a row several times pays for it several times.
+    A view that holds a row several times pays for it several times. `tokens` is what models that count them sent
+    through their networks, all rows together: what is shared or remembered between rows is nobody's alone.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.detached = False
         self.calls = 0
+        self.tokens = 0
+        self._noted: dict[int, list[dict[str, Any]]] = {}
         self._segments: list[_Segment] = []
         self._scattered = torch.zeros(rows, dtype=torch.long)
         self._scattered_backwards = torch.zeros(rows, dtype=torch.long)
@@ -179,6 +192,14 @@ class Meter:
         if backward:
             self._scattered_backwards += torch.bincount(of, minlength=self.rows)
         self._scattered_bad[of[non_finite.cpu()]] = True
+
+    def note(self, row: int, figures: Mapping[str, Any]) -> None:
+        """Keep what an attack tells of one of the meter's rows."""
+        self._noted.setdefault(row, []).append({str(name): _plain(value) for name, value in figures.items()})
+
+    def noted(self, row: int) -> tuple[dict[str, Any], ...]:
+        """What was told of a row, in the order in which it was."""
+        return tuple(self._noted.get(row, ()))
 
     def _count(self, name: str) -> Tensor:
         total = torch.zeros(self.rows, dtype=torch.long)
@@ -233,6 +254,19 @@ class Meter:
         return chosen.nonzero().squeeze(1) if segment.rows is None else segment.rows.cpu()[chosen]
 
 
+def _plain(value: Any) -> Any:
+    """A JSON value that reads back as it was written; numbers that are not finite become None."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
 class MeteredOracle:
     """All an attack sees of a model.
 
@@ -241,8 +275,8 @@ class MeteredOracle:
     access:  NOTHING refuses all, LABELS answers one-hot decisions, SCORES the answers, GRADIENTS everything
     queries: answers each row may ask for; None is unlimited
     decides: its answers are the verdict's, so that a row which reached its goal may stop
-    lanes:   shapes of the calls; None pads on the CPU and leaves models in training mode alone, because batch
-             statistics would see the padding
+    lanes:   shapes of the calls, where the model does not say its own; None pads on the CPU and leaves models in
+             training mode alone, because batch statistics would see the padding
     data:    what labelled data the attacker holds, for attacks that need some; None where none was handed over
 
     Raises AccessDenied and BudgetExhausted.
@@ -266,7 +300,7 @@ class MeteredOracle:
         self.access = access
         self.queries = queries
         self.decides = decides
-        self.lanes = lanes
+        self.lanes = Lanes.own(model) or lanes
         self.meter = meter or Meter(rows)
         self._index = index
         self._segment = self.meter.segment(index)
@@ -286,6 +320,12 @@ class MeteredOracle:
         return MeteredOracle(
             self.model, len(index), self.access, self.queries, self.decides, self.lanes, self.meter, index, self.data
         )
+
+    def note(self, row: int, figures: Mapping[str, Any]) -> None:
+        """Keep what a step of the attack tells of one of this oracle's rows, for its record."""
+        if not 0 <= row < self.rows:
+            raise ValueError(f"a note on row {row} of an oracle that serves {self.rows}")
+        self.meter.note(int(self._global(torch.tensor([row]))), figures)
 
     @property
     def left(self) -> int | None:
@@ -365,9 +405,12 @@ class MeteredOracle:
         """The same rows and the same meter, but the questions go to `view(model)`.
 
         What white box means beyond a gradient: a tap that answers the features of a layer, a copy with another
-        backward rule, one member of an ensemble. `decides` where its answers are the verdict's still.
+        backward rule, one member of an ensemble. `decides` where its answers are the verdict's still. A view that asks
+        for no more than the scores of outputs, such as the next token's, says so in `needs`.
         """
-        self._white_box("the inside of the model")
+        least = max(Access.SCORES, getattr(view, "needs", Access.GRADIENTS))
+        if self.access < least:
+            self._white_box("the inside of the model" if least == Access.GRADIENTS else "scores of the model's outputs")
         return MeteredOracle(
             view(self.model),
             self.rows,
@@ -423,7 +466,10 @@ class MeteredOracle:
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
 
     def _forward(self, x: Tensor, lanes: Lanes | None) -> Tensor:
+        before = getattr(self.model, "tokens", 0)
         answer: Tensor = self.model(x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes))
+        if (after := getattr(self.model, "tokens", 0)) is not before:
+            self.meter.tokens += after - before
         return answer
 
     def _passed_back(self, gradient: Tensor, of: Tensor | None) -> Tensor:

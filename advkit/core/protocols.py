@@ -8,7 +8,7 @@ says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -87,7 +87,11 @@ class Rng(Protocol):
 
 
 class Model(Protocol[X_contra, Y_co]):
-    """Speaks the attacker's space; normalising, encoding and state resets happen inside."""
+    """Speaks the attacker's space; normalising, encoding and state resets happen inside.
+
+    One whose answers do not depend on the batch by its own means says in which shapes it wants to be called: `lanes`
+    (`core.oracle.Lanes`). One that counts the tokens it sends through its network holds the running total in `tokens`.
+    """
 
     @property
     def space(self) -> Any:
@@ -129,8 +133,42 @@ class ModelInfo:
     abstains: bool = False
 
 
+Figure = float | bool | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a finished attack on a batch leaves to look at, on the victim's side of the wall.
+
+    victim:   the protected model
+    ask:      its answers to rows, apart from the attack's meter
+    origin:   untouched rows
+    returned: what the attack returned, the origin where that is outside the threat model
+    handed:   what the victim got to see of it (see `ThreatModel.finish`)
+    clean, answer: the victim's answers to `origin` and `handed`
+    twins:    the rows that belong beside the origins and are never attacked; None where the task has none
+    rng:      streams of the rows, for what is drawn while looking
+    """
+
+    victim: Any
+    ask: Callable[[Any], Any]
+    origin: Any
+    returned: Any
+    handed: Any
+    clean: Any
+    answer: Any
+    twins: Any
+    rng: Rng
+
+
 class Goal(Protocol[Y_contra]):
-    """What the attacker wants, per row. Owns the loss: no attack ever sees a label."""
+    """What the attacker wants, per row. Owns the loss: no attack ever sees a label.
+
+    One that has more to say of an attack than whether it was reached also has `examine(evidence)`: named sequences of a
+    number, a truth value or None per row. They stand in the records as `figures` and are averaged over all rows, those
+    included on which the attack failed; truth values become rates. A rule that makes goals may refuse models:
+    `misfit(model)` says why, or None.
+    """
 
     kind: ClassVar[str]  # the report's word: untargeted, targeted, topk_ordered...
 
@@ -172,6 +210,10 @@ class Oracle(Protocol[X, Y]):
         """Loss [B], gradient of each row's loss w.r.t. that row, answer: one forward and one backward."""
         ...
 
+    def note(self, row: int, figures: Mapping[str, Any]) -> None:
+        """Keep what a step of the attack wants to tell of a row of this oracle; it ends in the record's `trace`."""
+        ...
+
     def take(self, rows: Tensor) -> Oracle[X, Y]:
         """The oracle of a subset of the rows."""
         ...
@@ -196,7 +238,8 @@ class ThreatModel(Protocol[X]):
     One that has more to say of a change than its distance also has `measures(x, origin)`, named figures per row
     (float [B] each): they stand in every record, and reports average them over the rows that fell. Where the budget is
     such a figure and one run serves many budgets, `levels()` names thresholds per measure: reports then give the share
-    of the attacked rows broken within each.
+    of the attacked rows broken within each. What it has to say of every row, fallen or not, it says in `examine`, as
+    goals do.
     """
 
     scenario: ClassVar[str]  # registry name of the scenario that plays it
@@ -244,7 +287,8 @@ class Attack(Protocol):
 
     An attack that is made for one goal or threat model names it in `default_goal` and `default_threat_model` (specs):
     what a command that does not say otherwise gets. One with a true `wants_data` finds the task's training data at
-    `oracle.data`.
+    `oracle.data`. One with a true `together` gets all rows of the evaluation in one batch, for what it makes of a row
+    depends on the others (one suffix for many prompts).
     """
 
     needs: ClassVar[Access]
@@ -278,12 +322,16 @@ class OnlineAttack(Perturb[X, Y], Protocol[X, Y]):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows handed out by a task. `goal` is what an untargeted attacker wants of them."""
+    """Rows handed out by a task. `goal` is what an untargeted attacker wants of them.
+
+    `twins` are rows that belong beside these and are never attacked, such as a harmless prompt beside a forbidden one.
+    """
 
     ids: tuple[str, ...]
     x: Any
     goal: Any
     labels: Tensor | None = None
+    twins: Any = None
 
 
 @dataclass(frozen=True)
@@ -312,7 +360,11 @@ class TaskDefaults:
 
 
 class Task(Protocol):
-    """Hands out rows; has a name, a version and a hash of its ids and bytes."""
+    """Hands out rows; has a name, a version and a hash of its ids and bytes.
+
+    One whose rows depend on the model (token ids) also has `bind(space)`, the same task in a model's space: its rows
+    are asked for only after that, and until then its own `space` is None.
+    """
 
     @property
     def name(self) -> str: ...
@@ -373,7 +425,9 @@ class Record:
 
     `margin` is the goal's margin of the victim's answer on the returned input and `closeness` that margin over the
     spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
-    has no meaning). `measures` are what the threat model measures of the change beside its distance.
+    has no meaning). `measures` are what the threat model measures of the change beside its distance. `figures` are what
+    goal and threat model say of the row whether it fell or not; `trace` is what the attack noted step by step, evidence
+    of how it went and of nothing else. The last two stand in a file only where there are any.
     """
 
     id: str
@@ -393,3 +447,5 @@ class Record:
     notes: tuple[str, ...] = field(default=())  # findings of this row: "non_finite", "zero_gradient"...
     message: str = ""
     measures: dict[str, float] = field(default_factory=dict, hash=False)
+    figures: dict[str, float | bool] = field(default_factory=dict, hash=False)
+    trace: tuple[dict[str, Any], ...] = field(default=(), hash=False)

@@ -319,6 +319,95 @@ class Tokens:
         )
 
 
+NOTHING, USER, SLOT, REPLY, REREAD = 0, 1, 2, 3, 4
+"""Roles of a transcript's positions: room, the user's own words, the attacker's tokens, the wanted reply, and words and
+attacker's tokens as they read once the whole chat was written down as text and read anew."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transcripts:
+    """Chats as tensors, long [B, 2, W]: token ids, and below them the role of each position.
+
+    tokenizer: says which ids there are, `vocabulary`, and who it is, `digest`
+    width:     W; None accepts any
+
+    Roles are 0 (nothing: room for an attacker, its id is -1), 1 (the user's words), 2 (an attacker's tokens), 3 (the
+    reply that is wanted) and 4 (words and attacker's tokens read anew from text). Tokens are read from left to right,
+    the reply comes last, and every row has one.
+    """
+
+    levels: ClassVar[None] = None
+
+    tokenizer: Any
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width < 1:
+            raise UsageError(f"transcripts of width {self.width}; expected at least 1, or none for any")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Transcripts) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"Transcripts(vocabulary={self.vocabulary}, width={self.width}, tokenizer {self.tokenizer.digest[:12]})"
+
+    def _key(self) -> tuple[str, int | None]:
+        return str(self.tokenizer.digest), self.width
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids; legal ones are 0 .. vocabulary - 1."""
+        return int(self.tokenizer.vocabulary)
+
+    def text(self) -> str:
+        """For messages and reports."""
+        return f"transcripts of {self.vocabulary} token ids"
+
+    def _shaped(self, x: Tensor) -> bool:
+        integers = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+        return integers and x.ndim == 3 and x.shape[1] == 2 and self.width in (None, x.shape[2])
+
+    def contains(self, x: Tensor) -> Tensor:
+        """Bool [B]: known roles and ids, a reply at the end."""
+        if _not_a_tensor(x, "") is not None:
+            raise BadInput(self.complaint(x) or "")
+        if not self._shaped(x):
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        ids, roles = x[:, 0], x[:, 1]
+        known = (roles >= NOTHING) & (roles <= REREAD)
+        held = torch.where(roles == NOTHING, ids == -1, (ids >= 0) & (ids < self.vocabulary))
+        reply = roles == REPLY
+        # Nothing but room may stand after the first token of the reply.
+        behind = (reply.cumsum(1) > 0) & ~reply & (roles != NOTHING)
+        return (known & held & ~behind).all(1) & reply.any(1)
+
+    def complaint(self, x: Any) -> str | None:
+        """None when every row is legal; else what was seen and the likely cause."""
+        wanted = f"transcripts, long [B, 2, {'W' if self.width is None else self.width}]"
+        problem = _not_a_tensor(x, wanted)
+        if problem is not None:
+            return problem
+        if not self._shaped(x):
+            return (
+                f"rows of shape {tuple(x.shape[1:])}, type {x.dtype}; this model wants {wanted}: it is a language "
+                "model, give it a task such as prompts"
+            )
+        legal = self.contains(x)
+        if bool(legal.all()):
+            return None
+        seen = f"{int((~legal).sum())} of {len(x)} rows are no transcripts"
+        ids = x[:, 0][x[:, 1] != NOTHING]
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary):
+            return (
+                f"{seen}: ids from {int(ids.min())} to {int(ids.max())}; expected [0, {self.vocabulary - 1}]: the task "
+                "is bound to another model's tokenizer"
+            )
+        return f"{seen}; expected roles 0 to 4, ids of -1 where there is nothing, and a reply after all the rest"
+
+
 @dataclass(frozen=True)
 class Rows:
     """A whole data set shaped at once (poisoning): exactly n rows, each legal in `item`.

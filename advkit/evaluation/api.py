@@ -118,10 +118,11 @@ def plan(
     if threat.scenario == "stream":
         threat = threat.agreed(getattr(strike, "k", None))
     victim = protected(model, guard, work, seed=seed, device=device, progress=progress)
+    asked, work = work, bound(work, victim.model.space)
     specs = {
         "attack": ATTACKS.label(strike),
         "defense": DEFENSES.label(guard),
-        "task": TASKS.label(work),
+        "task": TASKS.label(asked),
         "model": spec_of_model(model if model is not None else work.defaults.model, victim.model),
         "threat_model": THREAT_MODELS.label(threat),
         "goal": GOALS.label(rule),
@@ -160,6 +161,12 @@ def plan(
         return Plan(case, victim, trained, _claimed(case, guard))
     except UsageError as error:
         return Plan(case, victim, trained, None, str(error))
+
+
+def bound(task: Any, space: Any) -> Any:
+    """The task in a model's space, where its rows depend on one."""
+    bind = getattr(task, "bind", None)
+    return task if bind is None else bind(space)
 
 
 def _said(given: Any, attack: Any, part: str, defaults: TaskDefaults) -> Any:
@@ -223,6 +230,9 @@ def _oblivious(case: Case, undefended: Any) -> Case:
     A suite follows rows by the verdicts of the model it attacks, so one long attack takes its place.
     """
     base = case.threat.describe()
+    if base.get("norm") is None:  # no ball: the same rules, asked of the bare model
+        label = f"{case.label}@undefended"
+        return replace(case, label=label, surrogates=(("undefended", undefended),))
     norm = str(base["norm"]).lower()
     lattice = int(getattr(case.threat, "lattice", 0))
     ball: Any = Transfer(eps=base["eps"], norm=cast(Any, norm), lattice=lattice, sources=("undefended",))
@@ -394,9 +404,12 @@ def _execute(
             if other.surrogates:
                 ahead = diagnostics.black_box_beats_white_box(records, found, other.label, randomized=case.randomized)
                 findings += [ahead] if ahead else []
-        seconds = stores[1].seconds()
+        seconds, tokens = stores[1].seconds(), stores[1].tokens()
         for label, rows in by_label(found).items():
-            entry = attack_entry(other, label, rows, settings[label], len(extra_attacks) + 1, seconds.get(label, 0.0))
+            entry = attack_entry(
+                other, label, rows, settings[label], len(extra_attacks) + 1, seconds.get(label, 0.0),
+                tokens.get(label, 0),
+            )  # fmt: skip
             extra_attacks.append({**entry, "beside": True})
     if resolved.without:
         findings.append(
@@ -420,6 +433,7 @@ def _execute(
         extra_attacks=extra_attacks,
         per_sample=stores[0].path if lasting else None,
         command=command,
+        tokens=stores[0].tokens(),
     )
     if kept:
         content["reproducibility"]["speed"] = {"asked": str(case.speed), "kept": kept}

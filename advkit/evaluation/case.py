@@ -42,6 +42,8 @@ class Case:
     views:      the models under that speed, once a run has settled them (`fast.FastViews`); part of no digest
     exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
                 for the speed's precision; part of no digest
+    spent:      tokens that attacks sent through models that count them, by label, since the last record was written;
+                part of no digest
     """
 
     task: Task
@@ -64,6 +66,7 @@ class Case:
     speed: Speed = field(default_factory=Speed)
     views: Any = field(default=None, compare=False, repr=False)
     exact: frozenset[str] = field(default=frozenset(), repr=False)
+    spent: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.

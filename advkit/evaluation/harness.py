@@ -41,6 +41,9 @@ def preflight(case: Case) -> None:
             raise BadModel(
                 f"{name} is in training mode (dropout and batch statistics would answer): call .eval() on it first"
             )
+    misfit = getattr(case.rule, "misfit", None)
+    if misfit is not None and (reason := misfit(case.victim)):
+        raise UsageError(reason)
     first = next(iter(case.task.batches(min(case.batch_size, 64), n=case.n)))
     x = first.x.to(case.device)
     complaint = case.victim.space.complaint(x)
@@ -106,12 +109,13 @@ def _run(case: Case, store: Store, progress: Progress | None, crew: Crew | None)
     while True:
         try:
             for records, origin, returned in scenario.rounds(case, store.records, crew):
-                store.append(records, watch.lap(), examples=(origin, returned), keep=kept)
+                tokens = case.spent.pop(records[0].attack, 0) if records else 0
+                store.append(records, watch.lap(), examples=(origin, returned), keep=kept, tokens=tokens)
                 if progress:
                     progress(records, scenario.expected(case, store.records))
             break
         except torch.OutOfMemoryError:
-            if case.batch_size == 1:
+            if case.batch_size == 1 or getattr(case.attack, "together", False):
                 raise
             case = replace(case, batch_size=case.batch_size // 2)
             log.warning("out of memory: going on with batches of %d rows", case.batch_size)

@@ -58,6 +58,10 @@ class _Without:
         name = str(row)
         return Store.key(self.label, name) in self.done or (self.taken is not None and name not in self.taken)
 
+    def done_or_not(self) -> _Without:
+        """The same without a look at what is on record."""
+        return _Without({}, self.label, self.taken)
+
 
 class Evasion:
     """The attacker changes inputs of a finished model; one attack or a suite of them, judged row by row."""
@@ -103,19 +107,29 @@ def single_attack(
     """One attack on the rows whose ids are not skipped; batch by batch, in the task's order.
 
     lanes: tells the shapes of the calls where several attacks on the same models share them; None probes
+
+    An attack that makes something of all rows together gets all of them, those on record too where a run that was cut
+    short left some out: what is on record is not yielded again.
     """
     batches = case.task.batches(case.batch_size, skip=skip, n=case.n)
     first = next(batches, None)
     if first is None:
         return
+    together = bool(getattr(case.attack, "together", False))
+    if together:
+        everybody = skip.done_or_not() if isinstance(skip, _Without) else skip
+        batches = case.task.batches(case.n, skip=everybody, n=case.n)
+        first = next(batches)
     case = with_views(case)
     shapes = lanes_of(case) if lanes is None else lanes()
     waiting = chain([first], batches)
-    if crew is not None:
-        yield from crew.play(case, waiting, shapes)
+    plays = crew.play(case, waiting, shapes) if crew is not None else (played_alone(case, b, shapes) for b in waiting)
+    if not together:
+        yield from plays
         return
-    for batch in waiting:
-        yield played_alone(case, batch, shapes)
+    for records, origin, returned in plays:
+        new = [i for i, record in enumerate(records) if record.id not in skip]
+        yield [records[i] for i in new], origin[new], returned[new]
 
 
 def played_alone(case: Case, batch: Batch, lanes: Lanes) -> Played:
@@ -291,7 +305,8 @@ def fast_model(case: Case, x: Tensor) -> Any:
 def on_device(batch: Batch, device: str) -> Batch:
     """The same batch there."""
     labels = None if batch.labels is None else batch.labels.to(device)
-    return replace(batch, x=batch.x.to(device), goal=batch.goal.to(device), labels=labels)
+    twins = None if batch.twins is None else batch.twins.to(device)
+    return replace(batch, x=batch.x.to(device), goal=batch.goal.to(device), labels=labels, twins=twins)
 
 
 def attacked_model(case: Case) -> tuple[Any, bool]:
@@ -314,6 +329,8 @@ class _Asked(Exception):
 
 class _Curtain:
     """Stands where a model would: answers the first question as the untouched row was answered, with gradient zero."""
+
+    lanes: ClassVar[Lanes] = Lanes(1, 1)
 
     def __init__(self, answer: Tensor) -> None:
         self.answer = answer
@@ -384,6 +401,8 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
     no_gradient = torch.zeros(n, dtype=torch.bool)
     outside = torch.zeros(n, dtype=torch.bool)
     errors: dict[int, str] = {}
+    trace: dict[int, tuple[dict[str, Any], ...]] = {}
+    together = bool(getattr(case.attack, "together", False))
     model, decides = attacked_model(case)
     fast = fast_model(case, x)
 
@@ -398,12 +417,13 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
         except Exception as error:
-            if len(chosen) > 1:
+            if len(chosen) > 1 and not together:
                 for half in chosen.tensor_split(2):
                     attempt(half, asked)
                 return
-            errors[int(where)] = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
-            log.debug("row %s raised", batch.ids[int(where)], exc_info=True)
+            reason = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
+            errors.update(dict.fromkeys(where.tolist(), reason))
+            log.debug("row %s raised", batch.ids[int(where[0])], exc_info=True)
         else:
             if out.shape == x[chosen].shape:
                 returned[chosen] = out.detach().to(x.dtype)
@@ -416,6 +436,9 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
         cost[2, where] = per_answer * meter.queries
         met_non_finite[where] = meter.non_finite
         no_gradient[where] = meter.zero_gradient
+        trace.update((row, meter.noted(i)) for i, row in enumerate(where.tolist()))
+        if meter.tokens:
+            case.spent[case.label] = case.spent.get(case.label, 0) + meter.tokens
 
     exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=x.device)
     for chosen, asked in ((eligible & exact, model), (eligible & ~exact, fast)):
@@ -448,6 +471,7 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
     labels = None if batch.labels is None else batch.labels.cpu()
     before = decide(clean).cpu()
     attacked = eligible.cpu()
+    figures = judge.examine(verdict, returned, x, clean, goal, case.threat, batch.twins, rng.at("examine"))
     records = []
     for i, row in enumerate(batch.ids):
         if i in errors:
@@ -492,6 +516,8 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
                 notes=tuple(notes),
                 message=errors.get(i, ""),
                 measures={name: float(value[i]) for name, value in verdict.measures.items()},
+                figures=figures[i],
+                trace=trace.get(i, ()),
             )
         )
     return records, x, returned

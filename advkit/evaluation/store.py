@@ -19,12 +19,21 @@ if TYPE_CHECKING:
 
 _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
+_WHERE_ANY = ("figures", "trace")
+"""Fields that most records have nothing for: written only where they have."""
+
+
+def written(records: Iterable[Record]) -> tuple[str, ...]:
+    """Names of the fields that the lines of these records have."""
+    held = {name for record in records for name in _WHERE_ANY if getattr(record, name)}
+    return tuple(name for name in _NAMES if name not in _WHERE_ANY or name in held)
 
 
 def to_line(record: Record) -> str:
     """One line of JSON, keys in the record's order."""
     values = asdict(record)
-    return json.dumps({name: values[name] for name in _NAMES}, separators=(",", ":"))
+    said = {name: values[name] for name in _NAMES if name not in _WHERE_ANY or values[name]}
+    return json.dumps(said, separators=(",", ":"))
 
 
 def from_line(line: str) -> Record:
@@ -32,6 +41,7 @@ def from_line(line: str) -> Record:
     values = json.loads(line)
     values["outcome"] = Outcome(values["outcome"])
     values["notes"] = tuple(values["notes"])
+    values["trace"] = tuple(values.get("trace", ()))
     return Record(**values)
 
 
@@ -141,9 +151,11 @@ class Store:
         seconds: float = 0.0,
         examples: tuple[Tensor, Tensor] | None = None,
         keep: Container[str] = (),
+        tokens: int = 0,
     ) -> None:
         """Write and flush to disk; a record already there is an error of the caller.
 
+        tokens:   how many the attack sent through its models for these records, where those count them
         examples: origins and returned inputs of these records; those whose id is in `keep` are written beside them,
                   before the records, so that a row on record never lacks its example
         """
@@ -159,8 +171,9 @@ class Store:
         self._handle.flush()
         os.fsync(self._handle.fileno())
         if rows:
+            spent = {"attack": rows[0].attack, "rows": len(rows), "seconds": seconds}
             with self._timing.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"attack": rows[0].attack, "rows": len(rows), "seconds": seconds}) + "\n")
+                handle.write(json.dumps(spent | ({"tokens": tokens} if tokens else {})) + "\n")
 
     def _write_examples(self, rows: list[Record], examples: tuple[Tensor, Tensor], keep: Container[str]) -> None:
         chosen = [i for i, record in enumerate(rows) if record.id in keep]
@@ -180,6 +193,13 @@ class Store:
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds spent per attack label, over all starts of the run."""
+        return self._spent("seconds")
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens that attacks sent through models that count them, per attack label."""
+        return {label: int(number) for label, number in self._spent("tokens").items() if number}
+
+    def _spent(self, what: str) -> dict[str, float]:
         total: dict[str, float] = {}
         if self._timing.exists():
             for line in self._timing.read_text(encoding="utf-8").splitlines():
@@ -187,7 +207,7 @@ class Store:
                     entry = json.loads(line)
                 except json.JSONDecodeError:  # a line cut short by a crash; times are no evidence
                     continue
-                total[entry["attack"]] = total.get(entry["attack"], 0.0) + entry["seconds"]
+                total[entry["attack"]] = total.get(entry["attack"], 0.0) + entry.get(what, 0.0)
         return total
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from advkit import __version__
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.case import Case
 from advkit.evaluation.stats import DenominatorKind, rate
+from advkit.evaluation.store import written
 
 PROTOCOL_VERSION = "1"
 MOST_CLASSES_LISTED = 20
@@ -100,10 +101,29 @@ def headline(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     if c.eight_bit is not None and not getattr(case.threat, "lattice", 0):
         metrics["robust_accuracy_8bit"] = rate(c.eight_bit + settled, c.n, "all_samples")
     if len(by_label(records)) == 1:
+        metrics |= figured(case, records)
         for name, found in measured(records).items():
             for kind in ("mean", "median"):
                 metrics[f"{name}_{kind}"] = {"value": found[kind], "n": int(found["n"])}
     return metrics | within_levels(case, records)
+
+
+def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
+    """What goal and threat model said of the rows, those included on which the attack failed.
+
+    Truth values become rates over the rows of which they were said, numbers their mean.
+    """
+    values: dict[str, list[float | bool]] = defaultdict(list)
+    for record in records:
+        for name, value in record.figures.items():
+            values[name].append(value)
+    kind: DenominatorKind = getattr(case.rule, "denominator", "all_samples")
+    return {
+        name: rate(sum(map(bool, found)), len(found), kind)
+        if all(isinstance(value, bool) for value in found)
+        else {"value": float(np.mean(found)), "n": len(found)}
+        for name, found in values.items()
+    }
 
 
 def within_levels(case: Case, records: Iterable[Record]) -> dict[str, Any]:
@@ -133,7 +153,7 @@ def within_levels(case: Case, records: Iterable[Record]) -> dict[str, Any]:
 
 def per_class(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     """Robust accuracy of every class, for tasks with few classes."""
-    if case.task.classes > MOST_CLASSES_LISTED:
+    if case.task.classes > MOST_CLASSES_LISTED or getattr(case.task, "kind", "classification") != "classification":
         return {}
     names = case.task.class_names()
     groups: dict[int, list[Record]] = defaultdict(list)
@@ -149,7 +169,13 @@ def per_class(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def attack_entry(
-    case: Case, label: str, records: Sequence[Record], params: dict[str, Any], order: int, seconds: float
+    case: Case,
+    label: str,
+    records: Sequence[Record],
+    params: dict[str, Any],
+    order: int,
+    seconds: float,
+    tokens: int = 0,
 ) -> dict[str, Any]:
     """One line of the report's attack list."""
     c = count(records)
@@ -171,6 +197,8 @@ def attack_entry(
             "backward": sum(r.backwards for r in records),
         },
     }
+    if tokens:
+        entry["cost"]["tokens"] = tokens
     if c.unknown:
         entry["undecided"] = c.unknown
     if len(queries):
@@ -186,6 +214,8 @@ def attack_entry(
         }
     if measures := measured(records):
         entry["measures"] = measures
+    if figures := figured(case, records):
+        entry["figures"] = figures
     if within := within_levels(case, records):
         entry["within"] = within
     return entry
@@ -285,6 +315,7 @@ def build(
     per_sample: Path | None,
     command: str = "",
     indicators: dict[str, Any] | None = None,
+    tokens: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """The report of one case, with the figures that stand beside it."""
     info = case.victim.describe()
@@ -292,7 +323,9 @@ def build(
     ids = sorted({r.id for r in records})
     labels = by_label(records)
     attacks = [
-        attack_entry(case, label, found, params.get(label, {}), order, seconds.get(label, 0.0))
+        attack_entry(
+            case, label, found, params.get(label, {}), order, seconds.get(label, 0.0), (tokens or {}).get(label, 0)
+        )
         for order, (label, found) in enumerate(labels.items())
     ]
     if len(labels) > 1 and case.attack is not None:
@@ -309,7 +342,7 @@ def build(
         "created_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "advkit_version": __version__,
         "title": " | ".join(f"{k}={v}" for k, v in case.specs.items()),
-        "task": "classification",
+        "task": getattr(case.task, "kind", "classification"),
         "dataset": {
             "name": case.task.name,
             "version": case.task.version,
@@ -354,6 +387,8 @@ def build(
         "diagnostics": {"flags": list(flags)},
         "reproducibility": reproducibility(case, command or " ".join(["advkit", *sys.argv[1:]])),
     }
+    if cards := getattr(case.rule, "cards", None):
+        report["protocol"] |= {"search": case.rule.search, "judges": cards()}
     low, high = space_range(space)
     if low is not None and high is not None:
         report["dataset"]["input_range"] = [low, high]
@@ -364,7 +399,7 @@ def build(
             "path": per_sample.name,
             "sha256": hashlib.sha256(per_sample.read_bytes()).hexdigest(),
             "format": "jsonl",
-            "fields": list(Record.__dataclass_fields__),
+            "fields": list(written(records)),
         }
     return report
 

@@ -6,6 +6,8 @@ victim's own answer on it reaches the goal.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.oracle import Lanes, MeteredOracle
-from advkit.core.protocols import Access, Outcome
+from advkit.core.protocols import Access, Evidence, Figure, Outcome, Rng
 
 
 def decide(answer: Tensor) -> Tensor:
@@ -43,7 +45,8 @@ def handed_in(returned: Tensor, origin: Tensor, threat: Any) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the victim says of returned inputs; all tensors [B]."""
+    """What the victim says of returned inputs; all tensors [B], but for `handed`, the inputs that it saw, and `answer`,
+    what it answered to them."""
 
     admitted: Tensor
     finite: Tensor
@@ -54,6 +57,8 @@ class Verdict:
     distance: Tensor
     eight_bit: Tensor | None
     measures: dict[str, Tensor]
+    handed: Tensor
+    answer: Tensor
 
     def outcome(self, row: int, sound: bool, met_non_finite: bool) -> Outcome:
         """A row's outcome; `met_non_finite`: the victim answered NaN somewhere on the attack's way.
@@ -115,4 +120,35 @@ class Judge:
             distance=threat.distance(handed, origin).cpu(),
             eight_bit=None if eight_bit is None else eight_bit.cpu(),
             measures={} if measured is None else {k: v.cpu() for k, v in measured(handed, origin).items()},
+            handed=handed,
+            answer=answer,
         )
+
+    def examine(
+        self,
+        verdict: Verdict,
+        returned: Tensor,
+        origin: Tensor,
+        clean: Tensor,
+        goal: Any,
+        threat: Any,
+        twins: Any,
+        rng: Rng,
+    ) -> list[dict[str, float | bool]]:
+        """What goal and threat model have to say of every row, row by row; see `protocols.Goal`."""
+        said: dict[str, Sequence[Figure]] = {}
+        experts = [ask for part in (goal, threat) if (ask := getattr(part, "examine", None)) is not None]
+        if experts:
+            admitted = verdict.admitted.to(origin.device).view(-1, *(1,) * (origin.ndim - 1))
+            known = torch.where(admitted, returned, origin) if returned.shape == origin.shape else origin
+            evidence = Evidence(
+                self.victim, self.answer, origin, known, verdict.handed, clean, verdict.answer, twins, rng
+            )
+            for ask in experts:
+                said |= ask(evidence)
+        rows: list[dict[str, float | bool]] = [{} for _ in range(len(origin))]
+        for name, values in said.items():
+            for row, value in zip(rows, values, strict=True):
+                if value is not None and math.isfinite(value):
+                    row[name] = value if isinstance(value, bool) else float(value)
+        return rows

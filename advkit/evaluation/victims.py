@@ -52,6 +52,8 @@ def training_rng(seed: int) -> RowRng:
 
 
 def _row_shape(task: Any) -> tuple[int, ...]:
+    if task.space is None:  # its rows wait for a model's space: they have no shape before
+        return ()
     return tuple(next(iter(task.batches(1))).x.shape[1:])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -160,6 +160,9 @@ class _Remembered:
             self._seen = self.oracle.seen_as(lambda model: under_rule(model, rule), decides=self.decides)
         self.memory.rewind()
         return self._seen.gradient(x, goal)
+
+    def note(self, row: int, figures: Mapping[str, Any]) -> None:
+        self.oracle.note(row, figures)
 
     def take(self, rows: Tensor) -> TensorOracle:
         return _Remembered(self.oracle.take(rows), self.rule, None if self.memory is None else self.memory.take(rows))

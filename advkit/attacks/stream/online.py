@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -96,6 +96,9 @@ class _Undecided:
 
     def gradient(self, x: Tensor, goal: TensorGoal, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return self.oracle.gradient(x, goal, of)
+
+    def note(self, row: int, figures: Mapping[str, Any]) -> None:
+        self.oracle.note(row, figures)
 
     def take(self, rows: Tensor) -> TensorOracle:
         return _Undecided(self.oracle.take(rows))
