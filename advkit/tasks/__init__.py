@@ -19,6 +19,7 @@ TASKS: Registry[Task] = Registry(
         "fashion-mnist-dvs": "advkit.tasks.events:FashionMNISTDVS",
         "digits-dvs": "advkit.tasks.events:DigitsDVS",
         "events": "advkit.tasks.events:EventFolder",
+        "prompts": "advkit.tasks.prompts:Prompts",
     },
     group="advkit.tasks",
 )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from advkit.core.errors import UsageError
 from advkit.core.rng import RowRng
-from advkit.core.spaces import Binary, Box
+from advkit.core.spaces import REPLY, USER, Binary, Box, Transcripts
+from advkit.testing.language import PieceTokenizer, transcripts
 from advkit.testing.play import names, require
 from advkit.testing.victims import normal, uniform
 
@@ -202,15 +203,109 @@ THREAT_LAWS: dict[str, Callable[[Any], None]] = {
 }
 
 
+def _of_tokens(threat: Any) -> bool:
+    """Whether what it speaks of are transcripts with a slot."""
+    return callable(getattr(threat, "slotted", None))
+
+
+def _chats(threat: Any) -> tuple[Any, Tensor, list[Tensor]]:
+    """The threat model bound to a small tokenizer whose pieces grow together; rows; and candidates for each."""
+    pieces = ("<s>", "<u>", "<e>", "a", "b", "c", "d", "ab", "cd", "abc")
+    tokenizer = PieceTokenizer(pieces, special=pieces[:3], before="<s>", after="<u>", ends=("<e>",))
+    chats = transcripts(tokenizer, [("ca", "d"), ("dcba", "ab"), ("d", "cc"), ("abca", "b")], room=4 * threat.n + 16)
+    bound = threat.bind(Transcripts(tokenizer))
+    usable = bound.allowed().nonzero().squeeze(1)
+    lengths = sorted({1, max(1, bound.n // 2), bound.n})
+    drawn = [usable[(uniform(31 + most, 6, most) * len(usable)).long()] for most in lengths]
+    return bound, chats, drawn
+
+
+def _each_slotted(threat: Any) -> list[tuple[Any, Tensor, Tensor]]:
+    """(threat, rows with candidates, their origins)."""
+    bound, chats, drawn = _chats(threat)
+    return [(bound, bound.slotted(row, ids), row.expand(len(ids), -1, -1)) for row in chats for ids in drawn]
+
+
+def untouched_chats_are_admitted(threat: Any) -> None:
+    """A row without tokens of an attacker is within reach, at distance 0, and stays as it is when handed in."""
+    bound, chats, _ = _chats(threat)
+    require(bool(bound.admits(chats, chats).all()), "untouched rows are outside")
+    require(bool((bound.distance(chats, chats) == 0).all()), "an untouched row has a distance")
+    require(torch.equal(bound.finish(chats, chats), chats), "an untouched row is changed when handed in")
+
+
+def slots_hold_what_is_put_there(threat: Any) -> None:
+    """Candidates of allowed ids are admitted, at the distance of their length, and can be read out again."""
+    bound, chats, drawn = _chats(threat)
+    for row in chats:
+        for ids in drawn:
+            made = bound.slotted(row, ids)
+            origins = row.expand(len(ids), -1, -1)
+            require(bool(bound.admits(made, origins).all()), "a candidate of allowed ids is outside")
+            require(bool((bound.distance(made, origins) == ids.shape[1]).all()), "the distance is not the length")
+            read = torch.stack([bound.slot(one) for one in made])
+            require(torch.equal(read, ids), "the slot holds something else")
+
+
+def foreign_changes_are_refused(threat: Any) -> None:
+    """One more token than n, a changed word, a changed reply and ids out of range are not admitted."""
+    bound, chats, drawn = _chats(threat)
+    wider = replace(bound, n=bound.n + 1)
+    more = torch.cat((drawn[-1], drawn[-1][:, :1]), 1)
+    for row in chats:
+        origins = row.expand(len(more), -1, -1)
+        require(not bool(bound.admits(wider.slotted(row, more), origins).any()), "n + 1 tokens were admitted")
+        made = bound.slotted(row, drawn[0])
+        for role in (USER, REPLY):
+            place = int((made[0, 1] == role).nonzero()[0])
+            for token in (int(made[0, 0, place]) % 4 + 3, len(bound.allowed())):
+                changed = made.clone()
+                changed[:, 0, place] = token
+                require(not bool(bound.admits(changed, origins).any()), "a word that is not the attacker's changed")
+
+
+def what_arrives_is_admitted(threat: Any) -> None:
+    """A row handed in is admitted, and handing it in again changes nothing."""
+    for bound, made, origins in _each_slotted(threat):
+        done = bound.finish(made, origins)
+        require(bool(bound.admits(done, origins).all()), "a finished row is outside")
+        require(torch.equal(bound.finish(done, origins), done), "finishing twice is not finishing once")
+
+
+def chats_do_not_mix(threat: Any) -> None:
+    """What becomes of a row is the same in every batch."""
+    for bound, made, origins in _each_slotted(threat):
+        for ask in (bound.finish, bound.admits, bound.distance):
+            whole = ask(made, origins)
+            parts = torch.cat([ask(made[i : i + 1], origins[i : i + 1]) for i in range(len(made))])
+            require(torch.equal(whole, parts), "a row's result depends on the batch")
+
+
+TOKEN_LAWS: dict[str, Callable[[Any], None]] = {
+    law.__name__: law
+    for law in (
+        untouched_chats_are_admitted,
+        slots_hold_what_is_put_there,
+        foreign_changes_are_refused,
+        what_arrives_is_admitted,
+        chats_do_not_mix,
+    )
+}
+"""What a threat model with a slot for tokens owes its users; there is no walking in it."""
+
+
 def check_threat_law(name: str, threat: Any) -> None:
     """One law; its AssertionError starts with the law's name and the threat model."""
     try:
-        THREAT_LAWS[name](threat)
+        (THREAT_LAWS | TOKEN_LAWS)[name](threat)
     except AssertionError as broken:
         raise AssertionError(f"law {name}: {threat!r}: {broken}") from broken
 
 
 def check_threat_model(threat: Any) -> None:
-    """Every law on a ball whose eps fits rows [2, 4, 4] in [0, 1] and does not hold their box's opposite corner."""
-    for name in THREAT_LAWS:
+    """Every law on a ball whose eps fits rows [2, 4, 4] in [0, 1] and does not hold their box's opposite corner.
+
+    Threat models with a slot for tokens have laws of their own.
+    """
+    for name in TOKEN_LAWS if _of_tokens(threat) else THREAT_LAWS:
         check_threat_law(name, threat)

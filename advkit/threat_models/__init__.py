@@ -1,4 +1,4 @@
-"""Threat models and goals by name. Adding one is one file below this package and one line here."""
+"""Threat models, goals and judges by name. Adding one is one file below this package and one line here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ THREAT_MODELS: Registry[Any] = Registry(
         "online": "advkit.threat_models.online:Online",
         "minimum-l2": "advkit.threat_models.minimum:MinimumL2",
         "flips": "advkit.threat_models.events:Flips",
+        "suffix": "advkit.threat_models.tokens:Suffix",
     },
     group="advkit.threat_models",
 )
@@ -30,6 +31,18 @@ GOALS: Registry[Any] = Registry(
         "ordered-topk": "advkit.threat_models.goals.ordered_topk:OrderedTopKRule",
         "topk": "advkit.threat_models.goals.ordered_topk:TopKRule",
         "out-of-topk": "advkit.threat_models.goals.ordered_topk:OutOfTopKRule",
+        "says": "advkit.threat_models.goals.says:SaysRule",
     },
     group="advkit.goals",
+)
+
+JUDGES: Registry[Any] = Registry(
+    "judge",
+    {
+        "refusal": "advkit.threat_models.judges:RefusalStrings",
+        "exact": "advkit.threat_models.judges:ExactTarget",
+        "classifier:": "advkit.threat_models.judges:Classifier",
+        "python:": "advkit.threat_models.judges:PythonJudge",
+    },
+    group="advkit.judges",
 )

