@@ -82,7 +82,7 @@ def describe_threat(threat: Mapping[str, Any]) -> str:
     words = [name]
     eps = threat.get("eps_string") or threat.get("eps")
     if eps is not None and "eps" not in name:
-        words[0] += f" eps={eps}"
+        words[0] += f" of {eps}" if name == "suffix" else f" eps={eps}"
     words += [str(threat["goal"]).replace("_", " "), str(threat["knowledge"]).replace("_", " ")]
     if threat.get("query_budget") is not None:
         words.append(f"{threat['query_budget']} queries")
@@ -254,6 +254,11 @@ class Report:
         """The attacker wanted something else than a wrong answer: rows that stand are those that did not give it."""
         return bool(self._data["threat_model"]["goal"] != "untargeted")
 
+    @property
+    def of_text(self) -> bool:
+        """What is attacked writes text: a row is answered rightly where the wanted reply is held back."""
+        return bool(self._data["task"] == "text_generation")
+
     def rows(self, full: bool = False) -> list[Row]:
         """The summary as data: clean, attacks, worst case, other metrics.
 
@@ -276,19 +281,25 @@ class Report:
             if len(shown) < len(chosen):
                 yield Row(f"... {len(chosen) - len(shown)} weaker attacks", "", section=section)
 
-        rows = [_rate_row("clean", metrics["clean_accuracy"], "clean")]
+        clean = "target held back, untouched" if self.of_text else "clean"
+        rows = [_rate_row(clean, metrics["clean_accuracy"], "clean")]
         rows += lines(together, _SHOWN_ATTACKS, "attack")
         robust = metrics.get("robust_accuracy")
         if robust is not None:
             alone = "goal not reached" if self.other_goal else "robust accuracy"
+            alone = "target held back" if self.of_text else alone
             label = f"worst case of {len(together)} attacks" if len(together) > 1 else alone
             if self._data["protocol"]["aggregation"] == "mean_over_runs":
                 label = "mean over runs"
             rows.append(_rate_row(label, robust, "worst", metrics.get("attack_success_rate")))
         rows += lines(beside, _SHOWN_BESIDE, "beside")
         classes = {name: entry for name, entry in metrics.items() if name.startswith(_CLASS)}
+        told = {"clean_accuracy", "robust_accuracy", "attack_success_rate", *classes}
+        if self.of_text:
+            rows += _spent(together)
+            told |= set() if full else {name for name in metrics if "_asr_clean_" in name or name.startswith("tokens_")}
         for name, entry in metrics.items():
-            if name not in ("clean_accuracy", "robust_accuracy", "attack_success_rate", *classes):
+            if name not in told:
                 rows.extend(_metric_rows(_words(name), entry))
         if full or len(classes) < 4:
             for name, entry in classes.items():
@@ -326,7 +337,7 @@ class Report:
             success = self._rate("attack_success_rate")
             figure, name = robust, "Robust accuracy"
             if self.other_goal and success is not None and success["value"] is not None:
-                figure, name = success, "Attack success rate"
+                figure, name = success, "Exact target rate (greedy)" if self.of_text else "Attack success rate"
             words = [f"{name} {percent(figure['value'])}{_bracket(figure['ci'], ' ')} under {self.threat}; {how}."]
             norm = str(self._data["threat_model"].get("norm"))
             distance = self._value(f"{norm.lower()}_mean")
@@ -371,9 +382,9 @@ class Report:
         level = level_text(self._data["metrics"])
         table = Table(title=Text(self.title), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
         table.add_column("", overflow="fold")
-        table.add_column("accuracy", justify="right", no_wrap=True)
+        table.add_column("figure" if self.of_text else "accuracy", justify="right", no_wrap=True)
         table.add_column(level, justify="right", no_wrap=True)
-        table.add_column("success rate", justify="right", no_wrap=True)
+        table.add_column("exact target" if self.of_text else "success rate", justify="right", no_wrap=True)
         table.add_column("counts", overflow="fold")
         rows = self.rows()
         for i, row in enumerate(rows):
@@ -510,8 +521,17 @@ def _rate_row(label: str, rate: Mapping[str, Any], section: str, success: Mappin
 
 
 def _words(name: str) -> str:
-    spoken = {"tapm": "TAPM", "acc": "accuracy", "8bit": "after rounding to 8 bits"}
+    spoken = {"nll": "NLL", "asr": "ASR", "tapm": "TAPM", "acc": "accuracy", "8bit": "after rounding to 8 bits"}
     return " ".join(spoken.get(word, word) for word in name.split("_"))
+
+
+def _spent(attacks: list[dict[str, Any]]) -> Iterator[Row]:
+    """What the search of all attacks together took, in evaluations and in tokens."""
+    for word, key in (("evaluations", "forward"), ("tokens", "tokens")):
+        total = sum(attack["cost"].get(key, 0) for attack in attacks)
+        rows = max((attack["n_attacked"] for attack in attacks), default=0)
+        if total and rows:
+            yield Row(f"{word} per prompt", f"{total / rows:.4g}", "", "", f"{total} in all")
 
 
 def _metric_rows(label: str, entry: Any) -> Iterator[Row]:
