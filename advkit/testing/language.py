@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from advkit.core.errors import BadInput
+from advkit.core.spaces import REPLY, SLOT, USER
 from advkit.models.language.decoder import Decoder, Network, Shape
-from advkit.models.language.model import REPLY, SLOT, USER, LanguageModel
+from advkit.models.language.model import LanguageModel
 from advkit.models.language.tokenizers import Templated, Tokenizer, WordTokenizer, digest_of
 
 IMPOSSIBLE = -1e4

