@@ -1,7 +1,8 @@
 """The public contract kit: analytic victims, laws, and one check per kind of part.
 
 `check_attack(attack)`, `check_threat_model(threat)` and `check_defense(defense)` raise AssertionError at the first law
-that is broken, naming it; ATTACK_LAWS, THREAT_LAWS and DEFENSE_LAWS hold the laws one by one.
+that is broken, naming it; ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of
+tokens) and DEFENSE_LAWS hold the laws one by one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from advkit.testing.attack_laws import ATTACK_LAWS, Subject, check_attack, check_law, subjects
 from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, protect_twice, stripes
 from advkit.testing.play import BALLS, MINIMA, RADII, Played, accepts, aimed, play, shortened
-from advkit.testing.threat_laws import THREAT_LAWS, check_threat_law, check_threat_model
+from advkit.testing.text_laws import TEXT_LAWS, check_text_law, on_text
+from advkit.testing.threat_laws import THREAT_LAWS, TOKEN_LAWS, check_threat_law, check_threat_model
 from advkit.testing.victims import (
     Leaver,
     Linear,
@@ -28,7 +30,9 @@ __all__ = [
     "DEFENSE_LAWS",
     "MINIMA",
     "RADII",
+    "TEXT_LAWS",
     "THREAT_LAWS",
+    "TOKEN_LAWS",
     "Leaver",
     "Linear",
     "Played",
@@ -39,6 +43,7 @@ __all__ = [
     "check_attack",
     "check_defense",
     "check_law",
+    "check_text_law",
     "check_threat_law",
     "check_threat_model",
     "exhaustive",
@@ -46,6 +51,7 @@ __all__ = [
     "nan_off",
     "network",
     "noisy",
+    "on_text",
     "play",
     "protect_twice",
     "quantised",

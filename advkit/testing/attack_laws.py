@@ -31,6 +31,7 @@ from advkit.testing.play import (
     require,
     shortened,
 )
+from advkit.testing.text_laws import TEXT_LAWS, check_text_law, on_text
 from advkit.testing.victims import (
     Quadratic,
     exhaustive,
@@ -601,9 +602,13 @@ def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None
     """Every law in every ball that the attack accepts; at least one of them must be accepted.
 
     balls: norm -> maker of a ball from eps and box; the norms are keys of BALLS and MINIMA. Raises AssertionError at
-    the first law that is broken, naming it.
+    the first law that is broken, naming it. Attacks made for text have laws of their own (`TEXT_LAWS`) instead.
     """
     require(isinstance(attack.needs, Access), "law declares_its_access: `needs` is no Access")
+    if on_text(attack):
+        for name in TEXT_LAWS:
+            check_text_law(name, attack)
+        return
     found = subjects(attack, balls)
     require(found, f"law accepts_a_ball: {attack!r} refuses every ball of {', '.join(balls or BALLS | MINIMA)}")
     for subject in found.values():

@@ -122,7 +122,7 @@ class SuffixAttack(ABC):
         """The attack, and what it knows of the rows."""
         slots_only(threat, type(self).__name__.lower())
         index = torch.arange(len(x), device=x.device)
-        parts = (index,) if self.universal and len(x) else index.split(1)
+        parts = (index,) if self.universal and len(x) else torch.split(index, 1)
         searches = []
         for rows in parts:
             search = Search(self, oracle.take(rows), x[rows], goal.take(rows), threat, rng.take(rows))
@@ -439,7 +439,7 @@ class Search:
         """Bool [N]: which transcripts [n, N, 2, W] stay what they are when read anew from text, in all rows."""
         origin = self.x[:, None].expand_as(rows).flatten(0, 1)
         same = (self.threat.finish(rows.flatten(0, 1), origin) == rows.flatten(0, 1)).flatten(1).all(1)
-        return same.unflatten(0, rows.shape[:2]).all(0)
+        return same.view(rows.shape[:2]).all(0)
 
     @cached_property
     def limit(self) -> float | None:
@@ -471,7 +471,7 @@ class Search:
         self._count(rows.shape[1], int((rows[0, 0, 1] == SLOT).sum()), reads=True)
         logp = view(rows.flatten(0, 1), self._of(rows.shape[1])).double()
         worst = turn_perplexity(logp, rows.flatten(0, 1)).amax(1)
-        return worst.unflatten(0, rows.shape[:2]).amax(0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return worst.view(rows.shape[:2]).amax(0).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def _asked(self, length: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N] and successes [N, n] of transcripts [n, N, 2, W], on the CPU."""
@@ -659,7 +659,7 @@ def nucleus(logp: Tensor, top_p: float) -> Tensor:
     """The most likely ids that together have probability top_p, renormalised; the others at -inf."""
     if top_p >= 1:
         return logp
-    ranked, order = logp.sort(1, descending=True, stable=True)
+    ranked, order = logp.sort(dim=1, descending=True, stable=True)
     mass = ranked.exp().cumsum(1)
     kept = (mass - ranked.exp() < top_p).scatter(1, order, mass - ranked.exp() < top_p)
     return normal(torch.where(kept, logp, -torch.inf))
@@ -672,7 +672,7 @@ def draw_distinct(logp: Tensor, most: int, uniform: Tensor) -> tuple[Tensor, Ten
     is the law of drawing one after the other. Ids of probability 0 are never drawn, so that a row may get fewer.
     Returns owner and id, long [n], row by row in the order drawn.
     """
-    clock = torch.where(torch.isfinite(logp), (-torch.log1p(-uniform)).log() - logp, torch.inf)
+    clock = torch.where(logp.exp() > 0, (-torch.log1p(-uniform)).log() - logp, torch.inf)
     value, order = clock.topk(min(most, logp.shape[1]), largest=False, sorted=True)
     owner, place = (value < torch.inf).nonzero(as_tuple=True)
     return owner, order[owner, place]

@@ -49,6 +49,11 @@ class _Drawn(SuffixAttack):
     def _affordable(self, search: Search) -> int:
         return search.affordable(self.chunk, search.room)
 
+    @staticmethod
+    def uniforms(search: Search, count: int, start: int) -> Tensor:
+        """Uniform [count, l], one stream per suffix: how many are scored at a time is nobody's business."""
+        return torch.stack([search.noise((search.room,), "suffix", start + i) for i in range(count)])
+
     @abstractmethod
     def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
         """Suffixes number start to start + count, long [count, l]; None where there is no id to draw."""
@@ -66,9 +71,7 @@ class RandomSuffix(_Drawn):
         ids = search.allowed.nonzero().squeeze(1)
         if not len(ids):
             return None
-        # One stream per suffix, so that how many are scored at a time is nobody's business.
-        uniform = torch.stack([search.noise((search.room,), "suffix", start + i) for i in range(count)])
-        return ids[(uniform * len(ids)).long().clamp(max=len(ids) - 1)]
+        return ids[(self.uniforms(search, count, start) * len(ids)).long().clamp(max=len(ids) - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +99,16 @@ class SampledSuffix(_Drawn):
     def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
         """Suffixes number start to start + count."""
         ids = search.empty().expand(count, 0)
+        uniforms = self.uniforms(search, count, start)
         for place in range(search.room):
             logp = search.next(ids, self.temperature, self.top_p) if place else self._first(search, count)
             size = logp.shape[1]
-            uniform = torch.stack([search.noise((1,), "suffix", start + i, place)[0] for i in range(count)])
             if not bool(torch.isfinite(logp).any(1).all()):
                 return None
             mass = logp.exp().cumsum(1)
-            token = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0].clamp(max=size - 1)
+            token = torch.searchsorted(mass, (uniforms[:, place] * mass[:, -1])[:, None], right=True)[:, 0].clamp(
+                max=size - 1
+            )
             ids = torch.cat((ids, token[:, None]), 1)
         return ids
 

@@ -262,7 +262,7 @@ class _Walk:
 
     def _scored(self, ids: Tensor) -> Scored:
         """Candidates' scores, in as many questions as memory asks for."""
-        parts = [self.search.score(part) for part in ids.split(CHUNK)]
+        parts = [self.search.score(part) for part in torch.split(ids, CHUNK)]
         return parts[0] if len(parts) == 1 else together(parts)
 
 
@@ -292,7 +292,7 @@ def swapped(current: Tensor, top: Tensor, replace: int, position: Tensor, token:
 
 def unique(ids: Tensor) -> Tensor:
     """The rows without repetitions, in the order in which they first came."""
-    _, inverse = ids.unique(dim=0, return_inverse=True)
+    _, inverse = torch.unique(ids, dim=0, return_inverse=True)
     first = torch.full((int(inverse.max()) + 1,), len(ids), dtype=torch.long, device=ids.device)
     first.scatter_reduce_(0, inverse, torch.arange(len(ids), device=ids.device), "amin")
     return ids[first.sort().values]

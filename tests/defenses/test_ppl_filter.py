@@ -1,0 +1,110 @@
+"""The perplexity filter, and the attack that knows of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from advkit.attacks.text.baselines import RandomSuffix
+from advkit.attacks.text.beast import BEAST
+from advkit.core.errors import UsageError
+from advkit.core.oracle import MeteredOracle
+from advkit.core.protocols import Access, Data
+from advkit.core.rng import RowRng
+from advkit.defenses import DEFENSES
+from advkit.defenses.inputs.ppl_filter import HELD_BACK, REJECTION, Filtered, PPLFilter
+from advkit.evaluation.api import evaluate
+from advkit.models import MODELS
+from advkit.models.torch import is_model
+from advkit.testing.language import tiny_lm, transcript, transcripts
+from advkit.testing.victims import linear
+from advkit.threat_models.goals.says import Says
+from advkit.threat_models.tokens import Suffix
+
+RNG = RowRng.from_ids(0, ["defense"])
+PAIRS = [("w3 w4 w5", "w6 w7 w8"), ("w3 w5", "w9 w7"), ("w8", "w4")]
+
+
+def by_hand(model, row):
+    """Perplexity of the user's turn by one full forward."""
+    user = row[0][(row[1] == 1) | (row[1] == 2)].tolist()
+    whole = [*model.tokenizer.before, *user]
+    with torch.no_grad():
+        logp = model.network.run(torch.tensor([whole[:-1]]), None, len(user))[0].log_softmax(-1)
+    return math.exp(-float(logp[range(len(user)), user].mean()))
+
+
+def test_the_threshold_is_the_largest_clean_perplexity_and_what_lies_above_is_held_back():
+    model = tiny_lm(0)
+    x = transcripts(model.tokenizer, PAIRS)
+    clean = [by_hand(model, row) for row in x]
+    victim = PPLFilter().protect(model, Data(x, torch.zeros(3).long(), model.space, 2), RNG)
+    assert victim.max_perplexity == pytest.approx(max(clean), rel=1e-9)
+    assert torch.equal(victim(x), model(x))
+    assert not bool(victim.rejects(x).any())
+    odd = torch.stack([transcript(model.tokenizer, [i, j], "w3") for i in range(3, 12) for j in range(3, 12)])
+    above = torch.tensor([by_hand(model, row) > max(clean) for row in odd])
+    assert 0 < int(above.sum()) < len(odd)
+    assert torch.equal(victim.rejects(odd), above)
+    answer = victim(odd)
+    assert torch.equal(answer[~above], model(odd)[~above])
+    assert torch.equal(answer[above, 0], model(odd)[above, 0])
+    assert torch.allclose(answer[above, 0] - answer[above, 1], torch.tensor(HELD_BACK).double())
+    replies = victim.generate(odd, 2, RowRng.from_ids(0, [str(i) for i in range(len(odd))]), max_new_tokens=3)
+    assert [row == [REJECTION] * 2 for row in replies] == above.tolist()
+
+
+def test_the_filtered_model_is_a_model_with_a_name_and_a_hash_of_its_own():
+    model = tiny_lm(0)
+    one, two = (PPLFilter(threshold=limit).protect(model, None, RNG) for limit in (5.0, 6.0))
+    assert is_model(one)
+    assert one.attacker_view() is one
+    assert one.space == model.space
+    assert one.to("cpu") is one
+    assert len({victim.describe().state_sha256 for victim in (one, two, model)}) == 3
+    assert "ppl_filter" in one.describe().name
+    assert one.tokens == model.tokens
+    with pytest.raises(AttributeError):
+        _ = one.something_else
+
+
+def test_what_can_not_be_filtered_is_refused():
+    with pytest.raises(UsageError, match="language model"):
+        PPLFilter().protect(linear(), None, RNG)
+    with pytest.raises(UsageError, match="threshold"):
+        PPLFilter(threshold=0.5)
+    assert DEFENSES.build("ppl_filter:threshold=12").threshold == 12
+
+
+def test_an_attack_that_knows_of_the_filter_passes_it():
+    model = tiny_lm(0)
+    x = transcripts(model.tokenizer, PAIRS)
+    victim = Filtered(model, max(by_hand(model, row) for row in x))
+    threat = Suffix(n=6).bind(victim.space)
+
+    def run(attack):
+        oracle = MeteredOracle(victim, 3, Access.SCORES)
+        return attack.find(oracle, x, Says(torch.zeros(3).long()), threat, RowRng.from_ids(0, ["a", "b", "c"]))
+
+    # BEAST writes what the model itself goes on with; uniform tokens read badly, and only pass when they look for it.
+    for adaptive in (BEAST(k=6, length=6), RandomSuffix(length=6, evaluations=60)):
+        result = run(adaptive)
+        assert not bool(victim.rejects(result.x).any())
+        assert bool((result.score <= result.before).all())
+        assert bool((result.score < result.before).any())
+    blind = run(RandomSuffix(length=6, evaluations=60, max_perplexity=math.inf))
+    assert bool(victim.rejects(blind.x).any())
+    answer = victim(blind.x)
+    assert not bool((answer[:, 1] > answer[:, 0])[victim.rejects(blind.x)].any())
+
+
+@pytest.mark.slow
+def test_on_toychat_the_filter_costs_the_blind_attack_and_not_the_clean_prompts():
+    plain = {"task": "prompts", "model": "toychat", "defense": "ppl_filter", "goal": "says", "n": 8, "device": "cpu"}
+    report = evaluate("beast:k=8,length=8", **plain)
+    assert report.clean_accuracy == 1.0
+    toychat = MODELS.build("toychat")()
+    victim = PPLFilter().protect(toychat, None, RNG)
+    assert math.isfinite(victim.max_perplexity)
