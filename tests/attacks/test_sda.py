@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import advkit
 from advkit.attacks import ATTACKS
 from advkit.attacks.events import sda
 from advkit.attacks.events.sda import SDA, RandomFlips, TopKGrad
 from advkit.core.errors import BadModel, UsageError
 from advkit.core.oracle import MeteredOracle
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, Outcome
 from advkit.core.rng import RowRng
+from advkit.evaluation.store import read_records
+from advkit.models import MODELS
+from advkit.tasks import TASKS
 from advkit.threat_models.events import Flips
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -373,6 +378,74 @@ def test_the_baselines_need_more_flips():
     assert set(count(bound, net.x).tolist()) <= {0, 2, 4, 5}
     assert bool((bound >= net.x).all())
     assert RandomFlips().needs == Access.LABELS
+
+
+@pytest.fixture(scope="module")
+def filmed():
+    """The embedded spiking victim on filmed digits, a dozen rows it gets right, their labels and ids."""
+    task = TASKS.build("digits-dvs")
+    model = MODELS.build("zoo:digits-dvs-snn")(task.space.shape, task.classes, RowRng.from_ids(0, ["a"]))
+    batch = next(iter(task.batches(20)))
+    with torch.no_grad():
+        right = (model(batch.x).argmax(1) == batch.labels).nonzero().squeeze(1)[:12]
+    assert len(right) == 12
+    return model, batch.x[right], batch.labels[right], [batch.ids[row] for row in right.tolist()]
+
+
+def flipped(filmed, attack):
+    model, x, y, ids = filmed
+    result, meter = find(attack, model, x, Untargeted(y), ids=ids)
+    z = result.x if isinstance(attack, SDA) else result
+    with torch.no_grad():
+        assert bool((model(z).argmax(1) != y).all())
+    return count(z, x).double(), meter
+
+
+def test_effects_on_a_spiking_victim(filmed):
+    """Few flips under PDSG, many under a narrow surrogate, and far more at random; what the reduction saves."""
+    few, meter = flipped(filmed, SDA())
+    bits = filmed[1][0].numel()
+    assert float(few.mean()) <= 0.02 * bits
+    narrow, cost = flipped(filmed, SDA(surrogate="atan:alpha=50"))
+    assert float(few.mean()) <= 0.6 * float(narrow.mean())
+    assert int(cost.forwards.sum()) > 3 * int(meter.forwards.sum())
+    whole, _ = flipped(filmed, SDA(reduce=False))
+    assert bool((few <= whole).all())
+    assert float(few.mean()) <= 0.9 * float(whole.mean())
+    pruned, _ = flipped(filmed, SDA(prune=True))
+    assert bool((pruned <= few).all())
+    assert float(pruned.mean()) < 0.95 * float(few.mean())
+    drawn, _ = flipped(filmed, RandomFlips())
+    assert float(drawn.median()) >= 10 * float(few.median())
+    greedy, _ = flipped(filmed, TopKGrad())
+    assert float(greedy.mean()) > float(few.mean())
+
+
+@pytest.mark.parametrize("attack", [SDA(), SDA(prefix=True, prune=True, max_forwards=150)], ids=str)
+def test_rows_of_a_spiking_victim_are_their_own(filmed, attack):
+    model, x, y, ids = filmed
+    before = {name: value.clone() for name, value in model.state().items()}
+    whole, meter = find(attack, model, x, Untargeted(y), ids=ids)
+    for rows in (torch.tensor([7]), torch.tensor([3, 11, 4, 0, 9])):
+        part, alone = find(attack, model, x[rows], Untargeted(y[rows]), ids=[ids[row] for row in rows.tolist()])
+        assert torch.equal(part.x, whole.x[rows])
+        assert torch.equal(alone.forwards, meter.forwards[rows])
+    chunked = replace(attack, chunk=50 * x[0].numel())
+    assert torch.equal(find(chunked, model, x, Untargeted(y), ids=ids)[0].x, whole.x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state().items())
+    assert all(each.grad is None for each in model.module.parameters())
+    assert not any(each.training for each in model.module.modules())
+
+
+def test_rows_that_were_wrong_before_are_counted_apart(tmp_path):
+    report = advkit.evaluate("sda:steps=1", task="digits-dvs", n=60, device="cpu", out=tmp_path / "run")
+    records = read_records(tmp_path / "run" / "records.jsonl")
+    wrong = [record for record in records if record.outcome == Outcome.WRONG]
+    assert 0 < len(wrong) < 20
+    assert {record.forwards for record in wrong} <= {0, 1}
+    rate = report.to_dict()["metrics"]["attack_success_rate"]
+    assert rate["denominator"] == 60 - len(wrong)
+    assert rate["numerator"] == sum(record.outcome == Outcome.BROKEN for record in records)
 
 
 def test_senseless_settings_and_other_threat_models_are_refused():

@@ -122,6 +122,30 @@ def test_adversarials_of_a_rescaled_network_are_the_same_bits(victim) -> None:
     assert not torch.equal(attacked(model, x, y, "atan").z, attacked(other, x, y, "atan").z)
 
 
+def test_a_fixed_width_is_blind_on_a_rescaled_network(task) -> None:
+    """The embedded victim, of three small layers; deeper and wider ones blind it more, see `test_effects`."""
+    model = MODELS.build("zoo:digits-snn")(task.space.shape, task.classes, RowRng.from_ids(0, ["a"]))
+    x, y = right(model, task, 60)
+    other = rescaled(model, 16.0)
+    assert torch.equal(attacked(other, x, y, "pdsg").z, attacked(model, x, y, "pdsg").z)
+    for rule in ("atan", "sigmoid", "rect"):
+        known, blinded = (int(attacked(net, x, y, rule).reached.sum()) for net in (model, other))
+        assert known >= 40
+        assert blinded < 0.35 * known
+
+
+@pytest.mark.parametrize("surrogate", ["pdsg", "[pdsg:stats=batch]"])
+def test_a_batch_of_one_is_attacked(victim, surrogate: str) -> None:
+    """Where a layer has one value, its deviation must not become NaN: sign(NaN) = 0 would return the row untouched."""
+    _, x, y = victim
+    dense = MODELS.build("snn:widths=,hidden=1,time=1")((1, 8, 8), 10, RowRng.from_ids(0, ["a"]))
+    for model in (dense, victim[0]):
+        found = attacked(model, x[:1], y[:1], surrogate.strip("[]"))
+        assert not bool(found.meter.non_finite.any())
+        assert not bool(found.meter.zero_gradient.any())
+        assert float((found.z - x[:1]).abs().max()) > 0.05
+
+
 @pytest.mark.parametrize("surrogate", ["pdsg", "assg", "hart"])
 def test_rows_are_attacked_by_themselves(victim, surrogate: str) -> None:
     model, x, y = victim
@@ -197,6 +221,11 @@ def test_effects(task) -> None:
     assert share["pdsg"] >= 3 * share["atan:alpha=50"]
     assert share["pdsg"] >= 0.6 * share["atan"]
     assert share["ensemble"] >= max(share.values())
-    other = rescaled(model, 16.0)
-    assert torch.equal(attacked(other, x, y, "pdsg").z, attacked(model, x, y, "pdsg").z)
-    assert float(attacked(other, x, y, "atan").reached.float().mean()) < 0.25 * share["atan"]
+    wide = trained("snn:widths=16+32,hidden=64", task.training(), 20, lr=2e-3)
+    x, y = right(wide, task, 150)
+    other = rescaled(wide, 16.0)
+    assert torch.equal(attacked(other, x, y, "pdsg").z, attacked(wide, x, y, "pdsg").z)
+    for rule in ("atan", "sigmoid", "rect"):
+        known, blinded = (float(attacked(net, x, y, rule).reached.float().mean()) for net in (wide, other))
+        assert known > 0.4
+        assert blinded < 0.25 * known
