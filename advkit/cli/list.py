@@ -18,6 +18,7 @@ REGISTRIES = {
     "tasks": "advkit.tasks:TASKS",
     "models": "advkit.models:MODELS",
     "goals": "advkit.threat_models:GOALS",
+    "judges": "advkit.threat_models:JUDGES",
 }
 
 
@@ -36,7 +37,7 @@ def list(
     kind: Annotated[str | None, typer.Argument(help=" | ".join(REGISTRIES), show_default="all of them")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
-    """List attacks, defenses, threat models, tasks, models and goals; `advkit show NAME` says more of one."""
+    """List attacks, defenses, threat models, tasks, models, goals and judges; `advkit show NAME` says more of one."""
     kinds = [*REGISTRIES] if kind is None else [registry_of(kind).plural]
     found = {
         each: [

@@ -170,10 +170,14 @@ def bound(task: Any, space: Any) -> Any:
 
 
 def _said(given: Any, attack: Any, part: str, defaults: TaskDefaults) -> Any:
-    """What was asked for, else what the attack is made for, else what the task is usually evaluated under."""
+    """What was asked for, else what the attack is made for, else what the task is usually evaluated under.
+
+    Where an attack and the task name the same part, and the attack by its name alone, the task says how.
+    """
     if given is not None:
         return given
-    return getattr(attack, f"default_{part}", None) or getattr(defaults, part)
+    made_for, usual = getattr(attack, f"default_{part}", None), str(getattr(defaults, part))
+    return usual if made_for in (None, "", usual.partition(":")[0]) else made_for
 
 
 def wants_data(attack: Any, threat: Any) -> bool:

