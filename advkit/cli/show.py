@@ -21,6 +21,24 @@ _EXAMPLES = {
     "model": "advkit evaluate --attack pgd --model {spec}",
     "goal": "advkit evaluate --attack pgd --goal {spec}",
 }
+_OF_TEXT = {
+    "attack": "advkit evaluate --attack {spec} --task prompts",
+    "defense": "advkit evaluate --attack beast --defense {spec} --task prompts",
+    "threat model": "advkit evaluate --attack beast --threat-model {spec} --task prompts",
+    "task": "advkit evaluate --attack beast --task {spec}",
+    "model": "advkit evaluate --attack beast --model {spec} --task prompts:set=general",
+    "goal": "advkit evaluate --attack beast --goal {spec} --task prompts",
+    "judge": "advkit evaluate --attack beast --goal says:judges=[{spec}] --task prompts",
+}
+_TEXT = (
+    "attacks.text",
+    "ppl_filter",
+    "threat_models.tokens",
+    "tasks.prompts",
+    "models.language",
+    "goals.says",
+    "judges",
+)
 # what the fields alone can't say: a radius that fits the norm, a field that is empty by default and must not stay so
 _ARGUMENTS = {
     "linf": "eps=8/255",
@@ -38,7 +56,10 @@ def _example_value(field: FieldInfo) -> str:
 
 def example(signature: Signature) -> str:
     """A command that uses the name; words in capitals are for the user to fill in."""
-    template = _EXAMPLES[signature.kind]
+    of_text = any(f".{part}" in signature.target for part in _TEXT)
+    template = (_OF_TEXT if of_text else _EXAMPLES)[signature.kind]
+    if signature.name == "toychat":
+        template = template.removesuffix(":set=general")
     required = [field for field in signature.fields if field.default is None]
     if signature.name.endswith(":"):
         return template.format(spec=f"{signature.name}{_example_value(signature.fields[0])}")
