@@ -51,7 +51,7 @@ class TextGame:
 
 def on_text(attack: Any) -> bool:
     """Whether the attack is made for transcripts: its own threat model is a slot for tokens."""
-    return getattr(attack, "default_threat_model", "").partition(":")[0] == "suffix"
+    return str(getattr(attack, "default_threat_model", "")).partition(":")[0] == "suffix"
 
 
 def brief(attack: Any) -> Any:

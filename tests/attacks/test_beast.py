@@ -435,3 +435,12 @@ def test_wider_beams_find_better_suffixes_on_toychat():
         )
         means.append(float(result.score.mean()))
     assert means[0] > means[1] + 0.1 > means[2] + 0.2
+
+
+def test_dropped_candidates_count_so_that_every_search_ends():
+    model = tiny_lm(0)
+    x = prompts(model)[:1]
+    for attack in (RandomSuffix(length=3, evaluations=50), SampledSuffix(length=3, evaluations=50)):
+        result = found(replace(attack, max_perplexity=1.01), model, x)
+        assert int(result.evaluations) == 50
+        assert torch.equal(result.x, x)

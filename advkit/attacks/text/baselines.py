@@ -11,6 +11,8 @@ from torch import Tensor
 from advkit.attacks.text.base import Search, SuffixAttack
 from advkit.core.errors import UsageError
 
+BLOCK = 64  # suffixes that one stream of random numbers serves
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Drawn(SuffixAttack):
@@ -51,8 +53,11 @@ class _Drawn(SuffixAttack):
 
     @staticmethod
     def uniforms(search: Search, count: int, start: int) -> Tensor:
-        """Uniform [count, l], one stream per suffix: how many are scored at a time is nobody's business."""
-        return torch.stack([search.noise((search.room,), "suffix", start + i) for i in range(count)])
+        """Uniform [count, l]; blocks of suffixes have streams of their own, however many are scored at a time."""
+        first = start // BLOCK
+        blocks = range(first, (start + count - 1) // BLOCK + 1)
+        drawn = torch.cat([search.noise((BLOCK, search.room), "suffixes", block) for block in blocks])
+        return drawn[start - first * BLOCK :][:count]
 
     @abstractmethod
     def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
@@ -106,10 +111,8 @@ class SampledSuffix(_Drawn):
             if not bool(torch.isfinite(logp).any(1).all()):
                 return None
             mass = logp.exp().cumsum(1)
-            token = torch.searchsorted(mass, (uniforms[:, place] * mass[:, -1])[:, None], right=True)[:, 0].clamp(
-                max=size - 1
-            )
-            ids = torch.cat((ids, token[:, None]), 1)
+            token = torch.searchsorted(mass, (uniforms[:, place] * mass[:, -1])[:, None], right=True)
+            ids = torch.cat((ids, token.clamp(max=size - 1)), 1)
         return ids
 
     def _first(self, search: Search, count: int) -> Tensor:
