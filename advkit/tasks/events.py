@@ -429,7 +429,8 @@ class EventFolder(ClassificationTask):
     split:  sub-folder that is evaluated; "." where the classes lie in `path` itself
     frames: frames per row; recordings are cut so that every frame holds as many events. Archives of frames must have
             that many already
-    height: rows of the sensor; width: its columns (34 for N-MNIST, 128 for CIFAR10-DVS and DVS-Gesture)
+    height: rows of the sensor (34 for N-MNIST, 128 for CIFAR10-DVS and DVS-Gesture)
+    width:  its columns
     limit:  rows: the first so many in the order of the hashes of the file names; 0 for all
     train:  training rows from path/train, likewise
 

@@ -83,7 +83,9 @@ class RandomSuffix(_Drawn):
 class SampledSuffix(_Drawn):
     """The best of `evaluations` suffixes that the model itself goes on with after the user's words.
 
-    length: tokens of every suffix; temperature, top_p: of the distribution they are drawn from
+    length:      tokens of every suffix
+    temperature: of the distribution they are drawn from
+    top_p:       the likeliest tokens that together have this share of it are drawn from
     """
 
     temperature: float = 1.0
