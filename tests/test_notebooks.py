@@ -27,6 +27,7 @@ def test_all_are_there() -> None:
         "02_your_own_model_and_attack.ipynb",
         "03_which_k_images.ipynb",
         "04_ordered_topk.ipynb",
+        "05_spiking_events.ipynb",
     ]
 
 
@@ -137,3 +138,36 @@ def test_ordered_topk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = [float(found) for found in re.findall(r"([0-9.]+) % within L2", said)]
     assert len(held) == 9
     assert min(held) > 40
+
+
+@pytest.mark.slow
+def test_spiking_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(NOTEBOOKS[4], tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 3
+    assert len(outputs(notebook, "image/gif")) == 1
+    assert (tmp_path / "here" / "runs" / "sda" / "flips.gif").stat().st_size < 100_000
+    from advkit.evaluation.report import Report
+
+    runs = tmp_path / "here" / "runs"
+    filmed = Report.load(runs / "sda" / "report.json")
+    assert filmed.attack_success_rate == 1
+    assert filmed.metrics["l0_percent_median"]["value"] < 0.5
+    median = [Report.load(runs / f"digits-{n}" / "report.json").metrics["l0_median"]["value"] for n in range(6)]
+    pdsg, pruned, _, narrow, greedy, drawn = median
+    # what the text says: a bad gradient costs flips, chance ten times as many as that
+    assert pruned < pdsg < greedy < narrow < drawn / 10
+    robust = [Report.load(runs / f"rule-{n}" / "report.json").robust_accuracy or 0.0 for n in range(6)]
+    assert min(robust[:2]) > 0.7 > 0.4 > max(robust[2:])
+    assert robust[5] == min(robust)
+    said = "".join(outputs(notebook, "stream"))
+    assert "same answers: True" in said
+    assert re.search(r"pdsg +adversarial examples identical: True", said)
+    assert re.search(r"atan +adversarial examples identical: False", said)
+    known, blind = (
+        float(found) for found in re.findall(r"atan +(?:as it is|times 16) +attack success rate +([0-9.]+)", said)
+    )
+    assert blind < 0.3 * known
+    both, added, deleted = (
+        float(found) for found in re.findall(r"flips:n=40\S* +attack success rate +([0-9.]+)", said)
+    )
+    assert both > max(added, deleted) > 20

@@ -331,6 +331,13 @@ def test_the_surrogate_is_the_attacker_s_choice():
     assert model.asked == ["pdsg"]
     assert bool(meter.zero_gradient.all())
     assert int(other.forwards.sum()) > int(found.forwards.sum())
+    # Without a gradient all bits are drawn: every row from its own stream, whatever company it has.
+    goal = Untargeted(net.y)
+    for rows in (torch.tensor([9]), torch.arange(ROWS).flip(0)[:6]):
+        ids = [net.ids[row] for row in rows.tolist()]
+        part, alone = find(SDA(surrogate="own"), model, net.x[rows], goal.take(rows), ids=ids)
+        assert torch.equal(part.x, other.x[rows])
+        assert torch.equal(alone.forwards, meter.forwards[rows])
     assert bool(on(net, SDA(surrogate="own"))[0].reached.any())
     with pytest.raises(UsageError, match="spik"):
         on(net, SDA(surrogate="atan"))

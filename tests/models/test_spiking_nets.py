@@ -18,7 +18,7 @@ from advkit.models import MODELS
 from advkit.models.checkpoint import load_checkpoint, save_checkpoint
 from advkit.models.spiking import RULES
 from advkit.models.spiking.encoders import Direct, Frames, Integer, Poisson
-from advkit.models.spiking.model import SpikingModel, neurons, under_rule
+from advkit.models.spiking.model import SpikingModel, neurons, stepped, under_rule
 from advkit.models.spiking.nets import SpikingNet
 from advkit.models.spiking.neurons import LIF, Neuron
 from advkit.models.torch import TorchModel, as_model
@@ -479,6 +479,10 @@ def test_neurons_that_look_like_spikingjellys(mode: str, v_reset: float | None, 
         model(frames[:, :, :11])  # fails inside
     assert torch.allclose(model(frames), expected.mean(0), atol=1e-6)
     assert torch.allclose(model(frames[2:3]), expected.mean(0)[2:3], atol=1e-6)
+    for each in stepped(model.module):
+        assert each.potential is None  # nor is a graph kept alive
+        each.step(torch.full((6, 20), 0.9))
+    assert torch.allclose(model(frames), expected.mean(0), atol=1e-6)
     assert all(torch.equal(node.v, v) for node, v in zip(nodes, left_over, strict=True))  # the caller's own
     twice = gradient(model, frames), gradient(model, frames)
     assert torch.equal(*twice)

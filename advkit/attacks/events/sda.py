@@ -277,8 +277,11 @@ def _best(key: Tensor, k: Tensor) -> Tensor:
     border = values.gather(1, (k - 1).clamp_min(0)[:, None])
     above = key > border
     equal = key == border
-    room = (k - above.sum(1))[:, None]
-    return (above | (equal & (equal.cumsum(1) <= room))) & (k > 0)[:, None]
+    room = k - above.sum(1)
+    tied = (equal.sum(1) > room).nonzero().squeeze(1)
+    if len(tied):
+        equal[tied] &= equal[tied].cumsum(1) <= room[tied, None]
+    return (above | equal) & (k > 0)[:, None]
 
 
 def _lowest(value: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -382,9 +385,9 @@ class _Search:
         # The untouched row counts as a success only where the victim's word here is the verdict's.
         self.won[rows] = reached & (self.chosen[rows].any(1) | self.oracle.decides)
         self.level[rows] = margin.clamp_min(0)
-        downhill = -(1 - 2 * z) * gradient
-        self.promise[rows] = downhill.flatten(1).clamp_min(0)
-        self.tried[rows] = False
+        downhill = (2 * z).sub_(1).mul_(gradient).clamp_min_(0)
+        self.promise.index_copy_(0, rows, downhill.flatten(1))
+        self.tried.index_fill_(0, rows, False)
         return lost
 
     def _judged(self, answer: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -394,7 +397,7 @@ class _Search:
 
     def _flip(self, live: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """One iteration: the rows that moved, long, and those of `live` that can't get on, bool."""
-        open_ = self.allowed[live] & ~self.chosen[live]
+        open_ = self.allowed.index_select(0, live) & ~self.chosen.index_select(0, live)
         left = open_.sum(1)
         wanted = ((step + 1) * self.attack.k_init * torch.ones_like(left)).minimum(left)
         # One question is kept for the look at what comes of the flips.
@@ -407,7 +410,7 @@ class _Search:
             moved = torch.zeros_like(self.won)
             moved[row] = True
             return moved.nonzero().squeeze(1), ~moved[live]
-        place = (picked & ~self.tried[live]).nonzero()
+        place = (picked & ~self.tried.index_select(0, live)).nonzero()
         row, bit = live[place[:, 0]], place[:, 1]
         margin, reached = self._ask(row, lambda part: self._single(row[part], bit[part]))
         change = margin.clamp_min(0) - self.level[row]
@@ -428,7 +431,7 @@ class _Search:
 
     def _keys(self, live: Tensor, open_: Tensor, k: Tensor, step: int) -> Tensor:
         """What bits are ranked by: contributing ones by their gradient, the others at random below them."""
-        key = self.promise[live]
+        key = self.promise.index_select(0, live)
         contributes = open_ & (key > 0)
         key = torch.where(contributes, key, -1.0)
         # Where all the bits are taken there is nothing to draw for.
