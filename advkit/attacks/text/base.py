@@ -499,7 +499,7 @@ class Search:
 
     def _answer(self, rows: Tensor, of: Tensor) -> Tensor:
         attack = self.attack
-        if attack.aggregate == "nll" and attack.under is None:  # the mean is what an ensemble answers anyway
+        if attack.aggregate == "nll" and attack.under is None and len(self._models) <= 1:
             return self.oracle(rows, of)
         view = self.asking(
             "score", attack.under or (lambda model: model), lambda answers: combined(answers, attack.aggregate)
