@@ -286,14 +286,14 @@ python benchmarks/spiking.py --rounds {rounds} --out docs/spiking_speed.md
 
 One CPU thread, torch {torch}. Times are CPU seconds; ratios are medians of {rounds} rounds in which the sides take
 turns in one process. Rows, calls and bytes are counted. Milliseconds and rows per second depend on the machine and on
-what else runs there.
+what else runs there; on a busy one, ratios near 1 differ by up to ten points from run to run.
 
 ## Attacks beside the bare network
 
 `sda` as it is by default, `pgd` with ten steps under PDSG. Candidates of all rows share batches. *Padding*: rows sent
 through the network beyond those that the attack asked about; calls have fixed shapes, so that a row's bits never depend
 on its batch. *Beside its calls*: the attack over the bare network on the very same calls; this is what the attack and
-the harness add. *Beside full calls*: over the bare network on as many rows, forward and backward, in full calls of 64;
+the harness add, and at most 15 % is the goal. *Beside full calls*: over the bare network on as many rows, forward and backward, in full calls of 64;
 this includes what padding and small calls cost, and is large where few rows are attacked at a time.
 
 {harness}
