@@ -293,8 +293,9 @@ what else runs there; on a busy one, ratios near 1 differ by up to ten points fr
 `sda` as it is by default, `pgd` with ten steps under PDSG. Candidates of all rows share batches. *Padding*: rows sent
 through the network beyond those that the attack asked about; calls have fixed shapes, so that a row's bits never depend
 on its batch. *Beside its calls*: the attack over the bare network on the very same calls; this is what the attack and
-the harness add, and at most 15 % is the goal. *Beside full calls*: over the bare network on as many rows, forward and backward, in full calls of 64;
-this includes what padding and small calls cost, and is large where few rows are attacked at a time.
+the harness add, and at most 15 % is the goal. *Beside full calls*: over the bare network on as many rows, forward and
+backward, in full calls of 64; this includes what padding and small calls cost, and is large where few rows are attacked
+at a time.
 
 {harness}
 
