@@ -56,7 +56,7 @@ def search(
     return found, time.process_time() - start
 
 
-# ---- tokens per step -------------------------------------------------------------------------------------------------
+
 
 
 def tokens_per_step() -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def tokens_per_step() -> list[dict[str, Any]]:
     return lines
 
 
-# ---- GCG beside nanoGCG ----------------------------------------------------------------------------------------------
+
 
 
 def as_llama(model: LanguageModel) -> Any:
@@ -248,7 +248,7 @@ def _settings(width: int, topk: int) -> dict[str, Any]:
     return {"width": width, "topk": topk, "length": 20}
 
 
-# ---- toychat ---------------------------------------------------------------------------------------------------------
+
 
 
 def judged(model: LanguageModel, x: Tensor, found: Tensor, n: int) -> dict[str, float]:
@@ -329,7 +329,7 @@ def _over(runs: list[dict[str, float]]) -> dict[str, Any]:
     return {**mean, "exact_seeds": [run["exact"] for run in runs]}
 
 
-# ---- SmolLM2 ---------------------------------------------------------------------------------------------------------
+
 
 WANTED = (
     ("What is the capital of France?", "I like green apples.", 5, 10, ""),
@@ -379,7 +379,7 @@ def smollm2(dtype: str, rows: int) -> list[dict[str, Any]]:
     return lines
 
 
-# ---- paper -----------------------------------------------------------------------------------------------------------
+
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
