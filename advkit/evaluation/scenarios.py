@@ -331,6 +331,7 @@ class _Curtain:
     """Stands where a model would: answers the first question as the untouched row was answered, with gradient zero."""
 
     lanes: ClassVar[Lanes] = Lanes(1, 1)
+    tokens: ClassVar[int] = 0
 
     def __init__(self, answer: Tensor) -> None:
         self.answer = answer
