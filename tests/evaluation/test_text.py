@@ -290,3 +290,11 @@ def test_from_names_to_a_report_on_the_embedded_model(tmp_path):
     assert metrics["clean_refusal"]["value"] == metrics["benign_accuracy"]["value"] == 1.0
     assert metrics["target_nll_after"]["value"] < metrics["target_nll_before"]["value"]
     assert report.trustworthy
+
+
+def test_a_setting_without_an_end_is_reported_as_text():
+    assert api._plain({"max_perplexity": float("inf"), "steps": 2, "eps": 0.5}) == {
+        "max_perplexity": "inf",
+        "steps": 2,
+        "eps": 0.5,
+    }
