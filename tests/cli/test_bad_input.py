@@ -408,8 +408,9 @@ def test_ctrl_c_in_process(advkit: Any, victim: str, monkeypatch: pytest.MonkeyP
 def test_ctrl_c_of_a_process(victim: str, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "advkit", "evaluate", "--task", "digits", "--model", victim, "--no-plots", "--device",
-        "cpu", "--attack", "pgd:steps=100,stop=false", "--n", "100", "--batch-size", "2", "--out",
+        "cpu", "--attack", "pgd:steps=400,stop=false", "--n", "100", "--batch-size", "2", "--out",
     ]  # fmt: skip
+    # Long enough that a busy machine can't be through before the signal comes.
     env = {**os.environ, "ADVKIT_CACHE": str(tmp_path / "cache")}
     process = subprocess.Popen(
         [*command, str(tmp_path / "cut")], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
