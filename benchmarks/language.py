@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import Found, Search, SuffixAttack
+from advkit.attacks.text.base import Found, SuffixAttack
 from advkit.attacks.text.baselines import RandomSuffix, SampledSuffix
 from advkit.attacks.text.beast import BEAST
 from advkit.attacks.text.gcg import GCG
+from advkit.attacks.text.search import Search
 from advkit.core.oracle import MeteredOracle, frozen
 from advkit.core.rng import RowRng
 from advkit.core.spaces import SLOT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from advkit.attacks.text.base import Search
+from advkit.attacks.text.questions import Desk, settled
+from advkit.attacks.text.search import Search
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
@@ -59,4 +60,10 @@ class Watched:
 def searching(attack, model, x, ids=IDS, **threat):
     oracle = MeteredOracle(model, len(x), Access.SCORES)
     suffix = Suffix(**{"n": 8, **threat}).bind(model.space)
-    return Search(attack, oracle, x, says(len(x)), suffix, RowRng.from_ids(0, ids[: len(x)]))
+    rng = RowRng.from_ids(0, ids[: len(x)])
+    return Search(attack, oracle, x, says(len(x)), suffix, rng, torch.arange(len(x)))
+
+
+def told(search, steps):
+    """What a part of a search returns; its questions are answered."""
+    return settled(steps, search.rows, Desk(search.oracle, search.goal))

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.stats import chisquare
-from suffixes import IDS, PROMPTS, Watched, found, nll, prompts, says, searching
+from suffixes import IDS, PROMPTS, Watched, found, nll, prompts, says, searching, told
 
-from advkit.attacks.text.base import combined, draw_distinct, normal, nucleus, turn_perplexity
 from advkit.attacks.text.baselines import RandomSuffix, SampledSuffix
 from advkit.attacks.text.beast import BEAST
+from advkit.attacks.text.search import combined, draw_distinct, normal, nucleus, turn_perplexity
 from advkit.core.errors import UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
@@ -111,7 +111,7 @@ def found_law(model):
     """Probabilities of the first token, special ones left out."""
     row = transcript(model.tokenizer, "w3 w4", "w5", room=2)
     search = searching(BEAST(k=1, length=1), model, row[None])
-    p = search.next(search.empty())[0].exp()
+    p = told(search, search.next(search.empty()))[0].exp()
     whole = model.continuing()(row[None])[0].softmax(0)
     expected = torch.where(search.allowed, whole, 0.0)
     assert torch.allclose(p, expected / expected.sum())
@@ -153,7 +153,7 @@ def test_scores_are_exact_on_a_table():
     model = table_lm(table)
     row = transcript(model.tokenizer, "w3", "w4 w5", room=3)
     search = searching(BEAST(k=1), model, row[None])
-    scored = search.score(torch.tensor([[6, 7], [7, 4]]))
+    scored = told(search, search.score(torch.tensor([[6, 7], [7, 4]])))
     # <assistant> (id 1) stands before the reply: no suffix reaches past it.
     by_hand = -(table[1, 4].log() + table[4, 5].log()) / 2
     assert scored.score.tolist() == pytest.approx([float(by_hand)] * 2, abs=1e-12)
@@ -178,15 +178,17 @@ def test_a_model_of_nan_ends_cleanly():
         def __call__(self, x):
             return torch.full((len(x), 2), torch.nan)
 
+        def continuing(self):
+            return lambda x: torch.full((len(x), 12), torch.nan)
+
     model = tiny_lm(0)
     x = prompts(model)
     for attack in (BEAST(k=3, length=4), RandomSuffix(length=2, evaluations=9)):
         result = found(attack, Nowhere(model), x)
         assert torch.equal(result.x, x)
         assert result.score.tolist() == [math.inf] * 3
-    search = searching(BEAST(), model, x[:1])
-    search._views["next"] = lambda rows, of: torch.full((len(rows), 1, 12), torch.nan)
-    logp = search.next(search.empty())
+    search = searching(BEAST(), Nowhere(model), x[:1])
+    logp = told(search, search.next(search.empty()))
     assert search.draw(logp, 3, "child")[0].tolist() == []
 
 
@@ -227,7 +229,7 @@ def test_universal_sums_scores_and_logits_over_the_prompts():
     assert wide.score.tolist() == pytest.approx([sums[best]] * 2, abs=1e-9)
     search = searching(BEAST(universal=True), model, x, forbid="none")
     logits = model.continuing()(x).sum(0)
-    assert torch.allclose(search.next(search.empty())[0], logits.log_softmax(0))
+    assert torch.allclose(told(search, search.next(search.empty()))[0], logits.log_softmax(0))
     assert BEAST(universal=True).together
     assert not BEAST().together
     # The order of the prompts is nobody's business.
@@ -326,7 +328,7 @@ def test_places_are_continued_from_what_stands_before_them():
         text = [0, *model.tokenizer.encode(before), 8, 9]
         with torch.no_grad():
             expected = model.network.run(torch.tensor([text]), None, 1)[0, 0].log_softmax(0)
-        assert torch.allclose(search.next(ids)[0], expected)
+        assert torch.allclose(told(search, search.next(ids))[0], expected)
         result = found(BEAST(k=3, length=3), model, row[None], place=place)
         assert bool(Suffix(n=8, place=place).bind(model.space).admits(result.x, row[None]).all())
 
@@ -340,9 +342,9 @@ def test_candidates_that_do_not_survive_as_text_are_dropped():
     for ids in [survivor.ids[0].tolist(), *survivor.beams[0][0].tolist()]:
         assert tokenizer.encode(tokenizer.decode(ids)) == ids
     search = searching(BEAST(require_retokenizable=True), model, x)
-    scored = search.score(torch.tensor([[3, 4], [5, 6]]))  # "a" + "b" reads as "ab"
+    scored = told(search, search.score(torch.tensor([[3, 4], [5, 6]])))  # "a" + "b" reads as "ab"
     assert torch.isfinite(scored.score).tolist() == [False, True]
-    none_left = search.score(torch.tensor([[3, 4]]))
+    none_left = told(search, search.score(torch.tensor([[3, 4]])))
     assert torch.isfinite(none_left.score).tolist() == [True]
 
 

@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
-from suffixes import IDS, Watched, found, nll, prompts, says, searching
+from suffixes import IDS, Watched, found, nll, prompts, says, searching, told
 
-from advkit.attacks.text.base import Scored
 from advkit.attacks.text.baselines import RandomSuffix
 from advkit.attacks.text.gcg import GCG, _Walk, swapped, unique
+from advkit.attacks.text.search import Scored
 from advkit.core.errors import AccessDenied, UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
@@ -30,10 +30,25 @@ def walking(attack, model, x, **threat):
     """A walk before its first step."""
     search = searching(attack, model, x, **threat)
     search.oracle.access = Access.GRADIENTS
-    search.begin()
+    told(search, search.begin())
     walk = _Walk(attack, search)
-    assert walk.start()
+    assert told(search, walk.start())
     return walk
+
+
+def gradient_of(walk, ids):
+    return told(walk.search, walk.gradient(ids))
+
+
+def stepping(walk, given):
+    """A step of a walk whose candidates are given."""
+
+    def drawn(step):
+        yield from ()
+        return given
+
+    walk._drawn = drawn
+    return told(walk.search, walk.step(0))
 
 
 @pytest.mark.parametrize("loss", ["ce", "mellowmax"])
@@ -42,7 +57,7 @@ def test_the_gradient_is_that_of_finite_differences(loss):
     row = transcript(model.tokenizer, "w3 w4", "w5 w6", room=3)
     walk = walking(GCG(length=3, loss=loss, alpha=2.0), model, row[None])
     ids = walk.current
-    gradient = walk.gradient(ids)
+    gradient = gradient_of(walk, ids)
     view = model.relaxed(walk._slotted[0], loss, 2.0)
     hot = torch.nn.functional.one_hot(ids, 8).double()
     step = 1e-5
@@ -62,9 +77,9 @@ def test_gradients_of_several_rows_and_models_add_up():
     parts = []
     for model, row in itertools.product((one, two), x):
         walk = walking(GCG(length=3), model, row[None])
-        parts.append(walk.gradient(torch.tensor([3, 4, 5])))
+        parts.append(gradient_of(walk, torch.tensor([3, 4, 5])))
     walk = walking(GCG(length=3, universal=True), Ensemble((one, two)), x)
-    assert torch.allclose(walk.gradient(torch.tensor([3, 4, 5])), sum(parts) / 2, atol=1e-10)
+    assert torch.allclose(gradient_of(walk, torch.tensor([3, 4, 5])), sum(parts) / 2, atol=1e-10)
 
 
 def test_candidates_differ_where_and_by_what_they_may():
@@ -89,7 +104,7 @@ def test_a_step_keeps_to_the_most_promising_ids():
     watched = Watched(model)
     row = transcript(model.tokenizer, "w3 w4", "w5 w6", room=4)[None]
     walk = walking(attack, model, row)
-    start, gradient = walk.current, walk.gradient(walk.current)
+    start, gradient = walk.current, gradient_of(walk, walk.current)
     gradient[:, :3] = math.inf  # special ids
     top = gradient.argsort(1)[:, :3]
     gcg(attack, watched, row)
@@ -121,14 +136,12 @@ def test_a_step_goes_to_the_best_of_its_candidates_even_uphill():
     row = transcript(model.tokenizer, "w3 w4", "w5 w6", room=2)[None]
     walk = walking(GCG(length=2), model, row)
     given = torch.tensor([[3, 4], [5, 6], [7, 8]])
-    walk._drawn = lambda step: given
-    assert walk.step(0)
+    assert stepping(walk, given)
     scores = [nll(model, row[0], ids.tolist()) for ids in given]
     best = min(range(3), key=lambda i: scores[i])
     assert walk.current.tolist() == given[best].tolist()
     worst = max(range(3), key=lambda i: scores[i])
-    walk._drawn = lambda step: given[worst : worst + 1]
-    assert walk.step(1)
+    assert stepping(walk, given[worst : worst + 1])
     assert walk.current.tolist() == given[worst].tolist()
     assert walk.search.best.score <= scores[best]
 

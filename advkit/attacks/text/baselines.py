@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import Search, SuffixAttack
+from advkit.attacks.text.base import SuffixAttack
+from advkit.attacks.text.questions import Steps
+from advkit.attacks.text.search import Search
 from advkit.core.errors import UsageError
 
 BLOCK = 64  # suffixes that one stream of random numbers serves
@@ -31,17 +33,17 @@ class _Drawn(SuffixAttack):
         if self.evaluations is None and self.tokens is None and self.seconds is None:
             raise UsageError("nothing ends the drawing; give evaluations, tokens or seconds")
 
-    def seek(self, search: Search) -> None:
+    def seek(self, search: Search) -> Steps[None]:
         """Draw and score until a budget ends."""
         start = 0
         while search.goes_on():
             most = self._affordable(search)
             if not most:
                 return
-            drawn = self.drawn(search, most, start)
+            drawn = yield from self.drawn(search, most, start)
             if drawn is None:
                 return
-            scored = search.score(drawn)
+            scored = yield from search.score(drawn)
             search.offer(scored)
             search.note(scored)
             if search.succeeded:
@@ -60,7 +62,7 @@ class _Drawn(SuffixAttack):
         return drawn[start - first * BLOCK :][:count]
 
     @abstractmethod
-    def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
+    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count, long [count, l]; None where there is no id to draw."""
 
 
@@ -71,8 +73,9 @@ class RandomSuffix(_Drawn):
     length: tokens of every suffix
     """
 
-    def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
+    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count."""
+        yield from ()  # nothing is asked
         ids = search.allowed.nonzero().squeeze(1)
         if not len(ids):
             return None
@@ -103,12 +106,14 @@ class SampledSuffix(_Drawn):
         """The tokens read while drawing are paid for, too."""
         return search.affordable(self.chunk, search.room, 1, 0, range(1, search.room))
 
-    def drawn(self, search: Search, count: int, start: int) -> Tensor | None:
+    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count."""
         ids = search.empty().expand(count, 0)
         uniforms = self.uniforms(search, count, start)
         for place in range(search.room):
-            logp = search.next(ids, self.temperature, self.top_p) if place else self._first(search, count)
+            # All start from the same distribution: it is asked for once.
+            logp = yield from search.next(ids if place else search.empty(), self.temperature, self.top_p)
+            logp = logp.expand(count, -1)
             size = logp.shape[1]
             if not bool(torch.isfinite(logp).any(1).all()):
                 return None
@@ -116,7 +121,3 @@ class SampledSuffix(_Drawn):
             token = torch.searchsorted(mass, (uniforms[:, place] * mass[:, -1])[:, None], right=True)
             ids = torch.cat((ids, token.clamp(max=size - 1)), 1)
         return ids
-
-    def _first(self, search: Search, count: int) -> Tensor:
-        """All suffixes start from the same distribution: it is asked for once."""
-        return search.next(search.empty(), self.temperature, self.top_p).expand(count, -1)

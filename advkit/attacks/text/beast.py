@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import Objective, Search, SuffixAttack, one_of
+from advkit.attacks.text.base import Objective, SuffixAttack, one_of
+from advkit.attacks.text.questions import Steps
+from advkit.attacks.text.search import Search
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 
@@ -95,7 +97,7 @@ class BEAST(SuffixAttack):
         """Tokens drawn for each of them."""
         return self.k if self.k2 is None else self.k2
 
-    def seek(self, search: Search) -> None:
+    def seek(self, search: Search) -> Steps[None]:
         """Grow the beam until it is long enough or a budget ends."""
         beam = search.empty()
         for step in range(self.length):
@@ -107,13 +109,13 @@ class BEAST(SuffixAttack):
             most = search.affordable(wanted, length, len(beam), beam.shape[1], free)
             if not most:
                 return
-            candidates = self._grown(search, beam, self.beam if step == 0 else self.children, most, step)
+            candidates = yield from self._grown(search, beam, self.beam if step == 0 else self.children, most, step)
             if not len(candidates):
                 return
             if self.compat and step == 0:
                 beam = candidates
                 continue
-            scored = search.score(candidates)
+            scored = yield from search.score(candidates)
             search.offer(scored)
             search.note(scored)
             beam, scores = scored.best(self.beam)
@@ -121,14 +123,15 @@ class BEAST(SuffixAttack):
             if search.succeeded or not len(beam):
                 return
 
-    def _grown(self, search: Search, beam: Tensor, children: int, most: int, step: int) -> Tensor:
+    def _grown(self, search: Search, beam: Tensor, children: int, most: int, step: int) -> Steps[Tensor]:
         """The beam's continuations, long [n, l + ngram], no two alike in the drawn child."""
-        logp = search.next(beam, self.temperature, self.top_p)
+        logp = yield from search.next(beam, self.temperature, self.top_p)
         owner, token = search.draw(logp, children, "child", step)
         grown = torch.cat((beam[owner], token[:, None]), 1)[:most]
         for free in range(1, self.ngram):
             if not len(grown):
                 break
-            owner, token = search.draw(search.next(grown, self.temperature, self.top_p), 1, "free", step, free)
+            logp = yield from search.next(grown, self.temperature, self.top_p)
+            owner, token = search.draw(logp, 1, "free", step, free)
             grown = torch.cat((grown[owner], token[:, None]), 1)
         return grown

@@ -6,13 +6,14 @@ import logging
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import Asking, Scored, Search, SuffixAttack, combined, one_of
+from advkit.attacks.text.base import SuffixAttack, one_of
+from advkit.attacks.text.questions import Question, Steps
+from advkit.attacks.text.search import Scored, Search, combined
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 
@@ -75,13 +76,14 @@ class GCG(SuffixAttack):
         """Mellowmax in place of the model's own score."""
         return None if self.loss == "ce" else lambda model: model.under(self.loss, self.alpha)
 
-    def seek(self, search: Search) -> None:
+    def seek(self, search: Search) -> Steps[None]:
         """Swap until the steps or a budget end; an exhaustive search ends where no swap helps."""
         walk = _Walk(self, search)
-        if walk.start() and not search.succeeded:
-            for step in range(self.steps):
-                if not search.goes_on() or not walk.step(step) or search.succeeded:
-                    return
+        if not (yield from walk.start()):
+            return
+        for step in range(self.steps):
+            if search.succeeded or not search.goes_on() or not (yield from walk.step(step)):
+                return
 
 
 class _Walk:
@@ -93,36 +95,35 @@ class _Walk:
         self.pool: list[tuple[float, Tensor]] = []
         self.length = search.room
         self._slotted = search.placed(search.x.new_zeros(1, self.length))[:, 0]
-        self._views: list[Any] = []
 
     @property
     def current(self) -> Tensor:
         """The suffix that the next step starts from, long [l]."""
         return self.pool[0][1]
 
-    def start(self) -> bool:
+    def start(self) -> Steps[bool]:
         """Score the first suffixes; False where there is nothing to swap or to spend."""
         ids = self._first(max(1, self.attack.buffer))
         most = self.search.affordable(len(ids), self.length) if ids is not None else 0
         if ids is None or not most:
             return False
-        scored = self._scored(ids[:most])
+        scored = yield from self._scored(ids[:most])
         self.search.offer(scored)
         self.search.note(scored)
         self._enter(scored, True)
         return True
 
-    def step(self, step: int) -> bool:
+    def step(self, step: int) -> Steps[bool]:
         """One swap; False where the search is over."""
         attack, search = self.attack, self.search
         exhaustive = attack.search == "exhaustive"
-        ids = self._every_swap() if exhaustive else self._drawn(step)
+        ids = self._every_swap() if exhaustive else (yield from self._drawn(step))
         if ids is None:
             return False
         ids = ids[: search.affordable(len(ids), self.length)]
         if not len(ids):
             return False
-        scored = self._scored(ids)
+        scored = yield from self._scored(ids)
         search.offer(scored)
         search.note(scored, current=self.pool[0][0])
         best, score = scored.best(1)
@@ -183,20 +184,28 @@ class _Walk:
         fits = len(ids) == self.length and bool(self.search.allowed[found].all())
         return found if fits else None
 
-    def gradient(self, ids: Tensor) -> Tensor:
+    def gradient(self, ids: Tensor) -> Steps[Tensor]:
         """The loss's gradient [l, V] with respect to one-hot tokens at a suffix [l], summed over the rows."""
-        search = self.search
-        size = len(search.allowed)
-        total = torch.zeros(len(ids), size, device=ids.device)
-        for row, oracle in enumerate(self._oracles()):
-            hot = torch.nn.functional.one_hot(ids, size).to(self._type())[None]
-            of = torch.zeros(1, dtype=torch.long, device=ids.device)
-            aim = search.goal.take(of + row)
-            found = oracle.gradient(hot, aim, of)[1][0]
-            total = total.to(found.dtype) + found
+        search, attack = self.search, self.attack
+        rows, size = len(search.x), len(search.allowed)
+
+        def join(answers: Tensor) -> Tensor:
+            return answers[:, 0] if answers.shape[1] == 1 else combined(answers, attack.aggregate)
+
+        found = yield Question(
+            "gradient",
+            torch.nn.functional.one_hot(ids, size).to(self._type()).expand(rows, -1, -1),
+            torch.arange(rows, device=ids.device),
+            lambda model, given: lambda hot: model.relaxed(given.value, attack.loss, attack.alpha)(hot),
+            given=self._slotted,
+            join=join,
+            needs=Access.GRADIENTS,
+            gradient=True,
+            width=len(ids) * size,
+        )
         search.evaluations += GRADIENT
         search.tokens += GRADIENT * search.cost(len(ids))
-        return total
+        return found.sum(0)
 
     def _type(self) -> torch.dtype:
         """The floating type that the model computes its embeddings in."""
@@ -209,26 +218,12 @@ class _Walk:
         )
         return next(kinds, torch.float32)
 
-    def _oracles(self) -> list[Any]:
-        """Per row, the oracle of relaxed suffixes."""
-        if not self._views:
-            attack, search = self.attack, self.search
-
-            def join(answers: Tensor) -> Tensor:
-                return answers[:, 0] if answers.shape[1] == 1 else combined(answers, attack.aggregate)
-
-            for i, row in enumerate(self._slotted):
-                one = torch.tensor([i], device=row.device)
-                asking = Asking(partial(_relaxed, row, attack.loss, attack.alpha), join, Access.GRADIENTS)
-                self._views.append(search.oracle.take(one).seen_as(asking))
-        return self._views
-
-    def _drawn(self, step: int) -> Tensor | None:
+    def _drawn(self, step: int) -> Steps[Tensor | None]:
         """Candidates [n, l], `replace` swaps away from the current suffix; None where no budget is left for them."""
         attack, search = self.attack, self.search
         if search.affordable(GRADIENT + 1, self.length) <= GRADIENT:
             return None
-        gradient = self.gradient(self.current)
+        gradient = yield from self.gradient(self.current)
         gradient = torch.where(search.allowed, gradient, torch.inf)
         top = (-gradient).topk(min(attack.topk, int(search.allowed.sum())), dim=1).indices
         candidates = swapped(
@@ -260,14 +255,12 @@ class _Walk:
             return ids
         return ids[same.to(ids.device)]
 
-    def _scored(self, ids: Tensor) -> Scored:
+    def _scored(self, ids: Tensor) -> Steps[Scored]:
         """Candidates' scores, in as many questions as memory asks for."""
-        parts = [self.search.score(part) for part in torch.split(ids, CHUNK)]
+        parts = []
+        for part in torch.split(ids, CHUNK):
+            parts.append((yield from self.search.score(part)))
         return parts[0] if len(parts) == 1 else together(parts)
-
-
-def _relaxed(row: Tensor, loss: str, alpha: float, model: Any) -> Any:
-    return model.relaxed(row, loss, alpha)
 
 
 def together(parts: list[Scored]) -> Scored:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from advkit.attacks.text.base import turn_perplexity
+from advkit.attacks.text.search import turn_perplexity
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Data, ModelInfo, Rng
