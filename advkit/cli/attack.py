@@ -33,7 +33,7 @@ def attack(
     n: Rows = None,
     seed: Seed = 0,
     device: Device = "auto",
-    batch_size: BatchSize = 256,
+    batch_size: BatchSize = None,
     speed: SpeedSpec = "fp32",
     png: Annotated[int, typer.Option(help="How many images to draw as PNG, too.")] = 16,
     as_json: Json = False,

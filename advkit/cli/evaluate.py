@@ -40,7 +40,7 @@ def evaluate(
     n: Rows = None,
     seed: Seed = 0,
     device: Device = "auto",
-    batch_size: BatchSize = 256,
+    batch_size: BatchSize = None,
     speed: SpeedSpec = "fp32",
     workers: Workers = None,
     out: Annotated[

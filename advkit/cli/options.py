@@ -36,7 +36,10 @@ Rows = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The run's only seed.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:i] or mps.")]
-BatchSize = Annotated[int, typer.Option(help="Rows in flight; changes no figure.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Rows in flight, recorded together; changes no figure.", show_default="256; fewer for words"),
+]
 SpeedSpec = Annotated[
     str,
     typer.Option(

@@ -22,7 +22,7 @@ def rerun(
         Path | None, typer.Option(help="Folder of the new run.", show_default="REPORT's folder + -rerun")
     ] = None,
     device: Device = "auto",
-    batch_size: BatchSize = 256,
+    batch_size: BatchSize = None,
     as_json: Json = False,
 ) -> None:
     """Run a report's evaluation again from its own settings and compare the two row by row.

@@ -34,6 +34,8 @@ GAIN = 0.97
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _RESOLUTION = {"fp32": 0.0, "bf16": 2.0**-6, "fp16": 2.0**-9}
 _REPETITIONS = 5
+_TRIED = 1024
+"""Most rows that a view is tried on: some models take any number in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +97,21 @@ class Speed:
         changed: dict[str, Any] = {switch: False}
         return replace(self, **changed)
 
-    def view(self, model: Any, sample: Tensor) -> View:
+    def view(self, model: Any, sample: Tensor) -> Any:
         """The model as the attack's oracle asks it, with every switch of this Speed applied.
 
         sample: rows on the device where the view will be asked
 
-        Raises UsageError where the model can't be copied for a switch that needs a copy.
+        A model whose rows are no numbers, and which is asked in more ways than one, says itself what it is under these
+        switches (`under_speed(speed)`); any other gets a View. Raises UsageError where the model can't be copied for a
+        switch that needs a copy.
         """
-        return View(model, self, sample.device.type)
+        own = getattr(model, "under_speed", None)
+        return View(model, self, sample.device.type) if own is None else own(self)
 
     def settled(
         self, model: Any, sample: Tensor, planned: float = float("inf"), backward: bool = True
-    ) -> tuple[Self, View | None]:
+    ) -> tuple[Self, Any | None]:
         """The switches worth applying to this model, and its view; None where no switch stays.
 
         sample:   rows of the task [B, ...] to try the view on
@@ -127,7 +132,7 @@ class Speed:
             return kept, None
         view = kept.view(model, sample)
         try:
-            _ask(view, _filled(sample, kept.lanes(view, sample, backward).chunk), backward)
+            _ask(view, _filled(sample, min(kept.lanes(view, sample, backward).chunk, _TRIED)), backward)
         except Exception as error:  # whatever a compiler or a kernel throws
             raise UsageError(
                 f"the model can't be computed under speed {kept} ({_first_line(error)}): choose another, "
@@ -142,7 +147,7 @@ class Speed:
 
     def lanes(self, view: Any, sample: Tensor, backward: bool = True) -> Lanes:
         """Shapes of the view's calls: one shape where it is compiled, for every other would be compiled too."""
-        if self.compile:
+        if self.compile and Lanes.own(view) is None:
             size = Lanes.fitting(sample).chunk if sample.device.type == "cpu" else 256
             return Lanes(chunk=size, multiple=size)
         return Lanes.probed(view, sample, backward)
@@ -272,7 +277,7 @@ def _filled(x: Tensor, rows: int) -> Tensor:
 
 def _ask(view: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> tuple[Tensor, ...]:
     """The answer and, where asked for, the input gradient of its squares."""
-    if not backward:
+    if not backward or not x.is_floating_point():
         with torch.no_grad():
             return (view(x),)
     with torch.enable_grad():

@@ -96,7 +96,7 @@ def plan(
     n: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     draws: int = 10,
     keep: int = 64,
     speed: str | Speed = "fp32",
@@ -104,7 +104,7 @@ def plan(
     progress: bool = False,
 ) -> Plan:
     """Resolve every name, find or train the victim, and bind the threat model to its space."""
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size must be at least 1, got {batch_size}")
     pace = Speed.parse(speed)
     device = pick_device(device)
@@ -144,7 +144,7 @@ def plan(
         seed=seed,
         randomized=victim.model.describe().randomized,
         draws=draws,
-        batch_size=batch_size,
+        batch_size=batch_size or int(getattr(victim.model, "batch", 256)),
         device=device,
         data=work.training() if wants_data(strike, threat) else None,
         keep=keep,
@@ -284,7 +284,7 @@ def evaluate(
     n: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     draws: int = 10,
     keep: int = 64,
     speed: str | Speed = "fp32",
@@ -306,7 +306,8 @@ def evaluate(
     n:            rows evaluated, the task's first ones; None takes all
     seed:         the run's only seed
     device:       auto, cpu, cuda[:i], mps
-    batch_size:   rows in flight; changes no figure
+    batch_size:   rows in flight, recorded together; changes no figure. None takes 256, and of models that go through
+                  rows one by one, as language models do on a CPU, just as many as are worth it
     draws:        verdict draws of a randomised victim
     keep:         how many rows' adversarial examples are written into the run folder
     speed:        how the attacker's oracle computes: fp32, or bf16, fp16, channels_last, compile joined by "+";

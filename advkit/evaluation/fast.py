@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advkit.core.errors import SpecError, StaleRun
 from advkit.core.oracle import Lanes, frozen
-from advkit.core.speed import Speed, View
+from advkit.core.speed import Speed
 
 VICTIM = "victim"
 _settled: dict[tuple[object, ...], str] = {}  # what this process has measured: two runs of one case settle alike
@@ -29,7 +29,7 @@ class FastViews:
     chosen: the spec of the switches that each model keeps ("fp32": none)
     """
 
-    def __init__(self, chosen: dict[str, str], made: dict[str, View] | None = None) -> None:
+    def __init__(self, chosen: dict[str, str], made: dict[str, Any] | None = None) -> None:
         self.chosen = chosen
         self._made = made or {}
         self._lanes: dict[str, Lanes] = {}
@@ -44,7 +44,7 @@ class FastViews:
         Raises UsageError where a model does not run under the switches.
         """
         chosen: dict[str, str] = {}
-        made: dict[str, View] = {}
+        made: dict[str, Any] = {}
         for name, model, backward in models:
             state, threads = model.describe().state_sha256, torch.get_num_threads()
             key = (state, str(speed), planned, backward, str(sample.device), tuple(sample.shape[1:]), threads)
@@ -95,9 +95,11 @@ class FastViews:
 def planned_passes(attack: Any) -> float:
     """About how many times an attack, or a suite without its escalation, sends a row through the model.
 
-    Read off the settings that attacks share (steps, restarts, targets, eot, queries); one where there are none. An
-    estimate from above: rows that fall leave.
+    What the attack says itself (`planned`), else read off the settings that attacks share (steps, restarts, targets,
+    eot, queries); one where there are none. An estimate from above: rows that fall leave.
     """
+    if (own := getattr(attack, "planned", None)) is not None:
+        return float(own)
     if hasattr(attack, "stages"):
         return float(sum(s.share * planned_passes(s.attack) for s in attack.stages() if s.when == "always"))
     if callable(getattr(attack, "start", None)) and hasattr(attack, "attack"):

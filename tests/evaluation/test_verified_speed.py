@@ -302,6 +302,10 @@ def test_planned_passes_are_counted_from_the_settings(digits, digits_model):
         "square:queries=500": 500,
         "fgsm": 1,
         "autoattack": 100 + 900 + 900 + 5000,
+        "beast:k=3,length=4": 1 + 3 + 3 * 9,
+        "beast:k=3,length=4,evaluations=20": 20,
+        "gcg:steps=3,width=10": 1 + 3 * 12,
+        "random_suffix:evaluations=9": 9,
     }
     assert {spec: planned_passes(ATTACKS.build(spec)) for spec in expected} == expected
     assert 100 < planned_passes(ATTACKS.build("lean")) < planned_passes(ATTACKS.build("thorough")) < 6900

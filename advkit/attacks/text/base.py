@@ -120,6 +120,11 @@ class SuffixAttack(ABC):
         return merged(searches, x)
 
     @property
+    @abstractmethod
+    def planned(self) -> int:
+        """Candidates that a row is scored with at most, about."""
+
+    @property
     def longest(self) -> int:
         """Most tokens of a suffix that the settings ask for."""
         return self.length

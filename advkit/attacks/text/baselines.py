@@ -33,6 +33,11 @@ class _Drawn(SuffixAttack):
         if self.evaluations is None and self.tokens is None and self.seconds is None:
             raise UsageError("nothing ends the drawing; give evaluations, tokens or seconds")
 
+    @property
+    def planned(self) -> int:
+        """Candidates that a row is scored with; another budget may end sooner."""
+        return self.chunk if self.evaluations is None else self.evaluations
+
     def seek(self, search: Search) -> Steps[None]:
         """Draw and score until a budget ends."""
         start = 0

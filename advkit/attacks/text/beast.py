@@ -78,6 +78,12 @@ class BEAST(SuffixAttack):
             )
 
     @property
+    def planned(self) -> int:
+        """Candidates that a row is scored with at most."""
+        every = 1 + self.beam + (self.length - 1) * self.beam * self.children
+        return every if self.evaluations is None else min(every, self.evaluations)
+
+    @property
     def longest(self) -> int:
         """Most tokens of a suffix."""
         return self.length * self.ngram

@@ -72,6 +72,12 @@ class GCG(SuffixAttack):
             raise UsageError(f"alpha is {self.alpha}; give a number above 0")
 
     @property
+    def planned(self) -> int:
+        """Candidates that a row is scored with at most, its gradients among them."""
+        every = 1 + self.steps * (self.width + GRADIENT)
+        return every if self.evaluations is None else min(every, self.evaluations)
+
+    @property
     def under(self) -> Callable[[Any], Callable[[Tensor], Tensor]] | None:
         """Mellowmax in place of the model's own score."""
         return None if self.loss == "ce" else lambda model: model.under(self.loss, self.alpha)
