@@ -704,7 +704,9 @@ class LanguageModel:
         groups = [group for group in self._groups(x, reply=False) if len(group.where)]
         begins = [self._before(group) for group in groups]
         known = self._prefix_likelihoods([ids for ids, group in zip(begins, groups, strict=True) if group.shared])
-        jobs, wanted, of = [], [], {}
+        jobs: list[_Job] = []
+        wanted: list[Tensor] = []
+        of: dict[int, int] = {}
         for index, (ids, group) in enumerate(zip(begins, groups, strict=True)):
             rest = group.text[:, group.shared :]
             # the prefix's last logits speak of the first token; those after the last token speak of nothing
