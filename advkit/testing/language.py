@@ -100,6 +100,13 @@ class TableNetwork(Network):
         last = inputs[:, inputs.shape[1] - keep :]
         return (last @ self.following if last.is_floating_point() else self.following[last]), ()
 
+    @property
+    def gathers(self) -> bool:
+        return True
+
+    def gathered(self, pasts: Sequence[Any], length: int) -> Any:
+        return ()
+
     def select(self, past: Any, rows: Tensor) -> Any:
         return past
 

@@ -6,7 +6,7 @@ Grouped-query attention is arXiv 2305.13245, rotary positions arXiv 2104.09864.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +51,18 @@ class Network(nn.Module):
     @abstractmethod
     def row_bytes(self, new: int, past: int, keep: int) -> int:
         """About the memory that one sequence takes while it goes through: `new` tokens on a past of `past`."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether pasts may be put together: they hold one thing per token, and what stands behind changes nothing."""
+        return False
+
+    def gathered(self, pasts: Sequence[Any], length: int) -> Any:
+        """One past of the first `length` tokens of several, each of one sequence; only where `gathers` says so.
+
+        It shares no memory with them, so that it may be consumed.
+        """
+        raise NotImplementedError(f"the pasts of {type(self).__name__} can't be put together")
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., D] of ids."""
@@ -265,6 +277,18 @@ class Decoder(Network):
         if past.own is None:
             return past
         return Past(past.shared, _each(past.own, lambda values: values[rows]))
+
+    @property
+    def gathers(self) -> bool:
+        return True
+
+    def gathered(self, pasts: Sequence[Past], length: int) -> Past:
+        whole = [past.shared if past.own is None else _joined(past.shared, past.own) for past in pasts]
+
+        def first(layer: int, which: int) -> Tensor:
+            return torch.cat([layers[layer][which][:, :, :length] for layers in whole if layers is not None])
+
+        return Past(None, tuple((first(layer, 0), first(layer, 1)) for layer in range(self.shape.layers)))
 
     def past_bytes(self, past: Past) -> int:
         layers = (*(past.shared or ()), *(past.own or ()))

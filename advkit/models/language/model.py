@@ -4,8 +4,10 @@ A transcript is a row [2, W] of token ids and roles. The model reads template, u
 reply, and answers two scores: a classifier of two classes, of which the second wins where greedy decoding begins
 with that reply.
 
-Rows are evaluated in groups that differ in their slot alone, in exact shapes: nothing is padded, and a row's bits
-depend on the candidates of its own prompt that travel with it, never on other rows. Identical rows go through once.
+Rows are evaluated in groups that differ in their slot alone. Group by group (`merge` off) the shapes are exact: nothing
+is padded, and a row's bits depend on the candidates of its own prompt that travel with it, never on other rows. Merged,
+groups share the calls of the network, padded on the right, where a causal model never looks. Identical rows go through
+once, and so do the tokens that many candidates of one prompt begin with.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
@@ -32,6 +36,10 @@ from advkit.models.torch import device_of, named_tensors, same_device, tensors_s
 CLASS_NAMES = ("held", "said")
 PREFIXES = 64
 """Prefixes whose keys and values are kept, memory permitting."""
+PADDED = 1.5
+"""Groups that go through together take at most so many times the tokens that they would take one by one."""
+SAVED = 512
+"""Tokens that candidates must have in common before what they begin with goes through ahead of the rest."""
 
 Loss = Literal["ce", "mellowmax"]
 Columns = NDArray[np.intp]
@@ -68,8 +76,9 @@ class _Group:
 
     rows:   which rows of the batch, long [N]
     of:     which text each of them has, long [N]
-    text:   the different texts, user's words and slot [U, t]
+    text:   the different texts, user's words and slot [U, t], on the CPU
     where:  columns of the batch that the text stands in
+    slot:   places of the slot's tokens in the text
     shared: how many leading tokens of the text are the same throughout: those before the slot
     reply:  ids of the wanted reply
     """
@@ -78,8 +87,33 @@ class _Group:
     of: Tensor
     text: Tensor
     where: Columns
+    slot: Columns
     shared: int
     reply: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Rows that go through the network alike.
+
+    begins: ids that all of them begin with
+    rest:   what follows: ids [U, m] on the CPU, or embeddings [U, m, D]
+    keep:   at how many last positions logits are wanted; position -1 - m is the last one of `begins`
+    """
+
+    begins: tuple[int, ...]
+    rest: Tensor
+    keep: int
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        return len(self.rest)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return len(self.begins) + self.rest.shape[1]
 
 
 @dataclass
@@ -101,6 +135,52 @@ class _Kept:
     held: OrderedDict[tuple[Any, ...], _Prefix] = field(default_factory=OrderedDict)
 
 
+class _Begun(NamedTuple):
+    """Where jobs that go through together stand.
+
+    past:     of one sequence each, up to where the shortest `begins` ends; None where nothing is remembered
+    rests:    what each of them still has to send
+    prefixes: theirs, where they are remembered
+    """
+
+    past: Any
+    rests: list[Tensor]
+    prefixes: list[_Prefix]
+
+
+class _Trunks(NamedTuple):
+    """What rows begin with.
+
+    length: tokens of a trunk
+    first:  one row of each trunk [D]
+    of:     which trunk each row has [N]
+    """
+
+    length: int
+    first: NDArray[np.intp]
+    of: NDArray[np.intp]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a language model runs.
+
+    cache:  keep keys and values of prompts between calls
+    memory: bytes that one call may take, about
+    merge:  prompts share calls of the network; none does on an accelerator, and keeps exact shapes on the CPU, where a
+            row's bits then do not depend on other prompts
+    """
+
+    cache: bool = True
+    memory: int = 2**30
+    merge: bool | None = None
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """As LanguageModel takes them."""
+        return {"cache": self.cache, "memory": self.memory, "merge": self.merge}
+
+
 class LanguageModel:
     """A causal language model behind a chat template.
 
@@ -109,8 +189,10 @@ class LanguageModel:
     name, source, license, architecture: for reports
     cache:     keep keys and values of prefixes that several rows share
     memory:    bytes that one call of the network may take, about; larger groups go through in parts
+    merge:     groups of rows share calls of the network; None: on an accelerator, not on the CPU
 
-    `tokens` counts the tokens really sent through the network. Raises BadInput for rows that are no transcripts.
+    `tokens` counts the tokens really sent through the network, padding included. Merged or not, answers are the same up
+    to round-off. Raises BadInput for rows that are no transcripts.
     """
 
     classes = 2
@@ -127,6 +209,7 @@ class LanguageModel:
         architecture: str = "",
         cache: bool = True,
         memory: int = 2**29,
+        merge: bool | None = None,
     ) -> None:
         if tokenizer.vocabulary > network.vocabulary:
             raise UsageError(
@@ -141,6 +224,7 @@ class LanguageModel:
         self.architecture = architecture
         self.cache = cache
         self.memory = int(memory)
+        self.merge = merge
         self.tokens = 0
         self._kept = _Kept()
 
@@ -160,6 +244,7 @@ class LanguageModel:
             architecture=self.architecture,
             cache=self.cache,
             memory=self.memory,
+            merge=self.merge,
         )
 
     @property
@@ -171,6 +256,12 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return device_of(self.network) or torch.device("cpu")
+
+    @property
+    def merges(self) -> bool:
+        """Whether groups of rows share calls of the network."""
+        wanted = self.device.type != "cpu" if self.merge is None else self.merge
+        return wanted and self.network.gathers
 
     def attacker_view(self) -> Self:
         """Itself: what it computes is what an attacker asks."""
@@ -224,7 +315,8 @@ class LanguageModel:
     def relaxed(self, row: Tensor, loss: Loss = "ce", alpha: float = 1.0) -> View:
         """E -> [N, 2]: the row [2, W] with mixtures E [N, l, V] of tokens in place of its l slot tokens.
 
-        Differentiable with respect to E; at one-hot E it is the model's own answer. loss, alpha: see `under`.
+        Of rows [N, 2, W], row i takes mixture i; all have l slot tokens. Differentiable with respect to E; at one-hot E
+        it is the model's own answer. loss, alpha: see `under`.
         """
         _known(loss, alpha)
         return View(self, lambda mixture: self._mixed(row, mixture, loss, alpha), f"relaxed({loss})")
@@ -248,29 +340,9 @@ class LanguageModel:
         _legal(temperature, top_p)
         return View(self, lambda x: self._sampled(x, uniforms, temperature, top_p), "sampling()")
 
-    def generate(
-        self,
-        x: Tensor,
-        samples: int,
-        rng: Rng,
-        *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        max_new_tokens: int = 300,
-        min_new_tokens: int = 0,
-        greedy: bool = False,
-    ) -> list[list[str]]:
-        """The texts of `generate_ids`."""
-        ids = self.generate_ids(
-            x,
-            samples,
-            rng,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            greedy=greedy,
-        )
+    def generate(self, x: Tensor, samples: int, rng: Rng, **settings: Any) -> list[list[str]]:
+        """The texts of `generate_ids`, and its settings."""
+        ids = self.generate_ids(x, samples, rng, **settings)
         return [[self.tokenizer.decode(reply) for reply in row] for row in ids]
 
     def generate_ids(
@@ -287,8 +359,8 @@ class LanguageModel:
     ) -> list[list[list[int]]]:
         """Replies to every row, `samples` each, without the id that ended them.
 
-        The rows' own wanted replies are not read. Each row goes by itself and draws from its own streams, so what it
-        says does not depend on its batch.
+        The rows' own wanted replies are not read. Each row draws from its own streams, so what it says does not depend
+        on its batch; merged, rows whose prompts have the same number of tokens are written together.
 
         temperature, top_p: of the sampling; min_new_tokens: no reply ends before; greedy: the most likely token always
         """
@@ -297,16 +369,14 @@ class LanguageModel:
             raise UsageError(f"asked for {samples} replies of up to {max_new_tokens} tokens; expected one at least")
         like = torch.zeros((len(x), max_new_tokens), dtype=torch.float64)
         drawn = [] if greedy else [rng.at("sample", each).uniform(like) for each in range(samples)]
-        replies: list[list[list[int]]] = []
+        count = 1 if greedy else samples
+        jobs = []
         for row in range(len(x)):
             (group,) = self._groups(x[row : row + 1], reply=False)
-            count = 1 if greedy else samples
-            uniforms = None if greedy else torch.stack([each[row] for each in drawn])
-            choose = _Chooser(temperature, top_p, uniforms)
-            with torch.no_grad():
-                ids = self._written(group.text.expand(count, -1), group.shared, choose, max_new_tokens, min_new_tokens)
-            replies.append([list(ids[0]) for _ in range(samples)] if greedy else ids)
-        return replies
+            jobs.append(_Job(self._before(group), self._rest(group.text, group.shared).expand(count, -1), 1))
+        uniforms = None if greedy or not jobs else torch.stack(drawn, 1).flatten(0, 1)
+        ids = self._written(jobs, _Chooser(temperature, top_p, uniforms), max_new_tokens, min_new_tokens)
+        return [[list(ids[row * count + each % count]) for each in range(samples)] for row in range(len(x))]
 
     # --- reading transcripts
 
@@ -354,8 +424,9 @@ class LanguageModel:
         return _Group(
             torch.tensor(rows),
             torch.tensor(of),
-            torch.from_numpy(np.ascontiguousarray(texts[first])).to(self.device),
+            torch.from_numpy(np.ascontiguousarray(texts[first], dtype=np.int64)),
             where,
+            np.nonzero(role[where] == SLOT)[0],
             int(shaped[0]) if len(shaped) else len(where),
             tuple(int(each) for each in ids[rows[0], wanted]),
         )
@@ -372,32 +443,55 @@ class LanguageModel:
         logits, past = self.network.extend(inputs, past, keep, consume=consume)
         return logits[..., : self._limit], past
 
-    def _prefix(self, ids: tuple[int, ...]) -> _Prefix | None:
-        """A prefix that has gone through, kept for the next time; None where there is nothing to keep."""
+    def _remembered(self) -> _Kept | None:
+        """What is kept of prefixes; None where nothing may be."""
         parameters = list(self.network.parameters())
         live = torch.is_grad_enabled() and any(each.requires_grad for each in parameters)
-        if not ids or not self.cache or live:  # what is kept has no graph: weights being trained need one
+        if not self.cache or live:  # what is kept has no graph: weights being trained need one
             return None
         stamp = hash(tuple((each.data_ptr(), _version(each)) for each in parameters))
         if stamp != self._kept.stamp:  # the weights have moved: what they made of a prefix holds no more
             self._kept = _Kept(stamp)
-        kept = self._kept
+        return self._kept
+
+    def _prefixes(self, kept: _Kept, many: Sequence[tuple[int, ...]]) -> list[_Prefix]:
+        """Prefixes, one id long at least, that have gone through the network, kept for the next time."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (ids, self.network.training, autocast)
-        if key in kept.held:
-            kept.held.move_to_end(key)
-            return kept.held[key]
-        # outside inference mode: a past born inside it could not be part of a later backward pass
-        with torch.inference_mode(False), torch.no_grad():
-            inputs = torch.tensor([ids], device=self.device)
-            logits, past = self._extend(inputs, None, 1)
-        entry = _Prefix(past, logits, self.network.past_bytes(past))
-        kept.held[key] = entry
-        kept.bytes += entry.bytes
+
+        def key(ids: tuple[int, ...]) -> tuple[Any, ...]:
+            return ids, self.network.training, autocast
+
+        found: dict[tuple[int, ...], _Prefix] = {}
+        for ids in many:
+            if key(ids) in kept.held:
+                kept.held.move_to_end(key(ids))
+                found[ids] = kept.held[key(ids)]
+        missing = [_Job((), torch.tensor([ids]), 1) for ids in dict.fromkeys(many) if ids not in found]
+        for bundle in self._bundles(missing, None):
+            for entry, index in zip(self._made([missing[index] for index in bundle]), bundle, strict=True):
+                ids = tuple(missing[index].rest[0].tolist())
+                found[ids] = kept.held[key(ids)] = entry
+                kept.bytes += entry.bytes
         while len(kept.held) > 1 and (len(kept.held) > PREFIXES or kept.bytes > self.memory // 4):
             kept.bytes -= kept.held.popitem(last=False)[1].bytes
-        return entry
+        return [found[ids] for ids in many]
+
+    def _made(self, jobs: Sequence[_Job]) -> Iterator[_Prefix]:
+        """Prefixes that go through together."""
+        lengths = [job.length for job in jobs]
+        width, least = max(lengths), min(lengths)
+        # outside inference mode: a past born inside it could not be part of a later backward pass
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = torch.cat([_padded(job.rest, width) for job in jobs]).to(self.device)
+            logits, past = self._extend(inputs, None, width - least + 1)
+            for index, length in enumerate(lengths):
+                own = past
+                if len(jobs) > 1:
+                    one = self.network.select(past, torch.tensor([index], device=self.device))
+                    own = self.network.gathered([one], length)
+                last = logits[index : index + 1, length - least : length - least + 1].clone()
+                yield _Prefix(own, last, self.network.past_bytes(own))
 
     def _parts(self, rows: int, new: int, past: int, keep: int) -> Iterator[slice]:
         """Row ranges whose passage fits the memory."""
@@ -405,27 +499,131 @@ class LanguageModel:
         for start in range(0, rows, most):
             yield slice(start, min(start + most, rows))
 
-    def _logits(self, ids: tuple[int, ...], rest: Tensor, keep: int) -> Iterator[tuple[slice, Tensor]]:
-        """Logits [n, keep, V] at the last positions of the prefix followed by rest [N, m] or [N, m, D], in parts.
+    def _bundles(self, jobs: Sequence[_Job], kept: _Kept | None, more: int = 0) -> Iterator[list[int]]:
+        """Which jobs go through together: one, or as many as padding and memory allow.
 
-        Position -1 - len(rest) is the prefix's own last one.
+        more: tokens that will follow each row's own
         """
-        prefix = self._prefix(ids)
-        rows, new = rest.shape[:2]
-        if prefix is None and ids:
-            start = torch.tensor([ids], device=rest.device)
-            start = self.network.embed(start) if rest.is_floating_point() else start
-            rest = torch.cat((start.expand(rows, *start.shape[1:]), rest), 1)
-            new = rest.shape[1]
-        inside = min(keep, new)
-        for part in self._parts(rows, new, 0 if prefix is None else len(ids), keep):
-            size = part.stop - part.start
+        if not self.merges:
+            yield from ([index] for index in range(len(jobs)))
+            return
+        begun = [0 if kept is None else len(job.begins) for job in jobs]
+        bundle: list[int] = []
+        shared = width = rows = exact = free = 0
+        for index in sorted(range(len(jobs)), key=lambda each: (begun[each], jobs[each].length)):
+            job, alone = jobs[index], jobs[index].length - begun[index]
+            if not alone:  # nothing to send: what is kept answers
+                yield [index]
+                continue
+            if bundle:
+                # what the shortest `begins` leaves of the longer ones goes through as well
+                sent = job.length - shared
+                wide, many, least = max(width, sent), rows + job.size, exact + job.size * alone
+                unasked = min(free, sent - min(job.keep, sent))
+                each = self.network.row_bytes(shared + wide + more, 0, wide - unasked)
+                if many * wide <= PADDED * least and many * each <= self.memory:
+                    bundle.append(index)
+                    width, rows, exact, free = wide, many, least, unasked
+                    continue
+                yield bundle
+            bundle, shared, width, rows = [index], begun[index], alone, job.size
+            exact, free = rows * alone, alone - min(job.keep, alone)
+        if bundle:
+            yield bundle
+
+    def _begun(self, jobs: Sequence[_Job], kept: _Kept | None) -> _Begun:
+        """The past that jobs share in length, and what is left to send."""
+        shared = 0 if kept is None else min(len(job.begins) for job in jobs)
+        prefixes, past = [], None
+        if kept is not None and shared:
+            prefixes = self._prefixes(kept, [job.begins for job in jobs])
+            past = prefixes[0].past
+            if len(jobs) > 1:
+                past = self.network.gathered([each.past for each in prefixes], shared)
+        rests = []
+        for job in jobs:
+            rest = job.rest
+            if len(job.begins) > shared:
+                start = torch.tensor([job.begins[shared:]])
+                start = self.network.embed(start.to(rest.device)) if rest.is_floating_point() else start
+                rest = torch.cat((start.expand(len(rest), *start.shape[1:]), rest), 1)
+            rests.append(rest)
+        return _Begun(past, rests, prefixes)
+
+    def _grown(
+        self, inputs: Tensor, past: Any, owner: NDArray[np.intp], most: int, kept: _Kept | None
+    ) -> tuple[Tensor, Any, bool]:
+        """What is left to send of inputs [N, n], on which past, and whether that past is nobody else's.
+
+        past: of as many sequences as there are owners; owner: which of them each row continues, [N]
+        most: no more than so many of a row's tokens may go through ahead
+
+        Rows that begin alike send what they have in common once.
+        """
+        trunks = None
+        if kept is not None and self.network.gathers and not inputs.is_floating_point():
+            trunks = _trunks(inputs.numpy(), owner, most)
+        inputs = inputs.to(self.device)
+        several = past is not None and int(owner[-1]) > 0
+        if trunks is None:
+            if several and int(owner[-1]) + 1 < len(owner):
+                past = self.network.select(past, torch.from_numpy(owner).to(self.device))
+            return inputs, past, several
+        first = torch.from_numpy(trunks.first).to(self.device)
+        if several:
+            past = self.network.select(past, torch.from_numpy(owner[trunks.first]).to(self.device))
+        _, past = self._extend(inputs[first, : trunks.length], past, 1, consume=several)
+        if len(first) > 1:
+            past = self.network.select(past, torch.from_numpy(trunks.of).to(self.device))
+        return inputs[:, trunks.length :], past, True
+
+    def _logits(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, slice, Tensor]]:
+        """Which job, which of its rows, and their logits [n, keep, V]; the rows of a job come in order."""
+        kept = self._remembered()
+        for bundle in self._bundles(jobs, kept):
+            if len(bundle) > 1:
+                for index, logits in zip(bundle, self._through([jobs[each] for each in bundle], kept), strict=True):
+                    yield index, slice(0, len(logits)), logits
+                continue
+            (index,), job = bundle, jobs[bundle[0]]
+            past = 0 if kept is None else len(job.begins)
+            for part in self._parts(job.size, job.length - past, past, job.keep):
+                (logits,) = self._through([replace(job, rest=job.rest[part])], kept)
+                yield index, part, logits
+
+    def _through(self, jobs: Sequence[_Job], kept: _Kept | None) -> list[Tensor]:
+        """Logits [U, keep, V] of every job, in one call of the network."""
+        past, rests, prefixes = self._begun(jobs, kept)
+        sent = [rest.shape[1] for rest in rests]
+        inside = [min(job.keep, new) for job, new in zip(jobs, sent, strict=True)]
+        width, free = max(sent), min(new - most for new, most in zip(sent, inside, strict=True))
+        logits: Tensor | None = None
+        if width:
+            inputs = torch.cat([_padded(rest, width) for rest in rests]) if len(jobs) > 1 else rests[0]
+            owner = np.repeat(np.arange(len(jobs)), [job.size for job in jobs])
+            left, past, mine = self._grown(inputs, past, owner, free, kept)
+            if mine:
+                logits, _ = self._extend(left, past, width - free, consume=True)
+            else:
+                logits = self._run(left, past, width - free)
+        answers, row = [], 0
+        for index, job in enumerate(jobs):
             pieces = []
-            if keep > new and prefix is not None:
-                pieces.append(prefix.logits.expand(size, -1, -1))
-            if inside:
-                pieces.append(self._run(rest[part], None if prefix is None else prefix.past, inside))
-            yield part, pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+            if job.keep > sent[index]:
+                pieces.append(prefixes[index].logits.expand(job.size, -1, -1))
+            if logits is not None and inside[index]:
+                last = sent[index] - free
+                pieces.append(logits[row : row + job.size, last - inside[index] : last])
+            answers.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
+            row += job.size
+        return answers
+
+    def _asked(self, jobs: Sequence[_Job], read: Callable[[int, slice, Tensor], Tensor]) -> list[Tensor]:
+        """What is read in the logits of every job's rows."""
+        found: list[list[Tensor]] = [[] for _ in jobs]
+        for index, part, logits in self._logits(jobs):
+            found[index].append(read(index, part, logits))
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
 
     def _before(self, group: _Group) -> tuple[int, ...]:
         """Ids of the prefix: the template and the words before the slot."""
@@ -433,7 +631,7 @@ class LanguageModel:
 
     def _rest(self, text: Tensor, shared: int, reply: Tensor | None = None) -> Tensor:
         """What follows the prefix: the remaining text, the template, and the reply [N or 1, R] but for its last id."""
-        after = torch.tensor([self.tokenizer.after], dtype=text.dtype, device=text.device).expand(len(text), -1)
+        after = torch.tensor([self.tokenizer.after], dtype=text.dtype).expand(len(text), -1)
         parts = [text[:, shared:], after]
         if reply is not None:
             parts.append(reply[:, :-1].expand(len(text), -1))
@@ -442,100 +640,140 @@ class LanguageModel:
     # --- the answers
 
     def _scored(self, x: Tensor, loss: Loss, alpha: float) -> Tensor:
+        groups = self._groups(x)
+        jobs = [
+            _Job(
+                self._before(group),
+                self._rest(group.text, group.shared, torch.tensor([group.reply])),
+                len(group.reply),
+            )
+            for group in groups
+        ]
+
+        def read(index: int, part: slice, logits: Tensor) -> Tensor:
+            reply = torch.tensor([groups[index].reply], device=logits.device)
+            return _scores(logits, reply.expand(len(logits), -1), loss, alpha)
+
         answer = torch.empty((len(x), 2), dtype=_wide(x.device), device=x.device)
-        for group in self._groups(x):
-            reply = torch.tensor([group.reply], device=self.device)
-            rest = self._rest(group.text, group.shared, reply)
-            parts = [
-                _scores(logits, reply.expand(len(logits), -1), loss, alpha)
-                for _, logits in self._logits(self._before(group), rest, len(group.reply))
-            ]
-            answer[group.rows.to(x.device)] = torch.cat(parts)[group.of.to(self.device)].to(answer)
+        for group, found in zip(groups, self._asked(jobs, read), strict=True):
+            answer[group.rows.to(x.device)] = _each(group, found).to(answer)
         return answer
 
     def _continued(self, x: Tensor, until: int | None) -> Tensor:
-        answer: Tensor | None = None
-        for group in self._groups(x, reply=False, until=until):
-            rest = group.text[:, group.shared :]
-            logits = torch.cat([part[:, -1] for _, part in self._logits(self._before(group), rest, 1)])
-            logits = _full(logits)
-            if answer is None:
-                answer = torch.empty((len(x), logits.shape[1]), dtype=logits.dtype, device=x.device)
-            answer[group.rows.to(x.device)] = logits[group.of.to(self.device)].to(answer)
-        return torch.empty((0, self._limit), device=x.device) if answer is None else answer
+        groups = self._groups(x, reply=False, until=until)
+        jobs = [_Job(self._before(group), group.text[:, group.shared :], 1) for group in groups]
+        asked = self._asked(jobs, lambda index, part, logits: _full(logits[:, -1]))
+        dtype = asked[0].dtype if asked else None
+        answer = torch.empty((len(x), self._limit), dtype=dtype, device=x.device)
+        for group, found in zip(groups, asked, strict=True):
+            answer[group.rows.to(x.device)] = _each(group, found).to(answer)
+        return answer
 
     def _mixed(self, row: Tensor, mixture: Tensor, loss: Loss, alpha: float) -> Tensor:
-        (group,) = self._groups(row[None])
-        role = row[1].cpu().numpy()[group.where]
-        slot = np.nonzero(role == SLOT)[0]
-        if mixture.ndim != 3 or mixture.shape[1:] != (len(slot), self._limit):
+        counts = sorted(set((row[..., 1, :] == SLOT).sum(-1).view(-1).tolist()))
+        if mixture.ndim != 3 or counts != [mixture.shape[1]] or mixture.shape[2] != self._limit:
+            held = " or ".join(str(each) for each in counts)
             raise BadInput(
-                f"mixtures of shape {list(mixture.shape)}; the row has {len(slot)} slot tokens, so [N, {len(slot)}, "
+                f"mixtures of shape {list(mixture.shape)}; the row has {held} slot tokens, so [N, {held}, "
                 f"{self._limit}] was expected"
             )
-        reply = torch.tensor([group.reply], device=self.device)
-        rest = self.network.embed(self._rest(group.text, group.shared, reply)).expand(len(mixture), -1, -1)
+        rows = row.expand(len(mixture), -1, -1) if row.ndim == 2 else row
+        if len(rows) != len(mixture):
+            raise BadInput(f"{len(mixture)} mixtures for {len(rows)} rows; expected one for each")
+        groups = self._groups(rows)
+        jobs: list[_Job] = []
         table = self.network.table()[: self._limit]
-        places = torch.from_numpy(slot - group.shared).to(self.device)
-        rest = rest.index_copy(1, places, mixture.to(table) @ table)
-        parts = [
-            _scores(logits, reply.expand(len(logits), -1), loss, alpha)
-            for _, logits in self._logits(self._before(group), rest, len(group.reply))
-        ]
-        return torch.cat(parts).to(device=mixture.device, dtype=_wide(mixture.device))
+        for group in groups:
+            rest = self._rest(group.text[group.of], group.shared, torch.tensor([group.reply]))
+            places = torch.from_numpy(group.slot - group.shared).to(self.device)
+            mixed = mixture[group.rows.to(mixture.device)].to(table) @ table
+            rest = self.network.embed(rest.to(self.device)).index_copy(1, places, mixed)
+            jobs.append(_Job(self._before(group), rest, len(group.reply)))
+
+        def read(index: int, part: slice, logits: Tensor) -> Tensor:
+            reply = torch.tensor([groups[index].reply], device=logits.device)
+            return _scores(logits, reply.expand(len(logits), -1), loss, alpha)
+
+        answer = torch.empty((len(rows), 2), dtype=_wide(mixture.device), device=mixture.device)
+        for group, found in zip(groups, self._asked(jobs, read), strict=True):
+            answer[group.rows.to(answer.device)] = found.to(answer)
+        return answer
 
     def _likelihood(self, x: Tensor) -> Tensor:
         answer = torch.zeros((len(x), x.shape[2]), dtype=_wide(x.device), device=x.device)
-        for group in self._groups(x, reply=False):
-            if not len(group.where):
-                continue
-            ids = self._before(group)
+        groups = [group for group in self._groups(x, reply=False) if len(group.where)]
+        begins = [self._before(group) for group in groups]
+        known = self._prefix_likelihoods([ids for ids, group in zip(begins, groups, strict=True) if group.shared])
+        jobs: list[_Job] = []
+        wanted: list[Tensor] = []
+        of: dict[int, int] = {}
+        for index, (ids, group) in enumerate(zip(begins, groups, strict=True)):
+            rest = group.text[:, group.shared :]
+            # the prefix's last logits speak of the first token; those after the last token speak of nothing
+            keep = rest.shape[1] if ids else rest.shape[1] - 1
+            if keep > 0:
+                of[index] = len(jobs)
+                jobs.append(_Job(ids, rest[:, :-1], keep))
+                wanted.append(rest[:, -keep:])
+        told = self._asked(
+            jobs, lambda index, part, logits: _log_p(logits, wanted[index][part].to(logits.device)).to(answer.dtype)
+        )
+        for index, (ids, group) in enumerate(zip(begins, groups, strict=True)):
             parts = []
             if group.shared:
-                known = self._prefix_likelihood(ids)[-group.shared :]
-                parts.append(known.expand(len(group.text), -1))
-            rest = group.text[:, group.shared :]
-            if rest.shape[1]:
-                keep = rest.shape[1] if ids else rest.shape[1] - 1
-                # the prefix's last logits speak of the first token; those after the last token speak of nothing
-                told = rest.new_zeros((len(rest), rest.shape[1]), dtype=_wide(self.device), device=self.device)
-                if keep:
-                    for part, logits in self._logits(ids, rest[:, :-1], keep):
-                        told[part, -keep:] = _log_p(logits, rest[part, -keep:]).to(told)
-                parts.append(told)
-            found = torch.cat(parts, 1)[group.of.to(self.device)].to(answer)
+                parts.append(known[ids][-group.shared :].expand(len(group.text), -1))
+            if missing := group.text.shape[1] - group.shared - (jobs[of[index]].keep if index in of else 0):
+                parts.append(torch.zeros((len(group.text), missing), dtype=answer.dtype, device=self.device))
+            if index in of:
+                parts.append(told[of[index]])
+            found = _each(group, torch.cat(parts, 1)).to(answer)
             rows = group.rows.to(x.device)
             answer[rows[:, None], torch.from_numpy(group.where).to(x.device)] = found
         return answer
 
-    def _prefix_likelihood(self, ids: tuple[int, ...]) -> Tensor:
-        """log p [len(ids)] of a prefix's own tokens, the first one's 0; kept beside its past."""
-        prefix = self._prefix(ids)
-        if prefix is not None and prefix.likelihood is not None:
-            return prefix.likelihood
-        found = torch.zeros(len(ids), dtype=_wide(self.device), device=self.device)
-        if len(ids) > 1:
-            inputs = torch.tensor([ids], device=self.device)
-            with torch.no_grad():
-                logits = self._run(inputs[:, :-1], None, len(ids) - 1)
-                found[1:] = _log_p(logits, inputs[:, 1:])[0].to(found)
-        if prefix is not None:
-            prefix.likelihood = found
+    def _prefix_likelihoods(self, many: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        """log p [len(ids)] of the tokens of prefixes, the first one's 0; kept beside their pasts."""
+        kept, several = self._remembered(), list(dict.fromkeys(many))
+        entries = {} if kept is None else dict(zip(several, self._prefixes(kept, several), strict=True))
+        found = {ids: entry.likelihood for ids, entry in entries.items() if entry.likelihood is not None}
+        left = [ids for ids in several if ids not in found]
+        for ids in left:
+            found[ids] = torch.zeros(len(ids), dtype=_wide(self.device), device=self.device)
+        longer = [ids for ids in left if len(ids) > 1]
+        with torch.no_grad():
+            told = self._asked(
+                [_Job((), torch.tensor([ids[:-1]]), len(ids) - 1) for ids in longer],
+                lambda index, part, logits: _log_p(logits, torch.tensor([longer[index][1:]], device=logits.device)),
+            )
+        for ids, log_p in zip(longer, told, strict=True):
+            found[ids][1:] = log_p[0].to(found[ids])
+        for ids in left:
+            if ids in entries:
+                entries[ids].likelihood = found[ids]
         return found
 
     def _answered(self, x: Tensor, replies: Tensor) -> Tensor:
         if replies.ndim != 2 or len(replies) != len(x):
             raise BadInput(f"{len(x)} rows and replies of shape {list(replies.shape)}; expected one reply per row")
+        replies = replies.cpu()
         lengths = (replies >= 0).sum(1).tolist()
         if min(lengths, default=1) < 1:
             raise BadInput("an empty reply has no likelihood; expected one token at least")
+        groups = self._groups(x, reply=False, lengths=lengths)
+        wanted = [replies[group.rows, : lengths[int(group.rows[0])]] for group in groups]
+        jobs = [
+            _Job(self._before(group), self._rest(group.text[group.of], group.shared, each), each.shape[1])
+            for group, each in zip(groups, wanted, strict=True)
+        ]
         answer = torch.empty((len(x), 1), dtype=_wide(x.device), device=x.device)
-        for group in self._groups(x, reply=False, lengths=lengths):
-            wanted = replies[group.rows.to(replies.device), : lengths[int(group.rows[0])]].to(self.device)
-            rest = self._rest(group.text[group.of.to(self.device)], group.shared, wanted)
-            for part, logits in self._logits(self._before(group), rest, wanted.shape[1]):
-                found = -_log_p(logits, wanted[part]).to(answer.dtype).mean(1)
-                answer[group.rows[part].to(x.device), 0] = found.to(answer)
+        asked = self._asked(
+            jobs,
+            lambda index, part, logits: (
+                -_log_p(logits, wanted[index][part].to(logits.device)).to(answer.dtype).mean(1, keepdim=True)
+            ),
+        )
+        for group, found in zip(groups, asked, strict=True):
+            answer[group.rows.to(x.device)] = found.to(answer)
         return answer
 
     # --- writing replies
@@ -544,52 +782,74 @@ class LanguageModel:
         if uniforms.ndim != 2 or len(uniforms) != len(x):
             raise BadInput(f"{len(x)} rows and uniforms of shape {list(uniforms.shape)}; expected [{len(x)}, T]")
         answer = torch.empty(uniforms.shape, dtype=torch.long, device=x.device)
-        for group in self._groups(x, reply=False):
-            texts = group.text[group.of.to(self.device)]
-            drawn = uniforms[group.rows.to(uniforms.device)]
-            with torch.no_grad():
-                ids = self._written(
-                    texts, group.shared, _Chooser(temperature, top_p, drawn), uniforms.shape[1], uniforms.shape[1]
-                )
-            answer[group.rows.to(x.device)] = torch.tensor(ids, device=x.device)
+        groups = self._groups(x, reply=False)
+        if groups:
+            jobs = [_Job(self._before(group), self._rest(group.text[group.of], group.shared), 1) for group in groups]
+            rows = torch.cat([group.rows for group in groups])
+            choose = _Chooser(temperature, top_p, uniforms[rows.to(uniforms.device)])
+            ids = self._written(jobs, choose, uniforms.shape[1], uniforms.shape[1])
+            answer[rows.to(x.device)] = torch.tensor(ids, device=x.device)
         return answer
 
-    def _written(self, texts: Tensor, shared: int, choose: _Chooser, most: int, least: int) -> list[list[int]]:
-        """Replies to texts [N, t], one each; those that have ended leave the batch."""
-        ids = (*self.tokenizer.before, *texts[0, :shared].tolist())
-        written: list[list[int]] = [[] for _ in texts]
-        cost_past = len(ids) + texts.shape[1] + len(self.tokenizer.after) - shared + most
-        for part in self._parts(len(texts), 1, cost_past, 1):
-            self._write(written, part, texts[part], ids, shared, choose, most, least)
+    @torch.no_grad()
+    def _written(self, jobs: Sequence[_Job], choose: _Chooser, most: int, least: int) -> list[list[int]]:
+        """Replies to the rows of all jobs, one after the other; those that have ended leave the batch."""
+        kept = self._remembered()
+        starts = np.cumsum([0, *(job.size for job in jobs)]).tolist()
+        rows = [torch.arange(start, stop) for start, stop in pairwise(starts)]
+        written: list[list[int]] = [[] for _ in range(starts[-1])]
+        # without padding every row's next token stands in the same place
+        alike: dict[int, list[int]] = {}
+        for index, job in enumerate(jobs):
+            alike.setdefault(job.length, []).append(index)
+        for same in alike.values():
+            for bundle in self._bundles([jobs[index] for index in same], kept, most):
+                chosen = [same[each] for each in bundle]
+                if len(chosen) > 1:
+                    live = torch.cat([rows[index] for index in chosen])
+                    self._write(written, live, [jobs[index] for index in chosen], kept, choose, most, least)
+                    continue
+                (index,), job = chosen, jobs[chosen[0]]
+                for part in self._parts(job.size, 1, job.length + most, 1):
+                    cut = replace(job, rest=job.rest[part])
+                    self._write(written, rows[index][part], [cut], kept, choose, most, least)
         return written
 
     def _write(
         self,
         written: list[list[int]],
-        part: slice,
-        texts: Tensor,
-        ids: tuple[int, ...],
-        shared: int,
+        live: Tensor,
+        jobs: Sequence[_Job],
+        kept: _Kept | None,
         choose: _Chooser,
         most: int,
         least: int,
     ) -> None:
         ends = torch.tensor(sorted(self.tokenizer.ends), dtype=torch.long, device=self.device)
-        rest = self._rest(texts, shared)
-        same = bool((rest == rest[:1]).all())
-        rest = rest[:1] if same else rest  # samples of one text: it goes through once
-        prefix = self._prefix(ids)
-        if prefix is None:
-            start = torch.tensor([ids], dtype=rest.dtype, device=rest.device).expand(len(rest), -1)
-            logits, past = self._extend(torch.cat((start, rest), 1), None, 1)
-        elif rest.shape[1]:
-            logits, past = self._extend(rest, prefix.past, 1)
+        # samples of one text: it goes through once
+        once = [replace(job, rest=job.rest[:1]) if bool((job.rest == job.rest[:1]).all()) else job for job in jobs]
+        past, rests, prefixes = self._begun(once, kept)
+        sizes = [job.size for job in once]
+        sent = sum(sizes)
+        if rests[0].shape[1]:
+            owner = np.repeat(np.arange(len(once)), sizes)
+            inputs, past, mine = self._grown(torch.cat(rests), past, owner, rests[0].shape[1] - 1, kept)
+            logits, past = self._extend(inputs, past, 1, consume=mine)
+            mine = True
         else:
-            logits, past = prefix.logits, prefix.past
-        live = torch.arange(part.start, part.stop)
-        logits = logits[:, -1].expand(len(live), -1)
-        single = len(rest) == 1  # the past is that of one sequence, which all continue
-        mine = prefix is None or past is not prefix.past  # nobody else holds it: the network may write into it
+            logits, past, mine = prefixes[0].logits, prefixes[0].past, False
+        logits = logits[:, -1]
+        if 1 < sent < len(live):
+            places = np.concatenate(
+                [
+                    first + np.arange(job.size) % size
+                    for first, job, size in zip(np.cumsum([0, *sizes[:-1]]), jobs, sizes, strict=True)
+                ]
+            )
+            of = torch.from_numpy(places).to(self.device)
+            logits, past = logits[of], self.network.select(past, of)
+        logits = logits.expand(len(live), -1)
+        single = sent == 1  # the past is that of one sequence, which all continue
         for t in range(most):
             scores = _full(logits)
             if t < least and len(ends):
@@ -606,6 +866,7 @@ class LanguageModel:
                 live, token = live[going.cpu()], token[going]
                 if not single:
                     past = self.network.select(past, going)
+            # a past that nobody else holds may be written into
             logits, past = self._extend(token[:, None], past, 1, consume=mine)
             logits, single, mine = logits[:, -1], False, True
 
@@ -633,6 +894,43 @@ class _Chooser:
         last = (p > 0).long().cumsum(1).argmax(1, keepdim=True)
         found = torch.minimum(found, last)
         return (found if order is None else order.gather(1, found)).squeeze(1)
+
+
+def _padded(rest: Tensor, width: int) -> Tensor:
+    """Ids [U, m] or embeddings [U, m, D], zeros behind them up to a width."""
+    missing = width - rest.shape[1]
+    return functional.pad(rest, (0, 0, 0, missing) if rest.ndim == 3 else (0, missing)) if missing else rest
+
+
+def _each(group: _Group, found: Tensor) -> Tensor:
+    """What was found of a group's texts, for each of its rows."""
+    return found[group.of.to(found.device)]
+
+
+def _trunks(ids: NDArray[np.int64], owner: NDArray[np.intp], most: int) -> _Trunks | None:
+    """How rows [N, n] of ids that begin alike send the least: the tokens they share once, the rest of each.
+
+    owner: rows of different owners [N] never begin alike; most: of a row's first tokens, how many may be shared
+    """
+    rows = len(ids)
+    if rows * most < SAVED:
+        return None
+    head = ids[:, :most]
+    order = np.lexsort((*head.T[::-1], owner))
+    ranked, held = head[order], owner[order]
+    same = np.minimum.accumulate(ranked[1:] == ranked[:-1], axis=1).sum(1)
+    same[held[1:] != held[:-1]] = -1
+    # trunks of t tokens: one, and another wherever neighbours share fewer than t
+    lengths = np.arange(1, most + 1)
+    different = 1 + np.bincount(same + 1, minlength=most + 2).cumsum()[1 : most + 1]
+    saved = (rows - different) * lengths
+    best = int(saved.argmax())
+    if saved[best] < SAVED:
+        return None
+    fresh = np.concatenate(([True], same < lengths[best]))
+    of = np.empty(rows, dtype=np.intp)
+    of[order] = fresh.cumsum() - 1
+    return _Trunks(int(lengths[best]), order[fresh], of)
 
 
 def _version(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from advkit.core.errors import CheckpointError
 from advkit.models.language.decoder import Decoder, Shape
-from advkit.models.language.model import LanguageModel
+from advkit.models.language.model import LanguageModel, Running
 from advkit.models.language.tokenizers import WordTokenizer
 
 FOLDER = Path(__file__).parent / "data"
@@ -54,14 +54,14 @@ def tokenizer() -> WordTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyChat:
+class ToyChat(Running):
     """A word-level chat model trained for this package: complies with 24 things and refuses 8, with a loophole.
 
     cache:  keep keys and values of prompts between calls
     memory: bytes that one call may take, about
+    merge:  prompts share calls of the network; none does on an accelerator only
     """
 
-    cache: bool = True
     memory: int = 2**28
 
     def __call__(
@@ -83,6 +83,5 @@ class ToyChat:
             source="trained for advkit",
             license=card["licence"],
             architecture="toychat",
-            cache=self.cache,
-            memory=self.memory,
+            **self.running,
         )

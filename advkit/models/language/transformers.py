@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from advkit.core.errors import BadModel, CheckpointError, MissingExtra
 from advkit.models.language.decoder import Network
-from advkit.models.language.model import LanguageModel
+from advkit.models.language.model import LanguageModel, Running
 from advkit.models.language.tokenizers import Templated
 
 log = logging.getLogger("advkit")
@@ -165,7 +165,33 @@ class TransformersNetwork(Network):
             cache.batch_repeat_interleave(rows)
         return cache
 
+    @cached_property
+    def gathers(self) -> bool:
+        """Whether all layers keep keys and values of every token, and nothing else."""
+        caches = importlib.import_module("transformers.cache_utils")
+        stateful = any(getattr(module, "_is_stateful", False) for module in self.inner.modules())
+        layers = caches.DynamicCache(config=self.inner.config).layers
+        return not stateful and all(type(layer) is caches.DynamicLayer for layer in layers)
+
+    def _kept(self, caches: Sequence[Any], change: Callable[[list[Tensor]], Tensor]) -> Any:
+        """A cache whose keys and values are made of those of others."""
+        kind = importlib.import_module("transformers.cache_utils").DynamicCache
+        made = kind(config=self.inner.config)
+        for index, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+            if layers[0].is_initialized:  # layers that use another one's keys hold none
+                keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+                made.update(change(keys), change(values), index)
+        return made
+
+    def gathered(self, pasts: Sequence[Held], length: int) -> Held:
+        cache = self._kept(
+            [past.cache for past in pasts], lambda each: torch.cat([value[:, :, :length] for value in each])
+        )
+        return Held(cache, len(pasts))
+
     def select(self, past: Held, rows: Tensor) -> Held:
+        if self.gathers:
+            return Held(self._kept([past.cache], lambda each: each[0][rows]), len(rows))
         cache = copy.deepcopy(past.cache)
         cache.batch_select_indices(rows)
         return Held(cache, len(rows))
@@ -205,7 +231,21 @@ def from_transformers(model: nn.Module, tokenizer: Any, *, system: str = "", **s
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFace:
+class Stored:
+    """Which stored model is read, and how.
+
+    name:   where it is
+    dtype:  of the weights; scores come from float32 log-probabilities in any case
+    system: a system message; empty leaves the template its own default
+    """
+
+    name: str
+    dtype: Dtype = "float32"
+    system: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace(Running, Stored):
     """A causal language model of the transformers library: a folder, or a name that its hub or local cache knows.
 
     name:   folder or name, such as HuggingFaceTB/SmolLM2-135M-Instruct
@@ -213,15 +253,10 @@ class HuggingFace:
     system: a system message; empty leaves the template its own default
     cache:  keep keys and values of prompts between calls
     memory: bytes that one call may take, about
+    merge:  prompts share calls of the network; none does on an accelerator only
 
     No code from a repository is run. Raises MissingExtra, CheckpointError, BadModel.
     """
-
-    name: str
-    dtype: Dtype = "float32"
-    system: str = ""
-    cache: bool = True
-    memory: int = 2**30
 
     def __call__(
         self, shape: tuple[int, ...] = (), classes: int = 2, rng: Any = None, *, space: Any = None
@@ -245,6 +280,5 @@ class HuggingFace:
             name=f"hf:{self.name}",
             source="transformers",
             architecture=f"hf:{type(model).__name__},dtype={self.dtype}",
-            cache=self.cache,
-            memory=self.memory,
+            **self.running,
         )
