@@ -16,6 +16,7 @@ smollm2: likelihood of wanted replies before and after BEAST (--slow)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import platform
@@ -401,7 +402,7 @@ def pace(device: str, slow: bool) -> list[dict[str, Any]]:
             spent: dict[str, list[float]] = {way: [] for way in ways}
             for turn, way in itertools.product(range(4), ways):
                 begin = time.perf_counter()
-                found, seconds = search(attack, ways[way], x, ids, attack.length)
+                _, seconds = search(attack, ways[way], x, ids, attack.length)
                 seconds = time.perf_counter() - begin if accelerated else seconds
                 spent[way] += [seconds / len(x)] if turn else []
             first = statistics.median(spent["one by one"])
@@ -467,9 +468,7 @@ def report(held: dict[str, Any]) -> str:
         )
     if "pace" in held:
         head = ["model", "attack", "prompts", "seconds a prompt", "times faster"]
-        rows = [
-            [r["model"], r["attack"], r["way"], f"{r['seconds']:.4f}", f"{r['ratio']:.2f}"] for r in held["pace"]
-        ]
+        rows = [[r["model"], r["attack"], r["way"], f"{r['seconds']:.4f}", f"{r['ratio']:.2f}"] for r in held["pace"]]
         parts.append("## Seconds per prompt\n\nMedians; the ways take turns.\n\n" + table(head, rows))
     if "smollm2" in held:
         head = ["prompt", "wanted reply", "k, length", "NLL before", "after", "exact", "retokenizes", "CPU s", "suffix"]

@@ -229,6 +229,11 @@ class Decoder(Network):
             if parameter.ndim == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=0.02)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Block by block: all are one piece of code."""
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
+
     @property
     def vocabulary(self) -> int:
         return self.shape.vocabulary

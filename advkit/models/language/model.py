@@ -29,6 +29,7 @@ from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import ModelInfo, Rng
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
+from advkit.core.speed import Speed
 from advkit.models.language.decoder import Network
 from advkit.models.language.tokenizers import Tokenizer
 from advkit.models.torch import device_of, named_tensors, same_device, tensors_sha256
@@ -234,18 +235,28 @@ class LanguageModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         return self._with(copy.deepcopy(self.network, memo))
 
-    def _with(self, network: Network) -> LanguageModel:
-        return LanguageModel(
-            network,
-            self.tokenizer,
-            name=self.name,
-            source=self.source,
-            license=self.license,
-            architecture=self.architecture,
-            cache=self.cache,
-            memory=self.memory,
-            merge=self.merge,
-        )
+    def _with(self, network: Network, **changes: Any) -> LanguageModel:
+        said = ("name", "source", "license", "architecture", "cache", "memory", "merge")
+        settings = {name: getattr(self, name) for name in said}
+        return LanguageModel(network, self.tokenizer, **settings | changes)
+
+    def using(self, **running: Any) -> LanguageModel:
+        """The same weights, run otherwise: cache, memory, merge."""
+        return self._with(self.network, **running)
+
+    def under_speed(self, speed: Speed) -> LanguageModel:
+        """A copy in the precision of a speed, compiled where it says so; log-probabilities stay float32 at least."""
+        network = copy.deepcopy(self.network).requires_grad_(False)
+        if speed.precision != "fp32":
+            network = network.to(torch.bfloat16 if speed.precision == "bf16" else torch.float16)
+        if speed.compile:
+            network.compile(dynamic=True)  # candidates grow by a token a step: no two steps have one shape
+        return self._with(network)
+
+    @property
+    def batch(self) -> int:
+        """Rows worth having in flight at once: those of shared calls, or one, so that a stopped run has lost little."""
+        return 16 if self.merges else 1
 
     @property
     def space(self) -> Transcripts:

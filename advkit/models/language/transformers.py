@@ -125,6 +125,10 @@ class TransformersNetwork(Network):
         super().__init__()
         self.inner = inner
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """The library's module: it is what is called."""
+        self.inner.compile(*args, **kwargs)
+
     @property
     def vocabulary(self) -> int:
         return int(self._config.vocab_size)
