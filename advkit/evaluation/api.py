@@ -22,6 +22,7 @@ from advkit.evaluation.harness import open_store, preflight, run, speed_file
 from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
+from advkit.evaluation.streams import stream_metrics
 from advkit.evaluation.summary import attack_entry, build, by_label, headline
 from advkit.evaluation.victims import Victim, protected, ready
 from advkit.models import MODELS
@@ -391,8 +392,6 @@ def _execute(
     extra_attacks: list[dict[str, Any]] = []
     params = {case.label: parameters(case.attack)}
     if case.threat.scenario == "stream":
-        from advkit.evaluation.streams import stream_metrics
-
         extra_metrics.update(stream_metrics(case, records))
     if case.threat.scenario == "grid":
         extra_metrics.update(grid_metrics(case, records))

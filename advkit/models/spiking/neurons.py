@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from advkit.core.errors import BadModel
 from advkit.models.spiking import RULES
+from advkit.models.spiking.ruled import Ruled
 from advkit.models.spiking.surrogates import Dynamics, RateRule, Rule, SlopeRule, Stepper, active_rule
 
 
@@ -276,9 +277,7 @@ class Neuron(nn.Module, ABC):
     @staticmethod
     def model_under(model: Any, rule: Rule | str | None) -> Any:
         """A model that holds neurons, under a backward rule: for those who know the model by its modules alone."""
-        from advkit.models.spiking.model import under_rule
-
-        return under_rule(model, rule)
+        return model if rule is None else Ruled(model, RULES.build(rule))
 
     def extra_repr(self) -> str:
         return (
