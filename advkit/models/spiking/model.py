@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,24 +23,13 @@ DRAWS = 10
 class SpikingModel(TorchModel):
     """A torch module with spiking neurons, seen under a backward rule; every call starts from rest.
 
-    rule: backward rule of every neuron, an object or a spec; None leaves each its own
+    module:   holds spiking neurons of advkit; BadModel where it does not
+    rule:     backward rule of every neuron, an object or a spec; None leaves each its own
+    settings: those of TorchModel, by name
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        space: Any = None,
-        classes: int | None = None,
-        mean: Sequence[float] = (),
-        std: Sequence[float] = (),
-        name: str = "",
-        source: str = "",
-        license: str = "",
-        *,
-        architecture: str = "",
-        rule: Rule | str | None = None,
-    ) -> None:
-        super().__init__(module, space, classes, mean, std, name, source, license, architecture=architecture)
+    def __init__(self, module: nn.Module, *, rule: Rule | str | None = None, **settings: Any) -> None:
+        super().__init__(module, **settings)
         if not neurons(module):
             raise BadModel(
                 f"{self.name} holds no spiking neuron of advkit; build one from advkit.models.spiking, or turn a "
@@ -52,18 +40,7 @@ class SpikingModel(TorchModel):
     @classmethod
     def of(cls, model: TorchModel, rule: Rule | str | None = None) -> SpikingModel:
         """The same description and module, under a rule."""
-        return cls(
-            model.module,
-            model.space,
-            model.classes,
-            model.mean,
-            model.std,
-            model.name,
-            model.source,
-            model.license,
-            architecture=model.architecture,
-            rule=rule,
-        )
+        return cls(model.module, rule=rule, **model.settings())
 
     def __repr__(self) -> str:
         rule = "" if self.rule is None else f", rule={RULES.label(self.rule)}"
