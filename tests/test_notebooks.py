@@ -202,10 +202,9 @@ def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"refusal:phrases=sorry +calls a success (?:1[0-9]|20) of 20", said)
     assert re.search(r"oblivious .* rejected 8 of 8", said)
     assert re.search(r"adaptive .* rejected 0 of 8", said)
-    oblivious, adaptive = (
-        reports[f"filter-{kind}"].metrics["target_nll_after"]["value"] for kind in ("oblivious", "adaptive")
-    )
-    assert oblivious < adaptive < reports["filter-adaptive"].metrics["target_nll_before"]["value"] - 0.1
+    filtered = reports["filter"].metrics
+    oblivious, adaptive = (filtered[f"{kind}target_nll_after"]["value"] for kind in ("oblivious_", ""))
+    assert oblivious < adaptive < filtered["target_nll_before"]["value"] - 0.1
 
 
 ATTACKS = ("random_suffix", "sampled_suffix", "beast-k5", "beast-k15", "gcg-15-x-48")

@@ -76,6 +76,8 @@ class Suite(ABC):
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
+    stand_in: ClassVar[Any] = APGDCE(steps=100)
+    """One attack for its place where no verdicts tell which rows stand (transfer)."""
 
     def complaint(self, ball: Any) -> str | None:
         """None, or why the suite can't be played in this ball."""

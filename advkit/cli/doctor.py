@@ -127,7 +127,7 @@ def _examine(case: Case, rows: int, draws: int, quiet: bool) -> tuple[list[Findi
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from advkit.evaluation.diagnostics import battery
+    from advkit.evaluation.battery import battery
 
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bars:

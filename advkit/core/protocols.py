@@ -166,7 +166,8 @@ class Goal(Protocol[Y_contra]):
 
     One that has more to say of an attack than whether it was reached also has `examine(evidence)`: named sequences of a
     number, a truth value or None per row. They stand in the records as `figures` and are averaged over all rows, those
-    included on which the attack failed; truth values become rates. A rule that makes goals may refuse models:
+    included on which the attack failed; truth values become rates. Threat models may have it, too, and so may victims
+    that do more than answer, such as a filter. A rule that makes goals may refuse models:
     `misfit(model)` says why, or None.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from advkit.attacks import ATTACKS
 from advkit.core.errors import BadInput, UsageError
@@ -22,16 +22,16 @@ from advkit.evaluation.harness import open_store, preflight, run, speed_file
 from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import rate
+from advkit.evaluation.streams import stream_metrics
 from advkit.evaluation.summary import attack_entry, build, by_label, headline
 from advkit.evaluation.victims import Victim, protected, ready
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS
-from advkit.threat_models.transfer import Transfer
 
 log = logging.getLogger("advkit")
 
-_WHITE_BOX = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate")
+_BESIDE = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate", "target_nll_after", "rejected")
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
 
@@ -232,26 +232,18 @@ def _white_box(case: Case, strike: Any) -> Case:
 
 
 def _oblivious(case: Case, undefended: Any) -> Case:
-    """The attack made on the model without its defense and shown to the defended one.
+    """The attack made on the model without its defense, by the same rules, and shown to the defended one.
 
-    A suite follows rows by the verdicts of the model it attacks, so one long attack takes its place.
+    A suite follows rows by the verdicts of the model it attacks, so what stands in for it takes its place.
     """
-    base = case.threat.describe()
-    if base.get("norm") is None:  # no ball: the same rules, asked of the bare model
-        label = f"{case.label}@undefended"
-        return replace(case, label=label, surrogates=(("undefended", undefended),))
-    norm = str(base["norm"]).lower()
-    lattice = int(getattr(case.threat, "lattice", 0))
-    ball: Any = Transfer(eps=base["eps"], norm=cast(Any, norm), lattice=lattice, sources=("undefended",))
-    strike = ATTACKS.build("apgd-ce:steps=100") if hasattr(case.attack, "stages") else case.attack
+    strike = getattr(case.attack, "stand_in", case.attack)
     label = ATTACKS.label(strike)
     return replace(
         case,
         attack=strike,
-        threat=ball.bind(case.victim.space),
         label=f"{label}@undefended",
         surrogates=(("undefended", undefended),),
-        specs={**case.specs, "attack": label, "threat_model": THREAT_MODELS.spec(ball)},
+        specs={**case.specs, "attack": label},
     )
 
 
@@ -315,7 +307,7 @@ def evaluate(
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     beside:       also evaluate the other side: transfer from public models where the defense claims to hold against it
                   (PubDef), the attack made without knowing of the defense where it can be taken off (transformations
-                  of the input), the attack in white box where the threat model is a transfer grid
+                  and filters of the input), the attack in white box where the threat model is a transfer grid
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
     command:      what the report gives as the command that made it
@@ -392,8 +384,6 @@ def _execute(
     extra_attacks: list[dict[str, Any]] = []
     params = {case.label: parameters(case.attack)}
     if case.threat.scenario == "stream":
-        from advkit.evaluation.streams import stream_metrics
-
         extra_metrics.update(stream_metrics(case, records))
     if case.threat.scenario == "grid":
         extra_metrics.update(grid_metrics(case, records))
@@ -407,7 +397,7 @@ def _execute(
         else:
             figures = headline(other, found)
             kind = "oblivious" if other.surrogates else "white_box"
-            extra_metrics.update({f"{kind}_{name}": figures[name] for name in _WHITE_BOX if name in figures})
+            extra_metrics.update({f"{kind}_{name}": figures[name] for name in _BESIDE if name in figures})
             settings = {other.label: parameters(other.attack)}
             if other.surrogates:
                 ahead = diagnostics.black_box_beats_white_box(records, found, other.label, randomized=case.randomized)

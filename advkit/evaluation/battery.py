@@ -36,8 +36,10 @@ from advkit.evaluation.diagnostics import (
     cheap,
     found,
     graded,
+    merge,
 )
-from advkit.evaluation.scenarios import attacked_model, own_randomness, single_attack
+from advkit.evaluation.play import attacked_model, own_randomness
+from advkit.evaluation.scenarios import single_attack
 from advkit.evaluation.stats import newcombe_paired
 from advkit.evaluation.verdict import decide, finite
 from advkit.threat_models.lp import L2, Linf
@@ -672,3 +674,32 @@ def _undefended(case: Case) -> Any:
         if fits and model.classes == case.task.classes and model.describe().state_sha256 != own:
             return model
     return None
+
+
+def battery(
+    case: Case,
+    *,
+    rows: int = 100,
+    draws: int = 1000,
+    queries: int = 1000,
+    surrogate: Any = None,
+    progress: Progress | None = None,
+) -> tuple[list[Finding], dict[str, Any]]:
+    """The expensive checks, on the first rows of the case; findings, and every curve measured as plain JSON values.
+
+    rows:      rows used
+    draws:     random points per surviving row
+    queries:   of the square attack
+    surrogate: an undefended model whose adversarial examples are shown to the victim; None looks into the zoo
+    progress:  called with what runs now, steps done and steps in all
+
+    Every run is played by the harness's own scenario. The white-box runs are made on the victim whatever knowledge the
+    case's threat model grants: they examine the model, not the attacker.
+
+    Raises UsageError where the threat model is no ball.
+    """
+    if rows < 1:
+        raise UsageError(f"rows is {rows}; the battery needs at least one")
+    checks = Battery(case, rows, draws, queries, surrogate)
+    checks.run(progress)
+    return merge(checks.findings), checks.curves

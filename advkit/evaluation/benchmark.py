@@ -40,7 +40,7 @@ from advkit.core.rng import RowRng
 from advkit.evaluation.api import resolve
 from advkit.evaluation.case import Case
 from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.scenarios import on_device
+from advkit.evaluation.play import on_device
 from advkit.models.torch import TorchModel
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import Linf

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation import store
 from advkit.evaluation.report import Report, describe_threat
 from advkit.evaluation.stats import Interval, mcnemar_exact, newcombe_paired, rate
+from advkit.evaluation.store import read_records, records_path
 from advkit.evaluation.summary import count
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-RECORDS_NAME = "records.jsonl"
 
 
 @dataclass(frozen=True)
@@ -167,25 +165,6 @@ class Comparison:
 
 def _p_text(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
-
-
-def records_path(run: str | Path) -> Path:
-    """records.jsonl of a run folder or beside a report.json."""
-    path = Path(run)
-    return (path if path.is_dir() else path.parent) / RECORDS_NAME
-
-
-def read_records(path: str | Path) -> list[Record]:
-    """The records of a finished or killed run; raises ReportError on a missing file or a broken line."""
-    file = Path(path)
-    try:
-        return store.read_records(file)
-    except FileNotFoundError:
-        raise ReportError(f"no per-row records at {file}; expected {RECORDS_NAME} beside the run's report") from None
-    except OSError as error:
-        raise ReportError(f"{file} can't be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ReportError(f"{file} holds a line that is not a record: {error}") from None
 
 
 def row_verdicts(records: Iterable[Record]) -> dict[str, RowVerdict]:

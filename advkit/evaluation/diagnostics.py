@@ -1,7 +1,7 @@
 """Reliability diagnostics: what makes a robust accuracy untrustworthy, found before, after and beside an evaluation.
 
-`cheap` runs always (the checks of AutoAttack, arXiv 2003.01690, and some more), `after` reads the records, `battery` is
-the expensive search for masked gradients (arXiv 1902.06705, 1802.00420) and failed attacks (arXiv 2106.09947).
+`cheap` runs always (the checks of AutoAttack, arXiv 2003.01690, and some more), `after` reads the records; what is
+expensive stands in `battery`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advkit.core.errors import AdvkitError, UsageError
+from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
 from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.case import Case
-from advkit.evaluation.scenarios import attacked_model, own_randomness
+from advkit.evaluation.play import attacked_model, own_randomness
 from advkit.evaluation.stats import mcnemar_exact
 from advkit.evaluation.verdict import decide, finite
 
@@ -429,37 +429,3 @@ def black_box_beats_white_box(
         return None
     seen = f"{name} breaks {ahead} of {n} rows on which the white-box attacks failed: their gradients are of little use"
     return found("black_box_beats_white_box", graded(ahead / n, 0.01), seen, ahead / n, BETTER, name)
-
-
-# Beside the run
-
-
-def battery(
-    case: Case,
-    *,
-    rows: int = 100,
-    draws: int = 1000,
-    queries: int = 1000,
-    surrogate: Any = None,
-    progress: Progress | None = None,
-) -> tuple[list[Finding], dict[str, Any]]:
-    """The expensive checks, on the first rows of the case; findings, and every curve measured as plain JSON values.
-
-    rows:      rows used
-    draws:     random points per surviving row
-    queries:   of the square attack
-    surrogate: an undefended model whose adversarial examples are shown to the victim; None looks into the zoo
-    progress:  called with what runs now, steps done and steps in all
-
-    Every run is played by the harness's own scenario. The white-box runs are made on the victim whatever knowledge the
-    case's threat model grants: they examine the model, not the attacker.
-
-    Raises UsageError where the threat model is no ball.
-    """
-    from advkit.evaluation.battery import Battery
-
-    if rows < 1:
-        raise UsageError(f"rows is {rows}; the battery needs at least one")
-    checks = Battery(case, rows, draws, queries, surrogate)
-    checks.run(progress)
-    return merge(checks.findings), checks.curves

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,10 @@ from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Record
 from advkit.evaluation.case import Case
-from advkit.evaluation.scenarios import on_device, own_randomness, rehearse, scenario_of, with_views
+from advkit.evaluation.play import on_device, own_randomness
+from advkit.evaluation.scenarios import Evasion, Grid, rehearse, with_views
 from advkit.evaluation.store import Stopwatch, Store
+from advkit.evaluation.streams import Stream
 from advkit.evaluation.verdict import Judge
 from advkit.evaluation.workers import Crew
 
@@ -25,6 +28,18 @@ MANY = 3000
 """Records from which worker processes, which take seconds to start, pay."""
 
 Progress = Callable[[list[Record], int], None]  # the new records, and how many the case has in all
+
+
+SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid, "stream": Stream}
+
+
+def scenario_of(case: Case) -> Any:
+    """The scenario that the case's threat model names; raises UsageError when it does not accept the case."""
+    scenario = SCENARIOS[case.threat.scenario]()
+    reason = scenario.accepts(case)
+    if reason:
+        raise UsageError(reason)
+    return scenario
 
 
 def preflight(case: Case) -> None:

@@ -31,10 +31,11 @@ from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.transfer_set import check_space
 from advkit.evaluation.api import parameters
 from advkit.evaluation.case import Case, digest_of
-from advkit.evaluation.harness import preflight
+from advkit.evaluation.harness import preflight, scenario_of
 from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.matrix_report import NOISE, NOTHING, Decisions, Matrix, Table, document, without_images
-from advkit.evaluation.scenarios import lanes_of, own_randomness, scenario_of
+from advkit.evaluation.play import own_randomness
+from advkit.evaluation.scenarios import lanes_of
 from advkit.evaluation.transfer_images import (
     LEVELS,
     Images,

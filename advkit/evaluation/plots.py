@@ -21,7 +21,9 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.compare import per_class_rates
 from advkit.evaluation.report import Report, write_atomic
+from advkit.evaluation.store import read_records, records_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -448,8 +450,6 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
 
 def write_plots(run: str | os.PathLike[str], class_names: Sequence[str] = ()) -> list[Path]:
     """Draw what a finished run folder supports (classes, distances, transfer grid) into its plots/ folder."""
-    from advkit.evaluation.compare import per_class_rates, read_records, records_path
-
     folder = Path(run)
     report = Report.load(folder)
     made = []

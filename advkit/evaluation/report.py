@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from advkit.core.errors import ReportError
 from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.stats import DenominatorKind, Interval, clopper_pearson, wilson
+from advkit.evaluation.store import read_records, records_path
 
 if TYPE_CHECKING:
     import jinja2
@@ -779,8 +780,6 @@ def _check_shards(a: Report, b: Report, first: Mapping[str, Any], second: Mappin
     if a == b or (ids[0] is not None and ids[0] == ids[1]):
         raise ReportError("both reports are of the same rows; only disjoint shards can be merged")
     if a.path is not None and b.path is not None:
-        from advkit.evaluation.compare import read_records, records_path
-
         files = [records_path(path) for path in (a.path, b.path)]
         if all(file.exists() for file in files):
             shared = {r.id for r in read_records(files[0])} & {r.id for r in read_records(files[1])}

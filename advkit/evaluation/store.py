@@ -11,12 +11,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advkit.core.errors import StaleRun, UsageError
+from advkit.core.errors import ReportError, StaleRun, UsageError
 from advkit.core.protocols import Outcome, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+RECORDS_NAME = "records.jsonl"
 _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
 _WHERE_ANY = ("figures", "trace")
@@ -45,14 +46,27 @@ def from_line(line: str) -> Record:
     return Record(**values)
 
 
-def read_records(path: Path) -> list[Record]:
-    """The complete records of a file; a line cut short by a crash is left out."""
-    records = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                records.append(from_line(line))
-    return records
+def records_path(run: str | Path) -> Path:
+    """records.jsonl of a run folder or beside a report.json."""
+    path = Path(run)
+    return (path if path.is_dir() else path.parent) / RECORDS_NAME
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The complete records of a finished or killed run; a line cut short by a crash is left out.
+
+    Raises ReportError on a missing file or a broken line.
+    """
+    file = Path(path)
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return [from_line(line) for line in lines if line.endswith("\n")]
+    except FileNotFoundError:
+        raise ReportError(f"no per-row records at {file}; expected {RECORDS_NAME} beside the run's report") from None
+    except OSError as error:
+        raise ReportError(f"{file} can't be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ReportError(f"{file} holds a line that is not a record: {error}") from None
 
 
 def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor, Tensor]]:

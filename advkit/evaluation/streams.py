@@ -25,15 +25,8 @@ from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Access, OnlineAttack, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.evaluation.case import Case
-from advkit.evaluation.scenarios import (
-    Played,
-    _Without,
-    attacked_model,
-    lanes_of,
-    own_randomness,
-    single_attack,
-    with_views,
-)
+from advkit.evaluation.play import Played, attacked_model, own_randomness
+from advkit.evaluation.scenarios import Without, lanes_of, single_attack, with_views
 from advkit.evaluation.stats import bootstrap_mean, rate
 from advkit.evaluation.store import Store
 from advkit.evaluation.verdict import Judge, handed_in
@@ -321,7 +314,7 @@ class Stream:
         each = with_views(cell(case))
         lanes = lanes_of(each)
         held = dict(done)
-        for records, origin, returned in single_attack(each, _Without(held, case.label), crew):
+        for records, origin, returned in single_attack(each, Without(held, case.label), crew):
             valued = self._valued(each, lanes, records, origin, returned)
             held.update((Store.key(case.label, record.id), record) for record in valued)
             yield valued, origin, returned
@@ -366,7 +359,7 @@ class Stream:
         except Violation as violation:
             taken, broken = list(violation.asked), str(violation)
         place = {ids[order[t]]: t for t in taken}
-        skip = _Without(held, label, frozenset(place))
+        skip = Without(held, label, frozenset(place))
         if broken:
             yield from _refused(case, label, skip, held, place, broken)
             return

@@ -25,8 +25,8 @@ from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng
 from advkit.evaluation.case import Case, digest_of
+from advkit.evaluation.play import played_alone
 from advkit.evaluation.report import write_atomic
-from advkit.evaluation.scenarios import played_alone
 from advkit.evaluation.store import Stopwatch
 from advkit.evaluation.verdict import handed_in
 from advkit.evaluation.workers import Crew

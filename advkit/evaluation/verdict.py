@@ -135,9 +135,9 @@ class Judge:
         twins: Any,
         rng: Rng,
     ) -> list[dict[str, float | bool]]:
-        """What goal and threat model have to say of every row, row by row; see `protocols.Goal`."""
+        """What goal, threat model and victim have to say of every row, row by row; see `protocols.Goal`."""
         said: dict[str, Sequence[Figure]] = {}
-        experts = [ask for part in (goal, threat) if (ask := getattr(part, "examine", None)) is not None]
+        experts = [ask for part in (goal, threat, self.victim) if (ask := getattr(part, "examine", None)) is not None]
         if experts:
             admitted = verdict.admitted.to(origin.device).view(-1, *(1,) * (origin.ndim - 1))
             known = torch.where(admitted, returned, origin) if returned.shape == origin.shape else origin

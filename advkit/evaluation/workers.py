@@ -22,6 +22,7 @@ import torch
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Batch
 from advkit.evaluation.case import Case
+from advkit.evaluation.play import played_alone
 
 _CELL = ("attack", "label", "threat", "everyone", "exact", "seed")
 _worker: dict[str, Any] = {}
@@ -44,8 +45,6 @@ def _begin(payload: bytes) -> None:
 
 
 def _play(cell: dict[str, Any], batch: Batch, lanes: Any) -> Any:
-    from advkit.evaluation.scenarios import played_alone
-
     names = cell["surrogates"]
     surrogates = tuple((name, _worker["surrogates"][name]) for name in names)
     case = replace(_worker["case"], **{key: cell[key] for key in _CELL}, surrogates=surrogates)

@@ -201,19 +201,22 @@ class TorchModel:
             license=self.license,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What it was made with beside its module, by name."""
+        return {
+            "space": self.space,
+            "classes": self.classes,
+            "mean": self.mean,
+            "std": self.std,
+            "name": self.name,
+            "source": self.source,
+            "license": self.license,
+            "architecture": self.architecture,
+        }
+
     def with_module(self, module: nn.Module) -> TorchModel:
         """The same description around another module."""
-        return TorchModel(
-            module,
-            self.space,
-            self.classes,
-            self.mean,
-            self.std,
-            self.name,
-            self.source,
-            self.license,
-            architecture=self.architecture,
-        )
+        return TorchModel(module, **self.settings())
 
     def copy(self) -> TorchModel:
         """A model with its own weights."""

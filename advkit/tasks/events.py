@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -278,8 +278,12 @@ class Filmed(ArrayTask):
     """What the simulated tasks share; the rows are made when they are first asked for and kept in memory.
 
     frames, substeps, amplitude, pad, threshold, floor, noise_rate, jitter: as in `simulate_dvs`
-    seed: of noise and jitter; a row's own id does the rest
+    seed:  of noise and jitter; a row's own id does the rest
+    split: "test" or "train"
     """
+
+    side: ClassVar[int]
+    """Of the filmed images, in pixels."""
 
     frames: int = 10
     substeps: int = 4
@@ -290,13 +294,9 @@ class Filmed(ArrayTask):
     noise_rate: float = 0.0
     jitter: float = 0.0
     seed: int = 0
+    split: Literal["test", "train"] = "test"
 
     classes = 10
-
-    @property
-    @abstractmethod
-    def side(self) -> int:
-        """Of the filmed images, in pixels."""
 
     @abstractmethod
     def images(self) -> Rows:
@@ -354,17 +354,13 @@ class FashionMNISTDVS(Filmed):
     their seed.
     """
 
-    split: Literal["test", "train"] = "test"
     root: str = ""
     train: int = 6_000
     test: int = 0
 
     name = "fashion-mnist-dvs"
+    side = 28
     defaults = TaskDefaults(model="snn:widths=12+24,down=stride,hidden=0", threat_model="flips", n=100)
-
-    @property
-    def side(self) -> int:
-        return 28
 
     @property
     def _still(self) -> FashionMNIST:
@@ -392,18 +388,14 @@ class DigitsDVS(Filmed):
     their seed.
     """
 
-    split: Literal["test", "train"] = "test"
     frames: int = 8
     amplitude: float = 2.0
     pad: int = 2
     threshold: float = 0.2
 
     name = "digits-dvs"
+    side = 16
     defaults = TaskDefaults(model="snn:widths=16+32,down=stride,hidden=0", threat_model="flips", n=100)
-
-    @property
-    def side(self) -> int:
-        return 16
 
     def images(self) -> Rows:
         still = Digits(split=self.split).rows

@@ -379,11 +379,11 @@ def test_a_bug_is_a_traceback_and_no_usage_error(advkit: Any, victim: str, monke
 
 
 def test_ctrl_c_in_process(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from advkit.evaluation import scenarios
+    from advkit.evaluation import play
 
     options = (*QUICK, "--model", victim, "--batch-size", 4, "--no-plots", "--out")
     assert advkit(*options, "whole").code == 0
-    real, calls = scenarios.play_batch, []
+    real, calls = play.play_batch, []
 
     def impatient(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -391,7 +391,7 @@ def test_ctrl_c_in_process(advkit: Any, victim: str, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(scenarios, "play_batch", impatient)
+    monkeypatch.setattr(play, "play_batch", impatient)
     said = advkit(*options, "cut")
     assert said.code == 130
     assert [line for line in said.err.splitlines() if line.startswith("advkit: ")] == [

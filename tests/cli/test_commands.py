@@ -69,7 +69,7 @@ def test_the_run_folder_is_named_by_the_case(advkit: Any, victim: str) -> None:
 
 
 def test_a_finished_run_is_not_run_again(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from advkit.evaluation import scenarios
+    from advkit.evaluation import play
 
     first = advkit(*EVALUATE, "--model", victim, "--out", "run", "--json")
     before = files("run")
@@ -77,7 +77,7 @@ def test_a_finished_run_is_not_run_again(advkit: Any, victim: str, monkeypatch: 
     def never(*_: object) -> None:
         raise AssertionError("a finished row was attacked again")
 
-    monkeypatch.setattr(scenarios, "play_batch", never)
+    monkeypatch.setattr(play, "play_batch", never)
     again = advkit(*EVALUATE, "--model", victim, "--out", "run", "--json")
     assert again.code == 0
     after = files("run")

@@ -209,6 +209,20 @@ def test_a_suite_leaves_its_place_to_one_long_attack(digits_cnn):
     assert plan("lean", "bit-depth:bits=3", beside=False, **settings).beside is None
 
 
+def test_the_oblivious_attacker_plays_by_the_same_rules(digits_cnn):
+    settings = {"task": "digits", "model": digits_cnn, "n": 6, "device": "cpu"}
+    for attack, threat in (
+        ("cw_topk:k=1,budget=9x5", "minimum-l2"),
+        ("square:queries=30", "linf:eps=0.1,access=scores"),
+    ):
+        resolved = plan(attack, "bit-depth:bits=3", threat_model=threat, **settings)
+        assert resolved.beside.threat == resolved.case.threat
+        assert resolved.beside.surrogates[0][1] is resolved.case.victim.undefended
+    # a threat model without a radius: the nearest point on the bare model, shown to the defended one
+    report = evaluate("cw_topk:k=1,budget=9x5", "bit-depth:bits=3", threat_model="minimum-l2", **settings)
+    assert report.metrics["oblivious_robust_accuracy"]["denominator"] == 6
+
+
 def test_a_random_defense_is_attacked_through_its_draws(digits_cnn):
     settings = {"task": "digits", "model": digits_cnn, "threat_model": EPS, "n": 24, "device": "cpu"}
     report = evaluate("pgd:steps=5", "random-resize:smallest=0.8,draws=6", **settings)

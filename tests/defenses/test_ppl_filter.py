@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from advkit.core.protocols import Access, Data
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.defenses.inputs.ppl_filter import HELD_BACK, REJECTION, Filtered, PPLFilter
-from advkit.evaluation.api import evaluate
+from advkit.evaluation.api import evaluate, plan
 from advkit.models import MODELS
 from advkit.models.torch import is_model
+from advkit.tasks import TASKS
 from advkit.testing.language import tiny_lm, transcript, transcripts
 from advkit.testing.victims import linear
 from advkit.threat_models.goals.says import Says
@@ -103,11 +106,56 @@ def test_an_attack_that_knows_of_the_filter_passes_it():
     assert not bool((answer[:, 1] > answer[:, 0])[victim.rejects(blind.x)].any())
 
 
-@pytest.mark.slow
-def test_on_toychat_the_filter_costs_the_blind_attack_and_not_the_clean_prompts():
-    plain = {"task": "prompts", "model": "toychat", "defense": "ppl_filter", "goal": "says", "n": 8, "device": "cpu"}
-    report = evaluate("beast:k=8,length=8", **plain)
+def test_who_does_not_know_of_the_filter_stands_beside_who_does():
+    """The oblivious attacker searches by what the bare model says; the verdict on both is the filtered one's."""
+    asked = {"task": "prompts", "model": "toychat", "defense": "ppl_filter", "n": 6, "device": "cpu"}
+    resolved = plan("beast:k=10,length=8", **asked)
+    assert resolved.beside is not None
+    assert resolved.beside.threat == resolved.case.threat
+    assert resolved.beside.victim is resolved.case.victim
+    assert resolved.beside.surrogates == (("undefended", resolved.case.victim.model),)
+    report = evaluate("beast:k=10,length=8", **asked)
+    metrics = report.metrics
     assert report.clean_accuracy == 1.0
-    toychat = MODELS.build("toychat")()
-    victim = PPLFilter().protect(toychat, None, RNG)
-    assert math.isfinite(victim.max_perplexity)
+    assert [attack["name"] for attack in report.to_dict()["attacks"]] == [
+        "beast:length=8,k=10",
+        "beast:length=8,k=10@undefended",
+    ]
+    assert (metrics["rejected"]["numerator"], metrics["rejected"]["denominator"]) == (0, 6)
+    assert metrics["oblivious_rejected"]["numerator"] >= 5
+    assert metrics["oblivious_attack_success_rate"]["numerator"] <= 6 - metrics["oblivious_rejected"]["numerator"]
+    # nobody told him to keep to likely words, so he finds more, and it never arrives
+    assert metrics["oblivious_target_nll_after"]["value"] < metrics["target_nll_after"]["value"] - 0.05
+    assert metrics["target_nll_after"]["value"] < metrics["target_nll_before"]["value"] - 0.1
+
+
+def test_toychats_threshold_comes_from_harmless_prompts_as_it_was_trained_on():
+    model = MODELS.build("toychat")()
+    victim = PPLFilter().protect(model, None, RNG)
+    clean, attacked = (bound(TASKS.build(f"prompts:set={name}"), model) for name in ("toychat-clean", "toychat"))
+    assert victim.max_perplexity == float(Filtered(model, math.inf).perplexity(clean.x).max())
+    assert victim.max_perplexity == pytest.approx(15.584, abs=0.01)
+    for batch in (clean, attacked):
+        assert not bool(victim.rejects(batch.x).any())
+    assert not bool(victim.rejects(attacked.twins).any())
+    # its words: a question, and 0 to 8 fillers, each number about a ninth of the time
+    fillers = (clean.x[:, 1] == 1).sum(1) - 6
+    counts = torch.bincount(fillers, minlength=9)
+    assert len(counts) == 9
+    assert float((counts - len(fillers) / 9).abs().max()) < 4 * math.sqrt(len(fillers) / 9)
+
+
+def test_the_clean_prompts_are_the_recipes_and_fresh_ones_pass(tmp_path):
+    recipe = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_clean_prompts.py"))
+    assert recipe["FILE"].read_text(encoding="utf-8").splitlines() == recipe["lines"](0, 500)
+    model = MODELS.build("toychat")()
+    victim = PPLFilter().protect(model, None, RNG)
+    fresh = tmp_path / "fresh.jsonl"
+    fresh.write_text("\n".join(recipe["lines"](1, 1000)), encoding="utf-8")
+    # the largest of 500 is passed by a fresh one about once in 500 times
+    assert int(victim.rejects(bound(TASKS.build(f"prompts:file={fresh}"), model).x).sum()) <= 10
+
+
+def bound(task, model):
+    """All rows of a task of prompts."""
+    return next(task.bind(model.space).batches(len(task)))

@@ -22,6 +22,7 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.defenses.inputs.bit_depth import BitDepth
+from advkit.evaluation import battery as expensive
 from advkit.evaluation import diagnostics
 from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.api import evaluate
@@ -132,7 +133,7 @@ def play(case: Case) -> list[Record]:
 
 def battery(case: Case, **settings: Any) -> tuple[set[str], dict[str, Any]]:
     quick = {"rows": 24, "draws": 60, "queries": 60, **settings}
-    findings, curves = diagnostics.battery(case, **quick)
+    findings, curves = expensive.battery(case, **quick)
     json.dumps(curves, allow_nan=False)
     return grave(findings), curves
 
@@ -291,7 +292,7 @@ def wells(margin: Callable[[Tensor], Tensor], rows: int = 100) -> tuple[TorchMod
 def test_ripples_make_many_steps_worse_than_one() -> None:
     # A slope with ripples of a fifth of eps: small steps stay in the valley they start in, one long step leaps out.
     model, task = wells(lambda t: 1.05 - 9 * t.abs() - 0.2 * torch.cos(2 * torch.pi * t / 0.02))
-    findings, curves = diagnostics.battery(
+    findings, curves = expensive.battery(
         case(model, PGD(loss="margin"), task=task, n=60), rows=60, draws=20, queries=20
     )
     one, _, hundred = curves["iterations"]["robust_accuracy"]
@@ -306,7 +307,7 @@ def test_a_narrow_pit_is_missed_from_far_away() -> None:
         return torch.minimum(away / 0.01 - 2, 1 - 0.1 * away)
 
     model, task = wells(margin)
-    findings, curves = diagnostics.battery(
+    findings, curves = expensive.battery(
         case(model, PGD(loss="margin"), task=task, n=60), rows=60, draws=20, queries=20
     )
     assert {"non_monotone_in_eps", "unconstrained_attack_failure"} <= grave(findings)
@@ -322,7 +323,7 @@ def test_state_left_behind_makes_two_runs_differ(plain: TorchModel) -> None:
             return plain.module(x) * (1 + 1e-4 * self.calls)  # type: ignore[no-any-return]
 
     broken = TorchModel(Tired().eval(), DIGITS.space, 10)
-    findings, _ = diagnostics.battery(case(broken), rows=20, draws=10, queries=10)
+    findings, _ = expensive.battery(case(broken), rows=20, draws=10, queries=10)
     assert "nondeterministic_rerun" in {finding.id for finding in findings}
 
 
@@ -331,16 +332,16 @@ def test_the_battery_needs_a_ball_and_rows(plain: TorchModel) -> None:
         scenario = "evasion"
 
     with pytest.raises(UsageError, match="none: name one"):
-        diagnostics.battery(replace(case(plain), threat=NoBall()))
+        expensive.battery(replace(case(plain), threat=NoBall()))
     with pytest.raises(UsageError, match="at least one"):
-        diagnostics.battery(case(plain), rows=0)
+        expensive.battery(case(plain), rows=0)
 
 
 def test_the_battery_repeats_itself_and_gives_randomness_back(hardened: TorchModel) -> None:
     state = torch.random.get_rng_state()
-    once = diagnostics.battery(case(hardened), rows=12, draws=20, queries=20)
+    once = expensive.battery(case(hardened), rows=12, draws=20, queries=20)
     assert torch.equal(state, torch.random.get_rng_state())
-    again = diagnostics.battery(replace(case(hardened), batch_size=5), rows=12, draws=20, queries=20)
+    again = expensive.battery(replace(case(hardened), batch_size=5), rows=12, draws=20, queries=20)
     again[1]["loss"] = once[1]["loss"]  # a mean over batches of other sizes
     assert once == again
 

@@ -361,9 +361,9 @@ def test_what_cannot_travel_to_workers_is_refused(digits, digits_module, tmp_pat
 
 
 def test_out_of_memory_halves_the_batch(digits, digits_model, tmp_path, monkeypatch):
-    from advkit.evaluation import scenarios
+    from advkit.evaluation import play as one_batch
 
-    real, sizes = scenarios.play_batch, []
+    real, sizes = one_batch.play_batch, []
 
     def tight(case, batch, lanes):
         sizes.append(len(batch.ids))
@@ -371,7 +371,7 @@ def test_out_of_memory_halves_the_batch(digits, digits_model, tmp_path, monkeypa
             raise torch.OutOfMemoryError("too much")
         return real(case, batch, lanes)
 
-    monkeypatch.setattr(scenarios, "play_batch", tight)
+    monkeypatch.setattr(one_batch, "play_batch", tight)
     case = case_of(digits, digits_model, n=40, batch_size=64)
     records = play(case, tmp_path / "tight")
     monkeypatch.undo()

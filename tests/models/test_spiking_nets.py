@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from advkit.attacks.events.spiking import under_rule
 from advkit.core.errors import BadModel
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
@@ -18,7 +19,7 @@ from advkit.models import MODELS
 from advkit.models.checkpoint import load_checkpoint, save_checkpoint
 from advkit.models.spiking import RULES
 from advkit.models.spiking.encoders import Direct, Frames, Integer, Poisson
-from advkit.models.spiking.model import SpikingModel, neurons, stepped, under_rule
+from advkit.models.spiking.model import SpikingModel, neurons, stepped
 from advkit.models.spiking.nets import SpikingNet
 from advkit.models.spiking.neurons import LIF, Neuron
 from advkit.models.torch import TorchModel, as_model

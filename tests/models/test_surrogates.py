@@ -12,7 +12,16 @@ from torch import Tensor
 from advkit.core.errors import SpecError, UnknownName, UsageError
 from advkit.models.spiking import RULES
 from advkit.models.spiking.neurons import LIF
-from advkit.models.spiking.surrogates import ASSG, PDSG, Dynamics, active_rule, use_surrogate
+from advkit.models.spiking.surrogates import (
+    ASSG,
+    PDSG,
+    Dynamics,
+    RateRule,
+    Rule,
+    SlopeRule,
+    active_rule,
+    use_surrogate,
+)
 
 USUAL = Dynamics()
 FIXED = ["atan", "atan:alpha=50", "sigmoid", "sigmoid:alpha=25", "rect", "rect:width=0.1", "triangle", "gaussian"]
@@ -40,11 +49,25 @@ def test_published_peaks() -> None:
 
 def test_every_rule_has_a_spec_that_comes_back() -> None:
     for name in RULES.names():
-        rule = RULES.build(f"{name}:detach_reset=true")
+        if issubclass(RULES.load(name), SlopeRule):
+            rule = RULES.build(f"{name}:detach_reset=true")
+        else:  # nothing passes through a reset there
+            with pytest.raises(SpecError, match="detach_reset"):
+                RULES.build(f"{name}:detach_reset=true")
+            rule = RULES.build(name)
         assert RULES.build(RULES.spec(rule)) == rule
         assert RULES.summary(name)
     with pytest.raises(UnknownName, match="pdsg"):
         RULES.build("pdgs")
+
+
+def test_a_rule_gives_slopes_or_a_gradient_and_a_half_made_one_can_not_be_built() -> None:
+    for name in RULES.names():
+        kind = RULES.load(name)
+        assert issubclass(kind, SlopeRule) != issubclass(kind, RateRule)
+    for kind in (Rule, SlopeRule, RateRule):
+        with pytest.raises(TypeError, match="abstract"):
+            kind()
 
 
 @pytest.mark.parametrize("spec", ["atan:alpha=0", "rect:width=-1", "pdsg:stats=row", "hart:gamma=0", "assg:memory=1"])

@@ -70,6 +70,11 @@ class Spiking:
             raise AttributeError("stages")
         return self._stages
 
+    @property
+    def stand_in(self) -> Spiking:
+        """One attack for the ensemble's place where no verdicts tell which rows stand (transfer); else itself."""
+        return replace(self, surrogate=ENSEMBLE[0]) if self.surrogate == TOGETHER else self
+
     def _stages(self) -> tuple[Stage, ...]:
         return tuple(Stage(name=rule, attack=replace(self, surrogate=rule)) for rule in (*ENSEMBLE, OWN))
 

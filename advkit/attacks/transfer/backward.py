@@ -6,6 +6,7 @@ those made of modules, and nothing is left behind in the model. A model compiled
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -94,15 +95,15 @@ class _Watch(TorchFunctionMode):
         return self.rule.call(name, func, args, kwargs) if self.on else func(*args, **kwargs)
 
 
-class Caught:
+class Caught(ABC):
     """A rule for one call of a model: what it makes of each operation, and how often it found one of its own."""
 
     def __init__(self) -> None:
         self.found = 0
 
+    @abstractmethod
     def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's answer."""
-        raise NotImplementedError
 
 
 def _relu_input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

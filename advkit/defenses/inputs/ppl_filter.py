@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from advkit.attacks.text.search import turn_perplexity
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Data, ModelInfo, Rng
+from advkit.core.protocols import Data, Evidence, Figure, ModelInfo, Rng
 
 HELD_BACK = 1e4
 """Lead by which a rejected prompt's reply is held back: beyond any of a model's own, and finite."""
@@ -56,6 +56,11 @@ class Filtered:
         """The model's."""
         return self.model.space
 
+    @property
+    def undefended(self) -> Any:
+        """The model behind the filter: what an attacker who knows of no filter attacks."""
+        return self.model
+
     def modules(self) -> tuple[nn.Module, ...]:
         """The model's."""
         return tuple(self.model.modules())
@@ -89,6 +94,11 @@ class Filtered:
         held = torch.stack((answer[:, 0], answer[:, 0] - HELD_BACK), 1)
         return torch.where(self.rejects(x)[:, None], held, answer)
 
+    def examine(self, evidence: Evidence) -> dict[str, Sequence[Figure]]:
+        """Whether the prompt that was handed in is rejected."""
+        with torch.no_grad():
+            return {"rejected": self.rejects(evidence.handed).tolist()}
+
     def generate(self, x: Tensor, samples: int, rng: Rng, **settings: Any) -> list[list[str]]:
         """Replies to every row; to rejected ones the refusal."""
         written = self._passed(x, rng, lambda rows, streams: self.model.generate(rows, samples, streams, **settings))
@@ -121,11 +131,12 @@ class PPLFilter:
     """Reject prompts that are less likely than any harmless one: perplexity above the largest of clean prompts.
 
     Attacks on text keep to the threshold by default (`max_perplexity` of beast, gcg and the random baselines), so that
-    what is reported is the filter against those who know of it; max_perplexity=inf shows the others.
+    the headline is the filter against those who know of it; beside it stands the same attack made on the model behind,
+    by those who do not.
 
     threshold: perplexity of the user's turn above which a prompt is rejected; none takes the largest among clean ones
     clean:     task of these clean prompts, by spec (prompts:file=...), twins included; empty takes the data at hand, or
-               else the embedded prompts that the model can read
+               else embedded ones that the model can read (prompts:set=general; for toychat prompts:set=toychat-clean)
 
     Raises UsageError for a threshold below 1 and for models that tell no likelihoods.
     """
@@ -164,7 +175,7 @@ class PPLFilter:
         try:
             return _rows(TASKS.build("prompts:set=general"), model)
         except BadInput:  # a closed vocabulary: the embedded model's own little language
-            return _rows(TASKS.build("prompts:set=toychat"), model)
+            return _rows(TASKS.build("prompts:set=toychat-clean"), model)
 
 
 def _rows(task: Any, model: Any) -> Tensor:

@@ -109,7 +109,7 @@ def _model(
 ) -> SpikingModel:
     kinds = [type(each).__name__ for each in neurons(turned)]
     told = f"a network of {package}; replaced: {', '.join(f'{n} ({k})' for n, k in zip(names, kinds, strict=True))}"
-    return SpikingModel(turned, space, classes, mean, std, name=name, source=told)
+    return SpikingModel(turned, space=space, classes=classes, mean=mean, std=std, name=name, source=told)
 
 
 def _replaced(

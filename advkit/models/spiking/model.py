@@ -1,8 +1,7 @@
-"""Spiking networks as models: same weights under any backward rule, and views of models that have one inside."""
+"""Spiking networks as models: same weights under any backward rule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,24 +23,13 @@ DRAWS = 10
 class SpikingModel(TorchModel):
     """A torch module with spiking neurons, seen under a backward rule; every call starts from rest.
 
-    rule: backward rule of every neuron, an object or a spec; None leaves each its own
+    module:   holds spiking neurons of advkit; BadModel where it does not
+    rule:     backward rule of every neuron, an object or a spec; None leaves each its own
+    settings: those of TorchModel, by name
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        space: Any = None,
-        classes: int | None = None,
-        mean: Sequence[float] = (),
-        std: Sequence[float] = (),
-        name: str = "",
-        source: str = "",
-        license: str = "",
-        *,
-        architecture: str = "",
-        rule: Rule | str | None = None,
-    ) -> None:
-        super().__init__(module, space, classes, mean, std, name, source, license, architecture=architecture)
+    def __init__(self, module: nn.Module, *, rule: Rule | str | None = None, **settings: Any) -> None:
+        super().__init__(module, **settings)
         if not neurons(module):
             raise BadModel(
                 f"{self.name} holds no spiking neuron of advkit; build one from advkit.models.spiking, or turn a "
@@ -52,18 +40,7 @@ class SpikingModel(TorchModel):
     @classmethod
     def of(cls, model: TorchModel, rule: Rule | str | None = None) -> SpikingModel:
         """The same description and module, under a rule."""
-        return cls(
-            model.module,
-            model.space,
-            model.classes,
-            model.mean,
-            model.std,
-            model.name,
-            model.source,
-            model.license,
-            architecture=model.architecture,
-            rule=rule,
-        )
+        return cls(model.module, rule=rule, **model.settings())
 
     def __repr__(self) -> str:
         rule = "" if self.rule is None else f", rule={RULES.label(self.rule)}"
@@ -97,67 +74,9 @@ class SpikingModel(TorchModel):
         return replace(super().describe(), randomized=self.randomized)
 
 
-class Ruled:
-    """Any model with spiking neurons somewhere inside, such as one behind a defense, under a backward rule."""
-
-    def __init__(self, model: Any, rule: Rule) -> None:
-        self.model = model
-        self.rule = rule
-        self.space = model.space
-        self.classes = getattr(model, "classes", None)
-
-    def __repr__(self) -> str:
-        return f"Ruled({self.model!r}, {RULES.label(self.rule)})"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("model", "rule"):
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with use_surrogate(self.rule.entered(len(x))):
-            answer: Tensor = self.model(x)
-        return answer
-
-    def with_rule(self, rule: Rule | str | None) -> Any:
-        """The model under another rule."""
-        return self.model if rule is None else Ruled(self.model, RULES.build(rule))
-
-    def attacker_view(self) -> Any:
-        """The view of the model inside, under the same rule."""
-        inner = self.model.attacker_view()
-        return self if inner is self.model else Ruled(inner, self.rule)
-
-    def to(self, device: Any) -> Any:
-        """The model there, under the same rule."""
-        moved = self.model.to(device)
-        return self if moved is self.model else Ruled(moved, self.rule)
-
-
 def neurons(module: nn.Module) -> list[Neuron]:
     """The spiking neurons inside, in the order of the modules."""
     return [each for each in module.modules() if isinstance(each, Neuron)]
-
-
-def under_rule(model: Any, rule: Rule | str | None) -> Any:
-    """A model under a backward rule: what a white-box attacker on a spiking network differentiates.
-
-    Asks the model's own `with_rule`; any other model is served that holds our neurons somewhere among its modules, a
-    checkpoint or a spiking network behind a defense. Raises BadModel where there are none.
-    """
-    own = getattr(model, "with_rule", None)
-    if callable(own):
-        return own(rule)
-    inside = model.modules() if callable(getattr(model, "modules", None)) else ()
-    if not any(neurons(module) for module in inside):
-        raise BadModel(
-            f"{getattr(model, 'name', type(model).__name__)} has no spiking neurons, so there is no surrogate to "
-            "choose: attack it directly (pgd in place of spiking:pgd), or turn a network of spikingjelly or snntorch "
-            "into a model with from_spikingjelly or from_snntorch"
-        )
-    if isinstance(model, TorchModel):
-        return SpikingModel.of(model, rule)
-    return model if rule is None else Ruled(model, RULES.build(rule))
 
 
 def stepped(module: nn.Module) -> list[Stepped]:

@@ -8,6 +8,7 @@ The backward pass is one operation for all time steps, or plain autograd step by
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from advkit.core.errors import BadModel
 from advkit.models.spiking import RULES
-from advkit.models.spiking.surrogates import Dynamics, Rule, Stepper, active_rule
+from advkit.models.spiking.ruled import Ruled
+from advkit.models.spiking.surrogates import Dynamics, RateRule, Rule, SlopeRule, Stepper, active_rule
 
 
 class _Leak:
@@ -101,9 +103,9 @@ class _Spiking(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rate: Tensor | None, tau: float | None, dynamics: Dynamics, rule: Rule) -> Tensor:
         potentials, spikes = _simulated(x, _Leak(tau, rate), dynamics, keep=True)
         ctx.dynamics, ctx.rule, ctx.tau = dynamics, rule, tau
-        slopes = rule.slopes(potentials, dynamics) if rule.remembers else None
+        slopes = rule.slopes(potentials, dynamics) if isinstance(rule, SlopeRule) and rule.remembers else None
         inputs = None
-        if rule.rates:
+        if isinstance(rule, RateRule):
             inputs = x.mean(0)
         elif ctx.needs_input_grad[1]:
             inputs = x
@@ -116,14 +118,14 @@ class _Spiking(torch.autograd.Function):
         potentials, spikes, slopes, inputs, rate = ctx.saved_tensors
         dynamics, rule = ctx.dynamics, ctx.rule
         leak = _Leak(ctx.tau, rate).rate
-        if rule.rates:
+        if isinstance(rule, RateRule):
             gradient = rule.input_gradient(upstream, potentials, spikes, inputs, dynamics, leak)
             return gradient, None if rate is None else torch.zeros_like(rate), None, None, None
         h = rule.slopes(potentials, dynamics) if slopes is None else slopes
         flow = h * upstream
         if len(flow) > 1:
             # dV/dU of the step before, times what the leak lets through to the next
-            detached = dynamics.detach_reset if rule.detach_reset is None else rule.detach_reset
+            detached = rule.detached(dynamics)
             if dynamics.reset is None:
                 passed = torch.ones_like(h) if detached else 1 - h * dynamics.step
             else:
@@ -180,14 +182,14 @@ def reset_potential(potential: Tensor, spikes: Tensor, dynamics: Dynamics, detac
     return potential * (1 - spikes) + dynamics.reset * spikes
 
 
-def _unrolled(x: Tensor, leak: _Leak, dynamics: Dynamics, rule: Rule) -> Tensor:
+def _unrolled(x: Tensor, leak: _Leak, dynamics: Dynamics, rule: SlopeRule) -> Tensor:
     """Spikes [T, B, ...] with autograd's own graph from step to step."""
     slopes = None
     if not rule.pointwise:
         with torch.no_grad():
             frozen = _Leak(leak.tau, None if leak.tensor is None else leak.tensor.detach())
             slopes = rule.slopes(_simulated(x.detach(), frozen, dynamics, keep=True)[0], dynamics)
-    detached = dynamics.detach_reset if rule.detach_reset is None else rule.detach_reset
+    detached = rule.detached(dynamics)
     potential: Tensor | None = None
     answer = []
     for t in range(len(x)):
@@ -198,7 +200,7 @@ def _unrolled(x: Tensor, leak: _Leak, dynamics: Dynamics, rule: Rule) -> Tensor:
     return torch.stack(answer)
 
 
-class Neuron(nn.Module):
+class Neuron(nn.Module, ABC):
     """What the kinds of neurons share: spikes [T, B, ...] of inputs [T, B, ...], every call from rest.
 
     threshold:    a potential this high fires
@@ -251,9 +253,9 @@ class Neuron(nn.Module):
     def _leaks(self) -> list[float]:
         return []
 
+    @abstractmethod
     def leak(self) -> _Leak:
         """How the potential decays."""
-        raise NotImplementedError
 
     def rule(self) -> Rule:
         """The backward rule of the next call."""
@@ -267,17 +269,15 @@ class Neuron(nn.Module):
         if not follows:
             return _simulated(x, leak, self.dynamics, keep=False)[1]
         rule = self.rule()
-        if self.fused or rule.rates:
-            spikes: Tensor = _Spiking.apply(x, leak.tensor, leak.tau, self.dynamics, rule)
-            return spikes
-        return _unrolled(x, leak, self.dynamics, rule)
+        if not self.fused and isinstance(rule, SlopeRule):
+            return _unrolled(x, leak, self.dynamics, rule)
+        spikes: Tensor = _Spiking.apply(x, leak.tensor, leak.tau, self.dynamics, rule)
+        return spikes
 
     @staticmethod
     def model_under(model: Any, rule: Rule | str | None) -> Any:
         """A model that holds neurons, under a backward rule: for those who know the model by its modules alone."""
-        from advkit.models.spiking.model import under_rule
-
-        return under_rule(model, rule)
+        return model if rule is None else Ruled(model, RULES.build(rule))
 
     def extra_repr(self) -> str:
         return (
@@ -358,14 +358,12 @@ class Stepped(nn.Module):
             spikes = dynamics.fires(charged)
             self.potential = reset_potential(charged, spikes, dynamics, True)
             return spikes, charged
-        rule = neuron.rule()
         if self.stepper is None:
-            self.stepper = rule.start()
+            self.stepper = neuron.rule().start()
         with torch.no_grad():
             slope = self.stepper(charged.detach(), dynamics)
         spikes = spike(charged, slope, dynamics)
-        detached = dynamics.detach_reset if rule.detach_reset is None else rule.detach_reset
-        self.potential = reset_potential(charged, spikes, dynamics, detached)
+        self.potential = reset_potential(charged, spikes, dynamics, self.stepper.rule.detached(dynamics))
         return spikes, charged
 
     def forward(self, x: Tensor) -> Tensor:

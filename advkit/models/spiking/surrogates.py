@@ -7,6 +7,7 @@ the forward pass. Which rule a network was trained with can't be read off its fi
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,16 +67,31 @@ class Dynamics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What stands for the derivative of a spike with respect to its potential.
+class Rule(ABC):
+    """What stands for the derivative of a spike with respect to its potential: slopes, or a rate's gradient."""
 
-    Most rules give slopes that travel back through time with the potential; those with `rates` set give the gradient of
-    a layer's input directly.
+    @abstractmethod
+    def start(self) -> Stepper:
+        """The slopes of a neuron that is called once per time step; UsageError where the rule needs all steps."""
+
+    def entered(self, rows: int) -> Rule:
+        """The rule for one call of a model on that many rows."""
+        return self
+
+    def _one_by_one(self) -> UsageError:
+        return UsageError(
+            f"the surrogate {RULES.label(self)} needs all time steps of a layer at once, and this network is "
+            "called step by step: use pdsg or a fixed surrogate, or a network in multi-step mode"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlopeRule(Rule):
+    """A rule of slopes, which travel back through time with the potential.
 
     detach_reset: whether gradients leave out the spike inside the reset; none: as the victim was made
     """
 
-    rates: ClassVar[bool] = False
     pointwise: ClassVar[bool] = False
     """Whether the slope at a potential depends on that potential alone."""
     remembers: ClassVar[bool] = False
@@ -83,34 +99,42 @@ class Rule:
 
     detach_reset: bool | None = None
 
+    @abstractmethod
     def slopes(self, potentials: Tensor, dynamics: Dynamics) -> Tensor:
         """h [T, B, ...] from the potentials after charging and before the reset, [T, B, ...] or broadcastable to it."""
-        raise NotImplementedError
 
     def start(self) -> Stepper:
-        """The slopes of a neuron that is called once per time step."""
         if not self.pointwise:
-            raise UsageError(
-                f"the surrogate {RULES.label(self)} needs all time steps of a layer at once, and this network is "
-                "called step by step: use pdsg or a fixed surrogate, or a network in multi-step mode"
-            )
+            raise self._one_by_one()
         return Stepper(self)
 
+    def detached(self, dynamics: Dynamics) -> bool:
+        """Whether gradients of a neuron with these constants leave out the spike inside the reset."""
+        return dynamics.detach_reset if self.detach_reset is None else self.detach_reset
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateRule(Rule):
+    """A rule that gives the gradient of a layer's input directly; nothing travels back through time."""
+
+    @abstractmethod
     def input_gradient(
         self, upstream: Tensor, potentials: Tensor, spikes: Tensor, mean_input: Tensor, dynamics: Dynamics, leak: Leak
     ) -> Tensor:
-        """Gradient of a layer's input [T, B, ...] under a rule of rates."""
-        raise NotImplementedError
+        """Gradient of a layer's input [T, B, ...].
 
-    def entered(self, rows: int) -> Rule:
-        """The rule for one call of a model on that many rows."""
-        return self
+        upstream, potentials, spikes: [T, B, ...], of the layer's output and from its forward pass
+        mean_input: [B, ...], over the time steps
+        """
+
+    def start(self) -> Stepper:
+        raise self._one_by_one()
 
 
 class Stepper:
     """Slopes of one layer, one time step after the other."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: SlopeRule) -> None:
         self.rule = rule
 
     def __call__(self, potential: Tensor, dynamics: Dynamics) -> Tensor:
@@ -131,7 +155,7 @@ def atan_slope(distance: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ATan(Rule):
+class ATan(SlopeRule):
     """The derivative of an arcus tangens: alpha / (2 (1 + (pi alpha u / 2)^2)) at a distance u from the threshold.
 
     alpha: twice the peak; the larger the narrower, > 0
@@ -148,7 +172,7 @@ class ATan(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid(Rule):
+class Sigmoid(SlopeRule):
     """The derivative of a logistic function: alpha s (1 - s) with s = sigmoid(alpha u).
 
     alpha: four times the peak, > 0
@@ -166,7 +190,7 @@ class Sigmoid(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rect(Rule):
+class Rect(SlopeRule):
     """A box of unit area around the threshold: 1 / width where |u| < width / 2.
 
     width: of the box, > 0
@@ -189,7 +213,7 @@ def triangle_slope(potentials: Tensor, threshold: float, width: float) -> Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Triangle(Rule):
+class Triangle(SlopeRule):
     """A triangle of unit area around the threshold: max(0, 1 - |u| / width) / width.
 
     width: half of its base, > 0
@@ -212,7 +236,7 @@ def _bell(distance: Tensor, deviation: float | Tensor, centre: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian(Rule):
+class Gaussian(SlopeRule):
     """A normal density around the threshold.
 
     deviation: its standard deviation, > 0
@@ -258,7 +282,7 @@ class Running:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PDSG(Rule):
+class PDSG(SlopeRule):
     """A Gaussian as wide as the potentials spread, its centre half a deviation above the threshold (arXiv 2503.03272).
 
     The deviation at a time step is that of the layer's charged potentials up to that step, and gradients treat it as a
@@ -329,7 +353,7 @@ class _Spread(Stepper):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RGA(Rule):
+class RGA(RateRule):
     """Rate gradient: the slope follows from a neuron's mean input, nothing travels back through time.
 
     With the mean input x in units of the threshold's height and l = 1 - 1 / tau: (1 - gamma (1 - l)) / (1 + l) where
@@ -339,7 +363,6 @@ class RGA(Rule):
     gamma: slope below the rate's onset, >= 0
     """
 
-    rates: ClassVar[bool] = True
     gamma: float = 0.2
 
     def __post_init__(self) -> None:
@@ -358,10 +381,8 @@ class RGA(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BPTR(Rule):
+class BPTR(RateRule):
     """Gradients pass unchanged through neurons that spiked at least once, and not through the others."""
-
-    rates: ClassVar[bool] = True
 
     def input_gradient(
         self, upstream: Tensor, potentials: Tensor, spikes: Tensor, mean_input: Tensor, dynamics: Dynamics, leak: Leak
@@ -370,14 +391,13 @@ class BPTR(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HART(Rule):
+class HART(RateRule):
     """A triangle without recursion through time, the input's gradient averaged over the time steps of every layer.
 
     gamma: half of the triangle's base, > 0. The released code tries 48 values on the test set and keeps the best; one
            value is used here, and it stands in the report
     """
 
-    rates: ClassVar[bool] = True
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
@@ -395,7 +415,7 @@ def _leaked(gradient: Tensor, dynamics: Dynamics, leak: Leak) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ASSG(Rule):
+class ASSG(SlopeRule):
     """ATan whose width follows the distance from the threshold over an attack's steps, per neuron and time step
     (arXiv 2512.22522).
 
@@ -474,7 +494,7 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remembering(Rule):
+class Remembering(SlopeRule):
     """ASSG with the memory of an attack."""
 
     remembers: ClassVar[bool] = True

@@ -1,0 +1,47 @@
+"""Views of models that have spiking neurons somewhere inside, under a backward rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from advkit.models.spiking import RULES
+from advkit.models.spiking.surrogates import Rule, use_surrogate
+
+
+class Ruled:
+    """Any model with spiking neurons somewhere inside, such as one behind a defense, under a backward rule."""
+
+    def __init__(self, model: Any, rule: Rule) -> None:
+        self.model = model
+        self.rule = rule
+        self.space = model.space
+        self.classes = getattr(model, "classes", None)
+
+    def __repr__(self) -> str:
+        return f"Ruled({self.model!r}, {RULES.label(self.rule)})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("model", "rule"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with use_surrogate(self.rule.entered(len(x))):
+            answer: Tensor = self.model(x)
+        return answer
+
+    def with_rule(self, rule: Rule | str | None) -> Any:
+        """The model under another rule."""
+        return self.model if rule is None else Ruled(self.model, RULES.build(rule))
+
+    def attacker_view(self) -> Any:
+        """The view of the model inside, under the same rule."""
+        inner = self.model.attacker_view()
+        return self if inner is self.model else Ruled(inner, self.rule)
+
+    def to(self, device: Any) -> Any:
+        """The model there, under the same rule."""
+        moved = self.model.to(device)
+        return self if moved is self.model else Ruled(moved, self.rule)
