@@ -173,12 +173,13 @@ def test_bundles_stay_within_memory():
             lm(batch)
         assert calls[0] == (8, 5)
         assert calls[1:] == [(size, 4) for size in sizes]
-    # prefixes that would not fit together are made as they are needed, and so are parts of one prompt
-    lm = tiny_lm(0, merge=True, memory=max(3 * prefix, 2 * cost))
-    with counted(lm.network) as calls:
-        lm(batch)
-    assert max(size for size, tokens in calls if tokens == 5) * prefix <= lm.memory
-    assert [size for size, tokens in calls if tokens == 4] == [2, 1] * 8
+    # prefixes that would not fit together are made as they are needed, and a prompt too large goes in parts
+    for memory, most, sizes in ((3 * prefix, 3, [3] * 8), (2 * network.row_bytes(4, 5, 3), 1, [2, 1] * 8)):
+        lm = tiny_lm(0, merge=True, memory=memory)
+        with counted(lm.network) as calls:
+            lm(batch)
+        assert max(size for size, tokens in calls if tokens == 5) == most
+        assert [size for size, tokens in calls if tokens == 4] == sizes
 
 
 def test_kept_prefixes_hold_no_padding(rows):
