@@ -19,6 +19,7 @@ gguf = pytest.importorskip("gguf")
 
 from advkit.models import MODELS  # noqa: E402
 from advkit.models.language import gguf as files  # noqa: E402
+from advkit.models.language import model as language  # noqa: E402
 from advkit.models.language.transformers import ChatTokenizer, from_transformers  # noqa: E402
 
 TEMPLATE = (
@@ -152,6 +153,86 @@ def test_the_cache_is_never_written_into(hf, rows):
         assert written == plain.generate_ids(rows, 3, rng, max_new_tokens=5)
     lengths = {entry.past.cache.get_seq_length() for entry in hf._kept.held.values()}
     assert lengths == {2 + len(hf.tokenizer.encode("the cat"))}
+
+
+def gpt2(vocabulary):
+    """A tiny model whose positions are learned."""
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", [llama, gpt2])
+def test_merged_prompts_of_the_library_are_separate_ones(kind, monkeypatch):
+    inner = chat_tokenizer()
+    module = kind(len(inner)).double().requires_grad_(False)
+    one, lm = (from_transformers(module, inner, merge=merge) for merge in (False, True))
+    t = lm.tokenizer
+    assert lm.network.gathers
+    prompts = (("the cat", "and so"), ("a", "the"), ("and the other one", "so it is"), ("the dog", "no"))
+    made = [
+        transcript(t, user, reply, slot=slot, width=50)
+        for user, reply in prompts
+        for slot in ([10, 20], [10, 21], [30, 20, 9], [])
+    ]
+    x = torch.stack(made)
+    monkeypatch.setattr(language, "SAVED", 1)  # candidates share what they begin with
+    rng = RowRng.from_ids(0, [str(index) for index in range(len(x))])
+    slotted = x[[0, 4, 8, 13]]
+    mixture = torch.rand((4, 2, t.vocabulary), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = from_transformers(module, inner, cache=False, merge=False)
+    for _ in range(2):
+        for view in (lambda m: m, lambda m: m.continuing(), lambda m: m.likelihood()):
+            expected = view(plain)(x)
+            for each in (one, lm):
+                assert float((view(each)(x) - expected).abs().max()) < 1e-12
+        gradients = []
+        for each in (plain, one, lm):
+            leaf = mixture.clone().requires_grad_()
+            answer = each.relaxed(slotted)(leaf)
+            gradients.append((answer.detach(), *torch.autograd.grad(answer[:, 0].sum(), leaf)))
+        for answer, gradient in gradients[1:]:
+            assert float((answer - gradients[0][0]).abs().max()) < 1e-12
+            assert float((gradient - gradients[0][1]).abs().max()) < 1e-12
+        expected = plain.generate_ids(x, 2, rng, max_new_tokens=5)
+        assert lm.generate_ids(x, 2, rng, max_new_tokens=5) == one.generate_ids(x, 2, rng, max_new_tokens=5) == expected
+    # what is kept was never written into
+    for key, entry in lm._kept.held.items():
+        assert entry.past.cache.get_seq_length() == len(key[0])
+
+
+def test_a_window_that_slides_is_never_merged():
+    inner = chat_tokenizer()
+    config = transformers.MistralConfig(
+        vocab_size=len(inner),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=5,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = transformers.MistralForCausalLM(config).eval().double().requires_grad_(False)
+    lm, one = (from_transformers(module, inner, merge=merge) for merge in (True, False))
+    assert not lm.network.gathers
+    assert not lm.merges
+    t = lm.tokenizer
+    x = torch.stack(
+        [transcript(t, "the cat and", "so", slot=slot, width=40) for slot in ([10, 20], [10, 21], [])]
+        + [transcript(t, "a", "the", slot=[9], width=40)]
+    )
+    assert torch.equal(lm(x), one(x))
 
 
 def test_a_missing_model_is_one_line(tmp_path):

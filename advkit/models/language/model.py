@@ -39,8 +39,10 @@ PREFIXES = 64
 """Prefixes whose keys and values are kept, memory permitting."""
 PADDED = 1.5
 """Groups that go through together take at most so many times the tokens that they would take one by one."""
-SAVED = 512
-"""Tokens that candidates must have in common before what they begin with goes through ahead of the rest."""
+# A second call costs its operations' start, whatever it carries. On one CPU core it pays from about 180 tokens on in a
+# decoder of width 64 and from 60 in one of width 576, for any number of layers, since both sides grow with them.
+SAVED = 256
+"""Tokens that must be saved before what rows begin with goes through ahead of the rest."""
 
 Loss = Literal["ce", "mellowmax"]
 Columns = NDArray[np.intp]
@@ -125,6 +127,9 @@ class _Prefix:
     logits: Tensor
     bytes: int
     likelihood: Tensor | None = None
+
+
+_Known = dict[tuple[int, ...], _Prefix]
 
 
 @dataclass
@@ -479,7 +484,7 @@ class LanguageModel:
                 kept.held.move_to_end(key(ids))
                 found[ids] = kept.held[key(ids)]
         missing = [_Job((), torch.tensor([ids]), 1) for ids in dict.fromkeys(many) if ids not in found]
-        for bundle in self._bundles(missing, None):
+        for bundle in self._bundles(missing, False):
             for entry, index in zip(self._made([missing[index] for index in bundle]), bundle, strict=True):
                 ids = tuple(missing[index].rest[0].tolist())
                 found[ids] = kept.held[key(ids)] = entry
@@ -510,15 +515,47 @@ class LanguageModel:
         for start in range(0, rows, most):
             yield slice(start, min(start + most, rows))
 
-    def _bundles(self, jobs: Sequence[_Job], kept: _Kept | None, more: int = 0) -> Iterator[list[int]]:
-        """Which jobs go through together: one, or as many as padding and memory allow.
+    def _taken(self, jobs: Sequence[_Job], more: int = 0) -> Iterator[tuple[list[int], _Known | None]]:
+        """Which jobs go through together, and the prefixes that are remembered of them.
 
         more: tokens that will follow each row's own
         """
+        kept = self._remembered()
+        for some in self._flights(jobs):
+            known: _Known | None = None
+            if kept is not None:
+                many = list(dict.fromkeys(jobs[index].begins for index in some if jobs[index].begins))
+                known = dict(zip(many, self._prefixes(kept, many), strict=True))
+            for bundle in self._bundles([jobs[index] for index in some], known is not None, more):
+                yield [some[index] for index in bundle], known
+
+    def _flights(self, jobs: Sequence[_Job]) -> Iterator[list[int]]:
+        """Jobs whose prefixes may be made, and held, at the same time."""
         if not self.merges:
             yield from ([index] for index in range(len(jobs)))
             return
-        begun = [0 if kept is None else len(job.begins) for job in jobs]
+        some: list[int] = []
+        begins: set[tuple[int, ...]] = set()
+        taken = 0
+        for index in sorted(range(len(jobs)), key=lambda each: len(jobs[each].begins)):
+            ids = jobs[index].begins
+            cost = 0 if ids in begins else self.network.row_bytes(len(ids), 0, 1)
+            if some and (taken + cost > self.memory or len(begins | {ids}) > PREFIXES):
+                yield some
+                some, begins, taken = [], set(), 0
+                cost = self.network.row_bytes(len(ids), 0, 1)
+            some.append(index)
+            begins.add(ids)
+            taken += cost
+        if some:
+            yield some
+
+    def _bundles(self, jobs: Sequence[_Job], cached: bool, more: int = 0) -> Iterator[list[int]]:
+        """Which jobs go through together: one, or as many as padding and memory allow."""
+        if not self.merges:
+            yield from ([index] for index in range(len(jobs)))
+            return
+        begun = [len(job.begins) if cached else 0 for job in jobs]
         bundle: list[int] = []
         shared = width = rows = exact = free = 0
         for index in sorted(range(len(jobs)), key=lambda each: (begun[each], jobs[each].length)):
@@ -542,12 +579,12 @@ class LanguageModel:
         if bundle:
             yield bundle
 
-    def _begun(self, jobs: Sequence[_Job], kept: _Kept | None) -> _Begun:
+    def _begun(self, jobs: Sequence[_Job], known: _Known | None) -> _Begun:
         """The past that jobs share in length, and what is left to send."""
-        shared = 0 if kept is None else min(len(job.begins) for job in jobs)
+        shared = 0 if known is None else min(len(job.begins) for job in jobs)
         prefixes, past = [], None
-        if kept is not None and shared:
-            prefixes = self._prefixes(kept, [job.begins for job in jobs])
+        if known is not None and shared:
+            prefixes = [known[job.begins] for job in jobs]
             past = prefixes[0].past
             if len(jobs) > 1:
                 past = self.network.gathered([each.past for each in prefixes], shared)
@@ -562,7 +599,7 @@ class LanguageModel:
         return _Begun(past, rests, prefixes)
 
     def _grown(
-        self, inputs: Tensor, past: Any, owner: NDArray[np.intp], most: int, kept: _Kept | None
+        self, inputs: Tensor, past: Any, owner: NDArray[np.intp], most: int, cached: bool
     ) -> tuple[Tensor, Any, bool]:
         """What is left to send of inputs [N, n], on which past, and whether that past is nobody else's.
 
@@ -572,7 +609,7 @@ class LanguageModel:
         Rows that begin alike send what they have in common once.
         """
         trunks = None
-        if kept is not None and self.network.gathers and not inputs.is_floating_point():
+        if cached and self.network.gathers and not inputs.is_floating_point():
             trunks = _trunks(inputs.numpy(), owner, most)
         inputs = inputs.to(self.device)
         several = past is not None and int(owner[-1]) > 0
@@ -590,21 +627,20 @@ class LanguageModel:
 
     def _logits(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, slice, Tensor]]:
         """Which job, which of its rows, and their logits [n, keep, V]; the rows of a job come in order."""
-        kept = self._remembered()
-        for bundle in self._bundles(jobs, kept):
+        for bundle, known in self._taken(jobs):
             if len(bundle) > 1:
-                for index, logits in zip(bundle, self._through([jobs[each] for each in bundle], kept), strict=True):
+                for index, logits in zip(bundle, self._through([jobs[each] for each in bundle], known), strict=True):
                     yield index, slice(0, len(logits)), logits
                 continue
             (index,), job = bundle, jobs[bundle[0]]
-            past = 0 if kept is None else len(job.begins)
+            past = 0 if known is None else len(job.begins)
             for part in self._parts(job.size, job.length - past, past, job.keep):
-                (logits,) = self._through([replace(job, rest=job.rest[part])], kept)
+                (logits,) = self._through([replace(job, rest=job.rest[part])], known)
                 yield index, part, logits
 
-    def _through(self, jobs: Sequence[_Job], kept: _Kept | None) -> list[Tensor]:
-        """Logits [U, keep, V] of every job, in one call of the network."""
-        past, rests, prefixes = self._begun(jobs, kept)
+    def _through(self, jobs: Sequence[_Job], known: _Known | None) -> list[Tensor]:
+        """Logits [U, keep, V] of every job that goes through with the others."""
+        past, rests, prefixes = self._begun(jobs, known)
         sent = [rest.shape[1] for rest in rests]
         inside = [min(job.keep, new) for job, new in zip(jobs, sent, strict=True)]
         width, free = max(sent), min(new - most for new, most in zip(sent, inside, strict=True))
@@ -612,7 +648,7 @@ class LanguageModel:
         if width:
             inputs = torch.cat([_padded(rest, width) for rest in rests]) if len(jobs) > 1 else rests[0]
             owner = np.repeat(np.arange(len(jobs)), [job.size for job in jobs])
-            left, past, mine = self._grown(inputs, past, owner, free, kept)
+            left, past, mine = self._grown(inputs, past, owner, free, known is not None)
             if mine:
                 logits, _ = self._extend(left, past, width - free, consume=True)
             else:
@@ -681,9 +717,9 @@ class LanguageModel:
         return answer
 
     def _mixed(self, row: Tensor, mixture: Tensor, loss: Loss, alpha: float) -> Tensor:
-        counts = sorted(set((row[..., 1, :] == SLOT).sum(-1).view(-1).tolist()))
-        if mixture.ndim != 3 or counts != [mixture.shape[1]] or mixture.shape[2] != self._limit:
-            held = " or ".join(str(each) for each in counts)
+        counts = set((row[..., 1, :] == SLOT).sum(-1).view(-1).tolist())
+        if mixture.ndim != 3 or counts - {mixture.shape[1]} or mixture.shape[2] != self._limit:
+            held = " or ".join(str(each) for each in sorted(counts))
             raise BadInput(
                 f"mixtures of shape {list(mixture.shape)}; the row has {held} slot tokens, so [N, {held}, "
                 f"{self._limit}] was expected"
@@ -805,7 +841,6 @@ class LanguageModel:
     @torch.no_grad()
     def _written(self, jobs: Sequence[_Job], choose: _Chooser, most: int, least: int) -> list[list[int]]:
         """Replies to the rows of all jobs, one after the other; those that have ended leave the batch."""
-        kept = self._remembered()
         starts = np.cumsum([0, *(job.size for job in jobs)]).tolist()
         rows = [torch.arange(start, stop) for start, stop in pairwise(starts)]
         written: list[list[int]] = [[] for _ in range(starts[-1])]
@@ -814,16 +849,16 @@ class LanguageModel:
         for index, job in enumerate(jobs):
             alike.setdefault(job.length, []).append(index)
         for same in alike.values():
-            for bundle in self._bundles([jobs[index] for index in same], kept, most):
+            for bundle, known in self._taken([jobs[index] for index in same], most):
                 chosen = [same[each] for each in bundle]
                 if len(chosen) > 1:
                     live = torch.cat([rows[index] for index in chosen])
-                    self._write(written, live, [jobs[index] for index in chosen], kept, choose, most, least)
+                    self._write(written, live, [jobs[index] for index in chosen], known, choose, most, least)
                     continue
                 (index,), job = chosen, jobs[chosen[0]]
                 for part in self._parts(job.size, 1, job.length + most, 1):
                     cut = replace(job, rest=job.rest[part])
-                    self._write(written, rows[index][part], [cut], kept, choose, most, least)
+                    self._write(written, rows[index][part], [cut], known, choose, most, least)
         return written
 
     def _write(
@@ -831,7 +866,7 @@ class LanguageModel:
         written: list[list[int]],
         live: Tensor,
         jobs: Sequence[_Job],
-        kept: _Kept | None,
+        known: _Known | None,
         choose: _Chooser,
         most: int,
         least: int,
@@ -839,12 +874,13 @@ class LanguageModel:
         ends = torch.tensor(sorted(self.tokenizer.ends), dtype=torch.long, device=self.device)
         # samples of one text: it goes through once
         once = [replace(job, rest=job.rest[:1]) if bool((job.rest == job.rest[:1]).all()) else job for job in jobs]
-        past, rests, prefixes = self._begun(once, kept)
+        past, rests, prefixes = self._begun(once, known)
         sizes = [job.size for job in once]
         sent = sum(sizes)
         if rests[0].shape[1]:
             owner = np.repeat(np.arange(len(once)), sizes)
-            inputs, past, mine = self._grown(torch.cat(rests), past, owner, rests[0].shape[1] - 1, kept)
+            most_shared = rests[0].shape[1] - 1
+            inputs, past, mine = self._grown(torch.cat(rests), past, owner, most_shared, known is not None)
             logits, past = self._extend(inputs, past, 1, consume=mine)
             mine = True
         else:
