@@ -133,7 +133,8 @@ class ModelInfo:
     abstains: bool = False
 
 
-Figure = float | bool | None
+Figure = float | bool | str | None
+"""What can be said of a row; a text is kept with the row and never averaged."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,10 @@ class Goal(Protocol[Y_contra]):
     """What the attacker wants, per row. Owns the loss: no attack ever sees a label.
 
     One that has more to say of an attack than whether it was reached also has `examine(evidence)`: named sequences of a
-    number, a truth value or None per row. They stand in the records as `figures` and are averaged over all rows, those
-    included on which the attack failed; truth values become rates. Threat models may have it, too, and so may victims
-    that do more than answer, such as a filter. A rule that makes goals may refuse models:
-    `misfit(model)` says why, or None.
+    number, a truth value, a text or None per row. Texts stand in the records as `texts`, the others as `figures`, which
+    are averaged over all rows, those included on which the attack failed; truth values become rates. Threat models may
+    have it, too, and so may victims that do more than answer, such as a filter. A rule that makes goals may refuse
+    models: `misfit(model)` says why, or None.
     """
 
     kind: ClassVar[str]  # the report's word: untargeted, targeted, topk_ordered...
@@ -428,7 +429,8 @@ class Record:
     spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
     has no meaning). `measures` are what the threat model measures of the change beside its distance. `figures` are what
     goal and threat model say of the row whether it fell or not; `trace` is what the attack noted step by step, evidence
-    of how it went and of nothing else. The last two stand in a file only where there are any.
+    of how it went and of nothing else; `texts` are what was said of the row in words. The last three stand in a file
+    only where there are any.
     """
 
     id: str
@@ -450,3 +452,4 @@ class Record:
     measures: dict[str, float] = field(default_factory=dict, hash=False)
     figures: dict[str, float | bool] = field(default_factory=dict, hash=False)
     trace: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    texts: dict[str, str] = field(default_factory=dict, hash=False)

@@ -184,7 +184,7 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
     labels = None if batch.labels is None else batch.labels.cpu()
     before = decide(clean).cpu()
     attacked = eligible.cpu()
-    figures = judge.examine(verdict, returned, x, clean, goal, case.threat, batch.twins, rng.at("examine"))
+    said = judge.examine(verdict, returned, x, clean, goal, case.threat, batch.twins, rng.at("examine"))
     records = []
     for i, row in enumerate(batch.ids):
         if i in errors:
@@ -229,8 +229,9 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
                 notes=tuple(notes),
                 message=errors.get(i, ""),
                 measures={name: float(value[i]) for name, value in verdict.measures.items()},
-                figures=figures[i],
+                figures=said[i][0],
                 trace=trace.get(i, ()),
+                texts=said[i][1],
             )
         )
     return records, x, returned

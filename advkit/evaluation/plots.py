@@ -448,6 +448,19 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
     return target
 
 
+def _words(folder: Path, records: Sequence[Record], threat: str) -> list[Path]:
+    """How searches for words went, and what was sent and answered."""
+    from advkit.evaluation.text_plots import search_figure, searched, transcripts_page
+
+    made = []
+    if searched(records):
+        made.append(save(search_figure(records, title=f"Searches, {threat}"), folder / "plots" / "search.png"))
+    if page := transcripts_page(records, title=f"Transcripts, {threat}"):
+        write_atomic(folder / "transcripts.md", page.encode())
+        made.append(folder / "transcripts.md")
+    return made
+
+
 def write_plots(run: str | os.PathLike[str], class_names: Sequence[str] = ()) -> list[Path]:
     """Draw what a finished run folder supports (classes, distances, transfer grid) into its plots/ folder."""
     folder = Path(run)
@@ -463,6 +476,7 @@ def write_plots(run: str | os.PathLike[str], class_names: Sequence[str] = ()) ->
         reach = success_by_distance_of(report, records)
         if reach is not None:
             made.append(save(reach, folder / "plots" / "success_by_distance.png"))
+        made += _words(folder, records, report.threat)
     grid = transfer_heatmap_of(report)
     if grid is not None:
         made.append(save(grid, folder / "plots" / "transfer.png"))

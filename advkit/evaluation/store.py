@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RECORDS_NAME = "records.jsonl"
 _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
-_WHERE_ANY = ("figures", "trace")
+_WHERE_ANY = ("figures", "trace", "texts")
 """Fields that most records have nothing for: written only where they have."""
 
 

@@ -134,8 +134,8 @@ class Judge:
         threat: Any,
         twins: Any,
         rng: Rng,
-    ) -> list[dict[str, float | bool]]:
-        """What goal, threat model and victim have to say of every row, row by row; see `protocols.Goal`."""
+    ) -> list[tuple[dict[str, float | bool], dict[str, str]]]:
+        """What goal, threat model and victim have to say of every row, figures and texts; see `protocols.Goal`."""
         said: dict[str, Sequence[Figure]] = {}
         experts = [ask for part in (goal, threat, self.victim) if (ask := getattr(part, "examine", None)) is not None]
         if experts:
@@ -146,9 +146,11 @@ class Judge:
             )
             for ask in experts:
                 said |= ask(evidence)
-        rows: list[dict[str, float | bool]] = [{} for _ in range(len(origin))]
+        rows: list[tuple[dict[str, float | bool], dict[str, str]]] = [({}, {}) for _ in range(len(origin))]
         for name, values in said.items():
-            for row, value in zip(rows, values, strict=True):
-                if value is not None and math.isfinite(value):
-                    row[name] = value if isinstance(value, bool) else float(value)
+            for (figures, texts), value in zip(rows, values, strict=True):
+                if isinstance(value, str):
+                    texts[name] = value
+                elif value is not None and math.isfinite(value):
+                    figures[name] = value if isinstance(value, bool) else float(value)
         return rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import Evidence, Figure, Rng
 from advkit.core.rows import finite_rows
-from advkit.core.spaces import REPLY, SLOT, USER
+from advkit.core.spaces import REPLY, REREAD, SLOT, USER
 from advkit.threat_models import JUDGES
 from advkit.threat_models.goals.per_row import PerRow
 from advkit.threat_models.judges import Exchange, RefusalStrings, calibration, empty, garbled, panel
@@ -76,7 +76,7 @@ class Says(PerRow):
         return self
 
     def examine(self, evidence: Evidence) -> dict[str, Sequence[Figure]]:
-        """Likelihood of the wanted reply before and after, the twins' fate, and what the judges say of replies."""
+        """Likelihood of the wanted reply before and after, the twins' fate, what the judges say, and the words."""
         said: dict[str, Sequence[Figure]] = {
             "target_nll_before": (-evidence.clean[:, HELD].double()).tolist(),
             "target_nll_after": (-evidence.answer[:, HELD].double()).tolist(),
@@ -86,6 +86,7 @@ class Says(PerRow):
         likelihood = getattr(evidence.victim, "likelihood", None)
         if likelihood is not None:
             said["suffix_log_probability"] = _likely(likelihood(), evidence.returned)
+        said |= _words(evidence)
         return said | self._heard(evidence) if self.judges else said
 
     def _heard(self, evidence: Evidence) -> dict[str, Sequence[Figure]]:
@@ -108,6 +109,8 @@ class Says(PerRow):
             for name, (x, greedy) in voices.items()
         }
         said: dict[str, Sequence[Figure]] = {
+            "reply_before": [rows[0].reply for rows in heard["clean_greedy"]],
+            "reply": [rows[0].reply for rows in heard["greedy"]],
             "empty_replies": [_share(rows, lambda each: empty(each.reply)) for rows in heard[""]],
             "garbled_replies": [_share(rows, lambda each: garbled(each.reply)) for rows in heard[""]],
         }
@@ -150,6 +153,22 @@ def _user(row: Tensor, tokenizer: Any) -> str:
 
 def _wanted(row: Tensor, tokenizer: Any) -> str:
     return str(tokenizer.decode(row[0][row[1] == REPLY].tolist()))
+
+
+def _words(evidence: Evidence) -> dict[str, Sequence[Figure]]:
+    """What the user asked, what was sent in its place, the attacker's part of it, and what was wanted."""
+    tokenizer = evidence.victim.space.tokenizer
+
+    def read(x: Tensor, *roles: int) -> list[str]:
+        rows = x.cpu()
+        return [str(tokenizer.decode(ids[torch.isin(role, torch.tensor(roles))].tolist())) for ids, role in rows]
+
+    return {
+        "prompt": read(evidence.origin, USER),
+        "sent": read(evidence.handed, USER, SLOT, REREAD),
+        "suffix": read(evidence.returned, SLOT),
+        "wanted": read(evidence.origin, REPLY),
+    }
 
 
 def _answered(evidence: Evidence) -> list[Figure]:

@@ -1,0 +1,107 @@
+"""What attacks on words look like: how searches went, and what was sent and answered."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Record
+from advkit.evaluation.plots import _SERIES, _axes, _plain
+
+_ROWS = (
+    ("wanted", "wanted reply"),
+    ("prompt", "prompt"),
+    ("sent", "sent"),
+    ("suffix", "of it the attacker's"),
+    ("reply_before", "reply to the prompt"),
+    ("reply", "reply to what was sent"),
+)
+
+
+def searched(records: Iterable[Record]) -> list[Record]:
+    """Those whose trace tells a best score per number of evaluations."""
+    return [r for r in records if len(_course(r)) > 1]
+
+
+def search_figure(records: Sequence[Record], *, title: str = "") -> Figure:
+    """Best score so far of every row against the evaluations it took, and the median row of each attack in bold.
+
+    records: with traces of text attacks; the score is the loss that was searched by, under `says` the mean negative
+    log-likelihood of the wanted reply. Raises UsageError where no record has such a trace.
+    """
+    held = searched(records)
+    if not held:
+        raise UsageError("no record holds the trace of a search; search_figure draws runs of beast, gcg and their like")
+    figure, axes = _axes(6.0, 3.6)
+    for (attack, rows), (color, _) in zip(_by_attack(held).items(), _SERIES * len(held), strict=False):
+        courses = [_course(record) for record in rows]
+        for course in courses:
+            axes.step(course[:, 0], course[:, 1], where="post", color=color, alpha=0.25, linewidth=0.8)
+        grid = np.unique(np.concatenate([course[:, 0] for course in courses]))
+        best = np.array([[_at(course, each) for each in grid] for course in courses])
+        axes.step(grid, np.median(best, 0), where="post", color=color, linewidth=2.2, label=_plain(attack))
+    axes.set_xscale("log")
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("best score so far")
+    axes.set_title(_plain(title), loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _by_attack(records: Iterable[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.attack, []).append(record)
+    return groups
+
+
+def _course(record: Record) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(evaluations, best score) [n, 2] of a record's trace; steps before anything was scored are left out."""
+    told = [(step.get("evaluations"), step.get("best")) for step in record.trace]
+    return np.array([pair for pair in told if None not in pair], dtype=np.float64).reshape(-1, 2)
+
+
+def _at(course: np.ndarray[Any, np.dtype[np.float64]], evaluations: float) -> float:
+    """The best score by then; the first one before any."""
+    return float(course[max(0, int(np.searchsorted(course[:, 0], evaluations, side="right")) - 1), 1])
+
+
+def transcripts_page(records: Iterable[Record], *, title: str = "") -> str:
+    """What was sent to a language model and what it answered, row by row, as Markdown; empty where nothing was told."""
+    parts = [_transcript(record) for record in records if record.texts.get("sent")]
+    if not parts:
+        return ""
+    head = (
+        f"# {title or 'Transcripts'}\n\nWhat the victim read and what it answered with the likeliest token throughout; "
+        "judges may err, so look for yourself."
+    )
+    return "\n\n".join((head, *parts)) + "\n"
+
+
+def _transcript(record: Record) -> str:
+    rows = [(label, record.texts[name]) for name, label in _ROWS if record.texts.get(name)]
+    before, after = record.figures.get("target_nll_before"), record.figures.get("target_nll_after")
+    if before is not None and after is not None:
+        rows.append(("its negative log-likelihood", f"{before:.3f}, then {after:.3f}"))
+    rows += [
+        (f"judge {name.removesuffix('_asr_greedy')}", "gave in" if told else "held back")
+        for name, told in record.figures.items()
+        if name.endswith("_asr_greedy") and isinstance(told, bool)
+    ]
+    lines = [f"| {label} | {_cell(text)} |" for label, text in rows]
+    return "\n".join(
+        (f"## {_cell(record.id)}: {record.outcome.value} ({_cell(record.attack)})", "", "| | |", "|---|---|", *lines)
+    )
+
+
+def _cell(text: str) -> str:
+    """Text that Markdown shows as it stands, on one line."""
+    plain = html.escape(text, quote=False).replace("\\", "\\\\")
+    for mark in "`*_[]|#":
+        plain = plain.replace(mark, f"\\{mark}")
+    return "<br>".join(plain.splitlines())
