@@ -215,9 +215,13 @@ class Battery:
     def __init__(self, case: Case, rows: int, draws: int, queries: int, surrogate: Any) -> None:
         ball: Any = getattr(case.threat, "ball", case.threat)
         if not all(hasattr(ball, name) for name in ("project", "sample", "steepest", "eps", "access")):
-            raise UsageError(
-                f"the battery walks in balls and {type(case.threat).__name__} is none: name one, --threat-model linf"
-            )
+            space = case.victim.space
+            advice = "name one, --threat-model linf"
+            if not isinstance(space, Box):
+                advice = (
+                    f"{type(space).__name__.lower()} have none; `advkit evaluate` makes the cheap checks on any model"
+                )
+            raise UsageError(f"the battery walks in balls and {type(case.threat).__name__} is none: {advice}")
         self.n = min(rows, case.n)
         self.draws, self.queries, self.surrogate = draws, queries, surrogate
         self.case = replace(case, n=self.n, everyone=False)

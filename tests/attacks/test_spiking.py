@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks import ATTACKS
-from advkit.attacks.events.spiking import ENSEMBLE
+from advkit.attacks.events.spiking import ENSEMBLE, Spiking
 from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
@@ -229,3 +229,10 @@ def test_effects(task) -> None:
         known, blinded = (float(attacked(net, x, y, rule).reached.float().mean()) for net in (wide, other))
         assert known > 0.4
         assert blinded < 0.25 * known
+
+
+def test_one_rule_stands_in_for_the_ensemble_where_no_verdicts_tell_which_rows_stand() -> None:
+    ensemble = Spiking(attack="pgd:steps=3", surrogate="ensemble")
+    assert ensemble.stand_in == Spiking(attack="pgd:steps=3", surrogate="pdsg")
+    alone = ensemble.stand_in
+    assert alone.stand_in is alone

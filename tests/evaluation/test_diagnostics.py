@@ -25,7 +25,7 @@ from advkit.defenses.inputs.bit_depth import BitDepth
 from advkit.evaluation import battery as expensive
 from advkit.evaluation import diagnostics
 from advkit.evaluation.advice import ADVICE
-from advkit.evaluation.api import evaluate
+from advkit.evaluation.api import evaluate, resolve
 from advkit.evaluation.battery import RandomSearch, _undefended, gradient_errors
 from advkit.evaluation.case import Case
 from advkit.evaluation.scenarios import single_attack
@@ -640,3 +640,9 @@ def test_random_search_keeps_the_first_hit_in_any_batch(ball: Any) -> None:
             Seen(model, ball, x[index], []), x[index], goal.take(index), ball, rng.take(index)
         )
         assert torch.equal(alone, found[index])
+
+
+def test_where_there_are_no_balls_the_battery_says_so_and_names_none() -> None:
+    with pytest.raises(UsageError, match="transcripts have none") as refused:
+        expensive.battery(resolve("beast:k=2,length=2", "ppl_filter", "prompts", "toychat", n=2, device="cpu"))
+    assert "linf" not in str(refused.value)

@@ -182,6 +182,19 @@ def test_bundles_stay_within_memory():
         assert [size for size, tokens in calls if tokens == 4] == sizes
 
 
+def test_logits_of_the_longest_reply_count_toward_memory():
+    # both send seven tokens; six are asked for of one prompt, one of the other
+    long = [row([3, 4], [each], [], [5, 6, 7, 8, 9, 10]) for each in range(3, 6)]
+    short = [row([3, 5], [6, 6, 6, 6, 6, each], [], [7]) for each in range(3, 6)]
+    cost = tiny_lm(0, 400).network.row_bytes(3 + 7, 0, 6)
+    for rows, expected in ((6, [(6, 7)]), (5, [(3, 7), (3, 7)])):
+        for batch in ([*long, *short], [*short, *long]):
+            lm = tiny_lm(0, 400, merge=True, memory=rows * cost)
+            with counted(lm.network) as calls:
+                lm(torch.stack(batch))
+            assert calls == [(2, 3), *expected]
+
+
 def test_kept_prefixes_hold_no_padding(rows):
     lm, alone = tiny_lm(0, merge=True), tiny_lm(0, merge=False)
     lm(rows)
