@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import advkit.core.speed as speeds
 from advkit.core.errors import SpecError, StaleRun, UsageError
 from advkit.core.protocols import Outcome
-from advkit.evaluation import api, fast, scenarios
+from advkit.evaluation import api, fast
+from advkit.evaluation import play as one_batch
 from advkit.evaluation.benchmark import our_run
 from advkit.evaluation.case import digest_of
 from advkit.evaluation.fast import planned_passes
@@ -123,7 +124,7 @@ def test_unchecked_low_precision_would_overstate(digits, boundary, tmp_path, mon
     def never(*given):
         return torch.zeros(len(given[-1]), dtype=torch.bool), torch.full((len(given[-1]),), torch.nan)
 
-    monkeypatch.setattr(scenarios, "_believed", never)
+    monkeypatch.setattr(one_batch, "_believed", never)
     believed = play(case_of(digits, boundary, n=200), tmp_path / "b")
     assert not any(refuted(r) for r in believed)
     assert robust(believed) > robust(checked)
