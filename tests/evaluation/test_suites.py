@@ -105,7 +105,7 @@ def test_what_alarms_a_sentinel():
     assert watching.alarmed([0.2], 500)
     assert watching.alarmed([float("inf")], 500)
     assert watching.alarmed([0.001] * 5, 500)
-    assert watching.alarmed([0.001, 0.002], 100)
+    assert watching.alarmed([0.001, 0.002], 300)
     assert not Stage(name="b", attack=None).alarmed([0.2, 0.3], 2)
 
 
