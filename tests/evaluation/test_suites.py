@@ -260,7 +260,7 @@ def test_autoattack_agrees_with_the_reference(digits, digits_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("threat_model", "misleads"), [("l2:eps=1", True), ("linf:eps=0.1", False)])
 def test_gradients_that_mislead_in_l2_are_noticed(tmp_path, threat_model, misleads):
-    """A model trained in Linf: in L2 the reference fells 24 of 400 rows by FAB and Square after its gradient attacks."""
+    """Trained in Linf; in L2 the reference fells 24 of 400 rows by FAB and Square after its gradient attacks."""
 
     @dataclass(frozen=True, kw_only=True)
     class Unescalated(Thorough):
