@@ -41,8 +41,8 @@ class Stage:
               the stages before), or a "sample" drawn by the rows' ids
     least:    at least so many rows where a share is taken
     above:    left out unless more than this share of the suite's rows still stand, in [0, 1)
-    sentinel: asks for scores alone and only watches: rows that fall here to a search the gradients lost mean that
-              gradients are masked, and call the escalation
+    sentinel: a search of another kind that watches those before it, by scores alone or along the boundary from outside
+              (FAB): rows that fall to it mean that gradients are masked or mislead, and call the escalation
     when:     "always", or only after a sentinel's alarm ("escalated")
     """
 
@@ -153,8 +153,7 @@ class AutoAttack(Suite):
 class Lean(Suite):
     """Nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
 
-    As `thorough`, with half the survivors in the stages nearest to the boundary, shorter runs there, no FAB, and the
-    short sentinel on a sample of the survivors.
+    As `thorough`, with half the survivors or fewer in the stages near the boundary and the short sentinel on a sample.
 
     targets: most classes run toward
     """
@@ -168,6 +167,7 @@ class Lean(Suite):
             Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.25, least=8),
             Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.08, least=8),
             *_nearest(0.04, least=4),
+            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.1, least=4, sentinel=True),
             Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
             Stage(name="sentinel", attack=Square(queries=100), share=0.25, by="sample", least=4, sentinel=True),
         )
@@ -178,10 +178,12 @@ class Thorough(Suite):
     """AutoAttack's robust accuracy or less for a small part of its cost: the default of `--attack auto`.
 
     Every row gets a short run and short runs toward its three nearest classes; a row that still stands and falls to
-    anything stands near the boundary. So the nearest 30 % are run toward every class and meet FAB, the nearest tenth
-    longer runs under two losses, the nearest 6 % many starts. All survivors meet a black-box sentinel; the nearest 6 %
-    one of 1,000 queries, which shows a gradient that leads past the weak points (seen in L2, on a model trained in
-    Linf) where a few hundred do not. Where a sentinel finds a row that the gradients missed, every survivor gets the
+    anything stands near the boundary, or before a class that nobody tried. So half of the survivors take a few steps
+    toward every class, the nearest 15 % long runs, the nearest 7 % many starts under two losses, and the nearest
+    quarter meets FAB. On models whose gradients lead straight to what can be reached nothing is left for it; where it
+    fells rows, as in L2 on models trained in Linf, a great black-box budget fells more, so FAB is a sentinel, too. All
+    survivors meet a short black-box sentinel, the nearest ones a longer one, left out where under a tenth of the rows
+    still stand: gradients that felled nearly all are no mask. On an alarm (see `Stage.alarmed`) every survivor gets the
     full black-box budget and AutoAttack's own stages.
 
     targets: most classes run toward
@@ -195,9 +197,9 @@ class Thorough(Suite):
             *_short(),
             Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.5, least=12),
             Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.15, least=12),
-            Stage(name="near-classes", attack=_toward(self.targets, steps=20, together=9), share=0.06, least=4),
-            *_nearest(0.08, least=12),
-            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.1, least=4),
+            Stage(name="near-classes", attack=_toward(self.targets, steps=20, together=9), share=0.05, least=4),
+            *_nearest(0.07, least=12),
+            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.25, least=4, sentinel=True),
             Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
             Stage(name="sentinel", attack=Square(queries=100), sentinel=True),
         )
