@@ -130,6 +130,7 @@ class _Prefix:
 
 
 _Known = dict[tuple[int, ...], _Prefix]
+_LogP = dict[tuple[int, ...], Tensor]
 
 
 @dataclass
@@ -778,9 +779,17 @@ class LanguageModel:
             answer[rows[:, None], torch.from_numpy(group.where).to(x.device)] = found
         return answer
 
-    def _prefix_likelihoods(self, many: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+    def _prefix_likelihoods(self, many: Sequence[tuple[int, ...]]) -> _LogP:
         """log p [len(ids)] of the tokens of prefixes, the first one's 0; kept beside their pasts."""
-        kept, several = self._remembered(), list(dict.fromkeys(many))
+        found: _LogP = {}
+        whole = [_Job(ids, torch.empty((1, 0), dtype=torch.long), 1) for ids in dict.fromkeys(many)]
+        for some in self._flights(whole):
+            found |= self._told([whole[index].begins for index in some])
+        return found
+
+    def _told(self, several: Sequence[tuple[int, ...]]) -> _LogP:
+        """The same of prefixes that may be held at the same time."""
+        kept = self._remembered()
         entries = {} if kept is None else dict(zip(several, self._prefixes(kept, several), strict=True))
         found = {ids: entry.likelihood for ids, entry in entries.items() if entry.likelihood is not None}
         left = [ids for ids in several if ids not in found]
