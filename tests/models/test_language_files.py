@@ -19,7 +19,7 @@ gguf = pytest.importorskip("gguf")
 
 from advkit.models import MODELS  # noqa: E402
 from advkit.models.language import gguf as files  # noqa: E402
-from advkit.models.language import model as language  # noqa: E402
+from advkit.models.language import passes  # noqa: E402
 from advkit.models.language.transformers import ChatTokenizer, from_transformers  # noqa: E402
 
 TEMPLATE = (
@@ -183,7 +183,7 @@ def test_merged_prompts_of_the_library_are_separate_ones(kind, monkeypatch):
         for slot in ([10, 20], [10, 21], [30, 20, 9], [])
     ]
     x = torch.stack(made)
-    monkeypatch.setattr(language, "SAVED", 1)  # candidates share what they begin with
+    monkeypatch.setattr(passes, "SAVED", 1)  # candidates share what they begin with
     rng = RowRng.from_ids(0, [str(index) for index in range(len(x))])
     slotted = x[[0, 4, 8, 13]]
     mixture = torch.rand((4, 2, t.vocabulary), dtype=torch.float64, generator=torch.Generator().manual_seed(0))

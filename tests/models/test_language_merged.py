@@ -14,7 +14,7 @@ from advkit.core.errors import BadInput
 from advkit.core.rng import RowRng
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER
 from advkit.models import MODELS
-from advkit.models.language import model as language
+from advkit.models.language import passes
 from advkit.models.language.model import LanguageModel
 from advkit.testing.language import random_table, table_lm, tiny_lm, transcript
 
@@ -119,7 +119,7 @@ def test_every_view_is_what_it_is_group_by_group(rows, name, dtype, cache):
         view(again)(rows)
         view(again)(rows)
     assert len(calls) <= len(separate) / 2
-    assert sent(calls) <= language.PADDED * sent(separate)
+    assert sent(calls) <= passes.PADDED * sent(separate)
 
 
 def test_a_table_says_the_same(rows):
@@ -326,7 +326,7 @@ def small(seed=0, **settings):
 def without(monkeypatch, ask):
     """What is answered where nothing that rows begin with goes ahead."""
     with monkeypatch.context() as patch:
-        patch.setattr(language, "SAVED", 10**9)
+        patch.setattr(passes, "SAVED", 10**9)
         return ask()
 
 
@@ -346,7 +346,7 @@ def test_a_step_of_a_beam_search_sends_what_its_beams_are_once(monkeypatch):
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_trunks_change_no_answer(monkeypatch, dtype, merge, memory):
-    monkeypatch.setattr(language, "SAVED", 1)
+    monkeypatch.setattr(passes, "SAVED", 1)
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     lm = small(dtype=dtype, merge=merge, memory=memory)
     several = [
@@ -388,8 +388,8 @@ def test_trunks_send_the_least_that_one_length_can():
         owner = np.sort(draw.integers(0, 3, rows))
         most = int(draw.integers(0, width + 1))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(language, "SAVED", 1)
-            found = language._trunks(ids, owner, most)
+            patch.setattr(passes, "SAVED", 1)
+            found = passes._trunks(ids, owner, most)
         sets = [{(mine, *line[:t]) for mine, line in zip(owner, ids, strict=True)} for t in range(most + 1)]
         saved = [(rows - len(each)) * t for t, each in enumerate(sets)]
         if found is None:

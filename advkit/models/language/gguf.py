@@ -16,7 +16,8 @@ from torch import Tensor
 
 from advkit.core.errors import BadModel, CheckpointError, UnknownName
 from advkit.models.language.decoder import Decoder, Shape
-from advkit.models.language.model import LanguageModel, Running
+from advkit.models.language.model import LanguageModel
+from advkit.models.language.passes import Running
 from advkit.models.language.transformers import DTYPES, ChatTokenizer, Stored, needed
 
 LAYER = {

@@ -13,17 +13,14 @@ once, and so do the tokens that many candidates of one prompt begin with.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
@@ -31,18 +28,11 @@ from advkit.core.protocols import ModelInfo, Rng
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
 from advkit.core.speed import Speed
 from advkit.models.language.decoder import Network
+from advkit.models.language.passes import Chooser, Job, Passes, full, wide
 from advkit.models.language.tokenizers import Tokenizer
-from advkit.models.torch import device_of, named_tensors, same_device, tensors_sha256
+from advkit.models.torch import named_tensors, same_device, tensors_sha256
 
 CLASS_NAMES = ("held", "said")
-PREFIXES = 64
-"""Prefixes whose keys and values are kept, memory permitting."""
-PADDED = 1.5
-"""Groups that go through together take at most so many times the tokens that they would take one by one."""
-# A second call costs its operations' start, whatever it carries. On one CPU core it pays from about 180 tokens on in a
-# decoder of width 64 and from 60 in one of width 576, for any number of layers, since both sides grow with them.
-SAVED = 256
-"""Tokens that must be saved before what rows begin with goes through ahead of the rest."""
 
 Loss = Literal["ce", "mellowmax"]
 Columns = NDArray[np.intp]
@@ -95,100 +85,10 @@ class _Group:
     reply: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """Rows that go through the network alike.
-
-    begins: ids that all of them begin with
-    rest:   what follows: ids [U, m] on the CPU, or embeddings [U, m, D]
-    keep:   at how many last positions logits are wanted; position -1 - m is the last one of `begins`
-    """
-
-    begins: tuple[int, ...]
-    rest: Tensor
-    keep: int
-
-    @property
-    def size(self) -> int:
-        """Rows."""
-        return len(self.rest)
-
-    @property
-    def length(self) -> int:
-        """Tokens of a row."""
-        return len(self.begins) + self.rest.shape[1]
-
-
-@dataclass
-class _Prefix:
-    """A prefix that has gone through the network: its past, the logits [1, 1, V] after it, and log-probabilities."""
-
-    past: Any
-    logits: Tensor
-    bytes: int
-    likelihood: Tensor | None = None
-
-
-_Known = dict[tuple[int, ...], _Prefix]
 _LogP = dict[tuple[int, ...], Tensor]
 
 
-@dataclass
-class _Kept:
-    """The prefixes used last, for weights that have not changed since."""
-
-    stamp: int = 0
-    bytes: int = 0
-    held: OrderedDict[tuple[Any, ...], _Prefix] = field(default_factory=OrderedDict)
-
-
-class _Begun(NamedTuple):
-    """Where jobs that go through together stand.
-
-    past:     of one sequence each, up to where the shortest `begins` ends; None where nothing is remembered
-    rests:    what each of them still has to send
-    prefixes: theirs, where they are remembered
-    """
-
-    past: Any
-    rests: list[Tensor]
-    prefixes: list[_Prefix]
-
-
-class _Trunks(NamedTuple):
-    """What rows begin with.
-
-    length: tokens of a trunk
-    first:  one row of each trunk [D]
-    of:     which trunk each row has [N]
-    """
-
-    length: int
-    first: NDArray[np.intp]
-    of: NDArray[np.intp]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    """How a language model runs.
-
-    cache:  keep keys and values of prompts between calls
-    memory: bytes that one call may take, about
-    merge:  prompts share calls of the network; none does on an accelerator, and keeps exact shapes on the CPU, where a
-            row's bits then do not depend on other prompts
-    """
-
-    cache: bool = True
-    memory: int = 2**30
-    merge: bool | None = None
-
-    @property
-    def running(self) -> dict[str, Any]:
-        """As LanguageModel takes them."""
-        return {"cache": self.cache, "memory": self.memory, "merge": self.merge}
-
-
-class LanguageModel:
+class LanguageModel(Passes):
     """A causal language model behind a chat template.
 
     network:   runs the tokens; its mode, weights and flags are never changed here
@@ -223,17 +123,12 @@ class LanguageModel:
                 f"the tokenizer has {tokenizer.vocabulary} ids and the network {network.vocabulary}: they do not "
                 "belong together"
             )
-        self.network = network
+        super().__init__(network, tokenizer.vocabulary, tokenizer.ends, cache=cache, memory=memory, merge=merge)
         self.tokenizer = tokenizer
         self.name = name or type(network).__name__
         self.source = source
         self.license = license
         self.architecture = architecture
-        self.cache = cache
-        self.memory = int(memory)
-        self.merge = merge
-        self.tokens = 0
-        self._kept = _Kept()
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name}, vocabulary={self.tokenizer.vocabulary})"
@@ -268,17 +163,6 @@ class LanguageModel:
     def space(self) -> Transcripts:
         """Transcripts in this tokenizer's ids."""
         return Transcripts(self.tokenizer)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return device_of(self.network) or torch.device("cpu")
-
-    @property
-    def merges(self) -> bool:
-        """Whether groups of rows share calls of the network."""
-        wanted = self.device.type != "cpu" if self.merge is None else self.merge
-        return wanted and self.network.gathers
 
     def attacker_view(self) -> Self:
         """Itself: what it computes is what an attacker asks."""
@@ -390,9 +274,9 @@ class LanguageModel:
         jobs = []
         for row in range(len(x)):
             (group,) = self._groups(x[row : row + 1], reply=False)
-            jobs.append(_Job(self._before(group), self._rest(group.text, group.shared).expand(count, -1), 1))
+            jobs.append(Job(self._before(group), self._rest(group.text, group.shared).expand(count, -1), 1))
         uniforms = None if greedy or not jobs else torch.stack(drawn, 1).flatten(0, 1)
-        ids = self._written(jobs, _Chooser(temperature, top_p, uniforms), max_new_tokens, min_new_tokens)
+        ids = self._written(jobs, Chooser(temperature, top_p, uniforms), max_new_tokens, min_new_tokens)
         return [[list(ids[row * count + each % count]) for each in range(samples)] for row in range(len(x))]
 
     # --- reading transcripts
@@ -407,8 +291,8 @@ class LanguageModel:
         host = x.detach().cpu().numpy()
         ids, roles = host[:, 0], host[:, 1]
         full = roles != NOTHING
-        if host.size and (roles.min() < 0 or roles.max() > REREAD or (full & ((ids < 0) | (ids >= self._limit))).any()):
-            raise BadInput(f"ids or roles out of range; expected ids in [0, {self._limit - 1}] and roles 0 to {REREAD}")
+        if host.size and (roles.min() < 0 or roles.max() > REREAD or (full & ((ids < 0) | (ids >= self.limit))).any()):
+            raise BadInput(f"ids or roles out of range; expected ids in [0, {self.limit - 1}] and roles 0 to {REREAD}")
         # A row without a slot, or read anew, shares its words with nobody but its copies.
         free = (roles == SLOT) & ~(roles == REREAD).any(1, keepdims=True)
         keys = np.concatenate((np.where(free, -2, np.where(full, ids, -1)), roles), axis=1)
@@ -416,10 +300,6 @@ class LanguageModel:
         for row, key in enumerate(keys):
             members.setdefault((key.tobytes(), -1 if lengths is None else lengths[row]), []).append(row)
         return [self._group(ids, roles, rows, reply, until) for rows in members.values()]
-
-    @property
-    def _limit(self) -> int:
-        return self.tokenizer.vocabulary
 
     def _group(
         self, ids: NDArray[np.int64], roles: NDArray[np.int64], rows: list[int], reply: bool, until: int | None
@@ -448,231 +328,6 @@ class LanguageModel:
             tuple(int(each) for each in ids[rows[0], wanted]),
         )
 
-    # --- the network
-
-    def _run(self, inputs: Tensor, past: Any, keep: int) -> Tensor:
-        self.tokens += inputs.shape[0] * inputs.shape[1]
-        # networks pad their tables: what has no text can't be said
-        return self.network.run(inputs, past, keep)[..., : self._limit]
-
-    def _extend(self, inputs: Tensor, past: Any, keep: int, consume: bool = False) -> tuple[Tensor, Any]:
-        self.tokens += inputs.shape[0] * inputs.shape[1]
-        logits, past = self.network.extend(inputs, past, keep, consume=consume)
-        return logits[..., : self._limit], past
-
-    def _remembered(self) -> _Kept | None:
-        """What is kept of prefixes; None where nothing may be."""
-        parameters = list(self.network.parameters())
-        live = torch.is_grad_enabled() and any(each.requires_grad for each in parameters)
-        if not self.cache or live:  # what is kept has no graph: weights being trained need one
-            return None
-        stamp = hash(tuple((each.data_ptr(), _version(each)) for each in parameters))
-        if stamp != self._kept.stamp:  # the weights have moved: what they made of a prefix holds no more
-            self._kept = _Kept(stamp)
-        return self._kept
-
-    def _prefixes(self, kept: _Kept, many: Sequence[tuple[int, ...]]) -> list[_Prefix]:
-        """Prefixes, one id long at least, that have gone through the network, kept for the next time."""
-        kind = self.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-        def key(ids: tuple[int, ...]) -> tuple[Any, ...]:
-            return ids, self.network.training, autocast
-
-        found: dict[tuple[int, ...], _Prefix] = {}
-        for ids in many:
-            if key(ids) in kept.held:
-                kept.held.move_to_end(key(ids))
-                found[ids] = kept.held[key(ids)]
-        missing = [_Job((), torch.tensor([ids]), 1) for ids in dict.fromkeys(many) if ids not in found]
-        for bundle in self._bundles(missing, False):
-            for entry, index in zip(self._made([missing[index] for index in bundle]), bundle, strict=True):
-                ids = tuple(missing[index].rest[0].tolist())
-                found[ids] = kept.held[key(ids)] = entry
-                kept.bytes += entry.bytes
-        while len(kept.held) > 1 and (len(kept.held) > PREFIXES or kept.bytes > self.memory // 4):
-            kept.bytes -= kept.held.popitem(last=False)[1].bytes
-        return [found[ids] for ids in many]
-
-    def _made(self, jobs: Sequence[_Job]) -> Iterator[_Prefix]:
-        """Prefixes that go through together."""
-        lengths = [job.length for job in jobs]
-        width, least = max(lengths), min(lengths)
-        # outside inference mode: a past born inside it could not be part of a later backward pass
-        with torch.inference_mode(False), torch.no_grad():
-            inputs = torch.cat([_padded(job.rest, width) for job in jobs]).to(self.device)
-            logits, past = self._extend(inputs, None, width - least + 1)
-            for index, length in enumerate(lengths):
-                own = past
-                if len(jobs) > 1:
-                    one = self.network.select(past, torch.tensor([index], device=self.device))
-                    own = self.network.gathered([one], length)
-                last = logits[index : index + 1, length - least : length - least + 1].clone()
-                yield _Prefix(own, last, self.network.past_bytes(own))
-
-    def _parts(self, rows: int, new: int, past: int, keep: int) -> Iterator[slice]:
-        """Row ranges whose passage fits the memory."""
-        most = max(1, self.memory // max(1, self.network.row_bytes(new, past, keep)))
-        for start in range(0, rows, most):
-            yield slice(start, min(start + most, rows))
-
-    def _taken(self, jobs: Sequence[_Job], more: int = 0) -> Iterator[tuple[list[int], _Known | None]]:
-        """Which jobs go through together, and the prefixes that are remembered of them.
-
-        more: tokens that will follow each row's own
-        """
-        kept = self._remembered()
-        for some in self._flights(jobs):
-            known: _Known | None = None
-            if kept is not None:
-                many = list(dict.fromkeys(jobs[index].begins for index in some if jobs[index].begins))
-                known = dict(zip(many, self._prefixes(kept, many), strict=True))
-            for bundle in self._bundles([jobs[index] for index in some], known is not None, more):
-                yield [some[index] for index in bundle], known
-
-    def _flights(self, jobs: Sequence[_Job]) -> Iterator[list[int]]:
-        """Jobs whose prefixes may be made, and held, at the same time."""
-        if not self.merges:
-            yield from ([index] for index in range(len(jobs)))
-            return
-        some: list[int] = []
-        begins: set[tuple[int, ...]] = set()
-        taken = 0
-        for index in sorted(range(len(jobs)), key=lambda each: len(jobs[each].begins)):
-            ids = jobs[index].begins
-            cost = 0 if ids in begins else self.network.row_bytes(len(ids), 0, 1)
-            if some and (taken + cost > self.memory or len(begins | {ids}) > PREFIXES):
-                yield some
-                some, begins, taken = [], set(), 0
-                cost = self.network.row_bytes(len(ids), 0, 1)
-            some.append(index)
-            begins.add(ids)
-            taken += cost
-        if some:
-            yield some
-
-    def _bundles(self, jobs: Sequence[_Job], cached: bool, more: int = 0) -> Iterator[list[int]]:
-        """Which jobs go through together: one, or as many as padding and memory allow."""
-        if not self.merges:
-            yield from ([index] for index in range(len(jobs)))
-            return
-        begun = [len(job.begins) if cached else 0 for job in jobs]
-        bundle: list[int] = []
-        shared = width = rows = exact = free = 0
-        for index in sorted(range(len(jobs)), key=lambda each: (begun[each], jobs[each].length)):
-            job, alone = jobs[index], jobs[index].length - begun[index]
-            if not alone:  # nothing to send: what is kept answers
-                yield [index]
-                continue
-            if bundle:
-                # what the shortest `begins` leaves of the longer ones goes through as well
-                sent = job.length - shared
-                wide, many, least = max(width, sent), rows + job.size, exact + job.size * alone
-                unasked = min(free, sent - min(job.keep, sent))
-                each = self.network.row_bytes(shared + wide + more, 0, wide - unasked)
-                if many * wide <= PADDED * least and many * each <= self.memory:
-                    bundle.append(index)
-                    width, rows, exact, free = wide, many, least, unasked
-                    continue
-                yield bundle
-            bundle, shared, width, rows = [index], begun[index], alone, job.size
-            exact, free = rows * alone, alone - min(job.keep, alone)
-        if bundle:
-            yield bundle
-
-    def _begun(self, jobs: Sequence[_Job], known: _Known | None) -> _Begun:
-        """The past that jobs share in length, and what is left to send."""
-        shared = 0 if known is None else min(len(job.begins) for job in jobs)
-        prefixes, past = [], None
-        if known is not None and shared:
-            prefixes = [known[job.begins] for job in jobs]
-            past = prefixes[0].past
-            if len(jobs) > 1:
-                past = self.network.gathered([each.past for each in prefixes], shared)
-        rests = []
-        for job in jobs:
-            rest = job.rest
-            if len(job.begins) > shared:
-                start = torch.tensor([job.begins[shared:]])
-                start = self.network.embed(start.to(rest.device)) if rest.is_floating_point() else start
-                rest = torch.cat((start.expand(len(rest), *start.shape[1:]), rest), 1)
-            rests.append(rest)
-        return _Begun(past, rests, prefixes)
-
-    def _grown(
-        self, inputs: Tensor, past: Any, owner: NDArray[np.intp], most: int, cached: bool
-    ) -> tuple[Tensor, Any, bool]:
-        """What is left to send of inputs [N, n], on which past, and whether that past is nobody else's.
-
-        past: of as many sequences as there are owners; owner: which of them each row continues, [N]
-        most: no more than so many of a row's tokens may go through ahead
-
-        Rows that begin alike send what they have in common once.
-        """
-        trunks = None
-        if cached and self.network.gathers and not inputs.is_floating_point():
-            trunks = _trunks(inputs.numpy(), owner, most)
-        inputs = inputs.to(self.device)
-        several = past is not None and int(owner[-1]) > 0
-        if trunks is None:
-            if several and int(owner[-1]) + 1 < len(owner):
-                past = self.network.select(past, torch.from_numpy(owner).to(self.device))
-            return inputs, past, several
-        first = torch.from_numpy(trunks.first).to(self.device)
-        if several:
-            past = self.network.select(past, torch.from_numpy(owner[trunks.first]).to(self.device))
-        _, past = self._extend(inputs[first, : trunks.length], past, 1, consume=several)
-        if len(first) > 1:
-            past = self.network.select(past, torch.from_numpy(trunks.of).to(self.device))
-        return inputs[:, trunks.length :], past, True
-
-    def _logits(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, slice, Tensor]]:
-        """Which job, which of its rows, and their logits [n, keep, V]; the rows of a job come in order."""
-        for bundle, known in self._taken(jobs):
-            if len(bundle) > 1:
-                for index, logits in zip(bundle, self._through([jobs[each] for each in bundle], known), strict=True):
-                    yield index, slice(0, len(logits)), logits
-                continue
-            (index,), job = bundle, jobs[bundle[0]]
-            past = 0 if known is None else len(job.begins)
-            for part in self._parts(job.size, job.length - past, past, job.keep):
-                (logits,) = self._through([replace(job, rest=job.rest[part])], known)
-                yield index, part, logits
-
-    def _through(self, jobs: Sequence[_Job], known: _Known | None) -> list[Tensor]:
-        """Logits [U, keep, V] of every job that goes through with the others."""
-        past, rests, prefixes = self._begun(jobs, known)
-        sent = [rest.shape[1] for rest in rests]
-        inside = [min(job.keep, new) for job, new in zip(jobs, sent, strict=True)]
-        width, free = max(sent), min(new - most for new, most in zip(sent, inside, strict=True))
-        logits: Tensor | None = None
-        if width:
-            inputs = torch.cat([_padded(rest, width) for rest in rests]) if len(jobs) > 1 else rests[0]
-            owner = np.repeat(np.arange(len(jobs)), [job.size for job in jobs])
-            left, past, mine = self._grown(inputs, past, owner, free, known is not None)
-            if mine:
-                logits, _ = self._extend(left, past, width - free, consume=True)
-            else:
-                logits = self._run(left, past, width - free)
-        answers, row = [], 0
-        for index, job in enumerate(jobs):
-            pieces = []
-            if job.keep > sent[index]:
-                pieces.append(prefixes[index].logits.expand(job.size, -1, -1))
-            if logits is not None and inside[index]:
-                last = sent[index] - free
-                pieces.append(logits[row : row + job.size, last - inside[index] : last])
-            answers.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
-            row += job.size
-        return answers
-
-    def _asked(self, jobs: Sequence[_Job], read: Callable[[int, slice, Tensor], Tensor]) -> list[Tensor]:
-        """What is read in the logits of every job's rows."""
-        found: list[list[Tensor]] = [[] for _ in jobs]
-        for index, part, logits in self._logits(jobs):
-            found[index].append(read(index, part, logits))
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
-
     def _before(self, group: _Group) -> tuple[int, ...]:
         """Ids of the prefix: the template and the words before the slot."""
         return (*self.tokenizer.before, *group.text[0, : group.shared].tolist())
@@ -690,7 +345,7 @@ class LanguageModel:
     def _scored(self, x: Tensor, loss: Loss, alpha: float) -> Tensor:
         groups = self._groups(x)
         jobs = [
-            _Job(
+            Job(
                 self._before(group),
                 self._rest(group.text, group.shared, torch.tensor([group.reply])),
                 len(group.reply),
@@ -702,57 +357,57 @@ class LanguageModel:
             reply = torch.tensor([groups[index].reply], device=logits.device)
             return _scores(logits, reply.expand(len(logits), -1), loss, alpha)
 
-        answer = torch.empty((len(x), 2), dtype=_wide(x.device), device=x.device)
+        answer = torch.empty((len(x), 2), dtype=wide(x.device), device=x.device)
         for group, found in zip(groups, self._asked(jobs, read), strict=True):
             answer[group.rows.to(x.device)] = _each(group, found).to(answer)
         return answer
 
     def _continued(self, x: Tensor, until: int | None) -> Tensor:
         groups = self._groups(x, reply=False, until=until)
-        jobs = [_Job(self._before(group), group.text[:, group.shared :], 1) for group in groups]
-        asked = self._asked(jobs, lambda index, part, logits: _full(logits[:, -1]))
+        jobs = [Job(self._before(group), group.text[:, group.shared :], 1) for group in groups]
+        asked = self._asked(jobs, lambda index, part, logits: full(logits[:, -1]))
         dtype = asked[0].dtype if asked else None
-        answer = torch.empty((len(x), self._limit), dtype=dtype, device=x.device)
+        answer = torch.empty((len(x), self.limit), dtype=dtype, device=x.device)
         for group, found in zip(groups, asked, strict=True):
             answer[group.rows.to(x.device)] = _each(group, found).to(answer)
         return answer
 
     def _mixed(self, row: Tensor, mixture: Tensor, loss: Loss, alpha: float) -> Tensor:
         counts = set((row[..., 1, :] == SLOT).sum(-1).view(-1).tolist())
-        if mixture.ndim != 3 or counts - {mixture.shape[1]} or mixture.shape[2] != self._limit:
+        if mixture.ndim != 3 or counts - {mixture.shape[1]} or mixture.shape[2] != self.limit:
             held = " or ".join(str(each) for each in sorted(counts))
             raise BadInput(
                 f"mixtures of shape {list(mixture.shape)}; the row has {held} slot tokens, so [N, {held}, "
-                f"{self._limit}] was expected"
+                f"{self.limit}] was expected"
             )
         rows = row.expand(len(mixture), -1, -1) if row.ndim == 2 else row
         if len(rows) != len(mixture):
             raise BadInput(f"{len(mixture)} mixtures for {len(rows)} rows; expected one for each")
         groups = self._groups(rows)
-        jobs: list[_Job] = []
-        table = self.network.table()[: self._limit]
+        jobs: list[Job] = []
+        table = self.network.table()[: self.limit]
         for group in groups:
             rest = self._rest(group.text[group.of], group.shared, torch.tensor([group.reply]))
             places = torch.from_numpy(group.slot - group.shared).to(self.device)
             mixed = mixture[group.rows.to(mixture.device)].to(table) @ table
             rest = self.network.embed(rest.to(self.device)).index_copy(1, places, mixed)
-            jobs.append(_Job(self._before(group), rest, len(group.reply)))
+            jobs.append(Job(self._before(group), rest, len(group.reply)))
 
         def read(index: int, part: slice, logits: Tensor) -> Tensor:
             reply = torch.tensor([groups[index].reply], device=logits.device)
             return _scores(logits, reply.expand(len(logits), -1), loss, alpha)
 
-        answer = torch.empty((len(rows), 2), dtype=_wide(mixture.device), device=mixture.device)
+        answer = torch.empty((len(rows), 2), dtype=wide(mixture.device), device=mixture.device)
         for group, found in zip(groups, self._asked(jobs, read), strict=True):
             answer[group.rows.to(answer.device)] = found.to(answer)
         return answer
 
     def _likelihood(self, x: Tensor) -> Tensor:
-        answer = torch.zeros((len(x), x.shape[2]), dtype=_wide(x.device), device=x.device)
+        answer = torch.zeros((len(x), x.shape[2]), dtype=wide(x.device), device=x.device)
         groups = [group for group in self._groups(x, reply=False) if len(group.where)]
         begins = [self._before(group) for group in groups]
         known = self._prefix_likelihoods([ids for ids, group in zip(begins, groups, strict=True) if group.shared])
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         wanted: list[Tensor] = []
         of: dict[int, int] = {}
         for index, (ids, group) in enumerate(zip(begins, groups, strict=True)):
@@ -761,7 +416,7 @@ class LanguageModel:
             keep = rest.shape[1] if ids else rest.shape[1] - 1
             if keep > 0:
                 of[index] = len(jobs)
-                jobs.append(_Job(ids, rest[:, :-1], keep))
+                jobs.append(Job(ids, rest[:, :-1], keep))
                 wanted.append(rest[:, -keep:])
         told = self._asked(
             jobs, lambda index, part, logits: _log_p(logits, wanted[index][part].to(logits.device)).to(answer.dtype)
@@ -782,7 +437,7 @@ class LanguageModel:
     def _prefix_likelihoods(self, many: Sequence[tuple[int, ...]]) -> _LogP:
         """log p [len(ids)] of the tokens of prefixes, the first one's 0; kept beside their pasts."""
         found: _LogP = {}
-        whole = [_Job(ids, torch.empty((1, 0), dtype=torch.long), 1) for ids in dict.fromkeys(many)]
+        whole = [Job(ids, torch.empty((1, 0), dtype=torch.long), 1) for ids in dict.fromkeys(many)]
         for some in self._flights(whole):
             found |= self._told([whole[index].begins for index in some])
         return found
@@ -794,11 +449,11 @@ class LanguageModel:
         found = {ids: entry.likelihood for ids, entry in entries.items() if entry.likelihood is not None}
         left = [ids for ids in several if ids not in found]
         for ids in left:
-            found[ids] = torch.zeros(len(ids), dtype=_wide(self.device), device=self.device)
+            found[ids] = torch.zeros(len(ids), dtype=wide(self.device), device=self.device)
         longer = [ids for ids in left if len(ids) > 1]
         with torch.no_grad():
             told = self._asked(
-                [_Job((), torch.tensor([ids[:-1]]), len(ids) - 1) for ids in longer],
+                [Job((), torch.tensor([ids[:-1]]), len(ids) - 1) for ids in longer],
                 lambda index, part, logits: _log_p(logits, torch.tensor([longer[index][1:]], device=logits.device)),
             )
         for ids, log_p in zip(longer, told, strict=True):
@@ -818,10 +473,10 @@ class LanguageModel:
         groups = self._groups(x, reply=False, lengths=lengths)
         wanted = [replies[group.rows, : lengths[int(group.rows[0])]] for group in groups]
         jobs = [
-            _Job(self._before(group), self._rest(group.text[group.of], group.shared, each), each.shape[1])
+            Job(self._before(group), self._rest(group.text[group.of], group.shared, each), each.shape[1])
             for group, each in zip(groups, wanted, strict=True)
         ]
-        answer = torch.empty((len(x), 1), dtype=_wide(x.device), device=x.device)
+        answer = torch.empty((len(x), 1), dtype=wide(x.device), device=x.device)
         asked = self._asked(
             jobs,
             lambda index, part, logits: (
@@ -840,122 +495,12 @@ class LanguageModel:
         answer = torch.empty(uniforms.shape, dtype=torch.long, device=x.device)
         groups = self._groups(x, reply=False)
         if groups:
-            jobs = [_Job(self._before(group), self._rest(group.text[group.of], group.shared), 1) for group in groups]
+            jobs = [Job(self._before(group), self._rest(group.text[group.of], group.shared), 1) for group in groups]
             rows = torch.cat([group.rows for group in groups])
-            choose = _Chooser(temperature, top_p, uniforms[rows.to(uniforms.device)])
+            choose = Chooser(temperature, top_p, uniforms[rows.to(uniforms.device)])
             ids = self._written(jobs, choose, uniforms.shape[1], uniforms.shape[1])
             answer[rows.to(x.device)] = torch.tensor(ids, device=x.device)
         return answer
-
-    @torch.no_grad()
-    def _written(self, jobs: Sequence[_Job], choose: _Chooser, most: int, least: int) -> list[list[int]]:
-        """Replies to the rows of all jobs, one after the other; those that have ended leave the batch."""
-        starts = np.cumsum([0, *(job.size for job in jobs)]).tolist()
-        rows = [torch.arange(start, stop) for start, stop in pairwise(starts)]
-        written: list[list[int]] = [[] for _ in range(starts[-1])]
-        # without padding every row's next token stands in the same place
-        alike: dict[int, list[int]] = {}
-        for index, job in enumerate(jobs):
-            alike.setdefault(job.length, []).append(index)
-        for same in alike.values():
-            for bundle, known in self._taken([jobs[index] for index in same], most):
-                chosen = [same[each] for each in bundle]
-                if len(chosen) > 1:
-                    live = torch.cat([rows[index] for index in chosen])
-                    self._write(written, live, [jobs[index] for index in chosen], known, choose, most, least)
-                    continue
-                (index,), job = chosen, jobs[chosen[0]]
-                for part in self._parts(job.size, 1, job.length + most, 1):
-                    cut = replace(job, rest=job.rest[part])
-                    self._write(written, rows[index][part], [cut], known, choose, most, least)
-        return written
-
-    def _write(
-        self,
-        written: list[list[int]],
-        live: Tensor,
-        jobs: Sequence[_Job],
-        known: _Known | None,
-        choose: _Chooser,
-        most: int,
-        least: int,
-    ) -> None:
-        ends = torch.tensor(sorted(self.tokenizer.ends), dtype=torch.long, device=self.device)
-        # samples of one text: it goes through once
-        once = [replace(job, rest=job.rest[:1]) if bool((job.rest == job.rest[:1]).all()) else job for job in jobs]
-        past, rests, prefixes = self._begun(once, known)
-        sizes = [job.size for job in once]
-        sent = sum(sizes)
-        if rests[0].shape[1]:
-            owner = np.repeat(np.arange(len(once)), sizes)
-            most_shared = rests[0].shape[1] - 1
-            inputs, past, mine = self._grown(torch.cat(rests), past, owner, most_shared, known is not None)
-            logits, past = self._extend(inputs, past, 1, consume=mine)
-            mine = True
-        else:
-            logits, past, mine = prefixes[0].logits, prefixes[0].past, False
-        logits = logits[:, -1]
-        if 1 < sent < len(live):
-            places = np.concatenate(
-                [
-                    first + np.arange(job.size) % size
-                    for first, job, size in zip(np.cumsum([0, *sizes[:-1]]), jobs, sizes, strict=True)
-                ]
-            )
-            of = torch.from_numpy(places).to(self.device)
-            logits, past = logits[of], self.network.select(past, of)
-        logits = logits.expand(len(live), -1)
-        single = sent == 1  # the past is that of one sequence, which all continue
-        for t in range(most):
-            scores = _full(logits)
-            if t < least and len(ends):
-                scores = scores.index_fill(1, ends, -torch.inf)
-            token = choose(scores, live, t)
-            stopped = torch.isin(token, ends)
-            for row, one, stop in zip(live.tolist(), token.tolist(), stopped.tolist(), strict=True):
-                if not stop:
-                    written[row].append(one)
-            if t + 1 == most or bool(stopped.all()):
-                return
-            going = (~stopped).nonzero().squeeze(1)
-            if len(going) < len(live):
-                live, token = live[going.cpu()], token[going]
-                if not single:
-                    past = self.network.select(past, going)
-            # a past that nobody else holds may be written into
-            logits, past = self._extend(token[:, None], past, 1, consume=mine)
-            logits, single, mine = logits[:, -1], False, True
-
-
-class _Chooser:
-    """Tokens from logits: the largest, or the inverse of the distribution at given uniforms [N, T]."""
-
-    def __init__(self, temperature: float, top_p: float, uniforms: Tensor | None) -> None:
-        self.temperature, self.top_p, self.uniforms = temperature, top_p, uniforms
-
-    def __call__(self, logits: Tensor, rows: Tensor, t: int) -> Tensor:
-        """Long [n] from logits [n, V] of rows [n]."""
-        if self.uniforms is None:
-            return logits.argmax(1)
-        p = (logits.to(_wide(logits.device)) / self.temperature).softmax(1)
-        order = None
-        if self.top_p < 1.0:
-            p, order = p.sort(dim=1, descending=True, stable=True)
-            # the token that takes the sum over the bound still belongs to the nucleus
-            p = torch.where(p.cumsum(1) - p < self.top_p, p, 0.0)
-        sums = p.cumsum(1)
-        aim = self.uniforms[rows.to(self.uniforms.device), t].to(sums) * sums[:, -1]
-        found = torch.searchsorted(sums, aim[:, None], right=True)
-        # round-off may aim at the very end: the last token that has any probability
-        last = (p > 0).long().cumsum(1).argmax(1, keepdim=True)
-        found = torch.minimum(found, last)
-        return (found if order is None else order.gather(1, found)).squeeze(1)
-
-
-def _padded(rest: Tensor, width: int) -> Tensor:
-    """Ids [U, m] or embeddings [U, m, D], zeros behind them up to a width."""
-    missing = width - rest.shape[1]
-    return functional.pad(rest, (0, 0, 0, missing) if rest.ndim == 3 else (0, missing)) if missing else rest
 
 
 def _each(group: _Group, found: Tensor) -> Tensor:
@@ -963,62 +508,23 @@ def _each(group: _Group, found: Tensor) -> Tensor:
     return found[group.of.to(found.device)]
 
 
-def _trunks(ids: NDArray[np.int64], owner: NDArray[np.intp], most: int) -> _Trunks | None:
-    """How rows [N, n] of ids that begin alike send the least: the tokens they share once, the rest of each.
-
-    owner: rows of different owners [N] never begin alike; most: of a row's first tokens, how many may be shared
-    """
-    rows = len(ids)
-    if rows * most < SAVED:
-        return None
-    head = ids[:, :most]
-    order = np.lexsort((*head.T[::-1], owner))
-    ranked, held = head[order], owner[order]
-    same = np.minimum.accumulate(ranked[1:] == ranked[:-1], axis=1).sum(1)
-    same[held[1:] != held[:-1]] = -1
-    # trunks of t tokens: one, and another wherever neighbours share fewer than t
-    lengths = np.arange(1, most + 1)
-    different = 1 + np.bincount(same + 1, minlength=most + 2).cumsum()[1 : most + 1]
-    saved = (rows - different) * lengths
-    best = int(saved.argmax())
-    if saved[best] < SAVED:
-        return None
-    fresh = np.concatenate(([True], same < lengths[best]))
-    of = np.empty(rows, dtype=np.intp)
-    of[order] = fresh.cumsum() - 1
-    return _Trunks(int(lengths[best]), order[fresh], of)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _full(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
     """log p [N, R] of ids [N, R] under logits [N, R, V], in float32 at least."""
-    return _full(logits).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return full(logits).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def _scores(logits: Tensor, reply: Tensor, loss: Loss, alpha: float) -> Tensor:
     """(s, s + lead) [N, 2] of replies [N, R] under logits [N, R, V]."""
-    logits = _full(logits)
-    wide = _wide(logits.device)
+    logits = full(logits)
+    dtype = wide(logits.device)
     places = reply.unsqueeze(-1)
     wanted = logits.gather(-1, places).squeeze(-1)
     rival = logits.scatter(-1, places, -torch.inf).amax(-1)
-    lead = (wanted - rival).amin(1).to(wide)
+    lead = (wanted - rival).amin(1).to(dtype)
     if loss == "ce":
-        score = _log_p(logits, reply).to(wide).mean(1)
+        score = _log_p(logits, reply).to(dtype).mean(1)
     else:
-        minus = -wanted.to(wide)
+        minus = -wanted.to(dtype)
         score = -(torch.logsumexp(alpha * minus, 1) - float(np.log(reply.shape[1]))) / alpha
     return torch.stack((score, score + lead), 1)
 

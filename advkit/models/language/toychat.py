@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from advkit.core.errors import CheckpointError
 from advkit.models.language.decoder import Decoder, Shape
-from advkit.models.language.model import LanguageModel, Running
+from advkit.models.language.model import LanguageModel
+from advkit.models.language.passes import Running
 from advkit.models.language.tokenizers import WordTokenizer
 
 FOLDER = Path(__file__).parent / "data"

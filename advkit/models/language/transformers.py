@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from advkit.core.errors import BadModel, CheckpointError, MissingExtra
 from advkit.models.language.decoder import Network
-from advkit.models.language.model import LanguageModel, Running
+from advkit.models.language.model import LanguageModel
+from advkit.models.language.passes import Running
 from advkit.models.language.tokenizers import Templated
 
 log = logging.getLogger("advkit")
