@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from advkit.core.errors import BadInput
+from advkit.core.errors import BadInput, BadModel
 from advkit.core.rng import RowRng
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER
 from advkit.models import MODELS
@@ -498,7 +498,7 @@ def test_a_network_that_can_not_gather_is_never_merged(rows):
     lm.network.__class__ = Closed
     assert not lm.merges
     assert torch.equal(lm(rows), alone(rows))
-    with pytest.raises(NotImplementedError, match="Closed"):
+    with pytest.raises(BadModel, match="Closed"):
         super(type(alone.network), lm.network).gathered([], 1)
 
 

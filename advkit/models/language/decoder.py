@@ -62,7 +62,7 @@ class Network(nn.Module):
 
         It shares no memory with them, so that it may be consumed.
         """
-        raise NotImplementedError(f"the pasts of {type(self).__name__} can't be put together")
+        raise BadModel(f"the pasts of {type(self).__name__} can't be put together")
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., D] of ids."""
