@@ -28,7 +28,7 @@ class Bars:
             disable=hidden,
         )
         self._bars: dict[str, TaskID] = {}
-        self._standing: dict[str, list[int]] = {}
+        self._standing: dict[str, dict[tuple[str, str], bool]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -47,15 +47,14 @@ class Bars:
             name = case.label if case.attack is not None else f"{case.threat.scenario} {case.specs['threat_model']}"
             shown = name if len(name) <= 40 else name[:37] + "..."
             self._bars[title] = self._progress.add_task(shown, total=total, far="")
-            self._standing[title] = [0, 0]
+            self._standing[title] = {}
         held = self._standing[title]
-        if case.attack is not None:
-            held[0] += sum(r.outcome in (Outcome.ROBUST, Outcome.INVALID) for r in records)
-            word = "robust accuracy"
-        else:
-            held[0] += sum(r.adversarial == r.label for r in records)
-            word = "accuracy on transferred images"
-        held[1] += len(records)
-        self._progress.update(
-            self._bars[title], advance=len(records), far=f"{word} so far {100 * held[0] / max(1, held[1]):.1f} %"
-        )
+        grid = case.attack is None
+        for record in records:
+            # A row under a suite stands as long as no stage has felled it; a grid's images are counted one by one.
+            key = (record.attack if grid else "", record.id)
+            good = record.adversarial == record.label if grid else record.outcome in (Outcome.ROBUST, Outcome.INVALID)
+            held[key] = good and held.get(key, True)
+        word = "accuracy on transferred images" if grid else "robust accuracy"
+        share = 100 * sum(held.values()) / max(1, len(held))
+        self._progress.update(self._bars[title], advance=len(records), total=total, far=f"{word} so far {share:.1f} %")

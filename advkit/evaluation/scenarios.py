@@ -72,11 +72,25 @@ class Evasion:
         return None
 
     def expected(self, case: Case, records: Mapping[str, Record]) -> int:
-        """How many records the finished case has, as far as these tell (a suite's later stages take fewer rows)."""
+        """How many records the finished case has, as far as these tell: a suite's stages take what the last ones left.
+
+        An escalation counts from its first record on.
+        """
         if not hasattr(case.attack, "stages"):
             return case.n
+        held: dict[str, list[Record]] = {}
+        for record in records.values():
+            held.setdefault(record.attack, []).append(record)
         stages = case.attack.stages()
-        return max(case.n, len(records)) if len(stages) > 1 else case.n
+        escalated = any(f"{case.label}/{stage.name}" in held for stage in stages if stage.when == "escalated")
+        total, standing = 0, case.n
+        for stage in stages:
+            own = held.get(f"{case.label}/{stage.name}", [])
+            if own or ((stage.when == "always" or escalated) and standing > stage.above * case.n):
+                share = standing if stage.share >= 1 else max(stage.least, math.ceil(stage.share * standing))
+                total += max(len(own), min(standing, share))
+            standing -= sum(record.outcome in (Outcome.WRONG, Outcome.BROKEN) for record in own)
+        return total
 
     def rounds(self, case: Case, done: Mapping[str, Record], crew: Crew | None = None) -> Iterator[Played]:
         """Records, origins and returned inputs batch by batch, in the task's order."""

@@ -274,3 +274,22 @@ def test_gradients_that_mislead_in_l2_are_noticed(tmp_path, threat_model, mislea
     (watchman,) = [stage for stage in case.attack.stages() if stage.name == "near-fab"]
     assert (len(fell) > 0) == misleads
     assert watchman.alarmed([0.0] * len(fell), 250) == misleads
+
+
+def test_a_finished_suite_has_as_many_records_as_were_expected(digits, digits_model, digits_module, tmp_path):
+    from advkit.evaluation.harness import scenario_of
+    from advkit.evaluation.store import Store
+    from advkit.models.torch import TorchModel
+
+    masked = TorchModel(Rounded(digits_module).eval(), space=digits.space, classes=10)
+    for index, model in enumerate((digits_model, masked)):
+        case = case_of(digits, model)
+        expected = scenario_of(case).expected
+        records = play(case, tmp_path / str(index))
+        held = {Store.key(r.attack, r.id): r for r in records}
+        assert ("small/last" in by_label(records)) == (model is masked)
+        assert expected(case, held) == len(records)
+        first = {key: r for key, r in held.items() if r.attack == "small/first"}
+        # before its end a suite is expected to fell no more, so that without an escalation there are never more records
+        assert expected(case, {}) >= expected(case, first) > len(first)
+        assert model is masked or expected(case, first) >= len(records)
