@@ -85,6 +85,16 @@ class Boxed(Protocol):
 
 
 @runtime_checkable
+class Sized(Protocol):
+    """A space that may know the shape of its rows."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...] | None:
+        """Of one row; None accepts any."""
+
+
+@runtime_checkable
 class Quantizes(Protocol):
     """A space of which files hold only some values."""
 
@@ -166,6 +176,15 @@ class ModelInfo:
 
 
 @runtime_checkable
+class Modular(Protocol):
+    """What has torch modules inside: a model, or one way to query it."""
+
+    @abstractmethod
+    def modules(self) -> Iterable[nn.Module]:
+        """The modules, those inside them included or not."""
+
+
+@runtime_checkable
 class Shaped(Protocol):
     """A model that says in which shapes it wants to be called, where its answers do not depend on the batch."""
 
@@ -222,6 +241,16 @@ class UnderSpeed(Protocol):
     @abstractmethod
     def under_speed(self, speed: Speed) -> Any:
         """The model that the attack's oracle queries in place of this one."""
+
+
+@runtime_checkable
+class KnowsClasses(Protocol):
+    """A model or a task that says how many classes there are, without a look at the weights."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int | None:
+        """None where unknown."""
 
 
 @runtime_checkable
@@ -289,6 +318,15 @@ class Composite(Protocol):
         """The members."""
 
 
+@runtime_checkable
+class Describes(Protocol):
+    """A model or a threat model, as what has a description."""
+
+    @abstractmethod
+    def describe(self) -> Any:
+        """ModelInfo of a model, plain JSON values of a threat model."""
+
+
 Figure = float | bool | str | None
 """What can be said of a row; a text is kept with the row and never averaged."""
 
@@ -347,6 +385,15 @@ class Goal(Protocol[Y_contra]):
         ...
 
     def to(self, device: torch.device | str) -> Self: ...
+
+
+@runtime_checkable
+class NoneReached(Protocol):
+    """A goal that sees more cheaply than `reached` that no row reaches it: most steps of an attack end with that."""
+
+    @abstractmethod
+    def none_reached(self, answer: Any) -> bool:
+        """Whether it is plain that no row reaches it; False in doubt."""
 
 
 class Rule(Protocol):
@@ -431,6 +478,15 @@ class CountsOver(Protocol):
     @abstractmethod
     def denominator(self) -> str:
         """The report's word for it, such as "prompts"."""
+
+
+@runtime_checkable
+class NeedsAccess(Protocol):
+    """A view of a model (`Oracle.seen_as`) that says which access it takes; others take all."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Access: ...
 
 
 class Oracle(Protocol[X, Y]):
@@ -530,6 +586,25 @@ class Lattice(Protocol):
     @abstractmethod
     def lattice(self) -> int:
         """Steps across the box, such as 255; 0 leaves values as they are."""
+
+
+@runtime_checkable
+class Radius(Protocol):
+    """A threat model with a radius. Some balls have none and say so when they are asked for a step of its length."""
+
+    @property
+    @abstractmethod
+    def eps(self) -> float:
+        """In units of the norm and of the model's space."""
+
+
+@runtime_checkable
+class Slotted(Protocol):
+    """A threat model of token ids, in which the attacker has a slot in every row."""
+
+    @abstractmethod
+    def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
+        """The row [2, W] with each of the candidates [N, l] in its slot, [N, 2, W]."""
 
 
 @runtime_checkable
@@ -875,6 +950,15 @@ class Task(Protocol):
         ...
 
     def class_names(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class Hashed(Protocol):
+    """Data known by a hash of its rows."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 of rows, labels and ids."""
 
 
 @runtime_checkable

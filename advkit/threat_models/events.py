@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, Levels, Measures, Rng
 from advkit.core.spaces import Binary
 from advkit.threat_models.lp import _KNOWLEDGE, per_row, row_sum
 
@@ -31,7 +32,7 @@ class NoSteps(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class Flips:
+class Flips(Measures, Levels):
     """Binary rows with at most n bits flipped; without n, with as few as the attacker finds.
 
     n:       most flips, >= 0; None admits any number, and what an attack is judged by is how many it needed
@@ -87,6 +88,7 @@ class Flips:
             )
         return replace(self, space=space)
 
+    @override
     def levels(self) -> Mapping[str, tuple[float, ...]]:
         """Thresholds by measure: a report gives the share of the attacked rows broken within each."""
         if self.n is None:
@@ -103,6 +105,7 @@ class Flips:
         """The number of flips, float64 [B]."""
         return self._count(x, origin).to(torch.float32 if x.device.type == "mps" else torch.float64)
 
+    @override
     def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """What a record says of a change: flips, and their share of all bits in per cent."""
         flips = self.distance(x, origin)
@@ -152,10 +155,11 @@ class Flips:
         """The rows as they are: bits need no rounding."""
         return x
 
-    @property
-    def eps(self) -> float:
-        """There is none: UsageError (and AttributeError, so that asking whether there is one works)."""
-        raise NoSteps
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # No property: it would count as a radius (`Radius`), whatever it raised.
+            raise NoSteps if name == "eps" else AttributeError(f"{type(self).__name__} has no {name}")
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
         """Rows with n allowed bits flipped, drawn without replacement; UsageError without n: nothing to draw."""

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, Descends, Lattice, Rng
 from advkit.core.spaces import SLACK, Box
 
 _KNOWLEDGE = {
@@ -111,7 +112,7 @@ class _Last:
 
 
 @dataclass(frozen=True)
-class NormBall(ABC):
+class NormBall(Lattice, Descends, ABC):
     """Everything within eps of the origin, in some norm, inside the box of legal inputs.
 
     eps:     radius, >= 0, in units of the norm and of the model's space
@@ -199,6 +200,7 @@ class NormBall(ABC):
         To walk down a loss, add `steepest(-gradient, at)`: what is open depends on the way one goes.
         """
 
+    @override
     def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
         """z after a step against the gradient, `size` eps long, back in the ball; `size` broadcasts against z."""
         return self.project(z + size * self.steepest(-gradient, z), origin)
@@ -311,6 +313,7 @@ class Linf(NormBall):
         """eps times the sign: a coordinate without room costs the others nothing here."""
         return usable(gradient).sign() * self.eps
 
+    @override
     def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
         """z after a step of `size` eps against the sign of the gradient, back in the ball."""
         signs = gradient.sign()

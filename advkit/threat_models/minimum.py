@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, Lattice, Measures, Rng
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import _KNOWLEDGE, UNIT, lattice_index, lattice_value, row_max, row_sum, wide
 
@@ -25,7 +26,7 @@ class _NoRadius(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class MinimumL2:
+class MinimumL2(Measures, Lattice):
     """The whole box, as near to the origin as the attacker can in L2; there is no eps.
 
     lattice: steps across the box that a file can hold; 255 makes `finish` round to k/255, 0 leaves values as they are
@@ -81,6 +82,7 @@ class MinimumL2:
         """L2 distance, float [B]."""
         return row_sum(self._move(x, origin).square()).sqrt()
 
+    @override
     def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """What a report says of a success beside its distance: the energies L1, L2 and Linf, float [B] each."""
         move = self._move(x, origin)
@@ -115,10 +117,11 @@ class MinimumL2:
         rounded = lattice_value(lattice_index(x.to(low.dtype), low, step).round(), low, step, self.lattice).to(x.dtype)
         return torch.where(x == origin, origin, self.project(rounded, origin))
 
-    @property
-    def eps(self) -> float:
-        """There is none: UsageError (and AttributeError, so that asking whether there is one works)."""
-        raise _NoRadius
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # No property: it would count as a radius (`Radius`), whatever it raised.
+            raise _NoRadius if name == "eps" else AttributeError(f"{type(self).__name__} has no {name}")
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
         """No radius, no ball to draw from: UsageError."""

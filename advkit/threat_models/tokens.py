@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Evidence, Figure
+from advkit.core.protocols import Access, Evidence, Examines, Figure, Measures, Slotted
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
 from advkit.threat_models.lp import _KNOWLEDGE
 
@@ -25,7 +26,7 @@ FORBIDS = ("special", "special+nonascii", "eos", "none")
 
 
 @dataclass(frozen=True)
-class Suffix:
+class Suffix(Measures, Examines, Slotted):
     """A user's prompt to which an attacker adds at most n tokens, in one place; all else stays as it was.
 
     n:          most tokens, >= 0
@@ -140,6 +141,7 @@ class Suffix:
         """The attacker's tokens in a row [2, W], long [l]."""
         return row[0][row[1] == SLOT]
 
+    @override
     def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
         """The row [2, W] with each of the candidates [N, l] in its slot, [N, 2, W]; what was there goes."""
         if bool((row[1] == REREAD).any()):
@@ -174,6 +176,7 @@ class Suffix:
         words = torch.where((x[:, 1] == REREAD).any(1), (origin[:, 1] == USER).sum(1), 0)
         return (added - words).clamp_min(0).to(torch.float32 if x.device.type == "mps" else torch.float64)
 
+    @override
     def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """What a record says of a change: the tokens it took."""
         return {"tokens": self.distance(x, origin)}
@@ -260,6 +263,7 @@ class Suffix:
         made[0, len(row[0]) - len(reply) :], made[1, len(row[0]) - len(reply) :] = reply, REPLY
         return made
 
+    @override
     def examine(self, evidence: Evidence) -> dict[str, list[Figure]]:
         """Of every row that the attacker changed: how many tokens, and whether they survive being read anew."""
         tokens = (evidence.returned[:, 1] == SLOT).sum(1).tolist()
