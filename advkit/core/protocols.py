@@ -425,6 +425,10 @@ class Wording:
     figure: str = "accuracy"
 
 
+NOT_REACHED = Wording(robust="goal not reached", figure="goal not reached")
+"""Of goals that ask for more than a wrong answer: a sample on which they fail may be misclassified all the same."""
+
+
 @runtime_checkable
 class Worded(Protocol):
     """A rule whose figures have names of their own; others have the defaults of `Wording`."""
@@ -596,6 +600,25 @@ class Radius(Protocol):
     @abstractmethod
     def eps(self) -> float:
         """In units of the norm and of the model's space."""
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A threat model whose budget is a number of changes."""
+
+    @property
+    @abstractmethod
+    def n(self) -> int | None:
+        """The most; None admits any number."""
+
+
+@runtime_checkable
+class InSpace(Protocol):
+    """A threat model that speaks of one kind of space, and holds the one that it is bound to."""
+
+    @property
+    @abstractmethod
+    def space(self) -> Any: ...
 
 
 @runtime_checkable
@@ -839,6 +862,25 @@ class Stepped(Protocol):
 
 
 @runtime_checkable
+class Serves(Protocol):
+    """An attack for some goals only; others work towards every goal."""
+
+    @property
+    @abstractmethod
+    def serves(self) -> Sequence[str]:
+        """Names of goals."""
+
+
+@runtime_checkable
+class SeeksMinimum(Protocol):
+    """An attack that says whether it looks for the least distance where nothing bounds it; others do."""
+
+    @property
+    @abstractmethod
+    def minimal(self) -> bool: ...
+
+
+@runtime_checkable
 class MadeForGoal(Protocol):
     """An attack made for one goal: what a command that does not name one gets."""
 
@@ -1003,10 +1045,7 @@ class Defense(Protocol):
 class Trains(Protocol):
     """A defense that is a way to train: its models are found in the zoo or the cache, or trained."""
 
-    @property
-    @abstractmethod
-    def recipe(self) -> Any:
-        """Epochs, optimizer, schedule... (`training.loop.Recipe`)"""
+    recipe: Any  # epochs, optimizer, schedule (`training.loop.Recipe`); a field with a default factory is no property
 
     @abstractmethod
     def objective(self) -> Any:

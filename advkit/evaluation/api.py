@@ -207,7 +207,7 @@ def with_public_sources(threat: Any, task: Any, defense: str) -> Any:
     named = [source for source in threat.sources if source != PUBLIC]
     specs = [f"zoo:{card.name}" for card in cards]
     seen = [f"zoo:{card.name}" for card in cards if defense in card.seen_by]
-    return threat.with_sources([*specs, *named], seen=threat.seen or seen)
+    return threat.with_sources([*specs, *named], seen=seen)
 
 
 def surrogates_of(threat: Any, task: Any, device: str) -> tuple[tuple[str, Any], ...]:

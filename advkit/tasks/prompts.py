@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Batch, Data, TaskDefaults
+from advkit.core.protocols import Batch, Bindable, Data, Hashed, OfKind, TaskDefaults
 from advkit.core.spaces import NOTHING, REPLY, USER, Transcripts
 from advkit.threat_models.goals.untargeted import Untargeted
 
@@ -53,7 +54,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
+class Prompts(OfKind, Bindable, Hashed):
     """Make a chat model say what it should not, or what it would not: prompts with wanted replies.
 
     set:  "toychat", 24 questions that the embedded model refuses and 24 harmless twins, in its own little language;
@@ -100,6 +101,7 @@ class Prompts:
         """The bound model's, with this task's width; None before."""
         return self._space
 
+    @override
     def bind(self, space: Any) -> Self:
         """The same task in a model's token ids."""
         if not isinstance(space, Transcripts):
@@ -227,6 +229,7 @@ class Prompts:
             digest.update(str(self._space.tokenizer.digest).encode())
         return digest.hexdigest()
 
+    @override
     def digest(self) -> str:
         """sha256 over the lines, the room and the tokenizer."""
         return self._digest

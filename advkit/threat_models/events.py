@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Levels, Measures, Rng
+from advkit.core.protocols import Access, Counted, InSpace, Levels, Measures, Rng
 from advkit.core.spaces import Binary
 from advkit.threat_models.lp import _KNOWLEDGE, per_row, row_sum
 
@@ -32,7 +32,7 @@ class NoSteps(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class Flips(Measures, Levels):
+class Flips(Measures, Levels, Counted, InSpace):
     """Binary rows with at most n bits flipped; without n, with as few as the attacker finds.
 
     n:       most flips, >= 0; None admits any number, and what an attack is judged by is how many it needed

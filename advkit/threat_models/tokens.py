@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Evidence, Examines, Figure, Measures, Slotted
+from advkit.core.protocols import Access, Counted, Evidence, Examines, Figure, InSpace, Measures, Slotted
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
 from advkit.threat_models.lp import _KNOWLEDGE
 
@@ -26,7 +26,7 @@ FORBIDS = ("special", "special+nonascii", "eos", "none")
 
 
 @dataclass(frozen=True)
-class Suffix(Measures, Examines, Slotted):
+class Suffix(Measures, Examines, Slotted, Counted, InSpace):
     """A user's prompt to which an attacker adds at most n tokens, in one place; all else stays as it was.
 
     n:          most tokens, >= 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from advkit.core.protocols import Rng
 from advkit.defenses.adversarial.base import AdversarialTraining, RobustObjective, attacked
@@ -21,6 +22,7 @@ class PGDAT(AdversarialTraining):
     The attack runs in evaluation mode; the authors' code runs it in training mode (`mode=train`).
     """
 
+    @override
     def objective(self) -> Objective:
         return _Objective(self)
 

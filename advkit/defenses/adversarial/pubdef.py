@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.gradient.pgd import PGD
@@ -137,6 +138,7 @@ class PubDef(TrainingDefense):
         made: Ball[Tensor] = BALLS[self.norm](eps=self.eps, lattice=255)
         return made.bind(space)
 
+    @override
     def objective(self) -> Objective:
         return PubDefObjective(self)
 

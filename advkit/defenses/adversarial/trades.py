@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from advkit.attacks.gradient.pgd import Start
 from advkit.core.errors import UsageError
@@ -45,6 +46,7 @@ class TRADES(AdversarialTraining):
         if not self.beta >= 0:
             raise UsageError(f"beta {self.beta}; expected a number >= 0")
 
+    @override
     def objective(self) -> Objective:
         return _Objective(self, self.beta)
 

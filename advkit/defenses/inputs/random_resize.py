@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from advkit.core.errors import BadModel, UsageError
-from advkit.defenses.inputs.base import InputDefense
+from advkit.defenses.inputs.base import Draws, InputDefense
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomResize(InputDefense):
+class RandomResize(InputDefense, Draws):
     """Resizes every image to a random size and pads it with zeros at a random place.
 
     The authors enlarge 299 pixels to at most 331 and hand the larger image on, which needs a network for any size; here
