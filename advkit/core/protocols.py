@@ -159,6 +159,18 @@ class Model(Protocol[X_contra, Y_co]):
         ...
 
 
+class ModelBuilder(Protocol):
+    """What a name of `--model` stands for: an architecture to train, or a way to load a model."""
+
+    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, /, *, space: Any = None) -> Any:
+        """The model, in evaluation mode and on the CPU.
+
+        shape: of one row
+        space: of the task; None stands for the box [0, 1]
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What a report says of a model."""

@@ -251,7 +251,7 @@ def _claimed(case: Case, guard: Any) -> Case:
     """The case of the threat model that the defense was designed against, at the same eps and norm."""
     base = case.threat.describe()
     norm = str(base.get("norm") or "Linf").lower()
-    claim = THREAT_MODELS.build(guard.claims)
+    claim: Any = THREAT_MODELS.build(guard.claims)
     threat: Any = replace(claim, eps=base.get("eps") or claim.eps, norm=norm)
     threat = with_public_sources(threat, case.task, DEFENSES.name_of(guard))
     return replace(
