@@ -13,7 +13,7 @@ from advkit.training.loop import Objective, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class NoDefense(Trains):
-    """Plain cross-entropy training where there is nothing trained yet; a trained model is left as it is.
+    """No defense: cross-entropy training where nothing is trained yet; a trained model is left as it is.
 
     recipe: how an architecture without weights is trained
     """

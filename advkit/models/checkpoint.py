@@ -407,7 +407,7 @@ def _load_foreign(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFile:
-    """Weights from a file: one that save_checkpoint wrote, or others' with an explicit architecture.
+    """Checkpoint file: one that save_checkpoint wrote, or others' weights with an explicit architecture.
 
     file:         .safetensors, or .pt/.pth read by torch's weights-only reader
     architecture: spec that builds the module, in brackets where it has commas; only for files advkit did not write

@@ -325,7 +325,7 @@ def as_model(thing: Any, task: Task | Data | None = None) -> Model[Any, Any]:
 class Architecture(ABC):
     """What builds an untrained model for rows of a shape.
 
-    mean, std: normalisation inside the model, per channel; empty: rows enter as they are
+    mean, std: normalisation inside the model, per channel; empty: samples enter as they are
     """
 
     mean: tuple[float, ...] = ()

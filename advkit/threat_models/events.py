@@ -33,17 +33,17 @@ class NoSteps(UsageError, AttributeError):
 
 @dataclass(frozen=True)
 class Flips(Measures, Levels, Counted, InSpace):
-    """Binary rows with at most n bits flipped; without n, with as few as the attacker finds.
+    """Bit flips, L0 on binary data: at most n bits of a sample change; without n, as few as the attack finds.
 
     n:       most flips, >= 0; None admits any number, and what an attack is judged by is how many it needed
-    allow:   "flip" both ways, "add" only turns 0 into 1 (a sensor that sees ghosts), "delete" only 1 into 0
-    access:  what the attacker may ask of the victim
-    queries: how often, per row; None for no limit
-    space:   legal rows; `bind` puts the model's own here
+    allow:   "flip" both ways, "add" only turns 0 into 1 (a sensor with spurious events), "delete" only 1 into 0
+    access:  what the attacker may query: nothing, labels, scores or gradients
+    queries: how often, per sample; None for no limit
+    space:   legal samples; `bind` puts the model's own here
 
-    Every record carries the number of flips (`l0`) and their share of all bits in per cent (`l0_percent`); a report
-    gives the share of the attacked rows that fell within 200 and 800 flips, and within 0.05 to 1 per cent of the bits.
-    Attacks that walk steps of a length (`eps`, `steepest`) find none here: UsageError.
+    Every record carries the number of flips (`l0`) and their percentage of all bits (`l0_percent`); a report gives
+    the fraction of the attacked samples broken within 200 and 800 flips, and within 0.05 to 1 per cent of the bits.
+    Attacks that take steps of a length (`eps`, `steepest`) find none here: UsageError.
     Raises UsageError for a negative n, in `bind` for a space that is not binary, BadInput for rows of another shape.
     """
 

@@ -27,15 +27,16 @@ class _NoRadius(UsageError, AttributeError):
 
 @dataclass(frozen=True)
 class MinimumL2(Measures, Lattice):
-    """The whole box, as near to the origin as the attacker can in L2; there is no eps.
+    """Minimum-norm attack in L2: any legal input is admitted, and the distance to the clean sample counts; there is
+    no eps.
 
     lattice: steps across the box that a file can hold; 255 makes `finish` round to k/255, 0 leaves values as they are
-    access:  what the attacker may ask of the victim
-    queries: how often, per row; None for no limit
+    access:  what the attacker may query: nothing, labels, scores or gradients
+    queries: how often, per sample; None for no limit
     box:     legal inputs; `bind` puts the model's own here
 
-    An attack that was stopped by nothing should return the nearest point that reaches its goal, and the untouched row
-    where it found none. Attacks that walk a given radius (`eps`, `steepest`, `sample`) have none here: UsageError.
+    An attack without a budget should return the nearest point that reaches its goal, and the clean sample where it
+    found none. Attacks within a given radius (`eps`, `steepest`, `sample`) have none here: UsageError.
     """
 
     norm: ClassVar[str] = "L2"

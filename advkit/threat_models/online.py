@@ -17,9 +17,10 @@ from advkit.threat_models.transfer import source_name
 
 @dataclass(frozen=True, kw_only=True)
 class Online(Submissions, Surrogates, WrapsBall, Lattice):
-    """The items of a stream come in random order; the attacker hands in changed versions of at most k of them.
+    """Online attack on a stream: items come in random order, and adversarial versions of at most k of them are
+    submitted.
 
-    An item passes once: it is handed in at once or never. With sources, the attacker sees its value (the loss of the
+    An item passes once: it is submitted at once or never. With sources, the attacker sees its value (the loss of the
     true label) on the surrogates only, several of them through the mean of their logits (the stochastic setting);
     without, on the victim (the deterministic setting).
 

@@ -19,14 +19,15 @@ PUBLIC = "public"
 
 @dataclass(frozen=True, kw_only=True)
 class Tapm(SurrogateBall, Surrogates, BringsAttacks):
-    """Every attack of a menu on every public source; the victim answers finished images only.
+    """TAPM, transfer attacks from public models: every attack on every source, judged on a victim that is never
+    queried.
 
     Its accuracies say nothing about attackers who hold the victim's weights or query it: print the white-box figure
     beside them.
 
     sources: model specs or models; `public` stands for every public surrogate of the task's zoo
     attacks: attack specs or attacks; the paper's eleven become `attacks=...` as they are registered
-    seen:    names of the sources that the defender trained on; the others are the unseen ones
+    seen:    names of the sources that the defense was trained on; the others are the unseen ones
     """
 
     scenario: ClassVar[str] = "grid"

@@ -33,7 +33,7 @@ class SurrogateBall(Lattice, WrapsBall):
 
     eps:     radius, in units of the norm and of the model's space
     norm:    linf | l2 | l1 | l0
-    lattice: levels of the files handed in; 255 rounds to k/255 without leaving the ball, 0 leaves values as they are
+    lattice: levels of the submitted files; 255 rounds to k/255 without leaving the ball, 0 leaves values as they are
     box:     legal inputs; set by `bind`
     """
 
@@ -110,12 +110,12 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(SurrogateBall, Surrogates):
-    """Any attack on the attacker's own surrogates, judged on a victim that is never asked.
+    """Transfer attack: made on the attacker's own surrogate models, judged on a victim that is never queried.
 
     Several sources are attacked at once through the mean of their logits.
 
     sources:     model specs such as zoo:NAME (models themselves through the Python API)
-    attacks_all: attack also the rows that the victim gets wrong untouched, as the TAPM grid counts them
+    attacks_all: attack also the samples that the victim misclassifies clean, as the TAPM grid counts them
     """
 
     scenario: ClassVar[str] = "evasion"

@@ -17,7 +17,8 @@ from advkit.training.loop import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class PGDAT(AdversarialTraining):
-    """Cross-entropy on what PGD makes of every image, from a random start in the ball.
+    """PGD adversarial training: cross-entropy on PGD's adversarial example of every image, from a random start in the
+    ball.
 
     The attack runs in evaluation mode; the authors' code runs it in training mode (`mode=train`).
     """

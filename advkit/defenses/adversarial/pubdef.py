@@ -66,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class PubDef(TrainingDefense):
-    """Train on clean images and on transfer images of public models that were made once and stored.
+    """PubDef: training on clean images and on stored transfer attacks from public models.
 
     Meant for attackers who hold public models and never see this one; a white-box attacker breaks it at once.
 

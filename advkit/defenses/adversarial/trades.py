@@ -28,7 +28,7 @@ def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TRADES(AdversarialTraining):
-    """Cross-entropy on clean images plus beta times the divergence between answers to clean and to adversarial ones.
+    """TRADES: cross-entropy on clean images plus beta times the divergence between clean and adversarial outputs.
 
     The inner attack maximises the divergence from the clean answer, which it holds constant, and starts at the image
     plus 0.001 N(0, 1): at the image itself the divergence has no gradient. The start is kept inside the space, which

@@ -156,17 +156,18 @@ class Filtered(Undefended, Examines, Likelihood, Generates, CountsTokens, Shaped
 
 @dataclass(frozen=True, kw_only=True)
 class PPLFilter:
-    """Reject prompts that are less likely than any harmless one: perplexity above the largest of clean prompts.
+    """Perplexity filter: rejects prompts whose perplexity is above the largest among clean prompts.
 
     Attacks on text keep to the threshold by default (`max_perplexity` of beast, gcg and the random baselines), so that
-    the headline is the filter against those who know of it; beside it stands the same attack made on the model behind,
-    by those who do not.
+    the headline is the filter against attackers who know of it; beside it stands the same attack made on the model
+    without the filter, by attackers who do not.
 
     threshold: perplexity of the user's turn above which a prompt is rejected; none takes the largest among clean ones
-    clean:     task of these clean prompts, by spec (prompts:file=...), twins included; empty takes the data at hand, or
-               else embedded ones that the model can read (prompts:set=general; for toychat prompts:set=toychat-clean)
+    clean:     task of these clean prompts, by spec (prompts:file=...), harmless twins included; empty takes the data at
+               hand, or else embedded prompts that the model can read (prompts:set=general; for toychat
+               prompts:set=toychat-clean)
 
-    Raises UsageError for a threshold below 1 and for models that tell no likelihoods.
+    Raises UsageError for a threshold below 1 and for models without likelihoods.
     """
 
     needs_data: ClassVar[bool] = False

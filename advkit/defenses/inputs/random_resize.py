@@ -15,7 +15,7 @@ from advkit.defenses.inputs.base import Draws, InputDefense
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResize(InputDefense, Draws):
-    """Resizes every image to a random size and pads it with zeros at a random place.
+    """Random resizing and padding: every image gets a random size and random zero padding.
 
     The authors enlarge 299 pixels to at most 331 and hand the larger image on, which needs a network for any size; here
     images shrink by the same ratio and keep their own size with the padding, so that any network fits. They draw once

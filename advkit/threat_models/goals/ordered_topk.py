@@ -449,7 +449,7 @@ def _at_least_one(k: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderedTopKRule(Worded):
-    """See k wrong classes at the top in one order, drawn per row.
+    """Ordered top-K: k wrong classes take the first k places in one given order, drawn per sample.
 
     k: how many, 1 <= k < C; drawn uniformly without replacement from the wrong classes, in random order
     """
@@ -468,7 +468,7 @@ class OrderedTopKRule(Worded):
 
 @dataclass(frozen=True, kw_only=True)
 class TopKRule(Worded):
-    """See k wrong classes at the top in any order, drawn per row.
+    """Top-K targets: k wrong classes take the first k places in any order, drawn per sample.
 
     k: how many, 1 <= k < C; drawn uniformly without replacement from the wrong classes
     """
@@ -487,7 +487,7 @@ class TopKRule(Worded):
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfTopKRule(Worded):
-    """Push the true class out of the k highest.
+    """Untargeted top-K: the true class is not among the k highest scores.
 
     k: places that it must leave, 1 <= k < C
     """

@@ -206,11 +206,11 @@ def _likely(likelihood: Any, returned: Tensor) -> list[Figure]:
 
 @dataclass(frozen=True, kw_only=True)
 class SaysRule(Refuses, Judged, CountsOver, Worded):
-    """Make a language model begin its reply with wanted words, and let judges read what it says.
+    """Jailbreak: a language model begins its reply with a target text; judges may read what it replies.
 
     judges:      who reads sampled replies, by spec: refusal, exact, classifier:NAME, python:MODULE:FUNCTION; none by
-                 default. That the reply begins with the wanted words is always judged, greedily, and costs nothing
-    samples:     replies drawn per row, clean and attacked; the report gives the first, any of them, and their mean
+                 default. That the greedy reply begins with the target text is always judged and costs nothing
+    samples:     replies drawn per sample, clean and attacked; the report gives the first, any of them, and their mean
     temperature, top_p: what they are drawn with
     min_tokens, max_tokens: of a reply
 

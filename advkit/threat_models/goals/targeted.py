@@ -93,12 +93,11 @@ class Targeted(PerRow, NoneReached):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedRule(Worded):
-    """Be taken for one chosen class.
+    """Targeted misclassification: one chosen class.
 
-    how:    "next" the class after the true one, cyclically; "random" any class but the true one, drawn per row;
-            "least_likely" the class other than the true one that the untouched answer scores lowest; "class" always
-            the same one
-    target: that class, for how=class (rows that truly are of it want it too: leave them out of the denominator)
+    how:    "next" the class after the true one, cyclically; "random" any class but the true one, drawn per sample;
+            "least_likely" the class other than the true one with the lowest clean score; "class" always the same one
+    target: that class, for how=class; samples whose true class it is are left out of the success rate
 
     Raises UsageError where `how` and `target` do not fit, BadInput for classes that the model lacks.
     """

@@ -208,7 +208,7 @@ class Rival(Untargeted):
 
 @dataclass(frozen=True, kw_only=True)
 class UntargetedRule:
-    """Be wrong: any class but the true one."""
+    """Any class other than the true one."""
 
     kind: ClassVar[str] = "untargeted"
 
