@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, lp_ball
+from advkit.attacks.base import TensorGoal, TensorOracle, lp_ball
 from advkit.attacks.gradient.apgd import APGDCE
 from advkit.attacks.gradient.targeted import APGDDLR, APGDT
 from advkit.attacks.minimal.fab import FAB, FABT
 from advkit.attacks.query.square import Square
+from advkit.attacks.search import Search
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf
@@ -93,21 +94,18 @@ class Suite(ABC):
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         if reason := self.complaint(ball):
             raise UsageError(reason)
-        best = Best(x, goal)
-        live = Live(oracle, x, goal, rng)
+        search = Search(oracle, x, goal, rng)
         for stage in self.stages():
-            if stage.when == "escalated" or len(live) <= stage.above * len(x):
+            if stage.when == "escalated" or len(search) <= stage.above * len(x):
                 continue
-            if not len(live) or not live.affords():
+            if not search.affords():
                 break
-            z = stage.attack(live.oracle, live.x, live.goal, ball, live.rng.at(stage.name))
-            if not live.affords():
-                best.put(z, live.index)
+            z = stage.attack(search.oracle, search.x, search.goal, ball, search.rng.at(stage.name))
+            if not search.affords():
+                search.put(z)
                 break
-            reached = best.offer(z, live.oracle(z), rows=live.index)
-            if oracle.decides and (stay := live.left(reached)) is not None:
-                live = live.take(stay)
-        return best.x
+            search.score(z)
+        return search.best
 
 
 @dataclass(frozen=True, kw_only=True)

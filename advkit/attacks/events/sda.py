@@ -15,8 +15,8 @@ from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, finite_rows
 from advkit.attacks.events.spiking import OWN, under_rule
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.wrappers import averaged
+from advkit.core.checks import at_least_one
 from advkit.core.errors import BadModel, UsageError
 from advkit.core.protocols import Access, Rng
 from advkit.threat_models.events import Flips

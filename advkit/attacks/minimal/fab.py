@@ -8,10 +8,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, finite_rows, kept, lp_ball, per_row
-from advkit.attacks.gradient.pgd import at_least_one
+from advkit.attacks.base import ActiveRows, Best, TensorGoal, TensorOracle, finite_rows, kept, lp_ball, per_row
 from advkit.attacks.gradient.targeted import rivals_of
 from advkit.attacks.minimal.hyperplane import Norm, close_gaps, dual_length, length
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf, NormBall, row_sum
@@ -262,8 +262,8 @@ def _attack(
     norm = NORMS.get(type(inner))
     if norm is None:
         raise UsageError(f"{name} was asked for {type(inner).__name__}; it works in Linf, L2 and L1 (use `pgd` for L0)")
-    live = Live(oracle, x, goal, rng)
-    if not len(x) or not live.affords():
+    active = ActiveRows(oracle, x, goal, rng)
+    if not len(x) or not active.affords():
         return x.clone()
     answer = oracle(x)
     clean = goal.margin(answer).to(x.dtype)
@@ -274,40 +274,40 @@ def _attack(
     faces = rivals_of(goal, answer, rivals) or (_Way(goal),)
     runs = [faces] if together else [(face,) for face in faces]
 
-    def survivors(live: Live) -> Live:
-        away = found.away if live.index is None else found.away[live.index]
-        stay = live.left(away <= inner.eps) if stopping else None
-        return live if stay is None else live.take(stay)
+    def survivors(active: ActiveRows) -> ActiveRows:
+        away = found.away if active.index is None else found.away[active.index]
+        stay = active.staying(away <= inner.eps) if stopping else None
+        return active if stay is None else active.take(stay)
 
     for run, several in enumerate(runs):
         for restart in range(pace.restarts):
-            live = survivors(live)
-            if not len(live):
+            active = survivors(active)
+            if not len(active):
                 break
-            here = several if live.index is None else tuple(face.take(live.index) for face in several)
-            mine = found if live.index is None else found.take(live.index)
-            start = live.x if not restart else _start(live, inner, norm, mine.away, (run, restart))
-            _run(live, start, here, inner, ball, norm, pace, found, stopping)
+            here = several if active.index is None else tuple(face.take(active.index) for face in several)
+            mine = found if active.index is None else found.take(active.index)
+            start = active.x if not restart else _start(active, inner, norm, mine.away, (run, restart))
+            _run(active, start, here, inner, ball, norm, pace, found, stopping)
     best = Best(x, goal)
-    live = survivors(live)
-    if len(live):
+    active = survivors(active)
+    if len(active):
         # A point that nobody asked about is no end of a bracket: the edge and the projection have to do.
         searches = SEARCH if pace.confirm or not stopping else 1
-        margin = clean if live.index is None else clean[live.index]
-        _search(live, ball, inner.eps, pace.eta, found, margin, best, searches)
+        margin = clean if active.index is None else clean[active.index]
+        _search(active, ball, inner.eps, pace.eta, found, margin, best, searches)
     return torch.where(per_row(found.away <= inner.eps, x), found.near, best.x)
 
 
-def _start(live: Live, inner: NormBall, norm: Norm, away: Tensor, names: tuple[int, int]) -> Tensor:
+def _start(active: ActiveRows, inner: NormBall, norm: Norm, away: Tensor, names: tuple[int, int]) -> Tensor:
     """Half as far from the row as the ball's edge or the nearest adversarial point, in a random direction."""
-    rng = live.rng.at("start", *names)
-    noise = 2 * rng.uniform(live.x) - 1 if norm == "Linf" else rng.normal(live.x)
+    rng = active.rng.at("start", *names)
+    noise = 2 * rng.uniform(active.x) - 1 if norm == "Linf" else rng.normal(active.x)
     factor = away.clamp_max(inner.eps) / (2 * length(noise, norm).clamp_min(1e-12))
-    return inner.box.clamp(live.x + per_row(factor, live.x) * noise)
+    return inner.box.clamp(active.x + per_row(factor, active.x) * noise)
 
 
 def _run(
-    live: Live,
+    active: ActiveRows,
     z: Tensor,
     faces: tuple[TensorGoal, ...],
     inner: NormBall,
@@ -319,56 +319,56 @@ def _run(
 ) -> None:
     """One restart; what it finds goes to `everyone`."""
     aim = _Nearest(faces, z.new_ones((len(z), len(faces))))
-    found = everyone if live.index is None else everyone.take(live.index)
+    found = everyone if active.index is None else everyone.take(active.index)
     low, high = inner.box.bounds_like(z)
     trusting = stopping and not pace.confirm
-    offset = z - live.x
+    offset = z - active.x
     distance: Tensor | None = None
     for step in range(pace.steps):
         every = len(faces) > 1 and step % pace.refresh == 0
         # One answer more is kept for the point that is handed in.
-        if not live.affords((len(faces) if every else 1) + 2):
+        if not active.affords((len(faces) if every else 1) + 2):
             break
-        value, normal, aim = (_look_at_all if every else _look_at_one)(live, z, aim, norm)
-        points = torch.stack([z, live.x])
+        value, normal, aim = (_look_at_all if every else _look_at_one)(active, z, aim, norm)
+        points = torch.stack([z, active.x])
         values = torch.stack([value, value - row_sum(normal * offset)])
         moves = close_gaps(points, normal, values, low, high, norm, NEWTON)
         near, far = length(moves.flatten(0, 1), norm).view(values.shape)
         alpha = (near / (near + far).clamp_min_(1e-30)).clamp_max_(pace.alpha_max)
         here, there = points.add_(moves, alpha=pace.eta)
         z = inner.box.clamp(torch.lerp(here, there, per_row(alpha, z)))
-        offset = z - live.x
+        offset = z - active.x
         reached: Tensor | None
         if trusting:
             # Rounded sums will do to pick the points to ask about.
             distance = length(offset, norm)
-            reached, fell = _ask_inside(live, z, distance, ball, inner.eps, found)
+            reached, fell = _ask_inside(active, z, distance, ball, inner.eps, found)
         else:
-            distance = ball.distance(z, live.x).to(z.dtype)
-            reached = found.see(live.goal, z, distance, live.oracle(z))
+            distance = ball.distance(z, active.x).to(z.dtype)
+            reached = found.see(active.goal, z, distance, active.oracle(z))
             fell = reached & (distance <= inner.eps) if stopping else None
-        if fell is not None and (stay := live.left(fell)) is not None:
+        if fell is not None and (stay := active.staying(fell)) is not None:
             found.end(z, distance)
-            everyone.put(live.index, found)
-            live, aim, found = live.take(stay), aim.take(stay), found.take(stay)
+            everyone.put(active.index, found)
+            active, aim, found = active.take(stay), aim.take(stay), found.take(stay)
             z, offset, distance = kept(stay, z, offset, distance)
             reached = None if reached is None else reached[stay]
-            if not len(live):
+            if not len(active):
                 return
         if step == pace.steps - 1:
             break
         if reached is None:
-            z = torch.add(live.x, offset.mul_(pace.beta))
+            z = torch.add(active.x, offset.mul_(pace.beta))
         else:
             offset = torch.where(per_row(reached, z), offset * pace.beta, offset)
-            z = torch.where(per_row(reached, z), live.x + offset, z)
+            z = torch.where(per_row(reached, z), active.x + offset, z)
     if distance is not None:
         found.end(z, distance)
-    everyone.put(live.index, found)
+    everyone.put(active.index, found)
 
 
 def _ask_inside(
-    live: Live, z: Tensor, distance: Tensor, ball: Ball[Tensor], eps: float, found: _Found
+    active: ActiveRows, z: Tensor, distance: Tensor, ball: Ball[Tensor], eps: float, found: _Found
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which points reached the goal [B], those outside the ball taken on trust, and which did inside it.
 
@@ -381,28 +381,28 @@ def _ask_inside(
     reached = torch.ones_like(distance, dtype=torch.bool)
     fell = torch.zeros_like(reached)
     part, points = found.take(inside), z[inside]
-    exact = ball.distance(points, live.x[inside]).to(z.dtype)
-    reached[inside] = hit = part.see(live.goal.take(inside), points, exact, live.oracle(points, inside))
+    exact = ball.distance(points, active.x[inside]).to(z.dtype)
+    reached[inside] = hit = part.see(active.goal.take(inside), points, exact, active.oracle(points, inside))
     fell[inside] = hit & (exact <= eps)
     found.put(inside, part)
     return reached, fell
 
 
-def _look_at_one(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
+def _look_at_one(active: ActiveRows, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
     """Value [B] and normal of the face that seems nearest, and the faces with that one's norm renewed."""
     if len(aim.faces) == 1:
-        return *live.oracle.gradient(z, aim.faces[0])[:2], aim
-    value, normal, answer = live.oracle.gradient(z, aim)
+        return *active.oracle.gradient(z, aim.faces[0])[:2], aim
+    value, normal, answer = active.oracle.gradient(z, aim)
     which = aim.nearest(aim.values(answer))[:, None]
     return value, normal, replace(aim, norms=aim.norms.scatter(1, which, dual_length(normal, norm)[:, None]))
 
 
-def _look_at_all(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
+def _look_at_all(active: ActiveRows, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
     """Value [B] and normal of the nearest face, and the faces with all norms renewed."""
     norms, nearest = [], torch.full_like(z.flatten(1)[:, 0], torch.inf)
     value, normal = torch.zeros_like(nearest), torch.zeros_like(z)
     for face in aim.faces:
-        this, gradient, _ = live.oracle.gradient(z, face)
+        this, gradient, _ = active.oracle.gradient(z, face)
         norms.append(dual_length(gradient, norm))
         away = torch.where(norms[-1] > 0, this.abs() / norms[-1].clamp_min(1e-30), torch.inf)
         closer = away < nearest
@@ -413,7 +413,14 @@ def _look_at_all(live: Live, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tens
 
 
 def _search(
-    live: Live, ball: Ball[Tensor], eps: float, eta: float, everyone: _Found, clean: Tensor, best: Best, searches: int
+    active: ActiveRows,
+    ball: Ball[Tensor],
+    eps: float,
+    eta: float,
+    everyone: _Found,
+    clean: Tensor,
+    best: Best,
+    searches: int,
 ) -> None:
     """Shorten the way to the nearest adversarial point along its own line, then ask about its projection too.
 
@@ -421,14 +428,14 @@ def _search(
     not be known. The secants after that narrow the bracket between the row and the nearest point that reached the goal.
     `best` takes the points inside the ball.
     """
-    found = everyone if live.index is None else everyone.take(live.index)
-    x, end = live.x, found.near
+    found = everyone if active.index is None else everyone.take(active.index)
+    x, end = active.x, found.near
     # The edge's float neighbours must not lie outside: aim a hair below.
     edge = (eps * (1 - 1e-6) / ball.distance(end, x).to(x.dtype).clamp_min(1e-30)).clamp_max(1.0)
     low, high = torch.zeros_like(edge), torch.ones_like(edge)
-    low_margin, high_margin = clean, live.goal.margin(found.answer).to(x.dtype)
+    low_margin, high_margin = clean, active.goal.margin(found.answer).to(x.dtype)
     for step in range(searches):
-        if not live.affords(2):
+        if not active.affords(2):
             break
         share = eta * low_margin / (low_margin - high_margin)
         usable = torch.isfinite(share) & (share > 0)
@@ -436,16 +443,16 @@ def _search(
         if step == 0:
             t = torch.where(edge < 1, edge, t)
         z = torch.lerp(x, end, per_row(t, x))
-        answer = live.oracle(z)
-        reached = found.see(live.goal, z, ball.distance(z, x).to(x.dtype), answer)
-        margin = live.goal.margin(answer).to(x.dtype)
+        answer = active.oracle(z)
+        reached = found.see(active.goal, z, ball.distance(z, x).to(x.dtype), answer)
+        margin = active.goal.margin(answer).to(x.dtype)
         inside = (t <= edge) | (edge == 1)
         # Best never takes an answer that is not finite.
-        best.offer(z, torch.where(inside[:, None], answer, torch.nan), margin, live.index)
+        best.offer(z, torch.where(inside[:, None], answer, torch.nan), margin, active.index)
         low, low_margin = torch.where(reached, low, t), torch.where(reached, low_margin, margin)
         high, high_margin = torch.where(reached, t, high), torch.where(reached, margin, high_margin)
-    if live.affords():
+    if active.affords():
         z = ball.project(found.near, x)
-        answer = live.oracle(z)
-        best.offer(z, answer, live.goal.margin(answer).to(x.dtype), live.index)
-    everyone.put(live.index, found)
+        answer = active.oracle(z)
+        best.offer(z, answer, active.goal.margin(answer).to(x.dtype), active.index)
+    everyone.put(active.index, found)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.gradient.pgd import one_of
 from advkit.attacks.ordered.loop import MinimumNorm, head_of
+from advkit.core.checks import one_of
 from advkit.core.errors import UsageError
 from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
 

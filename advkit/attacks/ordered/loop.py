@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, finite_rows, per_row
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.wrappers import averaged
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Rng
 from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK, TopK

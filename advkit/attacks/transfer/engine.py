@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import Best, TensorGoal, TensorOracle, descended, lp_ball
-from advkit.attacks.gradient.pgd import Start, at_least_one, one_of, starting_point
+from advkit.attacks.gradient.pgd import Start, starting_point
 from advkit.attacks.transfer import PARTS
 from advkit.attacks.wrappers import accumulated, normalised
+from advkit.core.checks import at_least_one, one_of
 from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.spaces import Box

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import TensorOracle, descended
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.transfer.engine import Ask, Objective, Rule, Walk
 from advkit.attacks.transfer.features import unit
 from advkit.attacks.transfer.gradients import not_negative
 from advkit.attacks.wrappers import accumulated, normalised
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Data, Rng
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import per_row
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.transfer.engine import Ask, Composed, Objective, Walk
 from advkit.attacks.transfer.gradients import Scored, not_negative
 from advkit.attacks.transfer.layers import Steered, Tap, layer_named, packed
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 
 

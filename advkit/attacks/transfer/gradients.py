@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkit.attacks.base import TensorGoal, descended, lp_ball, per_row
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.transfer.engine import Ask, Momentum, Objective, Prelude, Probe, Rule, Smooth, Step, Walk
 from advkit.attacks.wrappers import normalised
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 from advkit.threat_models.lp import Linf
 

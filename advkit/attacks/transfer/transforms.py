@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkit.attacks.base import per_row
-from advkit.attacks.gradient.pgd import at_least_one, one_of
 from advkit.attacks.transfer.engine import Draw, Transform, Walk
 from advkit.attacks.transfer.gradients import images, not_negative
+from advkit.core.checks import at_least_one, one_of
 from advkit.core.errors import UsageError
 
 
