@@ -27,19 +27,18 @@ def checkpoints(steps: int) -> tuple[int, ...]:
 
     Counted in hundredths, where the published recurrence is exact.
     """
-    found, last, gap = [], 0, 22
+    reviews, last, gap = [], 0, 22
     while last + gap <= 100:
         last, gap = last + gap, max(gap - 3, 6)
-        found.append(-(-last * steps // 100))
-    return tuple(dict.fromkeys(found))
+        reviews.append(-(-last * steps // 100))
+    return tuple(dict.fromkeys(reviews))
 
 
 @dataclass
 class _Run(PerRow):
-    """A run per row: current and previous point, gradient and loss; the point of lowest loss with its own."""
+    """A run per row: the current point, its gradient and loss; the point of lowest loss with its own."""
 
     z: Tensor
-    previous: Tensor
     gradient: Tensor
     loss: Tensor
     best: Tensor
@@ -49,12 +48,13 @@ class _Run(PerRow):
 
     def scored(self, step: Step) -> Tensor:
         """Move to the point that the step scored; bool [B]: whether its loss is below that of the point before."""
-        lower, lowest = step.loss < self.loss, step.loss < self.best_loss
-        mask = per_row(lowest, step.z)
-        self.previous, self.z, self.gradient, self.loss = self.z, step.z, step.gradient, step.loss
-        self.best = torch.where(mask, step.z, self.best)
-        self.best_gradient = torch.where(mask, step.gradient, self.best_gradient)
-        self.best_loss = torch.where(lowest, step.loss, self.best_loss)
+        z, gradient, loss = step.z, step.gradient, step.loss
+        lower, lowest = loss < self.loss, loss < self.best_loss
+        mask = per_row(lowest, z)
+        self.z, self.gradient, self.loss = z, gradient, loss
+        self.best = torch.where(mask, z, self.best)
+        self.best_gradient = torch.where(mask, gradient, self.best_gradient)
+        self.best_loss = torch.where(lowest, loss, self.best_loss)
         return lower
 
     def back_to_best(self, rows: Tensor) -> None:
@@ -69,6 +69,7 @@ class _Run(PerRow):
 class _Dense(_Run):
     """Steps of the published attack: 2 eps at first, with momentum, halved where the loss stalls."""
 
+    previous: Tensor  # the point before z
     improved: Tensor  # improving steps since the last review [B]
     seen: Tensor  # lowest loss at the last review [B]
     halved: Tensor  # whether the last review halved the step [B]
@@ -81,7 +82,7 @@ class _Dense(_Run):
         zero = torch.zeros_like(loss)
         size = per_row(zero + 2, z)
         reviews = frozenset(checkpoints(steps))
-        return cls(z, z, gradient, loss, z, gradient, loss, size, zero, loss, zero.bool(), reviews)
+        return cls(z, gradient, loss, z, gradient, loss, size, z, zero, loss, zero.bool(), reviews)
 
     def proposed(self, x: Tensor, ball: Ball[Tensor], number: int) -> Tensor:
         """Where to ask next: the gradient step, and from the second on momentum."""
@@ -94,6 +95,7 @@ class _Dense(_Run):
 
     def after(self, step: Step) -> Self:
         """The run after a step; its size halves in rows where too few steps improved, or none since it halved last."""
+        self.previous = self.z
         self.improved += self.scored(step)
         if step.number in self.reviews:
             few = self.improved < RHO * (step.number - self.since)
@@ -119,7 +121,7 @@ class _Sparse(_Run):
         z, gradient, loss = step.z, step.gradient, step.loss
         one = torch.ones_like(loss)
         every = max(int(0.04 * steps), 1)
-        return cls(z, z, gradient, loss, z, gradient, loss, one, 0.2 * one, one * z[0].numel(), every)
+        return cls(z, gradient, loss, z, gradient, loss, one, 0.2 * one, one * z[0].numel(), every)
 
     def proposed(self, x: Tensor, ball: Ball[Tensor], number: int) -> Tensor:
         """Where to ask next: along the signs of the largest entries."""
