@@ -1,14 +1,23 @@
-"""The signatures everything plugs into: seven nouns, no implementation.
+"""The signatures everything plugs into: nouns, abilities and plain values, no implementation.
 
-A **Task** hands out rows with a **Goal**; an **Attack** shapes them through an **Oracle** within a **ThreatModel**
-against a **Model** under a **Defense**; the threat model's **Scenario** says who moves when, and every row ends as one
-**Record**. X is what the attacker shapes, Y what the model answers; both are tensors with rows first unless an adapter
-says otherwise.
+A **Task** hands out rows with a **Goal**, which a **Rule** made; an **Attack** shapes them through an **Oracle** within
+a **ThreatModel** against a **Model** under a **Defense**; the threat model's **Scenario** says who moves when; every
+row ends as one **Record**. X is what the attacker shapes, Y what the model answers; both are tensors with rows first
+unless an adapter says otherwise.
+
+What a noun declares, every part of that kind has. What only some have is an **ability**: a small protocol below its
+noun, asked for with `isinstance(part, Ability)`. A part of advkit's own inherits from the abilities it has, so that a
+misspelt one is an error of the type checker and of the first instance; a part of another package needs the members
+alone. From Python 3.12 on `isinstance` does not run code of the part: a property that raises AttributeError counts as a
+member, what `__getattr__` passes on does not. So a part that has an ability under some of its settings alone needs two
+classes, and a wrapper declares what it passes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -18,6 +27,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+
+    from advkit.core.speed import Speed
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -38,7 +49,7 @@ class Access(IntEnum):
 class Outcome(StrEnum):
     """How a row ended, as the harness judged it on the protected victim."""
 
-    WRONG = "wrong"  # the untouched answer was already wrong
+    WRONG = "wrong"  # the clean answer was already wrong
     ROBUST = "robust"  # the attack failed
     BROKEN = "broken"  # the goal was reached inside the threat model
     INVALID = "invalid"  # the attack left the threat model: never a win, always reported
@@ -56,6 +67,30 @@ class Space(Protocol[X_contra]):
     def complaint(self, x: X_contra) -> str | None:
         """None when every row is legal, else what was seen, what was expected and the likely cause."""
         ...
+
+
+@runtime_checkable
+class Boxed(Protocol):
+    """A space whose values lie between two bounds."""
+
+    @property
+    @abstractmethod
+    def low(self) -> float | Tensor:
+        """Smallest legal value, one for all or one per feature."""
+
+    @property
+    @abstractmethod
+    def high(self) -> float | Tensor:
+        """Largest legal value."""
+
+
+@runtime_checkable
+class Quantizes(Protocol):
+    """A space of which files hold only some values."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> Tensor:
+        """The rows with every value rounded to the nearest that a file holds."""
 
 
 class Rng(Protocol):
@@ -86,12 +121,9 @@ class Rng(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Protocol[X_contra, Y_co]):
-    """Speaks the attacker's space; normalising, encoding and state resets happen inside.
-
-    One whose answers do not depend on the batch by its own means says in which shapes it wants to be called: `lanes`
-    (`core.oracle.Lanes`). One that counts the tokens it sends through its network holds the running total in `tokens`.
-    """
+    """Speaks the attacker's space; normalising, encoding and state resets happen inside."""
 
     @property
     def space(self) -> Any:
@@ -133,6 +165,130 @@ class ModelInfo:
     abstains: bool = False
 
 
+@runtime_checkable
+class Shaped(Protocol):
+    """A model that says in which shapes it wants to be called, where its answers do not depend on the batch."""
+
+    @property
+    @abstractmethod
+    def lanes(self) -> Any:
+        """The shapes (`core.oracle.Lanes`); None leaves them to whoever calls."""
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """A model that says how many rows are worth having in flight at once."""
+
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """Rows, >= 1."""
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A model that counts the tokens it sends through its network."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """The running total, padding included."""
+
+
+@runtime_checkable
+class Averages(Protocol):
+    """A model whose answer is a mean of several calls of the deployed one (EOT)."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Calls of the deployed model that one call of this one costs, >= 1."""
+
+
+@runtime_checkable
+class Undefended(Protocol):
+    """A model whose defense can be taken off: transformed inputs, filtered prompts."""
+
+    @property
+    @abstractmethod
+    def undefended(self) -> Any:
+        """The model without its defense: what an attacker who does not know of the defense attacks."""
+
+
+@runtime_checkable
+class UnderSpeed(Protocol):
+    """A model that says itself what it is under speed switches, because it is queried in more ways than one."""
+
+    @abstractmethod
+    def under_speed(self, speed: Speed) -> Any:
+        """The model that the attack's oracle queries in place of this one."""
+
+
+@runtime_checkable
+class Headed(Protocol):
+    """A model that knows its last linear layer."""
+
+    @abstractmethod
+    def head(self) -> Tensor | None:
+        """Weight [classes, features]; None where there is no such layer."""
+
+
+@runtime_checkable
+class TakesRule(Protocol):
+    """A spiking model that can be seen under another backward rule."""
+
+    @abstractmethod
+    def with_rule(self, rule: Any) -> Any:
+        """The same weights and answers under the rule (an object or a spec); None: the rule it was trained with."""
+
+
+@runtime_checkable
+class Copies(Protocol):
+    """A model that can be copied with weights of its own."""
+
+    @abstractmethod
+    def copy(self) -> Any:
+        """The copy."""
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """A language model that tells how likely a text is."""
+
+    @abstractmethod
+    def likelihood(self) -> Callable[[Tensor], Tensor]:
+        """x [B, 2, W] -> [B, W]: log-probability of every token of the user's turn; 0 elsewhere."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A language model that writes replies."""
+
+    @abstractmethod
+    def generate(self, x: Tensor, samples: int, rng: Rng, **settings: Any) -> list[list[str]]:
+        """`samples` replies to every row of x [B, 2, W]; settings as in `LanguageModel.generate_ids`."""
+
+
+@runtime_checkable
+class Wraps(Protocol):
+    """A model around another one."""
+
+    @property
+    @abstractmethod
+    def model(self) -> Any:
+        """The model inside."""
+
+
+@runtime_checkable
+class Composite(Protocol):
+    """A model made of several."""
+
+    @property
+    @abstractmethod
+    def models(self) -> Sequence[Any]:
+        """The members."""
+
+
 Figure = float | bool | str | None
 """What can be said of a row; a text is kept with the row and never averaged."""
 
@@ -143,7 +299,7 @@ class Evidence:
 
     victim:   the protected model
     ask:      its answers to rows, apart from the attack's meter
-    origin:   untouched rows
+    origin:   clean rows
     returned: what the attack returned, the origin where that is outside the threat model
     handed:   what the victim got to see of it (see `ThreatModel.finish`)
     clean, answer: the victim's answers to `origin` and `handed`
@@ -163,16 +319,12 @@ class Evidence:
 
 
 class Goal(Protocol[Y_contra]):
-    """What the attacker wants, per row. Owns the loss: no attack ever sees a label.
+    """What the attacker wants, per row. Owns the loss: no attack ever sees a label."""
 
-    One that has more to say of an attack than whether it was reached also has `examine(evidence)`: named sequences of a
-    number, a truth value, a text or None per row. Texts stand in the records as `texts`, the others as `figures`, which
-    are averaged over all rows, those included on which the attack failed; truth values become rates. Threat models may
-    have it, too, and so may victims that do more than answer, such as a filter. A rule that makes goals may refuse
-    models: `misfit(model)` says why, or None.
-    """
-
-    kind: ClassVar[str]  # the report's word: untargeted, targeted, topk_ordered...
+    @property
+    def kind(self) -> str:
+        """The report's word: untargeted, targeted, topk_ordered..."""
+        ...
 
     def reached(self, answer: Y_contra) -> Tensor:
         """Bool [B]."""
@@ -195,6 +347,90 @@ class Goal(Protocol[Y_contra]):
         ...
 
     def to(self, device: torch.device | str) -> Self: ...
+
+
+class Rule(Protocol):
+    """Makes goals: what the attacker wants, before there are rows. What `--goal` names."""
+
+    @property
+    def kind(self) -> str:
+        """That of the goals it makes."""
+        ...
+
+    def __call__(self, labels: Tensor, clean: Tensor, rng: Rng, /) -> Any:
+        """The Goal of a batch with true classes `labels`, long [B], and clean answers `clean`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """What a report calls a goal's figures: column headings and names of rows.
+
+    clean:   the clean samples on which the goal does not hold
+    robust:  the samples on which the attack failed
+    success: the fraction of the attackable samples that are broken
+    figure:  the axis of a plot, and the column of a table of such figures
+    """
+
+    clean: str = "clean accuracy"
+    robust: str = "robust accuracy"
+    success: str = "attack success rate"
+    figure: str = "accuracy"
+
+
+@runtime_checkable
+class Worded(Protocol):
+    """A rule whose figures have names of their own; others have the defaults of `Wording`."""
+
+    @property
+    @abstractmethod
+    def wording(self) -> Wording: ...
+
+
+@runtime_checkable
+class Examines(Protocol):
+    """A goal, a threat model or a victim that has more to say of an attack than whether it succeeded."""
+
+    @abstractmethod
+    def examine(self, evidence: Evidence) -> Mapping[str, Sequence[Figure]]:
+        """Named sequences of a number, a truth value, a text or None per row.
+
+        Texts stand in the records as `texts`, the others as `figures`, which are averaged over all rows, those included
+        on which the attack failed; truth values become rates.
+        """
+
+
+@runtime_checkable
+class Refuses(Protocol):
+    """A rule whose goals do not suit every model."""
+
+    @abstractmethod
+    def misfit(self, model: Any) -> str | None:
+        """Why a model can't be attacked with this goal, or None."""
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A rule whose replies are read by judges, which err."""
+
+    @property
+    @abstractmethod
+    def search(self) -> str:
+        """What the attack optimises, as opposed to what the judges say; one phrase of the report."""
+
+    @abstractmethod
+    def cards(self) -> list[dict[str, Any]]:
+        """A calibration card per judge, plain JSON values; empty where no judge was named."""
+
+
+@runtime_checkable
+class CountsOver(Protocol):
+    """A rule whose rates are counted over something else than all samples."""
+
+    @property
+    @abstractmethod
+    def denominator(self) -> str:
+        """The report's word for it, such as "prompts"."""
 
 
 class Oracle(Protocol[X, Y]):
@@ -235,16 +471,12 @@ class Oracle(Protocol[X, Y]):
 
 
 class ThreatModel(Protocol[X]):
-    """Capability, knowledge (access), budget and timing (scenario) of the attacker.
+    """Capability, knowledge (access), budget and timing (scenario) of the attacker."""
 
-    One that has more to say of a change than its distance also has `measures(x, origin)`, named figures per row
-    (float [B] each): they stand in every record, and reports average them over the rows that fell. Where the budget is
-    such a figure and one run serves many budgets, `levels()` names thresholds per measure: reports then give the share
-    of the attacked rows broken within each. What it has to say of every row, fallen or not, it says in `examine`, as
-    goals do.
-    """
-
-    scenario: ClassVar[str]  # registry name of the scenario that plays it
+    @property
+    def scenario(self) -> str:
+        """Registry name of the scenario that evaluates it."""
+        ...
 
     @property
     def access(self) -> Access: ...
@@ -264,12 +496,127 @@ class ThreatModel(Protocol[X]):
         ...
 
     def finish(self, x: X, origin: X) -> X:
-        """What the attacker can really hand in (8-bit files, re-encoded text); the identity where anything goes."""
+        """What the attacker can really submit (8-bit files, re-encoded text); the identity where anything goes."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The report's threat_model block without the goal: name, norm, eps, knowledge... as plain JSON values."""
         ...
 
 
+@runtime_checkable
+class Measures(Protocol):
+    """A threat model that measures more of a change than its distance."""
+
+    @abstractmethod
+    def measures(self, x: Any, origin: Any) -> dict[str, Tensor]:
+        """Float [B] by name. They stand in every record; reports average them over the rows that were broken."""
+
+
+@runtime_checkable
+class Levels(Protocol):
+    """A threat model of which one run serves many budgets, each a threshold of a measure."""
+
+    @abstractmethod
+    def levels(self) -> Mapping[str, Sequence[float]]:
+        """Thresholds by measure: reports give the fraction of the attacked rows broken within each."""
+
+
+@runtime_checkable
+class Lattice(Protocol):
+    """A threat model whose rows are submitted as files of few levels."""
+
+    @property
+    @abstractmethod
+    def lattice(self) -> int:
+        """Steps across the box, such as 255; 0 leaves values as they are."""
+
+
+@runtime_checkable
+class Descends(Protocol):
+    """A ball that knows a shorter way to take a step than `project(z + size * steepest(-gradient, z), origin)`."""
+
+    @abstractmethod
+    def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
+        """z after a step against the gradient, `size` eps long, back in the ball; `size` broadcasts against z."""
+
+
+@runtime_checkable
+class WrapsBall(Protocol):
+    """A threat model whose rows are bounded by another one."""
+
+    @property
+    @abstractmethod
+    def ball(self) -> Any:
+        """The threat model inside."""
+
+
+@runtime_checkable
+class Surrogates(Protocol):
+    """A threat model whose attacker may own models: the oracle speaks for them in place of the victim."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> Sequence[Any]:
+        """What was asked for: model specs, models, or `public` for all public surrogates of the task."""
+
+    @property
+    @abstractmethod
+    def surrogates(self) -> Sequence[Any]:
+        """Specs or models; empty where the attacker queries the victim itself."""
+
+    @abstractmethod
+    def with_sources(self, sources: Iterable[Any], seen: Iterable[str] = ()) -> Self:
+        """The same threat model with these sources, `public` replaced.
+
+        seen: those of them that the defense was trained on; a threat model that names its own keeps them
+        """
+
+
+@runtime_checkable
+class BringsAttacks(Protocol):
+    """A threat model that names its attacks itself: every one of them on every surrogate."""
+
+    @property
+    @abstractmethod
+    def seen(self) -> Sequence[str]:
+        """Names of the surrogates that the defense was trained on."""
+
+    @property
+    @abstractmethod
+    def attack_names(self) -> Sequence[str]:
+        """Names of the attacks, as records have them."""
+
+    @abstractmethod
+    def algorithms(self, build: Callable[[Any], Any] | None = None) -> Sequence[tuple[str, Any]]:
+        """(name, attack) pairs; `build` makes an attack of a spec, for attacks lie above threat models."""
+
+    @abstractmethod
+    def cell(self, source: Any = None) -> Any:
+        """The threat model of one surrogate; of all together where none is named."""
+
+
+@runtime_checkable
+class Submissions(Protocol):
+    """A threat model of streams: of all items only some may be submitted."""
+
+    @property
+    @abstractmethod
+    def k(self) -> int | None:
+        """Submissions granted; None leaves it to the attack."""
+
+    @property
+    @abstractmethod
+    def permutations(self) -> int:
+        """Random orders of the stream that figures are averaged over."""
+
+    @abstractmethod
+    def agreed(self, k: int | None) -> Self:
+        """The same with the attack's budget; UsageError where both name one and they differ."""
+
+
 class Ball(ThreatModel[X], Protocol[X]):
-    """A threat model one can walk in."""
+    """A threat model with a radius, in which an attack can take steps."""
 
     def project(self, x: X, origin: X) -> X:
         """The nearest admitted point, exactly."""
@@ -284,42 +631,178 @@ class Ball(ThreatModel[X], Protocol[X]):
         ...
 
 
+@runtime_checkable
 class Attack(Protocol):
-    """Anything with a declared need of access.
+    """Shapes rows: inputs (evasion) or training data (poisoning). Its need of access is declared."""
 
-    An attack that is made for one goal or threat model names it in `default_goal` and `default_threat_model` (specs):
-    what a command that does not say otherwise gets. One with a true `wants_data` finds the task's training data at
-    `oracle.data`. One with a true `together` gets all rows of the evaluation in one batch, for what it makes of a row
-    depends on the others (one suffix for many prompts).
-    """
+    @property
+    def needs(self) -> Access:
+        """The least access that will do."""
+        ...
 
-    needs: ClassVar[Access]
+    def __call__(self, oracle: Any, x: Any, goal: Any, threat: Any, rng: Rng, /) -> Any:
+        """The rows that the attacker would submit, in the order and shape of x.
+
+        oracle: an Oracle; all that the attack sees of a model
+        goal:   a Goal, of these rows
+        threat: a ThreatModel, bound to the model's space
+        """
+        ...
+
+
+Perturb = Attack
+"""The same under its earlier name."""
+
+
+class Stage(Protocol):
+    """One attack of a suite and the rows it takes of those still robust; see `attacks.suites.Stage`."""
+
+    @property
+    def name(self) -> str:
+        """Of its records and its random streams; unique in the suite."""
+        ...
+
+    @property
+    def attack(self) -> Any: ...
+
+    @property
+    def share(self) -> float:
+        """Fraction of the robust rows that it takes, in (0, 1]."""
+        ...
+
+    @property
+    def by(self) -> str:
+        """Which ones: "nearest" to the boundary, or a "sample"."""
+        ...
+
+    @property
+    def least(self) -> int:
+        """At least so many rows where a fraction is taken."""
+        ...
+
+    @property
+    def above(self) -> float:
+        """Left out unless more than this fraction of the suite's rows are still robust."""
+        ...
+
+    @property
+    def sentinel(self) -> bool:
+        """Whether it watches for masked gradients."""
+        ...
+
+    @property
+    def when(self) -> str:
+        """ "always", or only after a sentinel's alarm ("escalated")."""
+        ...
+
+    def alarmed(self, felled: Sequence[float], rows: int, /) -> bool:
+        """Whether the rows that this sentinel broke say that gradients are masked.
+
+        felled: the closeness to the boundary at which they stood before
+        rows:   for how many they speak
+        """
+        ...
 
 
 @runtime_checkable
-class Perturb(Protocol[X, Y]):
-    """Evasion (x: inputs) and poisoning (x: training data)."""
+class Suite(Protocol):
+    """Several attacks, one after the other on the rows that are still robust."""
 
-    needs: ClassVar[Access]
+    @property
+    @abstractmethod
+    def stand_in(self) -> Any:
+        """One attack for its place where no verdicts tell which rows are robust (transfer)."""
 
-    def __call__(self, oracle: Oracle[X, Y], x: X, goal: Goal[Y], threat: Any, rng: Rng, /) -> X: ...
+    @abstractmethod
+    def stages(self) -> Sequence[Stage]:
+        """The stages in order; those of an escalation last."""
+
+
+@runtime_checkable
+class WholeBatch(Protocol):
+    """An attack that wants all rows of the evaluation at once: what it makes of one depends on the others.
+
+    Ask `whole_batch(attack)`: an attack may have the member and say False, or have a number of that name.
+    """
+
+    @property
+    @abstractmethod
+    def together(self) -> bool: ...
+
+
+def whole_batch(attack: object) -> bool:
+    """Whether the attack gets all rows of the evaluation in one batch, such as one suffix for many prompts."""
+    return isinstance(attack, WholeBatch) and attack.together is True
+
+
+@runtime_checkable
+class WantsData(Protocol):
+    """An attack that may work with labelled data of the attacker's own, at `oracle.data`."""
+
+    @property
+    @abstractmethod
+    def wants_data(self) -> bool: ...
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """An attack that knows its own cost."""
+
+    @property
+    @abstractmethod
+    def planned(self) -> float:
+        """About how many times it sends a row through the model."""
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """An attack of steps of a number that is set."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int: ...
+
+
+@runtime_checkable
+class MadeForGoal(Protocol):
+    """An attack made for one goal: what a command that does not name one gets."""
+
+    @property
+    @abstractmethod
+    def default_goal(self) -> str:
+        """A spec; empty where there is none."""
+
+
+@runtime_checkable
+class MadeForThreatModel(Protocol):
+    """An attack made for one threat model: what a command that does not name one gets."""
+
+    @property
+    @abstractmethod
+    def default_threat_model(self) -> str:
+        """A spec; empty where there is none."""
 
 
 class Selector(Protocol):
     """Decides on the items of one stream, one by one."""
 
     def select(self, value: float, t: int) -> bool:
-        """Whether to submit item t (0-based), knowing the values up to here. Asked once per item; irrevocable."""
+        """Whether to submit item t (0-based), knowing the values up to here. Queried once per item; irrevocable."""
         ...
 
 
 @runtime_checkable
-class OnlineAttack(Perturb[X, Y], Protocol[X, Y]):
-    """Streams: shapes every item as any attack does, and decides which `budget` of `length` items to hand in."""
+class OnlineAttack(Attack, Protocol):
+    """An attack on streams: shapes every item as any attack does, and decides which of them to submit."""
 
+    @property
+    @abstractmethod
+    def k(self) -> int | None:
+        """Submissions that it plans; None takes the threat model's."""
+
+    @abstractmethod
     def start(self, length: int, budget: int, rng: Rng | None = None) -> Selector:
-        """A selector for one stream; rng (one row) is for those that draw."""
-        ...
+        """A selector for one stream of `length` items and `budget` submissions; rng (one row) for those that draw."""
 
 
 @dataclass(frozen=True)
@@ -362,11 +845,7 @@ class TaskDefaults:
 
 
 class Task(Protocol):
-    """Hands out rows; has a name, a version and a hash of its ids and bytes.
-
-    One whose rows depend on the model (token ids) also has `bind(space)`, the same task in a model's space: its rows
-    are asked for only after that, and until then its own `space` is None.
-    """
+    """Hands out rows; has a name, a version and a hash of its ids and bytes."""
 
     @property
     def name(self) -> str: ...
@@ -398,15 +877,56 @@ class Task(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
 
 
+@runtime_checkable
+class OfKind(Protocol):
+    """A task of something else than classification."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The report's word: classification (that of tasks without the member), text_generation..."""
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A task whose rows depend on the model (token ids).
+
+    Its rows are requested only of the bound task; until then its own `space` is None.
+    """
+
+    @abstractmethod
+    def bind(self, space: Any) -> Self:
+        """The same task in a model's space."""
+
+
 class Defense(Protocol):
     """Training, filtering, smoothing, rejecting: model -> model."""
 
-    needs_data: ClassVar[bool]
-    claims: ClassVar[
-        str
-    ]  # spec of the threat model it was designed against, reported beside the one asked for; "" = none
+    @property
+    def needs_data(self) -> bool: ...
 
-    def protect(self, model: Any, data: Data | None, rng: Rng) -> Any: ...
+    @property
+    def claims(self) -> str:
+        """Spec of the threat model it was designed against, evaluated beside the one asked for; "" for none."""
+        ...
+
+    def protect(self, model: Any, data: Data | None, rng: Rng, /) -> Any:
+        """The protected model; the one handed over is left as it is."""
+        ...
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """A defense that is a way to train: its models are found in the zoo or the cache, or trained."""
+
+    @property
+    @abstractmethod
+    def recipe(self) -> Any:
+        """Epochs, optimizer, schedule... (`training.loop.Recipe`)"""
+
+    @abstractmethod
+    def objective(self) -> Any:
+        """The loss to train with (`training.loop.Objective`), made afresh."""
 
 
 class Scenario(Protocol):
@@ -421,6 +941,65 @@ class Scenario(Protocol):
     def play(self, case: Any, done: Container[str] = ()) -> Iterator[Record]: ...
 
 
+_STAGE = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Label:
+    """Which attack made a record.
+
+    attack: its canonical spec
+    stage:  of a suite or a stream; empty where the attack was played as a whole
+    source: the surrogate it was made on; empty where it was made on the victim
+
+    As text `attack/stage@source`.
+    """
+
+    attack: str
+    stage: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        return self.attack + (f"/{self.stage}" if self.stage else "") + (f"@{self.source}" if self.source else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Label:
+        """A label that was written as text.
+
+        Marks in brackets belong to a setting, and so does a `/` before a number (`eps=8/255`). The first `@` begins the
+        source, which may hold any mark itself (`path:runs/a.safetensors`); the stage is a plain name.
+        """
+        open_ = _outside_brackets(text)
+        at = next((i for i in open_ if text[i] == "@"), len(text))
+        slash = next((i for i in reversed(open_) if i < at and text[i] == "/"), None)
+        if slash is None or _STAGE.fullmatch(text, slash + 1, at) is None:
+            return cls(text[:at], source=text[at + 1 :])
+        return cls(text[:slash], text[slash + 1 : at], text[at + 1 :])
+
+    @property
+    def streams(self) -> tuple[str, str]:
+        """Names of the attack's random streams: its registry name, or its stage, and its source.
+
+        Settings are left out, so that ten more steps start where the shorter run started. Cut at the first marks,
+        wherever they stand: so were the streams of all records that there are.
+        """
+        attack, _, source = str(self).partition("@")
+        suite, _, stage = attack.partition("/")
+        return stage or suite.partition(":")[0], source
+
+
+def _outside_brackets(text: str) -> list[int]:
+    """Positions outside brackets; all of them where brackets do not pair up."""
+    depth, found = 0, []
+    for position, character in enumerate(text):
+        depth += (character == "[") - (character == "]")
+        if depth < 0:
+            break
+        if depth == 0 and character != "]":
+            found.append(position)
+    return found if depth == 0 else list(range(len(text)))
+
+
 @dataclass(frozen=True)
 class Record:
     """How one row ended under one attack; what a report says is computed from these alone.
@@ -428,16 +1007,16 @@ class Record:
     `margin` is the goal's margin of the victim's answer on the returned input and `closeness` that margin over the
     spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
     has no meaning). `measures` are what the threat model measures of the change beside its distance. `figures` are what
-    goal and threat model say of the row whether it fell or not; `trace` is what the attack noted step by step, evidence
-    of how it went and of nothing else; `texts` are what was said of the row in words. The last three stand in a file
-    only where there are any.
+    goal and threat model say of the row whether it was broken or not; `trace` is what the attack noted step by step,
+    evidence of how it went and of nothing else; `texts` are what was said of the row in words. `stage` and `source`
+    belong to the attack's `Label`. The last five stand in a file only where there are any.
     """
 
     id: str
     attack: str
     outcome: Outcome
     label: int | None = None
-    clean: int | None = None  # the victim's decision on the untouched row
+    clean: int | None = None  # the victim's decision on the clean row
     adversarial: int | None = None  # and on the returned one
     reached: bool = False  # the goal holds on the returned row (also where the clean row was already wrong)
     distance: float | None = None
@@ -453,3 +1032,10 @@ class Record:
     figures: dict[str, float | bool] = field(default_factory=dict, hash=False)
     trace: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     texts: dict[str, str] = field(default_factory=dict, hash=False)
+    stage: str = ""
+    source: str = ""
+
+    @property
+    def made_by(self) -> Label:
+        """The label of the attack that made it."""
+        return Label(self.attack, self.stage, self.source)
