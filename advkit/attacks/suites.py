@@ -110,7 +110,7 @@ class Suite(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(Suite):
-    """The field's referee at the reference's exact budget: every stage takes all rows still standing.
+    """AutoAttack: APGD-CE, APGD-T, FAB-T and Square at the reference's budget, each on all samples still robust.
 
     version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square 5,000), "plus" (APGD-CE and DLR with 5 restarts,
              FAB with 5, Square, both targeted ones) or "rand" for victims whose answers vary (EOT over 20 draws)
@@ -149,7 +149,7 @@ class AutoAttack(Suite):
 
 @dataclass(frozen=True, kw_only=True)
 class Lean(Suite):
-    """Nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
+    """Suite, the cheapest: nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
 
     As `thorough`, with half the survivors or fewer in the stages near the boundary and the short sentinel on a sample.
 
@@ -173,7 +173,7 @@ class Lean(Suite):
 
 @dataclass(frozen=True, kw_only=True)
 class Thorough(Suite):
-    """AutoAttack's robust accuracy or less for a small part of its cost: the default of `--attack auto`.
+    """Suite, the default (`auto`): AutoAttack's robust accuracy or less for a small part of its cost.
 
     Every row gets a short run and short runs toward its three nearest classes; a row that still stands and falls to
     anything stands near the boundary, or before a class that nobody tried. So half of the survivors take a few steps

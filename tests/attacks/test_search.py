@@ -20,7 +20,7 @@ from advkit.attacks.wrappers import averaged, momentum, normalised
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
-from advkit.evaluation.benchmark import Ops
+from advkit.benchmark import Ops
 from advkit.testing.play import names, play
 from advkit.testing.victims import linear, uniform
 from advkit.threat_models.goals.diverge import Diverge
@@ -142,7 +142,9 @@ def apgd(row: Row, attack: Any, ball: Any) -> None:
         row.finish(z)
 
 
-def check(attack: Any, loop: Any, ball: Any, goal_name: str, *, decides: bool = True, queries: int | None = None) -> Any:
+def check(
+    attack: Any, loop: Any, ball: Any, goal_name: str, *, decides: bool = True, queries: int | None = None
+) -> Any:
     """The attack on all rows against the loop on each; what was played, and how many rows were broken."""
     net, x = victim(), uniform(5, ROWS, 12)
     goal = goals(net, x)[goal_name]

@@ -69,7 +69,7 @@ def seen_through(surrogate: str) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class SDA:
-    """Flip the bits whose flip alone brings the goal nearer, a few more every step; then take back what can be spared.
+    """Sparse dynamic attack (SDA): flips the bits whose flip alone brings the goal nearer, then restores what it can.
 
     Each of up to `steps` iterations asks for one gradient, tries the best bits it points at one by one, flips all whose
     flip alone does not take the goal farther away, and looks at the result. Once the goal is reached, a binary search
@@ -140,7 +140,7 @@ class SDA:
 
 @dataclass(frozen=True, kw_only=True)
 class TopKGrad:
-    """Flip what the gradient points at, a few bits more every step, without trying them: SDA's baseline.
+    """Top-k gradient flips, SDA's baseline: flips the bits of the largest gradient, a few more every step.
 
     steps:     iterations, >= 1
     k_init:    iteration n (from 0) flips (n + 1) * k_init bits more, never more than there are left
@@ -168,7 +168,7 @@ class TopKGrad:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomFlips:
-    """Flip bits drawn at random, twice as many at every try: how many it takes without knowing anything.
+    """Random flips, the baseline without gradients: flips bits drawn at random, twice as many at every try.
 
     first:    flips of the first try; later tries double them, up to all bits that may be flipped (or the budget)
     restarts: orders of the bits that are tried; the fewest flips count

@@ -26,7 +26,7 @@ OWN = "own"
 
 @dataclass(frozen=True, kw_only=True)
 class Spiking:
-    """A gradient attack on a spiking network under a chosen backward rule: spiking:pgd,surrogate=pdsg.
+    """Surrogate-gradient attack on a spiking network, any gradient attack inside: spiking:pgd,surrogate=pdsg.
 
     No rule is strongest on every network. The ensemble plays the attack under seven rules and under the one that the
     network was trained with, each on the rows that stood before; reports tell its stages by their rule.

@@ -165,7 +165,7 @@ def start_of(x: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class APGD:
-    """Walk down the attacker's loss with a step size that halves, row by row, where progress stalls.
+    """Auto-PGD: projected gradient descent with momentum whose step size halves, per sample, where progress stalls.
 
     Costs steps + 1 answers and `steps` gradients per restart; rows that reach their goal leave at once. The walk goes
     on from the point of lowest loss; returned is the lowest loss among the points that reached the goal, if any did.
@@ -224,13 +224,13 @@ def refuse_l0(name: str, ball: Ball[Tensor]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class APGDCE(APGD):
-    """APGD on the cross-entropy; see APGD for the fields."""
+    """Auto-PGD (APGD) on the cross-entropy; see APGD for the fields."""
 
     loss: str = field(default="ce")
 
 
 @dataclass(frozen=True, kw_only=True)
 class APGDMargin(APGD):
-    """APGD on the plain difference of logits, which no scaling of the logits can flatten; see APGD for the fields."""
+    """Auto-PGD (APGD) on the margin, which no scaling of the logits can flatten; see APGD for the fields."""
 
     loss: str = field(default="margin")

@@ -16,7 +16,7 @@ from advkit.core.protocols import Access, Ball, Rng
 
 @dataclass(frozen=True, kw_only=True)
 class FGSM:
-    """One step of length eps from the untouched input, along the ball's steepest descent of the attacker's loss.
+    """Fast gradient sign method: one step of length eps along the ball's steepest descent of the goal's loss.
 
     Returns the end of the step as published, also where it raised the loss; only a row whose goal holds already stays
     where it is. Costs one gradient.

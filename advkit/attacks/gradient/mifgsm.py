@@ -16,7 +16,7 @@ from advkit.core.protocols import Access, Ball, Rng
 
 @dataclass(frozen=True, kw_only=True)
 class MIFGSM:
-    """Walk from the untouched input along gradients accumulated with momentum.
+    """Momentum iterative FGSM: projected steps from the clean input along gradients accumulated with momentum.
 
     steps:     gradient steps, >= 1
     step_size: length of one step in units of eps, > 0; None is 1 / steps, as published

@@ -28,7 +28,7 @@ def starting_point(start: Start, x: Tensor, ball: Ball[Tensor], rng: Rng) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """Walk down the attacker's loss inside the ball and keep the best point seen.
+    """Projected gradient descent on the goal's loss; returns each sample's best iterate.
 
     The point after the last step counts too, so a full run costs `steps` gradients and one answer per restart; rows
     that reach their goal leave at once. Works in every ball that can project and with every goal.

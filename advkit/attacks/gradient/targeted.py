@@ -101,7 +101,7 @@ def _in_one(aims: Sequence[TensorGoal], row: Tensor) -> TensorGoal:
 
 @dataclass(frozen=True, kw_only=True)
 class APGDDLR(APGD):
-    """APGD on the DLR loss, the difference of logits over their spread, which no scaling flattens.
+    """Auto-PGD (APGD) on the DLR loss, the difference of logits over their spread, which no scaling flattens.
 
     See APGD for the fields. One answer more per row tells the number of classes and which rows are done already; with
     two classes there is no DLR and the plain difference of logits takes its place.
@@ -123,7 +123,7 @@ class APGDDLR(APGD):
 
 @dataclass(frozen=True, kw_only=True)
 class APGDT(APGD):
-    """APGD towards one wrong class after the other, the likeliest first.
+    """Targeted Auto-PGD (APGD-T): APGD towards one wrong class after the other, the likeliest first.
 
     Costs one answer, and per target what APGD costs; rows that reach their goal, by whatever class, leave at once. The
     point returned is the one of lowest margin. A goal that has only one way to be reached is walked towards as it is.

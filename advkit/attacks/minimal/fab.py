@@ -131,7 +131,7 @@ class _Found:
 
 @dataclass(frozen=True, kw_only=True)
 class FAB:
-    """Step onto the nearest linearised boundary, again and again, while staying as near to the row as can be.
+    """FAB, a minimum-norm attack: projects onto the linearised decision boundary at every step.
 
     Every step linearises the pairwise margins between the true class and its rivals and moves to the nearest of these
     hyperplanes. A row is finished once its goal is reached inside the ball. What is returned is the nearest point of
@@ -184,7 +184,7 @@ class FAB:
 
 @dataclass(frozen=True, kw_only=True)
 class FABT:
-    """FAB towards the boundary with one wrong class after the other, the likeliest first.
+    """Targeted FAB (FAB-T), a minimum-norm attack: towards the boundary with one wrong class after the other.
 
     Costs 3 answers per row, a gradient per step, restart and target, and an answer per point inside the ball (see
     `confirm`); rows that reach their goal inside the ball, by whatever class, leave at once.

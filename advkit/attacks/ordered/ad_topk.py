@@ -23,7 +23,7 @@ def cosines(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ADTopK(MinimumNorm):
-    """Descend the divergence from a distribution with the targets on top, in order, and the rest by similarity.
+    """Adversarial distillation, ordered top-K (AD^K): descends the divergence from an ordered target distribution.
 
     alpha:      logit of the first target
     beta:       difference between the logits of targets that follow one another, >= 0; the last must stay above every

@@ -13,7 +13,7 @@ from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
 
 @dataclass(frozen=True, kw_only=True)
 class CWTopK(MinimumNorm):
-    """Descend the mean hinge between the lowest target placed so far and the best class behind it.
+    """C&W, ordered top-K (CW^K): descends the mean hinge between the lowest target placed and the best class behind.
 
     kappa: what the hinge wants between the logits, >= 0; at 0 its gradient ends where the order holds
 

@@ -104,7 +104,7 @@ class _Projected:
 
 @dataclass(frozen=True, kw_only=True)
 class QuadAttack(MinimumNorm):
-    """Descend the squared distance from the features to the nearest ones that order the classes as wanted.
+    """QuadAttacK, ordered top-K: descends the distance to the nearest features that order the classes as targeted.
 
     The quadratic program behind it is solved exactly at every step, in the logits, from the Gram matrix of the last
     layer alone.

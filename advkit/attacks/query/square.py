@@ -294,7 +294,7 @@ class _SumSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class Square:
-    """Rewrite a random square patch per query and keep it where the margin falls.
+    """Square attack: random search over square patches that keeps a patch when it lowers the margin.
 
     A patch sits at its own place in every row and draws one sign per channel. Its share of the pixels starts at p_init
     and is halved nine times. A row leaves as soon as its goal is reached, where the oracle's answers are the verdict's.

@@ -18,7 +18,7 @@ from advkit.core.protocols import Access, Rng
 
 @dataclass(frozen=True, kw_only=True)
 class Online:
-    """Attack every item of a stream as it comes and hand in k of them, each decided at once and for good.
+    """Online attack on a stream: attacks every item and submits k of them, each decided at once and for good.
 
     Candidates do not depend on the order of the stream. They are pushed on after they fool the model they are made on:
     what counts is the loss there. Selection costs nothing beside the attack, so a better selector is the cheaper gain.

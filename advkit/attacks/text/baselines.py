@@ -73,7 +73,7 @@ class _Drawn(SuffixAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSuffix(_Drawn):
-    """The best of `evaluations` suffixes of tokens drawn uniformly from those allowed.
+    """Random suffixes, the baseline: the best of `evaluations` suffixes of tokens drawn uniformly from those allowed.
 
     length: tokens of every suffix
     """
@@ -89,7 +89,7 @@ class RandomSuffix(_Drawn):
 
 @dataclass(frozen=True, kw_only=True)
 class SampledSuffix(_Drawn):
-    """The best of `evaluations` suffixes that the model itself goes on with after the user's words.
+    """Sampled suffixes, the baseline: the best of `evaluations` suffixes that the model itself writes after the prompt.
 
     length:      tokens of every suffix
     temperature: of the distribution they are drawn from

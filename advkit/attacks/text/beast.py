@@ -20,7 +20,7 @@ from advkit.core.protocols import Access
 
 @dataclass(frozen=True, kw_only=True)
 class BEAST(SuffixAttack):
-    """Grow a beam of suffixes token by token, each drawn from the model's own next-token probabilities.
+    """BEAST: beam search for a suffix whose tokens are drawn from the model's own next-token probabilities.
 
     Every step draws k2 distinct children for each of the k1 suffixes in the beam, scores all k1 * k2 and keeps the k1
     best; what is returned is the best seen at any length. No gradient is asked for: next-token probabilities and the

@@ -25,7 +25,7 @@ GRADIENT = 2  # evaluations that a gradient counts as: one pass forward and one 
 
 @dataclass(frozen=True, kw_only=True)
 class GCG(SuffixAttack):
-    """Swap single tokens of a suffix, among those that the gradient with respect to one-hot tokens promises most of.
+    """Greedy coordinate gradient (GCG): swaps single suffix tokens, chosen by the gradient at the one-hot tokens.
 
     Every step differentiates the loss at the current suffix, takes the topk most promising ids of every position, draws
     `width` suffixes that differ in `replace` positions, scores them and goes on from the best, even where that is worse

@@ -241,7 +241,7 @@ def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed:
-    """Walk down a surrogate's loss by the parts of a composition, to the end, and return where it ends.
+    """Transfer attack from parts: iterative FGSM on a surrogate with any parts, such as transfer:mi+di+ti.
 
     Nothing is kept but the last point and no row stops early: the surrogate's verdict says little about the victim.
     Draws are per row, step and copy. Costs one gradient per step, times what the parts say.
