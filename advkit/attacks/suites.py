@@ -20,6 +20,7 @@ from advkit.attacks.gradient.targeted import APGDDLR, APGDT
 from advkit.attacks.minimal.fab import FAB, FABT
 from advkit.attacks.query.square import Square
 from advkit.attacks.search import Search
+from advkit.core.checks import one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf
@@ -121,8 +122,7 @@ class AutoAttack(Suite):
     version: Literal["standard", "plus", "rand"] = "standard"
 
     def __post_init__(self) -> None:
-        if self.version not in ("standard", "plus", "rand"):
-            raise UsageError(f"version {self.version!r}; expected standard, plus or rand")
+        one_of(self, "version", ("standard", "plus", "rand"))
 
     def stages(self) -> tuple[Stage, ...]:
         """In the reference's order."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from advkit.attacks.base import TensorGoal, TensorOracle, finite_rows
 from advkit.attacks.events.spiking import OWN, under_rule
 from advkit.attacks.wrappers import averaged
-from advkit.core.checks import at_least_one
+from advkit.core.checks import at_least_one, check
 from advkit.core.errors import BadModel, UsageError
 from advkit.core.protocols import Access, Rng
 from advkit.threat_models.events import Flips
@@ -119,11 +119,8 @@ class SDA:
     chunk: int = 2**22
 
     def __post_init__(self) -> None:
-        at_least_one(self, "steps", "k_init", "eot", "chunk")
-        if self.max_forwards is not None and self.max_forwards < 1:
-            raise UsageError(f"max_forwards is {self.max_forwards}; give a whole number of at least 1, or none")
-        if not self.surrogate:
-            raise UsageError(f"surrogate is empty; name a backward rule such as {DEFAULT_RULE}, or own")
+        at_least_one(self, "steps", "k_init", "eot", "chunk", "max_forwards")
+        check(self, "surrogate", bool(self.surrogate), f"a surrogate gradient such as {DEFAULT_RULE}, or own")
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, threat: Any, rng: Rng, /) -> Tensor:
         return self.find(oracle, x, goal, threat, rng).x

@@ -12,6 +12,7 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.suites import Stage, Suite
+from advkit.core.checks import check
 from advkit.core.errors import BadModel, UsageError
 from advkit.core.protocols import Access, Ball, Rng
 
@@ -49,8 +50,7 @@ class Spiking:
             raise UsageError(
                 f"attack={self.attack} asks for no gradient, so no surrogate matters to it: name it without spiking"
             )
-        if not self.surrogate:
-            raise UsageError("surrogate is empty; name a rule such as pdsg, or own, or ensemble")
+        check(self, "surrogate", bool(self.surrogate), "a surrogate gradient such as pdsg, or own, or ensemble")
 
     @cached_property
     def inner(self) -> Any:

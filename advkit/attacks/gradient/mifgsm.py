@@ -41,8 +41,8 @@ class MIFGSM:
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "eot")
-        positive(self, "step_size", "a length in units of eps, such as 0.1,", none=True)
-        not_negative(self, "decay", "a number")
+        positive(self, "step_size", what="length in units of eps")
+        not_negative(self, "decay")
         one_of(self, "keep", ("best", "last"))
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:

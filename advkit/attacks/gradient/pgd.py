@@ -59,7 +59,7 @@ class PGD:
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "restarts", "eot")
-        positive(self, "step_size", "a length in units of eps, such as 0.1,")
+        positive(self, "step_size", what="length in units of eps")
         one_of(self, "start", ("random", "origin", "gaussian"))
         one_of(self, "keep", ("best", "last"))
         if self.restarts > 1 and (self.start == "origin" or self.keep == "last"):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.ordered.loop import MinimumNorm, head_of
-from advkit.core.checks import one_of
-from advkit.core.errors import UsageError
+from advkit.core.checks import not_negative, one_of
 from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
 
 
@@ -48,8 +47,7 @@ class ADTopK(MinimumNorm):
         super().__post_init__()
         if not isinstance(self.similarity, Tensor):
             one_of(self, "similarity", ("head", "none"))
-        if not self.beta >= 0:
-            raise UsageError(f"beta is {self.beta}; give a difference of logits from 0 up")
+        not_negative(self, "beta", what="difference of logits")
 
     @property
     def asks_for_head(self) -> bool:

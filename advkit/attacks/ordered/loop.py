@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, finite_rows, per_row
 from advkit.attacks.wrappers import averaged
-from advkit.core.checks import at_least_one
+from advkit.core.checks import at_least_one, check, fraction, not_negative, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Rng
 from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK, TopK
@@ -122,18 +122,10 @@ class MinimumNorm(ABC):
 
     def __post_init__(self) -> None:
         at_least_one(self, "k", "eot")
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget):
-            raise UsageError(f"budget is {self.budget!r}; give coefficients x steps such as 1x60 or 9x60")
-        for name, fine, words in (
-            ("lr", self.lr is None or self.lr > 0, "a positive number such as 0.03, or none"),
-            ("coefficient", self.coefficient > 0, "a positive number such as 20"),
-            ("decay", 0 < self.decay <= 1, "a factor above 0 and at most 1"),
-            ("warmup", self.warmup >= 0, "a step from 0 up"),
-            ("noise", self.noise >= 0, "a standard deviation from 0 up"),
-            ("weight_decay", self.weight_decay >= 0, "a number from 0 up"),
-        ):
-            if not fine:
-                raise UsageError(f"{name} is {getattr(self, name)}; give {words}")
+        check(self, "budget", re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget) is not None, "coefficients x steps: 1x60")
+        positive(self, "lr", "coefficient")
+        fraction(self, "decay", what="factor")
+        not_negative(self, "warmup", "noise", "weight_decay")
 
     @property
     def default_goal(self) -> str:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.ordered.loop import MinimumNorm, head_of
-from advkit.core.checks import one_of
-from advkit.core.errors import UsageError
+from advkit.core.checks import one_of, positive
 from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
 from advkit.threat_models.goals.polyhedron import gram, solve
 
@@ -126,8 +125,7 @@ class QuadAttack(MinimumNorm):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "head", ("auto", "identity"))
-        if not self.margin > 0:
-            raise UsageError(f"margin is {self.margin}; give a positive difference of logits such as 0.2")
+        positive(self, "margin", what="difference of logits")
 
     @property
     def asks_for_head(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, better, finite_rows, kept, lp_ball, per_row
-from advkit.core.checks import at_least_one, one_of
+from advkit.core.checks import at_least_one, fraction, one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf
@@ -326,8 +326,7 @@ class Square:
 
     def __post_init__(self) -> None:
         at_least_one(self, "queries", "restarts")
-        if not 0 < self.p_init <= 1:
-            raise UsageError(f"p_init is {self.p_init}; give a share of the pixels above 0 and at most 1")
+        fraction(self, "p_init", what="fraction of the pixels")
         one_of(self, "schedule", ("scaled", "published"))
 
     def share(self, step: int, queries: int) -> float:

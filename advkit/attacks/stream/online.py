@@ -12,6 +12,7 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.stream.selectors import Rule, Running, selector
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Rng
 
@@ -41,8 +42,7 @@ class Online:
     default_goal: ClassVar[str] = "untargeted"
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise UsageError(f"k {self.k}: expected at least one submission")
+        at_least_one(self, "k")
         if not self.rule.online:
             raise UsageError(
                 f"the selector {self.selector} needs the whole stream at once, which no online attacker has; its "

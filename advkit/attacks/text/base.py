@@ -18,6 +18,7 @@ from torch import Tensor
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.text.questions import Desk, Steps, side_by_side
 from advkit.attacks.text.search import Aggregate, Search
+from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Rng
 
@@ -91,14 +92,10 @@ class SuffixAttack(ABC):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UsageError(f"length is {self.length}; give a whole number of at least 1")
-        one_of(self, "aggregate", "nll", "ppl")
-        one_of(self, "keep", "lowest", "reached")
-        for name in ("evaluations", "tokens", "seconds", "max_perplexity"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value}; give a number above 0, or none for no limit")
+        at_least_one(self, "length")
+        one_of(self, "aggregate", ("nll", "ppl"))
+        one_of(self, "keep", ("lowest", "reached"))
+        positive(self, "evaluations", "tokens", "seconds", "max_perplexity")
 
     @property
     def together(self) -> bool:
@@ -142,12 +139,6 @@ class SuffixAttack(ABC):
     @abstractmethod
     def seek(self, search: Search) -> Steps[None]:
         """Offer candidates to the search until it ends; what it asks is yielded."""
-
-
-def one_of(attack: object, name: str, *choices: str) -> None:
-    """UsageError unless the field holds one of the choices."""
-    if getattr(attack, name) not in choices:
-        raise UsageError(f"{name} is {getattr(attack, name)!r}; expected {' or '.join(choices)}")
 
 
 def slots_only(threat: Any, name: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Steps
 from advkit.attacks.text.search import Search
+from advkit.core.checks import at_least_one, fraction, positive
 from advkit.core.errors import UsageError
 
 BLOCK = 64  # suffixes that one stream of random numbers serves
@@ -28,8 +29,7 @@ class _Drawn(SuffixAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chunk < 1:
-            raise UsageError(f"chunk is {self.chunk}; give a whole number of at least 1")
+        at_least_one(self, "chunk")
         if self.evaluations is None and self.tokens is None and self.seconds is None:
             raise UsageError("nothing ends the drawing; give evaluations, tokens or seconds")
 
@@ -101,11 +101,8 @@ class SampledSuffix(_Drawn):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise UsageError(
-                f"temperature={self.temperature}, top_p={self.top_p}; expected a temperature above 0 and a top_p in "
-                "(0, 1]"
-            )
+        positive(self, "temperature")
+        fraction(self, "top_p", what="probability")
 
     def _affordable(self, search: Search) -> int:
         """The tokens read while drawing are paid for, too."""

@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import Objective, SuffixAttack, one_of
+from advkit.attacks.text.base import Objective, SuffixAttack
 from advkit.attacks.text.questions import Steps
 from advkit.attacks.text.search import Search
+from advkit.core.checks import at_least_one, fraction, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 
@@ -62,16 +63,10 @@ class BEAST(SuffixAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "objective", "targeted", "untargeted", "mia")
-        for name in ("k", "k1", "k2", "ngram", "reply", "trials"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; give a whole number of at least 1")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise UsageError(
-                f"temperature={self.temperature}, top_p={self.top_p}; expected a temperature above 0 and a top_p in "
-                "(0, 1]"
-            )
+        one_of(self, "objective", ("targeted", "untargeted", "mia"))
+        at_least_one(self, "k", "k1", "k2", "ngram", "reply", "trials")
+        positive(self, "temperature")
+        fraction(self, "top_p", what="probability")
         if self.objective != "targeted" and (self.stop_on_success or self.keep == "reached"):
             raise UsageError(
                 f"objective={self.objective} has no success to stop at or to prefer; leave stop_on_success and keep out"

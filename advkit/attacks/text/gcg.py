@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import SuffixAttack, one_of
+from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Question, Steps
 from advkit.attacks.text.search import Scored, Search, combined
+from advkit.core.checks import at_least, at_least_one, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 
@@ -63,13 +64,11 @@ class GCG(SuffixAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "search", "sampled", "exhaustive")
-        one_of(self, "loss", "ce", "mellowmax")
-        for name, least in (("steps", 1), ("width", 1), ("topk", 1), ("replace", 1), ("buffer", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; give a whole number of at least {least}")
-        if not self.alpha > 0:
-            raise UsageError(f"alpha is {self.alpha}; give a number above 0")
+        one_of(self, "search", ("sampled", "exhaustive"))
+        one_of(self, "loss", ("ce", "mellowmax"))
+        at_least_one(self, "steps", "width", "topk", "replace")
+        at_least(self, 0, "buffer")
+        positive(self, "alpha")
 
     @property
     def planned(self) -> int:

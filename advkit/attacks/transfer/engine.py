@@ -19,7 +19,7 @@ from advkit.attacks.base import Best, TensorGoal, TensorOracle, descended, lp_ba
 from advkit.attacks.gradient.pgd import Start, starting_point
 from advkit.attacks.transfer import PARTS
 from advkit.attacks.wrappers import accumulated, normalised
-from advkit.core.checks import at_least_one, one_of
+from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.spaces import Box
@@ -275,10 +275,7 @@ class Composed:
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "restarts")
-        if self.step_size is not None and not self.step_size > 0:
-            raise UsageError(f"step_size is {self.step_size}; give a positive length in units of eps, e.g. 0.1")
-        if not self.path > 0:
-            raise UsageError(f"path is {self.path}; give a positive length in units of eps, e.g. 1")
+        positive(self, "step_size", "path", what="length in units of eps")
         one_of(self, "start", ("random", "origin", "gaussian"))
         if self.restarts > 1 and self.start == "origin":
             raise UsageError(f"{self.restarts} restarts from the origin repeat one another; use start=random")

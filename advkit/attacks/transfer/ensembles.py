@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from advkit.attacks.base import TensorOracle, descended
 from advkit.attacks.transfer.engine import Ask, Objective, Rule, Walk
 from advkit.attacks.transfer.features import unit
-from advkit.attacks.transfer.gradients import not_negative
 from advkit.attacks.wrappers import accumulated, normalised
-from advkit.core.checks import at_least_one
+from advkit.core.checks import at_least_one, not_negative, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Data, Rng
 
@@ -103,8 +102,7 @@ class CWA(Rule):
 
     def __post_init__(self) -> None:
         not_negative(self, "back", "inner")
-        if not self.ahead > 0:
-            raise UsageError(f"CWA: ahead is {self.ahead}; give a positive length")
+        positive(self, "ahead", what="length")
 
     def __call__(self, p: Tensor, walk: Walk) -> Tensor:
         asks = [walk.asking(oracle, walk.goal) for oracle in members(walk.oracle, "cwa")]
