@@ -133,7 +133,7 @@ class Search:
         Each scores z and drops the rows that are finished. The point after the last step is scored by `finish`.
         """
         for number in range(count):
-            if not len(self) or not self.affords():
+            if not len(self) or ((number == 0 or self._keep == "last") and not self.affords()):
                 return
             z = self.z
             loss, gradient, answer = self.oracle.gradient(z, self.goal)
@@ -142,6 +142,8 @@ class Search:
                 z, gradient = kept(rows, z, gradient)
                 if not len(self):
                     return
+            if self._keep == "best" and not self.affords():
+                return  # nothing could score where a step would lead
             yield Step(number, z, self.x, gradient, rows, loss)
 
     def finish(self) -> None:

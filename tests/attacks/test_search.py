@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import Best, descended
-from advkit.attacks.gradient.apgd import ALPHA, RHO, APGDCE, checkpoints, start_of
+from advkit.attacks.gradient.apgd import ALPHA, APGDCE, RHO, checkpoints, start_of
 from advkit.attacks.gradient.fgsm import FGSM
 from advkit.attacks.gradient.mifgsm import MIFGSM
 from advkit.attacks.gradient.pgd import PGD, starting_point
 from advkit.attacks.search import Search
 from advkit.attacks.suites import Stage, Suite
 from advkit.attacks.wrappers import averaged, momentum, normalised
+from advkit.benchmark import Ops
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
-from advkit.benchmark import Ops
 from advkit.testing.play import names, play
 from advkit.testing.victims import linear, uniform
 from advkit.threat_models.goals.diverge import Diverge

@@ -16,6 +16,7 @@ from advkit.attacks.search import taken
 from advkit.core.checks import at_least_one, check, fraction
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf, NormBall, row_sum
 
 NEWTON = 4  # rounds of the projection; the steps after it make up for what is missing
@@ -91,7 +92,7 @@ class _Nearest:
 
 
 @dataclass
-class _NearestPoints:
+class _NearestPoints(PerRow):
     """The nearest points that reached the goal, wherever they lie.
 
     near:   the points [B, ...]; before there is one, the nearest point where a run ended
@@ -121,11 +122,8 @@ class _NearestPoints:
         self.near = torch.where(per_row(closer, z), z, self.near)
         self.ended = torch.where(closer, distance, self.ended)
 
-    def take(self, rows: Tensor) -> _NearestPoints:
-        return _NearestPoints(*kept(rows, self.near, self.away, self.ended, self.answer))
-
     def put(self, rows: Tensor | None, part: _NearestPoints) -> None:
-        """Write back what was found for some of the rows; all of them for None."""
+        """Write back the points of some of the rows; of all for None."""
         here = slice(None) if rows is None else rows
         self.near[here], self.away[here], self.ended[here] = part.near, part.away, part.ended
         self.answer[here] = part.answer

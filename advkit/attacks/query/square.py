@@ -16,6 +16,7 @@ from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, better, fi
 from advkit.core.checks import at_least_one, fraction, one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the patch's share halves, of 10,000
@@ -105,15 +106,12 @@ def _signs(uniform: Tensor) -> Tensor:
 
 
 @dataclass
-class _State:
+class _State(PerRow):
     """Per row: the best point [B, C, H * W], its loss [B], whether it reached the goal [B]."""
 
     z: Tensor
     loss: Tensor
     reached: Tensor
-
-    def take(self, rows: Tensor) -> _State:
-        return _State(*kept(rows, self.z, self.loss, self.reached))
 
 
 @dataclass

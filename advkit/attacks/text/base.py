@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.text.questions import Desk, Steps, side_by_side
-from advkit.attacks.text.search import Aggregate, Search
+from advkit.attacks.text.questions import Batcher, Steps, side_by_side
+from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Rng
 
-Objective = Literal["targeted", "untargeted", "mia"]
 Keep = Literal["lowest", "reached"]
 
 
@@ -111,9 +110,10 @@ class SuffixAttack(ABC):
         index = torch.arange(len(x), device=x.device)
         parts = (index,) if self.universal and len(x) else torch.split(index, 1)
         searches = [
-            Search(self, oracle.take(rows), x[rows], goal.take(rows), threat, rng.take(rows), rows) for rows in parts
+            SuffixSearch(self, oracle.take(rows), x[rows], goal.take(rows), threat, rng.take(rows), rows)
+            for rows in parts
         ]
-        side_by_side(searches, Desk(oracle, goal))
+        side_by_side(searches, Batcher(oracle, goal))
         return merged(searches, x)
 
     @property
@@ -137,7 +137,7 @@ class SuffixAttack(ABC):
         return None
 
     @abstractmethod
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Offer candidates to the search until it ends; what it asks is yielded."""
 
 
@@ -151,11 +151,11 @@ def slots_only(threat: Any, name: str) -> None:
         )
 
 
-def merged(searches: Sequence[Search], x: Tensor) -> Found:
+def merged(searches: Sequence[SuffixSearch], x: Tensor) -> Found:
     """What the searches found, row by row in the order of x."""
     rows = [(search, i) for search in searches for i in range(len(search.x))]
 
-    def numbers(value: Callable[[Search], float], dtype: torch.dtype) -> Tensor:
+    def numbers(value: Callable[[SuffixSearch], float], dtype: torch.dtype) -> Tensor:
         return torch.tensor([value(search) for search, _ in rows], dtype=dtype)
 
     return Found(

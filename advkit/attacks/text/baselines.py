@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Steps
-from advkit.attacks.text.search import Search
+from advkit.attacks.text.search import SuffixSearch
 from advkit.core.checks import at_least_one, fraction, positive
 from advkit.core.errors import UsageError
 
@@ -38,7 +38,7 @@ class _Drawn(SuffixAttack):
         """Candidates that a row is scored with; another budget may end sooner."""
         return self.chunk if self.evaluations is None else self.evaluations
 
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Draw and score until a budget ends."""
         start = 0
         while search.goes_on():
@@ -55,11 +55,11 @@ class _Drawn(SuffixAttack):
                 return
             start += most
 
-    def _affordable(self, search: Search) -> int:
+    def _affordable(self, search: SuffixSearch) -> int:
         return search.affordable(self.chunk, search.room)
 
     @staticmethod
-    def uniforms(search: Search, count: int, start: int) -> Tensor:
+    def uniforms(search: SuffixSearch, count: int, start: int) -> Tensor:
         """Uniform [count, l]; blocks of suffixes have streams of their own, however many are scored at a time."""
         first = start // BLOCK
         blocks = range(first, (start + count - 1) // BLOCK + 1)
@@ -67,7 +67,7 @@ class _Drawn(SuffixAttack):
         return drawn[start - first * BLOCK :][:count]
 
     @abstractmethod
-    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
+    def drawn(self, search: SuffixSearch, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count, long [count, l]; None where there is no id to draw."""
 
 
@@ -78,7 +78,7 @@ class RandomSuffix(_Drawn):
     length: tokens of every suffix
     """
 
-    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
+    def drawn(self, search: SuffixSearch, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count."""
         yield from ()  # nothing is asked
         ids = search.allowed.nonzero().squeeze(1)
@@ -104,11 +104,11 @@ class SampledSuffix(_Drawn):
         positive(self, "temperature")
         fraction(self, "top_p", what="probability")
 
-    def _affordable(self, search: Search) -> int:
+    def _affordable(self, search: SuffixSearch) -> int:
         """The tokens read while drawing are paid for, too."""
         return search.affordable(self.chunk, search.room, 1, 0, range(1, search.room))
 
-    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
+    def drawn(self, search: SuffixSearch, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count."""
         ids = search.empty().expand(count, 0)
         uniforms = self.uniforms(search, count, start)

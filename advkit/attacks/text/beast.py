@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import Objective, SuffixAttack
+from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Steps
-from advkit.attacks.text.search import Search
+from advkit.attacks.text.search import Objective, SuffixSearch
 from advkit.core.checks import at_least_one, fraction, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
@@ -98,7 +98,7 @@ class BEAST(SuffixAttack):
         """Tokens drawn for each of them."""
         return self.k if self.k2 is None else self.k2
 
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Grow the beam until it is long enough or a budget ends."""
         beam = search.empty()
         for step in range(self.length):
@@ -124,7 +124,7 @@ class BEAST(SuffixAttack):
             if search.succeeded or not len(beam):
                 return
 
-    def _grown(self, search: Search, beam: Tensor, children: int, most: int, step: int) -> Steps[Tensor]:
+    def _grown(self, search: SuffixSearch, beam: Tensor, children: int, most: int, step: int) -> Steps[Tensor]:
         """The beam's continuations, long [n, l + ngram], no two alike in the drawn child."""
         logp = yield from search.next(beam, self.temperature, self.top_p)
         owner, token = search.draw(logp, children, "child", step)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Question, Steps
-from advkit.attacks.text.search import Scored, Search, combined
+from advkit.attacks.text.search import Scored, SuffixSearch, combined
 from advkit.core.checks import at_least, at_least_one, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
@@ -81,7 +81,7 @@ class GCG(SuffixAttack):
         """Mellowmax in place of the model's own score."""
         return None if self.loss == "ce" else lambda model: model.under(self.loss, self.alpha)
 
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Swap until the steps or a budget end; an exhaustive search ends where no swap helps."""
         walk = _Walk(self, search)
         if not (yield from walk.start()):
@@ -94,7 +94,7 @@ class GCG(SuffixAttack):
 class _Walk:
     """GCG on one search: the current suffix, and the buffer."""
 
-    def __init__(self, attack: GCG, search: Search) -> None:
+    def __init__(self, attack: GCG, search: SuffixSearch) -> None:
         self.attack = attack
         self.search = search
         self.pool: list[tuple[float, Tensor]] = []

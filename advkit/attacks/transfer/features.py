@@ -17,10 +17,11 @@ from advkit.attacks.transfer.engine import Ask, Composed, Objective, Walk
 from advkit.attacks.transfer.gradients import Scored
 from advkit.attacks.transfer.layers import Steered, Tap, layer_named, packed
 from advkit.core.checks import at_least_one, fraction, not_negative
+from advkit.core.rows import PerRow
 
 
 @dataclass(frozen=True, eq=False)
-class Along:
+class Along(PerRow):
     """The goal of features [B, ...] far down a direction w [B, n]; its loss is <h, w>."""
 
     weight: Tensor
@@ -36,14 +37,8 @@ class Along:
     def reached(self, answer: Tensor) -> Tensor:
         return self.loss(answer) < 0
 
-    def take(self, rows: Tensor) -> Along:
-        return Along(self.weight[rows])
-
     def under(self, loss: str) -> Along:
         return self
-
-    def to(self, device: Any) -> Along:
-        return Along(self.weight.to(device))
 
 
 @dataclass(frozen=True)
