@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from advkit.core.protocols import Ball, Goal, Oracle, Rng
+from advkit.core.protocols import Ball, Descends, Goal, Oracle, Rng, WrapsBall
 from advkit.core.rows import finite_rows as finite_rows
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
 
 TensorOracle = Oracle[Tensor, Tensor]
 TensorGoal = Goal[Tensor]
+
+
+@runtime_checkable
+class TellsNone(Protocol):
+    """A goal with a cheaper `not reached(answer).any()`, which may say no in doubt: most steps end with it."""
+
+    def none_reached(self, answer: Tensor) -> bool: ...
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -29,7 +36,7 @@ def better(reached: Tensor, loss: Tensor, than_reached: Tensor, than_loss: Tenso
 
 def lp_ball(ball: Any) -> Any:
     """The ball inside a threat model that wraps one (`.ball`), for attacks whose rules are published per norm."""
-    while not isinstance(ball, Linf | L2 | L1 | L0) and hasattr(ball, "ball"):
+    while not isinstance(ball, Linf | L2 | L1 | L0) and isinstance(ball, WrapsBall):
         ball = ball.ball
     return ball
 
@@ -50,9 +57,8 @@ class _Points:
         """Whether no row has reached its goal, nor does by these answers: the host synchronisation of a step."""
         if self.any_reached:
             return False
-        none_reached = getattr(self.goal, "none_reached", None)
-        if none_reached is not None:
-            return bool(none_reached(answer))
+        if isinstance(self.goal, TellsNone):
+            return bool(self.goal.none_reached(answer))
         return not bool(self.goal.reached(answer).any())
 
 
@@ -64,8 +70,7 @@ class Best:
     reached: whether the goal holds there, bool [B]
 
     An answer that is not finite is never better than anything, so a victim that breaks down off the data is not taken
-    for one that was fooled. A goal may have `none_reached(answer) -> bool`, a cheaper `not reached(answer).any()` that
-    may say no in doubt: most steps end with it.
+    for one that was fooled.
     """
 
     def __init__(self, x: Tensor, goal: TensorGoal) -> None:
@@ -201,10 +206,9 @@ def descended(ball: Ball[Tensor], z: Tensor, gradient: Tensor, origin: Tensor, s
     that wraps a ball steps by its own `project` and `steepest`, unless it wraps L0, whose step is of another kind.
     """
     inner = lp_ball(ball)
-    descend = getattr(inner if isinstance(inner, L0) else ball, "descend", None)
-    if descend is not None:
-        moved: Tensor = descend(z, gradient, origin, size)
-        return moved
+    stepping = inner if isinstance(inner, L0) else ball
+    if isinstance(stepping, Descends):
+        return stepping.descend(z, gradient, origin, size)
     return ball.project(z + size * ball.steepest(-gradient, z), origin)
 
 

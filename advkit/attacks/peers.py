@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from advkit.attacks.base import TensorGoal, TensorOracle, lp_ball, per_row
 from advkit.core.errors import MissingExtra, UnknownName, UsageError
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.registry import parse_arguments
 from advkit.threat_models.goals.targeted import Targeted
@@ -137,7 +138,7 @@ class Peer(ABC):
         return Access(self.access)
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        if not hasattr(oracle, "differentiable"):
+        if not isinstance(oracle, MeteredOracle):
             raise UsageError(f"{self} needs the plain oracle, not one wrapped by {type(oracle).__name__}")
         inner = lp_ball(ball)
         if not isinstance(inner, NormBall):

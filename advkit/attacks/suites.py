@@ -20,6 +20,7 @@ from advkit.attacks.gradient.targeted import APGDDLR, APGDT
 from advkit.attacks.minimal.fab import FAB, FABT
 from advkit.attacks.query.square import Square
 from advkit.attacks.search import Search
+from advkit.core import protocols
 from advkit.core.checks import one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
@@ -71,7 +72,7 @@ class Stage:
         return any(close > INSIDE for close in felled) or len(felled) >= max(2, LUCK * rows)
 
 
-class Suite(ABC):
+class Suite(protocols.Suite, ABC):
     """What the suites share: called as an attack, on rows of which nobody else knows, every stage takes all that stand.
 
     The evasion scenario does not call a suite, it plays its stages one by one, with shares taken over all survivors.

@@ -18,7 +18,7 @@ from advkit.attacks.events.spiking import OWN, under_rule
 from advkit.attacks.wrappers import averaged
 from advkit.core.checks import at_least_one, check
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForThreatModel, Rng, Stepped
 from advkit.threat_models.events import Flips
 
 DEFAULT_RULE = "pdsg"
@@ -68,7 +68,7 @@ def seen_through(surrogate: str) -> Callable[[Any], Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SDA:
+class SDA(Stepped, MadeForThreatModel):
     """Sparse dynamic attack (SDA): flips the bits whose flip alone brings the goal nearer, then restores what it can.
 
     Each of up to `steps` iterations asks for one gradient, tries the best bits it points at one by one, flips all whose
@@ -136,7 +136,7 @@ class SDA:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKGrad:
+class TopKGrad(Stepped, MadeForThreatModel):
     """Top-k gradient flips, SDA's baseline: flips the bits of the largest gradient, a few more every step.
 
     steps:     iterations, >= 1
@@ -164,7 +164,7 @@ class TopKGrad:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomFlips:
+class RandomFlips(MadeForThreatModel):
     """Random flips, the baseline without gradients: flips bits drawn at random, twice as many at every try.
 
     first:    flips of the first try; later tries double them, up to all bits that may be flipped (or the budget)

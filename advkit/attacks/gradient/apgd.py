@@ -13,7 +13,7 @@ from advkit.attacks.search import Search, Step
 from advkit.attacks.wrappers import averaged
 from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Rng, Stepped
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
@@ -164,7 +164,7 @@ def start_of(x: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD:
+class APGD(Stepped):
     """Auto-PGD: projected gradient descent with momentum whose step size halves, per sample, where progress stalls.
 
     Costs steps + 1 answers and `steps` gradients per restart; rows that reach their goal leave at once. The walk goes

@@ -11,11 +11,11 @@ from advkit.attacks.base import TensorGoal, TensorOracle, descended
 from advkit.attacks.search import Keep, Search
 from advkit.attacks.wrappers import averaged, momentum
 from advkit.core.checks import at_least_one, not_negative, one_of, positive
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Rng, Stepped
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIFGSM:
+class MIFGSM(Stepped):
     """Momentum iterative FGSM: projected steps from the clean input along gradients accumulated with momentum.
 
     steps:     gradient steps, >= 1

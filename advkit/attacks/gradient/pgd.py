@@ -12,7 +12,7 @@ from advkit.attacks.search import Keep, Search
 from advkit.attacks.wrappers import averaged
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Rng, Stepped
 
 Start = Literal["random", "origin", "gaussian"]
 
@@ -27,7 +27,7 @@ def starting_point(start: Start, x: Tensor, ball: Ball[Tensor], rng: Rng) -> Ten
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD:
+class PGD(Stepped):
     """Projected gradient descent on the goal's loss; returns each sample's best iterate.
 
     The point after the last step counts too, so a full run costs `steps` gradients and one answer per restart; rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,10 +23,28 @@ log = logging.getLogger("advkit")
 Order = Literal["clean", "adversarial"]
 
 
+@runtime_checkable
+class HasRival(Protocol):
+    """A goal that is aimed at one class per row."""
+
+    @property
+    def rival(self) -> Tensor:
+        """The classes, long [B]."""
+        ...
+
+
+@runtime_checkable
+class HasRivals(Protocol):
+    """A goal that several classes reach."""
+
+    def rivals(self, answer: Tensor, k: int, without: Sequence[Any] = ()) -> Sequence[TensorGoal]:
+        """The goal aimed at the k likeliest of them each, likeliest first, but for those of `without`."""
+        ...
+
+
 def rivals_of(goal: TensorGoal, answer: Tensor, k: int, without: Sequence[Any] = ()) -> tuple[TensorGoal, ...]:
     """The goal aimed at the k likeliest classes that reach it, likeliest first; none where it has only one way."""
-    rivals = getattr(goal, "rivals", None)
-    return () if rivals is None else tuple(rivals(answer, k, without))
+    return tuple(goal.rivals(answer, k, without)) if isinstance(goal, HasRivals) else ()
 
 
 def usable_loss(attack: str, goal: TensorGoal, answer: Tensor, loss: str) -> str:
@@ -93,9 +111,9 @@ class _SeveralRuns(LowestMargin):
 def _in_one(aims: Sequence[TensorGoal], row: Tensor) -> TensorGoal:
     """The aims of several runs per row as one goal; `row` long [runs * rows] names the row of each."""
     goal = aims[0].take(row)
-    if not hasattr(goal, "rival"):
+    if not isinstance(goal, HasRival):
         return goal
-    rivals = torch.cat([cast(Any, aim).rival for aim in aims])
+    rivals = torch.cat([cast(HasRival, aim).rival for aim in aims])
     return cast(TensorGoal, replace(cast(Any, goal), rival=rivals))
 
 

@@ -15,7 +15,7 @@ from advkit.attacks.minimal.hyperplane import Norm, close_gaps, dual_length, len
 from advkit.attacks.search import taken
 from advkit.core.checks import at_least_one, check, fraction
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Rng, Stepped
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf, NormBall, row_sum
 
@@ -130,7 +130,7 @@ class _NearestPoints(PerRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Runs(ABC):
+class _Runs(Stepped, ABC):
     """How many runs there are, and which faces each follows.
 
     Apart from the other settings for the order of the fields: it is that of canonical specs, which records carry.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from advkit.attacks.text.questions import Batcher, Steps, side_by_side
 from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
 
 Keep = Literal["lowest", "reached"]
 
@@ -54,7 +54,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuffixAttack(ABC):
+class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, ABC):
     """A search for tokens to put into the slot of a prompt.
 
     length:       most tokens of a suffix; the threat model's n caps it
@@ -141,9 +141,18 @@ class SuffixAttack(ABC):
         """Offer candidates to the search until it ends; what it asks is yielded."""
 
 
+@runtime_checkable
+class HasSlot(Protocol):
+    """A threat model with a slot in the prompt for the attacker's tokens."""
+
+    def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
+        """A transcript [2, W] with each of the candidates [N, l] in place, [N, 2, W]."""
+        ...
+
+
 def slots_only(threat: Any, name: str) -> None:
     """UsageError for threat models without a slot for tokens."""
-    if not callable(getattr(threat, "slotted", None)):
+    if not isinstance(threat, HasSlot):
         raise UsageError(
             f"{name} puts tokens into a slot of a prompt, and threat model {type(threat).__name__.lower()} has none; "
             "use suffix:n=20 on a language model (task prompts). Balls such as linf, l2, l1 and l0, minimum-l2 and "

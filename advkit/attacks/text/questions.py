@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, Composite, CountsTokens
 
 T = TypeVar("T")
 Ask = Callable[[Any, Any], Callable[[Tensor], Tensor]]
@@ -246,7 +246,7 @@ class Asked:
     @property
     def tokens(self) -> int:
         """Tokens that these models have sent through their networks so far."""
-        return sum(getattr(model, "tokens", 0) for model in self.models)
+        return sum(model.tokens for model in self.models if isinstance(model, CountsTokens))
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """Those of all the models."""
@@ -259,8 +259,7 @@ class Asked:
 
 def members(model: Any) -> tuple[Any, ...]:
     """The models inside an ensemble; the model alone where it is none."""
-    inside = getattr(model, "models", None)
-    return (model,) if inside is None else tuple(inside)
+    return tuple(model.models) if isinstance(model, Composite) else (model,)
 
 
 def hallucinating(model: Any, given: Any) -> Callable[[Tensor], Tensor]:

@@ -382,10 +382,8 @@ class SuffixSearch:
             **more,
         }
         self.trace.append(figures)
-        write = getattr(self.oracle, "note", None)
-        if write is not None:
-            for row in range(len(self.x)):
-                write(row, figures)
+        for row in range(len(self.x)):
+            self.oracle.note(row, figures)
 
     # ---- budgets -----------------------------------------------------------------------------------------------------
 

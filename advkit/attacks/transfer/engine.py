@@ -21,7 +21,7 @@ from advkit.attacks.transfer import PARTS
 from advkit.attacks.wrappers import accumulated, normalised
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BudgetExhausted, UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Rng, Stepped, WantsData
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import L1, L2, Linf
 
@@ -240,7 +240,7 @@ def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composed:
+class Composed(Stepped, WantsData):
     """Transfer attack from parts: iterative FGSM on a surrogate with any parts, such as transfer:mi+di+ti.
 
     Nothing is kept but the last point and no row stops early: the surrogate's verdict says little about the victim.

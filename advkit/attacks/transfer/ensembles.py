@@ -15,7 +15,7 @@ from advkit.attacks.transfer.features import unit
 from advkit.attacks.wrappers import accumulated, normalised
 from advkit.core.checks import at_least_one, not_negative, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Data, Rng
+from advkit.core.protocols import Composite, Data, Rng
 
 
 def members(oracle: TensorOracle, part: str) -> list[TensorOracle]:
@@ -23,7 +23,7 @@ def members(oracle: TensorOracle, part: str) -> list[TensorOracle]:
     found: list[int] = []
 
     def count(model: Any) -> Any:
-        found.append(len(getattr(model, "models", ())))
+        found.append(len(model.models) if isinstance(model, Composite) else 0)
         return model
 
     oracle.seen_as(count)

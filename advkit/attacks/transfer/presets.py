@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from advkit.attacks.gradient.pgd import Start
 from advkit.attacks.transfer.engine import Composed
+from advkit.core.protocols import MadeForGoal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +243,7 @@ class LGV(Composed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logit(Composed):
+class Logit(Composed, MadeForGoal):
     """Logit attack, for targeted transfer: raises the target's logit over 300 steps (arXiv 2012.11207).
 
     Over random inputs, in steps of eps / 8.
