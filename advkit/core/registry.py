@@ -664,7 +664,7 @@ def _shown(value: Any, kind: Any) -> str:
         return repr(value)
 
 
-def _source(module: str) -> Path | None:
+def source_file(module: str) -> Path | None:
     """The file of a module, found without importing its parent packages."""
     top, *rest = module.split(".")
     try:
@@ -688,7 +688,7 @@ def _glimpse(module: str, attribute: str) -> str:
 
     Listing every name parses every file otherwise, which is most of the time that `advkit list` takes.
     """
-    path = _source(module)
+    path = source_file(module)
     try:
         source = path.read_text(encoding="utf-8") if path else ""
     except (OSError, ValueError):
@@ -705,8 +705,19 @@ def _glimpse(module: str, attribute: str) -> str:
     return (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef | ast.FunctionDef) else ""
 
 
+def imported_from(node: ast.ImportFrom, module: str) -> str:
+    """The full name of the module that an import statement of another one names."""
+    if not node.level:
+        return node.module or ""
+    path = source_file(module)
+    package = module if path and path.name == "__init__.py" else module.rpartition(".")[0]
+    for _ in range(node.level - 1):
+        package = package.rpartition(".")[0]
+    return ".".join(filter(None, (package, node.module)))
+
+
 def _read_docstrings(module: str, attribute: str, hops: int = 4) -> tuple[str, str]:
-    path = _source(module)
+    path = source_file(module)
     if path is None:
         return "", ""
     try:
@@ -720,11 +731,7 @@ def _read_docstrings(module: str, attribute: str, hops: int = 4) -> tuple[str, s
         if isinstance(node, ast.ImportFrom) and hops:
             for alias in node.names:
                 if (alias.asname or alias.name) == attribute:
-                    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-                    for _ in range(node.level - 1):
-                        package = package.rpartition(".")[0]
-                    origin = ".".join(filter(None, (package if node.level else "", node.module)))
-                    return _read_docstrings(origin, alias.name, hops - 1)
+                    return _read_docstrings(imported_from(node, module), alias.name, hops - 1)
     return ast.get_docstring(tree) or "", ""
 
 
