@@ -194,7 +194,9 @@ def _print_page(console: Console, kind: str, entries: Iterable[Entry]) -> None:
             line.stylize("bold", 0, len(row[0]))
             beside = console.width - left >= _ROOM
             indent = left if beside else 6
-            below = textwrap.wrap(each.summary, max(console.width - indent, _ROOM), break_long_words=False)
+            below = textwrap.wrap(
+                each.summary, max(console.width - indent, _ROOM), break_long_words=False, break_on_hyphens=False
+            )
             if beside and below:
                 line.append(f"{' ' * (left - len(line))}{below.pop(0)}")
             for text in below:
