@@ -34,10 +34,10 @@ from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
 from advkit.defenses.none import NoDefense
 from advkit.evaluation import api
-from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.plots import save
-from advkit.evaluation.stream_plots import RatioCurve, competitive_ratio_curves, measure_ratios
-from advkit.evaluation.streams import Items, candidates_of, compare_selectors, noise_study, shuffled, streams
+from advkit.evaluation.figures.plots import save
+from advkit.evaluation.figures.stream_plots import RatioCurve, competitive_ratio_curves, measure_ratios
+from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.scenarios.stream import Items, candidates_of, compare_selectors, noise_study, shuffled, streams
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models.online import Online as OnlineStream

@@ -28,7 +28,7 @@ import numpy as np
 import advkit
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.inputs import pick_device, task_of
-from advkit.evaluation.store import read_records
+from advkit.evaluation.run.store import read_records
 from advkit.evaluation.victims import protected
 
 METHODS = ("quadattack", "cw_topk", "ad_topk")

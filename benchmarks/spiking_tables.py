@@ -30,7 +30,7 @@ import advkit
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Outcome
 from advkit.core.rng import RowRng
-from advkit.evaluation.store import read_examples, read_records
+from advkit.evaluation.run.store import read_examples, read_records
 from advkit.models import MODELS, zoo
 from advkit.models.spiking.neurons import Neuron
 from advkit.models.torch import TorchModel

@@ -82,7 +82,7 @@ def test_first_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     notebook = executed(NOTEBOOKS[0], tmp_path, monkeypatch)
     assert len(outputs(notebook, "image/png")) == 3
     assert len(outputs(notebook, "text/html")) == 2
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
     runs = {
         name: Report.load(tmp_path / "here" / "runs" / name / "report.json")
@@ -111,7 +111,7 @@ def test_your_own_model_and_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_which_k_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = executed(NOTEBOOKS[2], tmp_path, monkeypatch)
     assert len(outputs(notebook, "image/png")) == 2
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
     metrics = Report.load(tmp_path / "here" / "runs" / "virtual+" / "report.json").metrics
     # what the text says: the choice is worth more than the attack
@@ -129,7 +129,7 @@ def test_ordered_topk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip(package)
     notebook = executed(NOTEBOOKS[3], tmp_path, monkeypatch)
     assert len(outputs(notebook, "image/png")) == 3
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
     runs = tmp_path / "here" / "runs"
     rate = {path.name: Report.load(path).attack_success_rate or 0.0 for path in runs.iterdir()}
@@ -149,7 +149,7 @@ def test_spiking_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(outputs(notebook, "image/png")) == 3
     assert len(outputs(notebook, "image/gif")) == 1
     assert (tmp_path / "here" / "runs" / "sda" / "flips.gif").stat().st_size < 100_000
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
     runs = tmp_path / "here" / "runs"
     filmed = Report.load(runs / "sda" / "report.json")
@@ -180,7 +180,7 @@ def test_spiking_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = executed(NOTEBOOKS[5], tmp_path, monkeypatch)
     assert len(outputs(notebook, "image/png")) == 1
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
     runs = tmp_path / "here" / "runs"
     reports = {path.name: Report.load(path / "report.json") for path in runs.iterdir()}
@@ -216,7 +216,7 @@ def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("transformers")
     notebook = executed(NOTEBOOKS[6], tmp_path, monkeypatch)
-    from advkit.evaluation.store import read_records
+    from advkit.evaluation.run.store import read_records
 
     said = "".join(outputs(notebook, "stream"))
     assert "What is the capital of France?  ->  The capital of France is Paris." in said

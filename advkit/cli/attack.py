@@ -49,8 +49,8 @@ def attack(
 
     from advkit.cli.progress import Bars
     from advkit.evaluation.api import resolve
-    from advkit.evaluation.pictures import export
-    from advkit.evaluation.store import check_folder
+    from advkit.evaluation.figures.pictures import export
+    from advkit.evaluation.run.store import check_folder
 
     check_folder(out)
     case = resolve(

@@ -47,9 +47,9 @@ def benchmark(
     from rich.console import Console
     from rich.markdown import Markdown
 
+    from advkit import benchmark as bench
     from advkit.core.errors import UsageError
-    from advkit.evaluation import benchmark as bench
-    from advkit.evaluation.store import check_folder
+    from advkit.evaluation.run.store import check_folder
 
     wanted = listed(parts)
     if unknown := sorted(set(wanted) - set(PARTS)):

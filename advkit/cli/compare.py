@@ -16,7 +16,7 @@ def compare(
     level: Annotated[float, typer.Option("--level", help="Confidence level of the intervals.")] = 0.95,
 ) -> None:
     """Say which of two runs on the same rows is more robust: McNemar's exact test, Newcombe's interval."""
-    from advkit.evaluation import compare as pairs
+    from advkit.evaluation.report import compare as pairs
 
     found = pairs.compare(a, b, level=level, force=force)
     if json:

@@ -12,8 +12,8 @@ import typer
 from advkit.cli.options import DefenseSpec, Device, Json, ModelSpec, Seed, TaskSpec, ThreatSpec
 
 if TYPE_CHECKING:
-    from advkit.evaluation.case import Case
-    from advkit.evaluation.diagnostics import Finding
+    from advkit.evaluation.run.case import Case
+    from advkit.evaluation.trust.diagnostics import Finding
 
 UNTRUSTWORTHY = 3
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "safetensors", "matplotlib", "jsonschema")
@@ -42,7 +42,7 @@ def doctor(
     """
     from rich.console import Console
 
-    from advkit.evaluation.store import check_folder
+    from advkit.evaluation.run.store import check_folder
 
     if out is not None:
         check_folder(out)
@@ -54,7 +54,7 @@ def doctor(
             _print_installation(console, said["installation"])
 
     from advkit.evaluation.api import resolve
-    from advkit.evaluation.harness import preflight
+    from advkit.evaluation.run.engine import preflight
 
     case = resolve(attack, defense, task, model, threat_model, n=rows, seed=seed, device=device, progress=not as_json)
     preflight(case)
@@ -127,7 +127,7 @@ def _examine(case: Case, rows: int, draws: int, quiet: bool) -> tuple[list[Findi
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from advkit.evaluation.battery import battery
+    from advkit.evaluation.trust.battery import battery
 
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bars:
@@ -170,7 +170,7 @@ def _print_findings(console: Any, case: Case, findings: Sequence[Finding], curve
     from rich.table import Table
     from rich.text import Text
 
-    from advkit.evaluation.diagnostics import SEVERITIES
+    from advkit.evaluation.trust.diagnostics import SEVERITIES
 
     what = " | ".join(f"{name}={case.specs[name]}" for name in ("model", "defense", "task", "threat_model", "attack"))
     table = Table(title=what, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -244,7 +244,7 @@ def _write(said: dict[str, Any], curves: dict[str, Any], out: Path) -> list[Path
     from matplotlib.ticker import PercentFormatter
 
     from advkit.core.errors import UsageError
-    from advkit.evaluation.plots import Point, robust_accuracy_curve, save
+    from advkit.evaluation.figures.plots import Point, robust_accuracy_curve, save
     from advkit.evaluation.stats import wilson
 
     try:

@@ -25,7 +25,7 @@ from advkit.cli.options import (
 
 if TYPE_CHECKING:
     from advkit.evaluation.api import Plan
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
 UNTRUSTWORTHY = 3
 
@@ -63,7 +63,7 @@ def evaluate(
     Exit status: 0 done, 2 a mistake in the request, 3 the run has errors or flags that make the number untrustworthy.
     """
     from advkit.evaluation.api import plan, run_digest
-    from advkit.evaluation.store import check_folder
+    from advkit.evaluation.run.store import check_folder
 
     check_folder(out if out is not None else Path("runs"))
     resolved = plan(
@@ -101,7 +101,7 @@ def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool, worke
 
     from advkit.cli.progress import Bars
     from advkit.evaluation.api import execute
-    from advkit.evaluation.pictures import draw
+    from advkit.evaluation.figures.pictures import draw
 
     command = shlex.join(["advkit", *sys.argv[1:]])
     with Bars(hidden=as_json) as bars:

@@ -17,7 +17,7 @@ def leaderboard(
     json: Annotated[bool, typer.Option("--json", help="Print leaderboard.json and write nothing.")] = False,
 ) -> None:
     """Rank every report under a folder: one self-contained HTML page, Markdown and JSON."""
-    from advkit.evaluation import leaderboard as boards
+    from advkit.evaluation.report import leaderboard as boards
 
     if json:
         typer.echo(boards.scan(folder).to_json(), nl=False)

@@ -67,8 +67,8 @@ def matrix(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from advkit.evaluation.matrix import matrix as make
-    from advkit.evaluation.store import check_folder
+    from advkit.evaluation.run.store import check_folder
+    from advkit.evaluation.scenarios.matrix import matrix as make
 
     folder = out if out is not None else Path("runs") / "matrix"
     check_folder(folder)
@@ -81,7 +81,7 @@ def matrix(
         )  # fmt: skip
     drawn = []
     if plots:
-        from advkit.evaluation.plots import save
+        from advkit.evaluation.figures.plots import save
 
         drawn.append(save(made.plot(), folder / "heatmap.png"))
         if made.to_dict()["equal_budget"] is not None:

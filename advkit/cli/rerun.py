@@ -36,8 +36,8 @@ def rerun(
     from advkit.cli.evaluate import carry_out, settings_of
     from advkit.core.errors import ReportError
     from advkit.evaluation.api import execute, plan
-    from advkit.evaluation.report import Report
-    from advkit.evaluation.store import check_folder
+    from advkit.evaluation.report.document import Report
+    from advkit.evaluation.run.store import check_folder
 
     file = report / "report.json" if report.is_dir() else report
     old = Report.load(file)
@@ -84,7 +84,7 @@ def rerun(
 
 def _all_records(file: Path) -> dict[tuple[str, str, str], Record]:
     """A run's records and those of the other side beside them, by file, attack and row."""
-    from advkit.evaluation.store import read_records
+    from advkit.evaluation.run.store import read_records
 
     found = [file, *(other for other in [file.with_name(BESIDE)] if other.is_file())]
     return {("beside" if each.name == BESIDE else "", r.attack, r.id): r for each in found for r in read_records(each)}

@@ -31,7 +31,7 @@ def train(
 
     from rich.console import Console
 
-    from advkit.evaluation.store import check_folder
+    from advkit.evaluation.run.store import check_folder
     from advkit.evaluation.victims import train_victim
 
     check_folder(out)

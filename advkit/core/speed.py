@@ -1,7 +1,7 @@
 """Speed switches of the attacker's search: low precision, memory layout, compilation. None of them decides a verdict.
 
 The attack's oracle may speak for a faster view of the model; what the protected victim says stays full precision, and
-rows that only the view believed fallen are attacked again without it (see evaluation.play). A view computes on a
+rows that only the view believed fallen are attacked again without it (see evaluation.run.batch). A view computes on a
 copy wherever a switch would touch weights or modules; the caller's model is never changed.
 """
 

@@ -15,15 +15,15 @@ from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Outcome, Record, TaskDefaults
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
-from advkit.evaluation import diagnostics
-from advkit.evaluation.case import Case, digest_of
-from advkit.evaluation.fast import FastViews
-from advkit.evaluation.harness import open_store, preflight, run, speed_file
 from advkit.evaluation.inputs import pick_device, task_of
-from advkit.evaluation.report import Report
+from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.summary import attack_entry, build, by_label, headline
+from advkit.evaluation.run.case import Case, digest_of
+from advkit.evaluation.run.engine import open_store, preflight, run, speed_file
+from advkit.evaluation.run.speed import FastViews
+from advkit.evaluation.scenarios.stream import stream_metrics
 from advkit.evaluation.stats import rate
-from advkit.evaluation.streams import stream_metrics
-from advkit.evaluation.summary import attack_entry, build, by_label, headline
+from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.victims import Victim, protected, ready
 from advkit.models import MODELS
 from advkit.tasks import TASKS

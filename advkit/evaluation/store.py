@@ -1,247 +1,29 @@
-"""The run folder: an append-only list of records that survives kill -9."""
+"""The stable path of run folders; the code is in `advkit.evaluation.run.store`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import time
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import asdict, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from advkit.evaluation.run.store import (
+    RECORDS_NAME,
+    Stopwatch,
+    Store,
+    check_folder,
+    from_line,
+    read_examples,
+    read_records,
+    records_path,
+    to_line,
+    written,
+)
 
-from advkit.core.errors import ReportError, StaleRun, UsageError
-from advkit.core.protocols import Outcome, Record
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-RECORDS_NAME = "records.jsonl"
-_EXAMPLES = ("origin", "adversarial")
-_NAMES = tuple(f.name for f in fields(Record))
-_WHERE_ANY = ("figures", "trace", "texts")
-"""Fields that most records have nothing for: written only where they have."""
-
-
-def written(records: Iterable[Record]) -> tuple[str, ...]:
-    """Names of the fields that the lines of these records have."""
-    held = {name for record in records for name in _WHERE_ANY if getattr(record, name)}
-    return tuple(name for name in _NAMES if name not in _WHERE_ANY or name in held)
-
-
-def to_line(record: Record) -> str:
-    """One line of JSON, keys in the record's order."""
-    values = asdict(record)
-    said = {name: values[name] for name in _NAMES if name not in _WHERE_ANY or values[name]}
-    return json.dumps(said, separators=(",", ":"))
-
-
-def from_line(line: str) -> Record:
-    """The record of one line; raises ValueError or TypeError when it is none."""
-    values = json.loads(line)
-    values["outcome"] = Outcome(values["outcome"])
-    values["notes"] = tuple(values["notes"])
-    values["trace"] = tuple(values.get("trace", ()))
-    return Record(**values)
-
-
-def records_path(run: str | Path) -> Path:
-    """records.jsonl of a run folder or beside a report.json."""
-    path = Path(run)
-    return (path if path.is_dir() else path.parent) / RECORDS_NAME
-
-
-def read_records(path: str | Path) -> list[Record]:
-    """The complete records of a finished or killed run; a line cut short by a crash is left out.
-
-    Raises ReportError on a missing file or a broken line.
-    """
-    file = Path(path)
-    try:
-        with file.open(encoding="utf-8") as lines:
-            return [from_line(line) for line in lines if line.endswith("\n")]
-    except FileNotFoundError:
-        raise ReportError(f"no per-row records at {file}; expected {RECORDS_NAME} beside the run's report") from None
-    except OSError as error:
-        raise ReportError(f"{file} can't be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ReportError(f"{file} holds a line that is not a record: {error}") from None
-
-
-def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor, Tensor]]:
-    """Origin and returned input of the kept rows by record key, from a run folder."""
-    from safetensors import safe_open
-
-    found = {}
-    for file in sorted((folder / f"{name}.examples").glob("*.safetensors")):
-        with safe_open(file, framework="pt") as held:
-            data = held.metadata()
-            tensors = [held.get_tensor(each) for each in _EXAMPLES]
-        for i, row in enumerate(json.loads(data["ids"])):
-            found[Store.key(data["attack"], row)] = (tensors[0][i], tensors[1][i])
-    return found
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UsageError, before anything is spent, where a run folder could not be made; nothing is written."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise UsageError(f"the run folder {folder} can't be written ({place} is a file): name another with --out")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"the run folder {folder} can't be written (no permission in {place}): name another with --out"
-        )
-
-
-class Store:
-    """Records of one case in a folder.
-
-    Opening an existing folder resumes it: what is there counts as done. A last line that a crash cut short is removed.
-    Raises StaleRun when the folder holds another case, UsageError when it can't be written.
-    """
-
-    def __init__(self, folder: Path, config: dict[str, Any], name: str = "records") -> None:
-        self.folder = folder
-        self.name = name
-        self.path = folder / f"{name}.jsonl"
-        self._timing = folder / f"{name}.seconds.jsonl"
-        case = folder / f"{name}.case.json"
-        text = json.dumps(config, sort_keys=True, indent=1) + "\n"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if case.exists():
-                self._same(case, text)
-            elif self.path.exists() and self.path.stat().st_size:
-                raise StaleRun(f"{folder} holds records without the case they belong to; name another --out")
-            else:
-                temporary = case.with_suffix(".tmp")
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, case)
-            self._mend()
-            self._handle = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"the run folder {folder} can't be written ({error.strerror or error}): name another with --out"
-            ) from error
-        self.records: dict[str, Record] = {self.key(r.attack, r.id): r for r in read_records(self.path)}
-
-    @staticmethod
-    def key(attack: str, row: str) -> str:
-        """Names a record within a case."""
-        return f"{attack}|{row}"
-
-    def _same(self, case: Path, text: str) -> None:
-        old = case.read_text(encoding="utf-8")
-        if old == text:
-            return
-        try:
-            before, now = json.loads(old), json.loads(text)
-            differ = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-        except json.JSONDecodeError:
-            differ = ["an unreadable case file"]
-        raise StaleRun(
-            f"the run folder {self.folder} belongs to another case (different: {', '.join(differ)}): "
-            "name another with --out, or remove it"
-        )
-
-    def _mend(self) -> None:
-        if not self.path.exists():
-            return
-        raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole != len(raw):
-            with self.path.open("r+b") as handle:
-                handle.truncate(whole)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.records
-
-    def append(
-        self,
-        records: Iterable[Record],
-        seconds: float = 0.0,
-        examples: tuple[Tensor, Tensor] | None = None,
-        keep: Container[str] = (),
-        tokens: int = 0,
-    ) -> None:
-        """Write and flush to disk; a record already there is an error of the caller.
-
-        tokens:   how many the attack sent through its models for these records, where those count them
-        examples: origins and returned inputs of these records; those whose id is in `keep` are written beside them,
-                  before the records, so that a row on record never lacks its example
-        """
-        rows = list(records)
-        if examples is not None:
-            self._write_examples(rows, examples, keep)
-        for record in rows:
-            key = self.key(record.attack, record.id)
-            if key in self.records:
-                raise ValueError(f"record {key} is already in the store")
-            self.records[key] = record
-        self._handle.writelines(to_line(r) + "\n" for r in rows)
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        if rows:
-            spent = {"attack": rows[0].attack, "rows": len(rows), "seconds": seconds}
-            with self._timing.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(spent | ({"tokens": tokens} if tokens else {})) + "\n")
-
-    def _write_examples(self, rows: list[Record], examples: tuple[Tensor, Tensor], keep: Container[str]) -> None:
-        chosen = [i for i, record in enumerate(rows) if record.id in keep]
-        if not chosen:
-            return
-        from safetensors.torch import save_file
-
-        ids = [rows[i].id for i in chosen]
-        word = hashlib.sha256("|".join([rows[0].attack, *ids]).encode()).hexdigest()[:16]
-        folder = self.folder / f"{self.name}.examples"
-        folder.mkdir(exist_ok=True)
-        file = folder / f"{word}.safetensors"
-        tensors = {name: values[chosen].cpu().contiguous() for name, values in zip(_EXAMPLES, examples, strict=True)}
-        temporary = file.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"attack": rows[0].attack, "ids": json.dumps(ids)})
-        os.replace(temporary, file)
-
-    def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds spent per attack label, over all starts of the run."""
-        return self._spent("seconds")
-
-    def tokens(self) -> dict[str, int]:
-        """Tokens that attacks sent through models that count them, per attack label."""
-        return {label: int(number) for label, number in self._spent("tokens").items() if number}
-
-    def _spent(self, what: str) -> dict[str, float]:
-        total: dict[str, float] = {}
-        if self._timing.exists():
-            for line in self._timing.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # a line cut short by a crash; times are no evidence
-                    continue
-                total[entry["attack"]] = total.get(entry["attack"], 0.0) + entry.get(what, 0.0)
-        return total
-
-    def close(self) -> None:
-        """Close the file; the store can be read on."""
-        self._handle.close()
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.records.values())
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-
-class Stopwatch:
-    """Seconds since it was made or last read."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        spent, self._start = now - self._start, now
-        return spent
+__all__ = [
+    "RECORDS_NAME",
+    "Stopwatch",
+    "Store",
+    "check_folder",
+    "from_line",
+    "read_examples",
+    "read_records",
+    "records_path",
+    "to_line",
+    "written",
+]

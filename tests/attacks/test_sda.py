@@ -18,7 +18,7 @@ from advkit.core.errors import BadModel, UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Outcome
 from advkit.core.rng import RowRng
-from advkit.evaluation.store import read_records
+from advkit.evaluation.run.store import read_records
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models.events import Flips

@@ -184,7 +184,7 @@ def test_the_ensemble_is_the_worst_case_of_its_stages(victim) -> None:
 
 def test_every_rule_is_reported(task, tmp_path, victim) -> None:
     from advkit.evaluation.api import evaluate
-    from advkit.evaluation.store import read_records
+    from advkit.evaluation.run.store import read_records
 
     evaluate(
         model=victim[0],

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from advkit.attacks.query.square import Layout, Square, bump
+from advkit.benchmark import Ops
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
-from advkit.evaluation.benchmark import Ops
 from advkit.testing.play import names, play
 from advkit.testing.victims import linear, uniform
 from advkit.threat_models.goals.untargeted import Untargeted

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from advkit.evaluation.store import read_records
+from advkit.evaluation.run.store import read_records
 
 QUICK = ("evaluate", "--task", "digits", "--attack", "fgsm", "--n", 16, "--device", "cpu")
 
@@ -379,7 +379,7 @@ def test_a_bug_is_a_traceback_and_no_usage_error(advkit: Any, victim: str, monke
 
 
 def test_ctrl_c_in_process(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from advkit.evaluation import play
+    from advkit.evaluation.run import batch as play
 
     options = (*QUICK, "--model", victim, "--batch-size", 4, "--no-plots", "--out")
     assert advkit(*options, "whole").code == 0

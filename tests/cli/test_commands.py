@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from advkit.core.protocols import Outcome
 from advkit.defenses import DEFENSES
-from advkit.evaluation.report import Report, schema
-from advkit.evaluation.store import read_records
+from advkit.evaluation.report.document import Report, schema
+from advkit.evaluation.run.store import read_records
 from advkit.models import zoo
 from advkit.models.checkpoint import load_checkpoint
 from advkit.tasks import TASKS
@@ -69,7 +69,7 @@ def test_the_run_folder_is_named_by_the_case(advkit: Any, victim: str) -> None:
 
 
 def test_a_finished_run_is_not_run_again(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from advkit.evaluation import play
+    from advkit.evaluation.run import batch as play
 
     first = advkit(*EVALUATE, "--model", victim, "--out", "run", "--json")
     before = files("run")

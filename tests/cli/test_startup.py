@@ -77,7 +77,7 @@ def test_help_imports_no_subcommand() -> None:
 def test_the_lazy_names_are_what_they_say() -> None:
     import advkit
     from advkit.evaluation.api import evaluate
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
     assert advkit.evaluate is evaluate
     assert advkit.Report is Report

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.run.store import to_line
 from advkit.evaluation.stats import rate
-from advkit.evaluation.store import to_line
 
 W, R, B = Outcome.WRONG, Outcome.ROBUST, Outcome.BROKEN
 

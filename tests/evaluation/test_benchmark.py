@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from advkit import benchmark as bench
+from advkit.benchmark import Run, counted
 from advkit.cli import main
 from advkit.core.errors import UsageError
-from advkit.evaluation import benchmark as bench
-from advkit.evaluation.benchmark import Run, counted
 
 # Dispatcher operations per step as they are: a step may become cheaper, never dearer unnoticed.
 OPS = {"pgd": 52.2, "apgd-ce": 63.2, "fab-t": 152, "square": 44.3}

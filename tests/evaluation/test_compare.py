@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from advkit.cli.compare import compare as command
 from advkit.core.errors import AdvkitError, ReportError, UsageError
 from advkit.core.protocols import Outcome
-from advkit.evaluation import compare as pairs
+from advkit.evaluation.report import compare as pairs
 from advkit.evaluation.stats import newcombe_paired
 
 FIRST = {"pgd": [R] * 14 + [B] * 4 + [W] * 2}

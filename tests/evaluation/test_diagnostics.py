@@ -22,13 +22,13 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.defenses.inputs.bit_depth import BitDepth
-from advkit.evaluation import battery as expensive
-from advkit.evaluation import diagnostics
-from advkit.evaluation.advice import ADVICE
 from advkit.evaluation.api import evaluate, resolve
-from advkit.evaluation.battery import RandomSearch, _undefended, gradient_errors
-from advkit.evaluation.case import Case
-from advkit.evaluation.scenarios import single_attack
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.scenarios.evasion import single_attack
+from advkit.evaluation.trust import battery as expensive
+from advkit.evaluation.trust import diagnostics
+from advkit.evaluation.trust.advice import ADVICE
+from advkit.evaluation.trust.battery import RandomSearch, _undefended, gradient_errors
 from advkit.models.torch import FunctionModel, TorchModel
 from advkit.tasks.arrays import Arrays
 from advkit.tasks.digits import Digits
@@ -37,7 +37,7 @@ from advkit.threat_models.goals.untargeted import Untargeted, UntargetedRule
 from advkit.threat_models.lp import L2, Linf
 
 DIGITS = Digits()
-SCHEMA = Path(diagnostics.__file__).parent / "evaluation_report.schema.json"
+SCHEMA = Path(diagnostics.__file__).parents[1] / "report" / "evaluation_report.schema.json"
 
 
 def trained(eps: float, epochs: int) -> TorchModel:

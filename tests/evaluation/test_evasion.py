@@ -20,9 +20,9 @@ from torch import nn
 from advkit.core.errors import BadInput, BadModel, StaleRun, UsageError
 from advkit.core.protocols import Access, Outcome
 from advkit.evaluation import api
-from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.store import Store, read_records
-from advkit.evaluation.summary import count
+from advkit.evaluation.report.summary import count
+from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.store import Store, read_records
 from advkit.models.torch import TorchModel
 
 EPS = "linf:eps=0.1"
@@ -361,7 +361,7 @@ def test_what_cannot_travel_to_workers_is_refused(digits, digits_module, tmp_pat
 
 
 def test_out_of_memory_halves_the_batch(digits, digits_model, tmp_path, monkeypatch):
-    from advkit.evaluation import play as one_batch
+    from advkit.evaluation.run import batch as one_batch
 
     real, sizes = one_batch.play_batch, []
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.event_plots import animate, film_strip, flips_figure, flips_over_time, frame_picture
+from advkit.evaluation.figures.event_plots import animate, film_strip, flips_figure, flips_over_time, frame_picture
 
 
 @pytest.fixture

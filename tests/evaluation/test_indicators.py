@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from advkit.evaluation import indicators
+from advkit.evaluation.trust import indicators
 
 NAN = math.nan
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from advkit.cli.leaderboard import leaderboard as command
 from advkit.core.errors import UsageError
-from advkit.evaluation import leaderboard as boards
+from advkit.evaluation.report import leaderboard as boards
 from advkit.evaluation.stats import rate
 
 WEAK, FAIR, STRONG = {"pgd": [R, B, B, B, W]}, {"pgd": [R, R, B, B, R]}, {"pgd": [R, R, R, R, W]}

@@ -16,11 +16,11 @@ from torch import Tensor
 import advkit
 from advkit.core.errors import BadInput, ReportError, UsageError
 from advkit.core.protocols import Access
-from advkit.evaluation import matrix as module
-from advkit.evaluation.matrix import read_matrix, split_sum, strikes_of
-from advkit.evaluation.matrix_report import NOTHING, Matrix, aggregate, cell_figures, errors_of
+from advkit.evaluation.report.matrix import NOTHING, Matrix, aggregate, cell_figures, errors_of
+from advkit.evaluation.scenarios import matrix as module
+from advkit.evaluation.scenarios.matrix import read_matrix, split_sum, strikes_of
+from advkit.evaluation.scenarios.transfer_images import Rows
 from advkit.evaluation.stats import wilson
-from advkit.evaluation.transfer_images import Rows
 from advkit.models import zoo
 from advkit.tasks import TASKS
 
@@ -226,8 +226,8 @@ def test_nothing_is_made_twice(
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("advkit.evaluation.transfer_images.played_alone", never)
-        patch.setattr("advkit.evaluation.matrix.Judge", never)
+        patch.setattr("advkit.evaluation.scenarios.transfer_images.played_alone", never)
+        patch.setattr("advkit.evaluation.scenarios.matrix.Judge", never)
         assert small(folder).text == matrix.text
         # The second seed's first piece of pgd is looked at first, and then again with the rest.
         assert f"0 pieces made, {len(before) + 2} found" in caplog.text
@@ -250,7 +250,7 @@ def test_a_larger_n_takes_the_pieces_of_a_smaller_one(tmp_path: Path) -> None:
 def test_killed_and_resumed_is_uninterrupted(
     made: tuple[Matrix, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from advkit.evaluation import transfer_images
+    from advkit.evaluation.scenarios import transfer_images
 
     class Killed(BaseException):
         pass
@@ -433,7 +433,7 @@ def test_names_of_sums() -> None:
 def test_heat_maps_hold_the_cells_and_their_titles_stand_clear(made: tuple[Matrix, Path]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from advkit.evaluation.plots import transfer_heatmap
+    from advkit.evaluation.figures.plots import transfer_heatmap
 
     figure = made[0].plot()
     panels = figure.axes[:-1]

@@ -13,10 +13,10 @@ import torch
 from report_examples import B, R, W, document, records, run_folder
 
 from advkit.core.errors import ReportError, UsageError
-from advkit.evaluation import plots
-from advkit.evaluation.report import Report
+from advkit.evaluation.figures import plots
+from advkit.evaluation.report.document import Report
+from advkit.evaluation.run.store import to_line
 from advkit.evaluation.stats import rate
-from advkit.evaluation.store import to_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -171,7 +171,7 @@ def test_write_plots_of_a_run_without_a_radius(tmp_path: Path) -> None:
 
 def test_pyplot_is_never_touched() -> None:
     code = (
-        "import sys; from advkit.evaluation import plots as p; "
+        "import sys; from advkit.evaluation.figures import plots as p; "
         "p.robust_accuracy_curve([p.Point(0.1, 0.5)]).canvas.draw(); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

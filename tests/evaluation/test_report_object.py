@@ -15,9 +15,9 @@ import pytest
 from report_examples import B, R, W, document, run_folder
 
 from advkit.core.errors import ReportError
-from advkit.evaluation.advice import ADVICE
-from advkit.evaluation.report import Report, merge, schema
+from advkit.evaluation.report.document import Report, merge, schema
 from advkit.evaluation.stats import rate
+from advkit.evaluation.trust.advice import ADVICE
 
 # Three attacks, each breaking another row: the worst case is below the best single attack.
 CROSSED = {

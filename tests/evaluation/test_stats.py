@@ -151,7 +151,7 @@ def test_newcombe_swaps_sign_with_the_systems() -> None:
 
 
 def test_rate_is_what_the_schema_asks() -> None:
-    path = Path(stats.__file__).with_name("evaluation_report.schema.json")
+    path = Path(stats.__file__).parent / "report" / "evaluation_report.schema.json"
     schema = json.loads(path.read_text(encoding="utf-8"))
     validator = jsonschema.Draft202012Validator({"$ref": "#/$defs/rate", "$defs": schema["$defs"]})
     for k, n in [*COUNTS, (0, 0)]:

@@ -19,10 +19,10 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome
 from advkit.core.rng import RowRng
 from advkit.evaluation import api
-from advkit.evaluation.fast import planned_passes
-from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.store import read_records
-from advkit.evaluation.streams import (
+from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.speed import planned_passes
+from advkit.evaluation.run.store import read_records
+from advkit.evaluation.scenarios.stream import (
     Items,
     Play,
     Violation,
@@ -189,7 +189,7 @@ def test_records_hold_values_and_submissions(digits, digits_model, tmp_path):
     assert len(candidates) == 60
     assert len(handed) == 5
 
-    from advkit.evaluation.store import Store, read_examples
+    from advkit.evaluation.run.store import Store, read_examples
 
     examples = read_examples(tmp_path)
     returned = torch.stack([examples[Store.key(case.label, r.id)][1] for r in candidates])
@@ -304,7 +304,7 @@ def test_report_and_command(tmp_path, monkeypatch):
     assert metrics["stream_selected"]["value"] == 10
     assert metrics["stream_competitive_ratio"]["ci"]["method"] == "bootstrap_percentile"
     assert len(read_records(tmp_path / "run" / "records.jsonl")) == 110
-    from advkit.evaluation.report import Report
+    from advkit.evaluation.report.document import Report
 
     said = Report.load(tmp_path / "run" / "report.json").verdict()
     assert said.startswith(f"{100 * metrics['stream_fool_rate']['value']:.1f} %")

@@ -17,9 +17,9 @@ from advkit.attacks.suites import Lean, Stage, Suite, Thorough
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome
 from advkit.evaluation import api
-from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.scenarios import taken_by
-from advkit.evaluation.summary import by_label, count
+from advkit.evaluation.report.summary import by_label, count
+from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.scenarios.evasion import taken_by
 
 EPS = "linf:eps=0.1"
 
@@ -277,8 +277,8 @@ def test_gradients_that_mislead_in_l2_are_noticed(tmp_path, threat_model, mislea
 
 
 def test_a_finished_suite_has_as_many_records_as_were_expected(digits, digits_model, digits_module, tmp_path):
-    from advkit.evaluation.harness import scenario_of
-    from advkit.evaluation.store import Store
+    from advkit.evaluation.run.engine import scenario_of
+    from advkit.evaluation.run.store import Store
     from advkit.models.torch import TorchModel
 
     masked = TorchModel(Rounded(digits_module).eval(), space=digits.space, classes=10)

@@ -13,8 +13,8 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.spaces import SLOT
 from advkit.evaluation import api
-from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.store import from_line, read_records, to_line
+from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.store import from_line, read_records, to_line
 from advkit.testing.language import tiny_lm
 
 ROWS = [
@@ -200,7 +200,7 @@ def test_figures_of_the_report_follow_from_the_model(task, lm, tmp_path):
 def test_suffix_log_probability_is_that_of_the_model(task, lm, tmp_path):
     case = case_of(task, lm, keep=7)
     played(case, tmp_path)
-    from advkit.evaluation.store import Store, read_examples
+    from advkit.evaluation.run.store import Store, read_examples
 
     examples = read_examples(tmp_path)
     for record in read_records(tmp_path / "records.jsonl"):

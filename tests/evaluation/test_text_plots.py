@@ -10,9 +10,9 @@ import pytest
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation import api
-from advkit.evaluation.plots import write_plots
-from advkit.evaluation.store import from_line, read_records, to_line
-from advkit.evaluation.text_plots import search_figure, searched, transcripts_page
+from advkit.evaluation.figures.plots import write_plots
+from advkit.evaluation.figures.text_plots import search_figure, searched, transcripts_page
+from advkit.evaluation.run.store import from_line, read_records, to_line
 
 
 def record(row, course, attack="beast", **texts):

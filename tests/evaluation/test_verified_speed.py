@@ -12,16 +12,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 import advkit.core.speed as speeds
+from advkit.benchmark import our_run
 from advkit.core.errors import SpecError, StaleRun, UsageError
 from advkit.core.protocols import Outcome
-from advkit.evaluation import api, fast
-from advkit.evaluation import play as playing
-from advkit.evaluation.benchmark import our_run
-from advkit.evaluation.case import digest_of
-from advkit.evaluation.fast import planned_passes
-from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.store import read_examples
-from advkit.evaluation.summary import count
+from advkit.evaluation import api
+from advkit.evaluation.report.summary import count
+from advkit.evaluation.run import batch as playing
+from advkit.evaluation.run import speed as fast
+from advkit.evaluation.run.case import digest_of
+from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.speed import planned_passes
+from advkit.evaluation.run.store import read_examples
 from advkit.models.torch import TorchModel
 from advkit.threat_models.transfer import Transfer
 

@@ -17,7 +17,7 @@ from advkit.core.errors import BadInput, MissingExtra, UsageError
 from advkit.core.protocols import Outcome
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary
-from advkit.evaluation.store import read_records
+from advkit.evaluation.run.store import read_records
 from advkit.tasks import TASKS
 from advkit.tasks.events import (
     Events,

@@ -30,13 +30,15 @@ from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.transfer_set import check_space
 from advkit.evaluation.api import parameters
-from advkit.evaluation.case import Case, digest_of
-from advkit.evaluation.harness import preflight, scenario_of
 from advkit.evaluation.inputs import pick_device, task_of
-from advkit.evaluation.matrix_report import NOISE, NOTHING, Decisions, Matrix, Table, document, without_images
-from advkit.evaluation.play import own_randomness
-from advkit.evaluation.scenarios import lanes_of
-from advkit.evaluation.transfer_images import (
+from advkit.evaluation.report.matrix import NOISE, NOTHING, Decisions, Matrix, Table, document, without_images
+from advkit.evaluation.run.batch import own_randomness
+from advkit.evaluation.run.case import Case, digest_of
+from advkit.evaluation.run.engine import preflight, scenario_of
+from advkit.evaluation.run.judge import Judge, decide, finite
+from advkit.evaluation.run.workers import Crew
+from advkit.evaluation.scenarios.evasion import lanes_of
+from advkit.evaluation.scenarios.transfer_images import (
     LEVELS,
     Images,
     ImageSet,
@@ -48,9 +50,7 @@ from advkit.evaluation.transfer_images import (
     code_digest,
     write_tensors,
 )
-from advkit.evaluation.verdict import Judge, decide, finite
 from advkit.evaluation.victims import cache_root, protected
-from advkit.evaluation.workers import Crew
 from advkit.models import MODELS, zoo
 from advkit.tasks.base import raw_bytes
 from advkit.threat_models import GOALS, THREAT_MODELS

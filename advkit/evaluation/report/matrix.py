@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 
 from advkit.core.errors import ReportError, UsageError
-from advkit.evaluation.report import write_atomic
+from advkit.evaluation.report.document import write_atomic
 from advkit.evaluation.stats import wilson
 from advkit.threat_models.tapm import tapm_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from advkit.evaluation.case import Case
-    from advkit.evaluation.transfer_images import ImageSet, Rows
+    from advkit.evaluation.run.case import Case
+    from advkit.evaluation.scenarios.transfer_images import ImageSet, Rows
 
 Decisions = NDArray[np.int16]
 NOISE = "noise"
@@ -364,7 +364,7 @@ class Matrix:
 
     def plot(self, *, equal_budget: bool = False) -> Figure:
         """Heat maps of accuracy, one for each target; UsageError where there is no such table."""
-        from advkit.evaluation.plots import matrix_heatmap
+        from advkit.evaluation.figures.plots import matrix_heatmap
 
         content = self.to_dict()
         part = content["equal_budget"] if equal_budget else content
@@ -379,7 +379,7 @@ class Matrix:
         write_atomic(place / REPORT_NAME, self.text.encode())
         write_atomic(place / "matrix.md", self.markdown().encode())
         if self.table is not None:
-            from advkit.evaluation.transfer_images import write_tensors
+            from advkit.evaluation.scenarios.transfer_images import write_tensors
 
             tensors = {"decisions": self.table.decisions, "noise": self.table.noise}
             write_tensors(

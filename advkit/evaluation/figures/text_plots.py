@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.plots import _SERIES, _axes, _plain
+from advkit.evaluation.figures.plots import _SERIES, _axes, _plain
 
 _ROWS = (
     ("wanted", "wanted reply"),

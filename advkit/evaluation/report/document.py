@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from advkit.core.errors import ReportError
-from advkit.evaluation.advice import ADVICE
+from advkit.evaluation.run.store import read_records, records_path
 from advkit.evaluation.stats import DenominatorKind, Interval, clopper_pearson, wilson
-from advkit.evaluation.store import read_records, records_path
+from advkit.evaluation.trust.advice import ADVICE
 
 if TYPE_CHECKING:
     import jinja2

@@ -21,9 +21,9 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
-from advkit.evaluation.compare import per_class_rates
-from advkit.evaluation.report import Report, write_atomic
-from advkit.evaluation.store import read_records, records_path
+from advkit.evaluation.report.compare import per_class_rates
+from advkit.evaluation.report.document import Report, write_atomic
+from advkit.evaluation.run.store import read_records, records_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -450,7 +450,7 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
 
 def _words(folder: Path, records: Sequence[Record], threat: str) -> list[Path]:
     """How searches for words went, and what was sent and answered."""
-    from advkit.evaluation.text_plots import search_figure, searched, transcripts_page
+    from advkit.evaluation.figures.text_plots import search_figure, searched, transcripts_page
 
     made = []
     if searched(records):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import ReportError, UsageError
-from advkit.evaluation.compare import same_eps, same_kind
-from advkit.evaluation.report import (
+from advkit.evaluation.report.compare import same_eps, same_kind
+from advkit.evaluation.report.document import (
     REPORT_NAME,
     Report,
     environment,

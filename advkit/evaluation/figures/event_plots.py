@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.plots import BLUE, ORANGE, RED, _axes
+from advkit.evaluation.figures.plots import BLUE, ORANGE, RED, _axes
 
 _WHITE, _FLIPPED = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
 _OFF_COLOR, _ON_COLOR, _BOTH = (0.84, 0.37, 0.0), (0.0, 0.45, 0.70), (0.55, 0.40, 0.60)

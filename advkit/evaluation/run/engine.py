@@ -14,13 +14,13 @@ import torch
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Record
-from advkit.evaluation.case import Case
-from advkit.evaluation.play import on_device, own_randomness
-from advkit.evaluation.scenarios import Evasion, Grid, rehearse, with_views
-from advkit.evaluation.store import Stopwatch, Store
-from advkit.evaluation.streams import Stream
-from advkit.evaluation.verdict import Judge
-from advkit.evaluation.workers import Crew
+from advkit.evaluation.run.batch import on_device, own_randomness
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.judge import Judge
+from advkit.evaluation.run.store import Stopwatch, Store
+from advkit.evaluation.run.workers import Crew
+from advkit.evaluation.scenarios.evasion import Evasion, Grid, rehearse, with_views
+from advkit.evaluation.scenarios.stream import Stream
 
 log = logging.getLogger("advkit")
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from advkit import __version__
 from advkit.core.protocols import Outcome, Record
-from advkit.evaluation.case import Case
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.store import written
 from advkit.evaluation.stats import DenominatorKind, rate
-from advkit.evaluation.store import written
 
 PROTOCOL_VERSION = "1"
 MOST_CLASSES_LISTED = 20
@@ -278,7 +278,7 @@ def reproducibility(case: Case, command: str) -> dict[str, Any]:
 
 def _git() -> tuple[str | None, bool | None]:
     """The commit advkit itself was run from, when it was run from a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None, None
     try:

@@ -38,9 +38,9 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Batch, Outcome
 from advkit.core.rng import RowRng
 from advkit.evaluation.api import resolve
-from advkit.evaluation.case import Case
-from advkit.evaluation.harness import open_store, run
-from advkit.evaluation.play import on_device
+from advkit.evaluation.run.batch import on_device
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.engine import open_store, run
 from advkit.models.torch import TorchModel
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import Linf

@@ -12,8 +12,8 @@ from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
 from advkit.attacks.stream.selectors import SELECTORS, selector
 from advkit.core.errors import UsageError
-from advkit.evaluation.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, _axes, _plain
-from advkit.evaluation.streams import shuffled, streams
+from advkit.evaluation.figures.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, _axes, _plain
+from advkit.evaluation.scenarios.stream import shuffled, streams
 
 _GREY = "#888888"
 STYLES = {

@@ -21,8 +21,8 @@ import torch
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Batch
-from advkit.evaluation.case import Case
-from advkit.evaluation.play import played_alone
+from advkit.evaluation.run.batch import played_alone
+from advkit.evaluation.run.case import Case
 
 _CELL = ("attack", "label", "threat", "everyone", "exact", "seed")
 _worker: dict[str, Any] = {}

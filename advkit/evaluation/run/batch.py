@@ -20,9 +20,9 @@ from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Batch, Outcome, Record
 from advkit.core.rng import RowRng
-from advkit.evaluation.case import Case
-from advkit.evaluation.fast import VICTIM
-from advkit.evaluation.verdict import Judge, decide, finite
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.judge import Judge, decide, finite
+from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
 log = logging.getLogger("advkit")

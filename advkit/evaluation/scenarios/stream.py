@@ -24,13 +24,13 @@ from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Access, OnlineAttack, Outcome, Record
 from advkit.core.rng import RowRng
-from advkit.evaluation.case import Case
-from advkit.evaluation.play import Played, attacked_model, own_randomness
-from advkit.evaluation.scenarios import Without, lanes_of, single_attack, with_views
+from advkit.evaluation.run.batch import Played, attacked_model, own_randomness
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.judge import Judge, handed_in
+from advkit.evaluation.run.store import Store
+from advkit.evaluation.run.workers import Crew
+from advkit.evaluation.scenarios.evasion import Without, lanes_of, single_attack, with_views
 from advkit.evaluation.stats import bootstrap_mean, rate
-from advkit.evaluation.store import Store
-from advkit.evaluation.verdict import Judge, handed_in
-from advkit.evaluation.workers import Crew
 
 log = logging.getLogger("advkit")
 

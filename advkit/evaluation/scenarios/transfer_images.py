@@ -24,12 +24,12 @@ from torch import Tensor
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng
-from advkit.evaluation.case import Case, digest_of
-from advkit.evaluation.play import played_alone
-from advkit.evaluation.report import write_atomic
-from advkit.evaluation.store import Stopwatch
-from advkit.evaluation.verdict import handed_in
-from advkit.evaluation.workers import Crew
+from advkit.evaluation.report.document import write_atomic
+from advkit.evaluation.run.batch import played_alone
+from advkit.evaluation.run.case import Case, digest_of
+from advkit.evaluation.run.judge import handed_in
+from advkit.evaluation.run.store import Stopwatch
+from advkit.evaluation.run.workers import Crew
 from advkit.tasks.base import raw_bytes
 
 log = logging.getLogger("advkit")

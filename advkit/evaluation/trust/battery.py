@@ -24,9 +24,13 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
-from advkit.evaluation import indicators
-from advkit.evaluation.case import Case
-from advkit.evaluation.diagnostics import (
+from advkit.evaluation.run.batch import attacked_model, own_randomness
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.judge import decide, finite
+from advkit.evaluation.scenarios.evasion import single_attack
+from advkit.evaluation.stats import newcombe_paired
+from advkit.evaluation.trust import indicators
+from advkit.evaluation.trust.diagnostics import (
     FIRST_ROWS,
     GROSS,
     Finding,
@@ -38,10 +42,6 @@ from advkit.evaluation.diagnostics import (
     graded,
     merge,
 )
-from advkit.evaluation.play import attacked_model, own_randomness
-from advkit.evaluation.scenarios import single_attack
-from advkit.evaluation.stats import newcombe_paired
-from advkit.evaluation.verdict import decide, finite
 from advkit.threat_models.lp import L2, Linf
 
 log = logging.getLogger("advkit")

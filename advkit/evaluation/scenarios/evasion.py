@@ -24,11 +24,11 @@ from advkit.core.errors import AdvkitError, BudgetExhausted
 from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.protocols import Access, Batch, Outcome, Record
 from advkit.core.rng import RowRng
-from advkit.evaluation.case import Case
-from advkit.evaluation.fast import FastViews, planned_passes
-from advkit.evaluation.play import Played, models_attacked, on_device, own_randomness, played_alone
-from advkit.evaluation.store import Store
-from advkit.evaluation.workers import Crew
+from advkit.evaluation.run.batch import Played, models_attacked, on_device, own_randomness, played_alone
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.speed import FastViews, planned_passes
+from advkit.evaluation.run.store import Store
+from advkit.evaluation.run.workers import Crew
 
 log = logging.getLogger("advkit")
 

@@ -1,0 +1,1 @@
+"""Whether a number can be believed: diagnostics, indicators, advice."""
