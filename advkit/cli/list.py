@@ -99,7 +99,7 @@ def _entries(kind: str) -> builtins.list[Entry]:
 def _grouped(kind: str, entries: Iterable[Entry]) -> dict[str, builtins.list[Entry]]:
     """Entries by group: first the groups known here in their order, then those of other packages."""
     groups: dict[str, builtins.list[Entry]] = {group: [] for group in GROUPS.get(kind, ())}
-    for entry in sorted(entries, key=lambda each: "" if each.group in groups else each.group):
+    for entry in sorted(entries, key=lambda each: (each.group == OTHER, each.group)):
         groups.setdefault(entry.group, []).append(entry)
     return {group: members for group, members in groups.items() if members}
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ from advkit.attacks import ATTACKS
 from advkit.cli import catalogue
 from advkit.cli.catalogue import ANY, GROUPS, VARIES, facts
 from advkit.cli.list import REGISTRIES, registry_of
-from advkit.core import registry as registry_module
 from advkit.core.errors import AdvkitError, UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Data
@@ -49,7 +51,9 @@ def own(registry: Any) -> list[str]:
     return [name for name in registry.table if registry.table[name].startswith("advkit.")]
 
 
-PLAYED = [name for name in own(ATTACKS) if not name.endswith(":") and not on_text(ATTACKS.load(name))]
+BUILT = {name: ATTACKS.build(name) for name in own(ATTACKS) if not name.endswith(":")}
+ON_TEXT = [name for name, attack in BUILT.items() if on_text(attack)]
+PLAYED = [name for name in BUILT if name not in ON_TEXT]
 
 
 # --- what is said of attacks
@@ -111,7 +115,7 @@ def test_every_goal_but_the_one_on_text_is_tried() -> None:
     assert {*ON_CLASSES, "says"} == {*own(GOALS)}
 
 
-@pytest.mark.parametrize("name", [name for name in own(ATTACKS) if on_text(ATTACKS.load(name))])
+@pytest.mark.parametrize("name", ON_TEXT)
 def test_attacks_on_text_are_made_for_the_suffix_and_what_it_says(name: str) -> None:
     attack, known = ATTACKS.build(name), facts("attacks", ATTACKS.target(name))
     assert known["norms"] == (parse_spec(attack.default_threat_model).name,) == ("suffix",)
@@ -393,8 +397,8 @@ def test_json_has_the_facts_beside_its_old_keys(advkit: Any) -> None:
 
 
 @pytest.fixture
-def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An installed package whose modules must not be imported to be listed."""
+def beside_a_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`advkit list` where another package is installed, whose modules raise when they are imported."""
     bomb = "raise RuntimeError('imported')\n"
     package = tmp_path / "elsewhere"
     (package / "physical").mkdir(parents=True)
@@ -426,28 +430,33 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "[advkit.tasks]\nmine = elsewhere.task:Mine\nasked = elsewhere.asked:Asked\n",
         encoding="utf-8",
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    registry_module._installed.cache_clear()
-    for registry in (ATTACKS, TASKS):
-        monkeypatch.setattr(registry, "_found", None)
-    yield package
-    registry_module._installed.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "elsewhere"]:
-        del sys.modules[name]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
+
+    def call(*arguments: str) -> str:
+        command = [sys.executable, "-m", "advkit", "list", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    return call
 
 
-def test_parts_of_other_packages_say_what_they_can_unimported(plug_in: Path, advkit: Any) -> None:
-    rows = {row["name"]: row for row in advkit("list", "attacks", "--json").json["attacks"]}
+def test_parts_of_other_packages_say_what_they_can_unimported(beside_a_plug_in: Callable[..., str]) -> None:
+    rows = {row["name"]: row for row in json.loads(beside_a_plug_in("attacks", "--json"))["attacks"]}
     said = {key: rows["patch"][key] for key in ("group", "access", "norms", "goals", "inputs")}
     assert said == {
         "group": "physical", "access": "labels", "norms": ["linf"], "goals": ["targeted"], "inputs": ["images"],
     }  # fmt: skip
     assert (rows["plain"]["group"], rows["plain"]["access"], rows["plain"]["norms"]) == ("other", "scores", [])
     assert (rows["silent"]["group"], rows["silent"]["access"]) == ("other", "")
-    lines = advkit("list", "attacks").out.splitlines()
-    assert [line.split()[0] for line in lines[-3:]] == ["plain", "silent", "patch"]
-    assert "patch" in listed(advkit("list", "attacks", "--norm", "linf", "--access", "labels"))
-    assert "silent" not in listed(advkit("list", "attacks", "--access", "gradients"))
-    assert "sda" in listed(advkit("list", "attacks", "--for", "mine"))
-    assert not [name for name in sys.modules if name.startswith("elsewhere")]
-    assert "sda" in listed(advkit("list", "attacks", "--for", "asked"))  # computes its defaults, so it has to be asked
+    lines = beside_a_plug_in("attacks").splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["patch", "plain", "silent"]
+    found = {
+        line.split()[0] for line in beside_a_plug_in("attacks", "--norm", "linf", "--access", "labels").splitlines()
+    }
+    assert "patch" in found
+    assert not {"plain", "silent", "square"} & found
+
+
+@pytest.mark.parametrize("task", ["mine", "asked"])  # the second computes its defaults, so it has to be built
+def test_attacks_for_the_task_of_another_package(task: str, beside_a_plug_in: Callable[..., str]) -> None:
+    found = [line.split()[0] for line in beside_a_plug_in("attacks", "--for", task).splitlines()]
+    assert found == ["sda", "topk_grad", "random_flips"]
