@@ -21,7 +21,8 @@ def draw(resolved: Plan, folder: Path, report: Report) -> list[Path]:
 
     As far as the run has them.
     """
-    from advkit.evaluation.figures.plots import save, write_plots
+    from advkit.evaluation.figures import write_plots
+    from advkit.evaluation.figures.plots import save
 
     made = write_plots(folder, resolved.case.task.class_names())
     figure = strip(resolved.case, folder, title=f"Broken examples, {report.threat}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
     for record in records:
         for name, value in record.figures.items():
             values[name].append(value)
-    kind = cast("DenominatorKind", case.rule.denominator if isinstance(case.rule, CountsOver) else "all_samples")
+    kind = case.rule.denominator if isinstance(case.rule, CountsOver) else "all_samples"
     return {
         name: rate(sum(map(bool, found)), len(found), kind)
         if all(isinstance(value, bool) for value in found)
