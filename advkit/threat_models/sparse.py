@@ -17,11 +17,11 @@ from advkit.threat_models.lp import NormBall, lattice_index, lattice_value, row_
 
 @dataclass(frozen=True)
 class L0(NormBall):
-    """At most eps positions change, each to any legal value.
+    """L0 ball: at most eps positions change, each to any legal value.
 
     eps: a whole number of positions
     per: "pixel" counts a spatial position of an image [B, ..., C, H, W] once, whatever happens to its channels;
-         "feature" counts every value. Rows of fewer than three dimensions have no channels: the two agree.
+         "feature" counts every value. Samples of fewer than three dimensions have no channels: the two agree.
 
     Raises UsageError for an eps that is no whole number and (in `bind`) for an unbounded box, in which neither a random
     value nor the edge exists.

@@ -13,8 +13,8 @@ import torch
 from report_examples import B, R, W, document, records, run_folder
 
 from advkit.core.errors import ReportError, UsageError
-from advkit.evaluation.figures import plots
-from advkit.evaluation.report.document import Report
+from advkit.evaluation.figures import plots, write_plots
+from advkit.evaluation.report import Report
 from advkit.evaluation.run.store import to_line
 from advkit.evaluation.stats import rate
 
@@ -151,7 +151,7 @@ def test_save_repeats_byte_for_byte(tmp_path: Path) -> None:
 
 def test_write_plots_of_a_run(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", {"pgd": [R, B, R, W, R, B]})
-    made = plots.write_plots(run, ["zero", "one"])
+    made = write_plots(run, ["zero", "one"])
     assert [path.name for path in made] == ["per_class.png"]
     assert made[0].read_bytes().startswith(PNG)
 
@@ -162,7 +162,7 @@ def test_write_plots_of_a_run_without_a_radius(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", {"quadattack": [R, B, R, W, B]}, {"threat_model": threat})
     held = [replace(r, distance=float(i)) for i, r in enumerate(records({"quadattack": [R, B, R, W, B]}))]
     (run / "records.jsonl").write_text("".join(to_line(r) + "\n" for r in held), encoding="utf-8")
-    assert [path.name for path in plots.write_plots(run)] == ["success_by_distance.png"]
+    assert [path.name for path in write_plots(run)] == ["success_by_distance.png"]
     figure = plots.success_by_distance_of(Report.load(run), held)
     assert figure is not None
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [(0, 0), (1, 0.25), (4, 0.5), (4.2, 0.5)])

@@ -15,7 +15,7 @@ import pytest
 from report_examples import B, R, W, document, run_folder
 
 from advkit.core.errors import ReportError
-from advkit.evaluation.report.document import Report, merge, schema
+from advkit.evaluation.report import Report, merge, schema
 from advkit.evaluation.stats import rate
 from advkit.evaluation.trust.advice import ADVICE
 

@@ -19,15 +19,9 @@ from typing import Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.evaluation.report.compare import same_eps, same_kind
-from advkit.evaluation.report.document import (
-    REPORT_NAME,
-    Report,
-    environment,
-    level_text,
-    percent,
-    spell,
-    write_atomic,
-)
+from advkit.evaluation.report.document import REPORT_NAME, Report, write_atomic
+from advkit.evaluation.report.render import environment
+from advkit.evaluation.report.text import level_text, percent, spell
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _WHITE_BOX, _TAPM = "White box", "Best transfer attack (TAPM)"
