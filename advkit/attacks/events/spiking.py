@@ -23,6 +23,7 @@ from advkit.core.protocols import (
     OnlineAttack,
     Rng,
     Stepped,
+    TakesRule,
     WantsData,
 )
 
@@ -54,7 +55,7 @@ class Spiking(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
     needs: ClassVar[Access] = Access.GRADIENTS
 
     def __new__(cls, *, attack: str = "pgd", surrogate: str = "pdsg") -> Spiking:
-        """Only the ensemble is a suite, and it alone has stages; copies with other settings may be of the other kind."""
+        """Only the ensemble is a suite and has stages; a copy with other settings may be of the other kind."""
         if cls is _Ensemble and surrogate != ALL:
             return Spiking(attack=attack, surrogate=surrogate)
         return object.__new__(_Ensemble if surrogate == ALL else cls)
@@ -141,9 +142,8 @@ def under_rule(model: Any, rule: str | None) -> Any:
     Asks the model's `with_rule`; one that has none, such as a checkpoint or a network behind a defense, is asked
     through the spiking neurons among its modules. Raises BadModel where there are none.
     """
-    ask = getattr(model, "with_rule", None)
-    if callable(ask):
-        return ask(rule)
+    if isinstance(model, TakesRule):
+        return model.with_rule(rule)
     inside = getattr(model, "modules", None)
     for module in inside() if callable(inside) else ():
         for layer in module.modules():
