@@ -20,7 +20,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,10 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Batch, Outcome
 from advkit.core.rng import RowRng
 from advkit.evaluation.api import resolve
+from advkit.evaluation.execute import run
 from advkit.evaluation.run.batch import on_device
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.engine import open_store
 from advkit.models.torch import TorchModel
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import Linf
@@ -189,15 +190,15 @@ def reference_run(case: Case, batch_size: int = 250) -> Run:
     peer = peer_package("pyautoattack")
     batch = on_device(next(iter(case.task.batches(case.n, n=case.n))), "cpu")
     x, labels = batch.x, _labels(case, batch)
-    victim = _AsModule(case.victim)
-    made = {}
+    victim = _AsModule(cast(Any, case.victim))
+    made, ball = {}, case.threat.describe()
     with torch.random.fork_rng(devices=[]), _hushed("auto-attack"), counted(victim.module) as passes:
         with torch.no_grad():
             sound = victim(x).argmax(1) == labels
         passes.forwards = passes.calls = 0
         begin = time.process_time()
         adversary = peer.AutoAttack(
-            victim, norm=case.threat.norm, eps=case.threat.eps, seed=case.seed, version="standard", device="cpu"
+            victim, norm=ball["norm"], eps=ball["eps"], seed=case.seed, version="standard", device="cpu"
         )
         standing = sound.nonzero().squeeze(1)
         felled: dict[str, str] = {}
