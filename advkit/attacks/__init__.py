@@ -80,4 +80,5 @@ ATTACKS: Registry[Attack] = Registry(
         "art:": "advkit.attacks.peers:ART",
     },
     group="advkit.attacks",
+    contract=Attack,
 )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from advkit.attacks.base import TensorGoal, TensorOracle, lp_ball, per_row
 from advkit.core.errors import MissingExtra, UnknownName, UsageError
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.registry import parse_arguments
 from advkit.threat_models.goals.targeted import Targeted
@@ -137,7 +138,7 @@ class Peer(ABC):
         return Access(self.access)
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        if not hasattr(oracle, "differentiable"):
+        if not isinstance(oracle, MeteredOracle):
             raise UsageError(f"{self} needs the plain oracle, not one wrapped by {type(oracle).__name__}")
         inner = lp_ball(ball)
         if not isinstance(inner, NormBall):
@@ -200,7 +201,7 @@ class Peer(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Foolbox(Peer):
-    """An attack of the foolbox package by class name, run and judged here (arXiv 1707.04131).
+    """Foolbox: an attack of that package by class name, run and judged here (arXiv 1707.04131).
 
     Foolbox clips every point to the ball itself before it hands it back.
     """
@@ -233,7 +234,7 @@ class _Unit(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class TorchAttacks(Peer):
-    """An attack of the torchattacks package by class name, run and judged here (arXiv 2010.01950).
+    """Torchattacks: an attack of that package by class name, run and judged here (arXiv 2010.01950).
 
     The package knows the box [0, 1] alone; rows of another box are stretched to it and back. Attacks with eps and
     without a norm of their own are taken for Linf, those with L2 in their names for L2. Its AutoAttack runs 10 steps
@@ -263,7 +264,7 @@ class TorchAttacks(Peer):
 
 @dataclass(frozen=True, kw_only=True)
 class ART(Peer):
-    """An evasion attack of the Adversarial Robustness Toolbox by class name, run and judged here (arXiv 1807.01069).
+    """Adversarial Robustness Toolbox (ART): an evasion attack of that package by class name (arXiv 1807.01069).
 
     Its step sizes are absolute and do not follow eps: settings=[eps_step=0.01]. One answer more than the attack's own
     is asked per batch, to learn the number of classes.

@@ -14,11 +14,14 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, lp_ball
+from advkit.attacks.base import TensorGoal, TensorOracle, lp_ball
 from advkit.attacks.gradient.apgd import APGDCE
 from advkit.attacks.gradient.targeted import APGDDLR, APGDT
 from advkit.attacks.minimal.fab import FAB, FABT
 from advkit.attacks.query.square import Square
+from advkit.attacks.search import Search
+from advkit.core import protocols
+from advkit.core.checks import one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf
@@ -69,7 +72,7 @@ class Stage:
         return any(close > INSIDE for close in felled) or len(felled) >= max(2, LUCK * rows)
 
 
-class Suite(ABC):
+class Suite(protocols.Suite, ABC):
     """What the suites share: called as an attack, on rows of which nobody else knows, every stage takes all that stand.
 
     The evasion scenario does not call a suite, it plays its stages one by one, with shares taken over all survivors.
@@ -93,26 +96,23 @@ class Suite(ABC):
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         if reason := self.complaint(ball):
             raise UsageError(reason)
-        best = Best(x, goal)
-        live = Live(oracle, x, goal, rng)
+        search = Search(oracle, x, goal, rng)
         for stage in self.stages():
-            if stage.when == "escalated" or len(live) <= stage.above * len(x):
+            if stage.when == "escalated" or len(search) <= stage.above * len(x):
                 continue
-            if not len(live) or not live.affords():
+            if not search.affords():
                 break
-            z = stage.attack(live.oracle, live.x, live.goal, ball, live.rng.at(stage.name))
-            if not live.affords():
-                best.put(z, live.index)
+            z = stage.attack(search.oracle, search.x, search.goal, ball, search.rng.at(stage.name))
+            if not search.affords():
+                search.put(z)
                 break
-            reached = best.offer(z, live.oracle(z), rows=live.index)
-            if oracle.decides and (stay := live.left(reached)) is not None:
-                live = live.take(stay)
-        return best.x
+            search.score(z)
+        return search.best
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(Suite):
-    """The field's referee at the reference's exact budget: every stage takes all rows still standing.
+    """AutoAttack: APGD-CE, APGD-T, FAB-T and Square at the reference's budget, each on all samples still robust.
 
     version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square 5,000), "plus" (APGD-CE and DLR with 5 restarts,
              FAB with 5, Square, both targeted ones) or "rand" for victims whose answers vary (EOT over 20 draws)
@@ -123,8 +123,7 @@ class AutoAttack(Suite):
     version: Literal["standard", "plus", "rand"] = "standard"
 
     def __post_init__(self) -> None:
-        if self.version not in ("standard", "plus", "rand"):
-            raise UsageError(f"version {self.version!r}; expected standard, plus or rand")
+        one_of(self, "version", ("standard", "plus", "rand"))
 
     def stages(self) -> tuple[Stage, ...]:
         """In the reference's order."""
@@ -151,7 +150,7 @@ class AutoAttack(Suite):
 
 @dataclass(frozen=True, kw_only=True)
 class Lean(Suite):
-    """Nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
+    """Suite, the cheapest: nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
 
     As `thorough`, with half the survivors or fewer in the stages near the boundary and the short sentinel on a sample.
 
@@ -175,7 +174,7 @@ class Lean(Suite):
 
 @dataclass(frozen=True, kw_only=True)
 class Thorough(Suite):
-    """AutoAttack's robust accuracy or less for a small part of its cost: the default of `--attack auto`.
+    """Suite, the default (`auto`): AutoAttack's robust accuracy or less for a small part of its cost.
 
     Every row gets a short run and short runs toward its three nearest classes; a row that still stands and falls to
     anything stands near the boundary, or before a class that nobody tried. So half of the survivors take a few steps

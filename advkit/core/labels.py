@@ -9,6 +9,8 @@ import pickle
 import uuid
 from typing import Any
 
+from advkit.core.protocols import Describes, Hashed, ModelInfo
+
 _PROCESS = uuid.uuid4().hex
 
 
@@ -19,7 +21,7 @@ def settings_text(part: object) -> str:
     too, unless it holds something that can't be pickled: then it is itself alone. Data sets (`digest`) are known by
     their rows.
     """
-    if hasattr(part, "digest"):
+    if isinstance(part, Hashed):
         return ""
     return ",".join(f"{key}={_word(value)}" for key, value in _settings(part).items())
 
@@ -50,8 +52,8 @@ def _word(value: Any) -> str:
         return str(value)
     if isinstance(value, tuple | list):
         return "+".join(map(_word, value))
-    info: Any = value.describe() if hasattr(value, "describe") else None
-    if hasattr(info, "state_sha256"):
+    info = value.describe() if isinstance(value, Describes) else None
+    if isinstance(info, ModelInfo):
         return f"{info.name}-{info.state_sha256[:12]}"
     return f"{type(value).__name__}-{_content(value)[:12]}"
 

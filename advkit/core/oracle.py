@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from advkit.core.errors import AccessDenied, BudgetExhausted
-from advkit.core.protocols import Access, Data
+from advkit.core.protocols import Access, CountsTokens, Data, Headed, Modular, NeedsAccess, Shaped
 from advkit.core.rows import row_size
 
 log = logging.getLogger("advkit")
@@ -45,7 +45,7 @@ class Lanes:
     @staticmethod
     def own(model: Any) -> Lanes | None:
         """The shapes that a model wants to be called in; None where it does not say."""
-        said = getattr(model, "lanes", None)
+        said = model.lanes if isinstance(model, Shaped) else None
         return said if isinstance(said, Lanes) else None
 
     @classmethod
@@ -294,7 +294,7 @@ class MeteredOracle:
         index: Tensor | None = None,
         data: Data | None = None,
     ) -> None:
-        self.model = model
+        self.model = cast(Any, model)
         self.data = data
         self.rows = rows
         self.access = access
@@ -303,6 +303,7 @@ class MeteredOracle:
         self.lanes = Lanes.own(model) or lanes
         self.meter = meter or Meter(rows)
         self._index = index
+        self._counting = self.model if isinstance(self.model, CountsTokens) else None
         self._segment = self.meter.segment(index)
         self._aims: tuple[Any, list[int], list[Any]] = (None, [], [])
         self._ones: Tensor | None = None
@@ -408,7 +409,7 @@ class MeteredOracle:
         backward rule, one member of an ensemble. `decides` where its answers are the verdict's still. A view that asks
         for no more than the scores of outputs, such as the next token's, says so in `needs`.
         """
-        least = max(Access.SCORES, getattr(view, "needs", Access.GRADIENTS))
+        least = max(Access.SCORES, view.needs) if isinstance(view, NeedsAccess) else Access.GRADIENTS
         if self.access < least:
             self._white_box("the inside of the model" if least == Access.GRADIENTS else "scores of the model's outputs")
         return MeteredOracle(
@@ -426,8 +427,7 @@ class MeteredOracle:
     def head(self) -> Tensor | None:
         """Weight [classes, features] of the model's last linear layer; None where it has none, or does not say."""
         self._white_box("the weights of the last layer")
-        ask = getattr(self.model, "head", None)
-        return None if ask is None else ask()
+        return self.model.head() if isinstance(self.model, Headed) else None
 
     def _white_box(self, what: str) -> None:
         if self.access < Access.GRADIENTS:
@@ -452,8 +452,7 @@ class MeteredOracle:
     def _chunks(self, x: Tensor) -> tuple[list[Tensor], Lanes]:
         lanes = self.lanes
         if lanes is None:
-            modules = getattr(self.model, "modules", None)
-            training = any(m.training for m in modules()) if callable(modules) else False
+            training = isinstance(self.model, Modular) and any(m.training for m in self.model.modules())
             lanes = Lanes(chunk=max(1, len(x)), multiple=1) if training else Lanes.fitting(x)
             self.lanes = lanes
         return ([x] if len(x) <= lanes.chunk else list(torch.split(x, lanes.chunk))), lanes
@@ -466,10 +465,10 @@ class MeteredOracle:
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
 
     def _forward(self, x: Tensor, lanes: Lanes | None) -> Tensor:
-        before = getattr(self.model, "tokens", 0)
+        before = 0 if self._counting is None else self._counting.tokens
         answer: Tensor = self.model(x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes))
-        if (after := getattr(self.model, "tokens", 0)) is not before:
-            self.meter.tokens += after - before
+        if self._counting is not None:
+            self.meter.tokens += self._counting.tokens - before
         return answer
 
     def _passed_back(self, gradient: Tensor, of: Tensor | None) -> Tensor:
@@ -550,8 +549,7 @@ class _Differentiable(nn.Module):
             )
         of = None if len(x) == oracle.rows else torch.cdist(x.detach().flatten(1), self._origin).argmin(1)
         oracle._spend(x, of)
-        modules = getattr(oracle.model, "modules", None)
-        with frozen(*modules() if callable(modules) else ()):
+        with frozen(*oracle.model.modules() if isinstance(oracle.model, Modular) else ()):
             if follows:
                 x = x.view_as(x)
                 x.register_hook(lambda gradient: oracle._passed_back(gradient, of))  # type: ignore[no-untyped-call]

@@ -85,6 +85,16 @@ class Boxed(Protocol):
 
 
 @runtime_checkable
+class Sized(Protocol):
+    """A space that may know the shape of its rows."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...] | None:
+        """Of one row; None accepts any."""
+
+
+@runtime_checkable
 class Quantizes(Protocol):
     """A space of which files hold only some values."""
 
@@ -149,6 +159,18 @@ class Model(Protocol[X_contra, Y_co]):
         ...
 
 
+class ModelBuilder(Protocol):
+    """What a name of `--model` stands for: an architecture to train, or a way to load a model."""
+
+    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, /, *, space: Any = None) -> Any:
+        """The model, in evaluation mode and on the CPU.
+
+        shape: of one row
+        space: of the task; None stands for the box [0, 1]
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What a report says of a model."""
@@ -163,6 +185,15 @@ class ModelInfo:
     randomized: bool = False
     differentiable: bool = True
     abstains: bool = False
+
+
+@runtime_checkable
+class Modular(Protocol):
+    """What has torch modules inside: a model, or one way to query it."""
+
+    @abstractmethod
+    def modules(self) -> Iterable[nn.Module]:
+        """The modules, those inside them included or not."""
 
 
 @runtime_checkable
@@ -222,6 +253,16 @@ class UnderSpeed(Protocol):
     @abstractmethod
     def under_speed(self, speed: Speed) -> Any:
         """The model that the attack's oracle queries in place of this one."""
+
+
+@runtime_checkable
+class KnowsClasses(Protocol):
+    """A model or a task that says how many classes there are, without a look at the weights."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int | None:
+        """None where unknown."""
 
 
 @runtime_checkable
@@ -289,6 +330,15 @@ class Composite(Protocol):
         """The members."""
 
 
+@runtime_checkable
+class Describes(Protocol):
+    """A model or a threat model, as what has a description."""
+
+    @abstractmethod
+    def describe(self) -> Any:
+        """ModelInfo of a model, plain JSON values of a threat model."""
+
+
 Figure = float | bool | str | None
 """What can be said of a row; a text is kept with the row and never averaged."""
 
@@ -349,6 +399,15 @@ class Goal(Protocol[Y_contra]):
     def to(self, device: torch.device | str) -> Self: ...
 
 
+@runtime_checkable
+class NoneReached(Protocol):
+    """A goal that sees more cheaply than `reached` that no row reaches it: most steps of an attack end with that."""
+
+    @abstractmethod
+    def none_reached(self, answer: Any) -> bool:
+        """Whether it is plain that no row reaches it; False in doubt."""
+
+
 class Rule(Protocol):
     """Makes goals: what the attacker wants, before there are rows. What `--goal` names."""
 
@@ -376,6 +435,10 @@ class Wording:
     robust: str = "robust accuracy"
     success: str = "attack success rate"
     figure: str = "accuracy"
+
+
+NOT_REACHED = Wording(robust="goal not reached", figure="goal not reached")
+"""Of goals that ask for more than a wrong answer: a sample on which they fail may be misclassified all the same."""
 
 
 @runtime_checkable
@@ -422,6 +485,11 @@ class Judged(Protocol):
     def cards(self) -> list[dict[str, Any]]:
         """A calibration card per judge, plain JSON values; empty where no judge was named."""
 
+    @property
+    @abstractmethod
+    def broken_by(self) -> Sequence[str]:
+        """Names of the figures (truth values) by which a judge each says that the row is broken."""
+
 
 @runtime_checkable
 class CountsOver(Protocol):
@@ -431,6 +499,15 @@ class CountsOver(Protocol):
     @abstractmethod
     def denominator(self) -> str:
         """The report's word for it, such as "prompts"."""
+
+
+@runtime_checkable
+class NeedsAccess(Protocol):
+    """A view of a model (`Oracle.seen_as`) that says which access it takes; others take all."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Access: ...
 
 
 class Oracle(Protocol[X, Y]):
@@ -530,6 +607,44 @@ class Lattice(Protocol):
     @abstractmethod
     def lattice(self) -> int:
         """Steps across the box, such as 255; 0 leaves values as they are."""
+
+
+@runtime_checkable
+class Radius(Protocol):
+    """A threat model with a radius. Some balls have none and say so when they are asked for a step of its length."""
+
+    @property
+    @abstractmethod
+    def eps(self) -> float:
+        """In units of the norm and of the model's space."""
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A threat model whose budget is a number of changes."""
+
+    @property
+    @abstractmethod
+    def n(self) -> int | None:
+        """The most; None admits any number."""
+
+
+@runtime_checkable
+class InSpace(Protocol):
+    """A threat model that speaks of one kind of space, and holds the one that it is bound to."""
+
+    @property
+    @abstractmethod
+    def space(self) -> Any: ...
+
+
+@runtime_checkable
+class Slotted(Protocol):
+    """A threat model of token ids, in which the attacker has a slot in every row."""
+
+    @abstractmethod
+    def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
+        """The row [2, W] with each of the candidates [N, l] in its slot, [N, 2, W]."""
 
 
 @runtime_checkable
@@ -764,6 +879,25 @@ class Stepped(Protocol):
 
 
 @runtime_checkable
+class Serves(Protocol):
+    """An attack for some goals only; others work towards every goal."""
+
+    @property
+    @abstractmethod
+    def serves(self) -> Sequence[str]:
+        """Names of goals."""
+
+
+@runtime_checkable
+class SeeksMinimum(Protocol):
+    """An attack that says whether it looks for the least distance where nothing bounds it; others do."""
+
+    @property
+    @abstractmethod
+    def minimal(self) -> bool: ...
+
+
+@runtime_checkable
 class MadeForGoal(Protocol):
     """An attack made for one goal: what a command that does not name one gets."""
 
@@ -878,6 +1012,15 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class Hashed(Protocol):
+    """Data known by a hash of its rows."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 of rows, labels and ids."""
+
+
+@runtime_checkable
 class OfKind(Protocol):
     """A task of something else than classification."""
 
@@ -919,10 +1062,7 @@ class Defense(Protocol):
 class Trains(Protocol):
     """A defense that is a way to train: its models are found in the zoo or the cache, or trained."""
 
-    @property
-    @abstractmethod
-    def recipe(self) -> Any:
-        """Epochs, optimizer, schedule... (`training.loop.Recipe`)"""
+    recipe: Any  # epochs, optimizer, schedule (`training.loop.Recipe`); a field with a default factory is no property
 
     @abstractmethod
     def objective(self) -> Any:

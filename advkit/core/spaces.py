@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import BadInput, UsageError
+from advkit.core.protocols import Boxed, Sized
 
 SLACK = 1e-6
 """Fraction of a box's width that float round-off may leave it by and still be called inside."""
@@ -52,7 +53,7 @@ def _per_row(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Box:
+class Box(Boxed, Sized):
     """Real values between two bounds, per feature where the bounds are tensors.
 
     low, high: a number, or a tensor broadcastable to one row; low <= high, infinite bounds are allowed and a feature
@@ -214,7 +215,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Binary:
+class Binary(Boxed, Sized):
     """Zeros and ones: spikes, events, bag-of-words.
 
     shape: the shape of one row; None accepts any

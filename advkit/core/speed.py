@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from advkit.core.errors import SpecError, UsageError
 from advkit.core.oracle import Lanes, frozen
+from advkit.core.protocols import UnderSpeed
+from advkit.core.wrapper import Wrapper
 
 log = logging.getLogger("advkit")
 
@@ -106,8 +108,7 @@ class Speed:
         switches (`under_speed(speed)`); any other gets a View. Raises UsageError where the model can't be copied for a
         switch that needs a copy.
         """
-        own = getattr(model, "under_speed", None)
-        return View(model, self, sample.device.type) if own is None else own(self)
+        return model.under_speed(self) if isinstance(model, UnderSpeed) else View(model, self, sample.device.type)
 
     def settled(
         self, model: Any, sample: Tensor, planned: float = float("inf"), backward: bool = True
@@ -181,7 +182,7 @@ class Speed:
         return ratio < GAIN
 
 
-class View:
+class View(Wrapper):
     """A model under speed switches; everything else about it (space, description) is the model's own.
 
     Raises UsageError where a switch needs a copy and the model can't be copied.
@@ -247,11 +248,6 @@ class View:
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that really compute."""
         return tuple(self._inner.modules())
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("model", "_inner"):  # not there yet while unpickled or copied
-            raise AttributeError(name)
-        return getattr(self.model, name)
 
 
 def steady(view: Callable[[Tensor], Tensor], x: Tensor, lanes: Lanes, backward: bool = True) -> bool:

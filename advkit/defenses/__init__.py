@@ -17,4 +17,5 @@ DEFENSES: Registry[Defense] = Registry(
         "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",
     },
     group="advkit.defenses",
+    contract=Defense,
 )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Data, Rng
+from typing_extensions import override
+
+from advkit.core.protocols import Data, Rng, Trains
 from advkit.training.loop import Objective, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoDefense:
-    """Plain cross-entropy training where there is nothing trained yet; a trained model is left as it is.
+class NoDefense(Trains):
+    """No defense: cross-entropy training where nothing is trained yet; a trained model is left as it is.
 
     recipe: how an architecture without weights is trained
     """
@@ -21,6 +23,7 @@ class NoDefense:
 
     recipe: Recipe = field(default_factory=Recipe)
 
+    @override
     def objective(self) -> Objective:
         """Cross-entropy on clean images, judged by clean accuracy."""
         return Objective()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from advkit.core.protocols import ModelBuilder
 from advkit.core.registry import Registry
 
 MODELS: Registry[Any] = Registry(
@@ -30,4 +31,5 @@ MODELS: Registry[Any] = Registry(
         "zoo:": "advkit.models.zoo:ZooModel",
     },
     group="advkit.models",
+    contract=ModelBuilder,
 )

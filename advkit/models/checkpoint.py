@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import safetensors.torch
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from advkit.core.errors import BadModel, CheckpointError, UsageError
-from advkit.core.protocols import Rng
+from advkit.core.protocols import Rng, Sized
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box
 from advkit.models.torch import TorchModel
@@ -119,7 +118,7 @@ def _space_to_json(space: Any) -> dict[str, Any]:
         )
     described: dict[str, Any] = {"kind": "box"}
     for side in ("low", "high"):
-        value = getattr(space, side)
+        value = space.low if side == "low" else space.high
         described[side] = value.tolist() if isinstance(value, Tensor) else float(value)
     described["shape"] = None if space.shape is None else list(space.shape)
     described["levels"] = space.levels
@@ -179,7 +178,7 @@ def save_checkpoint(
         raise CheckpointError("the model does not say its architecture; pass architecture='cnn:width=16' or the like")
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"checkpoints are safetensors files, got {path}; end the name in .safetensors")
-    shape = shape or getattr(model.space, "shape", None)
+    shape = shape or (model.space.shape if isinstance(model.space, Sized) else None)
     if shape is None or model.classes is None:
         raise CheckpointError("a checkpoint says the shape of a row and the number of classes; the model knows neither")
     tensors = {name: tensor.detach().cpu() for name, tensor in _persistent(model.module).items()}
@@ -306,8 +305,7 @@ def _load_own(
         metadata["license"],
         architecture=spec,
     )
-    if isinstance(kind := getattr(type(built), "of", None), MethodType):  # a spiking network is one again
-        model = kind(model)
+    model = type(built).of(model)  # a spiking network is one again
     if model.state_sha256() != metadata["state_sha256"]:
         raise CheckpointError(f"{path} is damaged: its weights do not match their hash; fetch or train it again")
     return model
@@ -409,7 +407,7 @@ def _load_foreign(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFile:
-    """Weights from a file: one that save_checkpoint wrote, or others' with an explicit architecture.
+    """Checkpoint file: one that save_checkpoint wrote, or others' weights with an explicit architecture.
 
     file:         .safetensors, or .pt/.pth read by torch's weights-only reader
     architecture: spec that builds the module, in brackets where it has commas; only for files advkit did not write

@@ -12,7 +12,7 @@ from advkit.models.torch import Architecture, image_shape
 
 @dataclass(frozen=True, kw_only=True)
 class CNN(Architecture):
-    """Two convolutions and two linear layers: 38,282 weights on 14x14 images of one channel and ten classes.
+    """Small CNN: two convolutions and two linear layers; 38,282 weights on 14x14 images of one channel and ten classes.
 
     width:  channels of the first convolution; the second has twice as many
     kernel: side of both kernels, odd

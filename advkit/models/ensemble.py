@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from advkit.core.errors import BadModel
-from advkit.core.protocols import ModelInfo
+from advkit.core.protocols import Composite, KnowsClasses, ModelInfo
 
 
-class Ensemble:
+class Ensemble(Composite, KnowsClasses):
     """The mean of the logits of several models that share a space and answer the same classes.
 
     models: at least one; a member that cannot be differentiated as it is gives the attacker its attacker_view
 
     Raises BadModel where spaces or classes differ.
     """
+
+    models: tuple[Any, ...] = ()
+    classes: int | None = None
 
     def __init__(self, models: Sequence[Any], name: str = "") -> None:
         if not models:

@@ -58,7 +58,7 @@ def _unreachable(name: str, error: BaseException) -> UsageError:
 
 @dataclass(frozen=True, kw_only=True)
 class Timm:
-    """A model of the timm package by name, normalised inside as its data configuration says.
+    """timm model by name, normalised inside as its data configuration says.
 
     name:       such as resnet18 or vit_tiny_patch16_224.augreg_in21k_ft_in1k
     pretrained: fetch the package's weights; its classes must then be the task's
@@ -126,7 +126,7 @@ class Timm:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchVision:
-    """A classification model of torchvision by name, with the normalisation of its default weights inside.
+    """torchvision classification model by name, with the normalisation of its default weights inside.
 
     name:       such as resnet18 or vit_b_16
     pretrained: fetch the package's default weights (1,000 ImageNet classes)
@@ -182,12 +182,12 @@ class TorchVision:
 
 @dataclass(frozen=True, kw_only=True)
 class PythonFactory:
-    """A model from the user's own code: `python:module:factory` imports the module and calls the factory.
+    """Python model of the user's own: `python:module:factory` imports the module and calls the factory.
 
     target:     module:factory; the module may lie in the working directory. The factory gets `shape` (of one row) and
                 `classes` where it has parameters of these names, and returns a torch module, an advkit model or a
                 function from rows to logits. A torch module is put into evaluation mode
-    mean, std:  normalisation of a torch module, per channel; empty: rows enter as they are
+    mean, std:  normalisation of a torch module, per channel; empty: samples enter as they are
     checkpoint: .safetensors, .pt or .pth for a torch module
     sha256:     of the checkpoint; checked before it is opened
     """

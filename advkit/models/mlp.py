@@ -13,7 +13,7 @@ from advkit.models.torch import Architecture
 
 @dataclass(frozen=True, kw_only=True)
 class MLP(Architecture):
-    """Linear layers with rectifiers between them; rows are flattened.
+    """MLP: linear layers with ReLU between them; samples are flattened.
 
     hidden: units of each hidden layer; empty: a linear classifier
     """

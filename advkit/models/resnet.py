@@ -62,7 +62,7 @@ class PreActivationResNet(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ResNet8(Architecture):
-    """Three stages of one pre-activation block: a small residual network with batch normalisation.
+    """ResNet-8: three stages of one pre-activation block; a small residual network with batch normalisation.
 
     width: channels of the first stage; each later one has twice as many
     """
@@ -80,7 +80,7 @@ class ResNet8(Architecture):
 
 @dataclass(frozen=True, kw_only=True)
 class ResNet18(Architecture):
-    """Four stages of two pre-activation blocks: the ResNet-18 of the adversarial-training literature.
+    """ResNet-18, pre-activation: four stages of two blocks, as in the adversarial-training literature.
 
     width: channels of the first stage; each later one has twice as many
     """
@@ -98,7 +98,7 @@ class ResNet18(Architecture):
 
 @dataclass(frozen=True, kw_only=True)
 class WRN28x10(Architecture):
-    """Wide residual network: three stages of (depth - 4) / 6 blocks, widen times as wide as 16, 32, 64.
+    """Wide ResNet: three stages of (depth - 4) / 6 blocks, widen times as wide as 16, 32, 64.
 
     depth: layers, 6 n + 4
     widen: factor on the channels of every stage

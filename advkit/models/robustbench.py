@@ -15,7 +15,7 @@ from advkit.models.torch import TorchModel, seeded
 
 @dataclass(frozen=True, kw_only=True)
 class RobustBench:
-    """A model of the RobustBench zoo by name; it takes images in [0, 1] and normalises inside.
+    """RobustBench model by name; it takes images in [0, 1] and normalises inside.
 
     name:    as the leaderboard spells it, such as Carmon2019Unlabeled
     dataset: cifar10, cifar100 or imagenet; the task's classes must be its

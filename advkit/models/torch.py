@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from typing_extensions import override
 
 from advkit.core.errors import BadModel, UnknownName
-from advkit.core.protocols import Model, ModelInfo, Rng
+from advkit.core.protocols import Copies, Data, Headed, KnowsClasses, Model, ModelInfo, Rng, Task
 from advkit.core.spaces import Box
 
 BIG_ENDIAN: bool = sys.byteorder == "big"
@@ -73,7 +74,7 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and _indexed(one) == _indexed(other)
 
 
-class TorchModel:
+class TorchModel(Headed, KnowsClasses, Copies):
     """A torch module that speaks the attacker's space and answers logits [B, classes].
 
     module:       takes normalised rows; its mode, weights and flags are never changed here
@@ -87,6 +88,8 @@ class TorchModel:
 
     Raises BadModel where mean and std do not fit each other or a std is not positive.
     """
+
+    classes: int | None = None
 
     def __init__(
         self,
@@ -165,6 +168,7 @@ class TorchModel:
     def modules(self) -> tuple[nn.Module, ...]:
         return (self.module,)
 
+    @override
     def head(self) -> Tensor | None:
         """Weight [classes, features] of the linear layer that makes the logits; None where there is none.
 
@@ -214,10 +218,16 @@ class TorchModel:
             "architecture": self.architecture,
         }
 
+    @classmethod
+    def of(cls, model: TorchModel) -> TorchModel:
+        """The model as one of this class, which a subclass may make of it."""
+        return model
+
     def with_module(self, module: nn.Module) -> TorchModel:
         """The same description around another module."""
         return TorchModel(module, **self.settings())
 
+    @override
     def copy(self) -> TorchModel:
         """A model with its own weights."""
         try:
@@ -235,13 +245,15 @@ class TorchModel:
         return moved
 
 
-class FunctionModel:
+class FunctionModel(KnowsClasses):
     """A bare callable as a model: rows in, logits out, nothing known of what is inside.
 
     function: tensor [B, ...] -> logits [B, classes]
     identity: what its hash is made of. Empty: a fresh one per object, so that a run of an unnamed function is never
               taken for the run of another
     """
+
+    classes: int | None = None
 
     def __init__(
         self,
@@ -286,23 +298,21 @@ class FunctionModel:
 
 def is_model(thing: object) -> bool:
     """Whether an object has every member of protocols.Model."""
-    return not isinstance(thing, type) and all(
-        hasattr(thing, member) for member in ("space", "__call__", "attacker_view", "modules", "describe", "to")
-    )
+    return not isinstance(thing, type) and isinstance(thing, Model)
 
 
-def as_model(thing: Any, task: Any = None) -> Model[Any, Any]:
+def as_model(thing: Any, task: Task | Data | None = None) -> Model[Any, Any]:
     """A model from a model, a torch module or a bare callable; the task says the space and the number of classes.
 
     A module or callable is taken to accept rows as the task hands them out; one that wants normalised rows goes into
     `TorchModel(module, mean=..., std=...)`. Raises BadModel for anything else.
     """
-    space = getattr(task, "space", None)
-    classes = getattr(task, "classes", None)
+    space = None if task is None else task.space
+    classes = None if task is None else task.classes
     if isinstance(thing, nn.Module):
         return TorchModel(thing, space=space, classes=classes)
-    if is_model(thing):
-        return cast("Model[Any, Any]", thing)
+    if isinstance(thing, Model) and not isinstance(thing, type):
+        return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionModel(thing, space=space, classes=classes)
     raise BadModel(
@@ -315,7 +325,7 @@ def as_model(thing: Any, task: Any = None) -> Model[Any, Any]:
 class Architecture(ABC):
     """What builds an untrained model for rows of a shape.
 
-    mean, std: normalisation inside the model, per channel; empty: rows enter as they are
+    mean, std: normalisation inside the model, per channel; empty: samples enter as they are
     """
 
     mean: tuple[float, ...] = ()

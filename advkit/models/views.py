@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 from advkit.core.errors import BadModel
-from advkit.core.protocols import ModelInfo
+from advkit.core.protocols import Averages, KnowsClasses, ModelInfo, Undefended
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -92,7 +93,7 @@ def straight_through(forward: Transform, backward: Transform = identity) -> Tran
     return _StraightThrough(forward, backward)
 
 
-class Averaged:
+class Averaged(Averages, KnowsClasses):
     """The mean answer over draws of a random model (EOT).
 
     Answers are averaged, as `Ensemble` averages its members'; draws come one after the other, so that a model that
@@ -111,15 +112,19 @@ class Averaged:
         self.draws = draws
         self.seed = seed
         self.space = model.space
-        self.classes = getattr(model, "classes", None)
 
     def __repr__(self) -> str:
         return f"Averaged({self.model!r}, draws={self.draws}, seed={self.seed})"
 
     @property
+    @override
+    def classes(self) -> int | None:
+        return self.model.classes if isinstance(self.model, KnowsClasses) else None
+
+    @property
+    @override
     def passes(self) -> int:
-        """Calls of the deployed model that one call of this one costs."""
-        return self.draws * int(getattr(self.model, "passes", 1))
+        return self.draws * (self.model.passes if isinstance(self.model, Averages) else 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         with self._generators(x.device):
@@ -178,7 +183,7 @@ def averaged(model: Any, draws: int, seed: int | None = None) -> Any:
     return model if draws == 1 and seed is None else Averaged(model, draws, seed)
 
 
-class Preprocessed:
+class Preprocessed(Undefended, KnowsClasses):
     """A model behind an input transformation: x -> transform(x) -> model.
 
     model:      what answers; its own attacker_view is kept to
@@ -210,7 +215,6 @@ class Preprocessed:
         self.randomized = randomized
         self.draws = draws
         self.space = model.space if space is None else space
-        self.classes = getattr(model, "classes", None)
         self.label = label
         self.mark = label or uuid.uuid4().hex
 
@@ -222,8 +226,13 @@ class Preprocessed:
         return answer
 
     @property
+    @override
+    def classes(self) -> int | None:
+        return self.model.classes if isinstance(self.model, KnowsClasses) else None
+
+    @property
+    @override
     def undefended(self) -> Any:
-        """The model without the transformation: what an attacker who knows of no defense attacks."""
         return self.model
 
     def attacker_view(self) -> Any:

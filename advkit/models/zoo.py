@@ -169,7 +169,7 @@ def publish(model: TorchModel, described: Mapping[str, Any], folder: Path | None
 
 @dataclass(frozen=True, kw_only=True)
 class ZooModel:
-    """A trained model that ships with the package, by the name on its card.
+    """Zoo model: trained, shipped with the package, by the name on its card.
 
     name: as `advkit zoo` lists it
     """

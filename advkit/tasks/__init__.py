@@ -22,4 +22,5 @@ TASKS: Registry[Task] = Registry(
         "prompts": "advkit.tasks.prompts:Prompts",
     },
     group="advkit.tasks",
+    contract=Task,
 )

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Batch, Data, TaskDefaults
+from advkit.core.protocols import Batch, Data, Hashed, TaskDefaults
 from advkit.core.spaces import Box
 
 DATA_VARIABLE = "ADVKIT_DATA"
@@ -70,7 +71,7 @@ class Rows:
     ids: tuple[str, ...]
 
 
-class ClassificationTask:
+class ClassificationTask(Hashed):
     """What every labelled task shares; a subclass says `rows` or, where rows do not fit in memory, `fetch`.
 
     The goal of a batch is Untargeted. Batches of any size and any `skip` hand out the same rows under the same ids.
@@ -100,6 +101,7 @@ class ClassificationTask:
     def training(self) -> Data | None:
         """The training set, or None where there is none at hand."""
 
+    @override
     @abstractmethod
     def digest(self) -> str:
         """sha256 of the rows, labels and ids."""

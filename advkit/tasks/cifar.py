@@ -79,7 +79,7 @@ class CIFAR10(_Cifar):
     split:    "test" or "train"
     root:     folder that holds cifar-10-batches-py/; default: ADVKIT_DATA/cifar10
     download: fetch it into root where it is missing
-    train:    training rows: the first so many of the file; 0 for all
+    train:    training samples: the first so many of the file; 0 for all
     """
 
     split: Literal["test", "train"] = "test"
@@ -102,7 +102,7 @@ class CIFAR100(_Cifar):
     split:    "test" or "train"
     root:     folder that holds cifar-100-python/; default: ADVKIT_DATA/cifar100
     download: fetch it into root where it is missing
-    train:    training rows: the first so many of the file; 0 for all
+    train:    training samples: the first so many of the file; 0 for all
     """
 
     split: Literal["test", "train"] = "test"

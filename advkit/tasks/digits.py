@@ -33,8 +33,8 @@ class Digits(ArrayTask):
 
     split: "test" or "train"
 
-    The file is grouped by writer, so rows are shuffled: in the order of sha256("digits/PLACE"), the first 1,437 train.
-    An id names the row's place in scikit-learn's file.
+    The file is grouped by writer, so samples are shuffled: in the order of sha256("digits/PLACE"), the first 1,437 are
+    the training set. An id names the sample's position in scikit-learn's file.
     """
 
     split: Literal["test", "train"] = "test"

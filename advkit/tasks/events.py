@@ -342,13 +342,14 @@ class Filmed(ArrayTask):
 
 @dataclass(frozen=True, kw_only=True)
 class FashionMNISTDVS(Filmed):
-    """Fashion-MNIST filmed by a simulated event camera: [10, 2, 34, 34] bits, 23,120 a row, the first 1,000 test rows.
+    """Fashion-MNIST-DVS, by a simulated event camera: [10, 2, 34, 34] bits, 23,120 a sample; the first 1,000 test
+    images.
 
     split: "test", or "train" to attack training images (needs root)
-    root:  folder of the published idx(.gz) files, needed for training and for more than 1,000 test rows. Default:
+    root:  folder of the published idx(.gz) files, needed for training and for more than 1,000 test samples. Default:
            ADVKIT_DATA/fashion-mnist where that exists
-    train: training rows filmed: the first so many of the file; they are held in memory, 92 kB each
-    test:  test rows: the first so many of the file; 0 for all 10,000 where root is said, else the 1,000 embedded
+    train: training samples: the first so many of the file; they are held in memory, 92 kB each
+    test:  test samples: the first so many of the file; 0 for all 10,000 where root is said, else the 1,000 embedded
 
     The other settings are the simulator's: frames, substeps, amplitude, pad, threshold, floor, noise_rate, jitter and
     their seed.
@@ -380,9 +381,9 @@ class FashionMNISTDVS(Filmed):
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsDVS(Filmed):
-    """Digits, scaled to 16x16 (bilinear) and filmed by a simulated event camera: [8, 2, 20, 20] bits, 6,400 a row.
+    """Digits-DVS, digits scaled to 16x16 before a simulated event camera: [8, 2, 20, 20] bits, 6,400 a sample.
 
-    split: "test" (360 rows) or "train" (1,437)
+    split: "test" (360 samples) or "train" (1,437)
 
     The other settings are the simulator's: frames, substeps, amplitude, pad, threshold, floor, noise_rate, jitter and
     their seed.
@@ -415,16 +416,17 @@ SUFFIXES = (".bin", ".npz")
 
 @dataclass(frozen=True, kw_only=True)
 class EventFolder(ClassificationTask):
-    """Recordings in a folder of the user's: path/SPLIT/CLASS/*.bin (N-MNIST) or *.npz (events t, x, y, p, or frames).
+    """Event recordings in a folder of the user's: path/SPLIT/CLASS/*.bin (N-MNIST) or *.npz (events t, x, y, p, or
+    frames).
 
     path:   the folder above the splits
     split:  sub-folder that is evaluated; "." where the classes lie in `path` itself
-    frames: frames per row; recordings are cut so that every frame holds as many events. Archives of frames must have
+    frames: frames per sample; recordings are cut so that every frame holds as many events. Archives of frames must have
             that many already
     height: rows of the sensor (34 for N-MNIST, 128 for CIFAR10-DVS and DVS-Gesture)
     width:  its columns
-    limit:  rows: the first so many in the order of the hashes of the file names; 0 for all
-    train:  training rows from path/train, likewise
+    limit:  samples: the first so many in the order of the hashes of the file names; 0 for all
+    train:  training samples from path/train, likewise
 
     A bit is 1 where at least one event fell. Classes are the sub-folders in alphabetical order (numbers by value).
     Files are read as they are needed. Raises UsageError for folders that are missing or empty, BadInput for damaged or

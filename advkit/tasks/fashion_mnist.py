@@ -111,13 +111,13 @@ class FashionMNIST(ArrayTask):
 
     split: "test", or "train" to attack training images (needs root)
     root:  folder of the published idx(.gz) files, also in torchvision's layout; needed for training and for more than
-           1,000 test rows. Default: ADVKIT_DATA/fashion-mnist where that exists
+           1,000 test samples. Default: ADVKIT_DATA/fashion-mnist where that exists
     size:  side of the images: 28, or 14, 7, 4, 2 where blocks of 2x2 and more are averaged
-    train: training rows: the first so many of the file; 0 for all 60,000
-    test:  test rows: the first so many of the file; 0 for all 10,000 where root is said, else the 1,000 embedded
+    train: training samples: the first so many of the file; 0 for all 60,000
+    test:  test samples: the first so many of the file; 0 for all 10,000 where root is said, else the 1,000 embedded
 
-    An evaluation does not change with ADVKIT_DATA being set: that folder is used for training and for rows asked for
-    by number.
+    An evaluation does not change with ADVKIT_DATA being set: that folder is used for training and for samples
+    requested by number.
     """
 
     split: Literal["test", "train"] = "test"

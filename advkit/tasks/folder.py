@@ -182,15 +182,15 @@ class Images(ClassificationTask):
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Images):
-    """Images in a folder of the user's: path/SPLIT/CLASS/*.png (or .jpg...), with path/train where one trains.
+    """Image folder of the user's: path/SPLIT/CLASS/*.png (or .jpg...), path/train where a defense trains.
 
     path:          the folder above the splits
     split:         sub-folder that is evaluated
     resize:        the shorter side is scaled to so many pixels
     crop:          then the middle crop x crop pixels are taken
     interpolation: of the scaling: bilinear or bicubic
-    limit:         rows: the first so many in the order of the hashes of the file names; 0 for all
-    train:         training rows, likewise
+    limit:         samples: the first so many in the order of the hashes of the file names; 0 for all
+    train:         training samples, likewise
     """
 
     path: str

@@ -50,7 +50,7 @@ def _places() -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNet(Images):
-    """ImageNet's validation set, or part of it, in a folder of the user's; with root/train where one trains.
+    """ImageNet: its validation set, or part of it, in a folder of the user's; root/train where a defense trains.
 
     root:          folder that holds val/; default: ADVKIT_DATA/imagenet
     split:         its sub-folder that is evaluated: class folders named by wnid (n01440764) or label (0 to 999), any
@@ -60,8 +60,8 @@ class ImageNet(Images):
     resize:        the shorter side is scaled to so many pixels
     crop:          then the middle crop x crop pixels are taken
     interpolation: of the scaling: bilinear or bicubic
-    limit:         rows: the first so many of the order; 0 for all
-    train:         training rows, likewise
+    limit:         samples: the first so many of the order; 0 for all
+    train:         training samples, likewise
     balanced:      order: the first image of each class, then the second of each, and so on, instead of a random mixture
 
     Images are in the order of the hashes of their file names, in whichever of the three ways the labels are given.
@@ -225,7 +225,7 @@ def _samples() -> tuple[tuple[str, bytes], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetSamples(ArrayTask):
-    """Twenty ImageNet photographs that the package foolbox ships, with their labels: no download at run time.
+    """ImageNet samples: twenty labelled photographs that the package foolbox ships; no download at run time.
 
     resize:        the shorter side is scaled to so many pixels (Pillow, antialiased, rounded to 8 bits)
     crop:          then the middle crop x crop pixels are taken

@@ -21,7 +21,7 @@ from advkit.tasks.base import ArrayTask, Rows, row_ids
 
 @dataclass(frozen=True, kw_only=True)
 class Npz(ArrayTask):
-    """Rows and labels of a numpy .npz archive: keys x and y, and x_train and y_train where there is a training set.
+    """NumPy archive (.npz) of samples and labels: keys x and y, and x_train and y_train for a training set.
 
     path:   the file. x: floats in [low, high], or 8-bit images, which become k/255. y: labels from 0. Never unpickled
     layout: "rows": x as it is; "hwc": images with channels last; "hw": images without a channel

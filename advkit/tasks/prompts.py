@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Batch, Data, TaskDefaults
+from advkit.core.protocols import Batch, Bindable, Data, Hashed, OfKind, TaskDefaults
 from advkit.core.spaces import NOTHING, REPLY, USER, Transcripts
 from advkit.threat_models.goals.untargeted import Untargeted
 
@@ -53,20 +54,20 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Make a chat model say what it should not, or what it would not: prompts with wanted replies.
+class Prompts(OfKind, Bindable, Hashed):
+    """Prompts for a chat model, each with the target reply that an attacker wants of it.
 
     set:  "toychat", 24 questions that the embedded model refuses and 24 harmless twins, in its own little language;
           "toychat-clean", 500 harmless questions to it with up to 8 filler words, drawn as its training data was: it
-          complies by itself, and filters are set up with them; or "general", a few harmless questions to any chat
-          model, whose wanted replies it would not give by itself
+          complies by itself, and filters take their threshold from them; or "general", a few harmless questions to any
+          chat model, whose target replies it would not give by itself
     file: a JSONL file of your own in place of the set
-    room: positions that an attacker's tokens find in every row, those that text takes more when it is read anew
-          included
+    room: positions for an attacker's tokens in every sample, with those that its text takes more when it is tokenized
+          again
 
-    Rows are transcripts in a model's ids: `bind` the task to the model's space before asking for them. The label of
-    every row is 0, held back. Raises BadInput for lines that can't be read and words that the model does not know,
-    UsageError for a file that is not there.
+    Samples are transcripts in a model's ids: `bind` the task to the model's space before requesting them. The label of
+    every sample is 0, target not said. Raises BadInput for lines that can't be read and words that the model does not
+    know, UsageError for a file that is not there.
     """
 
     name: ClassVar[str] = "prompts"
@@ -100,6 +101,7 @@ class Prompts:
         """The bound model's, with this task's width; None before."""
         return self._space
 
+    @override
     def bind(self, space: Any) -> Self:
         """The same task in a model's token ids."""
         if not isinstance(space, Transcripts):
@@ -227,6 +229,7 @@ class Prompts:
             digest.update(str(self._space.tokenizer.digest).encode())
         return digest.hexdigest()
 
+    @override
     def digest(self) -> str:
         """sha256 over the lines, the room and the tokenizer."""
         return self._digest

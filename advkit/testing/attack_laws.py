@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advkit.core.errors import AccessDenied, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, SeeksMinimum, Serves
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.testing.play import (
@@ -238,6 +238,11 @@ def closed_form(subject: Subject) -> None:
             require(not wrong, f"eps {eps:.4g}: rows {wrong} at distances {exact[wrong].tolist()} are misjudged")
 
 
+def seeks_minimum(attack: Any) -> bool:
+    """Whether the attack looks for the least distance where nothing bounds it."""
+    return not isinstance(attack, SeeksMinimum) or attack.minimal
+
+
 def _is_nearest(subject: Subject, victim: Any, x: Tensor, labels: Tensor, exact: Tensor) -> None:
     """Every row falls, at no more than 1.1 times its least distance and 0.02, which rows on the boundary need.
 
@@ -250,7 +255,7 @@ def _is_nearest(subject: Subject, victim: Any, x: Tensor, labels: Tensor, exact:
     distance = ball.distance(played.z, x)
     nearer = played.reached & (distance < exact * (1 - 1e-5) - 1e-6)
     require(not bool(nearer.any()), "rows fell nearer than the boundary is")
-    if not getattr(attack, "minimal", True):
+    if not seeks_minimum(attack):
         require(torch.equal(distance > 0, played.reached), "rows moved that did not fall")
         return
     require(bool(played.reached.all()), f"rows {(~played.reached).nonzero().flatten().tolist()} did not fall")
@@ -465,7 +470,7 @@ def every_goal_accepted(subject: Subject) -> None:
         try:
             z = play(subject.attack, model, x, other, ball).z
         except UsageError as refusal:
-            served = getattr(subject.attack, "serves", ())
+            served = subject.attack.serves if isinstance(subject.attack, Serves) else ()
             require(served, f"{type(other).__name__} was refused by an attack that names no goals: {refusal}")
             require(other.kind not in served, f"{other.kind} is served and was refused: {refusal}")
             require(all(word in str(refusal) for word in served), f"the refusal names no way out: {refusal}")
@@ -475,7 +480,7 @@ def every_goal_accepted(subject: Subject) -> None:
     victim = linear(space=None if subject.bits else WIDE)
     x = subject.rows(uniform(11, 16, 8))
     labels = labels_of(victim, x)
-    if subject.norm == "l0" or not getattr(subject.attack, "minimal", True):
+    if subject.norm == "l0" or not seeks_minimum(subject.attack):
         return
     if not subject.bounded:
         reached = play(subject.attack, victim, x, Targeted(1 - labels), subject.at(box=WIDE)).reached

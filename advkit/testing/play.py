@@ -12,7 +12,7 @@ from torch import Tensor
 from advkit.attacks.suites import Stage, Suite
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, Meter, MeteredOracle
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, Serves
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.testing.victims import linear, uniform
@@ -96,8 +96,9 @@ def play(
 
 def aimed(attack: Any, labels: Tensor, classes: int) -> Any:
     """A goal for rows of these classes that the attack serves: untargeted, or else the next class."""
-    serves = getattr(attack, "serves", None)
-    return Untargeted(labels) if serves is None or "untargeted" in serves else Targeted((labels + 1) % classes)
+    if isinstance(attack, Serves) and "untargeted" not in attack.serves:
+        return Targeted((labels + 1) % classes)
+    return Untargeted(labels)
 
 
 def fields_of(attack: Any) -> set[str]:

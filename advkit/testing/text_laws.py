@@ -15,9 +15,10 @@ from torch import Tensor
 
 from advkit.core.errors import AccessDenied, UsageError
 from advkit.core.oracle import Meter, MeteredOracle
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, MadeForThreatModel
 from advkit.core.rng import RowRng
 from advkit.core.spaces import SLOT
+from advkit.core.wrapper import Wrapper
 from advkit.models.language.model import LanguageModel
 from advkit.testing.language import tiny_lm, transcripts
 from advkit.testing.play import fields_of, names, require
@@ -51,7 +52,7 @@ class TextGame:
 
 def on_text(attack: Any) -> bool:
     """Whether the attack is made for transcripts: its own threat model is a slot for tokens."""
-    return str(getattr(attack, "default_threat_model", "")).partition(":")[0] == "suffix"
+    return isinstance(attack, MadeForThreatModel) and attack.default_threat_model.partition(":")[0] == "suffix"
 
 
 def brief(attack: Any) -> Any:
@@ -179,14 +180,11 @@ def refuses_without_access(attack: Any) -> None:
 def survives_nan(attack: Any) -> None:
     """A model that answers NaN to every touched prompt is met with admitted rows, and the meter says so."""
 
-    class Broken:
+    class Broken(Wrapper):
         """NaN wherever the attacker has been."""
 
         def __init__(self, model: LanguageModel) -> None:
             self.model = model
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.model, name)
 
         def __call__(self, x: Tensor) -> Tensor:
             touched = (x[:, 1] == SLOT).any(1)

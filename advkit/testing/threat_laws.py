@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import UsageError
+from advkit.core.protocols import Counted, InSpace, Radius, Slotted
 from advkit.core.rng import RowRng
 from advkit.core.spaces import REPLY, USER, Binary, Box, Transcripts
 from advkit.testing.language import PieceTokenizer, transcripts
@@ -31,7 +32,7 @@ def _bound(threat: Any) -> Any:
 
 def _of_bits(threat: Any) -> bool:
     """Whether the rows that it speaks of are zeros and ones."""
-    return isinstance(getattr(threat, "space", None), Binary)
+    return isinstance(threat, InSpace) and isinstance(threat.space, Binary)
 
 
 def _rows_of(threat: Any) -> Tensor:
@@ -40,12 +41,12 @@ def _rows_of(threat: Any) -> Tensor:
 
 def _has_radius(threat: Any) -> bool:
     """Whether it is a ball. Where any distance is admitted there is nothing to draw from and no length of a step."""
-    return hasattr(threat, "eps")
+    return isinstance(threat, Radius)
 
 
 def _limited(threat: Any) -> bool:
     """Whether anything bounds the distance: a radius, or a number of flips."""
-    return _has_radius(threat) or getattr(threat, "n", None) is not None
+    return _has_radius(threat) or (isinstance(threat, Counted) and threat.n is not None)
 
 
 def _inside(threat: Any, x: Tensor, seed: int) -> Tensor:
@@ -205,7 +206,7 @@ THREAT_LAWS: dict[str, Callable[[Any], None]] = {
 
 def _of_tokens(threat: Any) -> bool:
     """Whether what it speaks of are transcripts with a slot."""
-    return callable(getattr(threat, "slotted", None))
+    return isinstance(threat, Slotted)
 
 
 def _chats(threat: Any) -> tuple[Any, Tensor, list[Tensor]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from advkit.core.protocols import Rule, ThreatModel
 from advkit.core.registry import Registry
 
-THREAT_MODELS: Registry[Any] = Registry(
+if TYPE_CHECKING:
+    from advkit.threat_models.judges import Judge
+
+THREAT_MODELS: Registry[ThreatModel[Any]] = Registry(
     "threat model",
     {
         "linf": "advkit.threat_models.lp:Linf",
@@ -21,9 +25,10 @@ THREAT_MODELS: Registry[Any] = Registry(
         "suffix": "advkit.threat_models.tokens:Suffix",
     },
     group="advkit.threat_models",
+    contract=ThreatModel,
 )
 
-GOALS: Registry[Any] = Registry(
+GOALS: Registry[Rule] = Registry(
     "goal",
     {
         "untargeted": "advkit.threat_models.goals.untargeted:UntargetedRule",
@@ -34,9 +39,10 @@ GOALS: Registry[Any] = Registry(
         "says": "advkit.threat_models.goals.says:SaysRule",
     },
     group="advkit.goals",
+    contract=Rule,
 )
 
-JUDGES: Registry[Any] = Registry(
+JUDGES: Registry[Judge] = Registry(
     "judge",
     {
         "refusal": "advkit.threat_models.judges:RefusalStrings",
@@ -45,4 +51,5 @@ JUDGES: Registry[Any] = Registry(
         "python:": "advkit.threat_models.judges:PythonJudge",
     },
     group="advkit.judges",
+    contract="advkit.threat_models.judges:Judge",
 )

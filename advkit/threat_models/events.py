@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, Counted, InSpace, Levels, Measures, Rng
 from advkit.core.spaces import Binary
 from advkit.threat_models.lp import _KNOWLEDGE, per_row, row_sum
 
@@ -31,18 +32,18 @@ class NoSteps(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class Flips:
-    """Binary rows with at most n bits flipped; without n, with as few as the attacker finds.
+class Flips(Measures, Levels, Counted, InSpace):
+    """Bit flips, L0 on binary data: at most n bits of a sample change; without n, as few as the attack finds.
 
     n:       most flips, >= 0; None admits any number, and what an attack is judged by is how many it needed
-    allow:   "flip" both ways, "add" only turns 0 into 1 (a sensor that sees ghosts), "delete" only 1 into 0
-    access:  what the attacker may ask of the victim
-    queries: how often, per row; None for no limit
-    space:   legal rows; `bind` puts the model's own here
+    allow:   "flip" both ways, "add" only turns 0 into 1 (a sensor with spurious events), "delete" only 1 into 0
+    access:  what the attacker may query: nothing, labels, scores or gradients
+    queries: how often, per sample; None for no limit
+    space:   legal samples; `bind` puts the model's own here
 
-    Every record carries the number of flips (`l0`) and their share of all bits in per cent (`l0_percent`); a report
-    gives the share of the attacked rows that fell within 200 and 800 flips, and within 0.05 to 1 per cent of the bits.
-    Attacks that walk steps of a length (`eps`, `steepest`) find none here: UsageError.
+    Every record carries the number of flips (`l0`) and their percentage of all bits (`l0_percent`); a report gives
+    the fraction of the attacked samples broken within 200 and 800 flips, and within 0.05 to 1 per cent of the bits.
+    Attacks that take steps of a length (`eps`, `steepest`) find none here: UsageError.
     Raises UsageError for a negative n, in `bind` for a space that is not binary, BadInput for rows of another shape.
     """
 
@@ -87,6 +88,7 @@ class Flips:
             )
         return replace(self, space=space)
 
+    @override
     def levels(self) -> Mapping[str, tuple[float, ...]]:
         """Thresholds by measure: a report gives the share of the attacked rows broken within each."""
         if self.n is None:
@@ -103,6 +105,7 @@ class Flips:
         """The number of flips, float64 [B]."""
         return self._count(x, origin).to(torch.float32 if x.device.type == "mps" else torch.float64)
 
+    @override
     def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """What a record says of a change: flips, and their share of all bits in per cent."""
         flips = self.distance(x, origin)
@@ -152,10 +155,11 @@ class Flips:
         """The rows as they are: bits need no rounding."""
         return x
 
-    @property
-    def eps(self) -> float:
-        """There is none: UsageError (and AttributeError, so that asking whether there is one works)."""
-        raise NoSteps
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # No property: it would count as a radius (`Radius`), whatever it raised.
+            raise NoSteps if name == "eps" else AttributeError(f"{type(self).__name__} has no {name}")
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
         """Rows with n allowed bits flipped, drawn without replacement; UsageError without n: nothing to draw."""

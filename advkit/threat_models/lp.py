@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, Descends, Lattice, Rng
 from advkit.core.spaces import SLACK, Box
 
 _KNOWLEDGE = {
@@ -111,13 +112,13 @@ class _Last:
 
 
 @dataclass(frozen=True)
-class NormBall(ABC):
+class NormBall(Lattice, Descends, ABC):
     """Everything within eps of the origin, in some norm, inside the box of legal inputs.
 
     eps:     radius, >= 0, in units of the norm and of the model's space
     lattice: steps across the box that a file can hold; 255 makes `finish` round to k/255, 0 leaves values as they are
-    access:  what the attacker may ask of the victim
-    queries: how often, per row; None for no limit
+    access:  what the attacker may query: nothing, labels, scores or gradients
+    queries: how often, per sample; None for no limit
     box:     legal inputs; `bind` puts the model's own here
 
     Raises UsageError for an eps that is negative, not finite, or (in `bind`) larger than the box.
@@ -199,6 +200,7 @@ class NormBall(ABC):
         To walk down a loss, add `steepest(-gradient, at)`: what is open depends on the way one goes.
         """
 
+    @override
     def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
         """z after a step against the gradient, `size` eps long, back in the ball; `size` broadcasts against z."""
         return self.project(z + size * self.steepest(-gradient, z), origin)
@@ -275,7 +277,7 @@ def displaced(origin: Tensor, move: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linf(NormBall):
-    """Every feature moves by at most eps."""
+    """Linf ball: every feature changes by at most eps."""
 
     norm: ClassVar[str] = "Linf"
 
@@ -311,6 +313,7 @@ class Linf(NormBall):
         """eps times the sign: a coordinate without room costs the others nothing here."""
         return usable(gradient).sign() * self.eps
 
+    @override
     def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
         """z after a step of `size` eps against the sign of the gradient, back in the ball."""
         signs = gradient.sign()
@@ -396,7 +399,7 @@ class _SumBall(NormBall):
 
 @dataclass(frozen=True)
 class L2(_SumBall):
-    """The Euclidean distance stays within eps."""
+    """L2 ball: the Euclidean norm of the change stays within eps."""
 
     norm: ClassVar[str] = "L2"
     power: ClassVar[int] = 2
@@ -445,7 +448,7 @@ class L2(_SumBall):
 
 @dataclass(frozen=True)
 class L1(_SumBall):
-    """The sum of all changes stays within eps.
+    """L1 ball: the sum of all absolute changes stays within eps.
 
     sparsity: fraction of the features, at least one, that share a step of `steepest`. The steepest direction of an L1
               ball moves a single feature, which the box stops at once, so an attack of 40 steps would touch 40

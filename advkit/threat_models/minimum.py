@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, Lattice, Measures, Rng
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import _KNOWLEDGE, UNIT, lattice_index, lattice_value, row_max, row_sum, wide
 
@@ -25,16 +26,17 @@ class _NoRadius(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class MinimumL2:
-    """The whole box, as near to the origin as the attacker can in L2; there is no eps.
+class MinimumL2(Measures, Lattice):
+    """Minimum-norm attack in L2: any legal input is admitted, and the distance to the clean sample counts; there is
+    no eps.
 
     lattice: steps across the box that a file can hold; 255 makes `finish` round to k/255, 0 leaves values as they are
-    access:  what the attacker may ask of the victim
-    queries: how often, per row; None for no limit
+    access:  what the attacker may query: nothing, labels, scores or gradients
+    queries: how often, per sample; None for no limit
     box:     legal inputs; `bind` puts the model's own here
 
-    An attack that was stopped by nothing should return the nearest point that reaches its goal, and the untouched row
-    where it found none. Attacks that walk a given radius (`eps`, `steepest`, `sample`) have none here: UsageError.
+    An attack without a budget should return the nearest point that reaches its goal, and the clean sample where it
+    found none. Attacks within a given radius (`eps`, `steepest`, `sample`) have none here: UsageError.
     """
 
     norm: ClassVar[str] = "L2"
@@ -81,6 +83,7 @@ class MinimumL2:
         """L2 distance, float [B]."""
         return row_sum(self._move(x, origin).square()).sqrt()
 
+    @override
     def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """What a report says of a success beside its distance: the energies L1, L2 and Linf, float [B] each."""
         move = self._move(x, origin)
@@ -115,10 +118,11 @@ class MinimumL2:
         rounded = lattice_value(lattice_index(x.to(low.dtype), low, step).round(), low, step, self.lattice).to(x.dtype)
         return torch.where(x == origin, origin, self.project(rounded, origin))
 
-    @property
-    def eps(self) -> float:
-        """There is none: UsageError (and AttributeError, so that asking whether there is one works)."""
-        raise _NoRadius
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # No property: it would count as a radius (`Radius`), whatever it raised.
+            raise _NoRadius if name == "eps" else AttributeError(f"{type(self).__name__} has no {name}")
 
     def sample(self, origin: Tensor, rng: Rng) -> Tensor:
         """No radius, no ball to draw from: UsageError."""

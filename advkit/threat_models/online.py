@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, ThreatModel
+from advkit.core.protocols import Access, Lattice, Submissions, Surrogates, ThreatModel, WrapsBall
 from advkit.threat_models.transfer import source_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Online:
-    """The items of a stream come in random order; the attacker hands in changed versions of at most k of them.
+class Online(Submissions, Surrogates, WrapsBall, Lattice):
+    """Online attack on a stream: items come in random order, and adversarial versions of at most k of them are
+    submitted.
 
-    An item passes once: it is handed in at once or never. With sources, the attacker sees its value (the loss of the
+    An item passes once: it is submitted at once or never. With sources, the attacker sees its value (the loss of the
     true label) on the surrogates only, several of them through the mean of their logits (the stochastic setting);
     without, on the victim (the deterministic setting).
 
@@ -44,10 +47,11 @@ class Online:
             raise UsageError(f"permutations {self.permutations}: expected at least one order of the stream")
         if self.ball.scenario != "evasion":
             raise UsageError(f"inner={self.inner} is a {self.ball.scenario}; name what bounds one item: linf:eps=0.1")
-        if getattr(self.ball, "surrogates", ()):
+        if isinstance(self.ball, Surrogates) and self.ball.surrogates:
             raise UsageError(f"inner={self.inner} names surrogates; name them with sources=... of the stream")
 
     @cached_property
+    @override
     def ball(self) -> Any:
         """The threat model of each item."""
         from advkit.threat_models import THREAT_MODELS
@@ -67,25 +71,24 @@ class Online:
         return made.queries
 
     @property
+    @override
     def lattice(self) -> int:
-        """Levels of the files handed in; 0 leaves values as they are."""
-        return int(getattr(self.ball, "lattice", 0))
+        """Levels of the submitted files; 0 leaves values as they are."""
+        return self.ball.lattice if isinstance(self.ball, Lattice) else 0
 
     @property
+    @override
     def surrogates(self) -> tuple[Any, ...]:
         """Specs or models that the attacker's oracle speaks for; none in white box."""
         return self.sources
 
-    def with_sources(self, sources: Any, seen: Any = None) -> Online:
-        """The same stream seen through these sources."""
+    @override
+    def with_sources(self, sources: Iterable[Any], seen: Iterable[str] = ()) -> Self:
+        """The same stream seen through these sources; which of them a defense knows makes no difference here."""
         return replace(self, sources=tuple(sources))
 
-    @property
-    def seen(self) -> tuple[str, ...]:
-        """Which sources a defender knew is not asked here."""
-        return ()
-
-    def agreed(self, k: int | None) -> Online:
+    @override
+    def agreed(self, k: int | None) -> Self:
         """The same stream with the attack's budget; raises UsageError where both name one and they differ."""
         if k is None or k == self.k:
             return self

@@ -17,11 +17,11 @@ from advkit.threat_models.lp import NormBall, lattice_index, lattice_value, row_
 
 @dataclass(frozen=True)
 class L0(NormBall):
-    """At most eps positions change, each to any legal value.
+    """L0 ball: at most eps positions change, each to any legal value.
 
     eps: a whole number of positions
     per: "pixel" counts a spatial position of an image [B, ..., C, H, W] once, whatever happens to its channels;
-         "feature" counts every value. Rows of fewer than three dimensions have no channels: the two agree.
+         "feature" counts every value. Samples of fewer than three dimensions have no channels: the two agree.
 
     Raises UsageError for an eps that is no whole number and (in `bind`) for an unbounded box, in which neither a random
     value nor the edge exists.
@@ -100,6 +100,15 @@ class L0(NormBall):
         move = torch.where(gradient > 0, high - at, low - at) * (gradient != 0)
         promise = gradient.to(wide(at)) * move
         return torch.where(self._everywhere(self._best(self._positions(promise)), at), move, 0.0)
+
+    def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
+        """z after `size` of the way to the box's edge, in the positions that promise most from the origin.
+
+        The other positions go back to the origin: a fraction of a step never outweighs a position that has changed
+        already, so that a run would stay with the first positions it took.
+        """
+        move = self.steepest(-gradient, origin)
+        return self.project(torch.where(move != 0, z + size * move, origin), origin)
 
     def _on_lattice(self, z: Tensor, origin: Tensor) -> Tensor:
         low, step = self._lattice_of(origin)

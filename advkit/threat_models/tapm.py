@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import override
 
 from advkit.core.errors import UsageError
+from advkit.core.protocols import BringsAttacks, Surrogates
 from advkit.threat_models.transfer import SurrogateBall, Transfer, source_name
 
 PUBLIC = "public"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tapm(SurrogateBall):
-    """Every attack of a menu on every public source; the victim answers finished images only.
+class Tapm(SurrogateBall, Surrogates, BringsAttacks):
+    """TAPM, transfer attacks from public models: every attack on every source, judged on a victim that is never
+    queried.
 
     Its accuracies say nothing about attackers who hold the victim's weights or query it: print the white-box figure
     beside them.
 
     sources: model specs or models; `public` stands for every public surrogate of the task's zoo
     attacks: attack specs or attacks; the paper's eleven become `attacks=...` as they are registered
-    seen:    names of the sources that the defender trained on; the others are the unseen ones
+    seen:    names of the sources that the defense was trained on; the others are the unseen ones
     """
 
     scenario: ClassVar[str] = "grid"
@@ -47,6 +50,7 @@ class Tapm(SurrogateBall):
                 raise UsageError(f"tapm {name} hold {', '.join(twice)} more than once; give each its own name")
 
     @property
+    @override
     def surrogates(self) -> tuple[Any, ...]:
         """Specs or models; (`public`,) until the task's surrogates were filled in by `with_sources`."""
         return self.sources
@@ -57,6 +61,7 @@ class Tapm(SurrogateBall):
         return tuple(source_name(source) for source in self.sources)
 
     @property
+    @override
     def attack_names(self) -> tuple[str, ...]:
         """Attacks as records name them."""
         return tuple(label for label, _ in self.algorithms())
@@ -68,10 +73,12 @@ class Tapm(SurrogateBall):
             raise UsageError("the grid's public sources are not known yet; fill them in with with_sources(...)")
         return tuple((source, attack) for source in self.source_names for attack in self.attack_names)
 
-    def with_sources(self, sources: Iterable[Any], seen: Iterable[str] | None = None) -> Tapm:
-        """The same grid over these sources, and the names among them that the defender knew."""
-        return replace(self, sources=tuple(sources), seen=self.seen if seen is None else tuple(seen))
+    @override
+    def with_sources(self, sources: Iterable[Any], seen: Iterable[str] = ()) -> Self:
+        """The same grid over these sources, and the names among them that the defense was trained on."""
+        return replace(self, sources=tuple(sources), seen=self.seen or tuple(seen))
 
+    @override
     def algorithms(self, build: Callable[[Any], Any] | None = None) -> tuple[tuple[str, Any], ...]:
         """(label, attack) pairs; `build` makes an attack of a spec (the attacks' registry lies above this package)."""
         return tuple(
@@ -79,6 +86,7 @@ class Tapm(SurrogateBall):
             for attack in self.attacks
         )
 
+    @override
     def cell(self, source: Any = None) -> Transfer:
         """The threat model inside one cell: transfer from one source, or from all where none is named."""
         sources = self.sources if source is None else (source,)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Evidence, Figure
+from advkit.core.protocols import Access, Counted, Evidence, Examines, Figure, InSpace, Measures, Slotted
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
 from advkit.threat_models.lp import _KNOWLEDGE
 
@@ -25,8 +26,8 @@ FORBIDS = ("special", "special+nonascii", "eos", "none")
 
 
 @dataclass(frozen=True)
-class Suffix:
-    """A user's prompt to which an attacker adds at most n tokens, in one place; all else stays as it was.
+class Suffix(Measures, Examines, Slotted, Counted, InSpace):
+    """Adversarial suffix: at most n tokens added to a user's prompt, in one place; everything else stays as it is.
 
     n:          most tokens, >= 0
     place:      "suffix" after the user's words, "prefix" before them, "infix" in their middle (after half of their
@@ -34,16 +35,16 @@ class Suffix:
     forbid:     ids that may not be used: "special" (turn marks and the like, with which a suffix could forge another
                 turn), "special+nonascii" (also ids whose own text is not printable ASCII), "eos" (only those that end a
                 reply, as the published code of arXiv 2402.15570 has it), "none"
-    retokenize: what counts is what arrives: the whole chat written down as text and read anew. A row whose ids change
-                by that is judged by the new ids; one that can't be told from them (the template does not survive, the
-                text never settles, there is no room) is handed in untouched
-    access:     what the attacker may ask of the victim
-    queries:    how often, per row; None for no limit
-    space:      legal rows; `bind` puts the model's own here
+    retokenize: what counts is what arrives: the whole chat decoded to text and tokenized again. A sample whose ids
+                change by that is judged by the new ids; one that can't be told from them (the template does not
+                survive, the text never settles, there is no room) is submitted clean
+    access:     what the attacker may query: nothing, labels, scores or gradients
+    queries:    how often, per sample; None for no limit
+    space:      legal samples; `bind` puts the model's own here
 
-    Rows that were read anew hold role 4; as nobody can tell their words and tokens apart again, they are admitted where
-    their text begins and ends with the user's own, reading them anew changes nothing, no forbidden id is among them
-    and they have at most 2 n + 8 tokens more than the user's words.
+    Samples that were tokenized again hold role 4; as words and added tokens can't be told apart there, they are
+    admitted where their text begins and ends with the user's own, tokenizing it once more changes nothing, no
+    forbidden id is among them and they have at most 2 n + 8 tokens more than the user's words.
     Raises UsageError for fields out of range, in `bind` for a space that is not made of transcripts, and in `slotted`
     where a row has no room.
     """
@@ -140,6 +141,7 @@ class Suffix:
         """The attacker's tokens in a row [2, W], long [l]."""
         return row[0][row[1] == SLOT]
 
+    @override
     def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
         """The row [2, W] with each of the candidates [N, l] in its slot, [N, 2, W]; what was there goes."""
         if bool((row[1] == REREAD).any()):
@@ -174,6 +176,7 @@ class Suffix:
         words = torch.where((x[:, 1] == REREAD).any(1), (origin[:, 1] == USER).sum(1), 0)
         return (added - words).clamp_min(0).to(torch.float32 if x.device.type == "mps" else torch.float64)
 
+    @override
     def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """What a record says of a change: the tokens it took."""
         return {"tokens": self.distance(x, origin)}
@@ -260,6 +263,7 @@ class Suffix:
         made[0, len(row[0]) - len(reply) :], made[1, len(row[0]) - len(reply) :] = reply, REPLY
         return made
 
+    @override
     def examine(self, evidence: Evidence) -> dict[str, list[Figure]]:
         """Of every row that the attacker changed: how many tokens, and whether they survive being read anew."""
         tokens = (evidence.returned[:, 1] == SLOT).sum(1).tolist()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, cast
 
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Describes, Lattice, Rng, Surrogates, WrapsBall
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import L1, L2, UNIT, Linf
 from advkit.threat_models.sparse import L0
@@ -26,12 +28,12 @@ def source_name(source: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SurrogateBall:
+class SurrogateBall(Lattice, WrapsBall):
     """A ball around each row, for attackers whose oracle speaks for models of their own.
 
     eps:     radius, in units of the norm and of the model's space
     norm:    linf | l2 | l1 | l0
-    lattice: levels of the files handed in; 255 rounds to k/255 without leaving the ball, 0 leaves values as they are
+    lattice: levels of the submitted files; 255 rounds to k/255 without leaving the ball, 0 leaves values as they are
     box:     legal inputs; set by `bind`
     """
 
@@ -50,6 +52,7 @@ class SurrogateBall:
         _ = self.ball
 
     @cached_property
+    @override
     def ball(self) -> Ball[Tensor]:
         """The ball itself; its radius and lattice were checked there."""
         made: Ball[Tensor] = BALLS[self.norm](eps=self.eps, lattice=self.lattice, box=self.box)
@@ -102,17 +105,17 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return source_name(value) if hasattr(value, "describe") else str(value)
+    return source_name(value) if isinstance(value, Describes) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer(SurrogateBall):
-    """Any attack on the attacker's own surrogates, judged on a victim that is never asked.
+class Transfer(SurrogateBall, Surrogates):
+    """Transfer attack: made on the attacker's own surrogate models, judged on a victim that is never queried.
 
     Several sources are attacked at once through the mean of their logits.
 
     sources:     model specs such as zoo:NAME (models themselves through the Python API)
-    attacks_all: attack also the rows that the victim gets wrong untouched, as the TAPM grid counts them
+    attacks_all: attack also the samples that the victim misclassifies clean, as the TAPM grid counts them
     """
 
     scenario: ClassVar[str] = "evasion"
@@ -128,6 +131,12 @@ class Transfer(SurrogateBall):
             raise UsageError("transfer needs at least one surrogate; name it with sources=zoo:NAME (joined by +)")
 
     @property
+    @override
     def surrogates(self) -> tuple[Any, ...]:
         """Specs or models that the attack's oracle speaks for."""
         return self.sources
+
+    @override
+    def with_sources(self, sources: Iterable[Any], seen: Iterable[str] = ()) -> Self:
+        """The same threat model with these sources; which of them a defense knows makes no difference here."""
+        return replace(self, sources=tuple(sources))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
-from advkit.core.protocols import Label, Outcome, Record
+from advkit.core.protocols import Label, Outcome, Record, WholeBatch, whole_batch
 
 
 @pytest.mark.parametrize(
@@ -46,3 +51,60 @@ def test_a_record_says_who_made_it():
     made = Record("a", "lean", Outcome.BROKEN, stage="near-fab", source="zoo:m")
     assert str(made.made_by) == "lean/near-fab@zoo:m"
     assert Record("a", "pgd:step_size=2/255", Outcome.BROKEN).made_by == Label("pgd:step_size=2/255")
+
+
+def test_a_number_called_together_is_no_wish_for_the_whole_batch():
+    @dataclass(frozen=True)
+    class Several:
+        together: int = 1
+
+    assert isinstance(Several(), WholeBatch)
+    assert not whole_batch(Several())
+    assert whole_batch(Several(together=True))
+    assert not whole_batch(Several(together=False))
+
+
+MISSPELT = """
+from advkit.core.protocols import Measures, Surrogates, Undefended
+from torch import Tensor
+from typing_extensions import override
+
+
+class Reversed(Undefended):
+    @property
+    def undefendet(self) -> object:
+        return None
+
+
+class Told(Measures):
+    @override
+    def mesures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    @override
+    def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+def asked(threat: object) -> object:
+    return threat.surogates if isinstance(threat, Surrogates) else Reversed()
+"""
+
+
+@pytest.mark.slow
+def test_the_type_checker_sees_a_misspelt_ability(tmp_path):
+    (tmp_path / "misspelt.py").write_text(MISSPELT, encoding="utf-8")
+    root = Path(__file__).parents[2]
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", str(root / "pyproject.toml"),
+         "--cache-dir", str(root / ".mypy_cache"), str(tmp_path / "misspelt.py")],
+        cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    found = sorted(line for line in checked.stdout.splitlines() if "misspelt.py" in line and ": error: " in line)
+    assert len(found) == 3, checked.stdout
+    for line, words in zip(
+        found, (("mesures", "[misc]"), ("surogates", "[attr-defined]"), ("Reversed", "[abstract]")), strict=True
+    ):
+        assert all(word in line for word in words), found
+    with pytest.raises(TypeError, match="undefended"):
+        exec(MISSPELT + "asked(None)", {})

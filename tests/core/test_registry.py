@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -15,9 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from advkit.core import registry as registry_module
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
+from advkit.core.protocols import Attack
 from advkit.core.registry import Argument, ParsedSpec, Registry, parse_spec
+from advkit.core.registry import table as registry_module
+from advkit.core.registry.contract import lacking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -429,6 +433,130 @@ def test_other_packages_add_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     finally:
         registry_module._installed.cache_clear()
         sys.modules.pop("elsewhere_far", None)
+
+
+ATTACKS_ELSEWHERE = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Whole:
+    steps: int = 1
+    needs = 0
+    def __call__(self, oracle, x, goal, threat, rng, /):
+        return x
+
+@dataclass(frozen=True)
+class Mute:
+    steps: int = 1
+    def __call__(self, oracle, x, goal, threat, rng, /):
+        return x
+
+@dataclass(frozen=True)
+class Needy:
+    needs: int
+
+class Late:
+    def __init__(self, forgets: bool = False):
+        if not forgets:
+            self.needs = 0
+    def __call__(self, oracle, x, goal, threat, rng, /):
+        return x
+
+def made():
+    return object()
+"""
+
+
+def test_what_lacks_the_members_of_its_kind_is_refused_when_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("Whole", "Mute", "Needy", "Late", "made")
+    points = "\n".join(f"{name.lower()} = elsewhere_attacks:{name}" for name in names)
+    install(tmp_path, monkeypatch, points, elsewhere_attacks=ATTACKS_ELSEWHERE)
+    try:
+        parts: Registry[Attack] = Registry("attack", {}, group="test.parts", contract=Attack)
+        assert isinstance(parts.build("whole:steps=3"), Attack)
+        with pytest.raises(UsageError, match=r"'mute' comes from .*attacks:Mute, which lacks needs; expected "):
+            parts.load("mute")
+        with pytest.raises(UsageError, match=r"lacks __call__; .*protocols\.Attack: needs, __call__\(oracle, x, goal"):
+            parts.load("needy")  # a field without a default is there, the call is not
+        assert isinstance(parts.build("late"), Attack)
+        parts.load("made")  # what a function makes is seen when it is made
+        with pytest.raises(UsageError, match="lacks needs, __call__"):
+            parts.build("made")
+        mine: Registry[Attack] = Registry("attack", {"mute": "elsewhere_attacks:Mute"}, contract=Attack)
+        assert mine.load("mute").__name__ == "Mute"  # the table is ours, and the tests hold it to the contract
+    finally:
+        registry_module._installed.cache_clear()
+        sys.modules.pop("elsewhere_attacks", None)
+
+
+@pytest.mark.parametrize(
+    "home",
+    [
+        "attacks:ATTACKS",
+        "defenses:DEFENSES",
+        "models:MODELS",
+        "models.spiking:RULES",
+        "tasks:TASKS",
+        "threat_models:GOALS",
+        "threat_models:JUDGES",
+        "threat_models:THREAT_MODELS",
+    ],
+)
+def test_every_registered_part_has_the_members_of_its_kind(home: str) -> None:
+    module, _, name = home.partition(":")
+    registry: Registry[Any] = vars(importlib.import_module(f"advkit.{module}"))[name]
+    assert registry.contract is not None
+    assert {each: lacking(registry.load(each), registry.contract) for each in registry.table} == {
+        each: [] for each in registry.table
+    }
+
+
+def test_a_deprecated_name_builds_and_says_once_what_it_is_called_now() -> None:
+    table = {"picky": f"{__name__}:Picky", "nest:": f"{__name__}:Nest"}
+    parts: Registry[Any] = Registry("part", table, deprecated={"choosy": "picky", "hole:": "nest:"})
+    assert "choosy" in parts
+    assert "choosy" not in parts.names()
+    with pytest.warns(DeprecationWarning, match="part 'choosy' is now spelled 'picky'"):
+        made = parts.build("choosy:number=2")
+    assert (made, parts.spec(made)) == (Picky(2), "picky:number=2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parts.build("Choosy:number=3") == Picky(3)
+    with pytest.warns(DeprecationWarning, match="'nest:'"):
+        assert parts.build("hole:picky:number=4") == Nest("picky:number=4")
+
+
+@dataclass(frozen=True)
+class Nest:
+    """Builds another part, or none."""
+
+    inner: str = ""
+
+    def __post_init__(self) -> None:
+        if self.inner:
+            NESTS.build(self.inner)
+
+
+NESTS: Registry[Any] = Registry("part", {"picky": f"{__name__}:Picky", "nest": f"{__name__}:Nest"})
+
+
+def test_an_error_inside_a_nested_part_says_which_part_it_was() -> None:
+    with pytest.raises(UsageError) as alone:
+        NESTS.build("picky:number=101")
+    for outer in ("nest:inner=[picky:number=101]", "nest:inner=[nest:inner=[picky:number=101]]"):
+        with pytest.raises(UsageError) as nested:
+            NESTS.build(outer)
+        assert str(nested.value) == f"in picky:number=101: {alone.value}"
+        assert type(nested.value) is type(alone.value)
+
+
+def test_an_error_inside_nested_fields_says_which_field_it_was() -> None:
+    from advkit.defenses import DEFENSES
+
+    with pytest.raises(UsageError, match=r"^in recipe=\[epochs=0\]: epochs=0; expected at least 1"):
+        DEFENSES.build("pgd_at:recipe=[epochs=0]")
 
 
 def test_summaries_are_read_without_importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ class Cheat:
     needs: ClassVar[Access] = Access.NOTHING
     how: str = "greedy"
     from_order: int = 0
+    k: ClassVar[int | None] = None
 
     def __call__(self, oracle, x, goal, ball, rng, /):
         return ball.project(x + 0.05, x)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, finite_rows
 from advkit.attacks.events.spiking import OWN, under_rule
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.wrappers import averaged
+from advkit.core.checks import at_least_one, check
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForThreatModel, Rng, Stepped
 from advkit.threat_models.events import Flips
 
 DEFAULT_RULE = "pdsg"
@@ -68,8 +68,8 @@ def seen_through(surrogate: str) -> Callable[[Any], Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SDA:
-    """Flip the bits whose flip alone brings the goal nearer, a few more every step; then take back what can be spared.
+class SDA(Stepped, MadeForThreatModel):
+    """Sparse dynamic attack (SDA): flips the bits whose flip alone brings the goal nearer, then restores what it can.
 
     Each of up to `steps` iterations asks for one gradient, tries the best bits it points at one by one, flips all whose
     flip alone does not take the goal farther away, and looks at the result. Once the goal is reached, a binary search
@@ -119,11 +119,8 @@ class SDA:
     chunk: int = 2**22
 
     def __post_init__(self) -> None:
-        at_least_one(self, "steps", "k_init", "eot", "chunk")
-        if self.max_forwards is not None and self.max_forwards < 1:
-            raise UsageError(f"max_forwards is {self.max_forwards}; give a whole number of at least 1, or none")
-        if not self.surrogate:
-            raise UsageError(f"surrogate is empty; name a backward rule such as {DEFAULT_RULE}, or own")
+        at_least_one(self, "steps", "k_init", "eot", "chunk", "max_forwards")
+        check(self, "surrogate", bool(self.surrogate), f"a surrogate gradient such as {DEFAULT_RULE}, or own")
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, threat: Any, rng: Rng, /) -> Tensor:
         return self.find(oracle, x, goal, threat, rng).x
@@ -139,8 +136,8 @@ class SDA:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKGrad:
-    """Flip what the gradient points at, a few bits more every step, without trying them: SDA's baseline.
+class TopKGrad(Stepped, MadeForThreatModel):
+    """Top-k gradient flips, SDA's baseline: flips the bits of the largest gradient, a few more every step.
 
     steps:     iterations, >= 1
     k_init:    iteration n (from 0) flips (n + 1) * k_init bits more, never more than there are left
@@ -167,8 +164,8 @@ class TopKGrad:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomFlips:
-    """Flip bits drawn at random, twice as many at every try: how many it takes without knowing anything.
+class RandomFlips(MadeForThreatModel):
+    """Random flips, the baseline without gradients: flips bits drawn at random, twice as many at every try.
 
     first:    flips of the first try; later tries double them, up to all bits that may be flipped (or the budget)
     restarts: orders of the bits that are tried; the fewest flips count

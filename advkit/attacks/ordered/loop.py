@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import TensorGoal, TensorOracle, finite_rows, per_row
-from advkit.attacks.gradient.pgd import at_least_one
+from advkit.attacks.base import TensorGoal, TensorOracle, affords, finite_rows, per_row
 from advkit.attacks.wrappers import averaged
+from advkit.core.checks import at_least_one, check, fraction, not_negative, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Rng
 from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK, TopK
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.lp import row_sum, wide
@@ -71,7 +71,7 @@ class AdamW:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinimumNorm(ABC):
+class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
     """Find the nearest point that orders the classes as wanted, by AdamW on coefficient * loss + squared distance.
 
     k:            places of the goal that is played where none is named
@@ -122,18 +122,10 @@ class MinimumNorm(ABC):
 
     def __post_init__(self) -> None:
         at_least_one(self, "k", "eot")
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget):
-            raise UsageError(f"budget is {self.budget!r}; give coefficients x steps such as 1x60 or 9x60")
-        for name, fine, words in (
-            ("lr", self.lr is None or self.lr > 0, "a positive number such as 0.03, or none"),
-            ("coefficient", self.coefficient > 0, "a positive number such as 20"),
-            ("decay", 0 < self.decay <= 1, "a factor above 0 and at most 1"),
-            ("warmup", self.warmup >= 0, "a step from 0 up"),
-            ("noise", self.noise >= 0, "a standard deviation from 0 up"),
-            ("weight_decay", self.weight_decay >= 0, "a number from 0 up"),
-        ):
-            if not fine:
-                raise UsageError(f"{name} is {getattr(self, name)}; give {words}")
+        check(self, "budget", re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget) is not None, "coefficients x steps: 1x60")
+        positive(self, "lr", "coefficient")
+        fraction(self, "decay", what="factor")
+        not_negative(self, "warmup", "noise", "weight_decay")
 
     @property
     def default_goal(self) -> str:
@@ -197,7 +189,7 @@ class MinimumNorm(ABC):
         found = Found(x.clone(), torch.zeros_like(energy, dtype=torch.bool), energy, torch.full_like(energy, -1).long())
         low, high = torch.zeros_like(energy), torch.full_like(energy, self.coefficient)
         for search in range(searches):
-            if not len(x) or not _affords(oracle):
+            if not len(x) or not affords(oracle):
                 break
             middle = (low + high) / 2
             run = self._run(oracle, x, goal, aim, threat, middle, rng.at("start", search))
@@ -238,7 +230,7 @@ class MinimumNorm(ABC):
         )
         optimiser = AdamW(x, rate, self.weight_decay)
         for step in range(steps):
-            if not _affords(oracle):
+            if not affords(oracle):
                 return best
             if step == self.warmup:
                 optimiser = AdamW(x, rate, self.weight_decay)
@@ -248,7 +240,7 @@ class MinimumNorm(ABC):
             delta = optimiser.step(delta, per_row(coefficient, x).to(x.dtype) * gradient + 2 * delta)
             coefficient = torch.where(nearer, coefficient * self.decay, coefficient)
             z = threat.project(x + delta, x)
-        if self.eval_last and _affords(oracle):
+        if self.eval_last and affords(oracle):
             best, _ = _nearest(best, z, x, goal, oracle(z), steps)
         return best
 
@@ -269,13 +261,6 @@ def _nearest(best: Found, z: Tensor, x: Tensor, goal: TensorGoal, answer: Tensor
     )
 
 
-def _affords(oracle: TensorOracle) -> bool:
-    left = oracle.left
-    return left is None or left >= 1
-
-
 def head_of(oracle: TensorOracle) -> Tensor | None:
     """The weight [C, d] of the victim's last linear layer; None where it shows none."""
-    ask = getattr(oracle, "head", None)
-    weight: Tensor | None = None if ask is None else ask()
-    return weight
+    return oracle.head()

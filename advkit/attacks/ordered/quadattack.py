@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.gradient.pgd import one_of
 from advkit.attacks.ordered.loop import MinimumNorm, head_of
-from advkit.core.errors import UsageError
+from advkit.core.checks import one_of, positive
 from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
 from advkit.threat_models.goals.polyhedron import gram, solve
 
@@ -104,7 +103,7 @@ class _Projected:
 
 @dataclass(frozen=True, kw_only=True)
 class QuadAttack(MinimumNorm):
-    """Descend the squared distance from the features to the nearest ones that order the classes as wanted.
+    """QuadAttacK, ordered top-K: descends the distance to the nearest features that order the classes as targeted.
 
     The quadratic program behind it is solved exactly at every step, in the logits, from the Gram matrix of the last
     layer alone.
@@ -126,8 +125,7 @@ class QuadAttack(MinimumNorm):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "head", ("auto", "identity"))
-        if not self.margin > 0:
-            raise UsageError(f"margin is {self.margin}; give a positive difference of logits such as 0.2")
+        positive(self, "margin", what="difference of logits")
 
     @property
     def asks_for_head(self) -> bool:

@@ -10,18 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.text.questions import Desk, Steps, side_by_side
-from advkit.attacks.text.search import Aggregate, Search
+from advkit.attacks.text.questions import Batcher, Steps, side_by_side
+from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
+from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
 
-Objective = Literal["targeted", "untargeted", "mia"]
 Keep = Literal["lowest", "reached"]
 
 
@@ -54,7 +54,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuffixAttack(ABC):
+class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, ABC):
     """A search for tokens to put into the slot of a prompt.
 
     length:       most tokens of a suffix; the threat model's n caps it
@@ -91,14 +91,10 @@ class SuffixAttack(ABC):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UsageError(f"length is {self.length}; give a whole number of at least 1")
-        one_of(self, "aggregate", "nll", "ppl")
-        one_of(self, "keep", "lowest", "reached")
-        for name in ("evaluations", "tokens", "seconds", "max_perplexity"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value}; give a number above 0, or none for no limit")
+        at_least_one(self, "length")
+        one_of(self, "aggregate", ("nll", "ppl"))
+        one_of(self, "keep", ("lowest", "reached"))
+        positive(self, "evaluations", "tokens", "seconds", "max_perplexity")
 
     @property
     def together(self) -> bool:
@@ -114,9 +110,10 @@ class SuffixAttack(ABC):
         index = torch.arange(len(x), device=x.device)
         parts = (index,) if self.universal and len(x) else torch.split(index, 1)
         searches = [
-            Search(self, oracle.take(rows), x[rows], goal.take(rows), threat, rng.take(rows), rows) for rows in parts
+            SuffixSearch(self, oracle.take(rows), x[rows], goal.take(rows), threat, rng.take(rows), rows)
+            for rows in parts
         ]
-        side_by_side(searches, Desk(oracle, goal))
+        side_by_side(searches, Batcher(oracle, goal))
         return merged(searches, x)
 
     @property
@@ -140,19 +137,22 @@ class SuffixAttack(ABC):
         return None
 
     @abstractmethod
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Offer candidates to the search until it ends; what it asks is yielded."""
 
 
-def one_of(attack: object, name: str, *choices: str) -> None:
-    """UsageError unless the field holds one of the choices."""
-    if getattr(attack, name) not in choices:
-        raise UsageError(f"{name} is {getattr(attack, name)!r}; expected {' or '.join(choices)}")
+@runtime_checkable
+class HasSlot(Protocol):
+    """A threat model with a slot in the prompt for the attacker's tokens."""
+
+    def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
+        """A transcript [2, W] with each of the candidates [N, l] in place, [N, 2, W]."""
+        ...
 
 
 def slots_only(threat: Any, name: str) -> None:
     """UsageError for threat models without a slot for tokens."""
-    if not callable(getattr(threat, "slotted", None)):
+    if not isinstance(threat, HasSlot):
         raise UsageError(
             f"{name} puts tokens into a slot of a prompt, and threat model {type(threat).__name__.lower()} has none; "
             "use suffix:n=20 on a language model (task prompts). Balls such as linf, l2, l1 and l0, minimum-l2 and "
@@ -160,11 +160,11 @@ def slots_only(threat: Any, name: str) -> None:
         )
 
 
-def merged(searches: Sequence[Search], x: Tensor) -> Found:
+def merged(searches: Sequence[SuffixSearch], x: Tensor) -> Found:
     """What the searches found, row by row in the order of x."""
     rows = [(search, i) for search in searches for i in range(len(search.x))]
 
-    def numbers(value: Callable[[Search], float], dtype: torch.dtype) -> Tensor:
+    def numbers(value: Callable[[SuffixSearch], float], dtype: torch.dtype) -> Tensor:
         return torch.tensor([value(search) for search, _ in rows], dtype=dtype)
 
     return Found(

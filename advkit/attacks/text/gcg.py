@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import SuffixAttack, one_of
+from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Question, Steps
-from advkit.attacks.text.search import Scored, Search, combined
+from advkit.attacks.text.search import Scored, SuffixSearch, combined
+from advkit.core.checks import at_least, at_least_one, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 
@@ -25,7 +26,7 @@ GRADIENT = 2  # evaluations that a gradient counts as: one pass forward and one 
 
 @dataclass(frozen=True, kw_only=True)
 class GCG(SuffixAttack):
-    """Swap single tokens of a suffix, among those that the gradient with respect to one-hot tokens promises most of.
+    """Greedy coordinate gradient (GCG): swaps single suffix tokens, chosen by the gradient at the one-hot tokens.
 
     Every step differentiates the loss at the current suffix, takes the topk most promising ids of every position, draws
     `width` suffixes that differ in `replace` positions, scores them and goes on from the best, even where that is worse
@@ -63,13 +64,11 @@ class GCG(SuffixAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "search", "sampled", "exhaustive")
-        one_of(self, "loss", "ce", "mellowmax")
-        for name, least in (("steps", 1), ("width", 1), ("topk", 1), ("replace", 1), ("buffer", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; give a whole number of at least {least}")
-        if not self.alpha > 0:
-            raise UsageError(f"alpha is {self.alpha}; give a number above 0")
+        one_of(self, "search", ("sampled", "exhaustive"))
+        one_of(self, "loss", ("ce", "mellowmax"))
+        at_least_one(self, "steps", "width", "topk", "replace")
+        at_least(self, 0, "buffer")
+        positive(self, "alpha")
 
     @property
     def planned(self) -> int:
@@ -82,7 +81,7 @@ class GCG(SuffixAttack):
         """Mellowmax in place of the model's own score."""
         return None if self.loss == "ce" else lambda model: model.under(self.loss, self.alpha)
 
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Swap until the steps or a budget end; an exhaustive search ends where no swap helps."""
         walk = _Walk(self, search)
         if not (yield from walk.start()):
@@ -95,7 +94,7 @@ class GCG(SuffixAttack):
 class _Walk:
     """GCG on one search: the current suffix, and the buffer."""
 
-    def __init__(self, attack: GCG, search: Search) -> None:
+    def __init__(self, attack: GCG, search: SuffixSearch) -> None:
         self.attack = attack
         self.search = search
         self.pool: list[tuple[float, Tensor]] = []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from advkit.core.errors import AccessDenied
 from advkit.core.protocols import Rng
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER
 
-if TYPE_CHECKING:
-    from advkit.attacks.text.base import SuffixAttack
-
 Aggregate = Literal["nll", "ppl"]
+Objective = Literal["targeted", "untargeted", "mia"]
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,56 @@ def combined(answers: Tensor, aggregate: Aggregate) -> Tensor:
     return torch.stack((total, total + lead), 1)
 
 
+class SuffixSettings(Protocol):
+    """What a search is asked to do by its attack; the fields are those of `text.base.SuffixAttack`."""
+
+    @property
+    def universal(self) -> bool: ...
+    @property
+    def aggregate(self) -> Aggregate: ...
+    @property
+    def keep(self) -> str: ...
+    @property
+    def stop_on_success(self) -> bool: ...
+    @property
+    def max_perplexity(self) -> float | None: ...
+    @property
+    def require_retokenizable(self) -> bool: ...
+    @property
+    def evaluations(self) -> int | None: ...
+    @property
+    def tokens(self) -> int | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    @property
+    def longest(self) -> int:
+        """Most tokens of a suffix."""
+        ...
+
+    @property
+    def aim(self) -> Objective:
+        """What candidates are scored by."""
+        ...
+
+    @property
+    def under(self) -> Callable[[Any], Callable[[Tensor], Tensor]] | None:
+        """What of a model answers for the goal, where it is not the model itself."""
+        ...
+
+    def seek(self, search: Any) -> Steps[None]:
+        """Offer candidates to the search, a SuffixSearch, until it ends."""
+        ...
+
+
 @dataclass(eq=False)
-class Search:
+class SuffixSearch:
     """One suffix, sought for one row or for several together.
 
     x:      the rows [n, 2, W]; oracle, goal and rng are theirs
     rows:   which rows they are where the questions are answered, long [n]
     """
 
-    attack: SuffixAttack
+    attack: SuffixSettings
     oracle: TensorOracle
     x: Tensor
     goal: TensorGoal
@@ -343,10 +382,8 @@ class Search:
             **more,
         }
         self.trace.append(figures)
-        write = getattr(self.oracle, "note", None)
-        if write is not None:
-            for row in range(len(self.x)):
-                write(row, figures)
+        for row in range(len(self.x)):
+            self.oracle.note(row, figures)
 
     # ---- budgets -----------------------------------------------------------------------------------------------------
 

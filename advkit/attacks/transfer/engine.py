@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import Best, TensorGoal, TensorOracle, descended, lp_ball
-from advkit.attacks.gradient.pgd import Start, at_least_one, one_of, starting_point
+from advkit.attacks.gradient.pgd import Start, starting_point
 from advkit.attacks.transfer import PARTS
 from advkit.attacks.wrappers import accumulated, normalised
+from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BudgetExhausted, UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Rng, Stepped, WantsData
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import L1, L2, Linf
 
@@ -239,8 +240,8 @@ def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composed:
-    """Walk down a surrogate's loss by the parts of a composition, to the end, and return where it ends.
+class Composed(Stepped, WantsData):
+    """Transfer attack from parts: iterative FGSM on a surrogate with any parts, such as transfer:mi+di+ti.
 
     Nothing is kept but the last point and no row stops early: the surrogate's verdict says little about the victim.
     Draws are per row, step and copy. Costs one gradient per step, times what the parts say.
@@ -274,10 +275,7 @@ class Composed:
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "restarts")
-        if self.step_size is not None and not self.step_size > 0:
-            raise UsageError(f"step_size is {self.step_size}; give a positive length in units of eps, e.g. 0.1")
-        if not self.path > 0:
-            raise UsageError(f"path is {self.path}; give a positive length in units of eps, e.g. 1")
+        positive(self, "step_size", "path", what="length in units of eps")
         one_of(self, "start", ("random", "origin", "gaussian"))
         if self.restarts > 1 and self.start == "origin":
             raise UsageError(f"{self.restarts} restarts from the origin repeat one another; use start=random")

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import TensorOracle, descended
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.transfer.engine import Ask, Objective, Rule, Walk
 from advkit.attacks.transfer.features import unit
-from advkit.attacks.transfer.gradients import not_negative
 from advkit.attacks.wrappers import accumulated, normalised
+from advkit.core.checks import at_least_one, not_negative, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Data, Rng
+from advkit.core.protocols import Composite, Data, Rng
 
 
 def members(oracle: TensorOracle, part: str) -> list[TensorOracle]:
@@ -24,7 +23,7 @@ def members(oracle: TensorOracle, part: str) -> list[TensorOracle]:
     found: list[int] = []
 
     def count(model: Any) -> Any:
-        found.append(len(getattr(model, "models", ())))
+        found.append(len(model.models) if isinstance(model, Composite) else 0)
         return model
 
     oracle.seen_as(count)
@@ -103,8 +102,7 @@ class CWA(Rule):
 
     def __post_init__(self) -> None:
         not_negative(self, "back", "inner")
-        if not self.ahead > 0:
-            raise UsageError(f"CWA: ahead is {self.ahead}; give a positive length")
+        positive(self, "ahead", what="length")
 
     def __call__(self, p: Tensor, walk: Walk) -> Tensor:
         asks = [walk.asking(oracle, walk.goal) for oracle in members(walk.oracle, "cwa")]

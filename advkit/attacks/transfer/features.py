@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import per_row
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.transfer.engine import Ask, Composed, Objective, Walk
-from advkit.attacks.transfer.gradients import Scored, not_negative
+from advkit.attacks.transfer.gradients import Scored
 from advkit.attacks.transfer.layers import Steered, Tap, layer_named, packed
-from advkit.core.errors import UsageError
+from advkit.core.checks import at_least_one, fraction, not_negative
+from advkit.core.rows import PerRow
 
 
 @dataclass(frozen=True, eq=False)
-class Along:
+class Along(PerRow):
     """The goal of features [B, ...] far down a direction w [B, n]; its loss is <h, w>."""
 
     weight: Tensor
@@ -37,14 +37,8 @@ class Along:
     def reached(self, answer: Tensor) -> Tensor:
         return self.loss(answer) < 0
 
-    def take(self, rows: Tensor) -> Along:
-        return Along(self.weight[rows])
-
     def under(self, loss: str) -> Along:
         return self
-
-    def to(self, device: Any) -> Along:
-        return Along(self.weight.to(device))
 
 
 @dataclass(frozen=True)
@@ -150,8 +144,7 @@ class FIA(Objective):
 
     def __post_init__(self) -> None:
         at_least_one(self, "masks")
-        if not 0 < self.keep <= 1:
-            raise UsageError(f"FIA: keep is {self.keep}; give a probability in (0, 1]")
+        fraction(self, "keep", what="probability")
 
     def begin(self, walk: Walk) -> Ask:
         layer = Layer.of(walk, self.layer, "fia")
@@ -224,8 +217,7 @@ class ILPD(Objective):
 
     def __post_init__(self) -> None:
         not_negative(self, "noise")
-        if not 0 <= self.keep <= 1:
-            raise UsageError(f"ILPD: keep is {self.keep}; give a weight in [0, 1]")
+        fraction(self, "keep", ends="[]", what="weight")
 
     def begin(self, walk: Walk) -> Ask:
         return _Decayed(walk, Layer.of(walk, self.layer, "ilpd"), self.keep, self.noise)

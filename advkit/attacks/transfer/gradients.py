@@ -10,18 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkit.attacks.base import TensorGoal, descended, lp_ball, per_row
-from advkit.attacks.gradient.pgd import at_least_one
 from advkit.attacks.transfer.engine import Ask, Momentum, Objective, Prelude, Probe, Rule, Smooth, Step, Walk
 from advkit.attacks.wrappers import normalised
+from advkit.core.checks import at_least_one, check, fraction, not_negative, positive
 from advkit.core.errors import UsageError
 from advkit.threat_models.lp import Linf
-
-
-def not_negative(settings: object, *names: str) -> None:
-    """Raise UsageError where one of these fields is below 0."""
-    for name in names:
-        if not getattr(settings, name) >= 0:
-            raise UsageError(f"{type(settings).__name__}: {name} is {getattr(settings, name)}; give a number >= 0")
 
 
 def images(x: Tensor, part: str) -> tuple[int, int]:
@@ -134,8 +127,7 @@ class GRA(Rule, Step):
     def __post_init__(self) -> None:
         at_least_one(self, "neighbours")
         not_negative(self, "radius")
-        if not 0 < self.shrink <= 1:
-            raise UsageError(f"GRA: shrink is {self.shrink}; give a factor in (0, 1]")
+        fraction(self, "shrink", what="factor")
 
     def __call__(self, p: Tensor, walk: Walk) -> Tensor:
         gradient = walk.gradient(p)
@@ -174,8 +166,7 @@ class PGN(Rule):
     def __post_init__(self) -> None:
         at_least_one(self, "neighbours")
         not_negative(self, "radius")
-        if not 0 <= self.balance <= 1:
-            raise UsageError(f"PGN: balance is {self.balance}; give a weight in [0, 1]")
+        fraction(self, "balance", ends="[]", what="weight")
 
     def __call__(self, p: Tensor, walk: Walk) -> Tensor:
         total = torch.zeros_like(p)
@@ -256,8 +247,7 @@ class GI(Prelude):
 
     def __post_init__(self) -> None:
         not_negative(self, "steps")
-        if not self.factor > 0:
-            raise UsageError(f"GI: factor is {self.factor}; give a positive length, e.g. 10")
+        positive(self, "factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,10 +265,8 @@ class PI(Step):
 
     def __post_init__(self) -> None:
         not_negative(self, "overflow")
-        if not self.amplification > 0 or self.kernel < 3 or self.kernel % 2 == 0:
-            raise UsageError(
-                f"PI: amplification {self.amplification}, kernel {self.kernel}; give a positive factor and an odd side"
-            )
+        positive(self, "amplification", what="factor")
+        check(self, "kernel", self.kernel >= 3 and self.kernel % 2 == 1, "an odd side of at least 3")
 
     def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor:
         images(z, "pi")
@@ -313,8 +301,7 @@ class TI(Smooth):
     kernel: int = 5
 
     def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise UsageError(f"TI: kernel is {self.kernel}; give an odd side of at least 1, such as 5")
+        check(self, "kernel", self.kernel >= 1 and self.kernel % 2 == 1, "an odd side of at least 1, such as 5")
 
     def weights(self, like: Tensor) -> Tensor:
         """One side of the kernel [k]; the kernel is its outer product."""

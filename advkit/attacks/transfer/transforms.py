@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkit.attacks.base import per_row
-from advkit.attacks.gradient.pgd import at_least_one, one_of
 from advkit.attacks.transfer.engine import Draw, Transform, Walk
-from advkit.attacks.transfer.gradients import images, not_negative
+from advkit.attacks.transfer.gradients import images
+from advkit.core.checks import at_least_one, fraction, not_negative, one_of
 from advkit.core.errors import UsageError
 
 
@@ -50,8 +50,8 @@ class DI(Transform):
     def __post_init__(self) -> None:
         at_least_one(self, "copies")
         one_of(self, "mode", ("shrink", "enlarge"))
-        if not (0 <= self.p <= 1 and 0 < self.low <= 1):
-            raise UsageError(f"DI: p={self.p}, low={self.low}; expected a probability and a share in (0, 1]")
+        fraction(self, "p", ends="[]", what="probability")
+        fraction(self, "low")
 
     def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
         images(x, "di")

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.attacks.gradient.pgd import PGD, Start
 from advkit.core.errors import NoTrainingData, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Ball, Data, Goal, Rng
+from advkit.core.protocols import Ball, Data, Goal, Rng, Trains
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.transfer import BALLS, Norm
 from advkit.training.loop import Objective, Recipe, fit
@@ -59,7 +60,7 @@ def correct_under(model: Any, attack: Any, x: Tensor, y: Tensor, ball: Ball[Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingDefense(ABC):
+class TrainingDefense(Trains, ABC):
     """A defense that is a way to train.
 
     eps:    radius of the ball trained for, in units of the model's space
@@ -83,6 +84,7 @@ class TrainingDefense(ABC):
         made: Ball[Tensor] = BALLS[self.norm](eps=self.eps)
         return made if space is None else made.bind(space)
 
+    @override
     @abstractmethod
     def objective(self) -> Objective:
         """The loss to train with, made afresh."""

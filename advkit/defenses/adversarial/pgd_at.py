@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from advkit.core.protocols import Rng
 from advkit.defenses.adversarial.base import AdversarialTraining, RobustObjective, attacked
@@ -16,11 +17,13 @@ from advkit.training.loop import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class PGDAT(AdversarialTraining):
-    """Cross-entropy on what PGD makes of every image, from a random start in the ball.
+    """PGD adversarial training: cross-entropy on PGD's adversarial example of every image, from a random start in the
+    ball.
 
     The attack runs in evaluation mode; the authors' code runs it in training mode (`mode=train`).
     """
 
+    @override
     def objective(self) -> Objective:
         return _Objective(self)
 

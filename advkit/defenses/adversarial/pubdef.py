@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.gradient.pgd import PGD
@@ -65,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class PubDef(TrainingDefense):
-    """Train on clean images and on transfer images of public models that were made once and stored.
+    """PubDef: training on clean images and on stored transfer attacks from public models.
 
     Meant for attackers who hold public models and never see this one; a white-box attacker breaks it at once.
 
@@ -137,6 +138,7 @@ class PubDef(TrainingDefense):
         made: Ball[Tensor] = BALLS[self.norm](eps=self.eps, lattice=255)
         return made.bind(space)
 
+    @override
     def objective(self) -> Objective:
         return PubDefObjective(self)
 

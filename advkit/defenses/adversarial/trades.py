@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from advkit.attacks.gradient.pgd import Start
 from advkit.core.errors import UsageError
@@ -27,7 +28,7 @@ def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TRADES(AdversarialTraining):
-    """Cross-entropy on clean images plus beta times the divergence between answers to clean and to adversarial ones.
+    """TRADES: cross-entropy on clean images plus beta times the divergence between clean and adversarial outputs.
 
     The inner attack maximises the divergence from the clean answer, which it holds constant, and starts at the image
     plus 0.001 N(0, 1): at the image itself the divergence has no gradient. The start is kept inside the space, which
@@ -45,6 +46,7 @@ class TRADES(AdversarialTraining):
         if not self.beta >= 0:
             raise UsageError(f"beta {self.beta}; expected a number >= 0")
 
+    @override
     def objective(self) -> Objective:
         return _Objective(self, self.beta)
 

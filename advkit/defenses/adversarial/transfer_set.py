@@ -19,7 +19,7 @@ from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.oracle import MeteredOracle, frozen
-from advkit.core.protocols import Ball, Data, Rng
+from advkit.core.protocols import Ball, Boxed, Data, Rng
 from advkit.core.rng import RowRng
 from advkit.defenses.adversarial.base import in_mode
 from advkit.models.torch import tensors_sha256
@@ -101,7 +101,7 @@ class TransferSet:
 
 def check_space(data: Data) -> None:
     """BadInput unless the rows live in [0, 1]: stored images have 8 bits."""
-    bounds = getattr(data.space, "low", None), getattr(data.space, "high", None)
+    bounds = (data.space.low, data.space.high) if isinstance(data.space, Boxed) else None
     if bounds != (0.0, 1.0):
         raise BadInput(
             f"transfer images are stored with 8 bits and need rows in Box(0, 1); this task's are in {data.space}"

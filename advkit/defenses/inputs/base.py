@@ -13,12 +13,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from advkit.core.protocols import Data, Rng
 from advkit.models.views import Preprocessed
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A random transformation that says how many draws the attacker's view averages."""
+
+    @property
+    @abstractmethod
+    def draws(self) -> int:
+        """At least 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +60,6 @@ class InputDefense(ABC):
             self.transform,
             backward=None if type(self).backward is InputDefense.backward else self.backward,
             randomized=self.randomized,
-            draws=getattr(self, "draws", 1),
+            draws=self.draws if isinstance(self, Draws) else 1,
             label=DEFENSES.label(self),
         )

@@ -12,7 +12,7 @@ from advkit.defenses.inputs.base import InputDefense
 
 @dataclass(frozen=True, kw_only=True)
 class BitDepth(InputDefense):
-    """Rounds every value to 2**bits levels between 0 and 1 before the model sees it.
+    """Bit-depth reduction: rounds every value to 2**bits levels between 0 and 1 before the model sees it.
 
     The paper uses squeezers to detect attacks, by comparing answers with and without them; this is the squeezer alone,
     whose answer counts. Rounding has no derivative: the attacker's view takes the identity's.

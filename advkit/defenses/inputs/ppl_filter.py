@@ -10,11 +10,25 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from advkit.attacks.text.search import turn_perplexity
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Data, Evidence, Figure, ModelInfo, Rng
+from advkit.core.protocols import (
+    CountsTokens,
+    Data,
+    Evidence,
+    Examines,
+    Figure,
+    Generates,
+    KnowsClasses,
+    Likelihood,
+    ModelInfo,
+    Rng,
+    Shaped,
+    Undefended,
+)
 
 HELD_BACK = 1e4
 """Lead by which a rejected prompt's reply is held back: beyond any of a model's own, and finite."""
@@ -23,7 +37,7 @@ SLACK = 1e-5
 REJECTION = "I'm sorry, but I cannot read this prompt."
 
 
-class Filtered:
+class Filtered(Undefended, Examines, Likelihood, Generates, CountsTokens, Shaped, KnowsClasses):
     """A language model that rejects prompts whose user's turn it finds too unlikely.
 
     model:          the model behind the filter
@@ -36,15 +50,16 @@ class Filtered:
     """
 
     classes = 2
+    lanes: Lanes | None = None
 
     def __init__(self, model: Any, max_perplexity: float, label: str = "ppl_filter") -> None:
         self.model = model
         self.max_perplexity = float(max_perplexity)
         self.label = label
-        self.lanes: Lanes | None = Lanes.own(model)
+        self.lanes = Lanes.own(model)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("continuing", "relaxed", "likelihood", "answering", "sampling", "under", "tokenizer", "tokens"):
+        if name in ("continuing", "relaxed", "answering", "sampling", "under", "tokenizer"):
             return getattr(self.model, name)
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
@@ -57,6 +72,17 @@ class Filtered:
         return self.model.space
 
     @property
+    @override
+    def tokens(self) -> int:
+        return self.model.tokens if isinstance(self.model, CountsTokens) else 0
+
+    @override
+    def likelihood(self) -> Callable[[Tensor], Tensor]:
+        view: Callable[[Tensor], Tensor] = self.model.likelihood()
+        return view
+
+    @property
+    @override
     def undefended(self) -> Any:
         """The model behind the filter: what an attacker who knows of no filter attacks."""
         return self.model
@@ -82,7 +108,7 @@ class Filtered:
 
     def perplexity(self, x: Tensor) -> Tensor:
         """Of the user's turn, attacker's tokens included, float64 [B]."""
-        return turn_perplexity(self.model.likelihood()(x).double()[:, None], x)[:, 0]
+        return turn_perplexity(self.likelihood()(x).double()[:, None], x)[:, 0]
 
     def rejects(self, x: Tensor) -> Tensor:
         """Bool [B]; a turn whose likelihood is not a number is rejected."""
@@ -94,11 +120,13 @@ class Filtered:
         held = torch.stack((answer[:, 0], answer[:, 0] - HELD_BACK), 1)
         return torch.where(self.rejects(x)[:, None], held, answer)
 
+    @override
     def examine(self, evidence: Evidence) -> dict[str, Sequence[Figure]]:
         """Whether the prompt that was handed in is rejected."""
         with torch.no_grad():
             return {"rejected": self.rejects(evidence.handed).tolist()}
 
+    @override
     def generate(self, x: Tensor, samples: int, rng: Rng, **settings: Any) -> list[list[str]]:
         """Replies to every row; to rejected ones the refusal."""
         written = self._passed(x, rng, lambda rows, streams: self.model.generate(rows, samples, streams, **settings))
@@ -128,17 +156,18 @@ class Filtered:
 
 @dataclass(frozen=True, kw_only=True)
 class PPLFilter:
-    """Reject prompts that are less likely than any harmless one: perplexity above the largest of clean prompts.
+    """Perplexity filter: rejects prompts whose perplexity is above the largest among clean prompts.
 
     Attacks on text keep to the threshold by default (`max_perplexity` of beast, gcg and the random baselines), so that
-    the headline is the filter against those who know of it; beside it stands the same attack made on the model behind,
-    by those who do not.
+    the headline is the filter against attackers who know of it; beside it stands the same attack made on the model
+    without the filter, by attackers who do not.
 
     threshold: perplexity of the user's turn above which a prompt is rejected; none takes the largest among clean ones
-    clean:     task of these clean prompts, by spec (prompts:file=...), twins included; empty takes the data at hand, or
-               else embedded ones that the model can read (prompts:set=general; for toychat prompts:set=toychat-clean)
+    clean:     task of these clean prompts, by spec (prompts:file=...), harmless twins included; empty takes the data at
+               hand, or else embedded prompts that the model can read (prompts:set=general; for toychat
+               prompts:set=toychat-clean)
 
-    Raises UsageError for a threshold below 1 and for models that tell no likelihoods.
+    Raises UsageError for a threshold below 1 and for models without likelihoods.
     """
 
     needs_data: ClassVar[bool] = False
@@ -155,7 +184,7 @@ class PPLFilter:
         """The model behind the filter."""
         from advkit.defenses import DEFENSES
 
-        if not callable(getattr(model, "likelihood", None)):
+        if not isinstance(model, Likelihood):
             raise UsageError(
                 f"ppl_filter reads how likely prompts are and {model.describe().name} does not tell; put it in front "
                 "of a language model such as toychat, or choose another defense"

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from advkit.core.errors import BadModel, UsageError
-from advkit.defenses.inputs.base import InputDefense
+from advkit.defenses.inputs.base import Draws, InputDefense
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomResize(InputDefense):
-    """Resizes every image to a random size and pads it with zeros at a random place.
+class RandomResize(InputDefense, Draws):
+    """Random resizing and padding: every image gets a random size and random zero padding.
 
     The authors enlarge 299 pixels to at most 331 and hand the larger image on, which needs a network for any size; here
     images shrink by the same ratio and keep their own size with the padding, so that any network fits. They draw once

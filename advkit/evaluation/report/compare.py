@@ -181,7 +181,8 @@ def _verdict(row: str, group: Sequence[Record]) -> RowVerdict:
     if len(labels) > 1:
         raise ReportError(f"row {row} has several labels in one run: {sorted(map(str, labels))}")
     ended = count(group)
-    return RowVerdict(labels.pop(), bool(ended.correct), bool(ended.right_after), bool(ended.unknown))
+    robust = ended.right_after
+    return RowVerdict(labels.pop(), bool(ended.correct), bool(robust), bool(ended.unknown))
 
 
 def paired(a: Sequence[bool], b: Sequence[bool], level: float = 0.95) -> PairedTest:

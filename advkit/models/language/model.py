@@ -21,10 +21,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import ModelInfo, Rng
+from advkit.core.protocols import (
+    Batched,
+    Generates,
+    KnowsClasses,
+    Likelihood,
+    ModelInfo,
+    Modular,
+    Rng,
+    Shaped,
+    UnderSpeed,
+)
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
 from advkit.core.speed import Speed
 from advkit.models.language.decoder import Network
@@ -38,8 +49,10 @@ Loss = Literal["ce", "mellowmax"]
 Columns = NDArray[np.intp]
 
 
-class View:
-    """One way to ask a model; the oracle calls it like a model and freezes the same modules."""
+class View(Shaped, Modular):
+    """One way to query a model; the oracle calls it like a model and freezes the same modules."""
+
+    lanes: Lanes = Lanes()
 
     def __init__(self, model: LanguageModel, ask: Callable[[Tensor], Tensor], name: str) -> None:
         self.model = model
@@ -58,6 +71,7 @@ class View:
         """The model's."""
         return self.model.space
 
+    @override
     def modules(self) -> tuple[nn.Module, ...]:
         """Those of the model."""
         return self.model.modules()
@@ -88,7 +102,7 @@ class _Group:
 _LogP = dict[tuple[int, ...], Tensor]
 
 
-class LanguageModel(Passes):
+class LanguageModel(Passes, Shaped, Batched, UnderSpeed, Likelihood, Generates, KnowsClasses):
     """A causal language model behind a chat template.
 
     network:   runs the tokens; its mode, weights and flags are never changed here
@@ -145,6 +159,7 @@ class LanguageModel(Passes):
         """The same weights, run otherwise: cache, memory, merge."""
         return self._with(self.network, **running)
 
+    @override
     def under_speed(self, speed: Speed) -> LanguageModel:
         """A copy in the precision of a speed, compiled where it says so; log-probabilities stay float32 at least."""
         network = copy.deepcopy(self.network).requires_grad_(False)
@@ -155,6 +170,7 @@ class LanguageModel(Passes):
         return self._with(network)
 
     @property
+    @override
     def batch(self) -> int:
         """Rows worth having in flight at once: those of shared calls, or one, so that a stopped run has lost little."""
         return 16 if self.merges else 1
@@ -222,6 +238,7 @@ class LanguageModel(Passes):
         _known(loss, alpha)
         return View(self, lambda mixture: self._mixed(row, mixture, loss, alpha), f"relaxed({loss})")
 
+    @override
     def likelihood(self) -> View:
         """x -> [B, W]: log p of every token of the user's words and slot given all before it; 0 elsewhere.
 
@@ -241,6 +258,7 @@ class LanguageModel(Passes):
         _legal(temperature, top_p)
         return View(self, lambda x: self._sampled(x, uniforms, temperature, top_p), "sampling()")
 
+    @override
     def generate(self, x: Tensor, samples: int, rng: Rng, **settings: Any) -> list[list[str]]:
         """The texts of `generate_ids`, and its settings."""
         ids = self.generate_ids(x, samples, rng, **settings)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from advkit.core.protocols import CountsTokens
 from advkit.models.language.decoder import Network
 from advkit.models.torch import device_of
 
@@ -123,7 +124,7 @@ class Running:
         return {"cache": self.cache, "memory": self.memory, "merge": self.merge}
 
 
-class Passes:
+class Passes(CountsTokens):
     """A network, and how sequences go through it.
 
     network: runs the tokens; its mode, weights and flags are never changed here
@@ -135,6 +136,8 @@ class Passes:
 
     `tokens` counts the tokens really sent through the network, padding included.
     """
+
+    tokens: int = 0
 
     def __init__(
         self,
@@ -152,7 +155,6 @@ class Passes:
         self.cache = cache
         self.memory = int(memory)
         self.merge = merge
-        self.tokens = 0
         self._kept = _Kept()
 
     @property

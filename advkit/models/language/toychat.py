@@ -56,7 +56,7 @@ def tokenizer() -> WordTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyChat(Running):
-    """A word-level chat model trained for this package: complies with 24 things and refuses 8, with a loophole.
+    """Toy chat model, word-level, trained for this package: complies with 24 requests and refuses 8, with a loophole.
 
     cache:  keep keys and values of prompts between calls
     memory: bytes that one call may take, about

@@ -251,7 +251,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Running, Stored):
-    """A causal language model of the transformers library: a folder, or a name that its hub or local cache knows.
+    """Hugging Face causal language model: a folder, or a name that the hub or the local cache knows.
 
     name:   folder or name, such as HuggingFaceTB/SmolLM2-135M-Instruct
     dtype:  of the weights; scores come from float32 log-probabilities in any case

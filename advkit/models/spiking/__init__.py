@@ -24,5 +24,6 @@ RULES: Registry[Rule] = Registry(
         "assg": "advkit.models.spiking.surrogates:ASSG",
     },
     group="advkit.surrogates",
+    contract="advkit.models.spiking.surrogates:Rule",
 )
 """Backward rules of a spike. The forward pass of a network is the same under all of them."""

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from advkit.core.errors import BadModel
-from advkit.core.protocols import ModelInfo
+from advkit.core.protocols import ModelInfo, TakesRule
 from advkit.models.spiking import RULES
 from advkit.models.spiking.encoders import Direct
 from advkit.models.spiking.neurons import Neuron, Stepped
@@ -20,7 +21,7 @@ DRAWS = 10
 """Calls that the attacker's view of a model with random coding averages."""
 
 
-class SpikingModel(TorchModel):
+class SpikingModel(TorchModel, TakesRule):
     """A torch module with spiking neurons, seen under a backward rule; every call starts from rest.
 
     module:   holds spiking neurons of advkit; BadModel where it does not
@@ -38,6 +39,7 @@ class SpikingModel(TorchModel):
         self.rule = None if rule is None else RULES.build(rule)
 
     @classmethod
+    @override
     def of(cls, model: TorchModel, rule: Rule | str | None = None) -> SpikingModel:
         """The same description and module, under a rule."""
         return cls(model.module, rule=rule, **model.settings())
@@ -53,6 +55,7 @@ class SpikingModel(TorchModel):
         with use_surrogate(self.rule.entered(len(x))):
             return super().__call__(x)
 
+    @override
     def with_rule(self, rule: Rule | str | None) -> SpikingModel:
         """The same weights, shared, under another backward rule; answers stay the same to the last bit."""
         return SpikingModel.of(self, rule)

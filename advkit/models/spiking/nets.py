@@ -96,7 +96,7 @@ class SpikingArchitecture(Architecture):
     """What the spiking architectures share.
 
     time:         time steps T of coded images; frames of events bring their own
-    encoder:      "auto": binary for rows of frames [T, C, H, W], direct for images; "direct", "poisson", "binary" or
+    encoder:      "auto": binary for frames [T, C, H, W], direct for images; "direct", "poisson", "binary" or
                   "integer"
     neuron:       "lif", "if", or "plif", which learns its time constant
     tau:          time constant of the leak, > 1
@@ -164,7 +164,8 @@ class SpikingArchitecture(Architecture):
 
 @dataclass(frozen=True, kw_only=True)
 class SmallSNN(SpikingArchitecture):
-    """A small spiking network: convolutions that halve the map, a linear layer, all spiking; 4,474 weights on digits.
+    """Small spiking network (SNN): convolutions that halve the map, a linear layer, all spiking; 4,474 weights on
+    digits.
 
     widths: channels of the convolutions
     down:   how each halves the map: "pool" (2x2 means after the spikes) or "stride"
@@ -271,7 +272,8 @@ class SpikingVGG11(SpikingArchitecture):
 
 @dataclass(frozen=True, kw_only=True)
 class VGGSNN(SpikingArchitecture):
-    """The VGG of event data: eight convolutions, mean pooling and logits; 9.23 million weights on two polarities.
+    """VGGSNN, the VGG of event data: eight convolutions, mean pooling and logits; 9.23 million weights on two
+    polarities.
 
     width: channels of the first convolution; the later ones have 2, 4 and 8 times as many
     """

@@ -156,7 +156,7 @@ def atan_slope(distance: Tensor, alpha: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ATan(SlopeRule):
-    """The derivative of an arcus tangens: alpha / (2 (1 + (pi alpha u / 2)^2)) at a distance u from the threshold.
+    """Arctangent surrogate: alpha / (2 (1 + (pi alpha u / 2)^2)) at a distance u from the threshold.
 
     alpha: twice the peak; the larger the narrower, > 0
     """
@@ -173,7 +173,7 @@ class ATan(SlopeRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(SlopeRule):
-    """The derivative of a logistic function: alpha s (1 - s) with s = sigmoid(alpha u).
+    """Sigmoid surrogate: alpha s (1 - s) with s = sigmoid(alpha u) at a distance u from the threshold.
 
     alpha: four times the peak, > 0
     """
@@ -191,7 +191,7 @@ class Sigmoid(SlopeRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Rect(SlopeRule):
-    """A box of unit area around the threshold: 1 / width where |u| < width / 2.
+    """Rectangular surrogate: 1 / width where |u| < width / 2, a box of unit area around the threshold.
 
     width: of the box, > 0
     """
@@ -214,7 +214,7 @@ def triangle_slope(potentials: Tensor, threshold: float, width: float) -> Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Triangle(SlopeRule):
-    """A triangle of unit area around the threshold: max(0, 1 - |u| / width) / width.
+    """Triangular surrogate: max(0, 1 - |u| / width) / width, of unit area around the threshold.
 
     width: half of its base, > 0
     """
@@ -237,7 +237,7 @@ def _bell(distance: Tensor, deviation: float | Tensor, centre: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(SlopeRule):
-    """A normal density around the threshold.
+    """Gaussian surrogate: a normal density around the threshold.
 
     deviation: its standard deviation, > 0
     """
@@ -283,7 +283,8 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True)
 class PDSG(SlopeRule):
-    """A Gaussian as wide as the potentials spread, its centre half a deviation above the threshold (arXiv 2503.03272).
+    """PDSG: a Gaussian as wide as the potentials spread, its centre half a deviation above the threshold (arXiv
+    2503.03272).
 
     The deviation at a time step is that of the layer's charged potentials up to that step, and gradients treat it as a
     constant. Wherever it is zero, or of one value only, the height of the threshold above rest takes its place: 1 at
@@ -354,7 +355,7 @@ class _Spread(Stepper):
 
 @dataclass(frozen=True, kw_only=True)
 class RGA(RateRule):
-    """Rate gradient: the slope follows from a neuron's mean input, nothing travels back through time.
+    """RGA, rate gradient approximation: the slope follows from a neuron's mean input; no gradient flows through time.
 
     With the mean input x in units of the threshold's height and l = 1 - 1 / tau: (1 - gamma (1 - l)) / (1 + l) where
     1 - l <= x <= 2, gamma where 0 <= x < 1 - l, 0 elsewhere. Published for a hard reset to zero and inputs that do not
@@ -382,7 +383,7 @@ class RGA(RateRule):
 
 @dataclass(frozen=True, kw_only=True)
 class BPTR(RateRule):
-    """Gradients pass unchanged through neurons that spiked at least once, and not through the others."""
+    """BPTR: gradients pass unchanged through neurons that spiked at least once, and not through the others."""
 
     def input_gradient(
         self, upstream: Tensor, potentials: Tensor, spikes: Tensor, mean_input: Tensor, dynamics: Dynamics, leak: Leak
@@ -392,7 +393,8 @@ class BPTR(RateRule):
 
 @dataclass(frozen=True, kw_only=True)
 class HART(RateRule):
-    """A triangle without recursion through time, the input's gradient averaged over the time steps of every layer.
+    """HART: a triangle without recursion through time, the input's gradient averaged over the time steps of every
+    layer.
 
     gamma: half of the triangle's base, > 0. The released code tries 48 values on the test set and keeps the best; one
            value is used here, and it stands in the report
@@ -416,8 +418,8 @@ def _leaked(gradient: Tensor, dynamics: Dynamics, leak: Leak) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ASSG(SlopeRule):
-    """ATan whose width follows the distance from the threshold over an attack's steps, per neuron and time step
-    (arXiv 2512.22522).
+    """ASSG: an arctangent whose width follows the distance from the threshold over an attack's steps, per neuron and
+    time step (arXiv 2512.22522).
 
     Running averages of |u| (from 1) and of its deviation from that (from 0) give the width that keeps a share of the
     area near them. They live as long as one call of the attack; a model asked for one gradient starts afresh.

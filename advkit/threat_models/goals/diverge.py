@@ -8,15 +8,17 @@ from typing import ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput
+from advkit.core.protocols import NoneReached
 from advkit.core.rows import finite_rows
 from advkit.threat_models.goals.per_row import PerRow
 from advkit.threat_models.goals.untargeted import best_other, checked_answer, pick
 
 
 @dataclass(frozen=True, eq=False)
-class Diverge(PerRow):
+class Diverge(PerRow, NoneReached):
     """An answer whose distribution differs from the reference's as much as possible.
 
     reference: scores of the untouched rows, float [B, C]; taken as constants
@@ -54,6 +56,7 @@ class Diverge(PerRow):
             return (answer >= 0) & (answer != known)
         return (best_other(answer, known) > pick(answer, known)) & finite_rows(answer)
 
+    @override
     def none_reached(self, answer: Tensor) -> bool:
         """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
         return self._scores(answer) and torch.equal(answer.argmax(1), self._reference_class)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advkit.core.errors import BadInput, BadModel, UsageError
-from advkit.core.protocols import Rng
+from advkit.core.protocols import NOT_REACHED, Rng, Worded, Wording
 from advkit.threat_models.goals.polyhedron import (
     Pairs,
     ordered_pairs,
@@ -448,13 +448,14 @@ def _at_least_one(k: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrderedTopKRule:
-    """See k wrong classes at the top in one order, drawn per row.
+class OrderedTopKRule(Worded):
+    """Ordered top-K: k wrong classes take the first k places in one given order, drawn per sample.
 
     k: how many, 1 <= k < C; drawn uniformly without replacement from the wrong classes, in random order
     """
 
     kind: ClassVar[str] = "topk_ordered"
+    wording: ClassVar[Wording] = NOT_REACHED
     k: int = 5
 
     def __post_init__(self) -> None:
@@ -466,13 +467,14 @@ class OrderedTopKRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKRule:
-    """See k wrong classes at the top in any order, drawn per row.
+class TopKRule(Worded):
+    """Top-K targets: k wrong classes take the first k places in any order, drawn per sample.
 
     k: how many, 1 <= k < C; drawn uniformly without replacement from the wrong classes
     """
 
     kind: ClassVar[str] = "targeted"
+    wording: ClassVar[Wording] = NOT_REACHED
     k: int = 5
 
     def __post_init__(self) -> None:
@@ -484,13 +486,14 @@ class TopKRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutOfTopKRule:
-    """Push the true class out of the k highest.
+class OutOfTopKRule(Worded):
+    """Untargeted top-K: the true class is not among the k highest scores.
 
     k: places that it must leave, 1 <= k < C
     """
 
     kind: ClassVar[str] = "untargeted"
+    wording: ClassVar[Wording] = NOT_REACHED
     k: int = 5
 
     def __post_init__(self) -> None:

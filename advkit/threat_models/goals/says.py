@@ -9,9 +9,22 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, BadModel, UsageError
-from advkit.core.protocols import Evidence, Figure, Rng
+from advkit.core.protocols import (
+    CountsOver,
+    Evidence,
+    Examines,
+    Figure,
+    Generates,
+    Judged,
+    Likelihood,
+    Refuses,
+    Rng,
+    Worded,
+    Wording,
+)
 from advkit.core.rows import finite_rows
 from advkit.core.spaces import REPLY, REREAD, SLOT, USER
 from advkit.threat_models import JUDGES
@@ -22,7 +35,7 @@ HELD, SAID = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
-class Says(PerRow):
+class Says(PerRow, Examines):
     """The reply begins with the row's wanted tokens when every token is the likeliest one.
 
     labels:      what the untouched rows should be answered with, long [B]: 0, held back
@@ -75,6 +88,7 @@ class Says(PerRow):
         """Itself: it has only its own loss."""
         return self
 
+    @override
     def examine(self, evidence: Evidence) -> dict[str, Sequence[Figure]]:
         """Likelihood of the wanted reply before and after, the twins' fate, what the judges say, and the words."""
         said: dict[str, Sequence[Figure]] = {
@@ -83,9 +97,8 @@ class Says(PerRow):
         }
         if evidence.twins is not None:
             said["benign_accuracy"] = _answered(evidence)
-        likelihood = getattr(evidence.victim, "likelihood", None)
-        if likelihood is not None:
-            said["suffix_log_probability"] = _likely(likelihood(), evidence.returned)
+        if isinstance(evidence.victim, Likelihood):
+            said["suffix_log_probability"] = _likely(evidence.victim.likelihood(), evidence.returned)
         said |= _words(evidence)
         return said | self._heard(evidence) if self.judges else said
 
@@ -192,12 +205,12 @@ def _likely(likelihood: Any, returned: Tensor) -> list[Figure]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaysRule:
-    """Make a language model begin its reply with wanted words, and let judges read what it says.
+class SaysRule(Refuses, Judged, CountsOver, Worded):
+    """Jailbreak: a language model begins its reply with a target text; judges may read what it replies.
 
     judges:      who reads sampled replies, by spec: refusal, exact, classifier:NAME, python:MODULE:FUNCTION; none by
-                 default. That the reply begins with the wanted words is always judged, greedily, and costs nothing
-    samples:     replies drawn per row, clean and attacked; the report gives the first, any of them, and their mean
+                 default. That the greedy reply begins with the target text is always judged and costs nothing
+    samples:     replies drawn per sample, clean and attacked; the report gives the first, any of them, and their mean
     temperature, top_p: what they are drawn with
     min_tokens, max_tokens: of a reply
 
@@ -206,6 +219,12 @@ class SaysRule:
 
     kind: ClassVar[str] = "targeted"
     denominator: ClassVar[str] = "prompts"
+    wording: ClassVar[Wording] = Wording(
+        clean="target not said, clean prompt",
+        robust="target not said",
+        success="exact target rate (greedy)",
+        figure="target not said",
+    )
     search: ClassVar[str] = "the likelihood of the wanted reply; judges read replies only when the search is over"
 
     judges: tuple[str, ...] = ()
@@ -238,12 +257,20 @@ class SaysRule:
             max_tokens=self.max_tokens,
         )
 
+    @override
     def misfit(self, model: Any) -> str | None:
         """Why a model can't be judged by this, or None."""
-        if self.judges and not callable(getattr(model, "generate", None)):
+        if self.judges and not isinstance(model, Generates):
             return f"judges read replies and {model.describe().name} writes none: leave judges out of the goal"
         return None
 
+    @property
+    @override
+    def broken_by(self) -> tuple[str, ...]:
+        """What every judge says of the greedy reply."""
+        return tuple(f"{name}_asr_greedy" for name, _ in panel(self.judges))
+
+    @override
     def cards(self) -> list[dict[str, Any]]:
         """Calibration cards of the judges, for the report."""
         return [_card(spec) for spec in self.judges]

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, BadModel, UsageError
-from advkit.core.protocols import Rng
+from advkit.core.protocols import NOT_REACHED, NoneReached, Rng, Worded, Wording
 from advkit.core.rows import finite_rows
 from advkit.threat_models.goals.per_row import PerRow
 from advkit.threat_models.goals.untargeted import (
@@ -26,7 +27,7 @@ from advkit.threat_models.goals.untargeted import (
 
 
 @dataclass(frozen=True, eq=False)
-class Targeted(PerRow):
+class Targeted(PerRow, NoneReached):
     """One chosen class; among equal scores the lowest index decides, as in `Untargeted`.
 
     targets:   wanted classes, long [B]
@@ -58,6 +59,7 @@ class Targeted(PerRow):
             return answer == self.targets
         return (answer.argmax(1) == self.targets) & finite_rows(answer)
 
+    @override
     def none_reached(self, answer: Tensor) -> bool:
         """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
         return self._scores(answer) and not bool((answer.argmax(1) == self.targets).any())
@@ -90,18 +92,18 @@ class Targeted(PerRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetedRule:
-    """Be taken for one chosen class.
+class TargetedRule(Worded):
+    """Targeted misclassification: one chosen class.
 
-    how:    "next" the class after the true one, cyclically; "random" any class but the true one, drawn per row;
-            "least_likely" the class other than the true one that the untouched answer scores lowest; "class" always
-            the same one
-    target: that class, for how=class (rows that truly are of it want it too: leave them out of the denominator)
+    how:    "next" the class after the true one, cyclically; "random" any class but the true one, drawn per sample;
+            "least_likely" the class other than the true one with the lowest clean score; "class" always the same one
+    target: that class, for how=class; samples whose true class it is are left out of the success rate
 
     Raises UsageError where `how` and `target` do not fit, BadInput for classes that the model lacks.
     """
 
     kind: ClassVar[str] = "targeted"
+    wording: ClassVar[Wording] = NOT_REACHED
     how: Literal["next", "random", "least_likely", "class"] = "next"
     target: int | None = None
 

@@ -10,9 +10,10 @@ from typing import ClassVar, Literal, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, BadModel, UsageError
-from advkit.core.protocols import Rng
+from advkit.core.protocols import NoneReached, Rng
 from advkit.core.rows import finite_rows
 from advkit.threat_models.goals.per_row import PerRow
 
@@ -96,7 +97,7 @@ def checked_surrogate(name: str) -> Surrogate:
 
 
 @dataclass(frozen=True, eq=False)
-class Untargeted(PerRow):
+class Untargeted(PerRow, NoneReached):
     """Any class but the true one.
 
     Classes are decided as a deployed classifier does: the largest score, the lowest index among equals.
@@ -130,6 +131,7 @@ class Untargeted(PerRow):
             return (answer >= 0) & (answer != self.labels)
         return (answer.argmax(1) != self.labels) & finite_rows(answer)
 
+    @override
     def none_reached(self, answer: Tensor) -> bool:
         """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
         return self._scores(answer) and torch.equal(answer.argmax(1), self.labels)
@@ -206,7 +208,7 @@ class Rival(Untargeted):
 
 @dataclass(frozen=True, kw_only=True)
 class UntargetedRule:
-    """Be wrong: any class but the true one."""
+    """Any class other than the true one."""
 
     kind: ClassVar[str] = "untargeted"
 
