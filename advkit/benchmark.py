@@ -20,7 +20,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,10 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Batch, Outcome
 from advkit.core.rng import RowRng
 from advkit.evaluation.api import resolve
+from advkit.evaluation.execute import run
 from advkit.evaluation.run.batch import on_device
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.engine import open_store
 from advkit.models.torch import TorchModel
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import Linf
@@ -189,15 +190,15 @@ def reference_run(case: Case, batch_size: int = 250) -> Run:
     peer = peer_package("pyautoattack")
     batch = on_device(next(iter(case.task.batches(case.n, n=case.n))), "cpu")
     x, labels = batch.x, _labels(case, batch)
-    victim = _AsModule(case.victim)
-    made = {}
+    victim = _AsModule(cast(Any, case.victim))
+    made, ball = {}, case.threat.describe()
     with torch.random.fork_rng(devices=[]), _hushed("auto-attack"), counted(victim.module) as passes:
         with torch.no_grad():
             sound = victim(x).argmax(1) == labels
         passes.forwards = passes.calls = 0
         begin = time.process_time()
         adversary = peer.AutoAttack(
-            victim, norm=case.threat.norm, eps=case.threat.eps, seed=case.seed, version="standard", device="cpu"
+            victim, norm=ball["norm"], eps=ball["eps"], seed=case.seed, version="standard", device="cpu"
         )
         standing = sound.nonzero().squeeze(1)
         felled: dict[str, str] = {}
@@ -486,7 +487,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"    {found['command']}",
         "",
         "CPU seconds of one process on one thread; the sides are interleaved and a ratio is the median of the ratios",
-        "of runs that stood beside each other. Passes are rows that went through the model, counted by the same hooks",
+        "of neighbouring runs. Passes are samples that went through the model, counted by the same hooks",
         "on both sides, padding and verdicts included. "
         + ", ".join(f"{name} {value}" for name, value in found["environment"].items())
         + ".",
@@ -509,10 +510,10 @@ def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
         f"## {first['threat_model']}: suites against {reference}"
         + (" (AutoAttack standard)" if reference == REFERENCE else ""),
         "",
-        f"{first['n']} rows of {first['task']}, {repetitions} repetitions with seeds 0 to {repetitions - 1} on both "
+        f"{first['n']} samples of {first['task']}, {repetitions} repetitions with seeds 0 to {repetitions - 1} on both "
         "sides. RA is robust accuracy, one figure where all seeds agree. *Missed* are",
-        "rows that the reference fools under any of its seeds and the suite does not, *gained* the converse, each the",
-        "worst of our seeds.",
+        "samples that the reference breaks under any of its seeds and the suite does not, *gained* the converse, each",
+        "the worst of our seeds.",
         "",
         "| model | side | RA | CPU s | times less CPU | forwards k | backwards k | missed | gained |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -541,7 +542,7 @@ def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
             f"- `{name}`: {min(ratios):.1f} to {max(ratios):.1f} times less CPU time, median of the models "
             f"{statistics.median(ratios):.1f}{goal}"
         )
-    lines += ["", "### Rows missed", ""]
+    lines += ["", "### Samples missed", ""]
     missed = [
         f"- {name} on {entry['model']}: {_row(one)}"
         for entry in entries
@@ -549,7 +550,7 @@ def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
         for one in suite["missed"]
     ]
     lines += missed or ["None by any suite under any seed."]
-    lines += ["", "### What felled the rows", "", "Rows felled by each stage, first seed.", ""]
+    lines += ["", "### What broke the samples", "", "Samples broken by each stage, first seed.", ""]
     for entry in entries:
         told = [f"{reference}: {_stages(entry['reference']['runs'][0])}"]
         told += [f"{name}: {_stages(suite['runs'][0])}" for name, suite in entry["suites"].items()]
@@ -559,7 +560,7 @@ def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 def _row(one: dict[str, Any]) -> str:
     seeds = ", ".join(str(seed) for seed in one["their_seeds"])
-    return f"row {one['row']} under our seed {one['our_seed']}; felled by {one['felled_by']} under their seeds {seeds}"
+    return f"{one['row']} under our seed {one['our_seed']}; broken by {one['felled_by']} under their seeds {seeds}"
 
 
 def _stages(run: dict[str, Any]) -> str:

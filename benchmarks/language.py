@@ -37,7 +37,7 @@ from advkit.attacks.text.base import Found, SuffixAttack
 from advkit.attacks.text.baselines import RandomSuffix, SampledSuffix
 from advkit.attacks.text.beast import BEAST
 from advkit.attacks.text.gcg import GCG
-from advkit.attacks.text.search import Search
+from advkit.attacks.text.search import SuffixSearch
 from advkit.core.oracle import MeteredOracle, frozen
 from advkit.core.rng import RowRng
 from advkit.core.spaces import SLOT
@@ -183,18 +183,18 @@ def nano_steps(
 def our_steps(model: LanguageModel, prompt: str, target: str, steps: int, settings: dict[str, Any]) -> list[float]:
     """Seconds of our steps: from one entry of the trace to the next."""
     marks: list[float] = []
-    note = Search.note
+    note = SuffixSearch.note
 
-    def ticking(self: Search, *args: Any, **more: Any) -> None:
+    def ticking(self: SuffixSearch, *args: Any, **more: Any) -> None:
         note(self, *args, **more)
         marks.append(time.perf_counter())
 
     row = transcripts(model.tokenizer, [(prompt, target)], room=settings["length"])
-    Search.note = ticking  # type: ignore[method-assign]
+    SuffixSearch.note = ticking  # type: ignore[method-assign]
     try:
         search(GCG(steps=steps, **settings), model, row, ["row"], settings["length"])
     finally:
-        Search.note = note  # type: ignore[method-assign]
+        SuffixSearch.note = note  # type: ignore[method-assign]
     return [after - before for before, after in pairwise(marks[1:])]
 
 

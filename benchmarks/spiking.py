@@ -225,12 +225,12 @@ def report(rounds: int) -> str:
         (
             "attack",
             "victim",
-            "rows",
-            "rows forward (with backward)",
+            "samples",
+            "forward (with backward)",
             "padding",
             "forwards per second",
-            "beside its calls",
-            "beside full calls",
+            "over its calls",
+            "over full calls",
         ),
         [
             (
@@ -285,31 +285,30 @@ python benchmarks/spiking.py --rounds {rounds} --out docs/spiking_speed.md
 ```
 
 One CPU thread, torch {torch}. Times are CPU seconds; ratios are medians of {rounds} rounds in which the sides take
-turns in one process. Rows, calls and bytes are counted. Milliseconds and rows per second depend on the machine and on
-what else runs there; on a busy one, ratios near 1 differ by up to ten points from run to run.
+turns in one process. Samples, calls and bytes are counted. Milliseconds and samples per second depend on the machine
+and its load; on a busy one, ratios near 1 differ by up to ten points from run to run.
 
-## Attacks beside the bare network
+## Attacks against the bare network
 
-`sda` as it is by default, `pgd` with ten steps under PDSG. Candidates of all rows share batches. *Padding*: rows sent
-through the network beyond those that the attack asked about; calls have fixed shapes, so that a row's bits never depend
-on its batch. *Beside its calls*: the attack over the bare network on the very same calls; this is what the attack and
-the harness add, and at most 15 % is the goal. *Beside full calls*: over the bare network on as many rows, forward and
-backward, in full calls of 64; this includes what padding and small calls cost, and is large where few rows are attacked
-at a time.
+`sda` with its defaults, `pgd` with ten steps under PDSG. Candidates of all samples share batches. *Padding*: samples
+added to those that the attack queries; calls have fixed shapes, so that a sample's bits never depend on its batch.
+*Over its calls*: the attack over the bare network on the same calls. This is what the attack and the harness add; the
+goal is at most 15 %. *Over full calls*: over the bare network on as many samples, forward and backward, in full calls
+of 64. This includes what padding and small calls cost, and is large where few samples are attacked at a time.
 
 {harness}
 
 ## One layer, forward and backward
 
-LIF on {shape} (time, rows, channels, height, width): one fused backward pass beside autograd's graph of the
-loop over time.
+LIF on {shape} (time, samples, channels, height, width): one fused backward pass against autograd's graph of
+the loop over time.
 
 {layer}
 
-## What a rule costs
+## Cost of a surrogate
 
-Gradient of `digits-dvs-snn` on 64 rows, over that under a Gaussian of fixed width. A forward pass without gradient
-computes no statistics, whatever the rule.
+Gradient of `digits-dvs-snn` on 64 samples, over that under a Gaussian of fixed width. A forward pass without gradient
+computes no statistics, whatever the surrogate.
 
 {rules}
 """

@@ -1,20 +1,27 @@
-"""What every attack's loop needs: the best point seen per row, and the rows still in play."""
+"""What attacks are built from: the best point seen per row, and the rows still active. `Search` joins the two."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from advkit.core.protocols import Ball, Goal, Oracle, Rng
+from advkit.core.protocols import Ball, Descends, Goal, Oracle, Rng, WrapsBall
 from advkit.core.rows import finite_rows as finite_rows
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
 
 TensorOracle = Oracle[Tensor, Tensor]
 TensorGoal = Goal[Tensor]
+
+
+@runtime_checkable
+class TellsNone(Protocol):
+    """A goal with a cheaper `not reached(answer).any()`, which may say no in doubt: most steps end with it."""
+
+    def none_reached(self, answer: Tensor) -> bool: ...
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -29,13 +36,13 @@ def better(reached: Tensor, loss: Tensor, than_reached: Tensor, than_loss: Tenso
 
 def lp_ball(ball: Any) -> Any:
     """The ball inside a threat model that wraps one (`.ball`), for attacks whose rules are published per norm."""
-    while not isinstance(ball, Linf | L2 | L1 | L0) and hasattr(ball, "ball"):
+    while not isinstance(ball, Linf | L2 | L1 | L0) and isinstance(ball, WrapsBall):
         ball = ball.ball
     return ball
 
 
 @dataclass
-class _Found:
+class _Points:
     """The best points of the rows that are offered for at the moment."""
 
     rows: Tensor | None
@@ -43,97 +50,99 @@ class _Found:
     x: Tensor
     loss: Tensor
     reached: Tensor
-    fell: bool  # whether any of them has reached, or seemed to
+    any_reached: bool  # whether any of them has reached its goal, or seemed to
     nobody: Tensor  # False for every row
 
-    def untouched(self, answer: Tensor) -> bool:
+    def none_reached(self, answer: Tensor) -> bool:
         """Whether no row has reached its goal, nor does by these answers: the host synchronisation of a step."""
-        if self.fell:
+        if self.any_reached:
             return False
-        none_reached = getattr(self.goal, "none_reached", None)
-        if none_reached is not None:
-            return bool(none_reached(answer))
+        if isinstance(self.goal, TellsNone):
+            return bool(self.goal.none_reached(answer))
         return not bool(self.goal.reached(answer).any())
 
 
 class Best:
     """The best point seen of every row.
 
-    x:       the points [B, ...]; the origin until something finite was offered
+    x:       the points [B, ...]; the clean row until something finite was offered
     loss:    their losses [B], +inf until then
     reached: whether the goal holds there, bool [B]
-    quiet:   whether it is known already that no point offered last reaches its goal, so that nobody need look
-    won:     which of the points offered last were taken, bool [n]
 
     An answer that is not finite is never better than anything, so a victim that breaks down off the data is not taken
-    for one that was fooled. A goal may have `none_reached(answer) -> bool`, a cheaper `not reached(answer).any()` that
-    may say no in doubt: most steps end with it.
+    for one that was fooled.
     """
 
     def __init__(self, x: Tensor, goal: TensorGoal) -> None:
         loss = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-        self._all = self._now = self._found(None, goal, x.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
-        self._now.fell = False
-        self.quiet = False
-        self.won = self._now.nobody
+        self._all = self._now = self._points(None, goal, x.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
+        self._now.any_reached = False
 
     @staticmethod
-    def _found(rows: Tensor | None, goal: TensorGoal, x: Tensor, loss: Tensor, reached: Tensor) -> _Found:
-        # An expanded tensor can't be written to, so that the one may be handed out step after step.
+    def _points(rows: Tensor | None, goal: TensorGoal, x: Tensor, loss: Tensor, reached: Tensor) -> _Points:
+        # An expanded tensor can't be written to, so that the one may be returned step after step.
         nobody = torch.zeros((), dtype=torch.bool, device=x.device).expand(len(x))
-        return _Found(rows, goal, x, loss, reached, True, nobody)
+        return _Points(rows, goal, x, loss, reached, True, nobody)
 
     @property
     def x(self) -> Tensor:
-        return self._settled().x
+        return self._merged().x
 
     @property
     def loss(self) -> Tensor:
-        return self._settled().loss
+        return self._merged().loss
 
     @property
     def reached(self) -> Tensor:
-        return self._settled().reached
+        return self._merged().reached
 
-    def _settled(self) -> _Found:
-        """Everybody's points, those of the rows in play among them."""
+    def _merged(self) -> _Points:
+        """All rows' points, those of the active rows among them."""
         all_, now = self._all, self._now
         if now is not all_:
             all_.x[now.rows], all_.loss[now.rows], all_.reached[now.rows] = now.x, now.loss, now.reached
         return all_
 
-    def of(self, rows: Tensor | None) -> _Found:
+    def of(self, rows: Tensor | None) -> _Points:
         """What is known of these rows; they are kept together until others are asked for."""
         if rows is not self._now.rows:
-            all_ = self._settled()
+            all_ = self._merged()
             if rows is None:
-                self._now, all_.fell = all_, True
+                self._now, all_.any_reached = all_, True
             else:
                 x, loss, reached = kept(rows, all_.x, all_.loss, all_.reached)
-                self._now = self._found(rows, all_.goal.take(rows), x, loss, reached)
-                self._now.fell = bool(reached.any())
+                self._now = self._points(rows, all_.goal.take(rows), x, loss, reached)
+                self._now.any_reached = bool(reached.any())
         return self._now
+
+    def compare(
+        self, z: Tensor, answer: Tensor, loss: Tensor | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """As `offer`; returns which points reach the goal, None where it is plain that none does, and which are better.
+
+        Both bool [n]. None saves the caller a look at the first: most steps reach nothing.
+        """
+        now = self.of(rows)
+        loss = (now.goal.loss(answer) if loss is None else loss).to(now.loss.dtype)
+        finite = finite_rows(answer)
+        reached: Tensor | None = None
+        if now.none_reached(answer):
+            wins = (loss < now.loss) & finite
+        else:
+            reached = now.goal.reached(answer) & finite
+            wins = better(reached, loss, now.reached, now.loss) & finite
+            now.reached, now.any_reached = now.reached | reached, True
+        now.x = torch.where(per_row(wins, z), z, now.x)
+        now.loss = torch.where(wins, loss, now.loss)
+        return reached, wins
 
     def offer(self, z: Tensor, answer: Tensor, loss: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Take the points z [n, ...] that beat what their rows have; `rows` long [n] where they are not all rows.
 
         Returns bool [n]: which of these points reach the goal.
         """
-        now = self.of(rows)
-        loss = (now.goal.loss(answer) if loss is None else loss).to(now.loss.dtype)
-        finite = finite_rows(answer)
-        self.quiet = now.untouched(answer)
-        if self.quiet:
-            reached = now.nobody
-            wins = (loss < now.loss) & finite
-        else:
-            reached = now.goal.reached(answer) & finite
-            wins = better(reached, loss, now.reached, now.loss) & finite
-            now.reached, now.fell = now.reached | reached, True
-        now.x = torch.where(per_row(wins, z), z, now.x)
-        now.loss = torch.where(wins, loss, now.loss)
-        self.won = wins
-        return reached
+        reached, _ = self.compare(z, answer, loss, rows)
+        return self.of(rows).nobody if reached is None else reached
 
     def put(self, z: Tensor, rows: Tensor | None = None) -> None:
         """Set the points of these rows, better or not."""
@@ -141,8 +150,8 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Live:
-    """The rows still in play, compacted together: what an attack's loop works on.
+class ActiveRows:
+    """Rows that are still attacked, compacted together.
 
     index: which of the attack's rows these are, long [n]; None while all are
     """
@@ -156,9 +165,9 @@ class Live:
     def __len__(self) -> int:
         return len(self.x)
 
-    def take(self, rows: Tensor) -> Live:
+    def take(self, rows: Tensor) -> ActiveRows:
         """Some of these rows (long index); a row may come several times."""
-        return Live(
+        return ActiveRows(
             self.oracle.take(rows),
             self.x[rows],
             self.goal.take(rows),
@@ -166,30 +175,40 @@ class Live:
             rows if self.index is None else self.index[rows],
         )
 
-    def through(self, oracle: TensorOracle) -> Live:
-        """The same rows seen through another oracle."""
-        return replace(self, oracle=oracle)
-
-    def left(self, done: Tensor) -> Tensor | None:
-        """Which rows stay, as a long index, or None when all do. Waits for the device."""
+    def staying(self, done: Tensor) -> Tensor | None:
+        """Which rows stay when those that are `done` leave, as a long index; None when all do. Waits for the device."""
         stay = (~done).nonzero().squeeze(1)
         return None if len(stay) == len(done) else stay
 
+    def of(self, values: Tensor) -> Tensor:
+        """These rows' values, of a tensor with a value for each of the attack's rows."""
+        return values if self.index is None else values[self.index]
+
     def affords(self, answers: int = 1) -> bool:
         """Whether every row may still ask for that many answers."""
-        left = self.oracle.left
-        return left is None or left >= answers
+        return affords(self.oracle, answers)
+
+
+Live = ActiveRows
+"""The former name, for plug-ins."""
+
+
+def affords(oracle: TensorOracle, answers: int = 1) -> bool:
+    """Whether every row of the oracle may still ask for that many answers."""
+    left = oracle.left
+    return left is None or left >= answers
 
 
 def descended(ball: Ball[Tensor], z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
     """z after a step down the gradient, `size` of the ball's eps long (a number, or one that broadcasts against z).
 
-    Through the ball's own `descend` where it has one, which may know a shorter way to the same point.
+    Through the ball's own `descend` where it has one, which may know a shorter way to the same point. A threat model
+    that wraps a ball steps by its own `project` and `steepest`, unless it wraps L0, whose step is of another kind.
     """
-    descend = getattr(ball, "descend", None)
-    if descend is not None:
-        moved: Tensor = descend(z, gradient, origin, size)
-        return moved
+    inner = lp_ball(ball)
+    stepping = inner if isinstance(inner, L0) else ball
+    if isinstance(stepping, Descends):
+        return stepping.descend(z, gradient, origin, size)
     return ball.project(z + size * ball.steepest(-gradient, z), origin)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from advkit.attacks.base import TensorGoal, TensorOracle, lp_ball, per_row
 from advkit.core.errors import MissingExtra, UnknownName, UsageError
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.registry import parse_arguments
 from advkit.threat_models.goals.targeted import Targeted
@@ -44,12 +45,12 @@ def peer_package(name: str) -> Any:
 
 def read_settings(text: str) -> dict[str, Any]:
     """`steps=20,rel_stepsize=1/40` as keyword arguments: whole numbers, fractions, true, false, none, else text."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for argument in parse_arguments(text):
-        if argument.key is None or argument.key in found:
+        if argument.key is None or argument.key in settings:
             raise UsageError(f"settings {text!r}: {argument.text!r} is not one key=value of its own")
-        found[argument.key] = _value(argument.value)
-    return found
+        settings[argument.key] = _value(argument.value)
+    return settings
 
 
 def _value(text: str) -> Any:
@@ -115,9 +116,9 @@ class Peer(ABC):
               eps, norm, goal and model come from the evaluation
     access:   what the attack asks of the victim; say scores or labels for black-box attacks
 
-    A package's attack that searches the nearest adversarial point and takes no eps is judged by what it found inside
-    the ball: elsewhere it found nothing and the row comes back untouched. Points outside the ball from an attack that
-    was told eps stay as they are, for the harness to call invalid.
+    A package's attack that searches the nearest adversarial point and takes no eps is judged by its points inside
+    the ball: elsewhere the row comes back unchanged. Points outside the ball from an attack that
+    was given eps stay as they are, for the harness to call invalid.
 
     Raises MissingExtra without the package, UnknownName for a class that it lacks, UsageError for settings, goals,
     norms or spaces that the attack can't take. Answers beyond the threat model's budget end the row in an error.
@@ -137,7 +138,7 @@ class Peer(ABC):
         return Access(self.access)
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        if not hasattr(oracle, "differentiable"):
+        if not isinstance(oracle, MeteredOracle):
             raise UsageError(f"{self} needs the plain oracle, not one wrapped by {type(oracle).__name__}")
         inner = lp_ball(ball)
         if not isinstance(inner, NormBall):
@@ -147,7 +148,7 @@ class Peer(ABC):
         elif isinstance(goal, Untargeted):
             classes, targeted = goal.labels, False
         else:
-            raise UsageError(f"{self} can be told labels or targets, not the goal {type(goal).__name__}")
+            raise UsageError(f"{self} takes labels or targets, not the goal {type(goal).__name__}")
         low, high = (torch.as_tensor(bound) for bound in (inner.box.low, inner.box.high))
         if low.numel() != 1 or high.numel() != 1 or not math.isfinite(float(high - low)):
             raise UsageError(f"{self} needs one lower and one upper bound for all features, not {inner.box!r}")
@@ -167,17 +168,17 @@ class Peer(ABC):
 
     @abstractmethod
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
-        """The package's points, and whether it was told eps."""
+        """The package's points, and whether it was given eps."""
 
     def _class(self, home: Any) -> Any:
         """The attack class in a module of the package."""
-        found = getattr(home, self.name, None)
-        if not inspect.isclass(found):
+        attack = getattr(home, self.name, None)
+        if not inspect.isclass(attack):
             names = {each.casefold(): each for each, value in vars(home).items() if inspect.isclass(value)}
             near = difflib.get_close_matches(self.name.casefold(), names, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(repr(names[one]) for one in near)}?" if near else ""
             raise UnknownName(f"{self.package} has no attack {self.name!r}{hint}")
-        return found
+        return attack
 
     def _make(self, cls: Any, *leading: Any, **known: Any) -> tuple[Any, set[str]]:
         """The attack, and which of the known arguments its constructor took."""
@@ -200,7 +201,7 @@ class Peer(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Foolbox(Peer):
-    """An attack of the foolbox package by class name, run and judged here (arXiv 1707.04131).
+    """Foolbox: an attack of that package by class name, run and judged here (arXiv 1707.04131).
 
     Foolbox clips every point to the ball itself before it hands it back.
     """
@@ -233,7 +234,7 @@ class _Unit(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class TorchAttacks(Peer):
-    """An attack of the torchattacks package by class name, run and judged here (arXiv 2010.01950).
+    """Torchattacks: an attack of that package by class name, run and judged here (arXiv 2010.01950).
 
     The package knows the box [0, 1] alone; rows of another box are stretched to it and back. Attacks with eps and
     without a norm of their own are taken for Linf, those with L2 in their names for L2. Its AutoAttack runs 10 steps
@@ -263,7 +264,7 @@ class TorchAttacks(Peer):
 
 @dataclass(frozen=True, kw_only=True)
 class ART(Peer):
-    """An evasion attack of the Adversarial Robustness Toolbox by class name, run and judged here (arXiv 1807.01069).
+    """Adversarial Robustness Toolbox (ART): an evasion attack of that package by class name (arXiv 1807.01069).
 
     Its step sizes are absolute and do not follow eps: settings=[eps_step=0.01]. One answer more than the attack's own
     is asked per batch, to learn the number of classes.

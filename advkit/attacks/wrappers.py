@@ -1,4 +1,4 @@
-"""Oracles around an oracle: what changes the gradient an attack walks along without changing its loop."""
+"""Oracles around an oracle: what changes the gradient that an attack follows without changing its loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def normalised(gradient: Tensor) -> Tensor:
 
 
 def accumulated(velocity: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
-    """What `momentum` walks along: `decay` of what was accumulated so far, plus a gradient."""
+    """What `momentum` follows: `decay` of what was accumulated so far, plus a gradient."""
     return gradient if velocity is None else velocity * decay + gradient
 
 

@@ -7,34 +7,13 @@ from typing import Annotated
 
 import typer
 
-from advkit.cli.options import (
-    BatchSize,
-    DefenseSpec,
-    Device,
-    GoalSpec,
-    Json,
-    ModelSpec,
-    Rows,
-    Seed,
-    SpeedSpec,
-    TaskSpec,
-    ThreatSpec,
-)
+from advkit.cli.options import Asked, Json, takes_request
 
 
+@takes_request()
 def attack(
+    asked: Asked,
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    attack: Annotated[str, typer.Option(help="Attack, e.g. pgd:steps=100.")] = "pgd",
-    defense: DefenseSpec = "none",
-    task: TaskSpec = "fashion-mnist",
-    model: ModelSpec = None,
-    threat_model: ThreatSpec = None,
-    goal: GoalSpec = None,
-    n: Rows = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    speed: SpeedSpec = "fp32",
     png: Annotated[int, typer.Option(help="How many images to draw as PNG, too.")] = 16,
     as_json: Json = False,
 ) -> None:
@@ -49,14 +28,11 @@ def attack(
 
     from advkit.cli.progress import Bars
     from advkit.evaluation.api import resolve
-    from advkit.evaluation.figures.pictures import export
+    from advkit.evaluation.export import export
     from advkit.evaluation.run.store import check_folder
 
     check_folder(out)
-    case = resolve(
-        attack, defense, task, model, threat_model, goal, n=n, seed=seed, device=device, batch_size=batch_size,
-        speed=speed,
-    )  # fmt: skip
+    case = resolve(**asked)
     with Bars(hidden=as_json) as bars:
         written = export(case, out, png=png, watch=bars.watch)
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from advkit.cli.options import DefenseSpec, Device, Json, ModelSpec, Seed, TaskSpec, ThreatSpec
+from advkit.cli.options import Asked, Json, takes_request
 
 if TYPE_CHECKING:
     from advkit.evaluation.run.case import Case
@@ -20,16 +20,11 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "s
 STYLES = {"info": "dim", "warning": "yellow", "unreliable": "bold red"}
 
 
+@takes_request("goal", "n", "batch_size", "speed")
 def doctor(
-    attack: Annotated[str, typer.Option(help="The attack whose work is checked, e.g. pgd:steps=100.")] = "pgd",
-    defense: DefenseSpec = "none",
-    task: TaskSpec = "fashion-mnist",
-    model: ModelSpec = None,
-    threat_model: ThreatSpec = None,
+    asked: Asked,
     rows: Annotated[int, typer.Option(min=1, help="Rows that the expensive checks use, the task's first ones.")] = 100,
     draws: Annotated[int, typer.Option(min=1, help="Random points tried around every row that holds.")] = 1000,
-    seed: Seed = 0,
-    device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for doctor.json and the curves as PNG.", show_default="nothing written")
     ] = None,
@@ -48,15 +43,15 @@ def doctor(
         check_folder(out)
     console = Console()
     said: dict[str, Any] = {}
-    if model is None and defense == "none":
+    if asked["model"] is None and asked["defense"] == "none":
         said["installation"] = installation()
         if not as_json:
             _print_installation(console, said["installation"])
 
     from advkit.evaluation.api import resolve
-    from advkit.evaluation.run.engine import preflight
+    from advkit.evaluation.execute import preflight
 
-    case = resolve(attack, defense, task, model, threat_model, n=rows, seed=seed, device=device, progress=not as_json)
+    case = resolve(**asked, n=rows, progress=not as_json)
     preflight(case)
     findings, curves = _examine(case, rows, draws, as_json)
     said |= {

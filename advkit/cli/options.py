@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import typer
+
+Asked = Mapping[str, Any]
+"""The options of a request by name: what `advkit.evaluation.plan.Request` is made of."""
 
 DefenseSpec = Annotated[
     str, typer.Option(help="Defense, e.g. none, pgd_at, trades, pubdef (see `advkit list defenses`).")
@@ -54,6 +60,50 @@ Workers = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]
+
+
+AttackSpec = Annotated[str, typer.Option(help="Attack, e.g. pgd:steps=100 (see `advkit list attacks`).")]
+_REQUEST: dict[str, tuple[Any, Any]] = {
+    "attack": (AttackSpec, "pgd"),
+    "defense": (DefenseSpec, "none"),
+    "task": (TaskSpec, "fashion-mnist"),
+    "model": (ModelSpec, None),
+    "threat_model": (ThreatSpec, None),
+    "goal": (GoalSpec, None),
+    "n": (Rows, None),
+    "seed": (Seed, 0),
+    "device": (Device, "auto"),
+    "batch_size": (BatchSize, None),
+    "speed": (SpeedSpec, "fp32"),
+}
+
+
+def takes_request(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a request; its first parameter gets them as one mapping.
+
+    left_out: options that the command does not have, or has in its own way
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        named = {parameter.name for parameter in own}
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in _REQUEST.items()
+            if name not in left_out
+        ]
+
+        @functools.wraps(command)
+        def with_request(**options: Any) -> None:
+            asked = {name: value for name, value in options.items() if name not in named}
+            command(asked, **{name: value for name, value in options.items() if name in named})
+
+        parameters = [*shared, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own)]
+        with_request.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_request.__annotations__ = {each.name: each.annotation for each in parameters}
+        return with_request
+
+    return decorate
 
 
 def listed(text: str) -> list[str]:

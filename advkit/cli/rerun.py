@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,34 +34,27 @@ def rerun(
 
     from rich.console import Console
 
-    from advkit.cli.evaluate import carry_out, settings_of
+    from advkit.cli.evaluate import carry_out
     from advkit.core.errors import ReportError
-    from advkit.evaluation.api import execute, plan
-    from advkit.evaluation.report.document import Report
+    from advkit.evaluation.execute import execute
+    from advkit.evaluation.plan import Request, plan
+    from advkit.evaluation.report import Report
     from advkit.evaluation.run.store import check_folder
 
     file = report / "report.json" if report.is_dir() else report
     old = Report.load(file)
-    settings = settings_of(old)
-    wanted = ("attack", "defense", "task", "model", "threat_model", "goal")
-    missing = [name for name in wanted if name not in settings]
-    if missing:
-        raise ReportError(f"{file} does not say its {', '.join(missing)}: it can't be run again from names alone")
+    try:
+        asked = Request.from_report(old.to_dict())
+    except ReportError as error:
+        raise ReportError(f"{file}: {error}") from None
     home = file.absolute().parent
     records = home / old.to_dict().get("per_sample", {}).get("path", "records.jsonl")
     if not records.is_file():
         raise ReportError(f"{file} has no records beside it ({records.name}): there is nothing to compare a rerun with")
     folder = out if out is not None else home.with_name(f"{home.name}-rerun")
     check_folder(folder)
-    resolved = plan(
-        **{name: settings[name] for name in wanted},
-        n=old.to_dict()["dataset"]["n_evaluated"],
-        seed=old.to_dict()["reproducibility"]["seed"],
-        device=device,
-        batch_size=batch_size,
-        speed=settings.get("speed", "fp32"),
-        beside=(home / BESIDE).is_file(),
-    )
+    beside = (home / BESIDE).is_file()
+    resolved = plan(replace(asked, device=device, batch_size=batch_size, beside=beside))
     before, now = old.to_dict()["model"]["state_sha256"], resolved.case.victim.describe().state_sha256
     if before != now:
         raise ReportError(
@@ -87,4 +81,6 @@ def _all_records(file: Path) -> dict[tuple[str, str, str], Record]:
     from advkit.evaluation.run.store import read_records
 
     found = [file, *(other for other in [file.with_name(BESIDE)] if other.is_file())]
-    return {("beside" if each.name == BESIDE else "", r.attack, r.id): r for each in found for r in read_records(each)}
+    return {
+        ("beside" if each.name == BESIDE else "", str(r.made_by), r.id): r for each in found for r in read_records(each)
+    }

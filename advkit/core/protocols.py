@@ -485,6 +485,11 @@ class Judged(Protocol):
     def cards(self) -> list[dict[str, Any]]:
         """A calibration card per judge, plain JSON values; empty where no judge was named."""
 
+    @property
+    @abstractmethod
+    def broken_by(self) -> Sequence[str]:
+        """Names of the figures (truth values) by which a judge each says that the row is broken."""
+
 
 @runtime_checkable
 class CountsOver(Protocol):

@@ -6,25 +6,20 @@ Wilson (1927), Clopper and Pearson (1934), McNemar (1947), Newcombe (Statistics 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
 from advkit.core.errors import UsageError
 
-DenominatorKind = Literal[
-    "all_samples",
-    "clean_correct",
-    "clean_not_target",
-    "triggered_not_target",
-    "source_class",
-    "prompts",
-    "episodes",
-    "attacked_and_judged",
-]
+DenominatorKind = str
+"""What a denominator counts, a plain word: all_samples, clean_correct, clean_not_target, triggered_not_target,
+source_class, prompts, episodes, attacked_and_judged, or a goal's own."""
+PLAIN_WORD = re.compile(r"[a-z][a-z0-9_]{0,59}")
 Side = Literal["two-sided", "lower", "upper"]
 
 
@@ -215,8 +210,10 @@ def rate(
     method: Literal["wilson", "clopper_pearson"] = "wilson",
 ) -> dict[str, Any]:
     """The report's `rate` object for k of n; 0 of 0 has neither value nor interval."""
-    if kind not in get_args(DenominatorKind):
-        raise UsageError(f"denominator kind {kind!r}: expected one of {', '.join(get_args(DenominatorKind))}")
+    if not PLAIN_WORD.fullmatch(kind):
+        raise UsageError(
+            f"denominator kind {kind!r}: expected a plain word such as all_samples (a-z, 0-9, _; at most 60 characters)"
+        )
     if method not in ("wilson", "clopper_pearson"):
         raise UsageError(f"interval method {method!r}: expected wilson or clopper_pearson")
     k, n = int(k), int(n)

@@ -9,9 +9,10 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.protocols import Bindable, BringsAttacks, Surrogates, Task, ThreatModel, Trains
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
@@ -87,6 +88,41 @@ def blank(spec: Any, task: Any, seed: int) -> Any:
     return part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
 
 
+def bound(task: Task, space: Any) -> Task:
+    """The task in a model's space, where its rows depend on one."""
+    return task.bind(space) if isinstance(task, Bindable) else task
+
+
+def with_public_sources(threat: ThreatModel[Any], task: Task, defense: str) -> ThreatModel[Any]:
+    """The threat model with `public` replaced by the zoo's surrogates of the task, those the defense trained on marked.
+
+    Raises UsageError when the zoo has none for the task.
+    """
+    from advkit.models import zoo
+    from advkit.threat_models.tapm import PUBLIC
+
+    if not isinstance(threat, Surrogates) or PUBLIC not in threat.sources:
+        return threat
+    cards = zoo.public(task.name)
+    if not cards:
+        raise UsageError(
+            f"no public surrogates are known for task {task.name}: name them, tapm:sources=zoo:NAME+path:FILE"
+        )
+    named = [source for source in threat.sources if source != PUBLIC]
+    specs = [f"zoo:{card.name}" for card in cards]
+    known = threat.seen if isinstance(threat, BringsAttacks) else ()
+    seen = known or [f"zoo:{card.name}" for card in cards if defense in card.seen_by]
+    return cast("ThreatModel[Any]", threat.with_sources([*specs, *named], seen=seen))
+
+
+def surrogates_of(threat: ThreatModel[Any], task: Task, device: str) -> tuple[tuple[str, Any], ...]:
+    """The models a transfer threat model speaks of, by the names that records use."""
+    from advkit.threat_models.transfer import source_name
+
+    sources = threat.surrogates if isinstance(threat, Surrogates) else ()
+    return tuple((source_name(source), ready(source, task).to(device)) for source in sources)
+
+
 def protected(
     model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False
 ) -> Victim:
@@ -122,7 +158,7 @@ def protected(
             return Victim(
                 held.to(device), f"zoo:{card.name}", card.defense, {"card": card.name, "measured": dict(card.measured)}
             )
-    if not guard.needs_data and not hasattr(guard, "objective"):
+    if not guard.needs_data and not isinstance(guard, Trains):
         # What trains nothing goes around the task's undefended model of that architecture.
         plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
         return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
@@ -151,7 +187,7 @@ def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress
             f"training data at hand: give it some (e.g. {task.name}:root=FOLDER), or name a trained model "
             "(--model path:FILE.safetensors)"
         )
-    if not hasattr(guard, "objective"):
+    if not isinstance(guard, Trains):
         raise BadModel(f"model {name} has no trained weights, and the defense {spec} does not train any")
     folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
     log.info("training %s with %s on %s (kept in %s)", name, spec, task.name, folder)
@@ -201,7 +237,7 @@ def train_victim(
             raise UsageError("a recipe text changes a defense given by its spec; set the object's own recipe instead")
         defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
     guard: Any = DEFENSES.build(defense)
-    if not hasattr(guard, "objective"):
+    if not isinstance(guard, Trains):
         raise UsageError(f"the defense {DEFENSES.name_of(guard)} trains nothing: apply it with `advkit evaluate`")
     asked = model if model is not None else work.defaults.model
     part, _ = model_part(asked)

@@ -99,6 +99,15 @@ class L0(NormBall):
         promise = gradient.to(wide(at)) * move
         return torch.where(self._everywhere(self._best(self._positions(promise)), at), move, 0.0)
 
+    def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
+        """z after `size` of the way to the box's edge, in the positions that promise most from the origin.
+
+        The other positions go back to the origin: a fraction of a step never outweighs a position that has changed
+        already, so that a run would stay with the first positions it took.
+        """
+        move = self.steepest(-gradient, origin)
+        return self.project(torch.where(move != 0, z + size * move, origin), origin)
+
     def _on_lattice(self, z: Tensor, origin: Tensor) -> Tensor:
         low, step = self._lattice_of(origin)
         index = lattice_index(z.to(low.dtype), low, step).round()

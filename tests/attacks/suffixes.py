@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from advkit.attacks.text.questions import Desk, settled
-from advkit.attacks.text.search import Search
+from advkit.attacks.text.questions import Batcher, resolved
+from advkit.attacks.text.search import SuffixSearch
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
@@ -61,9 +61,9 @@ def searching(attack, model, x, ids=IDS, **threat):
     oracle = MeteredOracle(model, len(x), Access.SCORES)
     suffix = Suffix(**{"n": 8, **threat}).bind(model.space)
     rng = RowRng.from_ids(0, ids[: len(x)])
-    return Search(attack, oracle, x, says(len(x)), suffix, rng, torch.arange(len(x)))
+    return SuffixSearch(attack, oracle, x, says(len(x)), suffix, rng, torch.arange(len(x)))
 
 
 def told(search, steps):
     """What a part of a search returns; its questions are answered."""
-    return settled(steps, search.rows, Desk(search.oracle, search.goal))
+    return resolved(steps, search.rows, Batcher(search.oracle, search.goal))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live
+from advkit.attacks.base import ActiveRows, Best
 from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.threat_models.goals.diverge import Diverge
@@ -81,11 +81,11 @@ def test_best_is_what_its_definition_says(which: int, leave: bool) -> None:
         if step % 2:  # most rows do not reach it in most steps
             answer = torch.where(aim.reached(answer)[:, None], torch.tensor(NAN), answer)
         loss[torch.rand(len(here), generator=generator) < 0.1] = INF
-        reached = best.offer(z, answer, loss, rows)
+        reached, wins = best.compare(z, answer, loss, rows)
         expected = aim.reached(answer) & torch.isfinite(answer).all(1)
-        assert torch.equal(reached, expected)
-        assert not (best.quiet and expected.any())
-        quiet += best.quiet
+        assert torch.equal(torch.zeros_like(expected) if reached is None else reached, expected)
+        quiet += reached is None
+        taken = torch.zeros_like(wins)
         for i, row in enumerate(here.tolist()):
             if not torch.isfinite(answer[i]).all():
                 continue
@@ -93,6 +93,8 @@ def test_best_is_what_its_definition_says(which: int, leave: bool) -> None:
             better = bool(expected[i]) if bool(expected[i]) != had_reached else float(loss[i]) < had_loss
             if better:
                 found[row] = (bool(expected[i]), float(loss[i]), z[i])
+                taken[i] = True
+        assert torch.equal(wins, taken)
         if step % 7 == 3:  # looking in between changes nothing
             assert len(best.x) == len(best.loss) == n
         if leave and expected.any():
@@ -119,21 +121,21 @@ def test_a_class_of_minus_infinity_wins_nothing() -> None:
 def test_the_rows_that_nobody_reached_cannot_be_written_to() -> None:
     best = Best(torch.zeros(3, 1), Untargeted(torch.tensor([0, 0, 0])))
     reached = best.offer(torch.ones(3, 1), torch.eye(3)[[0, 0, 0]])
-    assert best.quiet
+    assert best.compare(torch.ones(3, 1), torch.eye(3)[[0, 0, 0]])[0] is None
     assert reached.tolist() == [False] * 3
     with pytest.raises(RuntimeError):
         reached |= torch.tensor([True, False, False])
 
 
-def test_live_takes_a_row_several_times() -> None:
+def test_active_rows_take_a_row_several_times() -> None:
     x = torch.rand(3, 2)
     oracle = MeteredOracle(lambda z: torch.cat([z, z[:, :1]], 1), 3)
-    live = Live(oracle, x, Untargeted(torch.tensor([0, 1, 2])), RowRng.from_ids(0, ("a", "b", "c")))
-    twice = live.take(torch.tensor([1, 1, 2])).take(torch.tensor([0, 1]))
+    active = ActiveRows(oracle, x, Untargeted(torch.tensor([0, 1, 2])), RowRng.from_ids(0, ("a", "b", "c")))
+    twice = active.take(torch.tensor([1, 1, 2])).take(torch.tensor([0, 1]))
     assert twice.index is not None
     assert twice.index.tolist() == [1, 1]
     twice.oracle.gradient(twice.x, twice.goal)
     assert oracle.meter.forwards.tolist() == [0, 2, 0]
     drawn = twice.rng.uniform(twice.x)
     assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], live.rng.uniform(x)[1])
+    assert torch.equal(drawn[0], active.rng.uniform(x)[1])

@@ -12,7 +12,7 @@ from advkit.attacks.text import questions
 from advkit.attacks.text.baselines import RandomSuffix, SampledSuffix
 from advkit.attacks.text.beast import BEAST
 from advkit.attacks.text.gcg import GCG
-from advkit.attacks.text.questions import Clock, Desk, Question, side_by_side
+from advkit.attacks.text.questions import Batcher, Clock, Question, side_by_side
 from advkit.core.protocols import Access
 from advkit.testing.language import tiny_lm, transcripts
 
@@ -49,7 +49,7 @@ class Echo:
 
 def driven(askers, slots=16):
     oracle = Echo()
-    side_by_side(askers, Desk(oracle, None), slots)
+    side_by_side(askers, Batcher(oracle, None), slots)
     for asker in askers:
         assert [int(answer[0]) for answer in asker.heard] == [
             100 * int(asker.rows) + i for i in range(len(asker.kinds))
@@ -85,7 +85,7 @@ def test_other_shapes_are_other_calls():
             yield Question("s", torch.full((1, 2), 100 * int(self.rows)), torch.zeros(1, dtype=torch.long))
 
     oracle = Echo()
-    side_by_side([Counting(0, "s"), Wide(1, "s"), Wide(2, "s")], Desk(oracle, None))
+    side_by_side([Counting(0, "s"), Wide(1, "s"), Wide(2, "s")], Batcher(oracle, None))
     assert oracle.calls == [[1, 2], [0]]
 
 
@@ -97,7 +97,7 @@ def test_seconds_are_a_searchs_own_and_its_share_of_calls():
 
     askers = [Counting(0, "ss", size=3), Counting(1, "ss", size=1)]
     start = time.monotonic()
-    side_by_side(askers, Desk(Slow(), None))
+    side_by_side(askers, Batcher(Slow(), None))
     whole = time.monotonic() - start
     spent = [asker.clock.spent for asker in askers]
     assert 0.9 * 0.16 <= sum(spent) <= whole

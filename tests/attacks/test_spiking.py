@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.events.spiking import ENSEMBLE, Spiking
+from advkit.core import protocols
 from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
@@ -234,5 +236,19 @@ def test_effects(task) -> None:
 def test_one_rule_stands_in_for_the_ensemble_where_no_verdicts_tell_which_rows_stand() -> None:
     ensemble = Spiking(attack="pgd:steps=3", surrogate="ensemble")
     assert ensemble.stand_in == Spiking(attack="pgd:steps=3", surrogate="pdsg")
-    alone = ensemble.stand_in
-    assert alone.stand_in is alone
+    assert not hasattr(ensemble.stand_in, "stand_in"), "one attack stands for itself"
+
+
+def test_only_the_ensemble_is_a_suite_and_both_go_by_one_name():
+    rule, ensemble = (ATTACKS.build(f"spiking:[pgd:steps=3],surrogate={name}") for name in ("pdsg", "ensemble"))
+    assert isinstance(ensemble, protocols.Suite)
+    assert not isinstance(rule, protocols.Suite)
+    for attack in (rule, ensemble):
+        assert ATTACKS.build(ATTACKS.spec(attack)) == attack
+        assert ATTACKS.spec(attack).startswith("spiking:")
+        again = pickle.loads(pickle.dumps(attack))
+        assert (type(again), again) == (type(attack), attack)
+        assert attack.steps == 3
+    assert type(replace(ensemble, surrogate="atan")) is type(rule)
+    assert replace(ensemble, surrogate="atan").surrogate == "atan"
+    assert type(replace(rule, surrogate="ensemble")) is type(ensemble)

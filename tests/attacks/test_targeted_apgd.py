@@ -123,11 +123,11 @@ def test_passes_of_a_row_that_does_not_fall(digits):
 def test_adversarial_order_tries_every_class_once(digits, monkeypatch):
     model, x, y = digits
     tried = []
-    walk = APGDT._run
+    run = APGDT._run
 
-    def spied(self, live, *rest):
-        tried.append(live.goal.rival)
-        walk(self, live, *rest)
+    def spied(self, search, *rest):
+        tried.append(search.goal.rival)
+        run(self, search, *rest)
 
     monkeypatch.setattr(APGDT, "_run", spied)
     play(APGDT(steps=2, order="adversarial"), model, x[:12], Untargeted(y[:12]), Linf(eps=1e-3))
@@ -210,11 +210,11 @@ def test_a_row_that_falls_on_one_walk_leaves_with_all(digits):
 def test_walks_side_by_side_start_at_different_classes(digits, monkeypatch):
     model, x, y = digits
     tried = []
-    walk = APGDT._run
+    run = APGDT._run
 
-    def spied(self, live, *rest):
-        tried.append(live.goal.rival.view(-1, 12))
-        walk(self, live, *rest)
+    def spied(self, search, *rest):
+        tried.append(search.goal.rival.view(-1, 12))
+        run(self, search, *rest)
 
     monkeypatch.setattr(APGDT, "_run", spied)
     play(APGDT(steps=2, order="adversarial", together=4), model, x[:12], Untargeted(y[:12]), Linf(eps=1e-3))

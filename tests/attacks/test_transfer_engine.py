@@ -243,7 +243,7 @@ def test_ensembles_of_one_model_are_that_model(plain):
         ("transfer:si+si", ("si", "more than once")),
         ("transfer:naa+logit", ("naa and logit", "objectives")),
         ("transfer:ni+[di:q=0.5]", ("'q'", "di has p, low, copies, mode")),
-        ("transfer:ni+di:p=2", ("p=2", "probability")),
+        ("transfer:ni+di:p=2", ("p is 2", "probability")),
         ("transfer:ti:kernel=4", ("kernel is 4", "odd")),
         ("transfer:mi,steps=0", ("steps is 0",)),
         ("transfer:mi,step_size=-1", ("step_size is -1",)),

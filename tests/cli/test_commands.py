@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from advkit.core.protocols import Outcome
 from advkit.defenses import DEFENSES
-from advkit.evaluation.report.document import Report, schema
+from advkit.evaluation.report import Report, schema
 from advkit.evaluation.run.store import read_records
 from advkit.models import zoo
 from advkit.models.checkpoint import load_checkpoint

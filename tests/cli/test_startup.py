@@ -48,7 +48,17 @@ def test_importing_the_packages_loads_no_torch_and_no_numpy() -> None:
         assert not loaded & {*HEAVY, "numpy"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["list", "--json"], ["evaluate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["list"],
+        ["list", "--json"],
+        ["list", "attacks", "--for", "digits"],
+        ["evaluate", "--help"],
+    ],
+)
 def test_help_and_list_load_no_torch(arguments: list[str]) -> None:
     loaded = imported_by("-m", "advkit", *arguments)
     assert "typer" in loaded

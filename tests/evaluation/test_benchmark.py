@@ -91,7 +91,7 @@ def test_missed_and_gained_rows(monkeypatch):
     assert entry["reference"]["fooled_under_some_seeds_only"] == ["d", "e"]
     assert entry["clean_accuracy"] == pytest.approx(0.8)
     page = bench.markdown({"command": "advkit benchmark", "environment": bench.environment(), "suites": [entry]})
-    assert "row e under our seed 0; felled by fab-t under their seeds 1" in page
+    assert ": e under our seed 0; broken by fab-t under their seeds 1" in page
     assert "| lean | 0.5 | 2.0 | 5.2 |" in page
 
 

@@ -10,7 +10,7 @@ import pytest
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation import api
-from advkit.evaluation.figures.plots import write_plots
+from advkit.evaluation.figures import write_plots
 from advkit.evaluation.figures.text_plots import search_figure, searched, transcripts_page
 from advkit.evaluation.run.store import from_line, read_records, to_line
 
@@ -69,5 +69,5 @@ def test_a_run_on_words_leaves_its_transcripts(tmp_path):
         # what is told of the greedy reply is what the judge was shown
         assert each.figures["exact_asr_greedy"] == each.texts["reply"].startswith(each.texts["wanted"])
     made = {path.name for path in write_plots(run)}
-    assert {"search.png", "transcripts.md"} <= made
+    assert {"searches.png", "transcripts.md"} <= made
     assert (run / "transcripts.md").read_text().count("\n## ") == 3

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,28 +12,40 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.suites import Stage, Suite
+from advkit.core import protocols
+from advkit.core.checks import check
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import (
+    Access,
+    Ball,
+    MadeForGoal,
+    MadeForThreatModel,
+    OnlineAttack,
+    Rng,
+    Stepped,
+    TakesRule,
+    WantsData,
+)
 
 ENSEMBLE = ("pdsg", "atan", "rect", "triangle", "rga", "bptr", "hart")
-PASSED_ON = frozenset(
-    {"steps", "restarts", "targets", "eot", "queries"}
-    | {"serves", "default_goal", "default_threat_model", "wants_data", "complaint"}
-)
-TOGETHER = "ensemble"
+PASSED_ON = frozenset({"restarts", "targets", "eot", "queries", "serves", "complaint"})
+"""What the attack inside is planned with or says of itself besides its abilities."""
+
+ALL = "ensemble"
 OWN = "own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spiking:
-    """A gradient attack on a spiking network under a chosen backward rule: spiking:pgd,surrogate=pdsg.
+class Spiking(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
+    """Surrogate-gradient attack on a spiking network, any gradient attack inside: spiking:pgd,surrogate=pdsg.
 
-    No rule is strongest on every network. The ensemble plays the attack under seven rules and under the one that the
-    network was trained with, each on the rows that stood before; reports tell its stages by their rule.
+    No surrogate gradient is strongest on every network. The ensemble runs the attack under seven of them and under the
+    one that the network was trained with, each on the rows that are still robust; reports tell its stages by their
+    names.
 
     attack:    a spec, in brackets where it has commas; it needs gradients
     surrogate: pdsg, atan, sigmoid, rect, triangle, gaussian, rga, bptr, hart or assg, settings in brackets such as
-               [atan:alpha=50,detach_reset=true]; "own" for the rule it was trained with; "ensemble" for the worst case
+               [atan:alpha=50,detach_reset=true]; "own" for the one it was trained with; "ensemble" for the worst case
                per row
     """
 
@@ -42,64 +54,86 @@ class Spiking:
 
     needs: ClassVar[Access] = Access.GRADIENTS
 
+    def __new__(cls, *, attack: str = "pgd", surrogate: str = "pdsg") -> Spiking:
+        """Only the ensemble is a suite and has stages; a copy with other settings may be of the other kind."""
+        if cls is _Ensemble and surrogate != ALL:
+            return Spiking(attack=attack, surrogate=surrogate)
+        return object.__new__(_Ensemble if surrogate == ALL else cls)
+
     def __post_init__(self) -> None:
-        if callable(getattr(self.inner, "start", None)) or hasattr(self.inner, "stages"):
+        if isinstance(self.inner, OnlineAttack | protocols.Suite):
             raise UsageError(f"attack={self.attack}: name one attack on inputs, not a suite or an attack on streams")
         if Access(self.inner.needs) < Access.GRADIENTS:
             raise UsageError(
-                f"attack={self.attack} asks for no gradient, so no surrogate matters to it: name it without spiking"
+                f"attack={self.attack} needs no gradient, so no surrogate matters to it: name it without spiking"
             )
-        if not self.surrogate:
-            raise UsageError("surrogate is empty; name a rule such as pdsg, or own, or ensemble")
+        check(self, "surrogate", bool(self.surrogate), "a surrogate gradient such as pdsg, or own, or ensemble")
 
     @cached_property
     def inner(self) -> Any:
-        """The attack that walks along the gradients."""
+        """The attack that descends the gradients."""
         return ATTACKS.build(self.attack)
 
+    @property
+    def default_goal(self) -> str:
+        """That of the attack inside."""
+        return self.inner.default_goal if isinstance(self.inner, MadeForGoal) else ""
+
+    @property
+    def default_threat_model(self) -> str:
+        """That of the attack inside."""
+        return self.inner.default_threat_model if isinstance(self.inner, MadeForThreatModel) else ""
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether the attack inside does."""
+        return isinstance(self.inner, WantsData) and self.inner.wants_data
+
+    @property
+    def steps(self) -> int:
+        """Those of the attack inside; 1 where it has no number of its own."""
+        return self.inner.steps if isinstance(self.inner, Stepped) else 1
+
     def __getattr__(self, name: str) -> Any:
-        # What the attack inside is made for, or planned with, is so under any rule.
         if name in PASSED_ON:
             return getattr(self.inner, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    @property
-    def stages(self) -> Callable[[], tuple[Stage, ...]]:
-        """The ensemble's stages; single rules have none, and are no suite."""
-        if self.surrogate != TOGETHER:
-            raise AttributeError("stages")
-        return self._stages
-
-    @property
-    def stand_in(self) -> Spiking:
-        """One attack for the ensemble's place where no verdicts tell which rows stand (transfer); else itself."""
-        return replace(self, surrogate=ENSEMBLE[0]) if self.surrogate == TOGETHER else self
-
-    def _stages(self) -> tuple[Stage, ...]:
-        return tuple(Stage(name=rule, attack=replace(self, surrogate=rule)) for rule in (*ENSEMBLE, OWN))
-
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        if self.surrogate == TOGETHER:
-            return _WorstCase(self._stages())(oracle, x, goal, ball, rng)
-        found: Tensor = self.inner(self.through(oracle), x, goal, ball, rng)
-        return found
+        z: Tensor = self.inner(self.through(oracle), x, goal, ball, rng)
+        return z
 
     def through(self, oracle: TensorOracle) -> TensorOracle:
-        """The oracle under the rule; raises BadModel where the model has no spiking neurons."""
+        """The oracle under the surrogate gradient; raises BadModel where the model has no spiking neurons."""
         return seen_under(oracle, self.surrogate)
 
 
-@dataclass(frozen=True)
-class _WorstCase(Suite):
-    """The stages of an ensemble, in any threat model that the attack inside takes."""
+@dataclass(frozen=True, kw_only=True)
+class _Ensemble(Spiking, Suite):
+    """The worst case over surrogate gradients, in any threat model that the attack inside takes."""
 
-    each: tuple[Stage, ...]
+    # To the outside the same class: specs, labels and pickles know both as Spiking.
+    __qualname__ = "Spiking"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a call of Spiking."""
+        return partial(Spiking, attack=self.attack, surrogate=self.surrogate), ()
+
+    @property
+    def stand_in(self) -> Spiking:
+        """The default surrogate gradient."""
+        return Spiking(attack=self.attack, surrogate=ENSEMBLE[0])
 
     def complaint(self, ball: Any) -> str | None:
+        """Left to the attack inside."""
         return None
 
     def stages(self) -> tuple[Stage, ...]:
-        return self.each
+        """One per surrogate gradient, the network's own last."""
+        names = (*ENSEMBLE, OWN)
+        return tuple(Stage(name=name, attack=Spiking(attack=self.attack, surrogate=name)) for name in names)
+
+    __call__ = Suite.__call__
 
 
 def under_rule(model: Any, rule: str | None) -> Any:
@@ -108,9 +142,8 @@ def under_rule(model: Any, rule: str | None) -> Any:
     Asks the model's `with_rule`; one that has none, such as a checkpoint or a network behind a defense, is asked
     through the spiking neurons among its modules. Raises BadModel where there are none.
     """
-    ask = getattr(model, "with_rule", None)
-    if callable(ask):
-        return ask(rule)
+    if isinstance(model, TakesRule):
+        return model.with_rule(rule)
     inside = getattr(model, "modules", None)
     for module in inside() if callable(inside) else ():
         for layer in module.modules():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import Best, Live, TensorGoal, TensorOracle, descended, kept, lp_ball, per_row
-from advkit.attacks.gradient.pgd import at_least_one
+from advkit.attacks.base import TensorGoal, TensorOracle, descended, lp_ball, per_row
+from advkit.attacks.search import Search, Step
 from advkit.attacks.wrappers import averaged
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.protocols import Access, Ball, Rng, Stepped
+from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
 
@@ -25,29 +27,35 @@ def checkpoints(steps: int) -> tuple[int, ...]:
 
     Counted in hundredths, where the published recurrence is exact.
     """
-    found, last, gap = [], 0, 22
+    reviews, last, gap = [], 0, 22
     while last + gap <= 100:
         last, gap = last + gap, max(gap - 3, 6)
-        found.append(-(-last * steps // 100))
-    return tuple(dict.fromkeys(found))
+        reviews.append(-(-last * steps // 100))
+    return tuple(dict.fromkeys(reviews))
 
 
 @dataclass
-class _Walk:
-    """The walk per row: current and previous point, gradient and loss; the point of lowest loss with its own."""
+class _Run(PerRow):
+    """A run per row: the current point, its gradient and loss; the point of lowest loss with its own."""
 
     z: Tensor
-    previous: Tensor
     gradient: Tensor
     loss: Tensor
     best: Tensor
     best_gradient: Tensor
     best_loss: Tensor
+    size: Tensor  # step size in units of eps
 
-    def take(self, rows: Tensor) -> _Walk:
-        return _Walk(
-            *kept(rows, self.z, self.previous, self.gradient, self.loss, self.best, self.best_gradient, self.best_loss)
-        )
+    def scored(self, step: Step) -> Tensor:
+        """Move to the point that the step scored; bool [B]: whether its loss is below that of the point before."""
+        z, gradient, loss = step.z, step.gradient, step.loss
+        lower, lowest = loss < self.loss, loss < self.best_loss
+        mask = per_row(lowest, z)
+        self.z, self.gradient, self.loss = z, gradient, loss
+        self.best = torch.where(mask, z, self.best)
+        self.best_gradient = torch.where(mask, gradient, self.best_gradient)
+        self.best_loss = torch.where(lowest, loss, self.best_loss)
+        return lower
 
     def back_to_best(self, rows: Tensor) -> None:
         """Go on from the point of lowest loss in these rows (bool)."""
@@ -58,84 +66,85 @@ class _Walk:
 
 
 @dataclass
-class _Dense:
+class _Dense(_Run):
     """Steps of the published attack: 2 eps at first, with momentum, halved where the loss stalls."""
 
-    reviews: frozenset[int]
-    size: Tensor  # step size in units of eps [B, 1...]
+    previous: Tensor  # the point before z
     improved: Tensor  # improving steps since the last review [B]
     seen: Tensor  # lowest loss at the last review [B]
     halved: Tensor  # whether the last review halved the step [B]
+    reviews: frozenset[int]
     since: int = 0
 
     @classmethod
-    def begin(cls, state: _Walk, steps: int) -> _Dense:
-        zero = torch.zeros_like(state.loss)
-        size = per_row(zero + 2, state.z)
-        return cls(frozenset(checkpoints(steps)), size, zero.clone(), state.best_loss.clone(), zero.bool())
+    def begin(cls, step: Step, steps: int) -> Self:
+        z, gradient, loss = step.z, step.gradient, step.loss
+        zero = torch.zeros_like(loss)
+        size = per_row(zero + 2, z)
+        reviews = frozenset(checkpoints(steps))
+        return cls(z, gradient, loss, z, gradient, loss, size, z, zero, loss, zero.bool(), reviews)
 
-    def take(self, rows: Tensor) -> _Dense:
-        size, improved, seen, halved = kept(rows, self.size, self.improved, self.seen, self.halved)
-        return _Dense(self.reviews, size, improved, seen, halved, self.since)
-
-    def propose(self, state: _Walk, x: Tensor, ball: Ball[Tensor], step: int) -> Tensor:
-        target = descended(ball, state.z, state.gradient, x, self.size)
-        if step == 1:
+    def proposed(self, x: Tensor, ball: Ball[Tensor], number: int) -> Tensor:
+        """Where to ask next: the gradient step, and from the second on momentum."""
+        target = descended(ball, self.z, self.gradient, x, self.size)
+        if number == 0:
             return target
         # z + ALPHA (target - z) + (1 - ALPHA) (z - previous): between where the last move leads on to and the target
-        onward = torch.lerp(state.previous, state.z, 2)
+        onward = torch.lerp(self.previous, self.z, 2)
         return ball.project(onward.lerp_(target, ALPHA), x)
 
-    def review(self, state: _Walk, lower: Tensor, x: Tensor, step: int) -> None:
-        """`lower`: whether this step's loss is below the step's before, bool [B]."""
-        self.improved += lower
-        if step not in self.reviews:
-            return
-        few = self.improved < RHO * (step - self.since)
-        stalled = ~self.halved & (state.best_loss >= self.seen)
-        self.halved = few | stalled
-        self.size = torch.where(per_row(self.halved, self.size), self.size / 2, self.size)
-        state.back_to_best(self.halved)
-        self.seen, self.since = state.best_loss.clone(), step
-        self.improved.zero_()
+    def after(self, step: Step) -> Self:
+        """The run after a step; its size halves in rows where too few steps improved, or none since it halved last."""
+        self.previous = self.z
+        self.improved += self.scored(step)
+        if step.number in self.reviews:
+            few = self.improved < RHO * (step.number - self.since)
+            stalled = ~self.halved & (self.best_loss >= self.seen)
+            self.halved = few | stalled
+            self.size = torch.where(per_row(self.halved, self.size), self.size / 2, self.size)
+            self.back_to_best(self.halved)
+            self.seen, self.since = self.best_loss, step.number
+            self.improved.zero_()
+        return self
 
 
 @dataclass
-class _Sparse:
+class _Sparse(_Run):
     """Steps of the L1 attack: eps long along the largest gradient entries, whose number follows the best point's."""
 
-    every: int
-    size: Tensor  # step size in units of eps [B]
     share: Tensor  # share of the entries that a step moves [B]
-    changed: Tensor  # entries that differ from the origin, at the last review [B]
+    changed: Tensor  # entries that differ from the clean row, at the last review [B]
+    every: int
 
     @classmethod
-    def begin(cls, state: _Walk, steps: int) -> _Sparse:
-        one = torch.ones_like(state.loss)
-        return cls(max(int(0.04 * steps), 1), one, 0.2 * one, one * state.z[0].numel())
+    def begin(cls, step: Step, steps: int) -> Self:
+        z, gradient, loss = step.z, step.gradient, step.loss
+        one = torch.ones_like(loss)
+        every = max(int(0.04 * steps), 1)
+        return cls(z, gradient, loss, z, gradient, loss, one, 0.2 * one, one * z[0].numel(), every)
 
-    def take(self, rows: Tensor) -> _Sparse:
-        return _Sparse(self.every, *kept(rows, self.size, self.share, self.changed))
-
-    def propose(self, state: _Walk, x: Tensor, ball: Ball[Tensor], step: int) -> Tensor:
+    def proposed(self, x: Tensor, ball: Ball[Tensor], number: int) -> Tensor:
+        """Where to ask next: along the signs of the largest entries."""
         eps: float = lp_ball(ball).eps
-        flat = state.gradient.flatten(1)
+        flat = self.gradient.flatten(1)
         n = flat.shape[1]
         place = n - (self.share * n).round().long().clamp(1, n)
         smallest = flat.abs().sort(1)[0].gather(1, place[:, None])
         signs = flat.sign() * (flat.abs() >= smallest)
         move = signs * (self.size * eps / signs.abs().sum(1).clamp_min(1))[:, None]
-        return ball.project(state.z - move.view_as(state.z), x)
+        return ball.project(self.z - move.view_as(self.z), x)
 
-    def review(self, state: _Walk, lower: Tensor, x: Tensor, step: int) -> None:
-        if step % self.every:
-            return
-        changed = (state.best != x).flatten(1).sum(1).to(self.share.dtype)
-        sparser = changed < 0.95 * self.changed
-        self.share = changed / (1.5 * x[0].numel())
-        self.size = torch.where(sparser, 1.0, self.size / 1.5).clamp(0.1, 1.0)
-        self.changed = changed
-        state.back_to_best(sparser)
+    def after(self, step: Step) -> Self:
+        """The run after a step; now and then its size and number of entries are set anew by the best point's."""
+        self.scored(step)
+        if step.number % self.every == 0:
+            changed = (self.best != step.x).flatten(1).sum(1).to(self.share.dtype)
+            sparser = changed < 0.95 * self.changed
+            self.share = changed / (1.5 * step.x[0].numel())
+            self.size = torch.where(sparser, 1.0, self.size / 1.5).clamp(0.1, 1.0)
+            self.changed = changed
+            self.back_to_best(sparser)
+        return self
 
 
 def start_of(x: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
@@ -155,10 +164,10 @@ def start_of(x: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD:
-    """Walk down the attacker's loss with a step size that halves, row by row, where progress stalls.
+class APGD(Stepped):
+    """Auto-PGD: projected gradient descent with momentum whose step size halves, per sample, where progress stalls.
 
-    Costs steps + 1 answers and `steps` gradients per restart; rows that reach their goal leave at once. The walk goes
+    Costs steps + 1 answers and `steps` gradients per restart; rows that reach their goal leave at once. A run goes
     on from the point of lowest loss; returned is the lowest loss among the points that reached the goal, if any did.
 
     steps:    gradient steps per restart, >= 1
@@ -187,64 +196,41 @@ class APGD:
         at_least_one(self, "steps", "restarts", "eot")
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        if isinstance(lp_ball(ball), L0):
-            raise UsageError("APGD was asked for an L0 ball; it works in Linf, L2 and L1 (use `pgd` for L0)")
-        goal = goal.under(self.loss)
-        oracle = averaged(oracle, self.eot)
-        best = Best(x, goal)
-        live = Live(oracle, x, goal, rng)
-        stopping = self.stop and oracle.decides
-        for restart in range(self.restarts):
-            if restart and stopping:
-                survivors = live.left(best.reached if live.index is None else best.reached[live.index])
-                live = live if survivors is None else live.take(survivors)
-            if not len(live):
-                break
-            self._run(live, ball, best, start_of(live.x, ball, live.rng.at("start", restart)), stopping)
-        return best.x
+        refuse_l0("apgd", ball)
+        search = Search(averaged(oracle, self.eot), x, goal.under(self.loss), rng, stop=self.stop)
+        return self._restarted(search, ball)
 
-    def _run(self, live: Live, ball: Ball[Tensor], best: Best, z: Tensor, stopping: bool) -> None:
-        if not live.affords():
-            return
-        loss, gradient, answer = live.oracle.gradient(z, live.goal)
-        state = _Walk(z, z, gradient, loss, z, gradient, loss)
-        pace = (_Sparse if isinstance(lp_ball(ball), L1) else _Dense).begin(state, self.steps)
-        reached = best.offer(z, answer, loss, live.index)
-        for step in range(1, self.steps + 1):
-            if stopping and not best.quiet and (stay := live.left(reached)) is not None:
-                live, state, pace = live.take(stay), state.take(stay), pace.take(stay)
-            if not len(live) or not live.affords():
-                return
-            z = pace.propose(state, live.x, ball, step)
-            if step < self.steps:
-                loss, gradient, answer = live.oracle.gradient(z, live.goal)
-                reached = best.offer(z, answer, loss, live.index)
-            else:
-                best.offer(z, live.oracle(z), rows=live.index)
-                return
-            lower, lowest = loss < state.loss, loss < state.best_loss
-            mask = per_row(lowest, z)
-            state = _Walk(
-                z,
-                state.z,
-                gradient,
-                loss,
-                torch.where(mask, z, state.best),
-                torch.where(mask, gradient, state.best_gradient),
-                torch.where(lowest, loss, state.best_loss),
-            )
-            pace.review(state, lower, live.x, step)
+    def _restarted(self, search: Search, ball: Ball[Tensor]) -> Tensor:
+        for stream in search.restarts(self.restarts):
+            self._run(search, ball, start_of(search.x, ball, stream))
+        return search.best
+
+    def _run(self, search: Search, ball: Ball[Tensor], start: Tensor) -> None:
+        """One restart."""
+        kind = _Sparse if isinstance(lp_ball(ball), L1) else _Dense
+        run: _Sparse | _Dense | None = None
+        search.z = start
+        for step in search.steps(self.steps):
+            run = kind.begin(step, self.steps) if run is None else step.kept(run).after(step)
+            search.z = run.proposed(step.x, ball, step.number)
+        search.finish()
+
+
+def refuse_l0(name: str, ball: Ball[Tensor]) -> None:
+    """UsageError for the L0 ball, for which no step-size rule is published."""
+    if isinstance(lp_ball(ball), L0):
+        raise UsageError(f"{name} was asked for an L0 ball; it works in Linf, L2 and L1 (use `pgd` for L0)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class APGDCE(APGD):
-    """APGD on the cross-entropy; see APGD for the fields."""
+    """Auto-PGD (APGD) on the cross-entropy; see APGD for the fields."""
 
     loss: str = field(default="ce")
 
 
 @dataclass(frozen=True, kw_only=True)
 class APGDMargin(APGD):
-    """APGD on the plain difference of logits, which no scaling of the logits can flatten; see APGD for the fields."""
+    """Auto-PGD (APGD) on the margin, which no scaling of the logits can flatten; see APGD for the fields."""
 
     loss: str = field(default="margin")

@@ -7,15 +7,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.gradient.pgd import at_least_one, walk
+from advkit.attacks.base import TensorGoal, TensorOracle, descended
+from advkit.attacks.search import Search
 from advkit.attacks.wrappers import averaged
+from advkit.core.checks import at_least_one
 from advkit.core.protocols import Access, Ball, Rng
 
 
 @dataclass(frozen=True, kw_only=True)
 class FGSM:
-    """One step of length eps from the untouched input, along the ball's steepest descent of the attacker's loss.
+    """Fast gradient sign method: one step of length eps along the ball's steepest descent of the goal's loss.
 
     Returns the end of the step as published, also where it raised the loss; only a row whose goal holds already stays
     where it is. Costs one gradient.
@@ -34,14 +35,8 @@ class FGSM:
         at_least_one(self, "eot")
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        return walk(
-            averaged(oracle, self.eot),
-            x,
-            goal.under(self.loss),
-            ball,
-            rng,
-            steps=1,
-            step_size=1.0,
-            start="origin",
-            keep="last",
-        )
+        search = Search(averaged(oracle, self.eot), x, goal.under(self.loss), rng, keep="last")
+        for step in search.steps(1):
+            search.z = descended(ball, step.z, step.gradient, step.x, 1.0)
+        search.finish()
+        return search.best

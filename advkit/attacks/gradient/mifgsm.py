@@ -7,21 +7,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.gradient.pgd import Keep, at_least_one, one_of, walk
+from advkit.attacks.base import TensorGoal, TensorOracle, descended
+from advkit.attacks.search import Keep, Search
 from advkit.attacks.wrappers import averaged, momentum
-from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.checks import at_least_one, not_negative, one_of, positive
+from advkit.core.protocols import Access, Ball, Rng, Stepped
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIFGSM:
-    """Walk from the untouched input along gradients accumulated with momentum.
+class MIFGSM(Stepped):
+    """Momentum iterative FGSM: projected steps from the clean input along gradients accumulated with momentum.
 
     steps:     gradient steps, >= 1
     step_size: length of one step in units of eps, > 0; None is 1 / steps, as published
     decay:     how much of the accumulated gradient the next step keeps, >= 0; 0 is PGD from the origin
-    keep:      "best" returns the point of lowest loss, one that reached the goal first; "last" the end of the walk, as
+    keep:      "best" returns the point of lowest loss, one that reached the goal first; "last" the end of the run, as
                published, for one answer less
     stop:      leave a row as soon as its goal is reached, where the oracle's answers are the verdict's
     loss:      surrogate loss: "ce", "margin" or "dlr", where the goal has them
@@ -41,23 +41,15 @@ class MIFGSM:
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "eot")
-        if self.step_size is not None and not self.step_size > 0:
-            raise UsageError(f"step_size is {self.step_size}; give a positive length in units of eps, e.g. 0.1")
-        if not self.decay >= 0:
-            raise UsageError(f"decay is {self.decay}; give a number of at least 0 (1 as published)")
+        positive(self, "step_size", what="length in units of eps")
+        not_negative(self, "decay")
         one_of(self, "keep", ("best", "last"))
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        return walk(
-            averaged(oracle, self.eot),
-            x,
-            goal.under(self.loss),
-            ball,
-            rng,
-            steps=self.steps,
-            step_size=1 / self.steps if self.step_size is None else self.step_size,
-            start="origin",
-            keep=self.keep,
-            stop=self.stop,
-            through=lambda walked: momentum(walked, self.decay),
-        )
+        size = 1 / self.steps if self.step_size is None else self.step_size
+        accumulating = momentum(averaged(oracle, self.eot), self.decay)
+        search = Search(accumulating, x, goal.under(self.loss), rng, stop=self.stop, keep=self.keep)
+        for step in search.steps(self.steps):
+            search.z = descended(ball, step.z, step.gradient, step.x, size)
+        search.finish()
+        return search.best

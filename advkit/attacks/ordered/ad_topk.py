@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.gradient.pgd import one_of
 from advkit.attacks.ordered.loop import MinimumNorm, head_of
-from advkit.core.errors import UsageError
+from advkit.core.checks import not_negative, one_of
 from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
 
 
@@ -23,7 +22,7 @@ def cosines(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ADTopK(MinimumNorm):
-    """Descend the divergence from a distribution with the targets on top, in order, and the rest by similarity.
+    """Adversarial distillation, ordered top-K (AD^K): descends the divergence from an ordered target distribution.
 
     alpha:      logit of the first target
     beta:       difference between the logits of targets that follow one another, >= 0; the last must stay above every
@@ -48,8 +47,7 @@ class ADTopK(MinimumNorm):
         super().__post_init__()
         if not isinstance(self.similarity, Tensor):
             one_of(self, "similarity", ("head", "none"))
-        if not self.beta >= 0:
-            raise UsageError(f"beta is {self.beta}; give a difference of logits from 0 up")
+        not_negative(self, "beta", what="difference of logits")
 
     @property
     def asks_for_head(self) -> bool:

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.ordered.loop import MinimumNorm
-from advkit.core.errors import UsageError
+from advkit.core.checks import not_negative
 from advkit.threat_models.goals.ordered_topk import OutOfTopK, TopK
 
 
 @dataclass(frozen=True, kw_only=True)
 class CWTopK(MinimumNorm):
-    """Descend the mean hinge between the lowest target placed so far and the best class behind it.
+    """C&W, ordered top-K (CW^K): descends the mean hinge between the lowest target placed and the best class behind.
 
     kappa: what the hinge wants between the logits, >= 0; at 0 its gradient ends where the order holds
 
@@ -27,8 +27,7 @@ class CWTopK(MinimumNorm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.kappa >= 0:
-            raise UsageError(f"kappa is {self.kappa}; give a difference of logits from 0 up")
+        not_negative(self, "kappa", what="difference of logits")
 
     def objective(self, goal: TopK | OutOfTopK, oracle: TensorOracle) -> TensorGoal:
         """The goal with the hinge as loss."""

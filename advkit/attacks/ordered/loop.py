@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import TensorGoal, TensorOracle, finite_rows, per_row
-from advkit.attacks.gradient.pgd import at_least_one
+from advkit.attacks.base import TensorGoal, TensorOracle, affords, finite_rows, per_row
 from advkit.attacks.wrappers import averaged
+from advkit.core.checks import at_least_one, check, fraction, not_negative, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Rng
 from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK, TopK
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.lp import row_sum, wide
@@ -37,7 +37,7 @@ RATES = (0.03, 2.2e-3)  # small rows, large rows
 class Found:
     """What the loop knows per row; the harness asks the victim again and believes none of it.
 
-    x:       the nearest point seen that reached the goal, the untouched row where none did [B, ...]
+    x:       the nearest point seen that reached the goal, the clean row where none did [B, ...]
     reached: whether one did, bool [B]
     energy:  its L2 distance [B], +inf where none did
     first:   gradient steps of the whole attack until the first success, long [B], -1 where there was none
@@ -71,7 +71,7 @@ class AdamW:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinimumNorm(ABC):
+class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
     """Find the nearest point that orders the classes as wanted, by AdamW on coefficient * loss + squared distance.
 
     k:            places of the goal that is played where none is named
@@ -91,7 +91,7 @@ class MinimumNorm(ABC):
     eot:          gradients averaged per step, for victims whose answers vary from call to call
 
     Costs a gradient per step and coefficient. No row leaves early: it goes on to come nearer. Rows that never reach the
-    goal come back untouched. What an attack knows of itself is no figure of a report: the log tells the median step of
+    goal come back unchanged. What an attack knows of itself is no figure of a report: the log tells the median step of
     the first success (at info), and `find`, called as the attack is, gives it for every row (`Found.first`). The
     solver's rounds and certificates are those of `goals.polyhedron.solve`.
 
@@ -99,7 +99,7 @@ class MinimumNorm(ABC):
     (there, `pgd:loss=quad` or any other gradient attack serves these goals).
 
     Unlike the released code, the starting point lies in the box before it is asked about, and success means that the
-    logits stand in strict order.
+    logits are in strict order.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
@@ -122,18 +122,10 @@ class MinimumNorm(ABC):
 
     def __post_init__(self) -> None:
         at_least_one(self, "k", "eot")
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget):
-            raise UsageError(f"budget is {self.budget!r}; give coefficients x steps such as 1x60 or 9x60")
-        for name, fine, words in (
-            ("lr", self.lr is None or self.lr > 0, "a positive number such as 0.03, or none"),
-            ("coefficient", self.coefficient > 0, "a positive number such as 20"),
-            ("decay", 0 < self.decay <= 1, "a factor above 0 and at most 1"),
-            ("warmup", self.warmup >= 0, "a step from 0 up"),
-            ("noise", self.noise >= 0, "a standard deviation from 0 up"),
-            ("weight_decay", self.weight_decay >= 0, "a number from 0 up"),
-        ):
-            if not fine:
-                raise UsageError(f"{name} is {getattr(self, name)}; give {words}")
+        check(self, "budget", re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget) is not None, "coefficients x steps: 1x60")
+        positive(self, "lr", "coefficient")
+        fraction(self, "decay", what="factor")
+        not_negative(self, "warmup", "noise", "weight_decay")
 
     @property
     def default_goal(self) -> str:
@@ -166,17 +158,17 @@ class MinimumNorm(ABC):
                 "minimum-l2 (within a radius use `pgd:loss=quad`, `apgd-margin` or another gradient attack)"
             )
         aim = self.objective(self._served(goal), oracle)
-        found = self._search(averaged(oracle, self.eot), x, goal, aim, threat, rng)
+        best = self._search(averaged(oracle, self.eot), x, goal, aim, threat, rng)
         # Said at the end: a rehearsal of the attack has no victim behind its oracle and ends at the second question.
         if self.asks_for_head and head_of(oracle) is None:
             log.info("%s: the victim shows no linear last layer; %s", self.name, self.without_head)
-        if log.isEnabledFor(logging.INFO) and bool(found.reached.any()):
-            first = int(found.first[found.reached].median())
+        if log.isEnabledFor(logging.INFO) and bool(best.reached.any()):
+            first = int(best.first[best.reached].median())
             log.info(
                 "%s: reached the goal on %d of %d rows in its own view, first after %d steps in the median, budget %s",
-                self.name, int(found.reached.sum()), len(x), first + 1, self.budget,
+                self.name, int(best.reached.sum()), len(x), first + 1, self.budget,
             )  # fmt: skip
-        return found
+        return best
 
     def _served(self, goal: TensorGoal) -> TopK | OutOfTopK:
         """The goal as one of those with the losses of ordered attacks."""
@@ -194,26 +186,26 @@ class MinimumNorm(ABC):
     ) -> Found:
         searches, _ = self.effort
         energy = torch.full((len(x),), torch.inf, dtype=wide(x), device=x.device)
-        found = Found(x.clone(), torch.zeros_like(energy, dtype=torch.bool), energy, torch.full_like(energy, -1).long())
+        best = Found(x.clone(), torch.zeros_like(energy, dtype=torch.bool), energy, torch.full_like(energy, -1).long())
         low, high = torch.zeros_like(energy), torch.full_like(energy, self.coefficient)
         for search in range(searches):
-            if not len(x) or not _affords(oracle):
+            if not len(x) or not affords(oracle):
                 break
             middle = (low + high) / 2
             run = self._run(oracle, x, goal, aim, threat, middle, rng.at("start", search))
-            nearer = run.energy < found.energy
+            nearer = run.energy < best.energy
             before = search * self.effort[1]
-            first = torch.where((found.first < 0) & run.reached, before + run.first, found.first)
-            found = Found(
-                torch.where(per_row(nearer, x), run.x, found.x),
-                found.reached | run.reached,
-                torch.where(nearer, run.energy, found.energy),
+            first = torch.where((best.first < 0) & run.reached, before + run.first, best.first)
+            best = Found(
+                torch.where(per_row(nearer, x), run.x, best.x),
+                best.reached | run.reached,
+                torch.where(nearer, run.energy, best.energy),
                 first,
             )
             low, high = torch.where(run.reached, low, middle), torch.where(run.reached, middle, high)
             if self.expand:
-                high = torch.where(found.reached, high, 2 * high)
-        return found
+                high = torch.where(best.reached, high, 2 * high)
+        return best
 
     def _run(
         self,
@@ -225,7 +217,7 @@ class MinimumNorm(ABC):
         coefficient: Tensor,
         rng: Rng,
     ) -> Found:
-        """One coefficient: a walk from a fresh start."""
+        """One coefficient: a run from a fresh start."""
         _, steps = self.effort
         rate = self.lr if self.lr is not None else RATES[x[0].numel() >= LARGE_ROW]
         # In the box before the first look: the published loop could keep a start outside of it.
@@ -238,7 +230,7 @@ class MinimumNorm(ABC):
         )
         optimiser = AdamW(x, rate, self.weight_decay)
         for step in range(steps):
-            if not _affords(oracle):
+            if not affords(oracle):
                 return best
             if step == self.warmup:
                 optimiser = AdamW(x, rate, self.weight_decay)
@@ -248,7 +240,7 @@ class MinimumNorm(ABC):
             delta = optimiser.step(delta, per_row(coefficient, x).to(x.dtype) * gradient + 2 * delta)
             coefficient = torch.where(nearer, coefficient * self.decay, coefficient)
             z = threat.project(x + delta, x)
-        if self.eval_last and _affords(oracle):
+        if self.eval_last and affords(oracle):
             best, _ = _nearest(best, z, x, goal, oracle(z), steps)
         return best
 
@@ -269,13 +261,6 @@ def _nearest(best: Found, z: Tensor, x: Tensor, goal: TensorGoal, answer: Tensor
     )
 
 
-def _affords(oracle: TensorOracle) -> bool:
-    left = oracle.left
-    return left is None or left >= 1
-
-
 def head_of(oracle: TensorOracle) -> Tensor | None:
     """The weight [C, d] of the victim's last linear layer; None where it shows none."""
-    ask = getattr(oracle, "head", None)
-    weight: Tensor | None = None if ask is None else ask()
-    return weight
+    return oracle.head()

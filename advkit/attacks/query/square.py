@@ -12,10 +12,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import Live, TensorGoal, TensorOracle, better, finite_rows, kept, lp_ball, per_row
-from advkit.attacks.gradient.pgd import at_least_one, one_of
+from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, better, finite_rows, kept, lp_ball, per_row
+from advkit.core.checks import at_least_one, fraction, one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
+from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the patch's share halves, of 10,000
@@ -105,15 +106,12 @@ def _signs(uniform: Tensor) -> Tensor:
 
 
 @dataclass
-class _State:
+class _State(PerRow):
     """Per row: the best point [B, C, H * W], its loss [B], whether it reached the goal [B]."""
 
     z: Tensor
     loss: Tensor
     reached: Tensor
-
-    def take(self, rows: Tensor) -> _State:
-        return _State(*kept(rows, self.z, self.loss, self.reached))
 
 
 @dataclass
@@ -294,7 +292,7 @@ class _SumSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class Square:
-    """Rewrite a random square patch per query and keep it where the margin falls.
+    """Square attack: random search over square patches that keeps a patch when it lowers the margin.
 
     A patch sits at its own place in every row and draws one sign per channel. Its share of the pixels starts at p_init
     and is halved nine times. A row leaves as soon as its goal is reached, where the oracle's answers are the verdict's.
@@ -326,8 +324,7 @@ class Square:
 
     def __post_init__(self) -> None:
         at_least_one(self, "queries", "restarts")
-        if not 0 < self.p_init <= 1:
-            raise UsageError(f"p_init is {self.p_init}; give a share of the pixels above 0 and at most 1")
+        fraction(self, "p_init", what="fraction of the pixels")
         one_of(self, "schedule", ("scaled", "published"))
 
     def share(self, step: int, queries: int) -> float:
@@ -347,7 +344,7 @@ class Square:
         if not x.numel():
             return out
         layout = Layout.of(x)
-        live = Live(oracle, x, goal, rng)
+        active = ActiveRows(oracle, x, goal, rng)
 
         def record(index: Tensor | None, state: _State) -> None:
             rows = torch.arange(len(x), device=x.device) if index is None else index
@@ -359,44 +356,44 @@ class Square:
 
         for restart in range(self.restarts):
             if restart and oracle.decides:
-                stay = live.left(reached if live.index is None else reached[live.index])
-                live = live if stay is None else live.take(stay)
-            left = live.oracle.left
+                stay = active.staying(reached if active.index is None else reached[active.index])
+                active = active if stay is None else active.take(stay)
+            left = active.oracle.left
             queries = self.queries if left is None else min(self.queries, left)
-            if not len(live) or queries < 1:
+            if not len(active) or queries < 1:
                 break
             searching: _LinfSearch | _SumSearch
             if isinstance(inner, Linf):
-                searching = _LinfSearch(layout, ball, inner.eps, live.x, self.schedule == "scaled")
+                searching = _LinfSearch(layout, ball, inner.eps, active.x, self.schedule == "scaled")
             else:
-                searching = _SumSearch(layout, ball, inner.eps, live.x, 2 if isinstance(inner, L2) else 1)
-            self._run(live, searching, layout, live.rng.at("square", restart), queries, record)
+                searching = _SumSearch(layout, ball, inner.eps, active.x, 2 if isinstance(inner, L2) else 1)
+            self._run(active, searching, layout, active.rng.at("square", restart), queries, record)
         return out
 
     def _run(
         self,
-        live: Live,
+        active: ActiveRows,
         search: _LinfSearch | _SumSearch,
         layout: Layout,
         rng: Rng,
         queries: int,
         record: Callable[[Tensor | None, _State], None],
     ) -> None:
-        live = replace(live, rng=rng)
-        stopping = live.oracle.decides
-        z = search.begin(live.rng.at("start")).clone()
-        asked = z.view(live.x.shape)
-        loss, hit = self._value(live, live.oracle(asked))
+        active = replace(active, rng=rng)
+        stopping = active.oracle.decides
+        z = search.begin(active.rng.at("start")).clone()
+        asked = z.view(active.x.shape)
+        loss, hit = self._value(active, active.oracle(asked))
         state = _State(z, loss, z.new_zeros(len(z), dtype=torch.bool) if hit is None else hit)
         block: _Block | None = None
         insides: dict[tuple[int, int], Tensor] = {}
         steps: list[tuple[Tensor, ...]] = []
         for step in range(1, queries):
-            if stopping and hit is not None and (stay := live.left(state.reached)) is not None:
-                record(live.index, state)
-                live, state = live.take(stay), state.take(stay)
+            if stopping and hit is not None and (stay := active.staying(state.reached)) is not None:
+                record(active.index, state)
+                active, state = active.take(stay), state.take(stay)
                 search.take(stay)
-                if not len(live):
+                if not len(active):
                     return
                 if block is not None:
                     block = block.take(stay)
@@ -405,7 +402,7 @@ class Square:
             if place == 0:
                 ahead = range(step, min(step + BLOCK, queries))
                 windows = [layout.window(self.share(each, queries), search.odd) for each in ahead]
-                block = search.block(live.rng, number, windows)
+                block = search.block(active.rng, number, windows)
                 steps = list(zip(*(each.unbind(0) for each in block.tensors), strict=True))
             assert block is not None
             window = block.windows[place]
@@ -413,12 +410,12 @@ class Square:
                 insides[window] = layout.inside(window, state.z.device)
             pixels, old, new = search.change(state.z, window, insides[window], *steps[place])
             if pixels is None:
-                asked = new.view(live.x.shape)
+                asked = new.view(active.x.shape)
             else:
                 state.z.scatter_(2, pixels, new)
-                if len(asked) != len(live):
-                    asked = state.z.view(live.x.shape)
-            loss, hit = self._value(live, live.oracle(asked))
+                if len(asked) != len(active):
+                    asked = state.z.view(active.x.shape)
+            loss, hit = self._value(active, active.oracle(asked))
             if hit is None and stopping:
                 wins = loss < state.loss
             else:
@@ -431,16 +428,16 @@ class Square:
             else:
                 state.z.scatter_(2, pixels, after)
             state.loss = torch.where(wins, loss, state.loss)
-        record(live.index, state)
+        record(active.index, state)
 
     @staticmethod
-    def _value(live: Live, answer: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _value(active: ActiveRows, answer: Tensor) -> tuple[Tensor, Tensor | None]:
         """The margins, +inf for answers that are not finite, and which reach the goal; None where none can.
 
         A goal is reached nowhere but at margins of 0 and below, so that most steps need one look at the lowest of them.
         """
-        loss = live.goal.margin(answer).to(live.x.dtype)
+        loss = active.goal.margin(answer).to(active.x.dtype)
         if float(loss.amin()) > 0:
             return loss, None
         finite = finite_rows(answer)
-        return torch.where(finite, loss, torch.inf), live.goal.reached(answer) & finite
+        return torch.where(finite, loss, torch.inf), active.goal.reached(answer) & finite

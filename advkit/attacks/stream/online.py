@@ -12,13 +12,14 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.stream.selectors import Rule, Running, selector
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, OnlineAttack, Rng, WrapsBall
 
 
 @dataclass(frozen=True, kw_only=True)
-class Online:
-    """Attack every item of a stream as it comes and hand in k of them, each decided at once and for good.
+class Online(OnlineAttack, MadeForGoal, MadeForThreatModel):
+    """Online attack on a stream: attacks every item and submits k of them, each decided at once and for good.
 
     Candidates do not depend on the order of the stream. They are pushed on after they fool the model they are made on:
     what counts is the loss there. Selection costs nothing beside the attack, so a better selector is the cheaper gain.
@@ -41,14 +42,13 @@ class Online:
     default_goal: ClassVar[str] = "untargeted"
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise UsageError(f"k {self.k}: expected at least one submission")
+        at_least_one(self, "k")
         if not self.rule.online:
             raise UsageError(
                 f"the selector {self.selector} needs the whole stream at once, which no online attacker has; its "
                 "figures stand in every report beside those of the selector asked for"
             )
-        if callable(getattr(self.attack, "start", None)):
+        if isinstance(self.attack, OnlineAttack):
             raise UsageError(
                 f"inner={self.inner}: an online attack inside an online attack; name one that makes inputs"
             )
@@ -78,7 +78,8 @@ class Online:
         return self.rule.start(length, budget, rng)
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Any, rng: Rng, /) -> Tensor:
-        candidates: Tensor = self.attack(_Undecided(oracle), x, goal, getattr(ball, "ball", ball), rng)
+        inner = ball.ball if isinstance(ball, WrapsBall) else ball
+        candidates: Tensor = self.attack(_Undecided(oracle), x, goal, inner, rng)
         return candidates
 
 

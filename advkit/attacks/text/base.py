@@ -1,6 +1,6 @@
 """What attacks that search for suffixes have in common: their settings, and what they find.
 
-A candidate is a row of token ids [l]; the threat model says where in the transcript they stand. Every row has a search
+A candidate is a row of token ids [l]; the threat model says where in the transcript they go. Every row has a search
 of its own, with its own random streams, and many go on side by side; a universal suffix is searched for all rows at
 once.
 """
@@ -10,18 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.attacks.text.questions import Desk, Steps, side_by_side
-from advkit.attacks.text.search import Aggregate, Search
+from advkit.attacks.text.questions import Batcher, Steps, side_by_side
+from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
+from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Rng
+from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
 
-Objective = Literal["targeted", "untargeted", "mia"]
 Keep = Literal["lowest", "reached"]
 
 
@@ -29,12 +29,12 @@ Keep = Literal["lowest", "reached"]
 class Found:
     """What a search knows of its rows; the harness asks the victim again and believes none of it.
 
-    x:           the transcripts with their suffixes [B, 2, W]; the untouched row where nothing beat it
+    x:           the transcripts with their suffixes [B, 2, W]; the clean row where nothing beat it
     ids:         the suffixes, long [l] each
     score:       their scores, float64 [B]; lower is better for the attacker, +inf where nothing was scored
-    before:      score of the untouched row, float64 [B]
+    before:      score of the clean row, float64 [B]
     reached:     whether the goal seemed to hold there, bool [B]
-    evaluations: candidates scored or dropped, the untouched row among them, long [B]
+    evaluations: candidates scored or dropped, the clean row among them, long [B]
     tokens:      tokens these and the reads of next-token probabilities take with the prompt's prefix cached, long [B]
     seconds:     its own and its share of the calls that it had a part in, float64 [B]
     beams:       the last candidates kept and their scores, per row
@@ -54,7 +54,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuffixAttack(ABC):
+class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, ABC):
     """A search for tokens to put into the slot of a prompt.
 
     length:       most tokens of a suffix; the threat model's n caps it
@@ -65,12 +65,12 @@ class SuffixAttack(ABC):
     max_perplexity:  candidates that make the user's turn less likely than this are dropped; none takes the victim's own
                   threshold where it filters by perplexity, inf looks away from it
     require_retokenizable: drop candidates that another tokenisation of the text would replace, unless all are such
-    evaluations:  most candidates per row, the untouched one and dropped ones included; none for no limit
+    evaluations:  most candidates per row, the clean one and dropped ones included; none for no limit
     tokens:       most tokens per row, counted with the prompt's prefix cached
     seconds:      most seconds per row; the only budget whose results differ from machine to machine
 
     Whichever budget ends first ends the search, before a step that the last one's duration says would not fit, and with
-    as many candidates of a step as are left; the threat model's queries count as well. The untouched row is scored
+    as many candidates of a step as are left; the threat model's queries count as well. The clean row is scored
     first and returned where nothing beats it.
     Raises UsageError for settings out of range and for threat models without a slot.
     """
@@ -91,14 +91,10 @@ class SuffixAttack(ABC):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UsageError(f"length is {self.length}; give a whole number of at least 1")
-        one_of(self, "aggregate", "nll", "ppl")
-        one_of(self, "keep", "lowest", "reached")
-        for name in ("evaluations", "tokens", "seconds", "max_perplexity"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value}; give a number above 0, or none for no limit")
+        at_least_one(self, "length")
+        one_of(self, "aggregate", ("nll", "ppl"))
+        one_of(self, "keep", ("lowest", "reached"))
+        positive(self, "evaluations", "tokens", "seconds", "max_perplexity")
 
     @property
     def together(self) -> bool:
@@ -114,9 +110,10 @@ class SuffixAttack(ABC):
         index = torch.arange(len(x), device=x.device)
         parts = (index,) if self.universal and len(x) else torch.split(index, 1)
         searches = [
-            Search(self, oracle.take(rows), x[rows], goal.take(rows), threat, rng.take(rows), rows) for rows in parts
+            SuffixSearch(self, oracle.take(rows), x[rows], goal.take(rows), threat, rng.take(rows), rows)
+            for rows in parts
         ]
-        side_by_side(searches, Desk(oracle, goal))
+        side_by_side(searches, Batcher(oracle, goal))
         return merged(searches, x)
 
     @property
@@ -140,19 +137,22 @@ class SuffixAttack(ABC):
         return None
 
     @abstractmethod
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Offer candidates to the search until it ends; what it asks is yielded."""
 
 
-def one_of(attack: object, name: str, *choices: str) -> None:
-    """UsageError unless the field holds one of the choices."""
-    if getattr(attack, name) not in choices:
-        raise UsageError(f"{name} is {getattr(attack, name)!r}; expected {' or '.join(choices)}")
+@runtime_checkable
+class HasSlot(Protocol):
+    """A threat model with a slot in the prompt for the attacker's tokens."""
+
+    def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
+        """A transcript [2, W] with each of the candidates [N, l] in place, [N, 2, W]."""
+        ...
 
 
 def slots_only(threat: Any, name: str) -> None:
     """UsageError for threat models without a slot for tokens."""
-    if not callable(getattr(threat, "slotted", None)):
+    if not isinstance(threat, HasSlot):
         raise UsageError(
             f"{name} puts tokens into a slot of a prompt, and threat model {type(threat).__name__.lower()} has none; "
             "use suffix:n=20 on a language model (task prompts). Balls such as linf, l2, l1 and l0, minimum-l2 and "
@@ -160,11 +160,11 @@ def slots_only(threat: Any, name: str) -> None:
         )
 
 
-def merged(searches: Sequence[Search], x: Tensor) -> Found:
-    """What the searches found, row by row in the order of x."""
+def merged(searches: Sequence[SuffixSearch], x: Tensor) -> Found:
+    """The results of the searches, row by row in the order of x."""
     rows = [(search, i) for search in searches for i in range(len(search.x))]
 
-    def numbers(value: Callable[[Search], float], dtype: torch.dtype) -> Tensor:
+    def numbers(value: Callable[[SuffixSearch], float], dtype: torch.dtype) -> Tensor:
         return torch.tensor([value(search) for search, _ in rows], dtype=dtype)
 
     return Found(

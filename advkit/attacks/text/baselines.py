@@ -10,7 +10,8 @@ from torch import Tensor
 
 from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Steps
-from advkit.attacks.text.search import Search
+from advkit.attacks.text.search import SuffixSearch
+from advkit.core.checks import at_least_one, fraction, positive
 from advkit.core.errors import UsageError
 
 BLOCK = 64  # suffixes that one stream of random numbers serves
@@ -28,8 +29,7 @@ class _Drawn(SuffixAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chunk < 1:
-            raise UsageError(f"chunk is {self.chunk}; give a whole number of at least 1")
+        at_least_one(self, "chunk")
         if self.evaluations is None and self.tokens is None and self.seconds is None:
             raise UsageError("nothing ends the drawing; give evaluations, tokens or seconds")
 
@@ -38,7 +38,7 @@ class _Drawn(SuffixAttack):
         """Candidates that a row is scored with; another budget may end sooner."""
         return self.chunk if self.evaluations is None else self.evaluations
 
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Draw and score until a budget ends."""
         start = 0
         while search.goes_on():
@@ -55,11 +55,11 @@ class _Drawn(SuffixAttack):
                 return
             start += most
 
-    def _affordable(self, search: Search) -> int:
+    def _affordable(self, search: SuffixSearch) -> int:
         return search.affordable(self.chunk, search.room)
 
     @staticmethod
-    def uniforms(search: Search, count: int, start: int) -> Tensor:
+    def uniforms(search: SuffixSearch, count: int, start: int) -> Tensor:
         """Uniform [count, l]; blocks of suffixes have streams of their own, however many are scored at a time."""
         first = start // BLOCK
         blocks = range(first, (start + count - 1) // BLOCK + 1)
@@ -67,18 +67,18 @@ class _Drawn(SuffixAttack):
         return drawn[start - first * BLOCK :][:count]
 
     @abstractmethod
-    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
+    def drawn(self, search: SuffixSearch, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count, long [count, l]; None where there is no id to draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSuffix(_Drawn):
-    """The best of `evaluations` suffixes of tokens drawn uniformly from those allowed.
+    """Random suffixes, the baseline: the best of `evaluations` suffixes of tokens drawn uniformly from those allowed.
 
     length: tokens of every suffix
     """
 
-    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
+    def drawn(self, search: SuffixSearch, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count."""
         yield from ()  # nothing is asked
         ids = search.allowed.nonzero().squeeze(1)
@@ -89,7 +89,7 @@ class RandomSuffix(_Drawn):
 
 @dataclass(frozen=True, kw_only=True)
 class SampledSuffix(_Drawn):
-    """The best of `evaluations` suffixes that the model itself goes on with after the user's words.
+    """Sampled suffixes, the baseline: the best of `evaluations` suffixes that the model itself writes after the prompt.
 
     length:      tokens of every suffix
     temperature: of the distribution they are drawn from
@@ -101,17 +101,14 @@ class SampledSuffix(_Drawn):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise UsageError(
-                f"temperature={self.temperature}, top_p={self.top_p}; expected a temperature above 0 and a top_p in "
-                "(0, 1]"
-            )
+        positive(self, "temperature")
+        fraction(self, "top_p", what="probability")
 
-    def _affordable(self, search: Search) -> int:
+    def _affordable(self, search: SuffixSearch) -> int:
         """The tokens read while drawing are paid for, too."""
         return search.affordable(self.chunk, search.room, 1, 0, range(1, search.room))
 
-    def drawn(self, search: Search, count: int, start: int) -> Steps[Tensor | None]:
+    def drawn(self, search: SuffixSearch, count: int, start: int) -> Steps[Tensor | None]:
         """Suffixes number start to start + count."""
         ids = search.empty().expand(count, 0)
         uniforms = self.uniforms(search, count, start)

@@ -11,16 +11,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import Objective, SuffixAttack, one_of
+from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Steps
-from advkit.attacks.text.search import Search
+from advkit.attacks.text.search import Objective, SuffixSearch
+from advkit.core.checks import at_least_one, fraction, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 
 
 @dataclass(frozen=True, kw_only=True)
 class BEAST(SuffixAttack):
-    """Grow a beam of suffixes token by token, each drawn from the model's own next-token probabilities.
+    """BEAST: beam search for a suffix whose tokens are drawn from the model's own next-token probabilities.
 
     Every step draws k2 distinct children for each of the k1 suffixes in the beam, scores all k1 * k2 and keeps the k1
     best; what is returned is the best seen at any length. No gradient is asked for: next-token probabilities and the
@@ -62,16 +63,10 @@ class BEAST(SuffixAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "objective", "targeted", "untargeted", "mia")
-        for name in ("k", "k1", "k2", "ngram", "reply", "trials"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; give a whole number of at least 1")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise UsageError(
-                f"temperature={self.temperature}, top_p={self.top_p}; expected a temperature above 0 and a top_p in "
-                "(0, 1]"
-            )
+        one_of(self, "objective", ("targeted", "untargeted", "mia"))
+        at_least_one(self, "k", "k1", "k2", "ngram", "reply", "trials")
+        positive(self, "temperature")
+        fraction(self, "top_p", what="probability")
         if self.objective != "targeted" and (self.stop_on_success or self.keep == "reached"):
             raise UsageError(
                 f"objective={self.objective} has no success to stop at or to prefer; leave stop_on_success and keep out"
@@ -103,7 +98,7 @@ class BEAST(SuffixAttack):
         """Tokens drawn for each of them."""
         return self.k if self.k2 is None else self.k2
 
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Grow the beam until it is long enough or a budget ends."""
         beam = search.empty()
         for step in range(self.length):
@@ -129,7 +124,7 @@ class BEAST(SuffixAttack):
             if search.succeeded or not len(beam):
                 return
 
-    def _grown(self, search: Search, beam: Tensor, children: int, most: int, step: int) -> Steps[Tensor]:
+    def _grown(self, search: SuffixSearch, beam: Tensor, children: int, most: int, step: int) -> Steps[Tensor]:
         """The beam's continuations, long [n, l + ngram], no two alike in the drawn child."""
         logp = yield from search.next(beam, self.temperature, self.top_p)
         owner, token = search.draw(logp, children, "child", step)

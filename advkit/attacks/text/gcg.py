@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advkit.attacks.text.base import SuffixAttack, one_of
+from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Question, Steps
-from advkit.attacks.text.search import Scored, Search, combined
+from advkit.attacks.text.search import Scored, SuffixSearch, combined
+from advkit.core.checks import at_least, at_least_one, one_of, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 
@@ -25,7 +26,7 @@ GRADIENT = 2  # evaluations that a gradient counts as: one pass forward and one 
 
 @dataclass(frozen=True, kw_only=True)
 class GCG(SuffixAttack):
-    """Swap single tokens of a suffix, among those that the gradient with respect to one-hot tokens promises most of.
+    """Greedy coordinate gradient (GCG): swaps single suffix tokens, chosen by the gradient at the one-hot tokens.
 
     Every step differentiates the loss at the current suffix, takes the topk most promising ids of every position, draws
     `width` suffixes that differ in `replace` positions, scores them and goes on from the best, even where that is worse
@@ -63,13 +64,11 @@ class GCG(SuffixAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "search", "sampled", "exhaustive")
-        one_of(self, "loss", "ce", "mellowmax")
-        for name, least in (("steps", 1), ("width", 1), ("topk", 1), ("replace", 1), ("buffer", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; give a whole number of at least {least}")
-        if not self.alpha > 0:
-            raise UsageError(f"alpha is {self.alpha}; give a number above 0")
+        one_of(self, "search", ("sampled", "exhaustive"))
+        one_of(self, "loss", ("ce", "mellowmax"))
+        at_least_one(self, "steps", "width", "topk", "replace")
+        at_least(self, 0, "buffer")
+        positive(self, "alpha")
 
     @property
     def planned(self) -> int:
@@ -82,20 +81,20 @@ class GCG(SuffixAttack):
         """Mellowmax in place of the model's own score."""
         return None if self.loss == "ce" else lambda model: model.under(self.loss, self.alpha)
 
-    def seek(self, search: Search) -> Steps[None]:
+    def seek(self, search: SuffixSearch) -> Steps[None]:
         """Swap until the steps or a budget end; an exhaustive search ends where no swap helps."""
-        walk = _Walk(self, search)
-        if not (yield from walk.start()):
+        run = _Run(self, search)
+        if not (yield from run.start()):
             return
         for step in range(self.steps):
-            if search.succeeded or not search.goes_on() or not (yield from walk.step(step)):
+            if search.succeeded or not search.goes_on() or not (yield from run.step(step)):
                 return
 
 
-class _Walk:
+class _Run:
     """GCG on one search: the current suffix, and the buffer."""
 
-    def __init__(self, attack: GCG, search: Search) -> None:
+    def __init__(self, attack: GCG, search: SuffixSearch) -> None:
         self.attack = attack
         self.search = search
         self.pool: list[tuple[float, Tensor]] = []
@@ -186,9 +185,9 @@ class _Walk:
             ids = tokenizer.encode((self.attack.init * self.length).strip())[: self.length]
         except (KeyError, ValueError, UsageError):  # words that a closed vocabulary does not have
             return None
-        found = torch.tensor(ids, dtype=torch.long, device=self.search.x.device)
-        fits = len(ids) == self.length and bool(self.search.allowed[found].all())
-        return found if fits else None
+        suffix = torch.tensor(ids, dtype=torch.long, device=self.search.x.device)
+        fits = len(ids) == self.length and bool(self.search.allowed[suffix].all())
+        return suffix if fits else None
 
     def gradient(self, ids: Tensor) -> Steps[Tensor]:
         """The loss's gradient [l, V] with respect to one-hot tokens at a suffix [l], summed over the rows."""
@@ -198,7 +197,7 @@ class _Walk:
         def join(answers: Tensor) -> Tensor:
             return answers[:, 0] if answers.shape[1] == 1 else combined(answers, attack.aggregate)
 
-        found = yield Question(
+        gradient = yield Question(
             "gradient",
             torch.nn.functional.one_hot(ids, size).to(self._type()).expand(rows, -1, -1),
             torch.arange(rows, device=ids.device),
@@ -211,7 +210,7 @@ class _Walk:
         )
         search.evaluations += GRADIENT
         search.tokens += GRADIENT * search.cost(len(ids))
-        return found.sum(0)
+        return gradient.sum(0)
 
     def _type(self) -> torch.dtype:
         """The floating type that the model computes its embeddings in."""
@@ -282,7 +281,7 @@ def together(parts: list[Scored]) -> Scored:
 def swapped(current: Tensor, top: Tensor, replace: int, position: Tensor, token: Tensor) -> Tensor:
     """Candidates [n, l] that hold, in `replace` distinct positions of current [l], an id out of those positions' top.
 
-    top: long [l, k]; position: uniform [n, l]; token: uniform [n, replace]. An id may be the one that stands there.
+    top: long [l, k]; position: uniform [n, l]; token: uniform [n, replace]. An id may be the one already there.
     """
     place = position.argsort(dim=1, stable=True)[:, : min(replace, len(current))]
     pick = (token[:, : place.shape[1]] * top.shape[1]).long().clamp(max=top.shape[1] - 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, Composite, CountsTokens
 
 T = TypeVar("T")
 Ask = Callable[[Any, Any], Callable[[Tensor], Tensor]]
@@ -87,8 +87,8 @@ class Clock:
             self.spent, self._since = self.now, None
 
 
-class Asker(Protocol):
-    """A search. rows: which of the oracle's rows are its own, long [n]."""
+class Search(Protocol):
+    """A search that is driven. rows: which of the oracle's rows are its own, long [n]."""
 
     rows: Tensor
     clock: Clock
@@ -106,8 +106,8 @@ class _Given:
 
 
 @dataclass
-class Desk:
-    """Where questions are put: the oracle of all rows, and the goal of all rows."""
+class Batcher:
+    """Puts the questions of many searches to a model together: the oracle of all rows, and their goal."""
 
     oracle: TensorOracle
     goal: TensorGoal
@@ -120,8 +120,8 @@ class Desk:
         of = torch.cat([rows.to(each.of.device)[each.of] for rows, each in asked])
         oracle, given = self._view(question)
         given.value = None if question.given is None else torch.cat([each.given for _, each in asked])  # type: ignore[misc]
-        found = oracle.gradient(x, self.goal.take(of), of)[1] if question.gradient else oracle(x, of)
-        return list(torch.split(found, [len(each.x) for _, each in asked]))
+        answers = oracle.gradient(x, self.goal.take(of), of)[1] if question.gradient else oracle(x, of)
+        return list(torch.split(answers, [len(each.x) for _, each in asked]))
 
     def _view(self, question: Question) -> tuple[Any, _Given]:
         """The oracle that puts questions of this name to every model at hand; made once."""
@@ -135,10 +135,10 @@ class Desk:
 
 
 @dataclass(frozen=True, eq=False)
-class _Going:
+class _Pending:
     """A search under way, and what it asks now."""
 
-    asker: Asker
+    search: Search
     steps: Steps[None]
     question: Question
 
@@ -148,72 +148,72 @@ class _Going:
         return len(self.question.x) * self.question.width
 
 
-def _on(asker: Asker, steps: Steps[None], answer: Tensor | None = None) -> _Going | None:
+def _on(search: Search, steps: Steps[None], answer: Tensor | None = None) -> _Pending | None:
     """A search up to its next question; None where it has ended."""
-    with asker.clock.running():
+    with search.clock.running():
         try:
-            return _Going(asker, steps, next(steps) if answer is None else steps.send(answer))
+            return _Pending(search, steps, next(steps) if answer is None else steps.send(answer))
         except StopIteration:
             return None
 
 
-def side_by_side(askers: Iterable[Asker], desk: Desk, slots: int | None = None) -> None:
+def side_by_side(searches: Iterable[Search], batcher: Batcher, slots: int | None = None) -> None:
     """Drive searches to their ends, `slots` at a time, the next one in line in the place of each that ends.
 
     Each round answers what most of them ask, so that one which begins among others waits until they are where it is.
     What a search finds does not depend on its company, but for the last bits of a model that computes rows together.
     """
-    line = iter(askers)
+    line = iter(searches)
     slots = SLOTS if slots is None else slots
-    going: list[_Going] = []
+    going: list[_Pending] = []
     while True:
-        while len(going) < slots and (asker := next(line, None)) is not None:
-            going += filter(None, [_on(asker, asker.steps())])
+        while len(going) < slots and (search := next(line, None)) is not None:
+            going += filter(None, [_on(search, search.steps())])
         if not going:
             return
-        moved: dict[int, _Going | None] = {}
+        moved: dict[int, _Pending | None] = {}
         for part in _parts(_most(going)):
             call = Clock()
             with call.running():
-                answers = desk.answers([(each.asker.rows, each.question) for each in part])
+                answers = batcher.answers([(each.search.rows, each.question) for each in part])
             total = sum(len(answer) for answer in answers)
             for each, answer in zip(part, answers, strict=True):
-                each.asker.clock.spent += call.spent * len(answer) / max(1, total)
-                moved[id(each)] = _on(each.asker, each.steps, answer)
+                each.search.clock.spent += call.spent * len(answer) / max(1, total)
+                moved[id(each)] = _on(each.search, each.steps, answer)
         going = [now for each in going if (now := moved.get(id(each), each)) is not None]
 
 
-def _most(going: Sequence[_Going]) -> list[_Going]:
+def _most(going: Sequence[_Pending]) -> list[_Pending]:
     """Those that ask what most of them ask; where as many ask something else, what the first in line asks."""
-    kinds: dict[object, list[_Going]] = {}
+    kinds: dict[object, list[_Pending]] = {}
     for each in going:
         kinds.setdefault(each.question.kind, []).append(each)
     return max(kinds.values(), key=len)
 
 
-def _parts(going: Sequence[_Going]) -> list[list[_Going]]:
+def _parts(going: Sequence[_Pending]) -> list[list[_Pending]]:
     """In order, cut where the answers to one call would be too many numbers."""
-    parts: list[list[_Going]] = []
-    held = 0
+    parts: list[list[_Pending]] = []
+    numbers = 0
     for each in going:
-        held += each.numbers
-        if not parts or held > NUMBERS:
+        numbers += each.numbers
+        if not parts or numbers > NUMBERS:
             parts.append([])
-            held = each.numbers
+            numbers = each.numbers
         parts[-1].append(each)
     return parts
 
 
-def settled(steps: Steps[T], rows: Tensor, desk: Desk) -> T:
+def resolved(steps: Steps[T], rows: Tensor, batcher: Batcher) -> T:
     """What a part of a search returns, its questions answered one by one."""
     answer: Tensor | None = None
     while True:
         try:
             question = next(steps) if answer is None else steps.send(answer)
         except StopIteration as end:
-            found: T = end.value
-            return found
-        (answer,) = desk.answers([(rows, question)])
+            value: T = end.value
+            return value
+        (answer,) = batcher.answers([(rows, question)])
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Asked:
     @property
     def tokens(self) -> int:
         """Tokens that these models have sent through their networks so far."""
-        return sum(getattr(model, "tokens", 0) for model in self.models)
+        return sum(model.tokens for model in self.models if isinstance(model, CountsTokens))
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """Those of all the models."""
@@ -259,8 +259,7 @@ class Asked:
 
 def members(model: Any) -> tuple[Any, ...]:
     """The models inside an ensemble; the model alone where it is none."""
-    inside = getattr(model, "models", None)
-    return (model,) if inside is None else tuple(inside)
+    return tuple(model.models) if isinstance(model, Composite) else (model,)
 
 
 def hallucinating(model: Any, given: Any) -> Callable[[Tensor], Tensor]:

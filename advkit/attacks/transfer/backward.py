@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from advkit.attacks.base import TensorOracle, per_row
 from advkit.attacks.transfer.engine import View
-from advkit.attacks.transfer.gradients import not_negative
 from advkit.attacks.transfer.layers import hooked, layer_named
+from advkit.core.checks import fraction, not_negative
 from advkit.core.errors import UsageError
 
 ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -278,8 +278,7 @@ class SGM(View):
     gamma: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise UsageError(f"SGM: gamma is {self.gamma}; give a factor in [0, 1]")
+        fraction(self, "gamma", ends="[]", what="factor")
 
     def through(self, oracle: TensorOracle, x: Tensor) -> TensorOracle:
         missing = "sgm found no residual addition in the source; it works on residual networks"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advkit.core.errors import BadModel, UnknownName, UsageError
+from advkit.core.protocols import Composite
 
 
 def modules_of(model: Any, part: str) -> dict[str, nn.Module]:
@@ -23,7 +24,7 @@ def modules_of(model: Any, part: str) -> dict[str, nn.Module]:
     roots: Sequence[nn.Module] = [] if isinstance(model, type) or not callable(ask) else tuple(cast(Any, ask)())
     if isinstance(model, nn.Module):
         roots = (model,)
-    if len(getattr(model, "models", ())) > 1:
+    if isinstance(model, Composite) and len(model.models) > 1:
         raise UsageError(f"{part} looks into one source, and there are {len(model.models)}; name one source")
     named: dict[str, nn.Module] = {}
     for number, root in enumerate(roots):

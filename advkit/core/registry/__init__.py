@@ -6,7 +6,7 @@ docstrings, mostly without importing their modules, and `table` is the registry 
 
 from __future__ import annotations
 
-from advkit.core.registry.docs import FieldInfo, Signature
+from advkit.core.registry.docs import FieldInfo, Signature, imported_from, source_file
 from advkit.core.registry.fields import describe_type
 from advkit.core.registry.grammar import Argument, ParsedSpec, parse_arguments, parse_spec
 from advkit.core.registry.table import Registry
@@ -18,6 +18,8 @@ __all__ = [
     "Registry",
     "Signature",
     "describe_type",
+    "imported_from",
     "parse_arguments",
     "parse_spec",
+    "source_file",
 ]

@@ -37,7 +37,7 @@ class Signature:
     fields: tuple[FieldInfo, ...]
 
 
-def _source(module: str) -> Path | None:
+def source_file(module: str) -> Path | None:
     """The file of a module, found without importing its parent packages."""
     top, *rest = module.split(".")
     try:
@@ -61,7 +61,7 @@ def glimpse(module: str, attribute: str) -> str:
 
     Listing every name parses every file otherwise, which is most of the time that `advkit list` takes.
     """
-    path = _source(module)
+    path = source_file(module)
     try:
         source = path.read_text(encoding="utf-8") if path else ""
     except (OSError, ValueError):
@@ -78,8 +78,19 @@ def glimpse(module: str, attribute: str) -> str:
     return (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef | ast.FunctionDef) else ""
 
 
+def imported_from(node: ast.ImportFrom, module: str) -> str:
+    """The full name of the module that an import statement of another one names."""
+    if not node.level:
+        return node.module or ""
+    path = source_file(module)
+    package = module if path and path.name == "__init__.py" else module.rpartition(".")[0]
+    for _ in range(node.level - 1):
+        package = package.rpartition(".")[0]
+    return ".".join(filter(None, (package, node.module)))
+
+
 def docstrings(module: str, attribute: str, hops: int = 4) -> tuple[str, str]:
-    path = _source(module)
+    path = source_file(module)
     if path is None:
         return "", ""
     try:
@@ -93,11 +104,7 @@ def docstrings(module: str, attribute: str, hops: int = 4) -> tuple[str, str]:
         if isinstance(node, ast.ImportFrom) and hops:
             for alias in node.names:
                 if (alias.asname or alias.name) == attribute:
-                    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-                    for _ in range(node.level - 1):
-                        package = package.rpartition(".")[0]
-                    origin = ".".join(filter(None, (package if node.level else "", node.module)))
-                    return docstrings(origin, alias.name, hops - 1)
+                    return docstrings(imported_from(node, module), alias.name, hops - 1)
     return ast.get_docstring(tree) or "", ""
 
 

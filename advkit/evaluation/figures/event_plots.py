@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.figures.plots import BLUE, ORANGE, RED, _axes
+from advkit.evaluation.figures.plots import BLUE, ORANGE, RED, new_axes
 
 _WHITE, _FLIPPED = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
 _OFF_COLOR, _ON_COLOR, _BOTH = (0.84, 0.37, 0.0), (0.0, 0.45, 0.70), (0.55, 0.40, 0.60)
@@ -56,7 +56,7 @@ def flips_figure(clean: Any, adversarial: Any, *, title: str = "") -> Figure:
         raise UsageError("no row was changed; flips_figure needs at least one attacked row")
     added, deleted = flips["added"][moved], flips["deleted"][moved]
     frames = np.arange(1, added.shape[1] + 1)
-    figure, axes = _axes(6.0, 3.2)
+    figure, axes = new_axes(6.0, 3.2)
     axes.bar(frames, added.mean(0), color=BLUE, width=0.8, label="added (0 to 1)")
     axes.bar(frames, -deleted.mean(0), color=ORANGE, width=0.8, label="deleted (1 to 0)")
     axes.axhline(0, color="#888888", linewidth=0.8)

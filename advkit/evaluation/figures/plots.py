@@ -21,18 +21,18 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.report import Report, write_atomic
 from advkit.evaluation.report.compare import per_class_rates
-from advkit.evaluation.report.document import Report, write_atomic
-from advkit.evaluation.run.store import read_records, records_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-_SERIES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (PINK, "v"), (SKY, "P"))
+SERIES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (PINK, "v"), (SKY, "P"))
 _INK, _FAINT, _CLEAN = "#222222", "#DDDDDD", "#BDBDBD"
 _MOST_EXAMPLES = 10
 _MOST_CELLS = 1500
+_MOST_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Point:
         return cls(eps, rate["value"], ci.get("low"), ci.get("high"))
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one panel, in inches, as all of them look."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -63,7 +64,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text as it stands: matplotlib would set what stands between dollar signs as mathematics, or fail at it."""
     return text.replace("$", r"\$")
 
@@ -85,13 +86,13 @@ def robust_accuracy_curve(
     named = {"": curves} if not isinstance(curves, Mapping) else curves
     if not named or any(len(points) == 0 for points in named.values()):
         raise UsageError("robust_accuracy_curve: expected at least one point per curve")
-    figure, axes = _axes(6.0, 3.8)
+    figure, axes = new_axes(6.0, 3.8)
     for i, (name, given) in enumerate(named.items()):
-        color, marker = _SERIES[i % len(_SERIES)]
+        color, marker = SERIES[i % len(SERIES)]
         points = sorted(given, key=lambda point: point.eps)
         eps = [point.eps for point in points]
         axes.plot(
-            eps, [point.value for point in points], color=color, marker=marker, markersize=5, label=_plain(name) or None
+            eps, [point.value for point in points], color=color, marker=marker, markersize=5, label=plain(name) or None
         )
         low = [point.value if point.low is None else point.low for point in points]
         high = [point.value if point.high is None else point.high for point in points]
@@ -106,12 +107,12 @@ def robust_accuracy_curve(
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.set_ylim(0, 1.02)
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    axes.set_xlabel(f"eps ({_plain(norm)})" if norm else "eps")
+    axes.set_xlabel(f"eps ({plain(norm)})" if norm else "eps")
     axes.set_ylabel("robust accuracy")
     if any(named):
         axes.legend(frameon=False)
     if title:
-        axes.set_title(_plain(title), loc="left", fontsize=11)
+        axes.set_title(plain(title), loc="left", fontsize=11)
     return figure
 
 
@@ -124,23 +125,23 @@ def success_by_distance(
     """
     if not curves or any(attacked < 1 or len(found) > attacked for found, attacked in curves.values()):
         raise UsageError("success_by_distance: expected curves of at least one row, and no more successes than rows")
-    figure, axes = _axes(6.0, 3.8)
+    figure, axes = new_axes(6.0, 3.8)
     furthest = max((max(found) for found, _ in curves.values() if len(found)), default=0.0) or 1.0
     for i, (name, (found, attacked)) in enumerate(curves.items()):
         reach = [0.0, *sorted(found), 1.05 * furthest]
         share = [k / attacked for k in range(len(found) + 1)]
-        color, _ = _SERIES[i % len(_SERIES)]
-        axes.step(reach, [*share, share[-1]], where="post", color=color, label=_plain(name) or None)
+        color, _ = SERIES[i % len(SERIES)]
+        axes.step(reach, [*share, share[-1]], where="post", color=color, label=plain(name) or None)
     axes.set_xlim(0, 1.05 * furthest)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    axes.set_xlabel(f"distance allowed ({_plain(norm)})")
+    axes.set_xlabel(f"distance allowed ({plain(norm)})")
     axes.set_ylabel("attack success rate")
     if any(curves):
         axes.legend(frameon=False)
     if title:
-        axes.set_title(_plain(title), loc="left", fontsize=11)
+        axes.set_title(plain(title), loc="left", fontsize=11)
     return figure
 
 
@@ -154,8 +155,8 @@ def per_class_bars(
     if not rates:
         raise UsageError("per_class_bars: no class to draw; the records carry no labels")
     order = sorted(rates, key=lambda label: (rates[label]["robust"]["value"] or 0.0, -label))
-    names = [_plain(class_names[k]) if 0 <= k < len(class_names) else str(k) for k in order]
-    figure, axes = _axes(6.4, 1.2 + 0.3 * len(order))
+    names = [plain(class_names[k]) if 0 <= k < len(class_names) else str(k) for k in order]
+    figure, axes = new_axes(6.4, 1.2 + 0.3 * len(order))
     y = np.arange(len(order))
     clean = [rates[k]["clean"]["value"] or 0.0 for k in order]
     robust = [rates[k]["robust"]["value"] or 0.0 for k in order]
@@ -178,7 +179,7 @@ def per_class_bars(
     axes.set_xlabel("share of the class's rows")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     if title:
-        axes.set_title(_plain(title), loc="left", fontsize=11)
+        axes.set_title(plain(title), loc="left", fontsize=11)
     return figure
 
 
@@ -234,14 +235,14 @@ def example_grid(
             if i < len(words):
                 turned = r == 1 and i < len(clean_names) and clean_names[i] != words[i]
                 axes.set_title(
-                    _plain(str(words[i])),
+                    plain(str(words[i])),
                     fontsize=9,
                     color=RED if turned else _INK,
                     fontweight="bold" if turned else "normal",
                 )
     if title:
         room = int(12 * figure.get_figwidth())  # characters of this size in a line
-        figure.suptitle(_plain(textwrap.fill(title, room)), fontsize=11, x=0.02, ha="left")
+        figure.suptitle(plain(textwrap.fill(title, room)), fontsize=11, x=0.02, ha="left")
     return figure
 
 
@@ -282,8 +283,8 @@ def transfer_heatmap(
     axes = figure.add_subplot()
     image = _heat(axes, table)
     marks = ["\u25cf" if s < known else "\u25cb" for s in range(len(sources))]
-    axes.set_yticks(range(len(sources)), [f"{_plain(sources[o])} {m}" for o, m in zip(order, marks, strict=True)])
-    axes.set_xticks(range(len(attacks)), [_plain(name) for name in attacks], rotation=25, ha="right")
+    axes.set_yticks(range(len(sources)), [f"{plain(sources[o])} {m}" for o, m in zip(order, marks, strict=True)])
+    axes.set_xticks(range(len(attacks)), [plain(name) for name in attacks], rotation=25, ha="right")
     if 0 < known < len(sources):
         axes.axhline(known - 0.5, color="white", linewidth=4)
     _framed(axes, table)
@@ -328,7 +329,7 @@ def _scale(figure: Figure, image: Any, axes: Any) -> None:
 
 def _titled(figure: Figure, title: str) -> None:
     """A title in room of its own: one over the axes would run into the colour bar's top tick."""
-    figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=11)
 
 
 def matrix_heatmap(
@@ -360,15 +361,15 @@ def matrix_heatmap(
     panels = figure.subplots(len(targets), 1, sharex=True, squeeze=False)[:, 0]
     for t, (target, axes) in enumerate(zip(targets, panels, strict=True)):
         image = _heat(axes, values[t])
-        axes.set_yticks(range(len(sources)), [_plain(short(name)) for name in sources])
+        axes.set_yticks(range(len(sources)), [plain(short(name)) for name in sources])
         axes.set_xticks(
             range(len(attacks)),
-            [_plain(short(name)) for name in attacks],
+            [plain(short(name)) for name in attacks],
             rotation=30,
             ha="right",
             rotation_mode="anchor",
         )
-        axes.set_title(_plain(f"target {short(target)}"), loc="left", fontsize=10)
+        axes.set_title(plain(f"target {short(target)}"), loc="left", fontsize=10)
         for s, a in zip(*np.nonzero(white[t]), strict=True):
             corner = (float(a) - 0.5, float(s) - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#AAAAAA", linewidth=0, hatch="////"))
@@ -394,25 +395,33 @@ def curve_points(reports: Iterable[Report]) -> list[Point]:
     return points
 
 
-def transfer_heatmap_of(report: Report) -> Figure | None:
+def per_class_of(report: Report, records: Sequence[Record], class_names: Sequence[str] = ()) -> Figure | None:
+    """The classes of a run; None for one class, and for more than can be told apart."""
+    rates = per_class_rates(records)
+    if not 1 < len(rates) <= _MOST_CLASSES:
+        return None
+    return per_class_bars(rates, class_names, title=f"Per class, {report.threat}")
+
+
+def transfer_heatmap_of(report: Report, records: Sequence[Record] = ()) -> Figure | None:
     """The grid of a report whose attacks name their source; None where there is none."""
-    cells = [attack for attack in report.attacks if "source" in attack["params"]]
-    sources = list(dict.fromkeys(str(cell["params"]["source"]) for cell in cells))
-    attacks = list(dict.fromkeys(cell["name"].split("@")[0] for cell in cells))
+    cells = [attack for attack in report.attacks if attack["source"]]
+    sources = list(dict.fromkeys(cell["source"] for cell in cells))
+    attacks = list(dict.fromkeys(cell["attack"] for cell in cells))
     if len(cells) < 2:
         return None
     table = np.full((len(sources), len(attacks)), np.nan)
     for cell in cells:
         value = cell["robust_accuracy"]["value"]
         if value is not None:
-            table[sources.index(str(cell["params"]["source"])), attacks.index(cell["name"].split("@")[0])] = value
+            table[sources.index(cell["source"]), attacks.index(cell["attack"])] = value
     if not np.isfinite(table).any():
         return None
-    seen = {str(cell["params"]["source"]) for cell in cells if cell["params"].get("seen")}
+    seen = {cell["source"] for cell in cells if cell["params"].get("seen")}
     return transfer_heatmap(table, sources, attacks, seen, title="Robust accuracy under transfer")
 
 
-def success_by_distance_of(report: Report, records: Iterable[Record]) -> Figure | None:
+def success_by_distance_of(report: Report, records: Sequence[Record]) -> Figure | None:
     """The curve of each attack of a run without a radius; None where there is one, or nothing was attacked."""
     threat = report.to_dict()["threat_model"]
     if threat.get("eps") is not None or not threat.get("norm"):
@@ -420,7 +429,7 @@ def success_by_distance_of(report: Report, records: Iterable[Record]) -> Figure 
     found: dict[str, list[float]] = {}
     for record in records:
         if record.outcome == Outcome.BROKEN and record.distance is not None:
-            found.setdefault(record.attack, []).append(record.distance)
+            found.setdefault(str(record.made_by), []).append(record.distance)
     rates = {attack["name"]: attack["attack_success_rate"] for attack in report.attacks}
     curves = {
         name: (found.get(name, []), rate["denominator"])
@@ -446,38 +455,3 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     write_atomic(target, buffer.getvalue())
     return target
-
-
-def _words(folder: Path, records: Sequence[Record], threat: str) -> list[Path]:
-    """How searches for words went, and what was sent and answered."""
-    from advkit.evaluation.figures.text_plots import search_figure, searched, transcripts_page
-
-    made = []
-    if searched(records):
-        made.append(save(search_figure(records, title=f"Searches, {threat}"), folder / "plots" / "search.png"))
-    if page := transcripts_page(records, title=f"Transcripts, {threat}"):
-        write_atomic(folder / "transcripts.md", page.encode())
-        made.append(folder / "transcripts.md")
-    return made
-
-
-def write_plots(run: str | os.PathLike[str], class_names: Sequence[str] = ()) -> list[Path]:
-    """Draw what a finished run folder supports (classes, distances, transfer grid) into its plots/ folder."""
-    folder = Path(run)
-    report = Report.load(folder)
-    made = []
-    path = records_path(folder)
-    if path.exists():
-        records = read_records(path)
-        rates = {} if report.other_goal else per_class_rates(records)
-        if 1 < len(rates) <= 100:
-            figure = per_class_bars(rates, class_names, title=f"Per class, {report.threat}")
-            made.append(save(figure, folder / "plots" / "per_class.png"))
-        reach = success_by_distance_of(report, records)
-        if reach is not None:
-            made.append(save(reach, folder / "plots" / "success_by_distance.png"))
-        made += _words(folder, records, report.threat)
-    grid = transfer_heatmap_of(report)
-    if grid is not None:
-        made.append(save(grid, folder / "plots" / "transfer.png"))
-    return made

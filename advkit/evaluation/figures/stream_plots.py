@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
-from advkit.attacks.stream.selectors import SELECTORS, selector
 from advkit.core.errors import UsageError
-from advkit.evaluation.figures.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, _axes, _plain
-from advkit.evaluation.scenarios.stream import shuffled, streams
+from advkit.evaluation.figures.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_axes, plain
 
 _GREY = "#888888"
 STYLES = {
@@ -27,58 +23,29 @@ STYLES = {
 }
 
 
-@dataclass(frozen=True)
-class RatioCurve:
-    """Competitive ratio of one selector against k.
+class Ratios(Protocol):
+    """What is drawn of one selector: `advkit.evaluation.scenarios.ratios.RatioCurve`."""
 
-    measured: k -> (mean, standard error), Monte Carlo
-    exact:    k -> the ratio that theory gives; empty where no formula is known
-    """
+    @property
+    def measured(self) -> Mapping[int, tuple[float, float]]:
+        """k -> (mean, standard error)."""
+        ...
 
-    measured: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    exact: Mapping[int, float] = field(default_factory=dict)
-
-
-def measure_ratios(
-    ks: Sequence[int],
-    names: Sequence[str] = tuple(SELECTORS),
-    *,
-    n: int = 100,
-    orders: int = 2000,
-    seed: int = 0,
-    exhaust: bool = False,
-) -> dict[str, RatioCurve]:
-    """Competitive ratios of selectors over random orders of n distinct values, beside their exact ones.
-
-    Every selector and every k sees the same orders. Exact ratios hold without `exhaust`, which can only add to them.
-    """
-    rng = streams(seed, orders)
-    values = shuffled(rng, n)
-    found: dict[str, RatioCurve] = {}
-    for name in names:
-        rule = selector(name, exhaust=exhaust)
-        measured, exact = {}, {}
-        for k in ks:
-            picked = rule.select(values, k, rng.at("selector", k))
-            taken = np.where(picked >= 0, np.take_along_axis(values, np.maximum(picked, 0), 1), -1)
-            hits = (taken >= n - k).sum(1) / k
-            measured[k] = (float(hits.mean()), float(hits.std(ddof=1) / np.sqrt(orders)))
-            ratio = rule.ratio(n, k)
-            if ratio is not None:
-                exact[k] = ratio
-        found[name] = RatioCurve(measured, exact)
-    return found
+    @property
+    def exact(self) -> Mapping[int, float]:
+        """k -> the ratio that theory gives."""
+        ...
 
 
-def competitive_ratio_curves(curves: Mapping[str, RatioCurve], *, title: str = "") -> Figure:
+def competitive_ratio_curves(curves: Mapping[str, Ratios], *, title: str = "") -> Figure:
     """Competitive ratio against the budget k: lines are theory, points with two-standard-error bars are measured."""
     if not curves or not any(curve.measured or curve.exact for curve in curves.values()):
         raise UsageError("competitive_ratio_curves: expected at least one selector with at least one k")
-    figure, axes = _axes(6.8, 4.2)
+    figure, axes = new_axes(6.8, 4.2)
     budgets: set[int] = set()
     for name, curve in curves.items():
         color, marker = STYLES.get(name, (_GREY, "o"))
-        label: str | None = _plain(name)
+        label: str | None = plain(name)
         if curve.exact:
             ks = sorted(curve.exact)
             budgets.update(ks)
@@ -113,7 +80,7 @@ def competitive_ratio_curves(curves: Mapping[str, RatioCurve], *, title: str = "
     axes.set_ylabel("competitive ratio")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="line: theory\npoint: measured")
     if title:
-        axes.set_title(_plain(title), loc="left", fontsize=11)
+        axes.set_title(plain(title), loc="left", fontsize=11)
     return figure
 
 
@@ -134,7 +101,7 @@ def fool_rate_bars(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], *, tit
     if not tables:
         raise UsageError("fool_rate_bars: expected at least one stream")
     names = list(dict.fromkeys(name for table in tables.values() for name in table))
-    figure, axes = _axes(max(5.0, 1.6 + 1.7 * len(tables)), 3.8)
+    figure, axes = new_axes(max(5.0, 1.6 + 1.7 * len(tables)), 3.8)
     width = 0.8 / len(names)
     for j, name in enumerate(names):
         color, _ = STYLES.get(name, (_GREY, "o"))
@@ -148,9 +115,9 @@ def fool_rate_bars(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], *, tit
             color=color,
             ecolor="#222222",
             capsize=1.5,
-            label=_plain(name),
+            label=plain(name),
         )
-    axes.set_xticks(range(len(tables)), [_plain(name) for name in tables])
+    axes.set_xticks(range(len(tables)), [plain(name) for name in tables])
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
@@ -158,5 +125,5 @@ def fool_rate_bars(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], *, tit
     axes.set_ylabel("submissions that fool the victim")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     if title:
-        axes.set_title(_plain(title), loc="left", fontsize=11)
+        axes.set_title(plain(title), loc="left", fontsize=11)
     return figure

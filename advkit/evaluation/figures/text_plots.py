@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.figures.plots import _SERIES, _axes, _plain
+from advkit.evaluation.figures.plots import SERIES, new_axes, plain
+from advkit.evaluation.report import Report
 
 _ROWS = (
     ("wanted", "wanted reply"),
@@ -37,26 +38,36 @@ def search_figure(records: Sequence[Record], *, title: str = "") -> Figure:
     held = searched(records)
     if not held:
         raise UsageError("no record holds the trace of a search; search_figure draws runs of beast, gcg and their like")
-    figure, axes = _axes(6.0, 3.6)
-    for (attack, rows), (color, _) in zip(_by_attack(held).items(), _SERIES * len(held), strict=False):
+    figure, axes = new_axes(6.0, 3.6)
+    for (attack, rows), (color, _) in zip(_by_attack(held).items(), SERIES * len(held), strict=False):
         courses = [_course(record) for record in rows]
         for course in courses:
             axes.step(course[:, 0], course[:, 1], where="post", color=color, alpha=0.25, linewidth=0.8)
         grid = np.unique(np.concatenate([course[:, 0] for course in courses]))
         best = np.array([[_at(course, each) for each in grid] for course in courses])
-        axes.step(grid, np.median(best, 0), where="post", color=color, linewidth=2.2, label=_plain(attack))
+        axes.step(grid, np.median(best, 0), where="post", color=color, linewidth=2.2, label=plain(attack))
     axes.set_xscale("log")
     axes.set_xlabel("evaluations")
     axes.set_ylabel("best score so far")
-    axes.set_title(_plain(title), loc="left", fontsize=10)
+    axes.set_title(plain(title), loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def searches_of(report: Report, records: Sequence[Record]) -> Figure | None:
+    """The searches of a run; None where no record holds the trace of one."""
+    return search_figure(records, title=f"Searches, {report.threat}") if searched(records) else None
+
+
+def transcripts_of(report: Report, records: Sequence[Record]) -> str | None:
+    """The transcripts of a run as Markdown; None where nothing was said."""
+    return transcripts_page(records, title=f"Transcripts, {report.threat}") or None
 
 
 def _by_attack(records: Iterable[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(record.attack, []).append(record)
+        groups.setdefault(str(record.made_by), []).append(record)
     return groups
 
 
@@ -95,13 +106,19 @@ def _transcript(record: Record) -> str:
     ]
     lines = [f"| {label} | {_cell(text)} |" for label, text in rows]
     return "\n".join(
-        (f"## {_cell(record.id)}: {record.outcome.value} ({_cell(record.attack)})", "", "| | |", "|---|---|", *lines)
+        (
+            f"## {_cell(record.id)}: {record.outcome.value} ({_cell(str(record.made_by))})",
+            "",
+            "| | |",
+            "|---|---|",
+            *lines,
+        )
     )
 
 
 def _cell(text: str) -> str:
     """Text that Markdown shows as it stands, on one line."""
-    plain = html.escape(text, quote=False).replace("\\", "\\\\")
+    shown = html.escape(text, quote=False).replace("\\", "\\\\")
     for mark in "`*_[]|#":
-        plain = plain.replace(mark, f"\\{mark}")
-    return "<br>".join(plain.splitlines())
+        shown = shown.replace(mark, f"\\{mark}")
+    return "<br>".join(shown.splitlines())

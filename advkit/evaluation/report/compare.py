@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.report.document import Report, describe_threat
-from advkit.evaluation.report.summary import count
+from advkit.evaluation.report.counts import count
+from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.text import describe_threat
 from advkit.evaluation.run.store import read_records, records_path
 from advkit.evaluation.stats import Interval, mcnemar_exact, newcombe_paired, rate
 
@@ -180,8 +181,8 @@ def _verdict(row: str, group: Sequence[Record]) -> RowVerdict:
     if len(labels) > 1:
         raise ReportError(f"row {row} has several labels in one run: {sorted(map(str, labels))}")
     ended = count(group)
-    robust = ended.robust + ended.sound - ended.contested
-    return RowVerdict(labels.pop(), bool(ended.sound), bool(robust), bool(ended.unknown))
+    robust = ended.right_after
+    return RowVerdict(labels.pop(), bool(ended.correct), bool(robust), bool(ended.unknown))
 
 
 def paired(a: Sequence[bool], b: Sequence[bool], level: float = 0.95) -> PairedTest:

@@ -209,7 +209,7 @@ def document(
         "norm": threat["norm"],
         "goal": case.specs["goal"],
         "quantised": True,
-        "levels": case.threat.lattice,
+        "levels": threat["lattice"],
         "seeds": list(seeds),
         "sources": [source.to_dict() for source in sources],
         "targets": [

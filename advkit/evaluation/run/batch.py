@@ -1,6 +1,6 @@
 """One batch of rows: attacked by one attack and judged, in this process and no other.
 
-What a batch's records are follows from the case and the batch alone, whoever plays it: a scenario, or a worker of its.
+What a batch's records are follows from the case and the batch alone, whoever runs it: the engine, or a worker process.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,16 +18,34 @@ from torch import Tensor
 
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Batch, Outcome, Record
+from advkit.core.protocols import Access, Averages, Batch, Goal, Lattice, Model, Outcome, Record, whole_batch
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.run.judge import Judge, decide, finite
+from advkit.evaluation.run.judge import Judge, Verdict, decide, finite
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
 log = logging.getLogger("advkit")
 
-Played = tuple[list[Record], Tensor, Tensor]  # records, origins, returned inputs
+
+@dataclass(frozen=True)
+class Round:
+    """What one unit of a run leaves behind.
+
+    records:     one per row, in the batch's order
+    clean:       inputs that may be kept as examples, rows first; None where no input was changed
+    adversarial: what the attack returned for them
+    tokens:      sent through models that count them
+    """
+
+    records: Sequence[Record]
+    clean: Tensor | None = None
+    adversarial: Tensor | None = None
+    tokens: int = 0
+
+
+Unit = Callable[[Case, Batch, Lanes], Round]
+"""What a scenario may have done with a batch; a function of a module's top level, so that processes can share it."""
 
 
 @contextmanager
@@ -43,11 +61,18 @@ def own_randomness(device: str, *names: object) -> Iterator[None]:
         yield
 
 
-def played_alone(case: Case, batch: Batch, lanes: Lanes) -> Played:
-    """One batch with every model frozen and torch's generators put aside: nothing outside can tell that it ran."""
+@contextmanager
+def alone(case: Case, *names: object) -> Iterator[None]:
+    """Every model frozen and torch's generators put aside: nothing outside can tell what ran inside."""
     modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
-    with frozen(*modules), own_randomness(case.device, case.seed, case.label, batch.ids[0]):
-        return play_batch(case, on_device(batch, case.device), lanes)
+    with frozen(*modules), own_randomness(case.device, case.seed, *names):
+        yield
+
+
+def run_alone(unit: Unit, case: Case, batch: Batch, lanes: Lanes) -> Round:
+    """One batch on the case's device, leaving no trace."""
+    with alone(case, case.label, batch.ids[0]):
+        return unit(case, on_device(batch, case.device), lanes)
 
 
 def models_attacked(case: Case) -> list[tuple[str, Any, bool]]:
@@ -80,141 +105,206 @@ def attacked_model(case: Case) -> tuple[Any, bool]:
         # The view is for differentiating; who may only ask, asks the victim as it is deployed.
         view = case.victim.attacker_view() if Access(case.threat.access) >= Access.GRADIENTS else case.victim
         exact = view is case.victim and not case.randomized
-        return view, exact and not getattr(case.threat, "lattice", 0)
+        return view, exact and not (isinstance(case.threat, Lattice) and case.threat.lattice)
     if len(case.surrogates) == 1:
         return case.surrogates[0][1], False
     return Ensemble(models=tuple(model for _, model in case.surrogates)), False
 
 
-def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
-    """Attack and judge one batch; a row that raises becomes an error record and the others go on.
+@dataclass(frozen=True)
+class _Clean:
+    """The rows before any attack; all tensors [B].
 
-    Under a speed switch a row is attacked a second time, in full precision and with the same random streams, where the
-    fast view took it for fallen and the model itself does not; where it ended so near the boundary that the view can't
-    tell its sides; and where the view answered NaN, gave no gradient or raised. The second run is what counts; the
-    passes of both add up, the queries are those of the second alone.
+    goal:       what the attacker wants of each row
+    answer:     the victim's, [B, ...]
+    finite:     whether that answer is
+    correct:    whether it is right
+    attackable: whether the attacker has something to win
     """
-    x: Tensor = batch.x
-    n = len(batch.ids)
-    judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
-    rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
-    # Every attack on a row meets the same goal: what it is to reach does not depend on who tries.
-    wanted, rng = rng.at("goal"), rng.at("attack", *_stream(case))
 
-    broken_already, clean = judge.reached(x, batch.goal)
-    sane = finite(clean)
-    goal = case.rule(batch.labels, clean, wanted) if batch.labels is not None else batch.goal
-    sound = (~broken_already & sane).cpu()
-    # A grid counts every image; elsewhere a row that is wrong untouched has nothing left to lose.
-    eligible = sane if case.everyone else ~broken_already & sane & ~goal.reached(clean)
+    goal: Goal[Tensor]
+    answer: Tensor
+    finite: Tensor
+    correct: Tensor
+    attackable: Tensor
 
-    returned = x.clone()
-    cost = torch.zeros(3, n, dtype=torch.long)
-    met_non_finite = torch.zeros(n, dtype=torch.bool)
-    no_gradient = torch.zeros(n, dtype=torch.bool)
-    outside = torch.zeros(n, dtype=torch.bool)
-    errors: dict[int, str] = {}
-    trace: dict[int, tuple[dict[str, Any], ...]] = {}
-    together = bool(getattr(case.attack, "together", False))
-    model, decides = attacked_model(case)
-    fast = fast_model(case, x)
 
-    def attempt(chosen: Tensor, asked: Any) -> None:
-        """Attack these rows; when they raise, find the culprits by halving."""
+class _Attempts:
+    """What the attack makes of a batch's rows, in one try or two, and what it costs."""
+
+    def __init__(self, case: Case, batch: Batch, goal: Goal[Tensor], lanes: Lanes, rng: RowRng) -> None:
+        n = len(batch.ids)
+        self.case, self.batch, self.goal, self.lanes, self.rng = case, batch, goal, lanes, rng
+        self.returned: Tensor = batch.x.clone()
+        self.cost = torch.zeros(3, n, dtype=torch.long)  # forwards, backwards, queries
+        self.met_non_finite = torch.zeros(n, dtype=torch.bool)
+        self.no_gradient = torch.zeros(n, dtype=torch.bool)
+        self.outside = torch.zeros(n, dtype=torch.bool)
+        self.refuted = torch.zeros(n, dtype=torch.bool)
+        self.unsure = torch.zeros(n, dtype=torch.bool)
+        self.errors: dict[int, str] = {}
+        self.trace: dict[int, tuple[dict[str, Any], ...]] = {}
+        self.tokens = 0
+        model, self.decides = attacked_model(case)
+        # A view that averages draws asks the victim once for each.
+        self.calls = model.passes if isinstance(model, Averages) else 1
+
+    def attack(self, rows: Tensor, model: Any) -> None:
+        """Attack these rows (long) through `model`; where they raise, find the culprits by halving."""
+        case, x = self.case, self.batch.x
+        assert case.attack is not None
         oracle = MeteredOracle(
-            asked, len(chosen), case.threat.access, case.threat.queries, decides, lanes, data=case.data
+            model, len(rows), case.threat.access, case.threat.queries, self.decides, self.lanes, data=case.data
         )
-        where = chosen.cpu()
+        where = rows.cpu()
         try:
-            out = case.attack(oracle, x[chosen], goal.take(chosen), case.threat, rng.take(chosen))
+            out = case.attack(oracle, x[rows], self.goal.take(rows), case.threat, self.rng.take(rows))
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
         except Exception as error:
-            if len(chosen) > 1 and not together:
-                for half in chosen.tensor_split(2):
-                    attempt(half, asked)
+            if len(rows) > 1 and not whole_batch(case.attack):
+                for half in rows.tensor_split(2):
+                    self.attack(half, model)
                 return
             reason = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
-            errors.update(dict.fromkeys(where.tolist(), reason))
-            log.debug("row %s raised", batch.ids[int(where[0])], exc_info=True)
+            self.errors.update(dict.fromkeys(where.tolist(), reason))
+            log.debug("row %s raised", self.batch.ids[int(where[0])], exc_info=True)
         else:
-            if out.shape == x[chosen].shape:
-                returned[chosen] = out.detach().to(x.dtype)
+            if out.shape == x[rows].shape:
+                self.returned[rows] = out.detach().to(x.dtype)
             else:
-                outside[where] = True
+                self.outside[where] = True
         meter = oracle.meter
-        # A view that averages draws asks the victim once for each.
-        per_answer = getattr(model, "passes", 1)
-        cost[:2, where] += per_answer * torch.stack([meter.forwards, meter.backwards])
-        cost[2, where] = per_answer * meter.queries
-        met_non_finite[where] = meter.non_finite
-        no_gradient[where] = meter.zero_gradient
-        trace.update((row, meter.noted(i)) for i, row in enumerate(where.tolist()))
-        if meter.tokens:
-            case.spent[case.label] = case.spent.get(case.label, 0) + meter.tokens
+        self.cost[:2, where] += self.calls * torch.stack([meter.forwards, meter.backwards])
+        self.cost[2, where] = self.calls * meter.queries
+        self.met_non_finite[where] = meter.non_finite
+        self.no_gradient[where] = meter.zero_gradient
+        self.trace.update((row, meter.noted(i)) for i, row in enumerate(where.tolist()))
+        self.tokens += meter.tokens
 
-    exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=x.device)
-    for chosen, asked in ((eligible & exact, model), (eligible & ~exact, fast)):
+    def again(self, rows: Tensor, model: Any) -> None:
+        """Attack these rows once more, from their clean inputs."""
+        for row in rows.tolist():
+            self.errors.pop(row, None)
+        self.returned[rows] = self.batch.x[rows]
+        self.attack(rows, model)
+
+
+def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
+    """Attack and judge one batch; a row that raises becomes an error record and the others go on.
+
+    Under a speed switch a row is attacked a second time, in full precision and with the same random streams, where the
+    fast view took it for broken and the model itself does not; where it ended so near the boundary that the view can't
+    tell its sides; and where the view answered NaN, gave no gradient or raised. The second run is what counts; the
+    passes of both add up, the queries are those of the second alone.
+    """
+    judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
+    rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
+    # Every attack on a row meets the same goal: what it is to reach does not depend on who tries.
+    wanted, rng = rng.at("goal"), rng.at("attack", *case.label.streams)
+    clean = _clean(case, batch, judge, wanted)
+    attempts = _Attempts(case, batch, clean.goal, lanes, rng)
+    model, fast = attacked_model(case)[0], fast_model(case, batch.x)
+    exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=batch.x.device)
+    for chosen, asked in ((clean.attackable & exact, model), (clean.attackable & ~exact, fast)):
         if len(rows := chosen.nonzero().squeeze(1)):
-            attempt(rows, asked)
-
-    verdict = judge.judge(returned, x, goal, case.threat)
-    refuted = torch.zeros(n, dtype=torch.bool)
-    unsure = torch.zeros(n, dtype=torch.bool)
+            attempts.attack(rows, asked)
+    verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
     if fast is not None:
-        tried = (eligible & ~exact).cpu()
-        open_rows = tried & ~verdict.reached
-        unsure = open_rows & (met_non_finite | no_gradient)
-        if decides_in(case):
-            refuted, margin = _believed(fast, returned, goal, lanes, open_rows)
-            refuted &= ~_believed(model, returned, goal, lanes, refuted)[0]
-            near = verdict.closeness <= case.speed.resolution
-            if model is case.victim:
-                near |= verdict.margin <= 4 * (margin - verdict.margin).abs()
-            unsure |= open_rows & near & ~margin.isnan()  # answers that are no scores have no margin
-        unsure[[i for i in errors if tried[i]]] = True
-        again = (refuted | unsure).nonzero().squeeze(1).to(x.device)
-        if len(again):
-            for i in again.tolist():
-                errors.pop(i, None)
-            returned[again] = x[again]
-            attempt(again, model)
-            verdict = judge.judge(returned, x, goal, case.threat)
-    knows_victim = not case.surrogates
+        doubted = _doubted(attempts, verdict, (clean.attackable & ~exact).cpu(), fast)
+        if len(doubted):
+            attempts.again(doubted.to(batch.x.device), model)
+            verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
+    said = judge.examine(
+        verdict, attempts.returned, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
+    )
+    return Round(_records(attempts, clean, verdict, said), batch.x, attempts.returned, attempts.tokens)
+
+
+def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
+    """Judge one batch as it is, without an attack."""
+    judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
+    rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
+    clean = _clean(case, batch, judge, rng.at("goal"))
+    attempts = _Attempts(case, batch, clean.goal, lanes, rng)
+    verdict = judge.judge(batch.x, batch.x, clean.goal, case.threat)
+    said = judge.examine(
+        verdict, batch.x, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
+    )
+    return Round(_records(attempts, clean, verdict, said))
+
+
+def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
+    """The rows before any attack, and what the attacker wants of them."""
+    wrong, answer = judge.reached(batch.x, batch.goal)
+    sane = finite(answer)
+    goal = case.rule(batch.labels, answer, rng) if batch.labels is not None else batch.goal
+    # A grid counts every image; elsewhere a row that is wrong when clean has nothing left to lose.
+    attackable = sane if case.attack_misclassified else ~wrong & sane & ~goal.reached(answer)
+    return _Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), attackable)
+
+
+def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) -> Tensor:
+    """The rows on which the fast view can't be believed, long; `refuted` and `unsure` say why.
+
+    tried: bool [B], the rows attacked through it
+    """
+    case, goal, lanes = attempts.case, attempts.goal, attempts.lanes
+    model = attacked_model(case)[0]
+    open_rows = tried & ~verdict.reached
+    unsure = open_rows & (attempts.met_non_finite | attempts.no_gradient)
+    if decides_in(case):
+        refuted, margin = _believed(fast, attempts.returned, goal, lanes, open_rows)
+        refuted &= ~_believed(model, attempts.returned, goal, lanes, refuted)[0]
+        near = verdict.closeness <= case.speed.resolution
+        if model is case.victim:
+            near |= verdict.margin <= 4 * (margin - verdict.margin).abs()
+        unsure |= open_rows & near & ~margin.isnan()  # answers that are no scores have no margin
+        attempts.refuted = refuted
+    unsure[[i for i in attempts.errors if tried[i]]] = True
+    attempts.unsure = unsure
+    return (attempts.refuted | unsure).nonzero().squeeze(1)
+
+
+def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, attackable: Tensor, row: int) -> Outcome:
+    if row in attempts.errors:
+        return Outcome.ERROR
+    if not clean.finite[row]:
+        return Outcome.NON_FINITE
+    if attempts.outside[row]:
+        return Outcome.INVALID
+    if clean.correct[row] and not attackable[row]:
+        # The attacker's goal holds on the clean row although the answer is right (a target that is its own class).
+        return Outcome.WRONG
+    knows_victim = not attempts.case.surrogates
+    return verdict.outcome(row, bool(clean.correct[row]), knows_victim and bool(attempts.met_non_finite[row]))
+
+
+def _records(
+    attempts: _Attempts,
+    clean: _Clean,
+    verdict: Verdict,
+    said: Sequence[tuple[dict[str, float | bool], dict[str, str]]],
+) -> list[Record]:
+    """One record per row of the batch."""
+    case, batch, cost = attempts.case, attempts.batch, attempts.cost
     labels = None if batch.labels is None else batch.labels.cpu()
-    before = decide(clean).cpu()
-    attacked = eligible.cpu()
-    said = judge.examine(verdict, returned, x, clean, goal, case.threat, batch.twins, rng.at("examine"))
+    before, attackable = decide(clean.answer).cpu(), clean.attackable.cpu()
     records = []
     for i, row in enumerate(batch.ids):
-        if i in errors:
-            outcome = Outcome.ERROR
-        elif not sane[i]:
-            outcome = Outcome.NON_FINITE
-        elif outside[i]:
-            outcome = Outcome.INVALID
-        elif sound[i] and not attacked[i]:
-            # The attacker's goal holds untouched although the answer is right (a target that is the row's own class).
-            outcome = Outcome.WRONG
-        else:
-            outcome = verdict.outcome(i, bool(sound[i]), knows_victim and bool(met_non_finite[i]))
-        notes = [
-            name
-            for name, holds in (
-                ("clean_non_finite", not sane[i]),
-                ("met_non_finite", met_non_finite[i]),
-                ("zero_gradient", no_gradient[i]),
-                ("outside_threat_model", outside[i] or not verdict.admitted[i]),
-                (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", refuted[i]),
-                ("again_in_fp32", unsure[i] and not refuted[i]),
-            )
-            if bool(holds)
-        ]
+        notes = (
+            ("clean_non_finite", not clean.finite[i]),
+            ("met_non_finite", attempts.met_non_finite[i]),
+            ("zero_gradient", attempts.no_gradient[i]),
+            ("outside_threat_model", attempts.outside[i] or not verdict.admitted[i]),
+            (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", attempts.refuted[i]),
+            ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
+        )
         records.append(
             Record(
                 id=row,
-                attack=case.label,
-                outcome=outcome,
+                attack=case.label.attack,
+                outcome=_outcome(attempts, clean, verdict, attackable, i),
                 label=None if labels is None else int(labels[i]),
                 clean=int(before[i]),
                 adversarial=int(verdict.decision[i]),
@@ -226,15 +316,17 @@ def play_batch(case: Case, batch: Batch, lanes: Lanes) -> Played:
                 forwards=int(cost[0, i]),
                 backwards=int(cost[1, i]),
                 queries=int(cost[2, i]),
-                notes=tuple(notes),
-                message=errors.get(i, ""),
+                notes=tuple(name for name, holds in notes if bool(holds)),
+                message=attempts.errors.get(i, ""),
                 measures={name: float(value[i]) for name, value in verdict.measures.items()},
                 figures=said[i][0],
-                trace=trace.get(i, ()),
+                trace=attempts.trace.get(i, ()),
                 texts=said[i][1],
+                stage=case.label.stage,
+                source=case.label.source,
             )
         )
-    return records, x, returned
+    return records
 
 
 def decides_in(case: Case) -> bool:
@@ -242,7 +334,9 @@ def decides_in(case: Case) -> bool:
     return not case.surrogates and not case.randomized
 
 
-def _believed(model: Any, returned: Tensor, goal: Any, lanes: Lanes, among: Tensor) -> tuple[Tensor, Tensor]:
+def _believed(
+    model: Model[Any, Any], returned: Tensor, goal: Goal[Tensor], lanes: Lanes, among: Tensor
+) -> tuple[Tensor, Tensor]:
     """Of the rows in `among`, which the model takes to have reached the goal, and their margins (NaN elsewhere).
 
     Both [B] on the CPU.
@@ -262,13 +356,3 @@ def _number(value: Tensor) -> float | None:
     """A JSON number; NaN and infinity have none."""
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _stream(case: Case) -> tuple[str, ...]:
-    """Names of the attack's random streams: its registry name and its source, not its settings.
-
-    With the settings left out, ten more steps start where the shorter run started.
-    """
-    attack, _, source = case.label.partition("@")
-    suite, _, stage = attack.partition("/")
-    return (stage or suite.partition(":")[0], source)

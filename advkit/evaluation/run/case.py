@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any
 
-from advkit.core.protocols import Data, Task
+import numpy as np
+
+from advkit.core.protocols import Attack, Boxed, Data, Defense, Label, Model, Rule, Task, ThreatModel
 from advkit.core.speed import Speed
+
+if TYPE_CHECKING:
+    from advkit.evaluation.run.speed import FastViews
+
+Surrogate = tuple[str, Model[Any, Any]]
+"""A model that the attacker owns, by the name that records use."""
 
 
 def digest_of(value: Any) -> str:
@@ -22,11 +31,12 @@ class Case:
 
     task:       hands out the rows
     victim:     the protected model; every verdict is its answer
-    attack:     shapes the rows; None where the threat model brings its own attacks (a grid)
+    attack:     the attack asked for; None where a scenario works without one (a certificate)
     threat:     bound to the victim's space
-    rule:       makes a goal of labels and untouched answers
+    rule:       makes a goal of labels and clean answers
+    label:      which attack the records are of
+    defense:    what protects the victim; None where nobody said
     surrogates: models the oracle speaks for in place of the victim, by name; empty is white or black box on the victim
-    label:      the attack's canonical spec, which names its records
     specs:      canonical specs of attack, defense, task, model, threat_model, goal
     n:          rows evaluated
     seed:       the run's only seed
@@ -35,38 +45,36 @@ class Case:
     draws:      verdict draws of a randomised victim
     batch_size: rows in flight; changes no record
     device:     where it runs; part of no digest
-    everyone:   attack also the rows that the victim gets wrong untouched (a grid counts every image)
+    attack_misclassified: attack also the rows that the victim gets wrong when clean (a grid counts every image)
     data:       labelled data that the attacker holds; only where the attack wants some
     keep:       rows whose adversarial examples are written beside the records
     speed:      how the attack's oracle computes; verdicts are always full precision
-    views:      the models under that speed, once a run has settled them (`fast.FastViews`); part of no digest
+    views:      the models under that speed, once a run has settled them; part of no digest
     exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
                 for the speed's precision; part of no digest
-    spent:      tokens that attacks sent through models that count them, by label, since the last record was written;
-                part of no digest
     """
 
     task: Task
-    victim: Any
-    attack: Any
-    threat: Any
-    rule: Any
-    label: str
+    victim: Model[Any, Any]
+    attack: Attack | None
+    threat: ThreatModel[Any]
+    rule: Rule
+    label: Label
     n: int
     specs: dict[str, str] = field(default_factory=dict)
-    surrogates: tuple[tuple[str, Any], ...] = ()
+    defense: Defense | None = None
+    surrogates: tuple[Surrogate, ...] = ()
     seed: int = 0
     randomized: bool = False
     draws: int = 10
     batch_size: int = 256
     device: str = "cpu"
-    everyone: bool = False
+    attack_misclassified: bool = False
     data: Data | None = None
     keep: int = 64
     speed: Speed = field(default_factory=Speed)
-    views: Any = field(default=None, compare=False, repr=False)
+    views: FastViews | None = field(default=None, compare=False, repr=False)
     exact: frozenset[str] = field(default=frozenset(), repr=False)
-    spent: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.
@@ -79,7 +87,7 @@ class Case:
         speed = {"speed": str(self.speed)} if self.speed.switches else {}
         return {
             "specs": {**named, "model": info.architecture or info.name, **speed},
-            "label": self.label,
+            "label": str(self.label),
             "threat": self.threat.describe(),
             "victim": info.state_sha256,
             "surrogates": {name: model.describe().state_sha256 for name, model in self.surrogates},
@@ -92,3 +100,29 @@ class Case:
     def digest(self) -> str:
         """sha256 of the config; names the run folder."""
         return digest_of(self.config())
+
+
+def parameters(part: Any) -> dict[str, Any]:
+    """An attack's or a defense's settings as JSON values."""
+    if not is_dataclass(part) or isinstance(part, type):
+        return {}
+    return {name: _plain(value) for name, value in asdict(part).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    return str(value)
+
+
+def space_range(space: Any) -> tuple[float | None, float | None]:
+    """Smallest and largest legal value of a box; None for spaces without one."""
+    if not isinstance(space, Boxed) or space.low is None or space.high is None:
+        return None, None
+    return float(np.min(np.asarray(space.low))), float(np.max(np.asarray(space.high)))

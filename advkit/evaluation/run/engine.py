@@ -1,26 +1,38 @@
-"""The loop around a scenario: check before spending, play what is not done, store each record as it ends."""
+"""The engine: runs a scenario's rounds and stores each record as it ends."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from advkit.core.errors import BadInput, BadModel, UsageError
-from advkit.core.oracle import Lanes, frozen
-from advkit.core.protocols import Record
-from advkit.evaluation.run.batch import on_device, own_randomness
+from advkit.core.errors import UsageError
+from advkit.core.oracle import Lanes
+from advkit.core.protocols import Record, whole_batch
+from advkit.evaluation.run.batch import (
+    Round,
+    Unit,
+    attacked,
+    judged,
+    models_attacked,
+    on_device,
+    own_randomness,
+    run_alone,
+)
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.run.judge import Judge
+from advkit.evaluation.run.rehearsal import preflight
+from advkit.evaluation.run.scenario import Records, Scenario
+from advkit.evaluation.run.speed import FastViews, planned_passes
 from advkit.evaluation.run.store import Stopwatch, Store
-from advkit.evaluation.run.workers import Crew
-from advkit.evaluation.scenarios.evasion import Evasion, Grid, rehearse, with_views
-from advkit.evaluation.scenarios.stream import Stream
+from advkit.evaluation.run.workers import Workers
 
 log = logging.getLogger("advkit")
 
@@ -30,111 +42,124 @@ MANY = 3000
 Progress = Callable[[list[Record], int], None]  # the new records, and how many the case has in all
 
 
-SCENARIOS: dict[str, Callable[[], Any]] = {"evasion": Evasion, "grid": Grid, "stream": Stream}
+class Without:
+    """Rows to leave out of a cell's batches: those on record under its label, and those that nobody asked for."""
+
+    def __init__(self, done: Records, cell: Case, only: Container[str] | None) -> None:
+        self.done, self.label, self.only = done, cell.label, only
+
+    def __contains__(self, row: object) -> bool:
+        name = str(row)
+        return Store.key(self.label, name) in self.done or (self.only is not None and name not in self.only)
 
 
-def scenario_of(case: Case) -> Any:
-    """The scenario that the case's threat model names; raises UsageError when it does not accept the case."""
-    scenario = SCENARIOS[case.threat.scenario]()
-    reason = scenario.accepts(case)
-    if reason:
-        raise UsageError(reason)
-    return scenario
+@dataclass
+class LocalEngine:
+    """Batches in this process, or shared between worker processes; see `scenario.Engine`."""
+
+    workers: Workers | None = None
+    _lanes: dict[tuple[int, ...], tuple[Lanes, Any]] = field(default_factory=dict)
+
+    def attack(self, cell: Case, done: Records, only: Container[str] | None = None) -> Iterator[Round]:
+        """Attack and judge the rows that are not on record."""
+        return self.run(attacked, cell, done, only)
+
+    def judge(self, cell: Case, done: Records, only: Container[str] | None = None) -> Iterator[Round]:
+        """Judge the rows as they are."""
+        return self.run(judged, cell, done, only)
+
+    def run(self, unit: Unit, cell: Case, done: Records, only: Container[str] | None = None) -> Iterator[Round]:
+        """A function of batches on the rows that are not on record; batch by batch, in the task's order.
+
+        An attack that makes something of all rows together gets all of them, those on record too where a run that was
+        cut short left some out: what is on record is not yielded again.
+        """
+        skip = Without(done, cell, only)
+        batches = cell.task.batches(cell.batch_size, skip=skip, n=cell.n)
+        first = next(batches, None)
+        if first is None:
+            return
+        together = whole_batch(cell.attack)
+        if together:
+            batches = cell.task.batches(cell.n, skip=Without({}, cell, only), n=cell.n)
+            first = next(batches)
+        lanes = self.lanes(cell)
+        waiting = chain([first], batches)
+        if self.workers is not None:
+            rounds = self.workers.run(unit, cell, waiting, lanes)
+        else:
+            rounds = (run_alone(unit, cell, batch, lanes) for batch in waiting)
+        for each in rounds:
+            yield _new_of(each, skip) if together else each
+
+    def lanes(self, cell: Case) -> Lanes:
+        """Probed once per set of models."""
+        models = (cell.victim, *(model for _, model in cell.surrogates), cell.views)
+        key = tuple(map(id, models))
+        if key not in self._lanes:
+            self._lanes[key] = lanes_of(cell), models  # the models are kept so that their ids stay theirs
+        return self._lanes[key][0]
 
 
-def preflight(case: Case) -> None:
-    """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
-    scenario_of(case)
-    info = case.victim.describe()
-    if info.classes is not None and info.classes != case.task.classes:
-        raise BadModel(
-            f"the model answers {info.classes} classes, the task {case.task.name} has {case.task.classes}: "
-            "choose a model trained for this task"
-        )
-    for name, model in (("the model", case.victim), *((f"surrogate {n}", s) for n, s in case.surrogates)):
-        if any(module.training for top in model.modules() for module in top.modules()):
-            raise BadModel(
-                f"{name} is in training mode (dropout and batch statistics would answer): call .eval() on it first"
-            )
-    misfit = getattr(case.rule, "misfit", None)
-    if misfit is not None and (reason := misfit(case.victim)):
-        raise UsageError(reason)
-    first = next(iter(case.task.batches(min(case.batch_size, 64), n=case.n)))
-    x = first.x.to(case.device)
-    complaint = case.victim.space.complaint(x)
-    if complaint:
-        raise BadInput(complaint)
-    with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
-        try:
-            answer = Judge(case.victim, Lanes.fitting(x)).answer(x)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise BadModel(
-                f"the model can't take inputs of shape {tuple(x.shape[1:])} of task {case.task.name}: {error}"
-            ) from error
-    if answer.ndim == 2 and answer.shape[1] != case.task.classes:
-        raise BadModel(
-            f"the model answers {answer.shape[1]} classes, the task {case.task.name} has {case.task.classes}: "
-            "choose a model trained for this task"
-        )
-    if len(answer) != len(x) or answer.ndim not in (1, 2):
-        raise BadModel(
-            f"the model answers a tensor of shape {tuple(answer.shape)} for {len(x)} inputs; expected logits "
-            f"[{len(x)}, {case.task.classes}] or decisions [{len(x)}]"
-        )
-    with own_randomness(case.device, "rehearsal"):
-        rehearse(case, on_device(first, case.device), answer)
+def _new_of(each: Round, skip: Container[str]) -> Round:
+    rows = [i for i, record in enumerate(each.records) if record.id not in skip]
+
+    def chosen(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[rows]
+
+    records = [each.records[i] for i in rows]
+    return replace(each, records=records, clean=chosen(each.clean), adversarial=chosen(each.adversarial))
 
 
-def run(case: Case, store: Store, progress: Progress | None = None, workers: int | None = 1) -> list[Record]:
-    """Play what the store does not hold yet and return the case's records in playing order.
+def run(
+    case: Case, scenario: Scenario, store: Store, progress: Progress | None = None, workers: int | None = 1
+) -> list[Record]:
+    """Run what the store does not hold yet and return the case's records in the order of the run.
 
-    workers: processes of one thread each that share the batches; 1 plays here, None takes one per core for long work on
-             a CPU (a case that can't travel to other processes is then played here)
+    workers: processes of one thread each that share the batches; 1 runs here, None takes one per core for long work on
+             a CPU (a case that can't travel to other processes is then run here)
     """
-    preflight(case)
-    case = with_views(case, speed_file(store.folder, store.name))
+    preflight(case, scenario)
+    case = with_views(case, scenario.cells(case), speed_file(store.folder, store.name))
     asked = workers
     if workers is None:
-        ahead = scenario_of(case).expected(case, store.records) - len(store)
+        ahead = scenario.expected(case, store.records) - len(store)
         workers = available_cores() if ahead >= MANY and torch.device(case.device).type == "cpu" else 1
+    crew: Workers | None = None
     if workers > 1:
         try:
-            crew = Crew(case, workers)
+            crew = Workers(case, workers)
         except UsageError as error:
             if asked is not None:
                 raise
             log.info("%s", error)
-        else:
-            with crew:
-                return _run(case, store, progress, crew)
-    return _run(case, store, progress, None)
+    with crew or nullcontext():
+        return _run(case, scenario, store, progress, LocalEngine(crew))
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run(case: Case, store: Store, progress: Progress | None, crew: Crew | None) -> list[Record]:
-    scenario = scenario_of(case)
+def _run(case: Case, scenario: Scenario, store: Store, progress: Progress | None, engine: LocalEngine) -> list[Record]:
     if progress and len(store):
         progress(list(store), scenario.expected(case, store.records))
     kept = first_ids(case, case.keep)
     watch = Stopwatch()
     while True:
         try:
-            for records, origin, returned in scenario.rounds(case, store.records, crew):
-                tokens = case.spent.pop(records[0].attack, 0) if records else 0
-                store.append(records, watch.lap(), examples=(origin, returned), keep=kept, tokens=tokens)
+            for each in scenario.rounds(case, engine, store.records):
+                examples = None if each.clean is None or each.adversarial is None else (each.clean, each.adversarial)
+                store.append(each.records, watch.lap(), examples=examples, keep=kept, tokens=each.tokens)
                 if progress:
-                    progress(records, scenario.expected(case, store.records))
-            break
+                    progress(list(each.records), scenario.expected(case, store.records))
+            return list(store)
         except torch.OutOfMemoryError:
-            if case.batch_size == 1 or getattr(case.attack, "together", False):
+            if case.batch_size == 1 or whole_batch(case.attack):
                 raise
             case = replace(case, batch_size=case.batch_size // 2)
             log.warning("out of memory: going on with batches of %d rows", case.batch_size)
-    return list(store)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def speed_file(folder: Path, name: str) -> Path:
@@ -153,3 +178,43 @@ def first_ids(case: Case, n: int) -> frozenset[str]:
 def open_store(case: Case, folder: Path, name: str = "records") -> Store:
     """The case's store in a run folder."""
     return Store(folder, case.config(), name)
+
+
+def lanes_of(case: Case) -> Lanes:
+    """Shapes in which every model of the case answers the same bits for a row in any batch.
+
+    Always probed on the task's first rows, so that a resumed run chooses the same. A victim that the attacker may not
+    differentiate is not differentiated here either.
+    """
+    first = _first_rows(case)
+    probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
+    with own_randomness(case.device, "lanes"):
+        found = [Lanes.probed(model, first, backward) for model, backward in probes]
+        if case.views is not None:
+            found += [case.views.lanes(name, model, first, back) for name, model, back in models_attacked(case)]
+    return max(found, key=lambda lanes: lanes.multiple)
+
+
+def _first_rows(case: Case) -> Tensor:
+    first: Tensor = on_device(next(iter(case.task.batches(64, n=min(64, len(case.task))))), case.device).x
+    return first
+
+
+def with_views(case: Case, cells: Sequence[Case], file: Path | None = None) -> Case:
+    """The case with the views that its speed asks for; itself in full precision, or where it has them.
+
+    cells: the single attacks of the case, from which its cost is estimated
+    file:  where what is settled is read from, or written to
+    """
+    if not case.speed.switches or case.views is not None:
+        return case
+    if file is not None and file.exists():
+        return replace(case, views=FastViews.load(file))
+    sources = {name for cell in cells for name, _ in cell.surrogates}
+    apart = len(sources) if any(len(cell.surrogates) < len(case.surrogates) for cell in cells) else 1
+    passes = sum(planned_passes(cell.attack) for cell in cells if cell.attack is not None) / apart
+    with own_randomness(case.device, "speed"):
+        views = FastViews.settle(case.speed, models_attacked(case), _first_rows(case), passes * case.n)
+    if file is not None:
+        views.save(file)
+    return replace(case, views=views)

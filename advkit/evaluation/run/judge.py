@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from advkit.core.oracle import Lanes, MeteredOracle
-from advkit.core.protocols import Access, Evidence, Figure, Outcome, Rng
+from advkit.core.protocols import (
+    Access,
+    Evidence,
+    Examines,
+    Figure,
+    Goal,
+    Measures,
+    Model,
+    Outcome,
+    Quantizes,
+    Rng,
+    ThreatModel,
+)
 
 
 def decide(answer: Tensor) -> Tensor:
@@ -30,7 +42,7 @@ def finite(answer: Tensor) -> Tensor:
     return torch.isfinite(answer).flatten(1).all(1)
 
 
-def handed_in(returned: Tensor, origin: Tensor, threat: Any) -> tuple[Tensor, Tensor]:
+def submitted(returned: Tensor, origin: Tensor, threat: ThreatModel[Tensor]) -> tuple[Tensor, Tensor]:
     """The inputs that a victim gets to see, and which of those returned the threat model admits, bool [B]."""
     if returned.shape != origin.shape:
         return origin, torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
@@ -38,15 +50,16 @@ def handed_in(returned: Tensor, origin: Tensor, threat: Any) -> tuple[Tensor, Te
     admitted = threat.admits(returned, origin)
     # An inadmissible point is replaced by the origin: the attack failed on that row, whatever it found.
     shape = (-1,) + (1,) * (origin.ndim - 1)
-    handed = torch.where(admitted.view(shape), returned, origin)
-    handed = threat.finish(handed, origin)
-    return handed, admitted & threat.admits(handed, origin)
+    seen = threat.finish(torch.where(admitted.view(shape), returned, origin), origin)
+    return seen, admitted & threat.admits(seen, origin)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the victim says of returned inputs; all tensors [B], but for `handed`, the inputs that it saw, and `answer`,
-    what it answered to them."""
+    """What the victim says of returned inputs.
+
+    All are tensors [B], but for `submitted`, the inputs that it saw, and `answer`, what it answered to them.
+    """
 
     admitted: Tensor
     finite: Tensor
@@ -57,7 +70,7 @@ class Verdict:
     distance: Tensor
     eight_bit: Tensor | None
     measures: dict[str, Tensor]
-    handed: Tensor
+    submitted: Tensor
     answer: Tensor
 
     def outcome(self, row: int, sound: bool, met_non_finite: bool) -> Outcome:
@@ -82,7 +95,7 @@ class Judge:
     draws: answers per input of a randomised victim; a row reaches its goal when the majority of draws does
     """
 
-    def __init__(self, victim: Any, lanes: Lanes, draws: int = 1) -> None:
+    def __init__(self, victim: Model[Any, Any], lanes: Lanes, draws: int = 1) -> None:
         self.victim = victim
         self.lanes = lanes
         self.draws = draws
@@ -91,7 +104,7 @@ class Judge:
         """One answer per row."""
         return MeteredOracle(self.victim, len(x), Access.SCORES, lanes=self.lanes)(x)
 
-    def reached(self, x: Tensor, goal: Any) -> tuple[Tensor, Tensor]:
+    def reached(self, x: Tensor, goal: Goal[Tensor]) -> tuple[Tensor, Tensor]:
         """Bool [B], by majority of draws, and the first draw's answer."""
         first = self.answer(x)
         votes = goal.reached(first).long()
@@ -99,17 +112,18 @@ class Judge:
             votes += goal.reached(self.answer(x)).long()
         return 2 * votes > self.draws, first
 
-    def judge(self, returned: Tensor, origin: Tensor, goal: Any, threat: Any) -> Verdict:
+    def judge(self, returned: Tensor, origin: Tensor, goal: Goal[Tensor], threat: ThreatModel[Tensor]) -> Verdict:
         """Admitted, finite, reached: in this order, on the point the attacker can really hand in."""
-        handed, admitted = handed_in(returned, origin, threat)
-        reached, answer = self.reached(handed, goal)
+        seen, admitted = submitted(returned, origin, threat)
+        reached, answer = self.reached(seen, goal)
         eight_bit = None
-        if origin.ndim == 4 and origin.is_floating_point() and hasattr(self.victim.space, "quantize"):
-            eight_bit = self.reached(self.victim.space.quantize(handed), goal)[0]
+        space = self.victim.space
+        if origin.ndim == 4 and origin.is_floating_point() and isinstance(space, Quantizes):
+            eight_bit = self.reached(space.quantize(seen), goal)[0]
         scores = answer.is_floating_point() and answer.ndim > 1
         margin = goal.margin(answer) if scores else torch.zeros(len(answer))
         spread = answer.amax(1) - answer.amin(1) if scores else torch.ones(len(answer))
-        measured = getattr(threat, "measures", None)
+        measured = threat.measures(seen, origin) if isinstance(threat, Measures) else {}
         return Verdict(
             admitted=admitted.cpu(),
             finite=finite(answer).cpu(),
@@ -117,10 +131,10 @@ class Judge:
             decision=decide(answer).cpu(),
             margin=margin.float().cpu(),
             closeness=(margin / spread).float().cpu(),
-            distance=threat.distance(handed, origin).cpu(),
+            distance=threat.distance(seen, origin).cpu(),
             eight_bit=None if eight_bit is None else eight_bit.cpu(),
-            measures={} if measured is None else {k: v.cpu() for k, v in measured(handed, origin).items()},
-            handed=handed,
+            measures={name: values.cpu() for name, values in measured.items()},
+            submitted=seen,
             answer=answer,
         )
 
@@ -130,19 +144,19 @@ class Judge:
         returned: Tensor,
         origin: Tensor,
         clean: Tensor,
-        goal: Any,
-        threat: Any,
-        twins: Any,
+        goal: Goal[Tensor],
+        threat: ThreatModel[Tensor],
+        twins: Tensor | None,
         rng: Rng,
     ) -> list[tuple[dict[str, float | bool], dict[str, str]]]:
         """What goal, threat model and victim have to say of every row, figures and texts; see `protocols.Goal`."""
         said: dict[str, Sequence[Figure]] = {}
-        experts = [ask for part in (goal, threat, self.victim) if (ask := getattr(part, "examine", None)) is not None]
+        experts = [part.examine for part in (goal, threat, self.victim) if isinstance(part, Examines)]
         if experts:
             admitted = verdict.admitted.to(origin.device).view(-1, *(1,) * (origin.ndim - 1))
             known = torch.where(admitted, returned, origin) if returned.shape == origin.shape else origin
             evidence = Evidence(
-                self.victim, self.answer, origin, known, verdict.handed, clean, verdict.answer, twins, rng
+                self.victim, self.answer, origin, known, verdict.submitted, clean, verdict.answer, twins, rng
             )
             for ask in experts:
                 said |= ask(evidence)

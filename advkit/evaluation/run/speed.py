@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from advkit.core.errors import SpecError, StaleRun
 from advkit.core.oracle import Lanes, frozen
+from advkit.core.protocols import Attack, OnlineAttack, Planned, Stepped, Suite
 from advkit.core.speed import Speed
 
 VICTIM = "victim"
@@ -92,22 +93,35 @@ class FastViews:
         os.replace(temporary, file)
 
 
-def planned_passes(attack: Any) -> float:
+def planned_passes(attack: Attack) -> float:
     """About how many times an attack, or a suite without its escalation, sends a row through the model.
 
     What the attack says itself (`planned`), else read off the settings that attacks share (steps, restarts, targets,
-    eot, queries); one where there are none. An estimate from above: rows that fall leave.
+    eot, queries); one where there are none. An estimate from above: rows that are broken leave.
     """
-    if (own := getattr(attack, "planned", None)) is not None:
-        return float(own)
-    if hasattr(attack, "stages"):
+    if isinstance(attack, Planned):
+        return float(attack.planned)
+    if isinstance(attack, Suite):
         return float(sum(s.share * planned_passes(s.attack) for s in attack.stages() if s.when == "always"))
-    if callable(getattr(attack, "start", None)) and hasattr(attack, "attack"):
+    if isinstance(attack, OnlineAttack) and isinstance(attack, _WrapsAttack):
         return planned_passes(attack.attack)  # an online attack's candidates are its inner attack's
-    restarts = max(1, getattr(attack, "restarts", 1))
-    queries = getattr(attack, "queries", None)
-    if isinstance(queries, int) and not hasattr(attack, "steps"):
-        return float(queries * restarts)
-    targets = max(1, getattr(attack, "targets", 1))
-    eot = max(1, getattr(attack, "eot", 1))
-    return float(max(1, getattr(attack, "steps", 1)) * restarts * targets * eot)
+    restarts = max(1, _setting(attack, "restarts"))
+    if not isinstance(attack, Stepped):
+        return float(_setting(attack, "queries") * restarts)
+    return float(
+        max(1, attack.steps) * restarts * max(1, _setting(attack, "targets")) * max(1, _setting(attack, "eot"))
+    )
+
+
+@runtime_checkable
+class _WrapsAttack(Protocol):
+    """An attack that another one makes the points of."""
+
+    @property
+    def attack(self) -> Attack: ...
+
+
+def _setting(attack: Attack, name: str) -> int:
+    """A setting that many attacks share; 1 where this one has none or leaves it open."""
+    value = getattr(attack, name, 1)
+    return value if isinstance(value, int) else 1

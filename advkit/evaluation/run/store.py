@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import ReportError, StaleRun, UsageError
-from advkit.core.protocols import Outcome, Record
+from advkit.core.protocols import Label, Outcome, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RECORDS_NAME = "records.jsonl"
 _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
-_WHERE_ANY = ("figures", "trace", "texts")
+_WHERE_ANY = ("figures", "trace", "texts", "stage", "source")
 """Fields that most records have nothing for: written only where they have."""
 
 
@@ -43,6 +43,10 @@ def from_line(line: str) -> Record:
     values["outcome"] = Outcome(values["outcome"])
     values["notes"] = tuple(values["notes"])
     values["trace"] = tuple(values.get("trace", ()))
+    if not values.get("stage") and not values.get("source"):
+        # Runs of earlier versions wrote the label as one text.
+        label = Label.parse(values["attack"])
+        values |= {"attack": label.attack, "stage": label.stage, "source": label.source}
     return Record(**values)
 
 
@@ -79,7 +83,7 @@ def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor
             data = held.metadata()
             tensors = [held.get_tensor(each) for each in _EXAMPLES]
         for i, row in enumerate(json.loads(data["ids"])):
-            found[Store.key(data["attack"], row)] = (tensors[0][i], tensors[1][i])
+            found[f"{data['attack']}|{row}"] = (tensors[0][i], tensors[1][i])
     return found
 
 
@@ -126,12 +130,12 @@ class Store:
             raise UsageError(
                 f"the run folder {folder} can't be written ({error.strerror or error}): name another with --out"
             ) from error
-        self.records: dict[str, Record] = {self.key(r.attack, r.id): r for r in read_records(self.path)}
+        self.records: dict[str, Record] = {self.key(r.made_by, r.id): r for r in read_records(self.path)}
 
     @staticmethod
-    def key(attack: str, row: str) -> str:
+    def key(label: Label, row: str) -> str:
         """Names a record within a case."""
-        return f"{attack}|{row}"
+        return f"{label}|{row}"
 
     def _same(self, case: Path, text: str) -> None:
         old = case.read_text(encoding="utf-8")
@@ -177,7 +181,7 @@ class Store:
         if examples is not None:
             self._write_examples(rows, examples, keep)
         for record in rows:
-            key = self.key(record.attack, record.id)
+            key = self.key(record.made_by, record.id)
             if key in self.records:
                 raise ValueError(f"record {key} is already in the store")
             self.records[key] = record
@@ -185,7 +189,7 @@ class Store:
         self._handle.flush()
         os.fsync(self._handle.fileno())
         if rows:
-            spent = {"attack": rows[0].attack, "rows": len(rows), "seconds": seconds}
+            spent = {"attack": str(rows[0].made_by), "rows": len(rows), "seconds": seconds}
             with self._timing.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(spent | ({"tokens": tokens} if tokens else {})) + "\n")
 
@@ -196,13 +200,14 @@ class Store:
         from safetensors.torch import save_file
 
         ids = [rows[i].id for i in chosen]
-        word = hashlib.sha256("|".join([rows[0].attack, *ids]).encode()).hexdigest()[:16]
+        label = str(rows[0].made_by)
+        word = hashlib.sha256("|".join([label, *ids]).encode()).hexdigest()[:16]
         folder = self.folder / f"{self.name}.examples"
         folder.mkdir(exist_ok=True)
         file = folder / f"{word}.safetensors"
         tensors = {name: values[chosen].cpu().contiguous() for name, values in zip(_EXAMPLES, examples, strict=True)}
         temporary = file.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"attack": rows[0].attack, "ids": json.dumps(ids)})
+        save_file(tensors, temporary, metadata={"attack": label, "ids": json.dumps(ids)})
         os.replace(temporary, file)
 
     def seconds(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Worker processes of one thread each: the same records, more cores.
 
-A batch's records are a function of the case and the batch alone, so batches may be played anywhere; they come back in
+A batch's records are a function of the case and the batch alone, so batches may be run anywhere; they come back in
 the task's order and the one store writes them. On a CPU two processes of one thread beat one process of two threads.
 """
 
@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import Any, Self, cast
@@ -20,11 +20,13 @@ from typing import Any, Self, cast
 import torch
 
 from advkit.core.errors import UsageError
+from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch
-from advkit.evaluation.run.batch import played_alone
+from advkit.evaluation.run.batch import Round, Unit, run_alone
 from advkit.evaluation.run.case import Case
 
-_CELL = ("attack", "label", "threat", "everyone", "exact", "seed")
+_STAYS = ("task", "surrogates", "defense", "views")
+"""Fields of a case that are not sent with a batch: the rows travel by themselves, and models went ahead."""
 _worker: dict[str, Any] = {}
 
 
@@ -44,31 +46,31 @@ def _begin(payload: bytes) -> None:
     _worker["surrogates"] = dict(case.surrogates)
 
 
-def _play(cell: dict[str, Any], batch: Batch, lanes: Any) -> Any:
-    names = cell["surrogates"]
-    surrogates = tuple((name, _worker["surrogates"][name]) for name in names)
-    case = replace(_worker["case"], **{key: cell[key] for key in _CELL}, surrogates=surrogates)
-    return played_alone(case, batch, lanes)
+def _run(unit: Unit, changes: dict[str, Any], sources: list[Any], batch: Batch, lanes: Lanes) -> Round:
+    known = _worker["surrogates"]
+    surrogates = tuple((one, known[one]) if isinstance(one, str) else one for one in sources)
+    return run_alone(unit, replace(_worker["case"], **changes, surrogates=surrogates), batch, lanes)
 
 
-class Crew:
-    """Processes that play the batches of one case; a context manager.
+class Workers:
+    """Processes that share the batches of one case; a context manager.
 
     Raises UsageError where the case can't be sent to another process (a model made of a lambda, say).
     """
 
-    def __init__(self, case: Case, workers: int) -> None:
-        self.workers = workers
-        held = io.BytesIO()
+    def __init__(self, case: Case, processes: int) -> None:
+        self.case = case
+        self.processes = processes
+        payload = io.BytesIO()
         try:
-            torch.save(replace(case, task=cast(Any, None)), held)  # the rows travel with the batches
+            torch.save(replace(case, task=cast(Any, None), defense=None), payload)
         except Exception as error:
             raise UsageError(
                 f"this case can't be sent to worker processes ({type(error).__name__}: {error}): use --workers 1, or "
                 "define the model at the top level of a module"
             ) from error
         self._pool = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(held.getvalue(),)
+            processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(payload.getvalue(),)
         )
 
     def __enter__(self) -> Self:
@@ -79,13 +81,20 @@ class Crew:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def play(self, case: Case, batches: Iterator[Batch], lanes: Any) -> Iterator[Any]:
+    def run(self, unit: Unit, cell: Case, batches: Iterator[Batch], lanes: Lanes) -> Iterator[Round]:
         """What the batches come to, in their order; a few batches are in flight at a time."""
-        cell = {key: getattr(case, key) for key in _CELL} | {"surrogates": [name for name, _ in case.surrogates]}
-        waiting: deque[Future[Any]] = deque()
+        base = self.case
+        changes = {
+            field.name: getattr(cell, field.name)
+            for field in fields(cell)
+            if field.name not in _STAYS and getattr(cell, field.name) is not getattr(base, field.name)
+        }
+        known = dict(base.surrogates)
+        sources = [name if known.get(name) is model else (name, model) for name, model in cell.surrogates]
+        waiting: deque[Future[Round]] = deque()
         for batch in batches:
-            waiting.append(self._pool.submit(_play, cell, batch, lanes))
-            if len(waiting) > 2 * self.workers:
+            waiting.append(self._pool.submit(_run, unit, changes, sources, batch, lanes))
+            if len(waiting) > 2 * self.processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -25,19 +25,19 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access
+from advkit.core.protocols import Access, Label
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.transfer_set import check_space
-from advkit.evaluation.api import parameters
 from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.report.matrix import NOISE, NOTHING, Decisions, Matrix, Table, document, without_images
 from advkit.evaluation.run.batch import own_randomness
-from advkit.evaluation.run.case import Case, digest_of
-from advkit.evaluation.run.engine import preflight, scenario_of
+from advkit.evaluation.run.case import Case, digest_of, parameters
+from advkit.evaluation.run.engine import lanes_of
 from advkit.evaluation.run.judge import Judge, decide, finite
-from advkit.evaluation.run.workers import Crew
-from advkit.evaluation.scenarios.evasion import lanes_of
+from advkit.evaluation.run.rehearsal import preflight
+from advkit.evaluation.run.workers import Workers
+from advkit.evaluation.scenarios.evasion import Evasion
 from advkit.evaluation.scenarios.transfer_images import (
     LEVELS,
     Images,
@@ -140,7 +140,7 @@ class _Play:
     watch: Watch
     wanted: Tensor | None
     data: str = ""
-    crew: Crew | None = None
+    crew: Workers | None = None
     done: int = 0
     units: int = 0
     lanes: dict[str, Lanes] = field(default_factory=dict)
@@ -220,20 +220,21 @@ def matrix(
         attack=SignNoise(),
         threat=threat.bind(work.space),
         rule=rule,
-        label="noise@",
+        label=Label("noise"),
         n=total,
         specs={"goal": GOALS.label(rule), "threat_model": spec},
         data=work.training() if wanted_data else None,
         surrogates=tuple({key: model for one in players["source"] for key, model in one.members}.items()),
         device=device,
-        everyone=True,
+        attack_misclassified=True,
     )
     for kind in ("source", "target"):
         for player in players[kind]:
             for _, model in player.members:
-                preflight(replace(base, victim=model, surrogates=(), label=f"{kind} {player.name}"))
+                preflight(replace(base, victim=model, surrogates=(), label=Label(f"{kind} {player.name}")), Evasion())
     for strike in strikes:
-        scenario_of(replace(base, attack=strike.attack, label=strike.spec))
+        if reason := Evasion().accepts(replace(base, attack=strike.attack, label=Label(strike.spec))):
+            raise UsageError(reason)
 
     play = _Play(
         case=base,
@@ -252,7 +253,7 @@ def matrix(
     second, budget, how = None, None, ""
     with ExitStack() as stack:
         if workers > 1:
-            play.crew = stack.enter_context(Crew(base, workers))
+            play.crew = stack.enter_context(Workers(base, workers))
         table = _table(play, strikes, clean)
         if equal_budget is not None:
             budget, scaled = _scaled(play, strikes, equal_budget)
@@ -415,6 +416,11 @@ def _wanted(rule: Any, rows: Rows, task: Any, seeds: Sequence[int]) -> Tensor | 
     return torch.stack([rule(rows.labels, answers, RowRng.from_ids(s, rows.ids).at("goal")).targets for s in seeds])
 
 
+def _transfer(case: Case) -> Transfer:
+    assert isinstance(case.threat, Transfer)
+    return case.threat
+
+
 def _pairs(play: _Play, strikes: Sequence[Strike]) -> int:
     return len(play.sources) * len(strikes) + 1
 
@@ -435,9 +441,9 @@ def _set(play: _Play, source: Player | None, strike: Strike, seed: int) -> tuple
     case = replace(
         play.case,
         attack=strike.attack,
-        label=f"{strike.spec}@{key[:16]}",
+        label=Label(strike.spec, source=key[:16]),
         surrogates=surrogates,
-        threat=replace(play.case.threat, sources=(key[:16],)),
+        threat=replace(_transfer(play.case), sources=(key[:16],)),
         seed=seed,
         specs={**play.case.specs, "data": play.data if getattr(strike.attack, "wants_data", False) else ""},
     )
@@ -534,7 +540,7 @@ def _answers(play: _Play, target: Player, x: Tensor, seed: int, sha256: str = ""
             kept: Tensor = held.get_tensor("decisions")
         return np.asarray(kept.numpy(), dtype=np.int16)
     device = play.case.device
-    probe = replace(play.case, victim=model, surrogates=(), threat=replace(play.case.threat, sources=("target",)))
+    probe = replace(play.case, victim=model, surrogates=(), threat=replace(_transfer(play.case), sources=("target",)))
     lanes = play.lanes.get(f"target {target.key}")
     if lanes is None:
         with own_randomness(device, "lanes"):

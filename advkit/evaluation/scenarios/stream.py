@@ -8,7 +8,7 @@ one that asks for more than k items, or does not decide twice alike, has handed 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,16 +21,28 @@ from torch.nn import functional
 from advkit.attacks.stream.online import Online
 from advkit.attacks.stream.selectors import SELECTORS, Rule, selector
 from advkit.core.errors import AdvkitError, BadModel, UsageError
-from advkit.core.oracle import Lanes, frozen
-from advkit.core.protocols import Access, OnlineAttack, Outcome, Record
+from advkit.core.oracle import Lanes
+from advkit.core.protocols import Label, OnlineAttack, Outcome, Submissions, WrapsBall
 from advkit.core.rng import RowRng
-from advkit.evaluation.run.batch import Played, attacked_model, own_randomness
-from advkit.evaluation.run.case import Case
-from advkit.evaluation.run.judge import Judge, handed_in
+from advkit.evaluation.run.batch import alone, attacked_model
+from advkit.evaluation.run.judge import Judge, submitted
 from advkit.evaluation.run.store import Store
-from advkit.evaluation.run.workers import Crew
-from advkit.evaluation.scenarios.evasion import Without, lanes_of, single_attack, with_views
-from advkit.evaluation.stats import bootstrap_mean, rate
+from advkit.evaluation.scenarios.base import (
+    BaseScenario,
+    Case,
+    Engine,
+    Headline,
+    Parts,
+    Record,
+    Records,
+    Round,
+    Section,
+    accuracy_section,
+    lacks_access,
+    parameters,
+    rate,
+)
+from advkit.evaluation.stats import bootstrap_mean
 
 log = logging.getLogger("advkit")
 
@@ -84,8 +96,8 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Play:
-    """What was handed in, order by order.
+class Submitted:
+    """What was submitted, order by order.
 
     k:        submissions granted
     picked:   items [orders, k] in the order they were handed in, -1 where fewer were
@@ -177,8 +189,8 @@ def _fed(start: Any, values: Floats, k: int, rng: RowRng) -> list[int]:
     return taken
 
 
-def play(attack: Any, items: Items, k: int, *, orders: int = 1000, seed: int = 0) -> Play:
-    """Play the stream in the first `orders` random orders of a seed.
+def submit(attack: Any, items: Items, k: int, *, orders: int = 1000, seed: int = 0) -> Submitted:
+    """Run the selector over the stream in the first `orders` random orders of a seed.
 
     attack: an online attack or a rule. The rules of this package are played over all orders at once, and item by item
             in the first order, where both forms have to agree; any other is asked item by item throughout.
@@ -206,7 +218,7 @@ def play(attack: Any, items: Items, k: int, *, orders: int = 1000, seed: int = 0
             else:
                 positions[m, : len(found)] = found
     picked = np.where(positions >= 0, np.take_along_axis(order, np.maximum(positions, 0), 1), -1)
-    return Play(k, picked, void)
+    return Submitted(k, picked, void)
 
 
 def compare_selectors(
@@ -222,7 +234,7 @@ def compare_selectors(
     chosen = {name: selector(name, exhaust=True) for name in SELECTORS} if rules is None else rules
     table = {}
     for name, rule in chosen.items():
-        played = play(rule, items, k, orders=orders, seed=seed)
+        played = submit(rule, items, k, orders=orders, seed=seed)
         value, fooled = played.value_ratio(items), played.fooled(items) / k
         table[name] = {
             "competitive_ratio": float(played.competitive_ratio(items).mean()),
@@ -262,130 +274,163 @@ def _ranks_hit(picked: Rows, values: ArrayLike, k: int) -> Floats:
 
 
 def cell(case: Case) -> Case:
-    """The evasion of single items inside a stream: every item is attacked, right or wrong untouched."""
-    return replace(case, threat=case.threat.ball, everyone=True)
+    """The evasion of single items inside a stream: every item is attacked, right or wrong when clean."""
+    assert isinstance(case.threat, WrapsBall)
+    return replace(case, threat=case.threat.ball, attack_misclassified=True)
 
 
 def budget(case: Case) -> int:
     """The submissions that the threat model grants, or else the attack plans."""
-    granted = case.threat.k if case.threat.k is not None else getattr(case.attack, "k", None)
+    granted = _stream(case).k
+    if granted is None and isinstance(case.attack, OnlineAttack):
+        granted = case.attack.k
     if granted is None:
         raise UsageError("nobody says how many submissions a stream allows: name k, e.g. online:k=10")
     return int(granted)
 
 
-class Stream:
-    """All items are attacked and judged, and the k that the selector hands in in the first order once more, as played.
+def _stream(case: Case) -> Submissions:
+    assert isinstance(case.threat, Submissions)
+    return case.threat
+
+
+def _online(case: Case) -> OnlineAttack:
+    assert isinstance(case.attack, OnlineAttack)
+    return case.attack
+
+
+class Stream(BaseScenario):
+    """All items are attacked and judged, and the k that the selector submits in the first order once more.
 
     The candidates' records have the attack's label and measures `value` and `true_value`; those of the submissions have
-    the label with `/submitted` behind it and `position`, the place in the stream.
+    the stage `submitted` and `position`, the place in the stream.
     """
 
     name: ClassVar[str] = "stream"
 
+    def resolve(self, parts: Parts) -> Parts:
+        """The attack's budget is the threat model's where one of them names it."""
+        planned = parts.attack.k if isinstance(parts.attack, OnlineAttack) else None
+        return replace(parts, threat=parts.threat.agreed(planned)) if isinstance(parts.threat, Submissions) else parts
+
     def accepts(self, case: Case) -> str | None:
-        """None, or why this case can't be played; raises UsageError where the selector refuses the stream."""
-        strike: Any = case.attack
-        if not isinstance(strike, OnlineAttack) or not callable(strike.start):
-            return f"a stream needs an online attack: online:inner=[{case.label}],k={case.threat.k or 10}"
-        needs, granted = Access(strike.needs), Access(case.threat.access)
-        if needs > granted:
-            return (
-                f"the attack {case.label} needs {needs.name.lower()}; the threat model grants {granted.name.lower()}: "
-                "choose an attack that asks for less, or grant more with inner=[...,access=...]"
-            )
+        """None, or why this case can't be run; raises UsageError where the selector refuses the stream."""
+        attack = case.attack
+        if not isinstance(attack, OnlineAttack) or not callable(attack.start):
+            return f"a stream needs an online attack: online:inner=[{case.label}],k={_stream(case).k or 10}"
+        if reason := lacks_access(case):
+            return reason.replace("access=...", "inner=[...,access=...]")
         if case.rule.kind != "untargeted":
             return f"the items of a stream are valued by the loss of the true label; goal {case.rule.kind} has another"
-        if getattr(case.attack, "k", None) not in (None, budget(case)):
-            return (
-                f"the attack plans {case.attack.k} submissions and the threat model grants {budget(case)}: say k once"
-            )
+        if attack.k not in (None, budget(case)):
+            return f"the attack plans {attack.k} submissions and the threat model grants {budget(case)}: say k once"
         if not 1 <= budget(case) <= case.n:
             return f"{budget(case)} submissions for a stream of {case.n} items; expected at most as many as items"
-        strike.start(case.n, budget(case), streams(case.seed, 1))
+        attack.start(case.n, budget(case), streams(case.seed, 1))
         return None
 
-    def expected(self, case: Case, records: Mapping[str, Record]) -> int:
+    def expected(self, case: Case, records: Records) -> int:
         """How many records a finished case has, at most."""
         return case.n + budget(case)
 
-    def rounds(self, case: Case, done: Mapping[str, Record], crew: Crew | None = None) -> Iterator[Played]:
+    def rounds(self, case: Case, engine: Engine, records: Records) -> Iterator[Round]:
         """Candidates batch by batch, in the task's order, and then the submissions of the first order."""
-        each = with_views(cell(case))
-        lanes = lanes_of(each)
-        held = dict(done)
-        for records, origin, returned in single_attack(each, Without(held, case.label), crew):
-            valued = self._valued(each, lanes, records, origin, returned)
-            held.update((Store.key(case.label, record.id), record) for record in valued)
-            yield valued, origin, returned
-        yield from self._submissions(case, each, lanes, held, crew)
+        item = cell(case)
+        lanes = engine.lanes(item)
+        done = dict(records)
+        for each in engine.attack(item, done):
+            valued = replace(each, records=_valued(item, lanes, each))
+            done.update((Store.key(case.label, record.id), record) for record in valued.records)
+            yield valued
+        yield from self._submissions(case, item, engine, done)
 
-    def _valued(
-        self, case: Case, lanes: Lanes, records: Sequence[Record], origin: Tensor, returned: Tensor
-    ) -> list[Record]:
-        """The records with what the candidates are worth to the attacker, and to the victim's loss."""
-        model, _ = attacked_model(case)
-        handed, _ = handed_in(returned, origin, case.threat)
-        labels = torch.tensor([-1 if r.label is None else r.label for r in records], device=handed.device)
-        tops = [case.victim, *(surrogate for _, surrogate in case.surrogates)]
-        with (
-            frozen(*(module for one in tops for module in one.modules())),
-            own_randomness(case.device, case.seed, "value", records[0].id),
-        ):
-            true = _loss(case.victim, lanes, handed, labels)
-            seen = _loss(model, lanes, handed, labels) if case.surrogates else true
-        valued = []
-        for record, one, other in zip(records, seen.tolist(), true.tolist(), strict=True):
-            measures = {VALUE: one, TRUE_VALUE: other}
-            finite = {name: value for name, value in measures.items() if np.isfinite(value)}
-            kept = {} if record.outcome == Outcome.ERROR else finite
-            valued.append(replace(record, measures={**record.measures, **kept}))
-        return valued
-
-    def _submissions(
-        self, case: Case, each: Case, lanes: Lanes, held: Mapping[str, Record], crew: Crew | None
-    ) -> Iterator[Played]:
-        label = f"{case.label}/{SUBMITTED}"
-        candidates = candidates_of(case, held.values())
+    def _submissions(self, case: Case, item: Case, engine: Engine, done: Records) -> Iterator[Round]:
+        label = replace(case.label, stage=SUBMITTED)
+        candidates = candidates_of(case, done.values())
         ids = [record.id for record in candidates]
         items, k = Items.of(candidates), budget(case)
-        rng = streams(case.seed, 1)
+        attack, rng = _online(case), streams(case.seed, 1)
         order = shuffled(rng, len(items))[0]
         try:
-            taken, broken = feed(case.attack.start, items.value[order], k, rng.at("selector")), ""
-            if not _tested(case.attack):
-                void = play(case.attack, items, k, orders=case.threat.permutations, seed=case.seed).void
+            taken, broken = feed(attack.start, items.value[order], k, rng.at("selector")), ""
+            if not _tested(attack):
+                void = submit(attack, items, k, orders=_stream(case).permutations, seed=case.seed).void
                 broken = next((f"in order {m}: {reason}" for m, reason in void.items()), "")
         except Violation as violation:
             taken, broken = list(violation.asked), str(violation)
         place = {ids[order[t]]: t for t in taken}
-        skip = Without(held, label, frozenset(place))
+        new = frozenset(row for row in place if Store.key(label, row) not in done)
         if broken:
-            yield from _refused(case, label, skip, held, place, broken)
+            yield from _refused(case, label, new, done, place, broken)
             return
-        for records, origin, returned in single_attack(each, skip, crew):
-            valued = self._valued(each, lanes, records, origin, returned)
-            yield (
-                [replace(r, attack=label, measures={**r.measures, POSITION: float(place[r.id])}) for r in valued],
-                origin,
-                returned,
-            )
+        # The streams of the candidates' label: an item is submitted as it was made.
+        for each in engine.attack(item, {}, new):
+            records = [
+                replace(r, stage=SUBMITTED, measures={**r.measures, POSITION: float(place[r.id])})
+                for r in _valued(item, engine.lanes(item), each)
+            ]
+            yield replace(each, records=records)
+
+    def summarize(self, case: Case, records: Sequence[Record]) -> Section:
+        """Means over the random orders, beside the accuracies were every item submitted."""
+        section = accuracy_section(case, records)
+        metrics = {**section.metrics, **stream_metrics(case, records)}
+        orders = _stream(case).permutations
+        return replace(
+            section,
+            metrics=metrics,
+            headline=Headline("stream_fool_rate", "Fool rate of submissions", "lower"),
+            table=[
+                (section.wording.clean, "clean_accuracy"),
+                ("fool rate of submissions", "stream_fool_rate"),
+                ("competitive ratio", "stream_competitive_ratio"),
+                ("accuracy on the stream", "stream_accuracy"),
+                ("robust accuracy, every item submitted", "robust_accuracy"),
+            ],
+            sentence=(
+                "{stream_fool_rate} of the submitted samples fool the model; the competitive ratio is "
+                f"{{stream_competitive_ratio}}. Both are means over {orders} orders. If every sample were submitted, "
+                "robust accuracy would be {robust_accuracy}."
+            ),
+            settings={case.label: parameters(case.attack)},
+        )
 
 
-def _tested(attack: Any) -> bool:
+def _valued(case: Case, lanes: Lanes, each: Round) -> list[Record]:
+    """The records with what the candidates are worth to the attacker, and to the victim's loss."""
+    assert each.clean is not None
+    assert each.adversarial is not None
+    records = each.records
+    model, _ = attacked_model(case)
+    seen, _ = submitted(each.adversarial, each.clean, case.threat)
+    labels = torch.tensor([-1 if r.label is None else r.label for r in records], device=seen.device)
+    with alone(case, "value", records[0].id):
+        true = _loss(case.victim, lanes, seen, labels)
+        known = _loss(model, lanes, seen, labels) if case.surrogates else true
+    valued = []
+    for record, one, other in zip(records, known.tolist(), true.tolist(), strict=True):
+        measures = {VALUE: one, TRUE_VALUE: other}
+        finite = {name: value for name, value in measures.items() if np.isfinite(value)}
+        kept = {} if record.outcome == Outcome.ERROR else finite
+        valued.append(replace(record, measures={**record.measures, **kept}))
+    return valued
+
+
+def _tested(attack: OnlineAttack) -> bool:
     """Whether the attack's decisions are this package's own."""
     return type(attack) is Online and type(attack.rule) in _TESTED
 
 
 def _refused(
-    case: Case, label: str, skip: Any, held: Mapping[str, Record], place: Mapping[str, int], reason: str
-) -> Iterator[Played]:
-    """Error records for the items that a selector outside the rules asked for; nothing of them was handed in."""
-    for batch in case.task.batches(case.batch_size, skip=skip, n=case.n):
+    case: Case, label: Label, new: frozenset[str], done: Records, place: Mapping[str, int], reason: str
+) -> Iterator[Round]:
+    """Error records for the items that a selector outside the rules asked for; nothing of them was submitted."""
+    others = frozenset(row for batch in case.task.batches(1024, n=case.n) for row in batch.ids) - new
+    for batch in case.task.batches(case.batch_size, skip=others, n=case.n):
         records = [
             replace(
-                held[Store.key(case.label, row)],
-                attack=label,
+                done[Store.key(case.label, row)],
+                stage=label.stage,
                 outcome=Outcome.ERROR,
                 reached=False,
                 message=reason,
@@ -396,7 +441,7 @@ def _refused(
             )
             for row in batch.ids
         ]
-        yield records, batch.x, batch.x
+        yield Round(records, batch.x, batch.x)
 
 
 def _loss(model: Any, lanes: Lanes, x: Tensor, labels: Tensor) -> Tensor:
@@ -412,9 +457,9 @@ def _loss(model: Any, lanes: Lanes, x: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(answer.double(), labels, reduction="none").cpu()
 
 
-def candidates_of(case: Case, records: Any) -> list[Record]:
+def candidates_of(case: Case, records: Iterable[Record]) -> list[Record]:
     """The candidates' records in the task's order; raises UsageError where some are missing."""
-    held = {record.id: record for record in records if record.attack == case.label}
+    held = {record.id: record for record in records if record.made_by == case.label}
     ids = [row for batch in case.task.batches(1024, n=case.n) for row in batch.ids]
     if missing := [row for row in ids if row not in held]:
         raise UsageError(f"{len(missing)} of {len(ids)} items have no record (the first: {missing[0]}); run the rest")
@@ -429,7 +474,7 @@ def stream_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     sees all of the attacker's values before choosing (source_offline), and of one who knows the true values (opt).
     """
     items, k = Items.of(candidates_of(case, records)), budget(case)
-    played = play(case.attack, items, k, orders=case.threat.permutations, seed=case.seed)
+    played = submit(_online(case), items, k, orders=_stream(case).permutations, seed=case.seed)
     if played.void:
         log.warning("the selector broke the rules in %d of %d orders", len(played.void), len(played.picked))
 
@@ -441,8 +486,8 @@ def stream_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
             entry["ci"] = bootstrap_mean(values.tolist(), seed=case.seed).to_dict()
         return {**entry, "n": len(played.picked)}
 
-    blind = Play(k, np.flatnonzero(top(items.value, k))[None])
-    best = Play(k, np.flatnonzero(top(items.true_value, k))[None])
+    blind = Submitted(k, np.flatnonzero(top(items.value, k))[None])
+    best = Submitted(k, np.flatnonzero(top(items.true_value, k))[None])
     return {
         "stream_competitive_ratio": mean(played.competitive_ratio(items)),
         "stream_value_ratio": mean(played.value_ratio(items)),

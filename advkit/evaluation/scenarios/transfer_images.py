@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng
+from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng, ThreatModel
 from advkit.evaluation.report.document import write_atomic
-from advkit.evaluation.run.batch import played_alone
+from advkit.evaluation.run.batch import Round, attacked, run_alone
 from advkit.evaluation.run.case import Case, digest_of
-from advkit.evaluation.run.judge import handed_in
+from advkit.evaluation.run.judge import submitted
 from advkit.evaluation.run.store import Stopwatch
-from advkit.evaluation.run.workers import Crew
+from advkit.evaluation.run.workers import Workers
 from advkit.tasks.base import raw_bytes
 
 log = logging.getLogger("advkit")
@@ -189,9 +189,9 @@ def set_config(case: Case) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "source": [name for name, _ in case.surrogates],
-        "attack": case.label.partition("@")[0],
+        "attack": str(replace(case.label, source="")),
         "threat": {key: threat[key] for key in ("norm", "eps", "lattice")},
-        "space": case.threat.box.text(),
+        "space": cast(Any, case.threat).box.text(),
         "goal": case.specs["goal"],
         "data": case.specs["data"],
         "seed": case.seed,
@@ -216,7 +216,7 @@ class Images:
         case: Case,
         pieces: Sequence[Batch],
         lanes: Callable[[], Lanes],
-        crew: Crew | None = None,
+        crew: Workers | None = None,
     ) -> ImageSet:
         """The set that a cell's attack makes of these pieces.
 
@@ -235,10 +235,10 @@ class Images:
             plays = _played(case, (pieces[place] for place in waiting), shapes, crew)
             for place in waiting:
                 try:
-                    records, origin, returned = next(plays)
+                    played = next(plays)
                 except (AccessDenied, UsageError) as error:
                     raise Unsupported(str(error)) from error
-                made = _finished(key, case.threat, records, origin, returned, watch.lap())
+                made = _finished(key, case.threat, played, watch.lap())
                 if not bool(made.usable.any()):
                     raise Unsupported(next(iter(made.messages.values())))
                 if bool(made.usable.all()):  # what raised is tried again when the run is resumed
@@ -280,18 +280,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) 
     write_atomic(path, save(tensors, metadata=told))
 
 
-def _played(case: Case, batches: Iterable[Batch], lanes: Lanes, crew: Crew | None) -> Iterator[Any]:
+def _played(case: Case, batches: Iterable[Batch], lanes: Lanes, crew: Workers | None) -> Iterator[Round]:
     if crew is not None:
-        yield from crew.play(case, iter(batches), lanes)
+        yield from crew.run(attacked, case, iter(batches), lanes)
         return
     for batch in batches:
         yield _alone(case, batch, lanes)
 
 
-def _alone(case: Case, batch: Batch, lanes: Lanes) -> Any:
+def _alone(case: Case, batch: Batch, lanes: Lanes) -> Round:
     """One piece; in halves where the device's memory does not hold it."""
     try:
-        return played_alone(case, batch, lanes)
+        return run_alone(attacked, case, batch, lanes)
     except torch.OutOfMemoryError:
         if len(batch.ids) == 1:
             raise
@@ -303,13 +303,19 @@ def _alone(case: Case, batch: Batch, lanes: Lanes) -> Any:
         halves.append(
             _alone(case, replace(batch, ids=ids, x=batch.x[rows], goal=batch.goal.take(rows), labels=labels), lanes)
         )
-    (a, x, first), (b, y, second) = halves
-    return a + b, torch.cat([x, y]), torch.cat([first, second])
+    return Round(
+        [record for half in halves for record in half.records],
+        torch.cat([half.clean for half in halves if half.clean is not None]),
+        torch.cat([half.adversarial for half in halves if half.adversarial is not None]),
+    )
 
 
-def _finished(key: str, threat: Any, records: Any, origin: Tensor, returned: Tensor, seconds: float) -> ImageSet:
-    """Rounded to 8 bits and held against the threat model once more."""
-    handed, admitted = handed_in(returned, origin, threat)
+def _finished(key: str, threat: ThreatModel[Tensor], played: Round, seconds: float) -> ImageSet:
+    """Rounded to 8 bits and checked against the threat model once more."""
+    records, origin, returned = played.records, played.clean, played.adversarial
+    assert origin is not None
+    assert returned is not None
+    handed, admitted = submitted(returned, origin, threat)
     stored = (handed * LEVELS).round().clamp(0, LEVELS).to(torch.uint8)
     shown = stored.to(origin) / LEVELS
     if not bool(threat.admits(shown, origin).all()):

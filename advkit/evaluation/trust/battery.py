@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from advkit.attacks import ATTACKS
 from advkit.core.errors import AdvkitError, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Outcome, Record
+from advkit.core.protocols import Access, Copies, Label, Lattice, Outcome, Record, Undefended, WrapsBall
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.evaluation.run.batch import attacked_model, own_randomness
 from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.run.judge import decide, finite
-from advkit.evaluation.scenarios.evasion import single_attack
 from advkit.evaluation.stats import newcombe_paired
 from advkit.evaluation.trust import indicators
 from advkit.evaluation.trust.diagnostics import (
@@ -213,7 +213,7 @@ class Battery:
     """
 
     def __init__(self, case: Case, rows: int, draws: int, queries: int, surrogate: Any) -> None:
-        ball: Any = getattr(case.threat, "ball", case.threat)
+        ball: Any = case.threat.ball if isinstance(case.threat, WrapsBall) else case.threat
         if not all(hasattr(ball, name) for name in ("project", "sample", "steepest", "eps", "access")):
             space = case.victim.space
             advice = "name one, --threat-model linf"
@@ -224,9 +224,9 @@ class Battery:
             raise UsageError(f"the battery walks in balls and {type(case.threat).__name__} is none: {advice}")
         self.n = min(rows, case.n)
         self.draws, self.queries, self.surrogate = draws, queries, surrogate
-        self.case = replace(case, n=self.n, everyone=False)
+        self.case = replace(case, n=self.n, attack_misclassified=False)
         settings: dict[str, Any] = {"access": Access.GRADIENTS, "queries": None}
-        if hasattr(ball, "lattice"):
+        if isinstance(ball, Lattice):
             settings["lattice"] = 0  # points between files: the model's answers are what is examined
         self.ball: Any = replace(ball, **settings)
         self.findings: list[Finding] = []
@@ -269,8 +269,7 @@ class Battery:
     def _play(self, case: Case, only: set[str] | None = None) -> Played:
         if only is not None and not only:
             return {}
-        skip = set() if only is None else set(self.ids) - only
-        return {record.id: record for records, _, _ in single_attack(case, skip) for record in records}
+        return {record.id: record for each in LocalEngine().attack(case, {}, only) for record in each.records}
 
     def _reference(self, *, steps: int = STEPS, restarts: int = 1, loss: str = "margin", **changes: Any) -> Case:
         """The case of the reference attack on the victim; its walk is 2.5 eps long."""
@@ -283,7 +282,7 @@ class Battery:
             loss=loss,
             eot=self.case.draws if self.case.randomized else 1,
         )
-        same = {"attack": pgd, "label": ATTACKS.spec(pgd), "threat": self.ball, "surrogates": ()}
+        same = {"attack": pgd, "label": Label(ATTACKS.spec(pgd)), "threat": self.ball, "surrogates": ()}
         return replace(self.case, **{**same, **changes})
 
     @staticmethod
@@ -307,7 +306,9 @@ class Battery:
         attack = _Traced(case.attack)
         model, decides = attacked_model(case)
         run = _Run()
-        for played, _, returned in single_attack(replace(case, attack=attack)):
+        for each in LocalEngine().attack(replace(case, attack=attack), {}):
+            played, returned = each.records, each.adversarial
+            assert returned is not None
             run.records.update({record.id: record for record in played})
             traces = attack.traces[:]
             attack.traces.clear()
@@ -352,7 +353,7 @@ class Battery:
         self.own = self.case if self.case.attack is not None else self._reference(steps=40)
         run = self._traced(self.own)
         self.own_run = run
-        label = self.own.label
+        label = str(self.own.label)
         if not self.own.surrogates:
             self.white.append(run.records)
         self.findings += [
@@ -393,7 +394,7 @@ class Battery:
             worse = sum(row not in again or again[row].outcome != run.records[row].outcome for row in differ)
             seen = f"two identical runs differ on {len(differ)} of {self.n} rows, {worse} of them in the outcome"
             severity = "warning" if worse else "info"
-            self._say("nondeterministic_rerun", severity, seen, len(differ) / self.n, 0.0, self.own.label)
+            self._say("nondeterministic_rerun", severity, seen, len(differ) / self.n, 0.0, str(self.own.label))
 
     # Does the model hide its gradients?
 
@@ -484,8 +485,9 @@ class Battery:
             self._say("unconstrained_attack_failure", graded(failed), seen, failed, 0.0)
         own = self.own
         share = failed
-        if not own.surrogates and hasattr(own.threat, "eps"):
-            run = self._traced(replace(own, threat=replace(own.threat, eps=whole)))
+        if not own.surrogates and own.threat.describe().get("eps") is not None:
+            threat: Any = own.threat
+            run = self._traced(replace(own, threat=replace(threat, eps=whole)))
             rows = [record for record in run.records.values() if record.outcome != Outcome.WRONG]
             share = indicators.unconstrained_attack_failure(
                 torch.ones(len(rows), dtype=torch.bool),
@@ -495,7 +497,7 @@ class Battery:
             explained |= self._named("incomplete_optimization", "zero_gradient_ce_only", "budget_violation")
             if share > GROSS and not failed and not explained:
                 seen = f"the attack leaves {share:.1%} of the rows standing although it may change all of the input"
-                self._say("unconstrained_attack_failure", "warning", seen, share, GROSS, own.label)
+                self._say("unconstrained_attack_failure", "warning", seen, share, GROSS, str(own.label))
         self.indicators["I6_unconstrained_attack_failure"] = share
 
     def _black_box(self, name: str, case: Case) -> float:
@@ -516,7 +518,7 @@ class Battery:
         square_class: Any = ATTACKS.load("square")
         square = square_class(queries=self.queries)
         ball = replace(self.ball, access=Access.SCORES)
-        case = self._reference(attack=square, label=ATTACKS.spec(square), threat=ball)
+        case = self._reference(attack=square, label=Label(ATTACKS.spec(square)), threat=ball)
         self.curves["square"] = {"queries": self.queries, "robust_accuracy": self._black_box("square", case)}
 
     def _transfer(self) -> None:
@@ -525,14 +527,14 @@ class Battery:
             return
         name = str(surrogate.describe().name)
         case = self._reference(steps=40, surrogates=((name, surrogate),))
-        share = self._black_box("transfer", replace(case, label=f"{case.label}@{name}"))
+        share = self._black_box("transfer", replace(case, label=replace(case.label, source=name)))
         self.curves["transfer"] = {"surrogate": name, "robust_accuracy": share}
 
     def _noise(self) -> None:
         if self.case.randomized:
             return  # of a thousand noisy answers one is always wrong
         ball = replace(self.ball, access=Access.LABELS)
-        search = self._reference(attack=RandomSearch(draws=self.draws), label="random", threat=ball)
+        search = self._reference(attack=RandomSearch(draws=self.draws), label=Label("random"), threat=ball)
         records = self._play(search, self.left)
         broken = sum(record.outcome == Outcome.BROKEN for record in records.values())
         self.curves["random_search"] = {"draws": self.draws, "rows": len(records), "broken": broken}
@@ -647,7 +649,7 @@ def _in_double(models: Sequence[Any], x: Tensor) -> list[Any] | None:
         if id(model) in made:
             continue
         try:
-            double = model.copy() if hasattr(model, "copy") else copy.deepcopy(model)
+            double = model.copy() if isinstance(model, Copies) else copy.deepcopy(model)
             for module in double.modules():
                 module.double()
             answer = MeteredOracle(double, len(x), Access.SCORES, lanes=Lanes.fitting(x))(x.double())
@@ -664,8 +666,8 @@ def _undefended(case: Case) -> Any:
     """The victim with its defense taken off, where that can be; else an undefended model of the task's zoo, or None."""
     from advkit.models import zoo
 
-    if (bare := getattr(case.victim, "undefended", None)) is not None:
-        return bare
+    if isinstance(case.victim, Undefended):
+        return case.victim.undefended
     own = case.victim.describe().state_sha256
     for card in zoo.find(case.task.name, "", "none"):
         try:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Outcome, Record
+from advkit.core.protocols import Access, Label, Outcome, Record, Rng, Stage, Suite
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
+from advkit.evaluation.report.counts import by_label
 from advkit.evaluation.run.batch import attacked_model, own_randomness
-from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
 from advkit.evaluation.stats import mcnemar_exact
 from advkit.evaluation.trust.advice import ADVICE
@@ -171,7 +172,7 @@ def _randomized(case: Case, answers: Sequence[Tensor], labels: Tensor) -> list[F
         spread = max(float((one - other).norm(dim=1).max()) for i, one in enumerate(units) for other in units[:i])
     if len(correct) > 1 or spread > SPREAD:
         # An attack that averages over draws, or a view made for attackers, has an answer to this.
-        averaged = getattr(case.attack, "eot", 1) > 1 or case.victim.attacker_view() is not case.victim
+        averaged = _setting(case, "eot", 1) > 1 or case.victim.attacker_view() is not case.victim
         few, many = min(correct), max(correct)
         seen = f"the same inputs get different answers ({few} to {many} of {len(rows[0])} right in {REPEATS} forwards)"
         return [found("randomized_output", "warning" if averaged else "unreliable", seen, spread, SPREAD)]
@@ -193,14 +194,27 @@ def _probabilities(answer: Tensor) -> list[Finding]:
     return [found("probability_output", "warning", seen)]
 
 
+def _setting(case: Case, name: str, default: Any) -> Any:
+    """A setting that many attacks share, or the default where this one has none."""
+    return parameters(case.attack).get(name, default)
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A threat model that can draw a point."""
+
+    def sample(self, origin: Tensor, rng: Rng) -> Tensor: ...
+
+
 def _gives_gradients(case: Case) -> bool:
-    return not case.surrogates and hasattr(case.threat, "sample") and Access(case.threat.access) >= Access.GRADIENTS
+    return not case.surrogates and isinstance(case.threat, Samples) and Access(case.threat.access) >= Access.GRADIENTS
 
 
 def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Finding]:
     """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
-    start = case.threat.sample(x, rng.at("start")) if case.threat.describe().get("eps") else x
+    radius = case.threat.describe().get("eps")
+    start = case.threat.sample(x, rng.at("start")) if radius and isinstance(case.threat, Samples) else x
     view, _ = attacked_model(case)
     zero: dict[str, Tensor] = {}
     bad = torch.zeros(len(x), dtype=torch.bool)
@@ -238,8 +252,8 @@ def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Fin
 
 
 def _saturated(case: Case, rows: int, of: int) -> Finding:
-    name = case.label.partition(":")[0]
-    walks = getattr(case.attack, "loss", "") == "ce" or name.endswith("-ce")
+    name = case.label.attack.partition(":")[0]
+    walks = _setting(case, "loss", "") == "ce" or name.endswith("-ce")
     seen = f"{rows} of {of} rows have no gradient under the cross-entropy, whose softmax large logits saturate"
     return found(
         "zero_gradient_ce_only",
@@ -274,7 +288,7 @@ def _precision(tops: Sequence[nn.Module], answer: Tensor) -> list[Finding]:
 
 def _classes(case: Case) -> list[Finding]:
     classes = int(case.task.classes)
-    needed = 4 if getattr(case.attack, "loss", "") == "dlr" else 3
+    needed = 4 if _setting(case, "loss", "") == "dlr" else 3
     if classes >= needed or isinstance(case.victim.space, Transcripts):
         return []
     seen = f"the task has {classes} classes; the DLR loss needs 3, its targeted form 4"
@@ -297,16 +311,13 @@ def _preprocessing(case: Case, answer: Tensor, labels: Tensor) -> list[Finding]:
 
 def after(case: Case, records: Sequence[Record]) -> list[Finding]:
     """What the records of a finished case say, attack by attack."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.attack, []).append(record)
-    findings = [finding for label, rows in groups.items() for finding in _after(case, label, rows)]
-    stages = getattr(case.attack, "stages", None)
-    ahead = _black_box_stages(case, stages(), groups) if stages else None
+    groups = by_label(records)
+    findings = [finding for label, rows in groups.items() for finding in _after(case, str(label), rows)]
+    ahead = _black_box_stages(case, case.attack.stages(), groups) if isinstance(case.attack, Suite) else None
     return [*findings, ahead] if ahead else findings
 
 
-def _black_box_stages(case: Case, stages: Sequence[Any], groups: dict[str, list[Record]]) -> Finding | None:
+def _black_box_stages(case: Case, stages: Sequence[Stage], groups: dict[Label, list[Record]]) -> Finding | None:
     """A finding when a suite's black-box stages broke rows that its white-box stages before them had left standing.
 
     Every stage meets survivors only, so each row that falls to scores alone is one that the gradients lost. On a
@@ -318,7 +329,7 @@ def _black_box_stages(case: Case, stages: Sequence[Any], groups: dict[str, list[
     told: list[str] = []
     walked, before, lost = "", 0, 0
     for stage in stages:
-        records = groups.get(f"{case.label}/{stage.name}")
+        records = groups.get(replace(case.label, stage=stage.name))
         if records is None:
             continue
         standing |= {r.id for r in records if r.id not in met and r.outcome != Outcome.WRONG}
@@ -345,7 +356,7 @@ def _black_box_stages(case: Case, stages: Sequence[Any], groups: dict[str, list[
         "the gradients are of little use here: give the model an attacker_view (straight_through for what has no "
         "derivative, averaged for what draws), and take the figure as an upper bound until then"
     )
-    return found("black_box_beats_white_box", severity, seen, share, BETTER, case.label, advice=advice)
+    return found("black_box_beats_white_box", severity, seen, share, BETTER, str(case.label), advice=advice)
 
 
 def _after(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:

@@ -264,6 +264,12 @@ class SaysRule(Refuses, Judged, CountsOver, Worded):
             return f"judges read replies and {model.describe().name} writes none: leave judges out of the goal"
         return None
 
+    @property
+    @override
+    def broken_by(self) -> tuple[str, ...]:
+        """What every judge says of the greedy reply."""
+        return tuple(f"{name}_asr_greedy" for name, _ in panel(self.judges))
+
     @override
     def cards(self) -> list[dict[str, Any]]:
         """Calibration cards of the judges, for the report."""

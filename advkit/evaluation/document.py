@@ -1,0 +1,223 @@
+"""From a finished run to the report's document: plain JSON values, every figure from the records."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advkit import __version__
+from advkit.core.protocols import Judged, Record
+from advkit.evaluation.plan import Plan
+from advkit.evaluation.report import SCHEMA_VERSION
+from advkit.evaluation.report.counts import by_label
+from advkit.evaluation.run.case import Case, parameters, space_range
+from advkit.evaluation.run.scenario import Companion, Section
+from advkit.evaluation.run.store import Store, written
+from advkit.evaluation.scenarios.metrics import attack_entries, cumulative, task_kind
+
+PROTOCOL_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A case that was run: its records in the task's order, what they come to, and where they are.
+
+    kept: the speed switches that each model kept; empty in full precision
+    """
+
+    case: Case
+    records: Sequence[Record]
+    section: Section
+    store: Store
+    companion: Companion | None = None
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    def attacks(self) -> list[dict[str, Any]]:
+        """The report's entries, one per label."""
+        return attack_entries(self.case, self.records, self.section.settings, self.store.seconds(), self.store.tokens())
+
+    def metrics_beside(self) -> dict[str, Any]:
+        """What a companion contributes to the report's metrics, by the names they have there."""
+        if self.companion is None:
+            return {}
+        names, prefix = self.companion.metrics, self.companion.prefix
+        return {
+            f"{prefix}{name}": value
+            for name, value in self.section.metrics.items()
+            if any(fnmatchcase(name, one) for one in names)
+        }
+
+
+def document(
+    plan: Plan, runs: Sequence[Run], flags: Sequence[dict[str, Any]], *, command: str, lasting: bool
+) -> dict[str, Any]:
+    """The report of a plan; the first run is the case's own, the others are its companions'."""
+    run, *beside = runs
+    case, section = run.case, run.section
+    attacks = run.attacks()
+    if len(attacks) > 1 and all(not record.source for record in run.records):
+        cumulative(attacks, run.records)
+    extra = [{**entry, "beside": True} for other in beside for entry in other.attacks()]
+    for order, entry in enumerate(extra, start=1):
+        entry["order"] = order
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "evaluation",
+        "created_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "advkit_version": __version__,
+        "title": " | ".join(f"{name}={spec}" for name, spec in case.specs.items()),
+        "task": task_kind(case),
+        "request": plan.kept_request(),
+        "section": section.block(plan.scenario.name),
+        "companions": [
+            {"name": each.name, "title": each.title, "metric": each.metric}
+            for each in (other.companion for other in beside)
+            if each is not None
+        ],
+        "dataset": _dataset(case, run.records),
+        "model": _model(case),
+        "defense": _defense(plan, case, section.certified),
+        "threat_model": threat_block(case),
+        "protocol": _protocol(case, run.records),
+        "attacks": [*attacks, *extra],
+        "metrics": {**section.metrics, **{k: v for other in beside for k, v in other.metrics_beside().items()}},
+        "diagnostics": {"flags": list(flags)},
+        "reproducibility": reproducibility(case, command or " ".join(["advkit", *sys.argv[1:]])),
+    }
+    if kept := {each.store.name: dict(each.kept) for each in runs if each.kept}:
+        content["reproducibility"]["speed"] = {"asked": str(case.speed), "kept": kept}
+    if lasting:
+        content["per_sample"] = {
+            "path": run.store.path.name,
+            "sha256": hashlib.sha256(run.store.path.read_bytes()).hexdigest(),
+            "format": "jsonl",
+            "fields": list(written(run.records)),
+        }
+    return content
+
+
+def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    # Records come in the order of the run, which a resumed one need not share: ids are sorted.
+    ids = sorted({record.id for record in records})
+    task, first = case.task, next(iter(case.task.batches(1)))
+    block: dict[str, Any] = {
+        "name": task.name,
+        "version": task.version,
+        "split": task.split,
+        "n_total": len(task),
+        "n_evaluated": len(ids),
+        "selection": {
+            "kind": "all" if len(ids) == len(task) else "first_n",
+            "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        },
+        "input_shape": list(first.x.shape[1:]),
+        "n_classes": task.classes,
+        "sha256": task.digest(),
+    }
+    low, high = space_range(task.space)
+    return block | ({} if low is None or high is None else {"input_range": [low, high]})
+
+
+def _model(case: Case) -> dict[str, Any]:
+    info = case.victim.describe()
+    return {
+        "name": info.name,
+        "architecture": info.architecture,
+        "state_sha256": info.state_sha256,
+        "n_parameters": info.n_parameters,
+        "source": info.source,
+        "license": info.license,
+        "training_mode": False,
+        "number_forward_passes": 1,
+    }
+
+
+def _defense(plan: Plan, case: Case, certified: bool) -> dict[str, Any]:
+    info = case.victim.describe()
+    return {
+        "name": case.specs["defense"].partition(":")[0],
+        "params": parameters(plan.defense),
+        "origin": plan.victim.origin,
+        "is_randomized": case.randomized,
+        "is_differentiable": info.differentiable,
+        "can_abstain": info.abstains,
+        "certified": certified,
+    }
+
+
+def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    block: dict[str, Any] = {
+        "version": PROTOCOL_VERSION,
+        "name": case.specs.get("attack", case.label.attack),
+        "aggregation": "worst_case_per_sample" if len(by_label(records)) > 1 else "single_attack",
+        "n_eval_repeats": case.draws if case.randomized else 1,
+        "stopping": "a row leaves once its goal is reached on the victim; survivors spend the whole budget",
+    }
+    if isinstance(case.rule, Judged) and (cards := case.rule.cards()):
+        block |= {"search": case.rule.search, "judges": cards}
+    return block
+
+
+def threat_block(case: Case) -> dict[str, Any]:
+    """The report's threat model, goal included."""
+    known = {"name", "phase", "norm", "eps", "eps_string", "goal", "knowledge", "query_budget", "adaptive", "details"}
+    block = dict(case.threat.describe())
+    details = {name: block.pop(name) for name in list(block) if name not in known}
+    block["goal"] = case.rule.kind
+    block["adaptive"] = case.victim.attacker_view() is case.victim or not case.surrogates
+    if details:
+        block["details"] = {**block.get("details", {}), **details}
+    return block
+
+
+def reproducibility(case: Case, command: str) -> dict[str, Any]:
+    """What it takes to run this again."""
+    commit, dirty = _git()
+    return {
+        "seed": case.seed,
+        "rng_scheme": "philox4x32-10 per row",
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "dtype": "float32",
+        "packages": dict(_packages()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": case.device,
+        "threads": torch.get_num_threads(),
+        "command": command,
+        "config_sha256": case.digest(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    for name in ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "safetensors"):
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """The commit advkit itself was run from, when it was run from a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None, None
+    try:
+        ask = {"cwd": root, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **ask).stdout  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit, bool(dirty.strip())

@@ -1,0 +1,160 @@
+"""A plan carried out, in seven moves: resolve, check, diagnose, run and judge, record, summarize, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.document import Run, document
+from advkit.evaluation.plan import Plan
+from advkit.evaluation.report import Report
+from advkit.evaluation.report.counts import by_label
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.engine import open_store, speed_file
+from advkit.evaluation.run.engine import run as run_scenario
+from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
+from advkit.evaluation.run.scenario import Companion
+from advkit.evaluation.run.speed import FastViews
+from advkit.evaluation.run.store import Store
+from advkit.evaluation.scenarios import scenario_of
+from advkit.evaluation.trust import diagnostics
+from advkit.evaluation.trust.diagnostics import Finding
+
+Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
+
+
+def preflight(case: Case) -> None:
+    """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
+    preflight_scenario(case, scenario_of(case))
+
+
+def run(
+    case: Case, store: Store, progress: Callable[[list[Record], int], None] | None = None, workers: int | None = 1
+) -> list[Record]:
+    """Run what the store does not hold yet and return the case's records in the order of the run."""
+    return run_scenario(case, scenario_of(case), store, progress, workers)
+
+
+def execute(
+    plan: Plan,
+    *,
+    out: str | Path | None = None,
+    watch: Watch | None = None,
+    command: str = "",
+    workers: int | None = 1,
+) -> Report:
+    """Carry out a plan and write its report; `out` None keeps nothing on disk. See `advkit.evaluate`."""
+    import tempfile
+
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers must be at least 1, got {workers}")
+    if out is not None:
+        report = _execute(plan, Path(out), watch, command, workers, lasting=True)
+        report.save(Path(out) / "report.json")
+        return report
+    with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
+        return _execute(plan, Path(folder), watch, command, workers, lasting=False)
+
+
+def _execute(
+    plan: Plan, folder: Path, watch: Watch | None, command: str, workers: int | None, *, lasting: bool
+) -> Report:
+    asked: list[tuple[str, Case, Companion | None]] = [("records", plan.case, None)]
+    asked += [("beside", each.case, each) for each in plan.companions if each.case is not None]
+    for _, case, _ in asked:
+        preflight(case)
+    findings, randomized = _first_look(plan.case)
+    runs = [
+        _run(title, replace(case, randomized=randomized), companion, folder, watch, workers)
+        for title, case, companion in asked
+    ]
+    findings += diagnostics.after(runs[0].case, runs[0].records)
+    findings += [finding for each in runs if each.kept for finding in [speed_finding(each)]]
+    findings += _compared(runs[0], runs[1:])
+    findings += [_left_out(each) for each in plan.companions if each.case is None]
+    flags = [finding.to_dict() for finding in findings]
+    return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting))
+
+
+def _first_look(case: Case) -> tuple[list[Finding], bool]:
+    """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
+    first = next(iter(case.task.batches(64, n=case.n)))
+    if first.labels is None:
+        return [], case.randomized
+    findings = diagnostics.cheap(case, first.x.to(case.device), first.labels.to(case.device))
+    varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
+    return findings, case.randomized or varies
+
+
+def _run(
+    title: str, case: Case, companion: Companion | None, folder: Path, watch: Watch | None, workers: int | None
+) -> Run:
+    """One case: run into its store, and summarized."""
+    store = open_store(case, folder, title)
+    try:
+        progress = None if watch is None else lambda new, total: watch(title, case, new, total)
+        records = in_order(case, run(case, store, progress, workers))
+    finally:
+        store.close()
+    kept = FastViews.load(speed_file(folder, title)).chosen if case.speed.switches else {}
+    return Run(case, records, scenario_of(case).summarize(case, records), store, companion, kept)
+
+
+def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
+    """Records in the task's order, whatever order a resumed run wrote them in."""
+    place: dict[str, int] = {}
+    for batch in case.task.batches(1024, n=case.n):
+        for row in batch.ids:
+            place[row] = len(place)
+    labels = {label: i for i, label in enumerate(by_label(records))}
+    return sorted(records, key=lambda r: (labels[r.made_by], place[r.id]))
+
+
+def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
+    """Whether a companion whose attacker knows less breaks more."""
+    found = [
+        diagnostics.black_box_beats_white_box(
+            run.records, other.records, str(other.case.label), randomized=run.case.randomized
+        )
+        for other in others
+        if other.companion is not None and other.companion.knows_less
+    ]
+    return [finding for finding in found if finding is not None]
+
+
+def _left_out(companion: Companion) -> Finding:
+    return Finding(
+        id="transfer_failure",
+        severity="info",
+        message=f"the threat model that the defense claims ({companion.title}) was not evaluated: {companion.without}",
+        advice="name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
+    )
+
+
+def speed_finding(run: Run) -> Finding:
+    """What the speed switches came to: which were kept, and how many rows they misled."""
+    case, records = run.case, run.records
+    refuted = sum(any(note.startswith("refuted_") for note in record.notes) for record in records)
+    again = sum("again_in_fp32" in record.notes for record in records)
+    broken = sum(record.outcome == Outcome.BROKEN for record in records)
+    used = sorted(set(run.kept.values()))
+    seen = f"the attack searched under speed {case.speed}"
+    if used != [str(case.speed)]:
+        seen += f" (kept after measuring: {', '.join(f'{text} on {name}' for name, text in sorted(run.kept.items()))})"
+    if case.surrogates:
+        seen += ", on surrogates; verdicts are the victim's in full precision"
+    else:
+        seen += f"; {refuted} rows that it took for broken were refuted in full precision and attacked again there"
+        seen += f", {broken} rows were broken in full precision"
+    if again:
+        seen += f"; {again} rows on which it got no usable answer or gradient were attacked again, too"
+    advice = "a robust row was robust to a search at that speed: --speed fp32 searches in full precision"
+    name = "" if len({cell.label for cell in scenario_of(case).cells(case)} - {case.label}) else str(case.label)
+    return Finding("low_precision", "info", seen, advice, float(refuted), None, name)
+
+
+__all__: list[Any] = ["Watch", "execute", "in_order", "preflight", "run", "speed_finding"]

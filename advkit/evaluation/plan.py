@@ -1,0 +1,210 @@
+"""From a request to a plan: every name resolved, the victim found or trained, the threat model bound to its space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
+
+from advkit.attacks import ATTACKS
+from advkit.core.errors import BadInput, ReportError, UsageError
+from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, Task, WantsData
+from advkit.core.speed import Speed
+from advkit.defenses import DEFENSES
+from advkit.evaluation.inputs import pick_device, task_of
+from advkit.evaluation.run.case import Case, digest_of
+from advkit.evaluation.run.scenario import Companion, Parts, Scenario
+from advkit.evaluation.scenarios import SCENARIOS
+from advkit.evaluation.victims import (
+    Victim,
+    bound,
+    model_part,
+    protected,
+    surrogates_of,
+    with_public_sources,
+)
+from advkit.models import MODELS
+from advkit.tasks import TASKS
+from advkit.threat_models import GOALS, THREAT_MODELS
+
+PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for; see `advkit.evaluate` for the fields.
+
+    Command line, Python and `advkit rerun` share it, and the report keeps it with every part by its canonical spec.
+    """
+
+    attack: Any = "pgd"
+    defense: Any = "none"
+    task: Any = "fashion-mnist"
+    model: Any = None
+    threat_model: Any = None
+    goal: Any = None
+    n: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    batch_size: int | None = None
+    draws: int = 10
+    keep: int = 64
+    speed: str | Speed = "fp32"
+    beside: bool = True
+
+    def check(self) -> None:
+        """Raise UsageError where a number is out of its range."""
+        for name in ("batch_size", "draws"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; expected a whole number of at least 1")
+
+    @classmethod
+    def from_report(cls, data: Mapping[str, Any]) -> Self:
+        """The request that a report keeps; raises ReportError where it has none, or one of another shape."""
+        kept = data.get("request")
+        if kept is None:
+            kept = _from_title(data)
+        unknown = sorted(set(kept) - {field.name for field in fields(cls)})
+        if unknown or not all(isinstance(kept.get(name), str) for name in PARTS):
+            missing = [name for name in PARTS if not isinstance(kept.get(name), str)]
+            raise ReportError(
+                f"the report's request names no {', '.join(missing)}"
+                if missing
+                else f"the report's request has fields that this version does not know: {', '.join(unknown)}"
+            )
+        return cls(**kept)
+
+
+def _from_title(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Reports of schema 1.0 kept the specs in their title alone."""
+    parts = dict(part.split("=", 1) for part in str(data.get("title", "")).split(" | ") if "=" in part)
+    if missing := [name for name in PARTS if name not in parts]:
+        raise ReportError(f"the report does not say its {', '.join(missing)}: it can't be run again from names alone")
+    speed = {"speed": parts["speed"]} if "speed" in parts else {}
+    numbers = {"n": data["dataset"]["n_evaluated"], "seed": data["reproducibility"]["seed"]}
+    return {name: parts[name] for name in PARTS} | numbers | speed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved request: the case asked for, and what is evaluated beside it."""
+
+    request: Request
+    case: Case
+    scenario: Scenario
+    victim: Victim
+    defense: Any  # as the victim was really trained
+    companions: tuple[Companion, ...] = ()
+
+    def kept_request(self) -> dict[str, Any]:
+        """The request as the report keeps it: canonical specs and plain values."""
+        values = asdict(replace(self.request, **_UNNAMED))
+        specs = {name: self.case.specs[name] for name in PARTS}
+        return {**values, **specs, "n": self.case.n, "speed": str(self.case.speed)}
+
+    def digest(self) -> str:
+        """Names the default run folder: sha256 over the configs of the case and of what stands beside it."""
+        return digest_of([self.case.config(), *(each.case.config() for each in self.companions if each.case)])
+
+
+_UNNAMED: dict[str, Any] = dict.fromkeys(PARTS) | {"speed": "fp32"}
+"""Parts may be objects that can't be copied: their specs take their place."""
+
+
+def plan(request: Request, *, progress: bool = False) -> Plan:
+    """Resolve every name, find or train the victim, and bind the threat model to its space.
+
+    progress: a progress bar while a model has to be trained first
+    """
+    request.check()
+    device = pick_device(request.device)
+    work = task_of(request.task, request.model)
+    parts = _built(request, work)
+    scenario = SCENARIOS.build(parts.threat.scenario)
+    parts = scenario.resolve(parts)
+    n = _rows(request, work)
+    victim = protected(request.model, parts.defense, work, seed=request.seed, device=device, progress=progress)
+    case = _case(request, parts, work, victim, n, device)
+    wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
+    case = replace(case, data=case.task.training() if wanted else None)
+    companions = tuple(scenario.companions(case)) if request.beside else ()
+    trained = DEFENSES.build(victim.defense) if victim.defense else parts.defense
+    return Plan(request, case, scenario, victim, trained, companions)
+
+
+def _wants_data(attack: object) -> bool:
+    return isinstance(attack, WantsData) and attack.wants_data
+
+
+def _rows(request: Request, work: Task) -> int:
+    total = len(work)
+    rows = min(request.n if request.n is not None else (work.defaults.n or total), total)
+    if rows < 1:
+        raise BadInput(f"n must be between 1 and {total}, got {request.n}")
+    return rows
+
+
+def _built(request: Request, work: Task) -> Parts:
+    """The parts that are asked for; what is not said, the attack or the task says."""
+    attack: Any = ATTACKS.build(request.attack)
+    defense: Any = DEFENSES.build(request.defense)
+    made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
+    threat = THREAT_MODELS.build(_said(request.threat_model, made_for, work.defaults.threat_model))
+    made_for = attack.default_goal if isinstance(attack, MadeForGoal) else ""
+    rule = GOALS.build(_said(request.goal, made_for, work.defaults.goal))
+    threat = with_public_sources(threat, work, DEFENSES.label(defense).partition(":")[0])
+    return Parts(attack, defense, work, threat, rule)
+
+
+def _said(given: Any, made_for: str, usual: str) -> Any:
+    """What was asked for, else what the attack is made for, else what the task is usually evaluated under.
+
+    Where an attack and the task name the same part, and the attack by its name alone, the task says how.
+    """
+    if given is not None:
+        return given
+    return usual if made_for in ("", usual.partition(":")[0]) else made_for
+
+
+def _case(request: Request, parts: Parts, work: Task, victim: Victim, n: int, device: str) -> Case:
+    asked, task = work, bound(work, victim.model.space)
+    speed = Speed.parse(request.speed)
+    model = request.model if request.model is not None else task.defaults.model
+    specs = {
+        "attack": ATTACKS.label(parts.attack),
+        "defense": DEFENSES.label(parts.defense),
+        "task": TASKS.label(asked),
+        "model": spec_of_model(model, victim.model),
+        "threat_model": THREAT_MODELS.label(parts.threat),
+        "goal": GOALS.label(parts.rule),
+        **({"speed": str(speed)} if speed.switches else {}),
+    }
+    return Case(
+        task=task,
+        victim=victim.model,
+        attack=parts.attack,
+        threat=parts.threat.bind(victim.model.space),
+        rule=parts.rule,
+        label=Label(specs["attack"]),
+        n=n,
+        specs=specs,
+        defense=parts.defense,
+        surrogates=surrogates_of(parts.threat, task, device),
+        seed=request.seed,
+        randomized=victim.model.describe().randomized,
+        draws=request.draws,
+        batch_size=request.batch_size or (victim.model.batch if isinstance(victim.model, Batched) else 256),
+        device=device,
+        keep=request.keep,
+        speed=speed,
+    )
+
+
+def spec_of_model(asked: Any, model: Any) -> str:
+    """How the model can be named again: the spec asked for, or what a model of the caller's own says of itself."""
+    part, builder = model_part(asked)
+    if builder:
+        return MODELS.label(part)
+    info = model.describe()
+    return str(info.architecture or info.name)

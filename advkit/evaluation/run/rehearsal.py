@@ -1,0 +1,125 @@
+"""What is checked before anything is spent: whether the case can give a number at all."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, UsageError
+from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.protocols import Batch, Refuses
+from advkit.core.rng import RowRng
+from advkit.evaluation.run.batch import on_device, own_randomness
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.judge import Judge
+from advkit.evaluation.run.scenario import Scenario
+
+log = logging.getLogger("advkit")
+
+
+def preflight(case: Case, scenario: Scenario) -> None:
+    """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
+    if reason := scenario.accepts(case):
+        raise UsageError(reason)
+    if isinstance(case.rule, Refuses) and (reason := case.rule.misfit(case.victim)):
+        raise UsageError(reason)
+    _check_models(case)
+    first = on_device(next(iter(case.task.batches(min(case.batch_size, 64), n=case.n))), case.device)
+    if complaint := case.victim.space.complaint(first.x):
+        raise BadInput(complaint)
+    answer = _first_answer(case, first.x)
+    with own_randomness(case.device, "rehearsal"):
+        for cell in scenario.cells(case):
+            rehearse(cell, first, answer)
+
+
+def _check_models(case: Case) -> None:
+    info = case.victim.describe()
+    if info.classes is not None and info.classes != case.task.classes:
+        raise BadModel(
+            f"the model answers {info.classes} classes, the task {case.task.name} has {case.task.classes}: "
+            "choose a model trained for this task"
+        )
+    for name, model in (("the model", case.victim), *((f"surrogate {n}", s) for n, s in case.surrogates)):
+        if any(module.training for top in model.modules() for module in top.modules()):
+            raise BadModel(
+                f"{name} is in training mode (dropout and batch statistics would answer): call .eval() on it first"
+            )
+
+
+def _first_answer(case: Case, x: Tensor) -> Tensor:
+    """The victim's answer to the first rows, once its shape is right."""
+    with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
+        try:
+            answer = Judge(case.victim, Lanes.fitting(x)).answer(x)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise BadModel(
+                f"the model can't take inputs of shape {tuple(x.shape[1:])} of task {case.task.name}: {error}"
+            ) from error
+    if answer.ndim == 2 and answer.shape[1] != case.task.classes:
+        raise BadModel(
+            f"the model answers {answer.shape[1]} classes, the task {case.task.name} has {case.task.classes}: "
+            "choose a model trained for this task"
+        )
+    if len(answer) != len(x) or answer.ndim not in (1, 2):
+        raise BadModel(
+            f"the model answers a tensor of shape {tuple(answer.shape)} for {len(x)} inputs; expected logits "
+            f"[{len(x)}, {case.task.classes}] or decisions [{len(x)}]"
+        )
+    return answer
+
+
+class _SecondQuestion(Exception):
+    """An attack came as far as its second query, or wanted to look inside the model."""
+
+
+class _StubModel:
+    """Answers the first query as the clean row was answered, with gradient zero, and ends the rehearsal at the next."""
+
+    lanes: ClassVar[Lanes] = Lanes(1, 1)
+    tokens: ClassVar[int] = 0
+
+    def __init__(self, answer: Tensor) -> None:
+        self.answer = answer
+        self.left = int(answer.is_floating_point() and bool(torch.isfinite(answer).all()))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.left:
+            raise _SecondQuestion
+        self.left -= 1
+        return self.answer.expand(len(x), -1) + 0.0 * x.flatten(1).sum(1, keepdim=True)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _SecondQuestion
+
+
+def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
+    """Start the case's attack on one row and end it at its second query: no pass through any model.
+
+    By then it has taken a step. An attack that refuses its settings, goal or threat model would refuse them on every
+    row; that is a mistake of the request, raised here before anything is written. Whatever else it raises is for the
+    row's record.
+    """
+    if case.attack is None:
+        return
+    row = torch.zeros(1, dtype=torch.long, device=batch.x.device)
+    rng = RowRng.from_ids(case.seed, batch.ids, device=case.device).at("rehearsal")
+    goal = case.rule(batch.labels, clean, rng.at("goal")) if batch.labels is not None else batch.goal
+    model = _StubModel(clean[:1])
+    oracle = MeteredOracle(
+        model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data
+    )
+    with suppress(_SecondQuestion):
+        try:
+            case.attack(oracle, batch.x[row], goal.take(row), case.threat, rng.take(row))
+        except BudgetExhausted:
+            if model.left:
+                raise
+        except (AdvkitError, _SecondQuestion):
+            raise
+        except Exception:
+            log.debug("the rehearsal of %s raised", case.label, exc_info=True)

@@ -1,0 +1,223 @@
+"""The figures of a case from its per-row records alone: accuracies, success rates, costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from advkit.core.protocols import CountsOver, Judged, Label, Lattice, Levels, OfKind, Outcome, Record
+from advkit.evaluation.report.counts import Counts, by_label, count, measured
+from advkit.evaluation.run.case import Case
+from advkit.evaluation.stats import DenominatorKind, rate
+
+MOST_CLASSES_LISTED = 20
+ALL_JUDGES = "all_judges"
+
+
+def success_kind(case: Case) -> DenominatorKind:
+    """What the attack success rate of the case counts over."""
+    return "clean_correct" if case.rule.kind == "untargeted" else "clean_not_target"
+
+
+def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    """Clean accuracy, robust accuracy and attack success rate, and what goal and threat model measured beside them."""
+    c = count(records)
+    metrics: dict[str, Any] = {
+        "clean_accuracy": rate(c.correct, c.n, "all_samples"),
+        "robust_accuracy": rate(c.right_after, c.n, "all_samples"),
+        "attack_success_rate": rate(c.broken, c.attackable, success_kind(case)),
+    }
+    if c.unknown:
+        metrics["robust_accuracy_upper"] = rate(c.right_after + c.unknown, c.n, "all_samples")
+    if c.eight_bit is not None and not (isinstance(case.threat, Lattice) and case.threat.lattice):
+        metrics["robust_accuracy_8bit"] = rate(c.eight_bit + c.correct - c.attackable, c.n, "all_samples")
+    metrics |= judged_by_all(case, records)
+    if len(by_label(records)) == 1:
+        metrics |= figured(case, records)
+        for name, values in measured(records).items():
+            for kind in ("mean", "median"):
+                metrics[f"{name}_{kind}"] = {"value": values[kind], "n": int(values["n"])}
+    return metrics | within_levels(case, records)
+
+
+def judged_by_all(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    """Where judges read the replies: the share of the rows that neither the goal nor any judge calls broken."""
+    if not isinstance(case.rule, Judged) or not case.rule.broken_by:
+        return {}
+    names = case.rule.broken_by
+    broken: dict[str, bool] = {}
+    unknown: set[str] = set()
+    for record in records:
+        said = [record.figures[name] for name in names if name in record.figures]
+        fell = record.outcome == Outcome.BROKEN or any(map(bool, said))
+        broken[record.id] = broken.get(record.id, False) or fell
+        if not fell and (record.outcome in (Outcome.NON_FINITE, Outcome.ERROR) or len(said) < len(names)):
+            unknown.add(record.id)
+    lost = sum(broken.values())
+    left = sum(not broken[row] for row in unknown)
+    metrics = {
+        f"robust_accuracy_{ALL_JUDGES}": rate(len(broken) - lost - left, len(broken), "prompts"),
+        "attack_success_rate_any_judge": rate(lost, len(broken), "prompts"),
+    }
+    if left:
+        metrics[f"robust_accuracy_{ALL_JUDGES}_upper"] = rate(len(broken) - lost, len(broken), "prompts")
+    return metrics
+
+
+def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
+    """What goal and threat model said of the rows, those included on which the attack failed.
+
+    Truth values become rates over the rows of which they were said, numbers their mean.
+    """
+    values: dict[str, list[float | bool]] = defaultdict(list)
+    for record in records:
+        for name, value in record.figures.items():
+            values[name].append(value)
+    kind = case.rule.denominator if isinstance(case.rule, CountsOver) else "all_samples"
+    return {
+        name: rate(sum(map(bool, found)), len(found), kind)
+        if all(isinstance(value, bool) for value in found)
+        else {"value": float(np.mean(found)), "n": len(found)}
+        for name, found in values.items()
+    }
+
+
+def within_levels(case: Case, records: Iterable[Record]) -> dict[str, Any]:
+    """The share of the attacked rows broken within each threshold of a measure that the threat model names (`levels`).
+
+    One run gives them all: `attack_success_rate_l0_200` is the share broken by at most 200 flips. The denominator holds
+    every row on which the attacker had something to win, those included on which the attack failed.
+    """
+    if not isinstance(case.threat, Levels):
+        return {}
+    records = list(records)
+    attackable = count(records).attackable
+    least: dict[str, dict[str, float]] = defaultdict(dict)
+    for record in records:
+        if record.outcome == Outcome.BROKEN:
+            for name, value in record.measures.items():
+                least[name][record.id] = min(value, least[name].get(record.id, value))
+    return {
+        f"attack_success_rate_{name}_{level:g}": rate(
+            sum(value <= level for value in least[name].values()), attackable, success_kind(case)
+        )
+        for name, thresholds in case.threat.levels().items()
+        for level in thresholds
+    }
+
+
+def task_kind(case: Case) -> str:
+    """The report's word for the task."""
+    return case.task.kind if isinstance(case.task, OfKind) else "classification"
+
+
+def per_class(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    """Robust accuracy of every class, for tasks with few classes."""
+    if case.task.classes > MOST_CLASSES_LISTED or task_kind(case) != "classification":
+        return {}
+    names = case.task.class_names()
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.label is not None:
+            groups[record.label].append(record)
+    metrics = {}
+    for label in sorted(groups):
+        c = count(groups[label])
+        word = names[label].lower().replace(" ", "_").replace("/", "_")
+        metrics[f"robust_accuracy_class_{word}"] = rate(c.right_after, c.n, "all_samples")
+    return metrics
+
+
+def attack_entries(
+    case: Case,
+    records: Sequence[Record],
+    settings: Mapping[Label, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+    tokens: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """The report's attack list of a case: one entry per label, in the order of the run."""
+    entries = []
+    for order, (label, own) in enumerate(by_label(records).items()):
+        entry = _attack_entry(case, label, own)
+        entry |= {"params": dict(settings.get(label, {})), "order": order}
+        entry["cost"] = {"seconds": round(seconds.get(str(label), 0.0), 3), **entry["cost"]}
+        if counted := tokens.get(str(label), 0):
+            entry["cost"]["tokens"] = counted
+        entries.append(entry)
+    return entries
+
+
+def cumulative(entries: Sequence[dict[str, Any]], records: Sequence[Record]) -> None:
+    """Add what is still robust after each attack of a list."""
+    met: list[Record] = []
+    for entry, own in zip(entries, by_label(records).values(), strict=True):
+        met += own
+        c = count(met)
+        entry["cumulative_robust_accuracy"] = rate(c.right_after, c.n, "all_samples")
+
+
+def _attack_entry(case: Case, label: Label, records: Sequence[Record]) -> dict[str, Any]:
+    c = count(records)
+    # Rows never handed to the attack cost nothing and moved nowhere.
+    attacked = [r for r in records if r.forwards or r.outcome in (Outcome.BROKEN, Outcome.INVALID, Outcome.ERROR)]
+    entry: dict[str, Any] = {
+        "name": str(label),
+        "attack": label.attack,
+        "stage": label.stage,
+        "source": label.source,
+        "n_attacked": len(attacked),
+        "robust_accuracy": rate(c.right_after, c.n, "all_samples"),
+        "attack_success_rate": rate(c.broken, c.attackable, success_kind(case)),
+        "cost": _cost(records, attacked),
+    }
+    if c.unknown:
+        entry["undecided"] = c.unknown
+    distances = np.array([r.distance for r in attacked if r.distance is not None])
+    if len(distances):
+        entry["perturbation"] = {
+            "norm": str(case.threat.describe().get("norm")),
+            "max": float(distances.max()),
+            "mean": float(distances.mean()),
+            "median": float(np.median(distances)),
+            "n_outside_budget": sum(r.outcome == Outcome.INVALID for r in records),
+        }
+    for name, values in (
+        ("measures", measured(records)),
+        ("figures", figured(case, records)),
+        ("within", within_levels(case, records)),
+    ):
+        if values:
+            entry[name] = values
+    return entry
+
+
+def _cost(records: Sequence[Record], attacked: Sequence[Record]) -> dict[str, Any]:
+    cost: dict[str, Any] = {
+        "forward": sum(r.forwards for r in records),
+        "backward": sum(r.backwards for r in records),
+    }
+    if attacked:
+        queries = np.array([r.queries for r in attacked])
+        cost |= {"queries_median": float(np.median(queries)), "queries_max": float(queries.max())}
+    return cost
+
+
+__all__ = [
+    "ALL_JUDGES",
+    "Counts",
+    "accuracy_metrics",
+    "attack_entries",
+    "by_label",
+    "count",
+    "cumulative",
+    "figured",
+    "judged_by_all",
+    "per_class",
+    "rate",
+    "success_kind",
+    "task_kind",
+    "within_levels",
+]
