@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.report.text import shorten
 
 
 class Bars:
@@ -45,7 +46,7 @@ class Bars:
             self._progress.start()
         if title not in self._bars:
             name = case.label if case.attack is not None else f"{case.threat.scenario} {case.specs['threat_model']}"
-            shown = name if len(name) <= 40 else name[:37] + "..."
+            shown = shorten(str(name), 40)
             self._bars[title] = self._progress.add_task(shown, total=total, far="")
             self._standing[title] = {}
         held = self._standing[title]

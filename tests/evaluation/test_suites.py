@@ -15,13 +15,18 @@ from advkit.attacks.minimal.fab import FABT
 from advkit.attacks.query.square import Square
 from advkit.attacks.suites import Lean, Stage, Suite, Thorough
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Outcome
+from advkit.core.protocols import Access, Label, Outcome
 from advkit.evaluation import api
-from advkit.evaluation.report.summary import by_label, count
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.execute import run
+from advkit.evaluation.report.counts import by_label, count
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.scenarios.evasion import taken_by
 
 EPS = "linf:eps=0.1"
+
+
+def stage_of(case, stage):
+    return replace(case.label, stage=stage.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ def play(case, folder):
 
 def case_of(digits, model, **more):
     case = api.resolve("pgd", "none", digits, model, EPS, device="cpu", n=more.pop("n", 150), **more)
-    return replace(case, attack=Small(), label="small")
+    return replace(case, attack=Small(), label=Label("small"))
 
 
 def test_stages_take_only_rows_still_standing(digits, digits_model, tmp_path):
@@ -192,12 +197,12 @@ def test_the_shipped_suites(suite, digits, digits_model, tmp_path):
         records[size] = play(case, tmp_path / str(size))
     assert records[7] == records[1000]
     groups = by_label(records[7])
-    standing = {r.id for r in groups[f"{case.label}/{usual[0].name}"]}
+    standing = {r.id for r in groups[stage_of(case, usual[0])]}
     for stage in usual:
         if len(standing) <= stage.above * 60:
-            assert f"{case.label}/{stage.name}" not in groups
+            assert stage_of(case, stage) not in groups
             continue
-        group = groups[f"{case.label}/{stage.name}"]
+        group = groups[stage_of(case, stage)]
         taken = {r.id for r in group}
         assert taken <= standing
         share = -(-round(100 * stage.share) * len(standing) // 100)
@@ -226,11 +231,11 @@ def test_every_stage_plays_in_l1(digits, digits_model, tmp_path, suite):
     case = api.resolve(suite, "none", digits, digits_model, "l1:eps=1.5", device="cpu", n=50)
     records = play(case, tmp_path)
     groups = by_label(records)
-    assert {f"{case.label}/{stage.name}" for stage in case.attack.stages() if stage.when == "always"} <= set(groups)
+    assert {stage_of(case, stage) for stage in case.attack.stages() if stage.when == "always"} <= set(groups)
     assert not any(r.outcome in (Outcome.ERROR, Outcome.INVALID) for r in records)
     assert not any("outside_threat_model" in r.notes for r in records)
     assert all(r.distance <= 1.5 * (1 + 1e-6) for r in records)
-    apgd = play(replace(case, attack=APGDCE(steps=100), label="apgd-ce"), tmp_path / "apgd")
+    apgd = play(replace(case, attack=APGDCE(steps=100), label=Label("apgd-ce")), tmp_path / "apgd")
     assert 0 < count(records).robust <= count(apgd).robust
 
 
@@ -270,15 +275,15 @@ def test_gradients_that_mislead_in_l2_are_noticed(tmp_path, threat_model, mislea
     model = "zoo:fashion-mnist-cnn-trades"
     case = api.resolve(Unescalated(), task="fashion-mnist", model=model, threat_model=threat_model, n=400, device="cpu")
     groups = by_label(play(case, tmp_path))
-    fell = [r.closeness for r in groups[f"{case.label}/near-fab"] if r.outcome == Outcome.BROKEN]
+    fell = [r.closeness for r in groups[replace(case.label, stage="near-fab")] if r.outcome == Outcome.BROKEN]
     (watchman,) = [stage for stage in case.attack.stages() if stage.name == "near-fab"]
     assert (len(fell) > 0) == misleads
     assert watchman.alarmed([0.0] * len(fell), 250) == misleads
 
 
 def test_a_finished_suite_has_as_many_records_as_were_expected(digits, digits_model, digits_module, tmp_path):
-    from advkit.evaluation.run.engine import scenario_of
     from advkit.evaluation.run.store import Store
+    from advkit.evaluation.scenarios import scenario_of
     from advkit.models.torch import TorchModel
 
     masked = TorchModel(Rounded(digits_module).eval(), space=digits.space, classes=10)
@@ -286,10 +291,10 @@ def test_a_finished_suite_has_as_many_records_as_were_expected(digits, digits_mo
         case = case_of(digits, model)
         expected = scenario_of(case).expected
         records = play(case, tmp_path / str(index))
-        held = {Store.key(r.attack, r.id): r for r in records}
-        assert ("small/last" in by_label(records)) == (model is masked)
+        held = {Store.key(r.made_by, r.id): r for r in records}
+        assert (Label("small", "last") in by_label(records)) == (model is masked)
         assert expected(case, held) == len(records)
-        first = {key: r for key, r in held.items() if r.attack == "small/first"}
+        first = {key: r for key, r in held.items() if r.stage == "first"}
         # before its end a suite is expected to fell no more, so that without an escalation there are never more records
         assert expected(case, {}) >= expected(case, first) > len(first)
         assert model is masked or expected(case, first) >= len(records)

@@ -13,7 +13,8 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.spaces import SLOT
 from advkit.evaluation import api
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.execute import run
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.store import from_line, read_records, to_line
 from advkit.testing.language import tiny_lm
 

@@ -16,11 +16,12 @@ from advkit.benchmark import our_run
 from advkit.core.errors import SpecError, StaleRun, UsageError
 from advkit.core.protocols import Outcome
 from advkit.evaluation import api
-from advkit.evaluation.report.summary import count
+from advkit.evaluation.execute import run
+from advkit.evaluation.report.counts import count
 from advkit.evaluation.run import batch as playing
 from advkit.evaluation.run import speed as fast
 from advkit.evaluation.run.case import digest_of
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.speed import planned_passes
 from advkit.evaluation.run.store import read_examples
 from advkit.models.torch import TorchModel
