@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_said():
     for wrong, words in (
         (torch.tensor([0, 1]), "long tensor \\[B, K\\]"),
         (torch.tensor([[0.0], [1.0]]), "long tensor \\[B, K\\]"),
-        (torch.tensor([[0, 1], [2, 2]]), "row 1 wants \\[2, 2\\]"),
+        (torch.tensor([[0, 1], [2, 2]]), "sample 1 wants \\[2, 2\\]"),
         (torch.tensor([[-1, 1], [2, 3]]), "from 0 up"),
     ):
         with pytest.raises(BadInput, match=words):
