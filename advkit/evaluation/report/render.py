@@ -6,6 +6,7 @@ other figures and its words are. No scenario, goal or modality is known by name 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ _LEAST_ROWS = 5
 _SHOWN_RADII = 3
 _VALUE, _INTERVAL, _COUNTS = 8, 15, 25  # columns of the page; labels take the rest
 _LEAST_NAME = 16
+_TIE = "\u00a0"  # a space at which no line breaks
+_TIED = re.compile(r"\d %|\[[^\[\]\s]+, [^\[\]\s]+\]")
 
 
 @dataclass(frozen=True)
@@ -297,7 +300,7 @@ def verdict(data: Data) -> str:
 def brief(data: Data, width: int = 80) -> list[tuple[str, str]]:
     """(line, style) of a page of at most 13 lines of `width` characters: what decides, and no more."""
     words = f"{sentence(data)} {remarks(data)[0]}"
-    last = textwrap.wrap(words, width, max_lines=4, placeholder=" ...", break_on_hyphens=False)
+    last = _folded(words, width, most=4)
     found = findings(data)
     lines = [(shorten(_brief_title(data), width), "bold")]
     if not _names_threat(data):
@@ -374,8 +377,11 @@ def full(data: Data, width: int = 80) -> list[tuple[str, str]]:
     return [*lines, *((line, "") for line in _folded(verdict(data), width))]
 
 
-def _folded(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_on_hyphens=False)
+def _folded(text: str, width: int, most: int | None = None) -> list[str]:
+    """Lines of a text; a number stays with its unit, and an interval in one piece."""
+    tied = _TIED.sub(lambda match: match[0].replace(" ", _TIE), text)
+    lines = textwrap.wrap(tied, width, max_lines=most, placeholder=" ...", break_on_hyphens=False)
+    return [line.replace(_TIE, " ") for line in lines]
 
 
 # Everything, as a table and as HTML
