@@ -74,8 +74,8 @@ def test_k_is_said_once():
 @pytest.mark.parametrize(
     ("build", "word"),
     [
-        (lambda: THREAT_MODELS.build("online:k=0"), "at least one"),
-        (lambda: THREAT_MODELS.build("online:permutations=0"), "at least one"),
+        (lambda: THREAT_MODELS.build("online:k=0"), "at least 1"),
+        (lambda: THREAT_MODELS.build("online:permutations=0"), "at least 1"),
         (lambda: THREAT_MODELS.build("online:inner=tapm"), "grid"),
         (lambda: THREAT_MODELS.build("online:inner=online"), "stream"),
         (lambda: THREAT_MODELS.build("online:inner=[transfer:sources=zoo:a]"), "sources"),

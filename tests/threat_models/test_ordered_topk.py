@@ -341,5 +341,5 @@ class TestRules:
     @pytest.mark.parametrize("name", ["ordered-topk", "topk", "out-of-topk"])
     def test_specs_round_trip_and_refuse_no_place(self, name):
         assert GOALS.spec(GOALS.build(f"{name}:k=7")) == f"{name}:k=7"
-        with pytest.raises(UsageError, match="k=0"):
+        with pytest.raises(UsageError, match="k is 0"):
             GOALS.build(f"{name}:k=0")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import at_least, one_of
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import NOT_REACHED, Rng, Worded, Wording
 from advkit.core.rows import finite_rows
@@ -85,12 +86,10 @@ class TargetedRule(Worded):
     target: int | None = None
 
     def __post_init__(self) -> None:
-        if self.how not in ("next", "random", "least_likely", "class"):
-            raise UsageError(f"how={self.how!r}; expected next, random, least_likely or class")
+        one_of(self, "how", ("next", "random", "least_likely", "class"))
         if (self.how == "class") != (self.target is not None):
             raise UsageError(f"how={self.how}, target={self.target}; target=... goes with how=class and only with it")
-        if self.target is not None and self.target < 0:
-            raise UsageError(f"target={self.target}; expected a class index from 0 up")
+        at_least(self, 0, "target")
 
     def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> Targeted:
         """The goal of a batch with true classes `labels` and untouched answer `answer` (scores, float [B, C])."""
