@@ -51,7 +51,7 @@ class Online(OnlineAttack, PlansSubmissions, MadeForGoal, MadeForThreatModel):
     default_goal: ClassVar[str] = "untargeted"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "k")
+        at_least_one(self, "k", "observe", "reference")
         if not self.rule.online:
             raise UsageError(
                 f"the selector {self.selector} needs the whole stream at once, which no online attacker has; its "
