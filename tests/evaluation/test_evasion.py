@@ -186,7 +186,7 @@ def test_a_row_that_raises_is_recorded_and_the_others_go_on(digits, digits_model
 
 def test_identity_of_accuracy_and_success_rate(digits, digits_model, tmp_path):
     c = count(play(case_of(digits, digits_model, n=120), tmp_path))
-    assert (c.n, c.sound) == (120, c.robust + c.broken)
+    assert (c.n, c.correct) == (120, c.robust + c.broken)
 
 
 def test_resume_after_a_cut_line(digits, digits_model, tmp_path):

@@ -72,10 +72,10 @@ def case_of(digits, model, **more):
 def test_stages_take_only_rows_still_standing(digits, digits_model, tmp_path):
     records = play(case_of(digits, digits_model), tmp_path)
     groups = by_label(records)
-    assert list(groups)[:3] == ["small/first", "small/near", "small/sentinel"]
-    first = {r.id: r for r in groups["small/first"]}
+    assert list(groups)[:3] == [Label("small", "first"), Label("small", "near"), Label("small", "sentinel")]
+    first = {r.id: r for r in groups[Label("small", "first")]}
     standing = {row for row, r in first.items() if r.outcome == Outcome.ROBUST}
-    near = {r.id: r for r in groups["small/near"]}
+    near = {r.id: r for r in groups[Label("small", "near")]}
     assert len(near) == -(-len(standing) * 3 // 10)
     assert set(near) <= standing
     # the nearest by the first stage's closeness
@@ -84,7 +84,7 @@ def test_stages_take_only_rows_still_standing(digits, digits_model, tmp_path):
     c = count(records)
     assert c.n == len(first) == 150
     assert c.broken == sum(r.outcome == Outcome.BROKEN for r in records)
-    assert c.sound == c.robust + c.broken
+    assert c.correct == c.robust + c.broken
 
 
 def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_path):
@@ -93,12 +93,12 @@ def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_p
     masked = TorchModel(Rounded(digits_module).eval(), space=digits.space, classes=10)
     records = play(case_of(digits, masked), tmp_path)
     groups = by_label(records)
-    assert any(r.outcome == Outcome.BROKEN for r in groups["small/sentinel"])
-    assert "small/last" in groups
-    survivors = {r.id for r in groups["small/first"] if r.outcome == Outcome.ROBUST}
-    for stage in ("small/near", "small/sentinel"):
+    assert any(r.outcome == Outcome.BROKEN for r in groups[Label("small", "sentinel")])
+    assert Label("small", "last") in groups
+    survivors = {r.id for r in groups[Label("small", "first")] if r.outcome == Outcome.ROBUST}
+    for stage in (Label("small", "near"), Label("small", "sentinel")):
         survivors -= {r.id for r in groups[stage] if r.outcome == Outcome.BROKEN}
-    assert {r.id for r in groups["small/last"]} == survivors
+    assert {r.id for r in groups[Label("small", "last")]} == survivors
 
 
 def test_what_alarms_a_sentinel():
@@ -125,12 +125,12 @@ def test_a_stage_is_left_out_where_few_rows_still_stand(digits, digits_model, tm
             return first, Stage(name="watch", attack=Square(queries=10), above=self.above, sentinel=True)
 
     case = case_of(digits, digits_model, n=60)
-    first = by_label(play(case, tmp_path))["small/first"]
+    first = by_label(play(case, tmp_path))[Label("small", "first")]
     share = sum(r.outcome == Outcome.ROBUST for r in first) / 60
     assert 0.1 < share < 0.9
     for above, played in ((share - 0.01, True), (share, False)):
         records = play(replace(case, attack=Watched(above=above)), tmp_path / str(played))
-        assert ("small/watch" in by_label(records)) == played
+        assert (Label("small", "watch") in by_label(records)) == played
 
 
 def test_no_find_no_escalation(digits, tmp_path):
@@ -143,7 +143,7 @@ def test_no_find_no_escalation(digits, tmp_path):
         far[1].weight.copy_(weights)
         far[1].bias.copy_(torch.tensor([5.0] + [0.0] * 9))
     records = play(case_of(digits, TorchModel(far, space=digits.space, classes=10), n=60), tmp_path)
-    assert "small/last" not in by_label(records)
+    assert Label("small", "last") not in by_label(records)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])

@@ -221,19 +221,16 @@ def test_words_and_cards_of_the_report(task, lm, tmp_path):
     cost = data["attacks"][0]["cost"]
     assert cost["forward"] == 12 * data["attacks"][0]["n_attacked"]
     assert cost["tokens"] > 0
-    page = str(report)
-    for words in ("target not said", "exact target rate (greedy)", "judge refusal: broken", "suffix of 3 tokens"):
-        assert words in page, words
     text = " ".join(" ".join(line for line, _ in report.full()).split())
     for words in (
         "target not said", "exact target", "target NLL before", "target NLL after", "benign accuracy", "clean refusal",
-        "refusal ASR at 1", "refusal ASR any of 4", "refusal ASR mean",
-        "forward passes per attacked sample", "tokens per attacked sample",
+        "refusal ASR at 1", "refusal ASR any of 4", "refusal ASR mean", "forward passes per attacked sample",
+        "tokens per attacked sample",
         "suffix tokens", "retokenizing share", "suffix log probability", "empty replies", "suffix of 3 tokens",
-        "Exact target rate (greedy)", "robust to goal and all judges",
+        "robust to every judge",
     ):  # fmt: skip
         assert words in text, words
-    for words in ("robust accuracy", "weakest class", "8 bits", "DLR"):
+    for words in ("class held", "8 bits", "DLR"):
         assert words not in text, words
     assert "any of" in text.partition("at 1")[2]
 
@@ -298,10 +295,16 @@ def test_from_names_to_a_report_on_the_embedded_model(tmp_path):
     assert report.trustworthy
 
 
-def test_a_setting_without_an_end_is_reported_as_text():
-    @dataclass(frozen=True)
-    class Filter:
-        limits: tuple[float, ...] = (float("inf"), 0.5)
-        steps: int = 2
+@dataclass
+class Setting:
+    max_perplexity: float
+    steps: int
+    eps: float
 
-    assert parameters(Filter()) == {"limits": ["inf", 0.5], "steps": 2}
+
+def test_a_setting_without_an_end_is_reported_as_text():
+    assert parameters(Setting(float("inf"), 2, 0.5)) == {
+        "max_perplexity": "inf",
+        "steps": 2,
+        "eps": 0.5,
+    }

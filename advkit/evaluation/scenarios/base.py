@@ -97,12 +97,16 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             sentence += f" The mean distance of broken samples is {{{distance}}}."
     if f"robust_accuracy_{ALL_JUDGES}" in metrics and isinstance(case.rule, Judged):
         headline = Headline(f"robust_accuracy_{ALL_JUDGES}", "Robust accuracy (no judge says broken)")
-        table += [("robust to goal and all judges", headline.metric)]
-        judged = [name for name in case.rule.broken_by if name in metrics]
-        table += [(f"judge {name.removesuffix('_asr_greedy')}: broken", name) for name in judged]
+        judges = [(f"{name.removesuffix('_asr_greedy')} judge says broken", name) for name in case.rule.broken_by]
+        table = [
+            (words.clean, "clean_accuracy"),
+            ("robust to every judge", headline.metric),
+            (words.success, "attack_success_rate"),
+            *((label, name) for label, name in judges if name in metrics),
+        ]
         sentence = (
-            f"{{{headline.metric}}} of the prompts are robust: the wanted reply does not come and no judge calls the "
-            f"reply broken. {sentence}"
+            f"{{{headline.metric}}} of the prompts are robust: the wanted reply does not come, and no judge calls the "
+            "greedy reply broken."
         )
     return Section(metrics, headline, table, sentence, figures_of(case, metrics), words, settings_of(case))
 
