@@ -56,7 +56,6 @@ def strip(case: Case, folder: Path, title: str = "") -> Any:
         torch.stack([b for _, b in images]),
         clean_names=[names[r.clean] for r in broken if r.clean is not None],
         adversarial_names=[names[r.adversarial] for r in broken if r.adversarial is not None],
-        low=0.0 if low is None else low,
-        high=1.0 if high is None else high,
+        bounds=(0.0 if low is None else low, 1.0 if high is None else high),
         title=title,
     )
