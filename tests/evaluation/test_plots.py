@@ -82,9 +82,9 @@ def test_grid_amplifies_the_difference_and_says_by_how_much(channels: int) -> No
 
 def test_grid_of_unchanged_images_and_other_ranges() -> None:
     x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    figure = plots.example_grid(x, x, low=-1, high=1)
+    figure = plots.example_grid(x, x, bounds=(-1, 1))
     assert "x1" in figure.axes[2].get_ylabel()
-    titled = plots.example_grid(x, x, low=-1, high=1, title="a title of more words than fit above one column")
+    titled = plots.example_grid(x, x, bounds=(-1, 1), title="a title of more words than fit above one column")
     assert "\n" in titled.get_suptitle()
     with pytest.raises(UsageError, match="outside"):
         plots.example_grid(x, x)

@@ -357,7 +357,7 @@ def test_old_reports_say_what_their_readers_said() -> None:
     far = one(metrics={"l2_mean": {"value": 1.25, "n": 3}}, threat_model={"goal": "topk_ordered", "norm": "L2"})
     assert "Successes lie 1.25 (L2) from their clean inputs" in far.verdict()
     told = one(task="text_generation", metrics={"refusal_asr_greedy": rate(4, 10, "prompts")})
-    assert "target held back" in str(told)
+    assert "target not said" in str(told)
     assert "judge refusal: broken" in str(told)
     submitted = {
         "value": 0.5,
