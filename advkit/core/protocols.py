@@ -732,6 +732,7 @@ class Submissions(Protocol):
         """The same with the attack's budget; UsageError where both name one and they differ."""
 
 
+@runtime_checkable
 class Ball(ThreatModel[X], Protocol[X]):
     """A threat model with a radius, in which an attack can take steps."""
 

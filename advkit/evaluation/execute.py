@@ -22,7 +22,7 @@ from advkit.evaluation.run.speed import FastViews
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
-from advkit.evaluation.trust.diagnostics import Finding
+from advkit.evaluation.trust.findings import Finding
 
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
