@@ -16,10 +16,10 @@ from torch import Tensor
 import advkit
 from advkit.core.errors import BadInput, ReportError, UsageError
 from advkit.core.protocols import Access
-from advkit.evaluation.report.matrix import NOTHING, Matrix, aggregate, cell_figures, errors_of
-from advkit.evaluation.scenarios import matrix as module
-from advkit.evaluation.scenarios.matrix import read_matrix, split_sum, strikes_of
-from advkit.evaluation.scenarios.transfer_images import Rows
+from advkit.evaluation.matrix import Matrix, MatrixRequest, api, execute, read_matrix
+from advkit.evaluation.matrix.images import Rows
+from advkit.evaluation.matrix.participants import named_attacks, split_sum
+from advkit.evaluation.matrix.rates import NO_DECISION, cell_rates, errors_of, over_seeds
 from advkit.evaluation.stats import wilson
 from advkit.models import zoo
 from advkit.tasks import TASKS
@@ -127,9 +127,9 @@ def test_a_missing_cell_counts_neither_way_and_a_missing_row_leaves_the_rest() -
 
 def test_three_success_rates_by_hand() -> None:
     labels = np.array([0, 0, 0, 0, 0, 0])
-    clean = np.array([0, 0, 0, 0, 1, NOTHING], dtype=np.int16)
-    answers = np.array([[0, 1, 2, NOTHING, 0, 0], [0, 0, 1, 0, 1, -1]], dtype=np.int16)
-    found = cell_figures(answers, clean, labels, wanted=np.full(6, 1))
+    clean = np.array([0, 0, 0, 0, 1, NO_DECISION], dtype=np.int16)
+    answers = np.array([[0, 1, 2, NO_DECISION, 0, 0], [0, 0, 1, 0, 1, -1]], dtype=np.int16)
+    found = cell_rates(answers, clean, labels, wanted=np.full(6, 1))
     # First seed: 4 rows count (the unanswered one and the one without a clean answer do not), 2 right; of the 3 right
     # untouched 2 fell, and one of the wrong ones turned right.
     assert found["acc"]["counts"] == [[2, 4], [3, 5]]
@@ -422,12 +422,12 @@ def test_names_of_sums() -> None:
     assert split_sum("[zoo:a]+pgd_at@cnn") == ("zoo:a", "pgd_at@cnn")
     assert split_sum("path:models/a+b.safetensors") == ("path:models/a+b.safetensors",)
     assert split_sum("zoo:a") == ("zoo:a",)
-    strike = strikes_of(["ni+ti"])[0]
+    strike = named_attacks(["ni+ti"])[0]
     assert (strike.name, strike.spec) == ("ni+ti", "transfer:ni+ti")
     with pytest.raises(UsageError, match="more than once"):
-        strikes_of(["fgsm", "fgsm"])
+        named_attacks(["fgsm", "fgsm"])
     with pytest.raises(UsageError, match="more than once"):
-        strikes_of(["pgd", "pgd:steps=40"])
+        named_attacks(["pgd", "pgd:steps=40"])
 
 
 def test_heat_maps_hold_the_cells_and_their_titles_stand_clear(made: tuple[Matrix, Path]) -> None:
