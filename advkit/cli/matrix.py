@@ -92,39 +92,39 @@ def matrix(
     )
     command = shlex.join(["advkit", *sys.argv[1:]])
     with _Bar(hidden=as_json) as bar:
-        made = execute(request, workers=workers, cache=cache, out=folder, watch=bar.watch, command=command)
-    drawn = _heatmaps(made, folder) if plots else []
+        result = execute(request, workers=workers, cache=cache, out=folder, watch=bar.watch, command=command)
+    drawn = _heatmaps(result, folder) if plots else []
     if as_json:
-        typer.echo(made.to_json())
+        typer.echo(result.to_json())
     else:
-        _print(made, [folder / "matrix.json", folder / "matrix.md", *drawn])
+        _print(result, [folder / "matrix.json", folder / "matrix.md", *drawn])
 
 
-def _heatmaps(made: Matrix, folder: Path) -> list[Path]:
+def _heatmaps(result: Matrix, folder: Path) -> list[Path]:
     from advkit.evaluation.figures.plots import save
 
-    drawn = [save(made.plot(), folder / "heatmap.png")]
-    if made.to_dict()["equal_budget"] is not None:
-        drawn.append(save(made.plot(equal_budget=True), folder / "heatmap_equal_budget.png"))
+    drawn = [save(result.plot(), folder / "heatmap.png")]
+    if result.to_dict()["equal_budget"] is not None:
+        drawn.append(save(result.plot(equal_budget=True), folder / "heatmap_equal_budget.png"))
     return drawn
 
 
-def _print(made: Matrix, files: Sequence[Path]) -> None:
+def _print(result: Matrix, files: Sequence[Path]) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
     console = Console()
-    console.print(Markdown(made.markdown(brief=True)))
+    console.print(Markdown(result.markdown(brief=True)))
     console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _fraction(text: str) -> float:
     from advkit.core.errors import UsageError
+    from advkit.core.registry.fields import Misfit, read
 
-    above, slash, below = text.partition("/")
     try:
-        return float(above) / float(below) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
+        return float(read(text, float))
+    except Misfit:
         raise UsageError(f"eps {text!r}; expected a number such as 0.1 or 8/255") from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -127,9 +127,17 @@ class TransferGrid:
             raise UsageError(f"{len(self.groups)} groups for {len(self.sources)} sources")
 
     def accuracies(self, errors: ArrayLike) -> dict[str, Any]:
-        """The three accuracies of the grid, overall and by source, attack, group and knowledge; see `tapm_metrics`.
+        """The three accuracies from the success tensor, overall and by source, attack, group and knowledge.
+
+        acc_avg averages the cells, acc_best_attack is the worst cell's accuracy (the paper's headline), acc_per_sample
+        counts images right under every cell; always per-sample <= best-attack <= average. Images that are wrong when
+        clean count like any other.
 
         errors: [S, A, N], 1 where the victim errs on the image, NaN where the entry is missing
+
+        A cell with no entry at all is listed under `missing` and counts neither way; an image that lacks an entry in a
+        present cell is left out everywhere and counted under `incomplete`. Every rate carries integer counts. Raises
+        UsageError where names and shape do not fit, or where an entry is neither 0, 1 nor NaN.
         """
         values = self._checked(errors)
         known = ~np.isnan(values)
@@ -195,43 +203,6 @@ class TransferGrid:
 
 def _rate(correct: int, images: int) -> dict[str, Any]:
     return {"value": correct / images if images else None, "numerator": correct, "denominator": images}
-
-
-def tapm_metrics(
-    errors: ArrayLike,
-    sources: Sequence[str],
-    attacks: Sequence[str],
-    groups: Mapping[str, str] | Sequence[str] = (),
-    seen: Collection[str] = (),
-    white_box: Collection[str] = (),
-) -> dict[str, Any]:
-    """The three accuracies of a grid from its success tensor, overall and by source, attack, group and knowledge.
-
-    acc_avg averages the cells, acc_best_attack is the worst cell's accuracy (the paper's headline), acc_per_sample
-    counts images right under every cell; always per-sample <= best-attack <= average. Images that are wrong when clean
-    count like any other.
-
-    errors: [S, A, N], 1 where the victim errs on the image, NaN where the entry is missing
-    groups: training group of each source, as a mapping by name or as S labels; empty for none
-    The other names are those of a `TransferGrid`.
-
-    A cell with no entry at all is listed under `missing` and counts neither way; an image that lacks an entry in a
-    present cell is left out everywhere and counted under `incomplete`. Every rate carries integer counts. Raises
-    UsageError where names and shape do not fit, where a name is unknown or where an entry is neither 0, 1 nor NaN.
-    """
-    if isinstance(groups, Mapping):
-        lost = [name for name in sources if groups and name not in groups]
-        if lost:
-            raise UsageError(f"groups says nothing of {', '.join(lost)}")
-        groups = [groups[name] for name in sources] if groups else []
-    grid = TransferGrid(
-        sources=tuple(sources),
-        attacks=tuple(attacks),
-        groups=tuple(groups),
-        seen=frozenset(seen),
-        white_box=frozenset(white_box),
-    )
-    return grid.accuracies(errors)
 
 
 def game_value(accuracies: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:

@@ -77,20 +77,9 @@ def matrix(
     and the report says why.
     """
     request = MatrixRequest(
-        sources=sources,
-        attacks=attacks,
-        targets=targets,
-        task=task,
-        threat_model=threat_model,
-        eps=eps,
-        goal=goal,
-        n=n,
-        seeds=seeds,
-        equal_budget=equal_budget,
-        similarity=similarity,
-        seen=seen,
-        device=device,
-    )
+        sources=sources, attacks=attacks, targets=targets, task=task, threat_model=threat_model, eps=eps, goal=goal,
+        n=n, seeds=seeds, equal_budget=equal_budget, similarity=similarity, seen=seen, device=device,
+    )  # fmt: skip
     return execute(request, workers=workers, cache=cache, out=out, watch=watch, command=command)
 
 

@@ -102,7 +102,7 @@ def _part(plan: MatrixPlan, table: Table, clean: Decisions) -> dict[str, Any]:
                 cells.append(_cell(plan, pair, t, clean[t]))
     return {
         "attacks": _attacks(plan, table),
-        "sets": [_set(plan, pair, k, made) for pair in table.pairs for k, made in enumerate(pair.sets)],
+        "sets": [_set(plan, pair, k, images) for pair in table.pairs for k, images in enumerate(pair.sets)],
         "cells": cells,
         "missing": missing,
         "summary": {target.name: _summary(plan, table, t, clean[t]) for t, target in enumerate(plan.targets)},
@@ -119,26 +119,26 @@ def _attacks(plan: MatrixPlan, table: Table) -> list[dict[str, Any]]:
     entries = []
     for attack in table.attacks:
         sets = [pair.sets for pair in table.of(attack) if pair.sets]
-        costs = [_mean(made.backwards) for by_seed in sets for made in by_seed]
+        costs = [_mean(images.backwards) for by_seed in sets for images in by_seed]
         known = len(plan.seeds) > 1 and sets
         random = any(len(by_seed) > 1 for by_seed in sets) if known else None
         entries.append({**attack.to_dict(), "grads_per_image": fmean(costs) if costs else None, "random": random})
     return entries
 
 
-def _set(plan: MatrixPlan, pair: Pair, k: int, made: ImageSet) -> dict[str, Any]:
+def _set(plan: MatrixPlan, pair: Pair, k: int, images: ImageSet) -> dict[str, Any]:
     return {
         "s": pair.source.name,
         "a": pair.attack.name,
         "seed": plan.seeds[k],
-        "file_hash": made.key,
-        "images_sha256": made.sha256,
-        "grads_per_image": _mean(made.backwards),
-        "forwards_per_image": _mean(made.forwards),
-        "eps_used": float(made.distance.max()),
-        "outside": int((~made.admitted).sum()),
-        "raised": int((~made.usable).sum()),
-        "seconds": round(made.seconds, 4),
+        "file_hash": images.key,
+        "images_sha256": images.sha256,
+        "grads_per_image": _mean(images.backwards),
+        "forwards_per_image": _mean(images.forwards),
+        "eps_used": float(images.distance.max()),
+        "outside": int((~images.admitted).sum()),
+        "raised": int((~images.usable).sum()),
+        "seconds": round(images.seconds, 4),
     }
 
 

@@ -256,8 +256,8 @@ class Images:
             return
         self.engine.lanes(case)  # probed now, so that the first piece's seconds are its own
         watch = Stopwatch()
-        for piece, made in zip(pieces, self._attacked(case, pieces), strict=True):
-            part = _finished(key, case.threat, made, watch.lap())
+        for piece, result in zip(pieces, self._attacked(case, pieces), strict=True):
+            part = _finished(key, case.threat, result, watch.lap())
             if not bool(part.usable.any()):
                 raise Unsupported(next(iter(part.messages.values())))
             if bool(part.usable.all()):  # what raised is tried again when the run is resumed
@@ -329,9 +329,9 @@ def _joined(parts: Sequence[Round]) -> Round:
     )
 
 
-def _finished(key: str, threat: ThreatModel[Tensor], made: Round, seconds: float) -> ImageSet:
+def _finished(key: str, threat: ThreatModel[Tensor], result: Round, seconds: float) -> ImageSet:
     """Rounded to 8 bits and checked against the threat model once more."""
-    records, origin, returned = made.records, made.clean, made.adversarial
+    records, origin, returned = result.records, result.clean, result.adversarial
     assert origin is not None
     assert returned is not None
     shaped, admitted = submitted(returned, origin, threat)

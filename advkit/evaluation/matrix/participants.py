@@ -75,9 +75,9 @@ def participants(given: Sequence[Any] | str, task: Task, device: str, *, attacke
         asked += [one] if role is None else zoo_specs(task, role, "path:FILE")
     if not asked:
         raise UsageError(f"a matrix needs at least one {'source' if attacked else 'target'}")
-    made = tuple(_participant(one, task, device, attacked) for one in asked)
-    _all_different("sources" if attacked else "targets", [one.name for one in made])
-    return made
+    named = tuple(_participant(one, task, device, attacked) for one in asked)
+    _all_different("sources" if attacked else "targets", [one.name for one in named])
+    return named
 
 
 def _participant(given: Any, task: Task, device: str, attacked: bool) -> Participant:

@@ -101,10 +101,10 @@ class Tables:
         for source in self.plan.sources:
             for attack in self.plan.attacks:
                 try:
-                    made = self.images.get(self.plan.cell(source, attack, self.plan.seeds[0]), self.plan.rows)
+                    images = self.images.get(self.plan.cell(source, attack, self.plan.seeds[0]), self.plan.rows)
                 except Unsupported:
                     continue
-                move = (as_seen(made.images) - self.plan.rows.x.float()).flatten(1)
+                move = (as_seen(images.images) - self.plan.rows.x.float()).flatten(1)
                 moves.append(move / move.norm(dim=1, keepdim=True).clamp_min(1e-12))
                 names.append([source.name, attack.name])
         cosine = [[float((a * b).sum(1).mean()) for b in moves] for a in moves]
@@ -132,13 +132,19 @@ class Tables:
         """The sets and the decisions [T, K or 1, N]; one seed is enough for an attack that draws nothing."""
         seeds, rows = self.plan.seeds, self.plan.rows
         first = self.images.get(self.plan.cell(source, attack, seeds[0]), rows)
-        made = [first]
-        if len(seeds) > 1:
-            again = self.images.get(self.plan.cell(source, attack, seeds[1]), rows.first_piece()).images
-            if not torch.equal(again, first.images[: len(again)]):
-                made += [self.images.get(self.plan.cell(source, attack, seed), rows) for seed in seeds[1:]]
-        shown = [self._shown(images, seed) for images, seed in zip(made, seeds, strict=False)]
-        return tuple(images.without_images() for images in made), np.stack(shown, axis=1)
+        sets, shown = [first.without_images()], [self._shown(first, seeds[0])]
+        if len(seeds) > 1 and not self._repeats(source, attack, first):
+            for seed in seeds[1:]:
+                images = self.images.get(self.plan.cell(source, attack, seed), rows)
+                sets.append(images.without_images())
+                shown.append(self._shown(images, seed))
+        return tuple(sets), np.stack(shown, axis=1)
+
+    def _repeats(self, source: Participant, attack: NamedAttack, first: ImageSet) -> bool:
+        """Whether the second seed makes the images of the first rows once more."""
+        cell = self.plan.cell(source, attack, self.plan.seeds[1])
+        again = self.images.get(cell, self.plan.rows.first_piece()).images
+        return torch.equal(again, first.images[: len(again)])
 
     def _shown(self, images: ImageSet, seed: int) -> Decisions:
         """Decisions [T, N] about a set."""

@@ -155,9 +155,9 @@ def grid_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     """TAPM accuracies from the grid's records: average, best attack and per sample; seen and unseen sources apart."""
     threat = _brings(case)
     grid = grid_of(participants_of(case.surrogates), threat.attack_names, threat.seen, weights_of(case.victim))
-    found = grid.accuracies(errors_of(case, records))
-    blocks = {"": found["overall"], "_seen": found["seen"], "_unseen": found["unseen"]}
-    blocks |= {f"_group_{name}": block for name, block in found["by_group"].items()}
+    accuracies = grid.accuracies(errors_of(case, records))
+    blocks = {"": accuracies["overall"], "_seen": accuracies["seen"], "_unseen": accuracies["unseen"]}
+    blocks |= {f"_group_{name}": block for name, block in accuracies["by_group"].items()}
     metrics: dict[str, Any] = {}
     for suffix, block in blocks.items():
         for kind in KINDS if block is not None else ():
