@@ -130,7 +130,7 @@ def _left_out(companion: Companion) -> Finding:
     return Finding(
         id="transfer_failure",
         severity="info",
-        message=f"the threat model that the defense claims ({companion.title}) was not evaluated: {companion.without}",
+        message=f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}",
         advice="name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     )
 

@@ -33,7 +33,7 @@ def _probed(module: nn.Module, shape: tuple[int, ...], classes: int, name: str, 
             answer = module(torch.zeros(1, *shape))
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadModel(f"{name} does not take rows of shape {list(shape)} ({first}); {hint}") from error
+        raise BadModel(f"{name} does not take samples of shape {list(shape)} ({first}); {hint}") from error
     if not isinstance(answer, Tensor) or answer.dim() != 2:
         seen = f"a tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
         raise BadModel(f"{name} answers {seen}; expected logits of shape [rows, classes]")
@@ -82,7 +82,7 @@ class Timm:
         if not timm.is_model(self.name.partition(".")[0]):
             raise _unknown(self.name, timm.list_models(), "timm")
         if len(shape) != 3:
-            raise BadModel(f"{spec} takes images of shape [C, H, W], this task's rows are {list(shape)}")
+            raise BadModel(f"{spec} takes images of shape [C, H, W], this task's samples are {list(shape)}")
         fetch = self.pretrained and not self.checkpoint
 
         def build() -> nn.Module:

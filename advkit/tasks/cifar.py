@@ -55,7 +55,7 @@ class _Cifar(ArrayTask):
     def _pair(self, train: bool, rows: int = 0) -> tuple[Tensor, Tensor]:
         held = self._read(train)
         if rows > len(held.targets):
-            raise UsageError(f"train={rows} asks for more rows than the training file's {len(held.targets)}")
+            raise UsageError(f"train={rows} asks for more samples than the training file's {len(held.targets)}")
         rows = rows or len(held.targets)
         x = torch.from_numpy(held.data[:rows]).permute(0, 3, 1, 2).contiguous().float().div_(255)
         return x, torch.tensor(held.targets[:rows], dtype=torch.long)

@@ -163,7 +163,7 @@ class Prompts(OfKind, Bindable, Hashed):
     def _tokens(self) -> dict[str, tuple[list[int], int, list[int]]]:
         """Per line: the user's ids, how many of them stand before the slot, the reply's."""
         if self._space is None:
-            raise UsageError("prompts have no rows before they are bound to a model: task.bind(model.space)")
+            raise UsageError("prompts have no samples before they are bound to a model: task.bind(model.space)")
         tokenizer = self._space.tokenizer
         found = {}
         for each in self._lines.values():
@@ -195,9 +195,9 @@ class Prompts(OfKind, Bindable, Hashed):
     def batches(self, size: int, skip: Container[str] = (), n: int | None = None) -> Iterator[Batch]:
         """The first n rows (all by default) in order, without those in skip, and their twins."""
         if size < 1:
-            raise UsageError(f"a batch holds at least one row, got size={size}")
+            raise UsageError(f"a batch holds at least one sample, got size={size}")
         if n is not None and not 1 <= n <= len(self):
-            raise UsageError(f"{self.name} has {len(self)} rows in {self.split}, n={n} were asked for")
+            raise UsageError(f"{self.name} has {len(self)} samples in {self.split}, n={n} were asked for")
         wanted = [each for each in self.prompts[:n] if each.id not in skip]
         for start in range(0, len(wanted), size):
             rows = wanted[start : start + size]

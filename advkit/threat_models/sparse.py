@@ -38,10 +38,8 @@ class L0(NormBall):
         if self.per not in ("pixel", "feature"):
             raise UsageError(f"per={self.per!r}; expected pixel or feature")
 
-    def describe(self) -> dict[str, Any]:
-        """The report's threat_model block, without the goal."""
-        block = super().describe()
-        return {**block, "details": {**block["details"], "per": self.per}}
+    def _details(self) -> dict[str, Any]:
+        return {**super()._details(), "per": self.per}
 
     def _largest(self, space: Box) -> float | None:
         if not space.bounded:

@@ -235,9 +235,9 @@ def fit(
 
 def _check(model: TorchModel, data: Data, held: int) -> None:
     if len(data) - held < 1:
-        raise BadInput(f"{len(data)} training rows leave none to train on after {held} for validation")
+        raise BadInput(f"{len(data)} training samples leave none to train on after {held} for validation")
     if len(data.x) != len(data.y):
-        raise BadInput(f"{len(data.x)} training rows and {len(data.y)} labels; expected one label per row")
+        raise BadInput(f"{len(data.x)} training samples and {len(data.y)} labels; expected one label per sample")
     if int(data.y.min()) < 0 or int(data.y.max()) >= data.classes:
         raise BadInput(
             f"training labels from {int(data.y.min())} to {int(data.y.max())}; expected 0 to {data.classes - 1}"

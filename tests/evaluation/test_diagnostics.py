@@ -19,12 +19,12 @@ from advkit.attacks.gradient.pgd import PGD
 from advkit.attacks.query.square import Square
 from advkit.attacks.suites import Stage, Suite
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Outcome, Record
+from advkit.core.protocols import Access, Label, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.defenses.inputs.bit_depth import BitDepth
 from advkit.evaluation.api import evaluate, resolve
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.scenarios.evasion import single_attack
+from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.trust import battery as expensive
 from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.trust.advice import ADVICE
@@ -81,7 +81,7 @@ def case(model: Any, attack: Any = None, *, threat: Any = None, task: Any = DIGI
         attack=attack,
         threat=threat.bind(model.space),
         rule=UntargetedRule(),
-        label=type(attack).__name__.lower(),
+        label=Label(type(attack).__name__.lower()),
         n=min(n, len(task)),
     )
 
@@ -128,7 +128,7 @@ def grave(findings: Sequence[diagnostics.Finding]) -> set[str]:
 
 
 def play(case: Case) -> list[Record]:
-    return [record for records, _, _ in single_attack(case) for record in records]
+    return [record for each in LocalEngine().attack(case, {}) for record in each.records]
 
 
 def battery(case: Case, **settings: Any) -> tuple[set[str], dict[str, Any]]:
@@ -536,7 +536,7 @@ def test_rows_that_fall_to_a_suites_sentinel_are_counted_by_stage(plain: TorchMo
     def stage(name: str, rows: range, broken: int, wrong: int = 0) -> list[Record]:
         outcomes = [Outcome.WRONG] * wrong + [Outcome.BROKEN] * broken
         outcomes += [Outcome.ROBUST] * (len(rows) - len(outcomes))
-        return [record(str(i), o, f"{suite.label}/{name}") for i, o in zip(rows, outcomes, strict=True)]
+        return [record(str(i), o, suite.label.attack, stage=name) for i, o in zip(rows, outcomes, strict=True)]
 
     walk, sentinel = stage("walk", range(100), 20, 10), stage("sentinel", range(30, 100), 5)
     assert diagnostics.after(suite, walk + stage("sentinel", range(30, 100), 0)) == []

@@ -141,7 +141,8 @@ class Evasion(BaseScenario):
             return ()
         name = DEFENSES.name_of(case.defense)
         try:
-            return [Companion("tapm", claim, claimed(case, claim, name), ("tapm_*",), "tapm_acc_best_attack")]
+            other = claimed(case, claim, name)
+            return [Companion("tapm", "best transfer attack (TAPM)", other, ("tapm_*",), "tapm_acc_best_attack")]
         except UsageError as error:
             return [Companion("tapm", claim, None, without=str(error))]
 
@@ -193,7 +194,7 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
         surrogates=(("undefended", undefended),),
         specs={**case.specs, "attack": label},
     )
-    title = "oblivious attacker (does not know the defense)"
+    title = "oblivious (defense unknown)"
     return Companion(
         "oblivious", title, other, OBLIVIOUS, "oblivious_robust_accuracy", prefix="oblivious_", knows_less=True
     )

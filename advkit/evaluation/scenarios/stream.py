@@ -385,7 +385,7 @@ class Stream(BaseScenario):
                 ("fool rate of submissions", "stream_fool_rate"),
                 ("competitive ratio", "stream_competitive_ratio"),
                 ("accuracy on the stream", "stream_accuracy"),
-                ("robust accuracy, every item submitted", "robust_accuracy"),
+                ("robust, every item submitted", "robust_accuracy"),
             ],
             sentence=(
                 "{stream_fool_rate} of the submitted samples fool the model; the competitive ratio is "
@@ -491,12 +491,12 @@ def stream_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "stream_competitive_ratio": mean(played.competitive_ratio(items)),
         "stream_value_ratio": mean(played.value_ratio(items)),
-        "stream_fool_rate": mean(played.fooled(items) / k),
+        "stream_fool_rate": mean(played.fooled(items) / k, "fraction"),
         "stream_fooled": mean(played.fooled(items), f"of {k}"),
         "stream_selected": mean(played.selected(), f"of {k}"),
-        "stream_accuracy": mean(played.accuracy(items)),
+        "stream_accuracy": mean(played.accuracy(items), "fraction"),
         "stream_naive_fool_rate": rate(int(items.fooled.sum()), len(items), "all_samples"),
         "stream_source_offline_competitive_ratio": {"value": float(blind.competitive_ratio(items)[0])},
-        "stream_source_offline_fool_rate": {"value": float(blind.fooled(items)[0]) / k},
-        "stream_opt_fool_rate": {"value": float(best.fooled(items)[0]) / k},
+        "stream_source_offline_fool_rate": {"value": float(blind.fooled(items)[0]) / k, "unit": "fraction"},
+        "stream_opt_fool_rate": {"value": float(best.fooled(items)[0]) / k, "unit": "fraction"},
     }

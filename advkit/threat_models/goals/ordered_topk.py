@@ -173,7 +173,7 @@ def _checked_targets(targets: Tensor) -> int:
     twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
     if bool(twice.any()):
         row = int(twice.nonzero()[0])
-        raise BadInput(f"row {row} wants {targets[row].tolist()}: a class can't stand in two places, name each once")
+        raise BadInput(f"sample {row} wants {targets[row].tolist()}: a class can't take two places, name each once")
     return highest
 
 
@@ -390,7 +390,7 @@ class OutOfTopK(_Top):
     def _scores(self, answer: Tensor) -> bool:
         scores = super()._scores(answer)
         if self.k >= answer.shape[1]:
-            raise BadInput(f"k={self.k}, and only {answer.shape[1] - 1} classes can stand above the true one")
+            raise BadInput(f"k={self.k}, and only {answer.shape[1] - 1} classes can score above the true one")
         return scores
 
     def _leaders(self, answer: Tensor) -> tuple[Tensor, Tensor]:

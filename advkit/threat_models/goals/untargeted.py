@@ -37,7 +37,9 @@ def checked_classes(labels: Tensor, what: str) -> int:
 def checked_answer(answer: Tensor, top: int, rows: int, what: str) -> bool:
     """Whether an answer is scores [B, C]; False for decisions [B]. Shapes only, so it costs no synchronisation."""
     if len(answer) != rows:
-        raise BadInput(f"an answer of {len(answer)} rows to a goal of {rows}; take(rows) the goal of the rows left")
+        raise BadInput(
+            f"an answer of {len(answer)} samples to a goal of {rows}; take(rows) the goal of the samples left"
+        )
     if answer.ndim == 1 and not answer.is_floating_point():
         return False
     if answer.ndim != 2 or not answer.is_floating_point():
@@ -46,7 +48,7 @@ def checked_answer(answer: Tensor, top: int, rows: int, what: str) -> bool:
             "or decisions, long [B] with -1 for an abstention"
         )
     if answer.shape[1] < 2:
-        raise BadModel(f"the model answers {answer.shape[1]} class; expected two scores per row or more")
+        raise BadModel(f"the model answers {answer.shape[1]} class; expected two scores per sample or more")
     if top >= answer.shape[1]:
         raise BadInput(
             f"{what} up to {top}, and the model has {answer.shape[1]} classes; expected 0..{answer.shape[1] - 1}"
