@@ -28,7 +28,7 @@ _Targets = Annotated[
 ]
 _Ball = Annotated[str | None, typer.Option(help="A ball, e.g. linf:eps=8/255.", show_default="the task's")]
 _Eps = Annotated[str | None, typer.Option(help="Radius, e.g. 0.1 or 8/255.", show_default="the threat model's")]
-_Rows = Annotated[int, typer.Option("--n", "-n", min=1, help="Rows, the task's first ones.")]
+_Rows = Annotated[int, typer.Option("--n", "-n", min=1, help="Samples, the task's first ones.")]
 _Seeds = Annotated[str, typer.Option(help="How many seeds random attacks get, or which: 0,1,2.")]
 _Budget = Annotated[
     str, typer.Option(help="Gradients per image of the second table: auto, a number, or none for no such table.")

@@ -59,7 +59,7 @@ def matrix(
     threat_model: spec or object of an Lp ball (its eps and norm count); None takes the task's
     eps:          radius in its place
     goal:         `untargeted`, `targeted:how=next`, `targeted:how=random` or `targeted:how=class,target=K`
-    n:            rows, the task's first ones; None takes the task's default or all
+    n:            samples, the task's first ones; None takes the task's default or all
     seeds:        how many, from 0 on, or which; attacks that two seeds give the same images of are made under one
     equal_budget: gradients per image of the second table, in which every attack gets that many (its steps scaled, the
                   length of its path kept); "auto": the median of what the attacks cost, or what one step of the dearest
