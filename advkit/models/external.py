@@ -19,7 +19,7 @@ from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Rng
 from advkit.core.spaces import Box
 from advkit.models.checkpoint import fill_from_file
-from advkit.models.torch import TorchModel, as_model, seeded
+from advkit.models.torch import FunctionModel, TorchModel, as_model, seeded
 
 
 def _space(space: Any, shape: tuple[int, ...]) -> Any:
@@ -232,10 +232,9 @@ class PythonFactory:
         if not isinstance(thing, nn.Module):
             if self.checkpoint or self.mean or self.std:
                 raise BadModel(f"{spec} returns no torch module: checkpoint, mean and std do not apply to it")
-            model: Any = as_model(thing)
-            for attribute, value in (("space", _space(space, shape)), ("classes", classes)):
-                if callable(thing) and not hasattr(thing, "describe"):
-                    setattr(model, attribute, value)
+            model = as_model(thing)
+            if isinstance(model, FunctionModel) and model is not thing:
+                model.space, model.classes = _space(space, shape), classes
             return model
         if self.checkpoint:
             fill_from_file(thing, self.checkpoint, self.sha256, spec)
