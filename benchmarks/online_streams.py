@@ -34,9 +34,10 @@ from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
 from advkit.defenses.none import NoDefense
 from advkit.evaluation import api
+from advkit.evaluation.execute import run
 from advkit.evaluation.figures.plots import save
 from advkit.evaluation.figures.stream_plots import competitive_ratio_curves
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.scenarios.ratios import RatioCurve, measure_ratios
 from advkit.evaluation.scenarios.stream import Items, candidates_of, compare_selectors, noise_study, shuffled, streams
 from advkit.models import MODELS

@@ -285,8 +285,8 @@ python benchmarks/spiking.py --rounds {rounds} --out docs/spiking_speed.md
 ```
 
 One CPU thread, torch {torch}. Times are CPU seconds; ratios are medians of {rounds} rounds in which the sides take
-turns in one process. Samples, calls and bytes are counted. Milliseconds and samples per second depend on the machine and on
-what else runs there; on a busy one, ratios near 1 differ by up to ten points from run to run.
+turns in one process. Samples, calls and bytes are counted. Milliseconds and samples per second depend on the machine
+and its load; on a busy one, ratios near 1 differ by up to ten points from run to run.
 
 ## Attacks against the bare network
 

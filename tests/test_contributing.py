@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from advkit.attacks.gradient.pgd import PGD
 from advkit.core.errors import UsageError
 from advkit.core.registry import Registry
 from advkit.testing import check_attack
@@ -31,6 +33,11 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     finally:
         sys.path.remove(str(folder))
         sys.modules.pop("contributed_ray", None)
+
+
+def test_the_loop_of_pgd_is_the_one_that_it_has() -> None:
+    (loop,) = re.findall(r"^```python\n( +search = Search.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert inspect.getsource(PGD.__call__).endswith(loop)
 
 
 def test_the_example_keeps_the_laws(ray: Any) -> None:

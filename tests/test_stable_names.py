@@ -22,15 +22,17 @@ NAMES = {
         "AdvkitError UsageError UnknownName SpecError BadInput BadModel CheckpointError NoTrainingData StaleRun "
         "AccessDenied BudgetExhausted MissingExtra ReportError"
     ),
+    "core.checks": "check at_least at_least_one positive not_negative fraction one_of",
     "core.oracle": "Lanes Meter MeteredOracle frozen",
     "core.protocols": (
         "Access Outcome Space Rng Model ModelInfo Evidence Goal Oracle ThreatModel Ball Attack Perturb Selector "
-        "OnlineAttack Batch Data TaskDefaults Task Defense Scenario Record"
+        "OnlineAttack Batch Data TaskDefaults Task Defense Record"
     ),
     "core.rng": "RowRng philox",
     "core.spaces": "Box Binary Tokens Transcripts Rows Product",
     "attacks": "ATTACKS",
-    "attacks.base": "TensorGoal TensorOracle",
+    "attacks.base": "TensorGoal TensorOracle Best ActiveRows Live affords better descended lp_ball per_row",
+    "attacks.search": "Search Step",
     "attacks.suites": "Stage Suite",
     "defenses": "DEFENSES",
     "defenses.inputs.base": "InputDefense",

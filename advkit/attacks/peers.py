@@ -45,12 +45,12 @@ def peer_package(name: str) -> Any:
 
 def read_settings(text: str) -> dict[str, Any]:
     """`steps=20,rel_stepsize=1/40` as keyword arguments: whole numbers, fractions, true, false, none, else text."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for argument in parse_arguments(text):
-        if argument.key is None or argument.key in found:
+        if argument.key is None or argument.key in settings:
             raise UsageError(f"settings {text!r}: {argument.text!r} is not one key=value of its own")
-        found[argument.key] = _value(argument.value)
-    return found
+        settings[argument.key] = _value(argument.value)
+    return settings
 
 
 def _value(text: str) -> Any:
@@ -116,9 +116,9 @@ class Peer(ABC):
               eps, norm, goal and model come from the evaluation
     access:   what the attack asks of the victim; say scores or labels for black-box attacks
 
-    A package's attack that searches the nearest adversarial point and takes no eps is judged by what it found inside
-    the ball: elsewhere it found nothing and the row comes back untouched. Points outside the ball from an attack that
-    was told eps stay as they are, for the harness to call invalid.
+    A package's attack that searches the nearest adversarial point and takes no eps is judged by its points inside
+    the ball: elsewhere the row comes back unchanged. Points outside the ball from an attack that
+    was given eps stay as they are, for the harness to call invalid.
 
     Raises MissingExtra without the package, UnknownName for a class that it lacks, UsageError for settings, goals,
     norms or spaces that the attack can't take. Answers beyond the threat model's budget end the row in an error.
@@ -148,7 +148,7 @@ class Peer(ABC):
         elif isinstance(goal, Untargeted):
             classes, targeted = goal.labels, False
         else:
-            raise UsageError(f"{self} can be told labels or targets, not the goal {type(goal).__name__}")
+            raise UsageError(f"{self} takes labels or targets, not the goal {type(goal).__name__}")
         low, high = (torch.as_tensor(bound) for bound in (inner.box.low, inner.box.high))
         if low.numel() != 1 or high.numel() != 1 or not math.isfinite(float(high - low)):
             raise UsageError(f"{self} needs one lower and one upper bound for all features, not {inner.box!r}")
@@ -168,17 +168,17 @@ class Peer(ABC):
 
     @abstractmethod
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
-        """The package's points, and whether it was told eps."""
+        """The package's points, and whether it was given eps."""
 
     def _class(self, home: Any) -> Any:
         """The attack class in a module of the package."""
-        found = getattr(home, self.name, None)
-        if not inspect.isclass(found):
+        attack = getattr(home, self.name, None)
+        if not inspect.isclass(attack):
             names = {each.casefold(): each for each, value in vars(home).items() if inspect.isclass(value)}
             near = difflib.get_close_matches(self.name.casefold(), names, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(repr(names[one]) for one in near)}?" if near else ""
             raise UnknownName(f"{self.package} has no attack {self.name!r}{hint}")
-        return found
+        return attack
 
     def _make(self, cls: Any, *leading: Any, **known: Any) -> tuple[Any, set[str]]:
         """The attack, and which of the known arguments its constructor took."""

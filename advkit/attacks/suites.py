@@ -1,8 +1,8 @@
-"""Suites: attacks played one after the other on the rows still standing, worst case per row (arXiv 2003.01690).
+"""Suites: attacks that run one after the other on the rows still robust, worst case per row (arXiv 2003.01690).
 
-A suite is data: stages in order, and for each which of the standing rows it takes. The evasion scenario plays stage
+A suite is data: stages in order, and for each which of the robust rows it takes. The evasion scenario runs stage
 by stage over the whole evaluation, cheap ones first, so that a choice such as "the fifth nearest to the boundary" means
-the fifth of all survivors and not of whatever rows share a batch.
+the fifth of all robust rows and not of whatever rows share a batch.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from advkit.core.protocols import Access, Ball, Rng
 from advkit.threat_models.lp import L1, L2, Linf
 
 INSIDE = 0.02
-"""Closeness above which a row stands well inside: honest victims' last rows fell at a tenth of it and less."""
+"""Closeness above which a row is well inside: honest victims' last rows were broken at a tenth of it and less."""
 
 LUCK = 0.01
-"""Share of the rows that may fall to a sentinel by luck: honest victims lost at most 0.4 %, a misleading one 2 %."""
+"""Fraction of the rows that a sentinel may break by luck: of honest victims at most 0.4 %, of a misleading one 2 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One attack of a suite and the rows it takes of those still standing.
+    """One attack of a suite and the rows it takes of those still robust.
 
     name:     of its records and of its random streams; unique in the suite
-    attack:   what is played
-    share:    fraction of the standing rows, in (0, 1]
+    attack:   what runs
+    share:    fraction of the robust rows, in (0, 1]
     by:       which ones: "nearest" to the boundary (smallest margin over the spread of the scores, at the best point of
               the stages before), or a "sample" drawn by the rows' ids
-    least:    at least so many rows where a share is taken
-    above:    left out unless more than this share of the suite's rows still stand, in [0, 1)
+    least:    at least so many rows where a fraction is taken
+    above:    left out unless more than this fraction of the suite's rows are still robust, in [0, 1)
     sentinel: a search of another kind that watches those before it, by scores alone or along the boundary from outside
-              (FAB): rows that fall to it mean that gradients are masked or mislead, and call the escalation
+              (FAB): rows that it breaks mean that gradients are masked or mislead, and call the escalation
     when:     "always", or only after a sentinel's alarm ("escalated")
     """
 
@@ -58,32 +58,32 @@ class Stage:
     sentinel: bool = False
     when: Literal["always", "escalated"] = "always"
 
-    def alarmed(self, felled: Sequence[float], rows: int) -> bool:
-        """Whether what fell to this sentinel says that gradients are masked.
+    def alarmed(self, broken: Sequence[float], rows: int, /) -> bool:
+        """Whether the rows that this sentinel broke say that gradients are masked.
 
-        A row that gradients brought to the very boundary falls to any search now and then. A row that they left well
-        inside does not, nor do many at once.
+        Any search breaks a row now and then that gradients brought to the very boundary. It does not break a row that
+        they left well inside, nor many at once.
 
-        felled: the closeness (see `by`) at which the felled rows stood before; infinite where nothing is known
-        rows:   for how many they speak: all that stood where it took the nearest of them, else those it took
+        broken: the closeness (see `by`) of the broken rows before; infinite where nothing is known
+        rows:   for how many they speak: all that were robust where it took the nearest of them, else those it took
         """
         if not self.sentinel:
             return False
-        return any(close > INSIDE for close in felled) or len(felled) >= max(2, LUCK * rows)
+        return any(close > INSIDE for close in broken) or len(broken) >= max(2, LUCK * rows)
 
 
 class Suite(protocols.Suite, ABC):
-    """What the suites share: called as an attack, on rows of which nobody else knows, every stage takes all that stand.
+    """What the suites share: called as an attack, on these rows alone, every stage takes all that are robust.
 
-    The evasion scenario does not call a suite, it plays its stages one by one, with shares taken over all survivors.
+    The evasion scenario does not call a suite, it runs its stages one by one, with fractions of all robust rows.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
     stand_in: ClassVar[Any] = APGDCE(steps=100)
-    """One attack for its place where no verdicts tell which rows stand (transfer)."""
+    """One attack for its place where no verdicts tell which rows are robust (transfer)."""
 
     def complaint(self, ball: Any) -> str | None:
-        """None, or why the suite can't be played in this ball."""
+        """None, or why the suite can't run in this ball."""
         inner = lp_ball(ball)
         if isinstance(inner, Linf | L2 | L1):
             return None
@@ -152,7 +152,7 @@ class AutoAttack(Suite):
 class Lean(Suite):
     """Suite, the cheapest: nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
 
-    As `thorough`, with half the survivors or fewer in the stages near the boundary and the short sentinel on a sample.
+    As `thorough`, with half the rows or fewer in the stages near the boundary and the short sentinel on a sample.
 
     targets: most classes run toward
     """
@@ -176,14 +176,14 @@ class Lean(Suite):
 class Thorough(Suite):
     """Suite, the default (`auto`): AutoAttack's robust accuracy or less for a small part of its cost.
 
-    Every row gets a short run and short runs toward its three nearest classes; a row that still stands and falls to
-    anything stands near the boundary, or before a class that nobody tried. So half of the survivors take a few steps
+    Every row gets a short run and short runs toward its three nearest classes. A row that is robust so far and can be
+    broken is near the boundary, or close to a class that was not tried. So half of the robust rows take a few steps
     toward every class, the nearest 15 % long runs, the nearest 7 % many starts under two losses, and the nearest
-    quarter meets FAB. On models whose gradients lead straight to what can be reached nothing is left for it; where it
-    fells rows, as in L2 on models trained in Linf, a great black-box budget fells more, so FAB is a sentinel, too. All
-    survivors meet a short black-box sentinel, the nearest ones a longer one, left out where under a tenth of the rows
-    still stand: gradients that felled nearly all are no mask. On an alarm (see `Stage.alarmed`) every survivor gets the
-    full black-box budget and AutoAttack's own stages.
+    quarter meets FAB. On models whose gradients lead straight to what can be reached nothing is left for FAB. Where it
+    breaks rows, as in L2 on models trained in Linf, a great black-box budget breaks more: so FAB is a sentinel, too.
+    All robust rows meet a short black-box sentinel, the nearest ones a longer one, left out where fewer than a tenth of
+    the rows are robust: gradients that broke nearly all are not masked. On an alarm (see `Stage.alarmed`) every robust
+    row gets the full black-box budget and AutoAttack's own stages.
 
     targets: most classes run toward
     """
@@ -218,10 +218,10 @@ def _short() -> tuple[Stage, ...]:
 
 
 def _nearest(share: float, *, least: int) -> tuple[Stage, ...]:
-    """Many starts for rows on the very boundary: a run fells such a row one time in two to ten.
+    """Many starts for rows on the very boundary: a run breaks such a row one time in two to ten.
 
-    Some fall on the way to one class alone, some to the untargeted loss, a few to the plain margin; the long runs
-    toward two classes, which fell most, come last because they cost most.
+    Some are broken on the way to one class alone, some by the untargeted loss, a few by the plain margin; the long runs
+    toward two classes, which break most, come last because they cost most.
     """
     attacks = {
         "nearest-dlr": _toward(0, steps=50, restarts=4, together=4, loss="dlr"),
@@ -232,7 +232,7 @@ def _nearest(share: float, *, least: int) -> tuple[Stage, ...]:
 
 
 def _cascade(*stages: Stage) -> tuple[Stage, ...]:
-    """The stages, and after them what a sentinel's find calls for."""
+    """The stages, and after them those that a sentinel's alarm calls for."""
     return (
         *stages,
         Stage(name="square", attack=Square(queries=5000), when="escalated"),

@@ -1,7 +1,8 @@
-"""Oracles around an oracle: what changes the gradient an attack walks along without changing its loop."""
+"""Oracles around an oracle: what changes the gradient that an attack follows without changing its loop."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def normalised(gradient: Tensor) -> Tensor:
 
 
 def accumulated(velocity: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
-    """What `momentum` walks along: `decay` of what was accumulated so far, plus a gradient."""
+    """What `momentum` follows: `decay` of what was accumulated so far, plus a gradient."""
     return gradient if velocity is None else velocity * decay + gradient
 
 
@@ -38,35 +39,33 @@ def averaged(oracle: TensorOracle, draws: int) -> TensorOracle:
     return oracle if draws == 1 else _Averaged(oracle, draws)
 
 
-class _Momentum:
-    """See `momentum`; one accumulated gradient per row, taken along by `take`."""
+class WrappedOracle(ABC):
+    """An oracle around another one, of the same rows and on the same meter; passes on whatever it does not change."""
 
-    def __init__(self, oracle: TensorOracle, decay: float, velocity: Tensor | None) -> None:
+    def __init__(self, oracle: TensorOracle) -> None:
         self.oracle = oracle
-        self.decay = decay
-        self.velocity = velocity
         self.access: Access = oracle.access
         self.decides: bool = oracle.decides
         self.data = oracle.data
+
+    @abstractmethod
+    def _around(self, oracle: TensorOracle, rows: Tensor | None = None) -> TensorOracle:
+        """The same wrapper around another oracle, of these rows (long or bool index), or of the same ones for None."""
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         return self.oracle(x, of)
 
     def gradient(self, x: Tensor, goal: TensorGoal, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        if of is not None:
-            raise UsageError("momentum is kept per row: it can't follow several candidates of one row (leave `of` out)")
-        loss, gradient, answer = self.oracle.gradient(x, goal)
-        self.velocity = accumulated(self.velocity, normalised(gradient), self.decay)
-        return loss, self.velocity, answer
+        return self.oracle.gradient(x, goal, of)
 
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
         self.oracle.note(row, figures)
 
     def take(self, rows: Tensor) -> TensorOracle:
-        return _Momentum(self.oracle.take(rows), self.decay, None if self.velocity is None else self.velocity[rows])
+        return self._around(self.oracle.take(rows), rows)
 
     def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> TensorOracle:
-        return _Momentum(self.oracle.seen_as(view, decides), self.decay, self.velocity)
+        return self._around(self.oracle.seen_as(view, decides))
 
     def head(self) -> Tensor | None:
         return self.oracle.head()
@@ -76,15 +75,35 @@ class _Momentum:
         return self.oracle.left
 
 
-class _Averaged:
+class _Momentum(WrappedOracle):
+    """See `momentum`; one accumulated gradient per row, taken along by `take`."""
+
+    def __init__(self, oracle: TensorOracle, decay: float, velocity: Tensor | None) -> None:
+        super().__init__(oracle)
+        self.decay = decay
+        self.velocity = velocity
+
+    def _around(self, oracle: TensorOracle, rows: Tensor | None = None) -> TensorOracle:
+        velocity = self.velocity if self.velocity is None or rows is None else self.velocity[rows]
+        return _Momentum(oracle, self.decay, velocity)
+
+    def gradient(self, x: Tensor, goal: TensorGoal, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if of is not None:
+            raise UsageError("momentum is kept per row: it can't follow several candidates of one row (leave `of` out)")
+        loss, gradient, answer = self.oracle.gradient(x, goal)
+        self.velocity = accumulated(self.velocity, normalised(gradient), self.decay)
+        return loss, self.velocity, answer
+
+
+class _Averaged(WrappedOracle):
     """See `averaged`."""
 
     def __init__(self, oracle: TensorOracle, draws: int) -> None:
-        self.oracle = oracle
+        super().__init__(oracle)
         self.draws = draws
-        self.access: Access = oracle.access
-        self.decides: bool = oracle.decides
-        self.data = oracle.data
+
+    def _around(self, oracle: TensorOracle, rows: Tensor | None = None) -> TensorOracle:
+        return _Averaged(oracle, self.draws)
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         answer = self.oracle(x, of)
@@ -98,18 +117,6 @@ class _Averaged:
             more_loss, more_gradient, more_answer = self.oracle.gradient(x, goal, of)
             loss, gradient, answer = loss + more_loss, gradient + more_gradient, answer + more_answer
         return loss / self.draws, gradient / self.draws, answer / self.draws
-
-    def note(self, row: int, figures: Mapping[str, Any]) -> None:
-        self.oracle.note(row, figures)
-
-    def take(self, rows: Tensor) -> TensorOracle:
-        return _Averaged(self.oracle.take(rows), self.draws)
-
-    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> TensorOracle:
-        return _Averaged(self.oracle.seen_as(view, decides), self.draws)
-
-    def head(self) -> Tensor | None:
-        return self.oracle.head()
 
     @property
     def left(self) -> int | None:

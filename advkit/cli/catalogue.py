@@ -139,8 +139,14 @@ def _task(target: str) -> Facts:
         "group": inputs[0] if inputs else _group("tasks", target),
         "inputs": inputs,
         "threat_model": threat,
-        "model": given.get("model", "").partition(":")[0],
+        "model": _short(given.get("model", "")),
     }
+
+
+def _short(spec: str) -> str:
+    """A spec without settings; what a prefix loads (`torchvision:resnet50`) is part of the name."""
+    name, _, rest = spec.partition(":")
+    return name if "=" in rest else spec
 
 
 _FACTS: dict[str, Callable[[str], Facts]] = {

@@ -34,6 +34,9 @@ def evaluate(
         ),
     ] = True,
     plots: Annotated[bool, typer.Option(help="Draw plots into the run folder.")] = True,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print every attack, metric, class and finding with advice.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Attack a model under a defense and report its robust accuracy.
@@ -46,7 +49,7 @@ def evaluate(
     check_folder(out if out is not None else Path("runs"))
     resolved = plan(Request(**asked, beside=beside), progress=sys.stderr.isatty())
     folder = out if out is not None else Path("runs") / resolved.digest()[:16]
-    report = carry_out(resolved, folder, plots=plots, as_json=as_json, workers=workers)
+    report = carry_out(resolved, folder, plots=plots, as_json=as_json, workers=workers, verbose=verbose)
     if untrustworthy(report):
         raise typer.Exit(UNTRUSTWORTHY)
 
@@ -57,13 +60,14 @@ def untrustworthy(report: Report) -> bool:
     return any(flag["severity"] == "unreliable" for flag in data["diagnostics"]["flags"])
 
 
-def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool, workers: int | None = None) -> Report:
-    """Play a plan with a progress bar, then say what came out."""
+def carry_out(
+    resolved: Plan, folder: Path, *, plots: bool, as_json: bool, workers: int | None = None, verbose: bool = False
+) -> Report:
+    """Run a plan with a progress bar, then print what came out."""
     import shlex
 
-    from rich.console import Console
-
     from advkit.cli.progress import Bars
+    from advkit.cli.reports import print_brief, print_full
     from advkit.evaluation.execute import execute
     from advkit.evaluation.figures.pictures import draw
 
@@ -74,9 +78,5 @@ def carry_out(resolved: Plan, folder: Path, *, plots: bool, as_json: bool, worke
     if as_json:
         typer.echo(report.to_json())
         return report
-    console = Console()
-    console.print(report.summary_table())
-    console.print(f"report: {folder / 'report.json'}", soft_wrap=True, highlight=False, markup=False)
-    if drawn:
-        console.print(f"plots:  {', '.join(str(p) for p in drawn)}", soft_wrap=True, highlight=False, markup=False)
+    (print_full if verbose else print_brief)(report, folder, drawn)
     return report

@@ -28,6 +28,7 @@ REGISTRIES = {
     "models": "advkit.models:MODELS",
     "goals": "advkit.threat_models:GOALS",
     "judges": "advkit.threat_models:JUDGES",
+    "scenarios": "advkit.evaluation.scenarios:SCENARIOS",
 }
 _COLUMNS = {
     "attacks": ("access", "norms", "goals"),
@@ -182,17 +183,19 @@ def _print_page(console: Console, kind: str, entries: Iterable[Entry]) -> None:
     """For people: a heading per group, and first lines wrapped to the terminal. Names are never broken."""
     from rich.text import Text
 
+    tables: builtins.list[tuple[builtins.list[Entry], builtins.list[tuple[str, ...]], builtins.list[int]]] = []
     for group, members in _grouped(kind, entries).items():
         title = group if group and group != OTHER else f"{group} {kind}".strip()
         heads = (title, *(column.replace("_", " ") for column in _COLUMNS.get(kind, ())))
-        rows = [(f"  {each.name}{'...' * each.name.endswith(':')}", *each.cells) for each in members]
-        widths = _widths([heads, *rows])
+        rows = [heads, *((f"  {each.name}{'...' * each.name.endswith(':')}", *each.cells) for each in members)]
+        tables.append((members, rows, _widths(rows)))
+    beside = all(console.width - sum(widths) - 2 * len(widths) >= _ROOM for _, _, widths in tables)
+    for members, lines, widths in tables:
         left = sum(widths) + 2 * len(widths)
-        console.print(Text(_line(heads, widths), style="bold underline"), soft_wrap=True)
-        for each, row in zip(members, rows, strict=True):
+        console.print(Text(_line(lines[0], widths), style="bold underline"), soft_wrap=True)
+        for each, row in zip(members, lines[1:], strict=True):
             line = Text(_line(row, widths))
             line.stylize("bold", 0, len(row[0]))
-            beside = console.width - left >= _ROOM
             indent = left if beside else 6
             below = textwrap.wrap(
                 each.summary, max(console.width - indent, _ROOM), break_long_words=False, break_on_hyphens=False

@@ -21,7 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "attack": ("advkit.cli.attack", "Export adversarial examples as safetensors and PNG."),
     "matrix": ("advkit.cli.matrix", "Show what every attack makes on every source to every target, as a table."),
     "list": ("advkit.cli.list", "List attacks, defenses, threat models, tasks, models and goals."),
-    "show": ("advkit.cli.show", "Show what a name stands for: its fields, defaults, paper and an example."),
+    "show": (
+        "advkit.cli.show",
+        "Show all of a run's report, or what a name stands for: its fields, paper, an example.",
+    ),
     "compare": ("advkit.cli.compare", "Compare two reports row by row with a paired test."),
     "leaderboard": (
         "advkit.cli.leaderboard",

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.report.text import shorten
 
 
 class Bars:
@@ -28,7 +29,7 @@ class Bars:
             disable=hidden,
         )
         self._bars: dict[str, TaskID] = {}
-        self._standing: dict[str, dict[tuple[str, str], bool]] = {}
+        self._robust: dict[str, dict[str, bool]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -44,17 +45,13 @@ class Bars:
         if not self._bars:  # not before there is something to show: an error says its one line alone
             self._progress.start()
         if title not in self._bars:
-            name = case.label if case.attack is not None else f"{case.threat.scenario} {case.specs['threat_model']}"
-            shown = name if len(name) <= 40 else name[:37] + "..."
-            self._bars[title] = self._progress.add_task(shown, total=total, far="")
-            self._standing[title] = {}
-        held = self._standing[title]
-        grid = case.attack is None
+            self._bars[title] = self._progress.add_task(shorten(str(case.label), 40), total=total, far="")
+            self._robust[title] = {}
+        robust = self._robust[title]
         for record in records:
-            # A row under a suite stands as long as no stage has felled it; a grid's images are counted one by one.
-            key = (record.attack if grid else "", record.id)
-            good = record.adversarial == record.label if grid else record.outcome in (Outcome.ROBUST, Outcome.INVALID)
-            held[key] = good and held.get(key, True)
-        word = "accuracy on transferred images" if grid else "robust accuracy"
-        share = 100 * sum(held.values()) / max(1, len(held))
-        self._progress.update(self._bars[title], advance=len(records), total=total, far=f"{word} so far {share:.1f} %")
+            # A sample is robust as long as no attack has broken it.
+            good = record.outcome in (Outcome.ROBUST, Outcome.INVALID)
+            robust[record.id] = good and robust.get(record.id, True)
+        percentage = 100 * sum(robust.values()) / max(1, len(robust))
+        text = f"robust accuracy so far {percentage:.1f} %"
+        self._progress.update(self._bars[title], advance=len(records), total=total, far=text)

@@ -1,10 +1,11 @@
-"""`advkit show NAME`: what a name stands for, its fields with types and defaults, its paper, an example command."""
+"""`advkit show RUN`: all of a report. `advkit show NAME`: what a name stands for, its fields, its paper, an example."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ _EXAMPLES = {
     "task": "advkit evaluate --attack pgd --task {spec}",
     "model": "advkit evaluate --attack pgd --model {spec}",
     "goal": "advkit evaluate --attack pgd --goal {spec}",
+    "scenario": "advkit list threat-models",
 }
 _OF_TEXT = {
     "attack": "advkit evaluate --attack {spec} --task prompts",
@@ -93,11 +95,20 @@ def _as_json(signature: Signature) -> dict[str, Any]:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A name of `advkit list`; kind/name where several kinds share it.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder or report.json, or a name of `advkit list`; kind/name where several kinds share it."
+        ),
+    ],
     kind: Annotated[str | None, typer.Option(help=f"Look only here: {' | '.join(REGISTRIES)}.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
-    """Show what a name stands for: its fields with types and defaults, its paper and an example command."""
+    """Show all of a run's report, or what a name stands for: its fields with types and defaults, paper and example."""
+    path = _report_path(name) if kind is None else None
+    if path is not None:
+        _show_report(path, as_json)
+        return
     found = _find(name, kind)
     if as_json:
         typer.echo(json.dumps([_as_json(signature) for signature in found], indent=2))
@@ -129,6 +140,24 @@ def show(
             console.print(Text(f"paper:   https://arxiv.org/abs/{paper.removeprefix('arXiv:')}"))
         console.print(Text(f"example: {example(signature)}"), soft_wrap=True)
         console.print()
+
+
+def _report_path(name: str) -> Path | None:
+    """The path that was given in place of a name: a file, a folder with a report, or what looks like either."""
+    path = Path(name)
+    named = path.suffix == ".json" or (path.is_dir() and len(path.parts) > 1)
+    return path if named or path.is_file() or (path / "report.json").is_file() else None
+
+
+def _show_report(path: Path, as_json: bool) -> None:
+    from advkit.cli.reports import print_full
+    from advkit.evaluation.report import Report
+
+    report = Report.load(path)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        print_full(report)
 
 
 def _prose(signature: Signature) -> str:

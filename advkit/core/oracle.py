@@ -325,7 +325,7 @@ class MeteredOracle:
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
         """Keep what a step of the attack tells of one of this oracle's rows, for its record."""
         if not 0 <= row < self.rows:
-            raise ValueError(f"a note on row {row} of an oracle that serves {self.rows}")
+            raise ValueError(f"a note on sample {row} of an oracle that serves {self.rows}")
         self.meter.note(int(self._global(torch.tensor([row]))), figures)
 
     @property
@@ -484,7 +484,7 @@ class MeteredOracle:
 
     def _spend(self, x: Tensor, of: Tensor | None) -> None:
         if of is None and len(x) != self.rows:
-            raise ValueError(f"{len(x)} candidates for {self.rows} rows: say which row each belongs to (`of`)")
+            raise ValueError(f"{len(x)} candidates for {self.rows} samples: say which sample each belongs to (`of`)")
         if self.queries is None or self._times is None or not len(x):
             return
         if of is None and self._known == self.meter.calls:
@@ -494,7 +494,7 @@ class MeteredOracle:
             most = int((self.meter.queries + times)[times > 0].max())
         if most > self.queries:
             raise BudgetExhausted(
-                f"the attack asked query number {most} of a row; the threat model allows {self.queries} "
+                f"the attack made query number {most} of a sample; the threat model allows {self.queries} "
                 "(lower the attack's steps, or raise queries)"
             )
         if of is None and int(self._times.max()) == 1:

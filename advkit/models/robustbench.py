@@ -65,7 +65,7 @@ class RobustBench:
                 f"package's file into {self.folder}/{self.dataset}/{self.threat}"
             ) from error
         if not shape or len(shape) != 3:
-            raise BadModel(f"{spec} takes images of shape [C, H, W], this task's rows are {list(shape)}")
+            raise BadModel(f"{spec} takes images of shape [C, H, W], this task's samples are {list(shape)}")
         _probed(module, tuple(shape), classes, spec, f"it was made for {self.dataset}")
         return TorchModel(
             module,

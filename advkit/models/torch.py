@@ -316,7 +316,7 @@ def as_model(thing: Any, task: Task | Data | None = None) -> Model[Any, Any]:
     if callable(thing) and not isinstance(thing, type):
         return FunctionModel(thing, space=space, classes=classes)
     raise BadModel(
-        f"a model, a torch module or a function from rows to logits was expected, got {type(thing).__name__}"
+        f"a model, a torch module or a function from samples to logits was expected, got {type(thing).__name__}"
         + (" (a class: call it first)" if isinstance(thing, type) else "")
     )
 
@@ -341,7 +341,7 @@ class Architecture(ABC):
 
         shape = tuple(int(length) for length in shape)
         if not shape or any(length < 1 for length in shape):
-            raise BadModel(f"{type(self).__name__} needs the shape of one row, such as (3, 32, 32); got {shape}")
+            raise BadModel(f"{type(self).__name__} needs the shape of one sample, such as (3, 32, 32); got {shape}")
         if classes < 1:
             raise BadModel(f"{type(self).__name__} needs at least one class, got {classes}")
         network = seeded(lambda: self.network(shape, classes), rng).eval()
@@ -364,7 +364,7 @@ class Architecture(ABC):
 def image_shape(shape: tuple[int, ...], owner: str) -> tuple[int, int, int]:
     """(channels, height, width), or BadModel where rows are no images."""
     if len(shape) != 3:
-        raise BadModel(f"{owner} takes images of shape [C, H, W], got rows of shape {list(shape)}; use mlp")
+        raise BadModel(f"{owner} takes images of shape [C, H, W], got samples of shape {list(shape)}; use mlp")
     channels, height, width = shape
     return channels, height, width
 

@@ -181,7 +181,7 @@ class ZooModel:
         held = model.space.shape
         if held is not None and tuple(shape) != tuple(held):
             raise BadModel(
-                f"zoo:{self.name} was trained on rows of shape {list(held)}, this task's are {list(shape)}; "
+                f"zoo:{self.name} was trained on samples of shape {list(held)}, this task's are {list(shape)}; "
                 f"its task is {card(self.name).task}"
             )
         if classes != model.classes:

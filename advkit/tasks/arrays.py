@@ -32,7 +32,7 @@ def as_labels(value: Any, what: str) -> Tensor:
     """Whole-number labels, long [N], on the CPU, in memory of their own."""
     tensor = _tensor(value, what)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise BadInput(f"{what} is of type {tensor.dtype}; expected whole numbers, one label per row")
+        raise BadInput(f"{what} is of type {tensor.dtype}; expected whole numbers, one label per sample")
     return tensor.long()
 
 

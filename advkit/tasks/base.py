@@ -46,11 +46,13 @@ def raw_bytes(tensor: Tensor) -> bytes:
 def check_rows(x: Tensor, y: Tensor, classes: int, space: Any, name: str) -> None:
     """BadInput unless there is one label in range per row and every row is finite and in the space."""
     if len(x) != len(y):
-        raise BadInput(f"{name}: {len(x)} rows and {len(y)} labels; expected one label per row")
+        raise BadInput(f"{name}: {len(x)} samples and {len(y)} labels; expected one label per sample")
     if len(x) == 0:
-        raise BadInput(f"{name} has no rows")
+        raise BadInput(f"{name} has no samples")
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-        raise BadInput(f"{name}: labels of shape {list(y.shape)}, type {y.dtype}; expected whole numbers, one per row")
+        raise BadInput(
+            f"{name}: labels of shape {list(y.shape)}, type {y.dtype}; expected whole numbers, one per sample"
+        )
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise BadInput(
@@ -124,9 +126,9 @@ class ClassificationTask(Hashed):
         from advkit.threat_models.goals.untargeted import Untargeted
 
         if size < 1:
-            raise UsageError(f"a batch holds at least one row, got size={size}")
+            raise UsageError(f"a batch holds at least one sample, got size={size}")
         if n is not None and not 1 <= n <= len(self):
-            raise UsageError(f"{self.name} has {len(self)} rows in its {self.split} split, n={n} were asked for")
+            raise UsageError(f"{self.name} has {len(self)} samples in its {self.split} split, n={n} were asked for")
         ids = self.ids
         wanted = [row for row in range(len(ids) if n is None else n) if ids[row] not in skip]
         for start in range(0, len(wanted), size):
@@ -152,7 +154,9 @@ class ArrayTask(ClassificationTask):
         rows = self.load()
         check_rows(rows.x, rows.y, self.classes, self.space, self.name)
         if len(rows.ids) != len(rows.y) or len(set(rows.ids)) != len(rows.ids):
-            raise BadInput(f"{self.name}: {len(rows.ids)} ids for {len(rows.y)} rows; expected one each, all different")
+            raise BadInput(
+                f"{self.name}: {len(rows.ids)} ids for {len(rows.y)} samples; expected one each, all different"
+            )
         return rows
 
     @property

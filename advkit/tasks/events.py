@@ -127,9 +127,9 @@ def simulate_dvs(
             f"floor={floor:g}; frames and substeps are at least 1, threshold and floor positive, the others >= 0"
         )
     if not 0 <= noise_rate < 1 or not jitter >= 0:
-        raise UsageError(f"noise_rate={noise_rate:g}, jitter={jitter:g}; expected a share below 1 and a number >= 0")
+        raise UsageError(f"noise_rate={noise_rate:g}, jitter={jitter:g}; expected a fraction below 1 and a number >= 0")
     if (noise_rate or jitter) and rng is None:
-        raise UsageError("noise and jitter are drawn per row: pass rng with a stream for every image")
+        raise UsageError("noise and jitter are drawn per sample: pass rng with a stream for every image")
     height, width = images.shape[1] + 2 * pad, images.shape[2] + 2 * pad
     made = torch.zeros(len(images), frames, 2, height, width)
     for rows in torch.split(torch.arange(len(images)), max(1, AT_ONCE // (height * width))):
@@ -447,7 +447,7 @@ class EventFolder(ClassificationTask):
         if min(self.frames, self.height, self.width) < 1 or min(self.limit, self.train) < 0:
             raise UsageError(
                 f"frames={self.frames}, height={self.height}, width={self.width}, limit={self.limit}, "
-                f"train={self.train}; lengths are at least 1, numbers of rows not negative (0 takes all)"
+                f"train={self.train}; lengths are at least 1, numbers of samples not negative (0 takes all)"
             )
 
     @property
@@ -484,7 +484,7 @@ class EventFolder(ClassificationTask):
         if not files:
             raise UsageError(f"{root} holds no recording; expected {root}/CLASS/*.bin or *.npz")
         if most > len(files):
-            raise UsageError(f"{most} rows were asked for, {root} has {len(files)} recordings; 0 takes all")
+            raise UsageError(f"{most} samples were asked for, {root} has {len(files)} recordings; 0 takes all")
         files.sort(key=lambda each: hashlib.sha256(each[0].relative_to(root).as_posix().encode()).digest())
         return tuple(names), files[: most or None]
 

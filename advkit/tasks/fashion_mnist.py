@@ -134,7 +134,7 @@ class FashionMNIST(ArrayTask):
         if not 1 < self.size <= SIDE or SIDE % self.size:
             raise UsageError(f"size={self.size} does not divide {SIDE}; expected 28, 14, 7, 4 or 2")
         if self.train < 0 or self.test < 0:
-            raise UsageError(f"train={self.train}, test={self.test}: a number of rows is not negative; 0 means all")
+            raise UsageError(f"train={self.train}, test={self.test}: a number of samples is not negative; 0 means all")
 
     @property
     def space(self) -> Box:
@@ -166,7 +166,7 @@ class FashionMNIST(ArrayTask):
         else:
             images, labels = read_pair(folder, "test")
         if self.test > len(labels):
-            raise UsageError(f"test={self.test} asks for more rows than the test file's {len(labels)}")
+            raise UsageError(f"test={self.test} asks for more samples than the test file's {len(labels)}")
         rows = self.test or len(labels)
         return images[:rows], labels[:rows]
 
@@ -176,7 +176,7 @@ class FashionMNIST(ArrayTask):
             return None
         images, labels = read_pair(folder, "train")
         if self.train > len(labels):
-            raise UsageError(f"train={self.train} asks for more rows than the training file's {len(labels)}")
+            raise UsageError(f"train={self.train} asks for more samples than the training file's {len(labels)}")
         rows = self.train or len(labels)
         return averaged(images[:rows], self.size), torch.from_numpy(labels[:rows].astype(np.int64))
 

@@ -98,7 +98,9 @@ class Images(ClassificationTask):
     def _check(self) -> None:
         check_sizes(self.resize, self.crop)
         if self.limit < 0 or self.train < 0:
-            raise UsageError(f"limit={self.limit}, train={self.train}: a number of rows is not negative; 0 means all")
+            raise UsageError(
+                f"limit={self.limit}, train={self.train}: a number of samples is not negative; 0 means all"
+            )
 
     @property
     def space(self) -> Box:
@@ -117,7 +119,9 @@ class Images(ClassificationTask):
 
     def _first(self, listing: Listing, rows: int) -> list[tuple[Path, int]]:
         if rows > len(listing.files):
-            raise UsageError(f"{rows} rows were asked for, {listing.root} has {len(listing.files)} images; 0 takes all")
+            raise UsageError(
+                f"{rows} samples were asked for, {listing.root} has {len(listing.files)} images; 0 takes all"
+            )
         return [listing.files[row] for row in self.order(listing)[: rows or None]]
 
     @cached_property

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import at_least_one, one_of
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Batch, Bindable, Data, Hashed, OfKind, TaskDefaults
 from advkit.core.spaces import NOTHING, REPLY, USER, Transcripts
@@ -81,10 +82,8 @@ class Prompts(OfKind, Bindable, Hashed):
     _space: Transcripts | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.set not in _DEFAULTS:
-            raise UsageError(f"set={self.set!r}; expected {' or '.join(_DEFAULTS)}")
-        if self.room < 1:
-            raise UsageError(f"room={self.room}; expected one position at least")
+        one_of(self, "set", tuple(_DEFAULTS))
+        at_least_one(self, "room")
 
     @property
     def split(self) -> str:
@@ -163,7 +162,7 @@ class Prompts(OfKind, Bindable, Hashed):
     def _tokens(self) -> dict[str, tuple[list[int], int, list[int]]]:
         """Per line: the user's ids, how many of them stand before the slot, the reply's."""
         if self._space is None:
-            raise UsageError("prompts have no rows before they are bound to a model: task.bind(model.space)")
+            raise UsageError("prompts have no samples before they are bound to a model: task.bind(model.space)")
         tokenizer = self._space.tokenizer
         found = {}
         for each in self._lines.values():
@@ -195,9 +194,9 @@ class Prompts(OfKind, Bindable, Hashed):
     def batches(self, size: int, skip: Container[str] = (), n: int | None = None) -> Iterator[Batch]:
         """The first n rows (all by default) in order, without those in skip, and their twins."""
         if size < 1:
-            raise UsageError(f"a batch holds at least one row, got size={size}")
+            raise UsageError(f"a batch holds at least one sample, got size={size}")
         if n is not None and not 1 <= n <= len(self):
-            raise UsageError(f"{self.name} has {len(self)} rows in {self.split}, n={n} were asked for")
+            raise UsageError(f"{self.name} has {len(self)} samples in {self.split}, n={n} were asked for")
         wanted = [each for each in self.prompts[:n] if each.id not in skip]
         for start in range(0, len(wanted), size):
             rows = wanted[start : start + size]

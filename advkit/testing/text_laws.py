@@ -52,7 +52,8 @@ class TextGame:
 
 def on_text(attack: Any) -> bool:
     """Whether the attack is made for transcripts: its own threat model is a slot for tokens."""
-    return isinstance(attack, MadeForThreatModel) and attack.default_threat_model.partition(":")[0] == "suffix"
+    made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
+    return isinstance(made_for, str) and made_for.partition(":")[0] == "suffix"  # a class may have a property there
 
 
 def brief(attack: Any) -> Any:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from advkit.core.errors import BadInput, UsageError
+from advkit.core.checks import check, one_of
+from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Counted, InSpace, Levels, Measures, Rng
 from advkit.core.spaces import Binary
-from advkit.threat_models.lp import _KNOWLEDGE, per_row, row_sum
+from advkit.threat_models.capability import Capability, checked_shape
+from advkit.threat_models.lp import per_row, row_sum
 
 BITS = Binary()
 LEVELS: dict[str, tuple[float, ...]] = {"l0": (200, 800), "l0_percent": (0.05, 0.1, 0.25, 0.5, 1)}
@@ -32,7 +34,7 @@ class NoSteps(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class Flips(Measures, Levels, Counted, InSpace):
+class Flips(Capability, Measures, Levels, Counted, InSpace):
     """Bit flips, L0 on binary data: at most n bits of a sample change; without n, as few as the attack finds.
 
     n:       most flips, >= 0; None admits any number, and what an attack is judged by is how many it needed
@@ -48,7 +50,6 @@ class Flips(Measures, Levels, Counted, InSpace):
     """
 
     norm: ClassVar[str] = "L0"
-    scenario: ClassVar[str] = "evasion"
 
     n: int | None = None
     _: KW_ONLY
@@ -58,26 +59,16 @@ class Flips(Measures, Levels, Counted, InSpace):
     space: Binary = BITS
 
     def __post_init__(self) -> None:
-        if self.n is not None and (self.n < 0 or int(self.n) != self.n):
-            raise UsageError(f"n={self.n}; expected a whole number of flips >= 0, or none for as few as possible")
-        if self.allow not in ("flip", "add", "delete"):
-            raise UsageError(f"allow={self.allow!r}; expected flip, add or delete")
-        if self.queries is not None and self.queries < 0:
-            raise UsageError(f"queries={self.queries}; expected a number >= 0, or none for no limit")
-        object.__setattr__(self, "access", Access(self.access))
+        whole = self.n is None or (self.n >= 0 and int(self.n) == self.n)
+        check(self, "n", whole, "a whole number of flips >= 0, or none for as few as possible")
+        one_of(self, "allow", ("flip", "add", "delete"))
+        super().__post_init__()
 
-    def describe(self) -> dict[str, Any]:
-        """The report's threat_model block, without the goal."""
-        return {
-            "name": "flips",
-            "phase": "test_time",
-            "norm": self.norm,
-            "eps": self.n,
-            "eps_string": None if self.n is None else f"{self.n} flips",
-            "knowledge": _KNOWLEDGE[self.access],
-            "query_budget": self.queries,
-            "details": {"allow": self.allow, "space": self.space.text()},
-        }
+    def _budget(self) -> tuple[float | None, str | None]:
+        return self.n, None if self.n is None else f"{self.n} flips"
+
+    def _details(self) -> dict[str, Any]:
+        return {"allow": self.allow, "space": self.space.text()}
 
     def bind(self, space: Any) -> Self:
         """The same threat model in a model's space."""
@@ -113,10 +104,7 @@ class Flips(Measures, Levels, Counted, InSpace):
 
     @staticmethod
     def _count(x: Tensor, origin: Tensor) -> Tensor:
-        if x.shape != origin.shape:
-            raise BadInput(
-                f"rows of shape {tuple(x.shape)} against origins of shape {tuple(origin.shape)}; expected equal"
-            )
+        checked_shape(x, origin)
         return row_sum((x != origin).long())
 
     def admits(self, x: Tensor, origin: Tensor) -> Tensor:

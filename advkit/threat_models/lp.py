@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
@@ -18,17 +18,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Access, Descends, Lattice, Rng
+from advkit.core.checks import check, fraction
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Access, Descends, Rng
 from advkit.core.spaces import SLACK, Box
+from advkit.threat_models.capability import UNIT as UNIT
+from advkit.threat_models.capability import InBox, checked_shape
 
-_KNOWLEDGE = {
-    Access.GRADIENTS: "white_box",
-    Access.SCORES: "black_box_score",
-    Access.LABELS: "black_box_decision",
-    Access.NOTHING: "none",
-}
-UNIT = Box()
 _INSIDE = 1 + 1e-9
 """A projected point's norm may exceed eps by the round-off of a float64 sum and is still left alone the next time."""
 
@@ -112,7 +108,7 @@ class _Last:
 
 
 @dataclass(frozen=True)
-class NormBall(Lattice, Descends, ABC):
+class NormBall(InBox, Descends):
     """Everything within eps of the origin, in some norm, inside the box of legal inputs.
 
     eps:     radius, >= 0, in units of the norm and of the model's space
@@ -125,7 +121,6 @@ class NormBall(Lattice, Descends, ABC):
     """
 
     norm: ClassVar[str]
-    scenario: ClassVar[str] = "evasion"
 
     eps: float
     _: KW_ONLY
@@ -135,36 +130,15 @@ class NormBall(Lattice, Descends, ABC):
     box: Box = UNIT
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise UsageError(f"eps={self.eps}; expected a finite radius >= 0 such as 8/255")
-        if self.lattice < 0 or int(self.lattice) != self.lattice:
-            raise UsageError(f"lattice={self.lattice}; expected a number of levels such as 255, or 0 for none")
-        if self.queries is not None and self.queries < 0:
-            raise UsageError(f"queries={self.queries}; expected a number >= 0, or none for no limit")
-        object.__setattr__(self, "access", Access(self.access))
+        check(self, "eps", math.isfinite(self.eps) and self.eps >= 0, "a finite radius >= 0 such as 8/255")
+        super().__post_init__()
 
-    def describe(self) -> dict[str, Any]:
-        """The report's threat_model block, without the goal."""
-        return {
-            "name": type(self).__name__.lower(),
-            "phase": "test_time",
-            "norm": self.norm,
-            "eps": self.eps,
-            "eps_string": eps_text(self.eps),
-            "knowledge": _KNOWLEDGE[self.access],
-            "query_budget": self.queries,
-            "details": {"lattice": self.lattice, "box": self.box.text()},
-        }
+    def _budget(self) -> tuple[float | None, str | None]:
+        return self.eps, eps_text(self.eps)
 
     def bind(self, space: Any) -> Self:
         """The same ball in a model's box."""
-        name = type(self).__name__
-        if not isinstance(space, Box):
-            raise UsageError(
-                f"{name} balls live in a Box and this model's space is {space!r}; choose another threat model"
-            )
-        if self.lattice and not space.bounded:
-            raise UsageError(f"lattice={self.lattice} in {space!r}, which is unbounded; use lattice=0")
+        space = self._suited(space, f"{type(self).__name__} balls are defined in")
         largest = self._largest(space)
         if largest is not None and self.eps > largest * (1 + 1e-6):
             hint = f"; did you mean {self.eps:g}/255?" if self._looks_like_levels(largest) else ""
@@ -211,10 +185,7 @@ class NormBall(Lattice, Descends, ABC):
 
     def distance(self, x: Tensor, origin: Tensor) -> Tensor:
         """The norm of x - origin, per row [B], in float64."""
-        if x.shape != origin.shape:
-            raise BadInput(
-                f"rows of shape {tuple(x.shape)} against origins of shape {tuple(origin.shape)}; expected equal"
-            )
+        checked_shape(x, origin)
         return self._length(x.to(wide(x)) - origin.to(wide(origin)))
 
     def admits(self, x: Tensor, origin: Tensor) -> Tensor:
@@ -235,11 +206,6 @@ class NormBall(Lattice, Descends, ABC):
         if not self.lattice:
             return x
         return self._on_lattice(self.project(x, origin), origin)
-
-    def _walls(self, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """The box, widened to an origin that round-off left outside: the untouched row is always admitted."""
-        low, high = self.box.bounds_like(origin)
-        return torch.minimum(low, origin), torch.maximum(high, origin)
 
     def _lattice_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Low end and step of the lattice, in float64 where the device has it."""
@@ -463,13 +429,10 @@ class L1(_SumBall):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity <= 1:
-            raise UsageError(f"sparsity={self.sparsity}; expected a fraction of the features between 0 and 1")
+        fraction(self, "sparsity", ends="[]", what="fraction of the features")
 
-    def describe(self) -> dict[str, Any]:
-        """The report's threat_model block, without the goal."""
-        block = super().describe()
-        return {**block, "details": {**block["details"], "sparsity": self.sparsity}}
+    def _details(self) -> dict[str, Any]:
+        return {**super()._details(), "sparsity": self.sparsity}
 
     def _length(self, move: Tensor) -> Tensor:
         return row_sum(move.abs())

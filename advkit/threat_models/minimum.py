@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Lattice, Measures, Rng
+from advkit.core.protocols import Access, Measures, Rng
 from advkit.core.spaces import Box
-from advkit.threat_models.lp import _KNOWLEDGE, UNIT, lattice_index, lattice_value, row_max, row_sum, wide
+from advkit.threat_models.capability import UNIT, InBox
+from advkit.threat_models.lp import lattice_index, lattice_value, row_max, row_sum, wide
 
 
 class _NoRadius(UsageError, AttributeError):
@@ -26,7 +27,7 @@ class _NoRadius(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class MinimumL2(Measures, Lattice):
+class MinimumL2(InBox, Measures):
     """Minimum-norm attack in L2: any legal input is admitted, and the distance to the clean sample counts; there is
     no eps.
 
@@ -40,7 +41,6 @@ class MinimumL2(Measures, Lattice):
     """
 
     norm: ClassVar[str] = "L2"
-    scenario: ClassVar[str] = "evasion"
 
     _: KW_ONLY
     lattice: int = 0
@@ -48,36 +48,15 @@ class MinimumL2(Measures, Lattice):
     queries: int | None = None
     box: Box = UNIT
 
-    def __post_init__(self) -> None:
-        if self.lattice < 0 or int(self.lattice) != self.lattice:
-            raise UsageError(f"lattice={self.lattice}; expected a number of levels such as 255, or 0 for none")
-        if self.queries is not None and self.queries < 0:
-            raise UsageError(f"queries={self.queries}; expected a number >= 0, or none for no limit")
-        object.__setattr__(self, "access", Access(self.access))
+    def _name(self) -> str:
+        return "minimum-l2"
 
-    def describe(self) -> dict[str, Any]:
-        """The report's threat_model block, without the goal."""
-        return {
-            "name": "minimum-l2",
-            "phase": "test_time",
-            "norm": self.norm,
-            "eps": None,
-            "eps_string": None,
-            "knowledge": _KNOWLEDGE[self.access],
-            "query_budget": self.queries,
-            "details": {"lattice": self.lattice, "box": self.box.text()},
-        }
+    def _budget(self) -> tuple[float | None, str | None]:
+        return None, None
 
     def bind(self, space: Any) -> Self:
         """The same threat model in a model's box."""
-        if not isinstance(space, Box):
-            raise UsageError(
-                f"minimum-l2 measures distances in a Box and this model's space is {space!r}; choose another threat "
-                "model"
-            )
-        if self.lattice and not space.bounded:
-            raise UsageError(f"lattice={self.lattice} in {space!r}, which is unbounded; use lattice=0")
-        return replace(self, box=space)
+        return replace(self, box=self._suited(space, "minimum-l2 measures distances in"))
 
     def distance(self, x: Tensor, origin: Tensor) -> Tensor:
         """L2 distance, float [B]."""
@@ -99,11 +78,6 @@ class MinimumL2(Measures, Lattice):
         if x.shape != origin.shape:
             return torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
         return self.box.contains(x)
-
-    def _walls(self, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """The box, widened to an origin that round-off left outside: the untouched row is always admitted."""
-        low, high = self.box.bounds_like(origin)
-        return torch.minimum(low, origin), torch.maximum(high, origin)
 
     def project(self, z: Tensor, origin: Tensor) -> Tensor:
         """The nearest point of the box."""

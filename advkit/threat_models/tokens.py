@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import check, one_of
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Access, Counted, Evidence, Examines, Figure, InSpace, Measures, Slotted
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
-from advkit.threat_models.lp import _KNOWLEDGE
+from advkit.threat_models.capability import Capability, checked_shape
 
 Place = Literal["suffix", "prefix", "infix", "placeholder"]
 Forbid = Literal["special", "special+nonascii", "eos", "none"]
@@ -26,7 +27,7 @@ FORBIDS = ("special", "special+nonascii", "eos", "none")
 
 
 @dataclass(frozen=True)
-class Suffix(Measures, Examines, Slotted, Counted, InSpace):
+class Suffix(Capability, Measures, Examines, Slotted, Counted, InSpace):
     """Adversarial suffix: at most n tokens added to a user's prompt, in one place; everything else stays as it is.
 
     n:          most tokens, >= 0
@@ -50,7 +51,6 @@ class Suffix(Measures, Examines, Slotted, Counted, InSpace):
     """
 
     norm: ClassVar[None] = None
-    scenario: ClassVar[str] = "evasion"
 
     n: int = 20
     _: KW_ONLY
@@ -62,28 +62,16 @@ class Suffix(Measures, Examines, Slotted, Counted, InSpace):
     space: Transcripts | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 0 or int(self.n) != self.n:
-            raise UsageError(f"n={self.n}; expected a whole number of tokens >= 0")
-        if self.place not in PLACES:
-            raise UsageError(f"place={self.place!r}; expected {', '.join(PLACES)}")
-        if self.forbid not in FORBIDS:
-            raise UsageError(f"forbid={self.forbid!r}; expected {', '.join(FORBIDS)}")
-        if self.queries is not None and self.queries < 0:
-            raise UsageError(f"queries={self.queries}; expected a number >= 0, or none for no limit")
-        object.__setattr__(self, "access", Access(self.access))
+        check(self, "n", self.n >= 0 and int(self.n) == self.n, "a whole number of tokens >= 0")
+        one_of(self, "place", PLACES)
+        one_of(self, "forbid", FORBIDS)
+        super().__post_init__()
 
-    def describe(self) -> dict[str, Any]:
-        """The report's threat_model block, without the goal."""
-        return {
-            "name": "suffix",
-            "phase": "test_time",
-            "norm": None,
-            "eps": self.n,
-            "eps_string": f"{self.n} tokens",
-            "knowledge": _KNOWLEDGE[self.access],
-            "query_budget": self.queries,
-            "details": {"place": self.place, "forbid": self.forbid, "retokenize": self.retokenize},
-        }
+    def _budget(self) -> tuple[float | None, str | None]:
+        return self.n, f"{self.n} tokens"
+
+    def _details(self) -> dict[str, Any]:
+        return {"place": self.place, "forbid": self.forbid, "retokenize": self.retokenize}
 
     def bind(self, space: Any) -> Self:
         """The same threat model in a model's space."""
@@ -145,7 +133,7 @@ class Suffix(Measures, Examines, Slotted, Counted, InSpace):
     def slotted(self, row: Tensor, ids: Tensor) -> Tensor:
         """The row [2, W] with each of the candidates [N, l] in its slot, [N, 2, W]; what was there goes."""
         if bool((row[1] == REREAD).any()):
-            raise BadInput("a row that was read anew has no slot; put tokens into the untouched row")
+            raise BadInput("a sample that was tokenized again has no slot; put tokens into the clean sample")
         if ids.ndim != 2 or ids.shape[1] > self.n:
             raise BadInput(f"candidates of shape {tuple(ids.shape)}; expected [N, l] with l <= {self.n}")
         user, reply = row[0][row[1] == USER], row[0][row[1] == REPLY]
@@ -153,8 +141,8 @@ class Suffix(Measures, Examines, Slotted, Counted, InSpace):
         if len(user) + length + len(reply) > width:
             room = width - len(user) - len(reply)
             raise UsageError(
-                f"a row has room for {room} tokens, not for {length}: make more with prompts:room={length}, or ask for "
-                "fewer"
+                f"a sample has room for {room} tokens, not for {length}: make more with prompts:room={length}, or "
+                "ask for fewer"
             )
         made = torch.full((len(ids), 2, width), -1, dtype=row.dtype, device=row.device)
         made[:, 1] = NOTHING
@@ -171,7 +159,7 @@ class Suffix(Measures, Examines, Slotted, Counted, InSpace):
 
     def distance(self, x: Tensor, origin: Tensor) -> Tensor:
         """How many tokens the attacker has added, float64 [B]; of rows read anew, how many more there are."""
-        self._same_shape(x, origin)
+        checked_shape(x, origin)
         added = (x[:, 1] == SLOT).sum(1) + (x[:, 1] == REREAD).sum(1)
         words = torch.where((x[:, 1] == REREAD).any(1), (origin[:, 1] == USER).sum(1), 0)
         return (added - words).clamp_min(0).to(torch.float32 if x.device.type == "mps" else torch.float64)
@@ -180,13 +168,6 @@ class Suffix(Measures, Examines, Slotted, Counted, InSpace):
     def measures(self, x: Tensor, origin: Tensor) -> dict[str, Tensor]:
         """What a record says of a change: the tokens it took."""
         return {"tokens": self.distance(x, origin)}
-
-    @staticmethod
-    def _same_shape(x: Tensor, origin: Tensor) -> None:
-        if x.shape != origin.shape:
-            raise BadInput(
-                f"rows of shape {tuple(x.shape)} against origins of shape {tuple(origin.shape)}; expected equal"
-            )
 
     def admits(self, x: Tensor, origin: Tensor) -> Tensor:
         """Bool [B]: the user's words and the wanted reply as they were, and no more than the attacker may add."""

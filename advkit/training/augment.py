@@ -20,7 +20,9 @@ def crop_flip(x: Tensor, rng: Rng) -> Tensor:
     The padding and random crop of the CIFAR literature; shifts are uniform on {-4, ..., 4} in both directions.
     """
     if x.dim() != 4:
-        raise BadInput(f"crop-flip takes images [B, C, H, W], got rows of shape {list(x.shape[1:])}; use augment=none")
+        raise BadInput(
+            f"crop-flip takes images [B, C, H, W], got samples of shape {list(x.shape[1:])}; use augment=none"
+        )
     batch, channels, height, width = x.shape
     one = x.new_empty(batch, 1)
     top = rng.at("top").integers(2 * PADDING + 1, one)

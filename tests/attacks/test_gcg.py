@@ -11,7 +11,7 @@ import torch
 from suffixes import IDS, Watched, found, nll, prompts, says, searching, told
 
 from advkit.attacks.text.baselines import RandomSuffix
-from advkit.attacks.text.gcg import GCG, _Walk, swapped, unique
+from advkit.attacks.text.gcg import GCG, _Run, swapped, unique
 from advkit.attacks.text.search import Scored
 from advkit.core.errors import AccessDenied, UsageError
 from advkit.core.oracle import MeteredOracle
@@ -31,7 +31,7 @@ def walking(attack, model, x, **threat):
     search = searching(attack, model, x, **threat)
     search.oracle.access = Access.GRADIENTS
     told(search, search.begin())
-    walk = _Walk(attack, search)
+    walk = _Run(attack, search)
     assert told(search, walk.start())
     return walk
 

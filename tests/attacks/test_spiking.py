@@ -197,7 +197,7 @@ def test_every_rule_is_reported(task, tmp_path, victim) -> None:
         out=tmp_path / "run",
     )
     records = read_records(tmp_path / "run" / "records.jsonl")
-    rules = {record.attack.rpartition("/")[2] for record in records}
+    rules = {record.stage for record in records}
     assert {"pdsg", "atan"} <= rules <= {*ENSEMBLE, "own"}
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from advkit.attacks.transfer.backward import BPA, SGM, LinBP, _Skipped, _Watch
-from advkit.attacks.transfer.engine import Composed, Draw, Walk
+from advkit.attacks.transfer.engine import Composed, Draw, Run
 from advkit.attacks.transfer.ensembles import snapshots
 from advkit.attacks.transfer.features import BFA, FIA, ILA, ILPD, NAA, Along
 from advkit.attacks.transfer.gradients import TI, separable
@@ -34,7 +34,7 @@ from advkit.threat_models.lp import Linf
 
 def walk_on(model, x, goal, **settings):
     settings = {"steps": 10, "step_size": 0.1, "reach": 0.1, "decay": 1.0} | settings
-    return Walk(
+    return Run(
         MeteredOracle(model, len(x), decides=False),
         x,
         goal,
@@ -307,7 +307,7 @@ def test_ila_and_ilpd_as_written(layered):
     model, first, head, x, y = layered
     rng = RowRng.from_ids(0, names(7))
     got, walk = direction_of(ILA(layer="1", base=("bim",)), layered)
-    found = Composed().walked(walk.oracle, x, walk.goal, walk.ball, rng)
+    found = Composed().one_run(walk.oracle, x, walk.goal, walk.ball, rng)
     torch.testing.assert_close(got, down(first, (first(x) - first(found)).detach(), x))
 
     noisy = x + 0.05 * rng.at("ilpd", 0).normal(x)

@@ -362,28 +362,29 @@ def test_files_that_are_no_reports(advkit: Any) -> None:
     Path("wrong.json").write_text('{"robust_accuracy": 1.0}')
     Path("text.json").write_text("hello")
     for name in ("absent", "empty", "wrong.json", "text.json"):
+        refused(advkit, "show", name, says=(name,))
         refused(advkit, "rerun", name, says=(name,))
         refused(advkit, "compare", name, name, says=(name,))
     refused(advkit, "leaderboard", "absent", says=("absent",))
 
 
 def test_a_bug_is_a_traceback_and_no_usage_error(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from advkit.evaluation import api
+    from advkit.evaluation import plan
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(api, "plan", broken)
+    monkeypatch.setattr(plan, "plan", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         advkit(*QUICK, "--model", victim)
 
 
 def test_ctrl_c_in_process(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from advkit.evaluation.run import batch as play
+    from advkit.evaluation.run import engine
 
     options = (*QUICK, "--model", victim, "--batch-size", 4, "--no-plots", "--out")
     assert advkit(*options, "whole").code == 0
-    real, calls = play.play_batch, []
+    real, calls = engine.run_alone, []
 
     def impatient(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -391,7 +392,7 @@ def test_ctrl_c_in_process(advkit: Any, victim: str, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(play, "play_batch", impatient)
+    monkeypatch.setattr(engine, "run_alone", impatient)
     said = advkit(*options, "cut")
     assert said.code == 130
     assert [line for line in said.err.splitlines() if line.startswith("advkit: ")] == [

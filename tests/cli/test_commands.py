@@ -41,7 +41,9 @@ def test_evaluate_prints_a_report_and_keeps_it(advkit: Any, victim: str) -> None
     said = advkit(*EVALUATE, "--model", victim, "--out", "run")
     assert said.code == 0
     report = Report.load("run/report.json")
-    assert report.verdict() in " ".join(said.out.split())
+    assert said.out.startswith("pgd:steps=5, defense none, on digits, model path:")
+    assert "under linf eps=0.2, untargeted, white box" in said.out.splitlines()
+    assert report.verdict().split(". ")[0] in " ".join(said.out.split())
     assert f"{100 * (report.robust_accuracy or 0):.1f} %" in said.out
     assert "report: run/report.json" in said.out
     records = read_records(Path("run/records.jsonl"))
@@ -69,7 +71,7 @@ def test_the_run_folder_is_named_by_the_case(advkit: Any, victim: str) -> None:
 
 
 def test_a_finished_run_is_not_run_again(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from advkit.evaluation.run import batch as play
+    from advkit.evaluation.run import engine
 
     first = advkit(*EVALUATE, "--model", victim, "--out", "run", "--json")
     before = files("run")
@@ -77,7 +79,7 @@ def test_a_finished_run_is_not_run_again(advkit: Any, victim: str, monkeypatch: 
     def never(*_: object) -> None:
         raise AssertionError("a finished row was attacked again")
 
-    monkeypatch.setattr(play, "play_batch", never)
+    monkeypatch.setattr(engine, "run_alone", never)
     again = advkit(*EVALUATE, "--model", victim, "--out", "run", "--json")
     assert again.code == 0
     after = files("run")
@@ -121,7 +123,42 @@ def test_plots_are_drawn(advkit: Any, victim: str) -> None:
     drawn = {p.name: p.read_bytes() for p in Path("run/plots").iterdir()}
     assert {"per_class.png", "examples.png"} <= set(drawn)
     assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+    assert said.out.splitlines()[-1] == "`advkit show run` shows all, plots in run/plots"
+    said = advkit(*EVALUATE[:-1], "--model", victim, "--out", "run", "--verbose")
     assert all(f"run/plots/{name}" in said.out for name in drawn)
+
+
+@pytest.mark.parametrize("asked", ["--defense pubdef", "--defense bit-depth:bits=1", "--goal targeted"])
+def test_a_report_fits_a_page_of_80_columns(asked: str, advkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = advkit(*EVALUATE, *asked.split(), "--out", "run")
+    lines = said.out.splitlines()
+    assert len(lines) <= 15
+    assert max(map(len, lines)) <= 80
+    assert lines[-2:] == ["report: run/report.json", "`advkit show run` shows all"]
+    # nothing was folded: no line is the rest of another's name
+    assert all(len(line.split("%")) > 1 for line in lines if line.startswith(("clean", "robust", "weakest")))
+
+
+def test_show_prints_all_of_a_run(advkit: Any, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    verbose = advkit(*EVALUATE, "--model", victim, "--out", "runs/one", "--verbose")
+    for path in ("runs/one", "runs/one/report.json"):
+        shown = advkit("show", path)
+        assert shown.code == 0
+        assert verbose.out == f"{shown.out}report: runs/one/report.json\n"
+        assert max(map(len, shown.out.splitlines())) <= 80
+    assert sum(line.startswith("class ") for line in shown.out.splitlines()) == 10
+    assert advkit("show", "runs/one", "--json").json == json.loads(Path("runs/one/report.json").read_text())
+    # a folder of a part's name is no run; a run is one, whatever it is called
+    Path("pgd").mkdir()
+    assert "step_size" in advkit("show", "pgd").out
+    Path("pgd/report.json").write_bytes(Path("runs/one/report.json").read_bytes())
+    assert advkit("show", "pgd").out == shown.out
+    assert "step_size" in advkit("show", "pgd", "--kind", "attacks").out
+    for name in ("runs/absent/report.json", "runs"):
+        said = advkit("show", name)
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
 
 
 def test_an_untrustworthy_number_exits_with_3(advkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,8 @@ def test_what_is_said_of_a_task_is_its_default(name: str) -> None:
         defaults = TASKS.build(name).defaults if name == "prompts" else None
     else:
         assert known["threat_model"] == defaults.threat_model
-        assert known["model"] == parse_spec(defaults.model).name
+        assert known["model"] in (defaults.model, parse_spec(defaults.model).name)
+        assert "=" not in known["model"]
     if defaults is not None:
         assert known["inputs"] == catalogue.inputs_of_threat(defaults.threat_model)
     assert known["group"] == known["inputs"][0]
@@ -327,9 +328,9 @@ def listed(said: Any) -> set[str]:
 
 def test_a_word_is_looked_for_in_names_groups_and_first_lines(advkit: Any) -> None:
     momentum = listed(advkit("list", "attacks", "momentum"))
-    assert {"mifgsm", "mi", "ni"} <= momentum
+    assert {"mifgsm", "mi"} <= momentum
     assert momentum == {name for name in ATTACKS.names() if "momentum" in ATTACKS.summary(name).casefold()}
-    assert listed(advkit("list", "attacks", "MOMENTUM", "ILA")) == {"ila"}
+    assert listed(advkit("list", "attacks", "MOMENTUM", "1710")) == {"mi", "ens", "mpgd"}
     assert {"fab", "fab-t"} <= listed(advkit("list", "attacks", "minimum norm"))
     ordered = listed(advkit("list", "attacks", "ad-topk"))
     assert ordered == listed(advkit("list", "attacks", "AD_TOPK")) == {"ad_topk"}
@@ -414,8 +415,9 @@ def beside_a_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         ),
         "task": 'class Mine:\n    """Films."""\n    defaults = TaskDefaults(model="snn", threat_model="flips")\n',
         "asked": (
-            'class Asked:\n    """Films, too."""\n'
-            "    @property\n    def defaults(self):\n        from advkit.core.protocols import TaskDefaults\n"
+            "from advkit.core.protocols import TaskDefaults\nfrom advkit.tasks.digits import Digits\n"
+            'class Asked(Digits):\n    """Films, too."""\n'
+            "    @property\n    def defaults(self):\n"
             '        return TaskDefaults(model="snn", threat_model="flips")\n'
         ),
     }.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from advkit.cli.progress import Bars
-from advkit.core.protocols import Outcome, Record
+from advkit.core.protocols import Label, Outcome, Record
 
 
 def told(bars, title="case"):
@@ -14,23 +14,25 @@ def told(bars, title="case"):
 
 
 def test_a_row_that_a_stage_fells_stands_no_more_and_counts_once():
-    case = SimpleNamespace(label="suite", attack=object())
+    case = SimpleNamespace(label=Label("suite"))
     bars = Bars(hidden=True)
     outcomes = (Outcome.ROBUST, Outcome.ROBUST, Outcome.BROKEN, Outcome.WRONG)
-    bars.watch("case", case, [Record(id=str(i), attack="suite/a", outcome=o) for i, o in enumerate(outcomes)], 6)
+    bars.watch(
+        "case", case, [Record(id=str(i), attack="suite", stage="a", outcome=o) for i, o in enumerate(outcomes)], 6
+    )
     assert told(bars) == (4, 6, "robust accuracy so far 50.0 %")
-    bars.watch("case", case, [Record(id="0", attack="suite/b", outcome=Outcome.BROKEN)], 5)
+    bars.watch("case", case, [Record(id="0", attack="suite", stage="b", outcome=Outcome.BROKEN)], 5)
     assert told(bars) == (5, 5, "robust accuracy so far 25.0 %")
-    bars.watch("case", case, [Record(id="0", attack="suite/c", outcome=Outcome.ROBUST)], 6)
+    bars.watch("case", case, [Record(id="0", attack="suite", stage="c", outcome=Outcome.ROBUST)], 6)
     assert told(bars) == (6, 6, "robust accuracy so far 25.0 %")
 
 
-def test_a_grid_counts_every_image():
-    case = SimpleNamespace(
-        label="grid", attack=None, threat=SimpleNamespace(scenario="grid"), specs={"threat_model": "tapm"}
-    )
+def test_a_sample_of_a_grid_is_robust_while_no_cell_breaks_it():
     bars = Bars(hidden=True)
-    cells = (("a", 1), ("b", 0))
-    records = [Record(id="0", attack=name, outcome=Outcome.ROBUST, label=1, adversarial=said) for name, said in cells]
-    bars.watch("case", case, records, 2)
-    assert told(bars) == (2, 2, "accuracy on transferred images so far 50.0 %")
+    case = SimpleNamespace(label=Label("tapm"))
+    made = [("a", Outcome.ROBUST), ("b", Outcome.BROKEN)]
+    records = [Record(id=row, attack="fgsm", source="zoo:x", outcome=outcome) for row, outcome in made]
+    bars.watch("case", case, records, 4)
+    assert told(bars) == (2, 4, "robust accuracy so far 50.0 %")
+    bars.watch("case", case, [Record(id="b", attack="fgsm", source="zoo:y", outcome=Outcome.ROBUST)], 4)
+    assert told(bars) == (3, 4, "robust accuracy so far 50.0 %")

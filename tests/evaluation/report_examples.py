@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.report import SCHEMA_VERSION
 from advkit.evaluation.run.store import to_line
 from advkit.evaluation.stats import rate
 
@@ -41,11 +42,40 @@ def document(
     right = sum(o is not W for o in columns[0])
     kept = sum(all(c[i] is R for c in columns) for i in range(n))
     data: dict[str, Any] = {
-        "schema_version": "1.0",
+        "schema_version": SCHEMA_VERSION,
         "kind": "evaluation",
         "created_utc": "2026-01-02T03:04:05Z",
         "advkit_version": "0.1.0",
         "task": "classification",
+        "request": {
+            "attack": "+".join(outcomes),
+            "defense": "none",
+            "task": "digits",
+            "model": "mlp",
+            "threat_model": "linf:eps=8/255",
+            "goal": "untargeted",
+            "n": n,
+            "seed": 0,
+            "device": "cpu",
+            "batch_size": None,
+            "draws": 10,
+            "keep": 64,
+            "speed": "fp32",
+            "beside": True,
+        },
+        "section": {
+            "scenario": "evasion",
+            "headline": {"metric": "robust_accuracy", "name": "Robust accuracy", "better": "higher"},
+            "table": [
+                {"label": "clean accuracy", "metric": "clean_accuracy"},
+                {"label": "robust accuracy", "metric": "robust_accuracy"},
+                {"label": "attack success rate", "metric": "attack_success_rate"},
+            ],
+            "sentence": "Robust accuracy is {robust_accuracy}: {attacks}.",
+            "figures": [{"name": "per_class"}, {"name": "success_by_distance"}],
+            "wording": {},
+        },
+        "companions": [],
         "dataset": {
             "name": "digits",
             "version": "1",
@@ -70,6 +100,8 @@ def document(
         "attacks": [
             {
                 "name": name,
+                "attack": name.partition("@")[0],
+                "source": name.partition("@")[2],
                 "params": {},
                 "order": order,
                 "n_attacked": right,
@@ -102,6 +134,15 @@ def document(
         else:
             data[section] = copy.deepcopy(values)
     return data
+
+
+def old(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as version 1.0 wrote it: no section, no companions, no request, labels in one piece."""
+    said = {name: copy.deepcopy(data[name]) for name in data if name not in ("section", "companions", "request")}
+    for attack in said["attacks"]:
+        for name in ("attack", "stage", "source"):
+            attack.pop(name, None)
+    return said | {"schema_version": "1.0"}
 
 
 def run_folder(

@@ -20,8 +20,9 @@ from torch import nn
 from advkit.core.errors import BadInput, BadModel, StaleRun, UsageError
 from advkit.core.protocols import Access, Outcome
 from advkit.evaluation import api
-from advkit.evaluation.report.summary import count
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.counts import count
+from advkit.evaluation.execute import run
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.store import Store, read_records
 from advkit.models.torch import TorchModel
 
@@ -185,7 +186,7 @@ def test_a_row_that_raises_is_recorded_and_the_others_go_on(digits, digits_model
 
 def test_identity_of_accuracy_and_success_rate(digits, digits_model, tmp_path):
     c = count(play(case_of(digits, digits_model, n=120), tmp_path))
-    assert (c.n, c.sound) == (120, c.robust + c.broken)
+    assert (c.n, c.correct) == (120, c.robust + c.broken)
 
 
 def test_resume_after_a_cut_line(digits, digits_model, tmp_path):
@@ -361,9 +362,9 @@ def test_what_cannot_travel_to_workers_is_refused(digits, digits_module, tmp_pat
 
 
 def test_out_of_memory_halves_the_batch(digits, digits_model, tmp_path, monkeypatch):
-    from advkit.evaluation.run import batch as one_batch
+    from advkit.evaluation.run import engine
 
-    real, sizes = one_batch.play_batch, []
+    real, sizes = engine.attacked, []
 
     def tight(case, batch, lanes):
         sizes.append(len(batch.ids))
@@ -371,7 +372,7 @@ def test_out_of_memory_halves_the_batch(digits, digits_model, tmp_path, monkeypa
             raise torch.OutOfMemoryError("too much")
         return real(case, batch, lanes)
 
-    monkeypatch.setattr(one_batch, "play_batch", tight)
+    monkeypatch.setattr(engine, "attacked", tight)
     case = case_of(digits, digits_model, n=40, batch_size=64)
     records = play(case, tmp_path / "tight")
     monkeypatch.undo()
@@ -391,12 +392,12 @@ def test_an_attack_of_ones_own_is_known_by_its_settings(digits, digits_model, tm
 
     ones = torch.ones(2)
     labels = {
-        case_of(digits, digits_model, attack, n=5).label
+        str(case_of(digits, digits_model, attack, n=5).label)
         for attack in (Mine(), Mine(steps=4), Mine(weight=ones), Mine(weight=2 * ones))
     }
     assert {"Mine", "Mine:steps=4"} < labels
     assert len(labels) == 4
-    assert case_of(digits, digits_model, Mine(weight=ones.clone()), n=5).label in labels
+    assert str(case_of(digits, digits_model, Mine(weight=ones.clone()), n=5).label) in labels
     play(case_of(digits, digits_model, Mine(), n=5), tmp_path)
     with pytest.raises(StaleRun):
         play(case_of(digits, digits_model, Mine(steps=4), n=5), tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from report_examples import B, R, W, document, run_folder
+from report_examples import B, R, W, document, old, run_folder
 from typer.testing import CliRunner
 
 from advkit.cli.leaderboard import leaderboard as command
@@ -72,16 +72,26 @@ def test_groups_never_mix_and_ranks_follow_robust_accuracy(runs: Path) -> None:
 
 def test_transfer_rows_stand_beside_their_white_box_figure(runs: Path) -> None:
     entries = {e.path: e for group in boards.scan(runs).groups for e in group.entries}
-    assert entries["transfer/report.json"].beside == ("White box", 0.2)
-    assert entries["transfer2/report.json"].beside is None
+    assert entries["transfer/report.json"].beside == (boards.Beside("white_box", "White box", 0.2, "20.0 %"),)
+    assert entries["transfer2/report.json"].beside == ()
     assert entries["transfer/report.json"].adaptive == "oblivious"
     assert entries["copy/report.json"].adaptive == "adaptive"
     page = boards.scan(runs).to_html(runs)
     assert "not evaluated" in page
-    cell = {"metrics": {"tapm_acc_best_attack": rate(4, 5, "all_samples")}}
+    tapm = {"name": "tapm", "title": "TAPM, strongest cell", "metric": "tapm_acc_best_attack"}
+    cell = {"metrics": {"tapm_acc_best_attack": rate(4, 5, "all_samples")}, "companions": [tapm]}
     run_folder(runs / "pubdef", WEAK, named("pubdef", **cell))
+    run_folder(runs / "old", FAIR, named("old", **cell))
+    file = runs / "old" / "report.json"
+    file.write_text(json.dumps(old(json.loads(file.read_text()))))
     entries = {e.path: e for group in boards.scan(runs).groups for e in group.entries}
-    assert entries["pubdef/report.json"].beside == ("Best transfer attack (TAPM)", 0.8)
+    for name in ("pubdef", "old"):  # one table, one column, whatever version wrote the report
+        assert entries[f"{name}/report.json"].beside == (boards.Beside("tapm", "TAPM", 0.8, "80.0 %"),)
+        assert any(
+            {f"{name}/report.json", "copy/report.json"} <= {e.path for e in group.entries}
+            and group.columns == {"tapm": "TAPM"}
+            for group in boards.scan(runs).groups
+        )
 
 
 def test_certified_and_empirical_never_share_a_column(tmp_path: Path) -> None:
@@ -91,6 +101,11 @@ def test_certified_and_empirical_never_share_a_column(tmp_path: Path) -> None:
     run_folder(tmp_path / "attacked", STRONG, named("attacked", threat_model=threat))
     data = document(FAIR, named("proof", threat_model=threat | {"knowledge": "none"}, metrics={"certified": curve}))
     data["attacks"] = []
+    data["section"] |= {
+        "headline": {"metric": "certified", "name": "Certified accuracy", "better": "higher"},
+        "table": [],
+        "sentence": "Proven under {threat}.",
+    }
     del data["metrics"]["robust_accuracy"], data["metrics"]["attack_success_rate"]
     (tmp_path / "proof").mkdir()
     (tmp_path / "proof" / "report.json").write_text(json.dumps(data))
@@ -103,6 +118,51 @@ def test_certified_and_empirical_never_share_a_column(tmp_path: Path) -> None:
     assert [e.certified for e in empirical.entries] == [None, (0.5, 0.4)]
     assert "Certified" in board.to_markdown()
     assert both.exists()
+
+
+def test_reports_of_other_headlines_are_never_ranked_together(tmp_path: Path) -> None:
+    """And where less is better, the least comes first; a scalar is shown as it is."""
+    judged = {
+        "metric": "robust_accuracy_all_judges",
+        "name": "Robust accuracy (no judge says broken)",
+        "better": "higher",
+    }
+    lines = [{"label": "judge refusal", "metric": "refusal_asr_greedy"}]
+    for name, robust, refused in (("a", 1, 4), ("b", 3, 2)):
+        metrics = {
+            "robust_accuracy_all_judges": rate(robust, 5, "prompts"),
+            "refusal_asr_greedy": rate(refused, 5, "prompts"),
+        }
+        section = {"headline": judged, "table": lines}
+        run_folder(tmp_path / name, STRONG, named(name, metrics=metrics, section=section))
+    run_folder(tmp_path / "plain", STRONG, named("plain"))
+    seconds = {"metric": "delay", "name": "Delay", "better": "lower"}
+    for name, value in (("slow", 7.5), ("fast", 2.0), ("unknown", None)):
+        metrics = {"delay": {"value": value, "unit": "s"}}
+        run_folder(tmp_path / name, STRONG, named(name, metrics=metrics, section={"headline": seconds}))
+    board = boards.scan(tmp_path)
+    found = {
+        group.score_name: [(e.rank, e.data["model"]["name"], e.text) for e in group.entries] for group in board.groups
+    }
+    assert found == {
+        "Robust accuracy": [(1, "plain", "80.0 %")],
+        "Robust accuracy (no judge says broken)": [(1, "b", "60.0 %"), (2, "a", "20.0 %")],
+        "Delay": [(1, "fast", "2 s"), (2, "slow", "7.5 s"), (None, "unknown", "-")],
+    }
+    by_name = {group.score_name: group for group in board.groups}
+    judges = by_name["Robust accuracy (no judge says broken)"]
+    assert judges.title.endswith("white box, by robust accuracy (no judge says broken)")
+    assert judges.columns == {"refusal_asr_greedy": "judge refusal"}
+    assert [each.text for entry in judges.entries for each in entry.beside] == ["40.0 %", "80.0 %"]
+    assert "judge refusal | n |" in board.to_markdown()
+    page = parse(board.to_html())
+    assert sum(tag == "svg" for tag, _ in page) == 3  # no bar for what is no fraction
+    assert {a["aria-sort"] for t, a in page if t == "th" and "aria-sort" in a} == {"none", "descending", "ascending"}
+    assert all(row.count("|") == lines[0].count("|") for lines in tables(board.to_markdown()) for row in lines)
+
+
+def tables(text: str) -> list[list[str]]:
+    return [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
 
 
 class Page(html.parser.HTMLParser):

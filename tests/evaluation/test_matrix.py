@@ -491,7 +491,7 @@ def test_saved_loaded_and_refused(made: tuple[Matrix, Path], tmp_path: Path) -> 
         ({"seen": {CNN_B: ["nobody"]}}, "seen names nobody"),
         ({"equal_budget": 0}, "budget"),
         ({"threat_model": "minimum-l2"}, "no radius"),
-        ({"sources": ["zoo:fashion-mnist-public-cnn"]}, "trained on rows of shape"),
+        ({"sources": ["zoo:fashion-mnist-public-cnn"]}, "trained on samples of shape"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from report_examples import B, R, W, document, records, run_folder
+from report_examples import B, R, W, document, old, records, run_folder
 
 from advkit.core.errors import ReportError, UsageError
+from advkit.evaluation import figures
 from advkit.evaluation.figures import plots, write_plots
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.store import to_line
@@ -80,9 +82,9 @@ def test_grid_amplifies_the_difference_and_says_by_how_much(channels: int) -> No
 
 def test_grid_of_unchanged_images_and_other_ranges() -> None:
     x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    figure = plots.example_grid(x, x, low=-1, high=1)
+    figure = plots.example_grid(x, x, bounds=(-1, 1))
     assert "x1" in figure.axes[2].get_ylabel()
-    titled = plots.example_grid(x, x, low=-1, high=1, title="a title of more words than fit above one column")
+    titled = plots.example_grid(x, x, bounds=(-1, 1), title="a title of more words than fit above one column")
     assert "\n" in titled.get_suptitle()
     with pytest.raises(UsageError, match="outside"):
         plots.example_grid(x, x)
@@ -159,7 +161,9 @@ def test_write_plots_of_a_run(tmp_path: Path) -> None:
 def test_write_plots_of_a_run_without_a_radius(tmp_path: Path) -> None:
     """Distances in place of classes, whose robust accuracy means nothing for such a goal."""
     threat = {"name": "minimum-l2", "norm": "L2", "eps": None, "eps_string": None, "goal": "topk_ordered"}
-    run = run_folder(tmp_path / "run", {"quadattack": [R, B, R, W, B]}, {"threat_model": threat})
+    outcomes = {"quadattack": [R, B, R, W, B]}
+    run = run_folder(tmp_path / "run", outcomes, {"threat_model": threat})
+    (run / "report.json").write_text(json.dumps(old(document(outcomes, {"threat_model": threat}))))
     held = [replace(r, distance=float(i)) for i, r in enumerate(records({"quadattack": [R, B, R, W, B]}))]
     (run / "records.jsonl").write_text("".join(to_line(r) + "\n" for r in held), encoding="utf-8")
     assert [path.name for path in write_plots(run)] == ["success_by_distance.png"]
@@ -167,6 +171,26 @@ def test_write_plots_of_a_run_without_a_radius(tmp_path: Path) -> None:
     assert figure is not None
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [(0, 0), (1, 0.25), (4, 0.5), (4.2, 0.5)])
     assert plots.success_by_distance_of(Report.from_dict(document({"pgd": [R, B]})), held) is None
+
+
+def test_a_run_is_drawn_as_its_section_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outcomes = {"pgd": [R, B, R, W, R, B]}
+    named = [{"name": "of_a_plug_in", "keys": 1}, {"name": "per_class", "class_names": ["cat", "dog"]}]
+    run = run_folder(tmp_path / "run", outcomes, {"section": {"figures": named}})
+    with caplog.at_level("INFO", logger="advkit"):
+        assert [path.name for path in write_plots(run)] == ["per_class.png"]
+    assert "of_a_plug_in" in caplog.text
+    assert write_plots(run_folder(tmp_path / "none", outcomes, {"section": {"figures": []}})) == []
+    named = [{"name": "per_class", "no_such_key": 1}]
+    with pytest.raises(ReportError, match="no_such_key"):
+        write_plots(run_folder(tmp_path / "off", outcomes, {"section": {"figures": named}}))
+
+
+def test_every_figure_of_the_table_is_there_and_described() -> None:
+    assert figures.__doc__ is not None
+    for name in figures.FIGURES:
+        assert callable(figures.figure(name))
+        assert f"| `{name}` |" in figures.__doc__
 
 
 def test_pyplot_is_never_touched() -> None:

@@ -6,16 +6,19 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_examples import B, R, W, document, run_folder
+from report_examples import B, R, W, document, old, run_folder
 
 from advkit.core.errors import ReportError
-from advkit.evaluation.report import Report, merge, schema
+from advkit.evaluation.report import Report, merge, schema, shorten
 from advkit.evaluation.stats import rate
 from advkit.evaluation.trust.advice import ADVICE
 
@@ -68,7 +71,15 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (edit("metrics.clean_accuracy", ...), "clean_accuracy"),
         (edit("metrics.clean_accuracy.denominator", ...), "denominator"),
         (edit("metrics.clean_accuracy.denominator_kind", ...), "denominator_kind"),
-        (edit("metrics.clean_accuracy.denominator_kind", "rows"), "rows"),
+        (edit("metrics.clean_accuracy.denominator_kind", "Rows of mine!"), "Rows of mine"),
+        (edit("threat_model.goal", "two words"), "two words"),
+        (edit("schema_version", "2.0"), "2.0"),
+        (edit("section.headline.metric", "no_such"), "section.headline.*no_such"),
+        (edit("section.table.1.metric", "no_such"), "section.table.1.*no_such"),
+        (edit("section.sentence", "As low as {no_such}."), "section.sentence.*no_such"),
+        (edit("section.headline.better", "larger"), "larger"),
+        (edit("companions", [{"name": "tapm", "title": "TAPM", "metric": "no_such"}]), "companions.0.*no_such"),
+        (edit("request.seed", "0"), "request.seed"),
         (edit("metrics.extra", {"value": 0.5, "numerator": 1, "denominator": 2}), "denominator_kind"),
         (edit("metrics.clean_accuracy.value", 0.91), "9 / 10"),
         (edit("metrics.clean_accuracy.value", 90.0), "90.0"),
@@ -132,7 +143,7 @@ def test_refuses_a_certificate_that_grows_with_its_radius() -> None:
         {"radius": 0.5, "certified_accuracy": rate(3, 10, "all_samples")},
         {"radius": 0.25, "certified_accuracy": rate(5, 10, "all_samples")},
     ]
-    assert "certified at radius 0.25" in str(Report.from_dict(data))
+    assert "certified at radius 0.25" in [row.label for row in Report.from_dict(data).rows(full=True)]
     data["metrics"]["certified"][0]["certified_accuracy"] = rate(6, 10, "all_samples")
     with pytest.raises(ReportError, match=r"radius 0\.5 than at 0\.25"):
         Report.from_dict(data)
@@ -193,93 +204,243 @@ def test_load_names_the_file_and_the_fault(tmp_path: Path, text: str) -> None:
         Report.load(tmp_path / "nowhere")
 
 
-def test_summary_says_all_that_matters() -> None:
-    flag = {"id": "zero_gradient", "severity": "unreliable", "message": "12 of 64 rows", "attack": "apgd"}
-    made = report(
-        diagnostics={"flags": [{"id": "low_precision", "severity": "info", "message": "float16"}, flag]},
+def flag(severity: str = "unreliable", **more: Any) -> dict[str, Any]:
+    return {"id": "zero_gradient", "severity": severity, "message": "12 of 64 rows", "attack": "apgd", **more}
+
+
+CLASSES = {f"robust_accuracy_class_{c}": rate(k, 5, "all_samples") for c, k in zip("wxyz", (3, 1, 2, 5), strict=True)}
+TAPM = {"name": "tapm", "title": "TAPM, strongest cell", "metric": "tapm_acc_best_attack"}
+
+
+def eventful() -> Report:
+    return report(
+        diagnostics={"flags": [{"id": "low_precision", "severity": "info", "message": "float16"}, flag()]},
         metrics={
             "tapm_acc_best_attack": rate(7, 10, "all_samples"),
             "mean_distance": {"value": 0.0271, "unit": "Linf"},
-            **{
-                f"robust_accuracy_class_{c}": rate(k, 5, "all_samples")
-                for c, k in zip("wxyz", (3, 1, 2, 5), strict=True)
-            },
+            **CLASSES,
+        },
+        companions=[TAPM],
+    )
+
+
+def test_the_page_says_what_decides() -> None:
+    assert str(eventful()).splitlines() == [
+        "pgd:steps=40+apgd+square, defense none, on digits, model mlp, 10 samples",
+        "under linf eps=8/255, untargeted, white box",
+        "                                        95 % interval",
+        "clean accuracy                  90.0 %   [59.6, 98.2]  9 / 10 all samples",
+        "robust accuracy                 60.0 %   [31.3, 83.2]  6 / 10 all samples",
+        "attack success rate             33.3 %   [12.1, 64.6]  3 / 9 clean correct",
+        "TAPM, strongest cell            70.0 %   [39.7, 89.2]  7 / 10 all samples",
+        "weakest class: x                20.0 %    [3.6, 62.4]  1 / 5 all samples",
+        "unreliable: zero_gradient: 12 of 64 rows",
+        "info: low_precision: float16",
+        "Robust accuracy is 60.0 % [31.3, 83.2]: worst case of 3 attacks. Do not trust",
+        "this number: zero_gradient.",
+    ]
+    assert "No reliability flag was raised." in " ".join(str(report()).split())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_page_never_outgrows_its_lines_and_columns(width: int) -> None:
+    """However long names and messages are and however many figures and flags there are."""
+    long = "transfer:" + "+".join(f"part{i}" for i in range(40))
+    crowded = report(
+        diagnostics={"flags": [flag("warning", message=long * 3)] * 7},
+        metrics={
+            **CLASSES,
+            **{f"{i}_asr": rate(i, 9, "prompts") for i in range(9)},
+            "tapm": rate(7, 10, "all_samples"),
+        },
+        companions=[{"name": f"c{i}", "title": long, "metric": "tapm"} for i in range(4)],
+        threat_model={"name": long, "eps": 12.5, "eps_string": None},
+        request={"attack": long, "task": long},
+        section={
+            "table": [{"label": f"{i} {long}", "metric": f"{i}_asr"} for i in range(9)],
+            "sentence": f"{{robust_accuracy}} {long} " * 9,
         },
     )
-    text = str(made)
+    lines = [line for line, _ in crowded.brief(width)]
+    assert len(lines) <= 13
+    assert max(map(len, lines)) <= width
+    assert sum(line.startswith("warning: zero_gradient") for line in lines) >= 1
+    assert any("more)" in line for line in lines)
+    text = "\n".join(lines)
+    assert "90.0 %" not in text  # the table that the scenario names has no line for clean accuracy
+    assert "60.0 %   [31.3, 83.2]" in text.replace("     ", "   ")
+    everything = [line for line, _ in crowded.full(width)]
+    assert max(map(len, everything)) <= width
+    assert sum("_class_" not in line and line.startswith("class ") for line in everything) == 4
+
+
+def test_shortened_names_keep_both_ends() -> None:
+    assert shorten("pgd:steps=40@zoo:fashion-mnist-public-cnn", 20) == "pgd:steps...blic-cnn"
+    assert [len(shorten("abcdefghij", width)) for width in (0, 2, 5, 10, 20)] == [0, 2, 5, 10, 10]
+    assert shorten("two\n lines", 80) == "two lines"
+
+
+def test_everything_is_shown_in_full() -> None:
+    shown = " ".join(" ".join(line for line, _ in eventful().full(100)).split())
     for words in (
-        "90.0 %",
-        "[59.6, 98.2]",
-        "9 / 10 all samples",
-        "worst case of 3 attacks",
-        "33.3 %",
-        "3 / 9 clean correct broken",
+        "3 / 9 clean correct",
         "pgd:steps=40",
-        "TAPM accuracy best attack",
+        "1 / 9 broken",
+        "mean distance",
         "0.0271 Linf",
-        "weakest class: x",
+        "class w",
         "unreliable: zero_gradient: 12 of 64 rows",
         ADVICE["zero_gradient"],
+        "Threat model: linf eps=8/255, untargeted, white box.",
         "Do not trust this number: zero_gradient.",
-        "linf eps=8/255, untargeted, white box",
     ):
-        assert words in " ".join(text.split()), words
-    assert [flag["id"] for flag in made.flags] == ["zero_gradient", "low_precision"]
-    assert not made.trustworthy
-    assert len(made.rows(full=True)) == len(made.rows()) + 3
-    assert "No reliability flag was raised." in str(report())
+        assert words in shown, words
+    assert [flag["id"] for flag in eventful().flags] == ["zero_gradient", "low_precision"]
+    assert not eventful().trustworthy
+    labels = [row.label for row in eventful().rows(full=True)]
+    assert len(labels) == len(set(labels))
+    assert {"clean accuracy", "apgd", "class x", "mean distance", "TAPM, strongest cell"} <= set(labels)
 
 
-def test_goals_beyond_a_wrong_answer_are_headed_by_their_success_rate() -> None:
-    classes = {
-        f"robust_accuracy_class_{c}": rate(k, 5, "all_samples") for c, k in zip("wxyz", (3, 1, 2, 5), strict=True)
-    }
-    wanted = report(metrics=classes, threat_model={"goal": "topk_ordered", "norm": "L2"})
-    success = wanted.attack_success_rate
-    assert wanted.verdict().startswith(f"Attack success rate {100 * success:.1f} % [")
-    assert "weakest class" not in str(wanted)
-    assert "Robust accuracy" not in wanted.verdict()
-    far = report(metrics={"l2_mean": {"value": 1.25, "n": 3}}, threat_model={"goal": "topk_ordered", "norm": "L2"})
-    assert "Successes lie 1.25 (L2) from their origins" in far.verdict()
-    plain = report(metrics=classes)
-    assert plain.verdict().startswith("Robust accuracy ")
-    assert "weakest class" in str(plain)
-
-
-def test_transfer_reports_never_pass_for_white_box() -> None:
-    made = report(threat_model={"knowledge": "transfer", "adaptive": False}, defense={"name": "pubdef"})
-    assert "White-box accuracy was not evaluated" in made.verdict()
-    assert "No adaptive attack declared." in made.verdict()
-
-
-def test_cells_beside_the_headline_are_shown_but_stay_out_of_it() -> None:
-    data = document({"pgd": [R, R, R, B, W]})
-    for k, source in enumerate(("a", "b", "c", "d", "e")):
-        cell = copy.deepcopy(data["attacks"][0])
-        cell |= {"name": f"fgsm@{source}", "params": {"source": source}}
-        cell["robust_accuracy"] = rate(min(k, 4), 5, "all_samples")
-        cell["attack_success_rate"] = rate(4 - min(k, 4), 4, "clean_correct")
-        data["attacks"].append(cell)
-    data["protocol"]["aggregation"] = "worst_case_per_sample"
-    made = Report.from_dict(data)
-    sections = [(row.section, row.label) for row in made.rows()]
-    assert ("worst", "robust accuracy") in sections
-    assert [label for section, label in sections if section == "beside"] == [
-        "beside: fgsm@a",
-        "beside: fgsm@b",
-        "beside: fgsm@c",
-        "... 2 weaker attacks",
+def test_the_section_rules_what_is_said() -> None:
+    """Another headline, other words, a scalar in percent: nothing of it is known to the renderer."""
+    made = report(
+        metrics={
+            "missed": {"value": 0.25, "unit": "fraction", "n": 8},
+            "delay": {"value": 3.5, "unit": "s"},
+            **{f"missed_class_{c}": rate(k, 5, "alarms") for c, k in zip("wxyz", (3, 1, 2, 5), strict=True)},
+        },
+        section={
+            "scenario": "watchtower",
+            "headline": {"metric": "missed", "name": "Missed attacks", "better": "lower"},
+            "table": [{"label": "delay", "metric": "delay"}, {"label": "clean", "metric": "clean_accuracy"}],
+            "sentence": "{missed} of the attacks are missed after {delay} under {threat}.",
+        },
+        task="watching",
+        threat_model={"goal": "go_unseen", "norm": "LPIPS", "knowledge": "insider"},
+    )
+    assert made.verdict() == (
+        "25.0 % of the attacks are missed after 3.5 s under linf eps=8/255, go unseen, insider. "
+        "No reliability flag was raised."
+    )
+    assert [(row.section, row.label, row.value) for row in made.rows()] == [
+        ("table", "delay", "3.5 s"),
+        ("headline", "Missed attacks", "25.0 %"),
+        ("table", "clean", "90.0 %"),
+        ("class", "weakest class: z", "100.0 %"),  # of misses, the most are the worst
     ]
 
 
+def test_a_plug_ins_own_words_are_valid() -> None:
+    """What a goal, a threat model or a task of another package calls itself ends in a report, not in an error."""
+    data = document(CROSSED, {"threat_model": {"goal": "stop-it.v2", "norm": "LPIPS-alex"}, "task": "segmentation"})
+    data["metrics"]["frames_kept"] = rate(3, 4, "frames_of_mine")
+    assert Report.from_dict(data).threat == "linf eps=8/255, stop-it.v2, white box"
+
+
+def test_old_reports_say_what_their_readers_said() -> None:
+    """Version 1.0 has no section: it is made of goal, task and metrics."""
+
+    def one(**changes: Any) -> Report:
+        return Report.from_dict(old(document(CROSSED, changes)))
+
+    plain = one(metrics=CLASSES)
+    assert json.loads(plain.to_json())["schema_version"] == "1.0"
+    assert plain.verdict().startswith(
+        "Robust accuracy 60.0 % [31.3, 83.2] under linf eps=8/255, untargeted, white box; worst case of 3 attacks. "
+    )
+    assert "weakest class: x" in str(plain)
+    wanted = one(metrics=CLASSES, threat_model={"goal": "topk_ordered", "norm": "L2"})
+    assert wanted.verdict().startswith("Attack success rate 33.3 % [")
+    assert "weakest class" not in str(wanted)
+    assert "Robust accuracy" not in wanted.verdict()
+    far = one(metrics={"l2_mean": {"value": 1.25, "n": 3}}, threat_model={"goal": "topk_ordered", "norm": "L2"})
+    assert "Successes lie 1.25 (L2) from their clean inputs" in far.verdict()
+    told = one(task="text_generation", metrics={"refusal_asr_greedy": rate(4, 10, "prompts")})
+    assert "target not said" in str(told)
+    assert "judge refusal: broken" in str(told)
+    submitted = {
+        "value": 0.5,
+        "n": 100,
+        "ci": {"low": 0.4, "high": 0.6, "level": 0.95, "method": "bootstrap_percentile"},
+    }
+    online = one(metrics={"stream_fool_rate": submitted, "stream_competitive_ratio": {"value": 0.53}})
+    assert online.verdict().startswith("50.0 % [40.0, 60.0] of what is submitted fools the model under linf eps=8/255")
+    assert "in the mean of 100 orders" in online.verdict()
+    assert online.metrics["stream_fool_rate"] == submitted
+    for made in (plain, wanted, told, online):
+        assert all({"attack", "stage", "source", "beside"} <= set(attack) for attack in made.attacks)
+
+
+def test_transfer_reports_never_pass_for_white_box() -> None:
+    changes = {"threat_model": {"knowledge": "transfer", "adaptive": False}, "defense": {"name": "pubdef"}}
+    made = report(**changes)
+    assert "White-box accuracy was not evaluated" in made.verdict()
+    assert "White-box accuracy was not evaluated" in " ".join(str(made).split())
+    assert "No adaptive attack declared." in made.verdict()
+    beside = {"name": "white_box", "title": "white box, pgd", "metric": "white_box_robust_accuracy"}
+    metrics = {"white_box_robust_accuracy": rate(1, 10, "all_samples")}
+    assert "not evaluated" not in report(**changes, companions=[beside], metrics=metrics).verdict()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_cells_beside_the_headline_are_shown_but_stay_out_of_it(version: str) -> None:
+    data = document({"pgd": [R, R, R, B, W]})
+    for k, source in enumerate(("a", "b", "c", "d", "e")):
+        cell = copy.deepcopy(data["attacks"][0])
+        cell |= {"name": f"fgsm@{source}", "attack": "fgsm", "source": source, "params": {"source": source}}
+        cell["robust_accuracy"] = rate(min(k, 4), 5, "all_samples")
+        cell["attack_success_rate"] = rate(4 - min(k, 4), 4, "clean_correct")
+        data["attacks"].append(cell | ({"beside": True} if version == "1.1" else {}))
+    data["protocol"]["aggregation"] = "worst_case_per_sample"
+    made = Report.from_dict(data if version == "1.1" else old(data))
+    assert [(row.section, row.label) for row in made.rows()] == [
+        ("table", "clean accuracy"),
+        ("headline", "robust accuracy"),
+        ("table", "attack success rate"),
+    ]
+    sections = [(row.section, row.label) for row in made.rows(full=True)]
+    assert [label for section, label in sections if section == "beside"] == [f"beside: fgsm@{x}" for x in "abcde"]
+    assert [label for section, label in sections if section == "attack"] == ["pgd"]
+    assert "one attack" in made.verdict()
+    if version == "1.1":  # not marked, a cell counts, and contradicts the headline
+        del data["attacks"][1]["beside"]
+        with pytest.raises(ReportError, match="fgsm@a alone leaves 0"):
+            Report.from_dict(data)
+
+
+def test_reports_load_without_torch_and_scenarios() -> None:
+    """Reports of plug-ins that are not installed open anywhere."""
+    code = (
+        "import sys, advkit.evaluation.report.leaderboard, advkit.evaluation.report.compare; "
+        "print(*(name for name in sys.modules if name == 'torch' or name.startswith('advkit.evaluation.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = {".".join(name.split(".")[:3]) for name in done.stdout.split()}
+    assert loaded == {f"advkit.evaluation.{room}" for room in ("report", "run", "stats", "trust")}
+
+
 def test_html_and_table_show_hostile_names_and_obey_none() -> None:
-    made = report(model={"name": "<script>alert(1)</script>[red]x[/red]"}, title="[bold]<img src=x onerror=1>")
+    hostile = "[bold]<img src=x onerror=1>"
+    label = {"label": hostile, "metric": "robust_accuracy"}
+    made = report(
+        model={"name": "<script>alert(1)</script>[red]x[/red]"},
+        title=hostile,
+        section={"table": [label]},
+        companions=[],
+    )
     html = made._repr_html_()
     assert "<script>" not in html
     assert "<img" not in html
     assert "&lt;img src=x onerror=1&gt;" in html
-    assert "[bold]<img src=x onerror=1>" in str(made)
-    assert "90.0 %" in html
+    assert hostile in str(made)
+    assert "60.0 %" in html
+    from rich.console import Console
+
+    console = Console(width=120, file=StringIO(), color_system=None)
+    console.print(made.summary_table(full=True))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count(hostile) == 2
 
 
 def test_robustbench_block_and_back() -> None:
@@ -335,6 +496,8 @@ def test_merge_drops_what_two_summaries_cannot_give(caplog: pytest.LogCaptureFix
     merged = merge(*shards)
     assert set(merged.metrics) == {"clean_accuracy", "robust_accuracy", "attack_success_rate"}
     assert "tapm_acc_best_attack" in caplog.text
+    assert merged.to_dict()["request"]["n"] == 10
+    assert merged.to_dict()["section"] == shards[0].to_dict()["section"]
     assert [flag["message"] for flag in merged.flags] == ["6"]
     added = merge(*shards, additive=["tapm_acc_best_attack"])
     assert added.metrics["tapm_acc_best_attack"] == rate(2, 10, "all_samples")

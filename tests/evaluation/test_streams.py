@@ -19,21 +19,22 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome
 from advkit.core.rng import RowRng
 from advkit.evaluation import api
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.execute import run
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.speed import planned_passes
 from advkit.evaluation.run.store import read_records
 from advkit.evaluation.scenarios.stream import (
     Items,
-    Play,
+    Submitted,
     Violation,
     candidates_of,
     compare_selectors,
     feed,
     noise_study,
-    play,
     shuffled,
     stream_metrics,
     streams,
+    submit,
     top,
 )
 
@@ -68,14 +69,14 @@ def test_figures_by_hand():
         np.array([True, True, False, False]),
         np.array([True, False, True, False]),
     )
-    found = Play(2, np.array([[0, 1], [3, -1], [-1, -1], [2, 3]]))
+    found = Submitted(2, np.array([[0, 1], [3, -1], [-1, -1], [2, 3]]))
     assert found.competitive_ratio(items).tolist() == [0.5, 0.5, 0.0, 0.5]  # the best two are items 1 and 3
     assert found.value_ratio(items).tolist() == [7 / 8, 3 / 8, 0.0, 4 / 8]
     assert found.fooled(items).tolist() == [2, 0, 0, 0]
     assert found.selected().tolist() == [2, 1, 0, 2]
     # untouched, items 0 and 2 are right; item 0 falls, item 1 was wrong before, item 3 turns right
     assert found.accuracy(items).tolist() == [1 / 4, 3 / 4, 2 / 4, 3 / 4]
-    assert Play(1, np.array([[0]])).value_ratio(replace(items, true_value=np.zeros(4))) is None
+    assert Submitted(1, np.array([[0]])).value_ratio(replace(items, true_value=np.zeros(4))) is None
 
 
 def test_ties_go_to_the_first():
@@ -104,12 +105,12 @@ def test_playing_item_by_item_gives_the_same(items, name):
             return self.rule.start(length, budget, rng)
 
     rule = selector(name, exhaust=True)
-    assert (play(Mine(rule), items, 6, orders=30).picked == play(rule, items, 6, orders=30).picked).all()
+    assert (submit(Mine(rule), items, 6, orders=30).picked == submit(rule, items, 6, orders=30).picked).all()
 
 
 def test_best_items_do_not_depend_on_the_order(items):
     """Shuffling positions and picks together leaves the ratio of every order as it is."""
-    found = play(selector("offline"), replace(items, value=items.true_value), 7, orders=40)
+    found = submit(selector("offline"), replace(items, value=items.true_value), 7, orders=40)
     assert (found.competitive_ratio(items) == 1).all()
     assert found.value_ratio(items) == pytest.approx(np.ones(40))
     assert {frozenset(row) for row in found.picked.tolist()} == {frozenset(np.flatnonzero(top(items.true_value, 7)))}
@@ -162,10 +163,10 @@ def test_rules_are_enforced(how, words):
 def test_a_cheat_ends_in_error_records_and_wins_nothing(digits, digits_model, tmp_path, how, from_order):
     case = case_of(digits, digits_model, Cheat(how=how, from_order=from_order), f"online:k=5,{SOURCES}", n=40)
     records = played(case, tmp_path)
-    handed = [r for r in records if r.attack.endswith("/submitted")]
+    handed = [r for r in records if r.stage == "submitted"]
     assert handed or how == "later"
     assert all(r.outcome == Outcome.ERROR and not r.reached and "selector" in r.message for r in handed)
-    found = play(case.attack, Items.of(candidates_of(case, records)), 5, orders=100)
+    found = submit(case.attack, Items.of(candidates_of(case, records)), 5, orders=100)
     assert found.void
     assert all((found.picked[m] == -1).all() for m in found.void)
     metrics = stream_metrics(case, records)
@@ -177,7 +178,7 @@ def test_a_cheat_ends_in_error_records_and_wins_nothing(digits, digits_model, tm
 def test_an_honest_selector_of_ones_own(digits, digits_model, tmp_path):
     case = case_of(digits, digits_model, Cheat(how="honest"), f"online:k=5,{SOURCES}", n=40)
     records = played(case, tmp_path)
-    assert sum(r.attack.endswith("/submitted") for r in records) == 2
+    assert sum(r.stage == "submitted" for r in records) == 2
     assert not any(r.outcome == Outcome.ERROR for r in records)
     assert stream_metrics(case, records)["stream_selected"]["value"] == 2
 
@@ -185,8 +186,8 @@ def test_an_honest_selector_of_ones_own(digits, digits_model, tmp_path):
 def test_records_hold_values_and_submissions(digits, digits_model, tmp_path):
     case = case_of(digits, digits_model, keep=60)
     records = played(case, tmp_path)
-    candidates = [r for r in records if r.attack == case.label]
-    handed = [r for r in records if r.attack == f"{case.label}/submitted"]
+    candidates = [r for r in records if r.made_by == case.label]
+    handed = [r for r in records if r.made_by == replace(case.label, stage="submitted")]
     assert len(candidates) == 60
     assert len(handed) == 5
 
@@ -309,7 +310,7 @@ def test_report_and_command(tmp_path, monkeypatch):
 
     said = Report.load(tmp_path / "run" / "report.json").verdict()
     assert said.startswith(f"{100 * metrics['stream_fool_rate']['value']:.1f} %")
-    assert "Were every item handed in" in said
+    assert "If every sample were submitted" in said
 
 
 def test_the_threat_model_may_be_left_out():

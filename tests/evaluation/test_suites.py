@@ -15,13 +15,18 @@ from advkit.attacks.minimal.fab import FABT
 from advkit.attacks.query.square import Square
 from advkit.attacks.suites import Lean, Stage, Suite, Thorough
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Outcome
+from advkit.core.protocols import Access, Label, Outcome
 from advkit.evaluation import api
-from advkit.evaluation.report.summary import by_label, count
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.counts import by_label, count
+from advkit.evaluation.execute import run
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.scenarios.evasion import taken_by
 
 EPS = "linf:eps=0.1"
+
+
+def stage_of(case, stage):
+    return replace(case.label, stage=stage.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +66,16 @@ def play(case, folder):
 
 def case_of(digits, model, **more):
     case = api.resolve("pgd", "none", digits, model, EPS, device="cpu", n=more.pop("n", 150), **more)
-    return replace(case, attack=Small(), label="small")
+    return replace(case, attack=Small(), label=Label("small"))
 
 
 def test_stages_take_only_rows_still_standing(digits, digits_model, tmp_path):
     records = play(case_of(digits, digits_model), tmp_path)
     groups = by_label(records)
-    assert list(groups)[:3] == ["small/first", "small/near", "small/sentinel"]
-    first = {r.id: r for r in groups["small/first"]}
+    assert list(groups)[:3] == [Label("small", "first"), Label("small", "near"), Label("small", "sentinel")]
+    first = {r.id: r for r in groups[Label("small", "first")]}
     standing = {row for row, r in first.items() if r.outcome == Outcome.ROBUST}
-    near = {r.id: r for r in groups["small/near"]}
+    near = {r.id: r for r in groups[Label("small", "near")]}
     assert len(near) == -(-len(standing) * 3 // 10)
     assert set(near) <= standing
     # the nearest by the first stage's closeness
@@ -79,7 +84,7 @@ def test_stages_take_only_rows_still_standing(digits, digits_model, tmp_path):
     c = count(records)
     assert c.n == len(first) == 150
     assert c.broken == sum(r.outcome == Outcome.BROKEN for r in records)
-    assert c.sound == c.robust + c.broken
+    assert c.correct == c.robust + c.broken
 
 
 def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_path):
@@ -88,12 +93,12 @@ def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_p
     masked = TorchModel(Rounded(digits_module).eval(), space=digits.space, classes=10)
     records = play(case_of(digits, masked), tmp_path)
     groups = by_label(records)
-    assert any(r.outcome == Outcome.BROKEN for r in groups["small/sentinel"])
-    assert "small/last" in groups
-    survivors = {r.id for r in groups["small/first"] if r.outcome == Outcome.ROBUST}
-    for stage in ("small/near", "small/sentinel"):
+    assert any(r.outcome == Outcome.BROKEN for r in groups[Label("small", "sentinel")])
+    assert Label("small", "last") in groups
+    survivors = {r.id for r in groups[Label("small", "first")] if r.outcome == Outcome.ROBUST}
+    for stage in (Label("small", "near"), Label("small", "sentinel")):
         survivors -= {r.id for r in groups[stage] if r.outcome == Outcome.BROKEN}
-    assert {r.id for r in groups["small/last"]} == survivors
+    assert {r.id for r in groups[Label("small", "last")]} == survivors
 
 
 def test_what_alarms_a_sentinel():
@@ -120,12 +125,12 @@ def test_a_stage_is_left_out_where_few_rows_still_stand(digits, digits_model, tm
             return first, Stage(name="watch", attack=Square(queries=10), above=self.above, sentinel=True)
 
     case = case_of(digits, digits_model, n=60)
-    first = by_label(play(case, tmp_path))["small/first"]
+    first = by_label(play(case, tmp_path))[Label("small", "first")]
     share = sum(r.outcome == Outcome.ROBUST for r in first) / 60
     assert 0.1 < share < 0.9
     for above, played in ((share - 0.01, True), (share, False)):
         records = play(replace(case, attack=Watched(above=above)), tmp_path / str(played))
-        assert ("small/watch" in by_label(records)) == played
+        assert (Label("small", "watch") in by_label(records)) == played
 
 
 def test_no_find_no_escalation(digits, tmp_path):
@@ -138,7 +143,7 @@ def test_no_find_no_escalation(digits, tmp_path):
         far[1].weight.copy_(weights)
         far[1].bias.copy_(torch.tensor([5.0] + [0.0] * 9))
     records = play(case_of(digits, TorchModel(far, space=digits.space, classes=10), n=60), tmp_path)
-    assert "small/last" not in by_label(records)
+    assert Label("small", "last") not in by_label(records)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -192,12 +197,12 @@ def test_the_shipped_suites(suite, digits, digits_model, tmp_path):
         records[size] = play(case, tmp_path / str(size))
     assert records[7] == records[1000]
     groups = by_label(records[7])
-    standing = {r.id for r in groups[f"{case.label}/{usual[0].name}"]}
+    standing = {r.id for r in groups[stage_of(case, usual[0])]}
     for stage in usual:
         if len(standing) <= stage.above * 60:
-            assert f"{case.label}/{stage.name}" not in groups
+            assert stage_of(case, stage) not in groups
             continue
-        group = groups[f"{case.label}/{stage.name}"]
+        group = groups[stage_of(case, stage)]
         taken = {r.id for r in group}
         assert taken <= standing
         share = -(-round(100 * stage.share) * len(standing) // 100)
@@ -226,11 +231,11 @@ def test_every_stage_plays_in_l1(digits, digits_model, tmp_path, suite):
     case = api.resolve(suite, "none", digits, digits_model, "l1:eps=1.5", device="cpu", n=50)
     records = play(case, tmp_path)
     groups = by_label(records)
-    assert {f"{case.label}/{stage.name}" for stage in case.attack.stages() if stage.when == "always"} <= set(groups)
+    assert {stage_of(case, stage) for stage in case.attack.stages() if stage.when == "always"} <= set(groups)
     assert not any(r.outcome in (Outcome.ERROR, Outcome.INVALID) for r in records)
     assert not any("outside_threat_model" in r.notes for r in records)
     assert all(r.distance <= 1.5 * (1 + 1e-6) for r in records)
-    apgd = play(replace(case, attack=APGDCE(steps=100), label="apgd-ce"), tmp_path / "apgd")
+    apgd = play(replace(case, attack=APGDCE(steps=100), label=Label("apgd-ce")), tmp_path / "apgd")
     assert 0 < count(records).robust <= count(apgd).robust
 
 
@@ -270,15 +275,15 @@ def test_gradients_that_mislead_in_l2_are_noticed(tmp_path, threat_model, mislea
     model = "zoo:fashion-mnist-cnn-trades"
     case = api.resolve(Unescalated(), task="fashion-mnist", model=model, threat_model=threat_model, n=400, device="cpu")
     groups = by_label(play(case, tmp_path))
-    fell = [r.closeness for r in groups[f"{case.label}/near-fab"] if r.outcome == Outcome.BROKEN]
+    fell = [r.closeness for r in groups[replace(case.label, stage="near-fab")] if r.outcome == Outcome.BROKEN]
     (watchman,) = [stage for stage in case.attack.stages() if stage.name == "near-fab"]
     assert (len(fell) > 0) == misleads
     assert watchman.alarmed([0.0] * len(fell), 250) == misleads
 
 
 def test_a_finished_suite_has_as_many_records_as_were_expected(digits, digits_model, digits_module, tmp_path):
-    from advkit.evaluation.run.engine import scenario_of
     from advkit.evaluation.run.store import Store
+    from advkit.evaluation.scenarios import scenario_of
     from advkit.models.torch import TorchModel
 
     masked = TorchModel(Rounded(digits_module).eval(), space=digits.space, classes=10)
@@ -286,10 +291,10 @@ def test_a_finished_suite_has_as_many_records_as_were_expected(digits, digits_mo
         case = case_of(digits, model)
         expected = scenario_of(case).expected
         records = play(case, tmp_path / str(index))
-        held = {Store.key(r.attack, r.id): r for r in records}
-        assert ("small/last" in by_label(records)) == (model is masked)
+        held = {Store.key(r.made_by, r.id): r for r in records}
+        assert (Label("small", "last") in by_label(records)) == (model is masked)
         assert expected(case, held) == len(records)
-        first = {key: r for key, r in held.items() if r.attack == "small/first"}
+        first = {key: r for key, r in held.items() if r.stage == "first"}
         # before its end a suite is expected to fell no more, so that without an escalation there are never more records
         assert expected(case, {}) >= expected(case, first) > len(first)
         assert model is masked or expected(case, first) >= len(records)

@@ -13,7 +13,9 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Outcome, Record
 from advkit.core.spaces import SLOT
 from advkit.evaluation import api
-from advkit.evaluation.run.engine import open_store, run
+from advkit.evaluation.execute import run
+from advkit.evaluation.run.case import parameters
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.store import from_line, read_records, to_line
 from advkit.testing.language import tiny_lm
 
@@ -219,15 +221,16 @@ def test_words_and_cards_of_the_report(task, lm, tmp_path):
     cost = data["attacks"][0]["cost"]
     assert cost["forward"] == 12 * data["attacks"][0]["n_attacked"]
     assert cost["tokens"] > 0
-    text = " ".join(str(report).split())
+    text = " ".join(" ".join(line for line, _ in report.full()).split())
     for words in (
-        "target held back", "exact target", "target NLL before", "target NLL after", "benign accuracy", "clean refusal",
-        "refusal ASR at 1", "refusal ASR any of 4", "refusal ASR mean", "evaluations per prompt", "tokens per prompt",
+        "target not said", "exact target", "target NLL before", "target NLL after", "benign accuracy", "clean refusal",
+        "refusal ASR at 1", "refusal ASR any of 4", "refusal ASR mean", "forward passes per attacked sample",
+        "tokens per attacked sample",
         "suffix tokens", "retokenizing share", "suffix log probability", "empty replies", "suffix of 3 tokens",
-        "Exact target rate (greedy)",
+        "robust to every judge",
     ):  # fmt: skip
         assert words in text, words
-    for words in ("robust accuracy", "class held", "8 bits", "DLR"):
+    for words in ("class held", "8 bits", "DLR"):
         assert words not in text, words
     assert "any of" in text.partition("at 1")[2]
 
@@ -292,8 +295,15 @@ def test_from_names_to_a_report_on_the_embedded_model(tmp_path):
     assert report.trustworthy
 
 
+@dataclass
+class Setting:
+    max_perplexity: float
+    steps: int
+    eps: float
+
+
 def test_a_setting_without_an_end_is_reported_as_text():
-    assert api._plain({"max_perplexity": float("inf"), "steps": 2, "eps": 0.5}) == {
+    assert parameters(Setting(float("inf"), 2, 0.5)) == {
         "max_perplexity": "inf",
         "steps": 2,
         "eps": 0.5,

@@ -30,7 +30,7 @@ LANE = 64  # candidates come in multiples of the oracle's own calls, which pads 
 class Found:
     """What a search for flips knows per row; the harness asks the victim again and believes none of it.
 
-    x:         the rows with their flips [B, ...]; the untouched row where the search failed
+    x:         the rows with their flips [B, ...]; the clean row where the search failed
     reached:   whether it succeeded, bool [B]
     steps:     iterations of the generation phase, long [B]
     before:    flips when that phase ended, long [B]
@@ -93,12 +93,12 @@ class SDA(Stepped, MadeForThreatModel):
     chunk:        most numbers in one batch of candidates; changes no result, only memory
 
     Works in `flips`, for every goal: the loss is the goal's margin, cut off at 0, success is the goal reached. Within
-    flips:n=... a row that needs more than n flips comes back untouched, as does one that never reached its goal.
+    flips:n=... a row that needs more than n flips comes back unchanged, as does one that never reached its goal.
 
     Where the publication is silent: bits are never selected twice, k is clamped to the bits left, ties go to the lower
     index, bits that do not contribute fill up at random below all that do (the published code draws values that may
-    rank above), a bit already tried at the very same point is not asked about again, and a row leaves when all its bits
-    were tried there in vain. Restoring every flip is never tried: the untouched row did not reach the goal.
+    rank above), a bit already tried at the very same point is not queried again, and a row leaves when all its bits
+    were tried there in vain. Restoring every flip is never tried: the clean row did not reach the goal.
     Raises UsageError for settings out of range and for threat models other than `flips`.
     """
 
@@ -170,7 +170,7 @@ class RandomFlips(MadeForThreatModel):
     first:    flips of the first try; later tries double them, up to all bits that may be flipped (or the budget)
     restarts: orders of the bits that are tried; the fewest flips count
 
-    A try holds the flips of those before it. Asks for decisions alone. Works in `flips`.
+    A try contains the flips of those before it. Needs decisions alone. Works in `flips`.
     """
 
     needs: ClassVar[Access] = Access.LABELS
@@ -185,8 +185,8 @@ class RandomFlips(MadeForThreatModel):
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, threat: Any, rng: Rng, /) -> Tensor:
         flips = bits_only(threat, "random_flips")
-        found = [self._group(oracle.take(r), x[r], goal.take(r), flips, rng.take(r)) for r in groups(x)]
-        return torch.cat(found) if found else x.clone()
+        parts = [self._group(oracle.take(r), x[r], goal.take(r), flips, rng.take(r)) for r in groups(x)]
+        return torch.cat(parts) if parts else x.clone()
 
     def _group(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, threat: Flips, rng: Rng) -> Tensor:
         flat = x.flatten(1)
@@ -196,26 +196,26 @@ class RandomFlips(MadeForThreatModel):
             most = most.clamp_max(threat.n)
         best, fewest = torch.zeros_like(allowed), torch.full_like(most, flat.shape[1] + 1)
         left = oracle.left
-        asked = torch.zeros_like(most)
+        queries = torch.zeros_like(most)
         for restart in range(self.restarts):
             order = _places(rng.at("order", restart).uniform(flat), allowed)
             count = torch.full_like(most, self.first)
-            live = (most > 0).nonzero().squeeze(1)
+            active = (most > 0).nonzero().squeeze(1)
             while True:
                 if left is not None:
-                    live = live[asked[live] < left]
-                if not len(live):
+                    active = active[queries[active] < left]
+                if not len(active):
                     break
-                size = torch.minimum(count[live], most[live])
-                chosen = order[live] < size[:, None]
-                answer = oracle(Flips.flipped(x[live], chosen), live)
-                asked[live] += 1
-                reached = goal.take(live).reached(answer) & finite_rows(answer)
-                fewer = reached & (size < fewest[live])
-                best[live[fewer]], fewest[live[fewer]] = chosen[fewer], size[fewer]
-                done = reached | (size >= most[live])
-                count[live] = 2 * count[live]
-                live = live[~done]
+                size = torch.minimum(count[active], most[active])
+                chosen = order[active] < size[:, None]
+                answer = oracle(Flips.flipped(x[active], chosen), active)
+                queries[active] += 1
+                reached = goal.take(active).reached(answer) & finite_rows(answer)
+                fewer = reached & (size < fewest[active])
+                best[active[fewer]], fewest[active[fewer]] = chosen[fewer], size[fewer]
+                done = reached | (size >= most[active])
+                count[active] = 2 * count[active]
+                active = active[~done]
         return Flips.flipped(x, best)
 
 
@@ -311,11 +311,11 @@ class _Search:
         self.chosen = torch.zeros_like(self.allowed)
         self.change = torch.full_like(self.flat, torch.inf)
         self.promise = torch.zeros_like(self.flat)  # |gradient| where a flip follows it downhill, 0 elsewhere
-        self.tried = torch.zeros_like(self.allowed)  # in vain, at the point where the row stands now
+        self.tried = torch.zeros_like(self.allowed)  # in vain, at the row's present point
         self.level = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        self.asked = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self.gradients = torch.zeros_like(self.asked)
-        self.won = torch.zeros_like(self.level, dtype=torch.bool)
+        self.queries = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.gradients = torch.zeros_like(self.queries)
+        self.broken = torch.zeros_like(self.level, dtype=torch.bool)
         # Every row has the same to spend, and all that it spends is spent here.
         budgets = [b for b in (oracle.left, attack.max_forwards and attack.max_forwards // attack.eot) if b is not None]
         self.budget = min(budgets) if budgets else None
@@ -324,49 +324,49 @@ class _Search:
         """How many questions these rows may still ask, long [n]."""
         if self.budget is None:
             return torch.full_like(rows, torch.iinfo(torch.long).max)
-        return self.budget - self.asked[rows]
+        return self.budget - self.queries[rows]
 
     def run(self) -> Found:
         steps = self._generate()
         before = self.chosen.sum(1)
-        won = self.won.nonzero().squeeze(1)
+        broken = self.broken.nonzero().squeeze(1)
         if self.attack.reduce:
-            self._reduce(won)
+            self._reduce(broken)
         if self.attack.prune:
-            self._prune(won)
-        made = Flips.flipped(self.x, self.chosen & self.won[:, None])
-        x = self.threat.within(made, self.x)
+            self._prune(broken)
+        flipped = Flips.flipped(self.x, self.chosen & self.broken[:, None])
+        x = self.threat.within(flipped, self.x)
         kept = (x != self.x).flatten(1).sum(1)
         return Found(
             x,
-            self.won & (kept == (self.chosen & self.won[:, None]).sum(1)),
+            self.broken & (kept == (self.chosen & self.broken[:, None]).sum(1)),
             steps,
             before,
             kept,
-            self.asked * self.attack.eot,
+            self.queries * self.attack.eot,
             self.gradients * self.attack.eot,
         )
 
     def _generate(self) -> Tensor:
         """Flip bits until the goal is reached; the iterations of every row, long [B]."""
-        steps = torch.zeros_like(self.asked)
-        live = torch.arange(len(self.x), device=self.x.device)
-        moved = live
+        steps = torch.zeros_like(self.queries)
+        active = torch.arange(len(self.x), device=self.x.device)
+        moved = active
         for step in range(self.attack.steps + 1):
             lost = self._look(moved)
-            live = live[~(self.won[live] | lost[live])]
-            if not len(live) or step == self.attack.steps:
+            active = active[~(self.broken[active] | lost[active])]
+            if not len(active) or step == self.attack.steps:
                 break
-            steps[live] = step + 1
-            moved, stuck = self._flip(live, step)
-            live = live[~stuck]
+            steps[active] = step + 1
+            moved, stuck = self._flip(active, step)
+            active = active[~stuck]
             if len(moved):
-                moved = moved[~self.won[moved]]
+                moved = moved[~self.broken[moved]]
         return steps
 
     def _look(self, rows: Tensor) -> Tensor:
         """Ask about the points of these rows, with gradient; bool [B], which rows can't afford it."""
-        lost = torch.zeros_like(self.won)
+        lost = torch.zeros_like(self.broken)
         short = self.room(rows) < 1
         lost[rows[short]] = True
         rows = rows[~short]
@@ -376,11 +376,11 @@ class _Search:
         z = self.point.index_select(0, rows).view(-1, *self.x.shape[1:])
         # Through an oracle of just these rows, which notices where a gradient is zero.
         _, gradient, answer = self.oracle.take(rows).gradient(z, aim)
-        self.asked[rows] += 1
+        self.queries[rows] += 1
         self.gradients[rows] += 1
         margin, reached = self._judged(answer, rows)
-        # The untouched row counts as a success only where the victim's word here is the verdict's.
-        self.won[rows] = reached & (self.chosen[rows].any(1) | self.oracle.decides)
+        # The clean row counts as a success only where the victim's word here is the verdict's.
+        self.broken[rows] = reached & (self.chosen[rows].any(1) | self.oracle.decides)
         self.level[rows] = margin.clamp_min(0)
         downhill = (2 * z).sub_(1).mul_(gradient).clamp_min_(0)
         self.promise.index_copy_(0, rows, downhill.flatten(1))
@@ -392,23 +392,23 @@ class _Search:
         goal = self.goal.take(rows)
         return goal.margin(answer).to(self.level.dtype), goal.reached(answer) & finite_rows(answer)
 
-    def _flip(self, live: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """One iteration: the rows that moved, long, and those of `live` that can't get on, bool."""
-        open_ = self.allowed.index_select(0, live) & ~self.chosen.index_select(0, live)
+    def _flip(self, active: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One iteration: the rows that moved, long, and those of `active` that can't get on, bool."""
+        open_ = self.allowed.index_select(0, active) & ~self.chosen.index_select(0, active)
         left = open_.sum(1)
         wanted = ((step + 1) * self.attack.k_init * torch.ones_like(left)).minimum(left)
         # One question is kept for the look at what comes of the flips.
-        k = wanted.minimum((self.room(live) - 1).clamp_min(0)) if self.attack.filter else wanted
-        picked = _best(self._keys(live, open_, k, step), k) & open_
+        k = wanted.minimum((self.room(active) - 1).clamp_min(0)) if self.attack.filter else wanted
+        picked = _best(self._keys(active, open_, k, step), k) & open_
         if not self.attack.filter:
             place = picked.nonzero()
-            row, bit = live[place[:, 0]], place[:, 1]
+            row, bit = active[place[:, 0]], place[:, 1]
             self._select(row, bit, -self.promise[row, bit])
-            moved = torch.zeros_like(self.won)
+            moved = torch.zeros_like(self.broken)
             moved[row] = True
-            return moved.nonzero().squeeze(1), ~moved[live]
-        place = (picked & ~self.tried.index_select(0, live)).nonzero()
-        row, bit = live[place[:, 0]], place[:, 1]
+            return moved.nonzero().squeeze(1), ~moved[active]
+        place = (picked & ~self.tried.index_select(0, active)).nonzero()
+        row, bit = active[place[:, 0]], place[:, 1]
         margin, reached = self._ask(row, lambda part: self._single(row[part], bit[part]))
         change = margin.clamp_min(0) - self.level[row]
         helps = change <= 0  # False for NaN
@@ -419,22 +419,22 @@ class _Search:
         if self.attack.prefix:
             helps = helps & ~self._shortened(row, bit, margin, change, reached, helps)
         self._select(row[helps], bit[helps], change[helps])
-        moved = torch.zeros_like(self.won)
+        moved = torch.zeros_like(self.broken)
         moved[row[helps]] = True
-        gone = moved | self.won
+        gone = moved | self.broken
         # At an unmoved point only bits not tried yet can help; where none is left, or affordable, the row is done.
-        stuck = ~gone[live] & ((k == left) | (k < wanted)) if self.oracle.decides else (left == 0) | (k < 1)
-        return moved.nonzero().squeeze(1), stuck | self.won[live]
+        stuck = ~gone[active] & ((k == left) | (k < wanted)) if self.oracle.decides else (left == 0) | (k < 1)
+        return moved.nonzero().squeeze(1), stuck | self.broken[active]
 
-    def _keys(self, live: Tensor, open_: Tensor, k: Tensor, step: int) -> Tensor:
+    def _keys(self, active: Tensor, open_: Tensor, k: Tensor, step: int) -> Tensor:
         """What bits are ranked by: contributing ones by their gradient, the others at random below them."""
-        key = self.promise.index_select(0, live)
+        key = self.promise.index_select(0, active)
         contributes = open_ & (key > 0)
         key = torch.where(contributes, key, -1.0)
         # Where all the bits are taken there is nothing to draw for.
         short = ((contributes.sum(1) < k) & (k < open_.sum(1))).nonzero().squeeze(1)
         if len(short):
-            rows = live[short]
+            rows = active[short]
             drawn = self.rng.take(rows).at("filler", step).uniform(self.flat[rows]) - 1  # in [-1, 0)
             key[short] = torch.where(contributes[short], key[short], drawn)
         return torch.where(open_, key, -2.0)
@@ -449,7 +449,7 @@ class _Search:
         self.point[row, bit] = self.flat[row, bit]
 
     def _single(self, row: Tensor, bit: Tensor) -> Tensor:
-        """Rows as they stand with one bit more flipped, or one of their flips undone."""
+        """Rows at their present points with one bit more flipped, or one of their flips undone."""
         # Whole rows are copied once: a mask over all their bits would cost more than a small network's forward.
         z = self.point.index_select(0, row)
         each = torch.arange(len(row), device=row.device)
@@ -457,26 +457,26 @@ class _Search:
         return z
 
     def _with(self, rows: Tensor, candidate: Tensor, row: Tensor, bit: Tensor) -> Tensor:
-        """Rows as they stand, [n, P], with more bits flipped or restored: those of their candidates, long [m]."""
+        """Rows at their points, [n, P], with more bits flipped or restored: those of their candidates, long [m]."""
         z = self.point.index_select(0, rows)
         z[candidate, bit] = 1 - self.point[row, bit]
         return z
 
-    def _ask(self, row: Tensor, made: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _ask(self, row: Tensor, points: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Margins and successes [n] of candidates, many rows' in one batch.
 
-        row: whose each is, long [n]; made: some of them, long -> [m, P]
+        row: whose each is, long [n]; points: some of them, long -> [m, P]
         """
         size = max(1, self.attack.chunk // max(1, self.flat.shape[1]))
         size -= size % LANE if size > LANE else 0
-        margins, successes = [self.level[:0]], [self.won[:0]]
+        margins, successes = [self.level[:0]], [self.broken[:0]]
         for part in torch.split(torch.arange(len(row), device=row.device), size):
             rows = row[part]
-            answer = self.oracle(made(part).view(-1, *self.x.shape[1:]), rows)
+            answer = self.oracle(points(part).view(-1, *self.x.shape[1:]), rows)
             margin, reached = self._judged(answer, rows)
             margins.append(margin)
             successes.append(reached)
-        self.asked += torch.bincount(row, minlength=len(self.asked))
+        self.queries += torch.bincount(row, minlength=len(self.queries))
         return torch.cat(margins), torch.cat(successes)
 
     def _settled(self, row: Tensor, bit: Tensor, margin: Tensor, change: Tensor, reached: Tensor) -> Tensor:
@@ -484,19 +484,19 @@ class _Search:
         best = _lowest(torch.where(reached, margin, torch.inf), row, len(self.x))
         best = best[(best >= 0) & reached[best]]
         self._select(row[best], bit[best], change[best])
-        self.won[row[best]] = True
-        return self.won[row]
+        self.broken[row[best]] = True
+        return self.broken[row]
 
     def _shortened(
         self, row: Tensor, bit: Tensor, margin: Tensor, change: Tensor, reached: Tensor, helps: Tensor
     ) -> Tensor:
         """`prefix`: end rows that a nested prefix of the helpful bits decides; bool [n], the candidates of these."""
-        rows = torch.zeros_like(self.won)
+        rows = torch.zeros_like(self.broken)
         rows[row[helps]] = True
         index = rows.nonzero().squeeze(1)
         if not len(index):
             return torch.zeros_like(helps)
-        number = torch.full_like(self.asked, -1)
+        number = torch.full_like(self.queries, -1)
         number[index] = torch.arange(len(index), device=row.device)
         who, what = row[helps], bit[helps]
         own = number[who]
@@ -504,16 +504,16 @@ class _Search:
         count = torch.bincount(own, minlength=len(index))
         affords = count - 1 <= self.room(index) - 1
         count = torch.where(affords, count, 1)
-        # The first bit alone was asked about already; prefixes of two and more have to be.
+        # The first bit alone was tried already; prefixes of two and more have to be.
         owner = torch.repeat_interleave(torch.arange(len(index), device=row.device), count - 1)
         start = (count - 1).cumsum(0) - (count - 1)
         length = torch.arange(len(owner), device=row.device) - start[owner] + 2
 
-        def made(part: Tensor) -> Tensor:
+        def points(part: Tensor) -> Tensor:
             pairs = ((own == owner[part][:, None]) & (place < length[part][:, None])).nonzero()
             return self._with(index[owner[part]], pairs[:, 0], who[pairs[:, 1]], what[pairs[:, 1]])
 
-        _, hit = self._ask(index[owner], made)
+        _, hit = self._ask(index[owner], points)
         never = self.flat.shape[1] + 1
         shortest = torch.full_like(count, never)
         shortest.scatter_reduce_(0, owner[hit], length[hit], "amin")
@@ -521,8 +521,8 @@ class _Search:
         decided = shortest < never
         first = (place < shortest[own]) & decided[own]
         self._select(who[first], what[first], change[helps][first])
-        self.won[index[decided]] = True
-        return self.won[row]
+        self.broken[index[decided]] = True
+        return self.broken[row]
 
     def _reduce(self, rows: Tensor) -> None:
         """Restore the longest run of flips, the least useful first, that the goal can spare; by binary search."""
@@ -531,7 +531,7 @@ class _Search:
         row = rows[own]
         place = _ranked(self.change[row, bit].abs(), own, len(rows))
         count = torch.bincount(own, minlength=len(rows))
-        # The flips of a candidate are those from a place on; restoring the last one, too, leaves the untouched row.
+        # The flips of a candidate are those from a place on; restoring the last one, too, leaves the clean row.
         low, high, best = torch.zeros_like(count), count - 2, torch.zeros_like(count)
         while True:
             active = ((low <= high) & (self.room(rows) >= 1)).nonzero().squeeze(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.suites import Stage, Suite
+from advkit.attacks.wrappers import WrappedOracle
 from advkit.core import protocols
 from advkit.core.checks import check
 from advkit.core.errors import BadModel, UsageError
@@ -20,9 +20,9 @@ from advkit.core.protocols import (
     Ball,
     MadeForGoal,
     MadeForThreatModel,
-    OnlineAttack,
     Rng,
     Stepped,
+    TakesRule,
     WantsData,
 )
 
@@ -54,13 +54,13 @@ class Spiking(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
     needs: ClassVar[Access] = Access.GRADIENTS
 
     def __new__(cls, *, attack: str = "pgd", surrogate: str = "pdsg") -> Spiking:
-        """Only the ensemble is a suite, and it alone has stages; copies with other settings may be of the other kind."""
+        """Only the ensemble is a suite and has stages; a copy with other settings may be of the other kind."""
         if cls is _Ensemble and surrogate != ALL:
             return Spiking(attack=attack, surrogate=surrogate)
         return object.__new__(_Ensemble if surrogate == ALL else cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.inner, OnlineAttack | protocols.Suite):
+        if protocols.on_streams(self.inner) or isinstance(self.inner, protocols.Suite):
             raise UsageError(f"attack={self.attack}: name one attack on inputs, not a suite or an attack on streams")
         if Access(self.inner.needs) < Access.GRADIENTS:
             raise UsageError(
@@ -141,9 +141,8 @@ def under_rule(model: Any, rule: str | None) -> Any:
     Asks the model's `with_rule`; one that has none, such as a checkpoint or a network behind a defense, is asked
     through the spiking neurons among its modules. Raises BadModel where there are none.
     """
-    ask = getattr(model, "with_rule", None)
-    if callable(ask):
-        return ask(rule)
+    if isinstance(model, TakesRule):
+        return model.with_rule(rule)
     inside = getattr(model, "modules", None)
     for module in inside() if callable(inside) else ():
         for layer in module.modules():
@@ -173,20 +172,18 @@ def seen_under(oracle: TensorOracle, surrogate: str) -> TensorOracle:
     return _Remembered(oracle, rule, None) if getattr(rule, "remembers", False) else seen
 
 
-class _Remembered:
+class _Remembered(WrappedOracle):
     """An oracle under a rule with a memory; what it knows of a row goes along with the row, whatever batch it is in."""
 
     def __init__(self, oracle: TensorOracle, rule: Any, memory: Any) -> None:
-        self.oracle = oracle
+        super().__init__(oracle)
         self.rule = rule
         self.memory = memory
-        self.access: Access = oracle.access
-        self.decides: bool = oracle.decides
-        self.data = oracle.data
         self._seen: TensorOracle | None = None
 
-    def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
-        return self.oracle(x, of)
+    def _around(self, oracle: TensorOracle, rows: Tensor | None = None) -> TensorOracle:
+        memory = self.memory if self.memory is None or rows is None else self.memory.take(rows)
+        return _Remembered(oracle, self.rule, memory)
 
     def gradient(self, x: Tensor, goal: TensorGoal, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         if of is not None:
@@ -198,19 +195,3 @@ class _Remembered:
             self._seen = self.oracle.seen_as(lambda model: under_rule(model, rule), decides=self.decides)
         self.memory.rewind()
         return self._seen.gradient(x, goal)
-
-    def note(self, row: int, figures: Mapping[str, Any]) -> None:
-        self.oracle.note(row, figures)
-
-    def take(self, rows: Tensor) -> TensorOracle:
-        return _Remembered(self.oracle.take(rows), self.rule, None if self.memory is None else self.memory.take(rows))
-
-    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> TensorOracle:
-        return _Remembered(self.oracle.seen_as(view, decides), self.rule, self.memory)
-
-    def head(self) -> Tensor | None:
-        return self.oracle.head()
-
-    @property
-    def left(self) -> int | None:
-        return self.oracle.left

@@ -167,7 +167,7 @@ def start_of(x: Tensor, ball: Ball[Tensor], rng: Rng) -> Tensor:
 class APGD(Stepped):
     """Auto-PGD: projected gradient descent with momentum whose step size halves, per sample, where progress stalls.
 
-    Costs steps + 1 answers and `steps` gradients per restart; rows that reach their goal leave at once. The walk goes
+    Costs steps + 1 answers and `steps` gradients per restart; rows that reach their goal leave at once. A run goes
     on from the point of lowest loss; returned is the lowest loss among the points that reached the goal, if any did.
 
     steps:    gradient steps per restart, >= 1

@@ -21,7 +21,7 @@ class MIFGSM(Stepped):
     steps:     gradient steps, >= 1
     step_size: length of one step in units of eps, > 0; None is 1 / steps, as published
     decay:     how much of the accumulated gradient the next step keeps, >= 0; 0 is PGD from the origin
-    keep:      "best" returns the point of lowest loss, one that reached the goal first; "last" the end of the walk, as
+    keep:      "best" returns the point of lowest loss, one that reached the goal first; "last" the end of the run, as
                published, for one answer less
     stop:      leave a row as soon as its goal is reached, where the oracle's answers are the verdict's
     loss:      surrogate loss: "ce", "margin" or "dlr", where the goal has them

@@ -38,7 +38,7 @@ class PGD(Stepped):
                edge of the box, for the positions that promise most
     restarts:  independent starts, >= 1; more than one needs a start that is drawn
     start:     "random" in the ball, "origin", or "gaussian": the origin plus 0.001 N(0, 1), as TRADES starts
-    keep:      "best" returns the point of lowest loss, one that reached the goal first; "last" the end of the walk, as
+    keep:      "best" returns the point of lowest loss, one that reached the goal first; "last" the end of the run, as
                adversarial training wants it, for one answer less
     stop:      leave a row as soon as its goal is reached, where the oracle's answers are the verdict's
     loss:      surrogate loss: "ce", "margin" or "dlr", where the goal has them

@@ -144,15 +144,15 @@ class APGDT(APGD):
     """Targeted Auto-PGD (APGD-T): APGD towards one wrong class after the other, the likeliest first.
 
     Costs one answer, and per target what APGD costs; rows that reach their goal, by whatever class, leave at once. The
-    point returned is the one of lowest margin. A goal that has only one way to be reached is walked towards as it is.
+    point returned is the one of lowest margin. A goal that has only one way to be reached is descended as it is.
 
-    targets: wrong classes tried per row, at most all of them, >= 0; 0 walks toward none in particular, down the goal's
-             own loss, with what else this attack does
+    targets: wrong classes tried per row, at most all of them, >= 0; 0 aims at none in particular and descends the
+             goal's own loss, with what else this attack does
     loss:    surrogate loss towards the target: "dlr", "margin" or "ce"; with fewer than four classes there is no
              targeted DLR and "margin" takes its place, which the log says
     order:   likeliest on the "clean" row, as published, or at the best "adversarial" point that the row has so far
-    together: walks (targets, and restarts of each) of a row that go side by side in one batch, >= 1, so that few rows
-              fill it; a row that falls on one leaves with all, and targets that start together are ranked at the same
+    together: runs (targets, and restarts of each) of a row that go side by side in one batch, >= 1, so that few rows
+              fill it; a row broken by one is done in all, and targets that start together are ranked at the same
               point. One by one where the threat model limits queries
 
     steps, restarts (per target), stop and eot are as in APGD. Raises UsageError for values out of range and for L0.

@@ -98,7 +98,7 @@ class _NearestPoints(PerRow):
     near:   the points [B, ...]; before there is one, the nearest point where a run ended
     away:   their distances [B], +inf before there is one
     ended:  distances of the nearest points where runs ended [B]
-    answer: the victim's answers at `near`, the untouched rows' before it reached the goal [B, C]
+    answer: the victim's answers at `near`, the clean rows' before it reached the goal [B, C]
     """
 
     near: Tensor
@@ -196,7 +196,7 @@ class _Boundary(_Runs):
 
     alpha_max: largest weight of the projection seen from the row, in [0, 1]
     eta:       overshoot of the projections, >= 1
-    beta:      how much of the way from the row remains after an adversarial point was found, in (0, 1)
+    beta:      how much of the way from the row remains after an adversarial point was seen, in (0, 1)
     stop:      leave a row as soon as its goal is reached inside the ball, where the oracle's answers are the verdict's;
                False goes on to shorten the distance
     confirm:   ask about every point, as published; else, while rows may leave, only about those inside the ball, which
@@ -264,19 +264,19 @@ class _Boundary(_Runs):
         inner: NormBall,
         ball: Ball[Tensor],
         norm: Norm,
-        everyone: _NearestPoints,
+        overall: _NearestPoints,
         stopping: bool,
     ) -> None:
-        """One restart; its nearest points go to `everyone`."""
+        """One restart; its nearest points go to `overall`."""
         aim = _Nearest(faces, z.new_ones((len(z), len(faces))))
-        found = everyone if active.index is None else everyone.take(active.index)
+        own = taken(active.index, overall)
         low, high = inner.box.bounds_like(z)
         trusting = stopping and not self.confirm
         offset = z - active.x
         distance: Tensor | None = None
         for step in range(self.steps):
             every = len(faces) > 1 and step % self.every == 0
-            # One answer more is kept for the point that is handed in.
+            # One answer more is kept for the point that is submitted.
             if not active.affords((len(faces) if every else 1) + 2):
                 break
             value, normal, aim = (_look_at_all if every else _look_at_one)(active, z, aim, norm)
@@ -292,15 +292,15 @@ class _Boundary(_Runs):
             if trusting:
                 # Rounded sums will do to pick the points to ask about.
                 distance = length(offset, norm)
-                reached, fell = _ask_inside(active, z, distance, ball, inner.eps, found)
+                reached, broken = _ask_inside(active, z, distance, ball, inner.eps, own)
             else:
                 distance = ball.distance(z, active.x).to(z.dtype)
-                reached = found.see(active.goal, z, distance, active.oracle(z))
-                fell = reached & (distance <= inner.eps) if stopping else None
-            if fell is not None and (stay := active.staying(fell)) is not None:
-                found.end(z, distance)
-                everyone.put(active.index, found)
-                active, aim, found = active.take(stay), aim.take(stay), found.take(stay)
+                reached = own.see(active.goal, z, distance, active.oracle(z))
+                broken = reached & (distance <= inner.eps) if stopping else None
+            if broken is not None and (stay := active.staying(broken)) is not None:
+                own.end(z, distance)
+                overall.put(active.index, own)
+                active, aim, own = active.take(stay), aim.take(stay), own.take(stay)
                 z, offset, distance = kept(stay, z, offset, distance)
                 reached = None if reached is None else reached[stay]
                 if not len(active):
@@ -313,8 +313,8 @@ class _Boundary(_Runs):
                 offset = torch.where(per_row(reached, z), offset * self.beta, offset)
                 z = torch.where(per_row(reached, z), active.x + offset, z)
         if distance is not None:
-            found.end(z, distance)
-        everyone.put(active.index, found)
+            own.end(z, distance)
+        overall.put(active.index, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +359,7 @@ def _start(active: ActiveRows, inner: NormBall, norm: Norm, away: Tensor, names:
 
 
 def _ask_inside(
-    active: ActiveRows, z: Tensor, distance: Tensor, ball: Ball[Tensor], eps: float, found: _NearestPoints
+    active: ActiveRows, z: Tensor, distance: Tensor, ball: Ball[Tensor], eps: float, own: _NearestPoints
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which points reached the goal [B], those outside the ball taken on trust, and which did inside it.
 
@@ -370,13 +370,13 @@ def _ask_inside(
     if not len(inside):
         return None, None
     reached = torch.ones_like(distance, dtype=torch.bool)
-    fell = torch.zeros_like(reached)
-    part, points = found.take(inside), z[inside]
+    broken = torch.zeros_like(reached)
+    part, points = own.take(inside), z[inside]
     exact = ball.distance(points, active.x[inside]).to(z.dtype)
     reached[inside] = hit = part.see(active.goal.take(inside), points, exact, active.oracle(points, inside))
-    fell[inside] = hit & (exact <= eps)
-    found.put(inside, part)
-    return reached, fell
+    broken[inside] = hit & (exact <= eps)
+    own.put(inside, part)
+    return reached, broken
 
 
 def _look_at_one(active: ActiveRows, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
@@ -408,7 +408,7 @@ def _search(
     ball: Ball[Tensor],
     eps: float,
     eta: float,
-    everyone: _NearestPoints,
+    overall: _NearestPoints,
     clean: Tensor,
     best: Best,
     searches: int,
@@ -419,12 +419,12 @@ def _search(
     not be known. The secants after that narrow the bracket between the row and the nearest point that reached the goal.
     `best` takes the points inside the ball.
     """
-    found = everyone if active.index is None else everyone.take(active.index)
-    x, end = active.x, found.near
+    own = taken(active.index, overall)
+    x, end = active.x, own.near
     # The edge's float neighbours must not lie outside: aim a hair below.
     edge = (eps * (1 - 1e-6) / ball.distance(end, x).to(x.dtype).clamp_min(1e-30)).clamp_max(1.0)
     low, high = torch.zeros_like(edge), torch.ones_like(edge)
-    low_margin, high_margin = clean, active.goal.margin(found.answer).to(x.dtype)
+    low_margin, high_margin = clean, active.goal.margin(own.answer).to(x.dtype)
     for step in range(searches):
         if not active.affords(2):
             break
@@ -435,7 +435,7 @@ def _search(
             t = torch.where(edge < 1, edge, t)
         z = torch.lerp(x, end, per_row(t, x))
         answer = active.oracle(z)
-        reached = found.see(active.goal, z, ball.distance(z, x).to(x.dtype), answer)
+        reached = own.see(active.goal, z, ball.distance(z, x).to(x.dtype), answer)
         margin = active.goal.margin(answer).to(x.dtype)
         inside = (t <= edge) | (edge == 1)
         # Best never takes an answer that is not finite.
@@ -443,7 +443,7 @@ def _search(
         low, low_margin = torch.where(reached, low, t), torch.where(reached, low_margin, margin)
         high, high_margin = torch.where(reached, t, high), torch.where(reached, margin, high_margin)
     if active.affords():
-        z = ball.project(found.near, x)
+        z = ball.project(own.near, x)
         answer = active.oracle(z)
         best.offer(z, answer, active.goal.margin(answer).to(x.dtype), active.index)
-    everyone.put(active.index, found)
+    overall.put(active.index, own)

@@ -37,7 +37,7 @@ RATES = (0.03, 2.2e-3)  # small rows, large rows
 class Found:
     """What the loop knows per row; the harness asks the victim again and believes none of it.
 
-    x:       the nearest point seen that reached the goal, the untouched row where none did [B, ...]
+    x:       the nearest point seen that reached the goal, the clean row where none did [B, ...]
     reached: whether one did, bool [B]
     energy:  its L2 distance [B], +inf where none did
     first:   gradient steps of the whole attack until the first success, long [B], -1 where there was none
@@ -91,7 +91,7 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
     eot:          gradients averaged per step, for victims whose answers vary from call to call
 
     Costs a gradient per step and coefficient. No row leaves early: it goes on to come nearer. Rows that never reach the
-    goal come back untouched. What an attack knows of itself is no figure of a report: the log tells the median step of
+    goal come back unchanged. What an attack knows of itself is no figure of a report: the log tells the median step of
     the first success (at info), and `find`, called as the attack is, gives it for every row (`Found.first`). The
     solver's rounds and certificates are those of `goals.polyhedron.solve`.
 
@@ -99,7 +99,7 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
     (there, `pgd:loss=quad` or any other gradient attack serves these goals).
 
     Unlike the released code, the starting point lies in the box before it is asked about, and success means that the
-    logits stand in strict order.
+    logits are in strict order.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
@@ -158,17 +158,17 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
                 "minimum-l2 (within a radius use `pgd:loss=quad`, `apgd-margin` or another gradient attack)"
             )
         aim = self.objective(self._served(goal), oracle)
-        found = self._search(averaged(oracle, self.eot), x, goal, aim, threat, rng)
+        best = self._search(averaged(oracle, self.eot), x, goal, aim, threat, rng)
         # Said at the end: a rehearsal of the attack has no victim behind its oracle and ends at the second question.
         if self.asks_for_head and head_of(oracle) is None:
             log.info("%s: the victim shows no linear last layer; %s", self.name, self.without_head)
-        if log.isEnabledFor(logging.INFO) and bool(found.reached.any()):
-            first = int(found.first[found.reached].median())
+        if log.isEnabledFor(logging.INFO) and bool(best.reached.any()):
+            first = int(best.first[best.reached].median())
             log.info(
                 "%s: reached the goal on %d of %d rows in its own view, first after %d steps in the median, budget %s",
-                self.name, int(found.reached.sum()), len(x), first + 1, self.budget,
+                self.name, int(best.reached.sum()), len(x), first + 1, self.budget,
             )  # fmt: skip
-        return found
+        return best
 
     def _served(self, goal: TensorGoal) -> TopK | OutOfTopK:
         """The goal as one of those with the losses of ordered attacks."""
@@ -186,26 +186,26 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
     ) -> Found:
         searches, _ = self.effort
         energy = torch.full((len(x),), torch.inf, dtype=wide(x), device=x.device)
-        found = Found(x.clone(), torch.zeros_like(energy, dtype=torch.bool), energy, torch.full_like(energy, -1).long())
+        best = Found(x.clone(), torch.zeros_like(energy, dtype=torch.bool), energy, torch.full_like(energy, -1).long())
         low, high = torch.zeros_like(energy), torch.full_like(energy, self.coefficient)
         for search in range(searches):
             if not len(x) or not affords(oracle):
                 break
             middle = (low + high) / 2
             run = self._run(oracle, x, goal, aim, threat, middle, rng.at("start", search))
-            nearer = run.energy < found.energy
+            nearer = run.energy < best.energy
             before = search * self.effort[1]
-            first = torch.where((found.first < 0) & run.reached, before + run.first, found.first)
-            found = Found(
-                torch.where(per_row(nearer, x), run.x, found.x),
-                found.reached | run.reached,
-                torch.where(nearer, run.energy, found.energy),
+            first = torch.where((best.first < 0) & run.reached, before + run.first, best.first)
+            best = Found(
+                torch.where(per_row(nearer, x), run.x, best.x),
+                best.reached | run.reached,
+                torch.where(nearer, run.energy, best.energy),
                 first,
             )
             low, high = torch.where(run.reached, low, middle), torch.where(run.reached, middle, high)
             if self.expand:
-                high = torch.where(found.reached, high, 2 * high)
-        return found
+                high = torch.where(best.reached, high, 2 * high)
+        return best
 
     def _run(
         self,
@@ -217,7 +217,7 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
         coefficient: Tensor,
         rng: Rng,
     ) -> Found:
-        """One coefficient: a walk from a fresh start."""
+        """One coefficient: a run from a fresh start."""
         _, steps = self.effort
         rate = self.lr if self.lr is not None else RATES[x[0].numel() >= LARGE_ROW]
         # In the box before the first look: the published loop could keep a start outside of it.

@@ -20,32 +20,32 @@ log = logging.getLogger("advkit")
 
 @dataclass(eq=False)
 class _Memory:
-    """What the solver found at the last step, for all rows of a batch.
+    """The solver's multipliers at the last step, for all rows of a batch.
 
     A row starts from its own last solution, whichever rows it is asked about with: they may change its time, never its
     bits.
 
     rows:        of the batch
     multipliers: of every row's last program [rows, R]; None before the first
-    told:        whether it was said that some row has no solution
+    warned:        whether it was said that some row has no solution
     """
 
     rows: int
     multipliers: Tensor | None = None
-    told: bool = False
+    warned: bool = False
 
     def of(self, rows: Tensor | None) -> Tensor | None:
         """The multipliers of some rows, or of all."""
         return self.multipliers if self.multipliers is None or rows is None else self.multipliers[rows]
 
-    def keep(self, rows: Tensor | None, found: Tensor) -> None:
+    def keep(self, rows: Tensor | None, multipliers: Tensor) -> None:
         """Remember the multipliers of some rows, or of all; those never asked about stay at 0, a cold start."""
         if rows is None:
-            self.multipliers = found
+            self.multipliers = multipliers
         else:
             if self.multipliers is None:
-                self.multipliers = found.new_zeros(self.rows, found.shape[1])
-            self.multipliers[rows] = found
+                self.multipliers = multipliers.new_zeros(self.rows, multipliers.shape[1])
+            self.multipliers[rows] = multipliers
 
 
 @dataclass(eq=False)
@@ -76,10 +76,10 @@ class _Projected:
         solution = solve(answer, self.gram, self.goal.pairs(answer), self.margin_wanted, warm=warm)
         if fixed:
             self.memory.keep(self.rows, solution.multipliers)
-        if not self.memory.told and answer.device.type == "cpu":  # elsewhere looking would mean waiting
+        if not self.memory.warned and answer.device.type == "cpu":  # elsewhere looking would mean waiting
             hopeless = int((~solution.feasible & torch.isfinite(answer).all(1)).sum())
             if hopeless:
-                self.memory.told = True
+                self.memory.warned = True
                 log.warning(
                     "quadattack: no features of this head order the classes of %d of %d rows as wanted; they follow "
                     "the least violated order instead",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,13 +11,23 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.stream.selectors import Rule, Running, selector
+from advkit.attacks.wrappers import WrappedOracle
 from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, OnlineAttack, Rng, WrapsBall
+from advkit.core.protocols import (
+    Access,
+    MadeForGoal,
+    MadeForThreatModel,
+    OnlineAttack,
+    PlansSubmissions,
+    Rng,
+    WrapsBall,
+    on_streams,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Online(OnlineAttack, MadeForGoal, MadeForThreatModel):
+class Online(OnlineAttack, PlansSubmissions, MadeForGoal, MadeForThreatModel):
     """Online attack on a stream: attacks every item and submits k of them, each decided at once and for good.
 
     Candidates do not depend on the order of the stream. They are pushed on after they fool the model they are made on:
@@ -42,13 +51,13 @@ class Online(OnlineAttack, MadeForGoal, MadeForThreatModel):
     default_goal: ClassVar[str] = "untargeted"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "k")
+        at_least_one(self, "k", "observe", "reference")
         if not self.rule.online:
             raise UsageError(
                 f"the selector {self.selector} needs the whole stream at once, which no online attacker has; its "
                 "figures stand in every report beside those of the selector asked for"
             )
-        if isinstance(self.attack, OnlineAttack):
+        if on_streams(self.attack):
             raise UsageError(
                 f"inner={self.inner}: an online attack inside an online attack; name one that makes inputs"
             )
@@ -83,33 +92,12 @@ class Online(OnlineAttack, MadeForGoal, MadeForThreatModel):
         return candidates
 
 
-class _Undecided:
+class _Undecided(WrappedOracle):
     """An oracle whose answers are no verdict: no row stops when it is fooled."""
 
     def __init__(self, oracle: TensorOracle) -> None:
-        self.oracle = oracle
-        self.access: Access = oracle.access
-        self.decides: bool = False
-        self.data = oracle.data
+        super().__init__(oracle)
+        self.decides = False
 
-    def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
-        return self.oracle(x, of)
-
-    def gradient(self, x: Tensor, goal: TensorGoal, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.oracle.gradient(x, goal, of)
-
-    def note(self, row: int, figures: Mapping[str, Any]) -> None:
-        self.oracle.note(row, figures)
-
-    def take(self, rows: Tensor) -> TensorOracle:
-        return _Undecided(self.oracle.take(rows))
-
-    def seen_as(self, view: Callable[[Any], Any], decides: bool = False) -> TensorOracle:
-        return _Undecided(self.oracle.seen_as(view))
-
-    def head(self) -> Tensor | None:
-        return self.oracle.head()
-
-    @property
-    def left(self) -> int | None:
-        return self.oracle.left
+    def _around(self, oracle: TensorOracle, rows: Tensor | None = None) -> TensorOracle:
+        return _Undecided(oracle)

@@ -1,6 +1,6 @@
 """What attacks that search for suffixes have in common: their settings, and what they find.
 
-A candidate is a row of token ids [l]; the threat model says where in the transcript they stand. Every row has a search
+A candidate is a row of token ids [l]; the threat model says where in the transcript they go. Every row has a search
 of its own, with its own random streams, and many go on side by side; a universal suffix is searched for all rows at
 once.
 """
@@ -29,12 +29,12 @@ Keep = Literal["lowest", "reached"]
 class Found:
     """What a search knows of its rows; the harness asks the victim again and believes none of it.
 
-    x:           the transcripts with their suffixes [B, 2, W]; the untouched row where nothing beat it
+    x:           the transcripts with their suffixes [B, 2, W]; the clean row where nothing beat it
     ids:         the suffixes, long [l] each
     score:       their scores, float64 [B]; lower is better for the attacker, +inf where nothing was scored
-    before:      score of the untouched row, float64 [B]
+    before:      score of the clean row, float64 [B]
     reached:     whether the goal seemed to hold there, bool [B]
-    evaluations: candidates scored or dropped, the untouched row among them, long [B]
+    evaluations: candidates scored or dropped, the clean row among them, long [B]
     tokens:      tokens these and the reads of next-token probabilities take with the prompt's prefix cached, long [B]
     seconds:     its own and its share of the calls that it had a part in, float64 [B]
     beams:       the last candidates kept and their scores, per row
@@ -65,12 +65,12 @@ class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, ABC):
     max_perplexity:  candidates that make the user's turn less likely than this are dropped; none takes the victim's own
                   threshold where it filters by perplexity, inf looks away from it
     require_retokenizable: drop candidates that another tokenisation of the text would replace, unless all are such
-    evaluations:  most candidates per row, the untouched one and dropped ones included; none for no limit
+    evaluations:  most candidates per row, the clean one and dropped ones included; none for no limit
     tokens:       most tokens per row, counted with the prompt's prefix cached
     seconds:      most seconds per row; the only budget whose results differ from machine to machine
 
     Whichever budget ends first ends the search, before a step that the last one's duration says would not fit, and with
-    as many candidates of a step as are left; the threat model's queries count as well. The untouched row is scored
+    as many candidates of a step as are left; the threat model's queries count as well. The clean row is scored
     first and returned where nothing beats it.
     Raises UsageError for settings out of range and for threat models without a slot.
     """
@@ -161,7 +161,7 @@ def slots_only(threat: Any, name: str) -> None:
 
 
 def merged(searches: Sequence[SuffixSearch], x: Tensor) -> Found:
-    """What the searches found, row by row in the order of x."""
+    """The results of the searches, row by row in the order of x."""
     rows = [(search, i) for search in searches for i in range(len(search.x))]
 
     def numbers(value: Callable[[SuffixSearch], float], dtype: torch.dtype) -> Tensor:

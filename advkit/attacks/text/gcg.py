@@ -83,15 +83,15 @@ class GCG(SuffixAttack):
 
     def seek(self, search: SuffixSearch) -> Steps[None]:
         """Swap until the steps or a budget end; an exhaustive search ends where no swap helps."""
-        walk = _Walk(self, search)
-        if not (yield from walk.start()):
+        run = _Run(self, search)
+        if not (yield from run.start()):
             return
         for step in range(self.steps):
-            if search.succeeded or not search.goes_on() or not (yield from walk.step(step)):
+            if search.succeeded or not search.goes_on() or not (yield from run.step(step)):
                 return
 
 
-class _Walk:
+class _Run:
     """GCG on one search: the current suffix, and the buffer."""
 
     def __init__(self, attack: GCG, search: SuffixSearch) -> None:
@@ -185,9 +185,9 @@ class _Walk:
             ids = tokenizer.encode((self.attack.init * self.length).strip())[: self.length]
         except (KeyError, ValueError, UsageError):  # words that a closed vocabulary does not have
             return None
-        found = torch.tensor(ids, dtype=torch.long, device=self.search.x.device)
-        fits = len(ids) == self.length and bool(self.search.allowed[found].all())
-        return found if fits else None
+        suffix = torch.tensor(ids, dtype=torch.long, device=self.search.x.device)
+        fits = len(ids) == self.length and bool(self.search.allowed[suffix].all())
+        return suffix if fits else None
 
     def gradient(self, ids: Tensor) -> Steps[Tensor]:
         """The loss's gradient [l, V] with respect to one-hot tokens at a suffix [l], summed over the rows."""
@@ -197,7 +197,7 @@ class _Walk:
         def join(answers: Tensor) -> Tensor:
             return answers[:, 0] if answers.shape[1] == 1 else combined(answers, attack.aggregate)
 
-        found = yield Question(
+        gradient = yield Question(
             "gradient",
             torch.nn.functional.one_hot(ids, size).to(self._type()).expand(rows, -1, -1),
             torch.arange(rows, device=ids.device),
@@ -210,7 +210,7 @@ class _Walk:
         )
         search.evaluations += GRADIENT
         search.tokens += GRADIENT * search.cost(len(ids))
-        return found.sum(0)
+        return gradient.sum(0)
 
     def _type(self) -> torch.dtype:
         """The floating type that the model computes its embeddings in."""
@@ -281,7 +281,7 @@ def together(parts: list[Scored]) -> Scored:
 def swapped(current: Tensor, top: Tensor, replace: int, position: Tensor, token: Tensor) -> Tensor:
     """Candidates [n, l] that hold, in `replace` distinct positions of current [l], an id out of those positions' top.
 
-    top: long [l, k]; position: uniform [n, l]; token: uniform [n, replace]. An id may be the one that stands there.
+    top: long [l, k]; position: uniform [n, l]; token: uniform [n, replace]. An id may be the one already there.
     """
     place = position.argsort(dim=1, stable=True)[:, : min(replace, len(current))]
     pick = (token[:, : place.shape[1]] * top.shape[1]).long().clamp(max=top.shape[1] - 1)

@@ -120,8 +120,8 @@ class Batcher:
         of = torch.cat([rows.to(each.of.device)[each.of] for rows, each in asked])
         oracle, given = self._view(question)
         given.value = None if question.given is None else torch.cat([each.given for _, each in asked])  # type: ignore[misc]
-        found = oracle.gradient(x, self.goal.take(of), of)[1] if question.gradient else oracle(x, of)
-        return list(torch.split(found, [len(each.x) for _, each in asked]))
+        answers = oracle.gradient(x, self.goal.take(of), of)[1] if question.gradient else oracle(x, of)
+        return list(torch.split(answers, [len(each.x) for _, each in asked]))
 
     def _view(self, question: Question) -> tuple[Any, _Given]:
         """The oracle that puts questions of this name to every model at hand; made once."""
@@ -194,12 +194,12 @@ def _most(going: Sequence[_Pending]) -> list[_Pending]:
 def _parts(going: Sequence[_Pending]) -> list[list[_Pending]]:
     """In order, cut where the answers to one call would be too many numbers."""
     parts: list[list[_Pending]] = []
-    held = 0
+    numbers = 0
     for each in going:
-        held += each.numbers
-        if not parts or held > NUMBERS:
+        numbers += each.numbers
+        if not parts or numbers > NUMBERS:
             parts.append([])
-            held = each.numbers
+            numbers = each.numbers
         parts[-1].append(each)
     return parts
 
@@ -211,8 +211,8 @@ def resolved(steps: Steps[T], rows: Tensor, batcher: Batcher) -> T:
         try:
             question = next(steps) if answer is None else steps.send(answer)
         except StopIteration as end:
-            found: T = end.value
-            return found
+            value: T = end.value
+            return value
         (answer,) = batcher.answers([(rows, question)])
 
 

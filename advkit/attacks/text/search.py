@@ -55,8 +55,8 @@ class Candidate:
 def combined(answers: Tensor, aggregate: Aggregate) -> Tensor:
     """One answer [n, 2] of several models' [n, models, 2]: the first column aggregated, the leads averaged."""
     answers = answers.double()
-    said, lead = answers[..., 0], (answers[..., 1] - answers[..., 0]).mean(1)
-    total = said.mean(1) if aggregate == "nll" else -(-said).exp().sum(1)
+    score, lead = answers[..., 0], (answers[..., 1] - answers[..., 0]).mean(1)
+    total = score.mean(1) if aggregate == "nll" else -(-score).exp().sum(1)
     return torch.stack((total, total + lead), 1)
 
 
@@ -129,7 +129,7 @@ class SuffixSearch:
         self._prefixed = False
 
     def steps(self) -> Steps[None]:
-        """The search from the untouched rows to its end."""
+        """The search from the clean rows to its end."""
         if self.room and (yield from self.begin()):
             yield from self.attack.seek(self)
 
@@ -164,7 +164,7 @@ class SuffixSearch:
         return torch.stack([self.threat.slotted(row, ids) for row in self.x])
 
     def opened(self, ids: Tensor) -> Tensor:
-        """The same cut off after the slot, whatever of the user's words stands behind it: [n, N, 2, W]."""
+        """The same cut off after the slot, whatever of the user's words follows it: [n, N, 2, W]."""
         opened = []
         for row, (head, reply) in zip(self.x, self._ends, strict=True):
             blank = torch.stack((torch.full_like(row[0], -1), torch.zeros_like(row[1])))
@@ -223,7 +223,7 @@ class SuffixSearch:
         return draw_distinct(logp, most, self.noise((len(logp), logp.shape[1]), *names))
 
     def score(self, ids: Tensor) -> Steps[Scored]:
-        """Score candidates [N, l]; those that may not be handed in are dropped unasked, and count all the same."""
+        """Score candidates [N, l]; those that may not be submitted are dropped without a query, but count."""
         self.evaluations += len(ids)
         rows = self.placed(ids)
         passed, rank = yield from self._passed(ids, rows)
@@ -231,8 +231,8 @@ class SuffixSearch:
         reached = torch.zeros(len(ids), len(self.x), dtype=torch.bool)
         if bool(passed.any()):
             chosen = passed.nonzero().squeeze(1)
-            found, fell = yield from self._asked(ids.shape[1], rows[:, chosen])
-            score[chosen.cpu()], reached[chosen.cpu()] = found, fell
+            scores, successes = yield from self._asked(ids.shape[1], rows[:, chosen])
+            score[chosen.cpu()], reached[chosen.cpu()] = scores, successes
         return Scored(ids, score, reached, rank if not bool(passed.any()) else score)
 
     def _passed(self, ids: Tensor, rows: Tensor) -> Steps[tuple[Tensor, Tensor]]:
@@ -337,15 +337,15 @@ class SuffixSearch:
     # ---- the best so far ---------------------------------------------------------------------------------------------
 
     def offer(self, scored: Scored) -> bool:
-        """Take the best of these candidates where it beats what is held; whether one did."""
+        """Take the best of these candidates where it beats the best so far; whether one did."""
         if not len(scored.score):
             return False
-        fell = scored.reached.sum(1) if self.attack.keep == "reached" else torch.zeros(len(scored.score))
-        fell = torch.where(torch.isfinite(scored.score), fell, -1)
-        index = int(torch.where(fell == fell.max(), scored.score, torch.inf).argmin())  # the first of equals
-        score, most = float(scored.score[index]), float(fell[index])
-        held = sum(self.best.reached) if self.attack.keep == "reached" else 0
-        if not math.isfinite(score) or (-most, score) >= (-held, self.best.score):
+        successes = scored.reached.sum(1) if self.attack.keep == "reached" else torch.zeros(len(scored.score))
+        successes = torch.where(torch.isfinite(scored.score), successes, -1)
+        index = int(torch.where(successes == successes.max(), scored.score, torch.inf).argmin())  # the first of equals
+        score, most = float(scored.score[index]), float(successes[index])
+        so_far = sum(self.best.reached) if self.attack.keep == "reached" else 0
+        if not math.isfinite(score) or (-most, score) >= (-so_far, self.best.score):
             return False
         reached = tuple(bool(one) for one in scored.reached[index])
         self.best = Candidate(scored.ids[index].clone(), score, reached)
@@ -357,7 +357,7 @@ class SuffixSearch:
         return self.attack.stop_on_success and all(self.best.reached)
 
     def begin(self) -> Steps[bool]:
-        """Score the untouched rows; False where the search is over already."""
+        """Score the clean rows; False where the search is over already."""
         if not self.affordable(1, 0):
             return False
         if self.attack.aim != "mia":  # a member is asked about with a suffix or not at all
@@ -456,9 +456,9 @@ class SuffixSearch:
 
 def turn_perplexity(logp: Tensor, rows: Tensor) -> Tensor:
     """Perplexity [n, models] of the user's turn from log-probabilities [n, models, W] of transcripts [n, 2, W]."""
-    said = (rows[:, 1] == USER) | (rows[:, 1] == SLOT) | (rows[:, 1] == REREAD)
-    total = torch.where(said[:, None], logp, 0.0).sum(2)
-    return (-total / said.sum(1, keepdim=True).clamp(min=1)).exp()
+    counted = (rows[:, 1] == USER) | (rows[:, 1] == SLOT) | (rows[:, 1] == REREAD)
+    total = torch.where(counted[:, None], logp, 0.0).sum(2)
+    return (-total / counted.sum(1, keepdim=True).clamp(min=1)).exp()
 
 
 def normal(logits: Tensor) -> Tensor:
@@ -473,8 +473,8 @@ def nucleus(logp: Tensor, top_p: float) -> Tensor:
         return logp
     ranked, order = logp.sort(dim=1, descending=True, stable=True)
     mass = ranked.exp().cumsum(1)
-    kept = (mass - ranked.exp() < top_p).scatter(1, order, mass - ranked.exp() < top_p)
-    return normal(torch.where(kept, logp, -torch.inf))
+    inside = (mass - ranked.exp() < top_p).scatter(1, order, mass - ranked.exp() < top_p)
+    return normal(torch.where(inside, logp, -torch.inf))
 
 
 def draw_distinct(logp: Tensor, most: int, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Transfer attacks as sums of parts: probe + transforms + gradient rule + smoothing + momentum + step.
 
-The walk is that of the iterative method (arXiv 1607.02533) with momentum (arXiv 1710.06081); every part changes one of
-its lines. Gradients are of the attacker's loss, which is walked down: signs are the opposite of papers that walk up.
+The run is that of the iterative method (arXiv 1607.02533) with momentum (arXiv 1710.06081); every part changes one of
+its lines. Gradients are of the goal's loss, which is descended: signs are the opposite of papers that ascend.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Draw:
 
 
 class Part(ABC):  # noqa: B024
-    """One term of a composition; its class says which line of the walk it changes.
+    """One term of a composition; its class says which line of the run it changes.
 
     momentum:   the decay that it is published with; None: published on plain gradients. A part `mi` overrules it
     wants_data: it needs labelled data of the attacker's own
@@ -72,7 +72,7 @@ class Probe(Part):
     """Where gradients are asked for instead of at z."""
 
     @abstractmethod
-    def __call__(self, z: Tensor, walk: Walk) -> Tensor: ...
+    def __call__(self, z: Tensor, run: Run) -> Tensor: ...
 
 
 class Transform(Part):
@@ -81,15 +81,15 @@ class Transform(Part):
     copies: int = 1
 
     @abstractmethod
-    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, run: Run) -> Tensor:
         """x [n, ...] -> [n, ...]; copy: which of the part's copies each is, long [n]."""
 
 
-class Rule(Part):
+class GradientRule(Part):
     """How a step's gradient is made of the gradients at one or many points."""
 
     @abstractmethod
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor: ...
+    def __call__(self, p: Tensor, run: Run) -> Tensor: ...
 
 
 class Smooth(Part):
@@ -103,11 +103,11 @@ class Step(Part):
     """From z along the accumulated gradient to the next z."""
 
     @abstractmethod
-    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor: ...
+    def step(self, z: Tensor, velocity: Tensor, run: Run) -> Tensor: ...
 
 
 class Prelude(Part):
-    """Steps before the walk that leave nothing but their momentum."""
+    """Steps before the run that leave nothing but their momentum."""
 
     steps: int
     factor: float
@@ -121,16 +121,16 @@ class View(Part):
 
 
 class Objective(Part):
-    """What is walked down instead of the goal's loss."""
+    """What is descended instead of the goal's loss."""
 
     @abstractmethod
-    def begin(self, walk: Walk) -> Ask: ...
+    def begin(self, run: Run) -> Ask: ...
 
 
 P = TypeVar("P", bound=Part)
 ROLES: tuple[tuple[type[Part], str], ...] = (
     (Probe, "probes"),
-    (Rule, "gradient rules"),
+    (GradientRule, "gradient rules"),
     (Smooth, "smoothings"),
     (Step, "steps"),
     (Prelude, "preludes"),
@@ -140,8 +140,8 @@ ROLES: tuple[tuple[type[Part], str], ...] = (
 
 
 @dataclass
-class Walk:
-    """What the parts of a composition know while it walks.
+class Run:
+    """What the parts of a composition know during a run.
 
     alpha:    length of a step, per coordinate, in units of the inputs
     reach:    eps per coordinate: eps in Linf; in L2 and L1 the change of every coordinate when all change alike
@@ -226,12 +226,12 @@ class Walk:
 
 
 def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
-    """eps per coordinate; UsageError for balls in which a walk with momentum has no natural step."""
+    """eps per coordinate; UsageError for balls in which a step with momentum has no natural length."""
     inner = lp_ball(ball)
     if not isinstance(inner, Linf | L2 | L1):
         norm = getattr(inner, "norm", type(inner).__name__)
         raise UsageError(
-            f"transfer attacks walk in linf, l2 and l1 balls, not in {norm} ({type(inner).__name__.lower()}); "
+            f"transfer attacks work in linf, l2 and l1 balls, not in {norm} ({type(inner).__name__.lower()}); "
             "choose one of these threat models, or another attack such as `pgd`"
         )
     power = {Linf: 0.0, L2: 0.5, L1: 1.0}[type(inner)]
@@ -304,23 +304,23 @@ class Composed(Stepped, WantsData):
             rivals = [name for name, each in zip(names, built, strict=True) if isinstance(each, role)]
             if len(rivals) > 1:
                 raise UsageError(
-                    f"{'+'.join(names)}: {' and '.join(rivals)} are both {plural}, and a walk has one; leave one out"
+                    f"{'+'.join(names)}: {' and '.join(rivals)} are both {plural}, and a run has one; leave one out"
                 )
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         goal = goal.under(self.loss)
         if self.restarts == 1:
-            return self.walked(oracle, x, goal, ball, rng.at("restart", 0))
+            return self.one_run(oracle, x, goal, ball, rng.at("restart", 0))
         best = Best(x, goal)
         for restart in range(self.restarts):
-            z = self.walked(oracle, x, goal, ball, rng.at("restart", restart))
+            z = self.one_run(oracle, x, goal, ball, rng.at("restart", restart))
             if oracle.left == 0:
                 break
             best.offer(z, oracle(z))
         return best.x
 
-    def walked(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng) -> Tensor:
-        """One walk under the goal's loss as it is."""
+    def one_run(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng) -> Tensor:
+        """One run under the goal's loss as it is."""
         reach = reach_of(ball, x)
         if not len(x):
             return x.clone()
@@ -329,10 +329,10 @@ class Composed(Stepped, WantsData):
         published = [part.momentum for part in parts if part.momentum is not None]
         decay = momentum.decay if momentum is not None else (min(published) if published else 0.0)
         view, objective = _one(parts, View), _one(parts, Objective)
-        probe, rule, smooth, stepper = _one(parts, Probe), _one(parts, Rule), _one(parts, Smooth), _one(parts, Step)
-        prelude = _one(parts, Prelude)
+        probe, rule, smooth = _one(parts, Probe), _one(parts, GradientRule), _one(parts, Smooth)
+        stepper, prelude = _one(parts, Step), _one(parts, Prelude)
 
-        walk = Walk(
+        run = Run(
             oracle if view is None else view.through(oracle, x),
             x,
             goal,
@@ -349,23 +349,23 @@ class Composed(Stepped, WantsData):
         z = start
         try:
             if objective is not None:
-                walk.ask = objective.begin(walk)
-            phases = [(self.steps, walk.step_size)]
+                run.ask = objective.begin(run)
+            phases = [(self.steps, run.step_size)]
             if prelude is not None:
-                phases.insert(0, (prelude.steps, walk.step_size * prelude.factor))
-            for steps, walk.step_size in phases:
+                phases.insert(0, (prelude.steps, run.step_size * prelude.factor))
+            for steps, run.step_size in phases:
                 z = start
                 for _ in range(steps):
-                    p = z if probe is None else probe(z, walk)
-                    gradient = walk.gradient(p) if rule is None else rule(p, walk)
+                    p = z if probe is None else probe(z, run)
+                    gradient = run.gradient(p) if rule is None else rule(p, run)
                     gradient = gradient if smooth is None else smooth(gradient)
                     scaled = gradient if momentum is not None and not momentum.normalise else normalised(gradient)
-                    walk.raw, velocity = gradient, accumulated(walk.velocity, scaled, decay)
+                    run.raw, velocity = gradient, accumulated(run.velocity, scaled, decay)
                     if stepper is None:
-                        z = descended(ball, z, velocity, x, walk.step_size)
+                        z = descended(ball, z, velocity, x, run.step_size)
                     else:
-                        z = stepper.step(z, velocity, walk)
-                    walk.velocity, walk.step = velocity, walk.step + 1
+                        z = stepper.step(z, velocity, run)
+                    run.velocity, run.step = velocity, run.step + 1
         except BudgetExhausted:
             return z  # as far as the answers went
         return z

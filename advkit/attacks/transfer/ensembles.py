@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import TensorOracle, descended
-from advkit.attacks.transfer.engine import Ask, Objective, Rule, Walk
+from advkit.attacks.transfer.engine import Ask, GradientRule, Objective, Run
 from advkit.attacks.transfer.features import unit
 from advkit.attacks.wrappers import accumulated, normalised
 from advkit.core.checks import at_least_one, not_negative, positive
@@ -47,14 +47,14 @@ class Ens(Objective):
     Refuses a single source, that is all.
     """
 
-    def begin(self, walk: Walk) -> Ask:
-        members(walk.oracle, "ens")
-        return walk.ask
+    def begin(self, run: Run) -> Ask:
+        members(run.oracle, "ens")
+        return run.ask
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVRE(Rule):
-    """Walk on with gradients of one source at a time, their variance taken out by the ensemble's (arXiv 2111.10752).
+class SVRE(GradientRule):
+    """Inner steps on one source at a time, their variance taken out by the ensemble's (arXiv 2111.10752).
 
     rounds: inner steps per source and step, >= 1
     inner:  decay of the momentum of the inner steps, >= 0
@@ -71,22 +71,22 @@ class SVRE(Rule):
         at_least_one(self, "rounds")
         not_negative(self, "inner")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
-        asks = [walk.asking(oracle, walk.goal) for oracle in members(walk.oracle, "svre")]
-        together = walk.gradient(p)
-        single = [walk.gradient(p, ask) for ask in asks]
-        generator = walk.rng.at("svre", walk.step).generator("cpu")
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
+        asks = [run.asking(oracle, run.goal) for oracle in members(run.oracle, "svre")]
+        together = run.gradient(p)
+        single = [run.gradient(p, ask) for ask in asks]
+        generator = run.rng.at("svre", run.step).generator("cpu")
         z, velocity = p, None
         for k in torch.randint(len(asks), (self.rounds * len(asks),), generator=generator).tolist():
-            gradient = walk.gradient(z, asks[k]) - single[k] + together
+            gradient = run.gradient(z, asks[k]) - single[k] + together
             velocity = accumulated(velocity, normalised(gradient), self.inner)
-            z = descended(walk.ball, z, velocity, walk.x, walk.step_size)
+            z = descended(run.ball, z, velocity, run.x, run.step_size)
         assert velocity is not None
         return velocity
 
 
 @dataclass(frozen=True, kw_only=True)
-class CWA(Rule):
+class CWA(GradientRule):
     """A step back along the ensemble's gradient, then one forward per source; the way made is the gradient
     (common weakness, arXiv 2303.09105).
 
@@ -104,15 +104,15 @@ class CWA(Rule):
         not_negative(self, "back", "inner")
         positive(self, "ahead", what="length")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
-        asks = [walk.asking(oracle, walk.goal) for oracle in members(walk.oracle, "cwa")]
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
+        asks = [run.asking(oracle, run.goal) for oracle in members(run.oracle, "cwa")]
         ahead = self.ahead * (p[0].numel() / (3 * 224 * 224)) ** 0.5
-        z = walk.ball.project(p + self.back * walk.reach * walk.gradient(p).sign(), walk.x)
-        velocity: Tensor | None = walk.memory.get("cwa")
+        z = run.ball.project(p + self.back * run.reach * run.gradient(p).sign(), run.x)
+        velocity: Tensor | None = run.memory.get("cwa")
         for ask in asks:
-            velocity = accumulated(velocity, unit(walk.gradient(z, ask)), self.inner)
-            z = walk.ball.project(z - ahead * velocity, walk.x)
-            walk.memory["cwa"] = velocity
+            velocity = accumulated(velocity, unit(run.gradient(z, ask)), self.inner)
+            z = run.ball.project(z - ahead * velocity, run.x)
+            run.memory["cwa"] = velocity
         return torch.sub(p, z)
 
 
@@ -123,12 +123,12 @@ class LGV(Objective):
     The snapshots are the members of the ensemble that the source is: `snapshots` makes them.
     """
 
-    def begin(self, walk: Walk) -> Ask:
-        asks = [walk.asking(oracle, walk.goal) for oracle in members(walk.oracle, "lgv")]
-        order = torch.randperm(len(asks), generator=walk.rng.at("lgv").generator("cpu")).tolist()
+    def begin(self, run: Run) -> Ask:
+        asks = [run.asking(oracle, run.goal) for oracle in members(run.oracle, "lgv")]
+        order = torch.randperm(len(asks), generator=run.rng.at("lgv").generator("cpu")).tolist()
 
         def ask(points: Tensor, copies: int = 1) -> Tensor:
-            place: int = order[walk.step % len(order)]
+            place: int = order[run.step % len(order)]
             return asks[place](points, copies)
 
         return ask

@@ -1,6 +1,6 @@
 """Parts that attack the features of a layer instead of the answer.
 
-Every one of them walks <h(z), w> down, h being the layer's output. What makes w up differs: gradients of the score that
+Every one of them descends <h(z), w>, h being the layer's output. What makes up w differs: gradients of the score that
 the goal wants lower (`Scored`), so that targeted goals are served, too.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import per_row
-from advkit.attacks.transfer.engine import Ask, Composed, Objective, Walk
+from advkit.attacks.transfer.engine import Ask, Composed, Objective, Run
 from advkit.attacks.transfer.gradients import Scored
 from advkit.attacks.transfer.layers import Steered, Tap, layer_named, packed
 from advkit.core.checks import at_least_one, fraction, not_negative
@@ -43,25 +43,25 @@ class Along(PerRow):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the source that a walk goes through: its features, and gradients with respect to them."""
+    """A layer of the source during a run: its features, and gradients with respect to them."""
 
-    walk: Walk
+    run: Run
     module: nn.Module
 
     @classmethod
-    def of(cls, walk: Walk, name: str, part: str) -> Layer:
+    def of(cls, run: Run, name: str, part: str) -> Layer:
         found: list[nn.Module] = []
 
         def look(model: Any) -> Any:
-            found.append(layer_named(model, name, walk.x, part))
+            found.append(layer_named(model, name, run.x, part))
             return model
 
-        walk.oracle.seen_as(look)
-        return cls(walk, found[0])
+        run.oracle.seen_as(look)
+        return cls(run, found[0])
 
     def features(self, x: Tensor) -> Tensor:
         """h(x) [B, ...]; one answer."""
-        answer: Tensor = self.walk.oracle.seen_as(lambda model: Tap(model, self.module))(x)
+        answer: Tensor = self.run.oracle.seen_as(lambda model: Tap(model, self.module))(x)
         return answer
 
     def steered(self, shape: tuple[int, ...], keep: float = 1.0) -> tuple[Any, Steered]:
@@ -69,16 +69,16 @@ class Layer:
         made: list[Steered] = []
 
         def view(model: Any) -> Steered:
-            made.append(Steered(model, self.module, tuple(self.walk.x.shape[1:]), shape, keep))
+            made.append(Steered(model, self.module, tuple(self.run.x.shape[1:]), shape, keep))
             return made[0]
 
-        return self.walk.oracle.seen_as(view), made[0]
+        return self.run.oracle.seen_as(view), made[0]
 
     def slopes(self, points: list[Tensor], goal: Any) -> Tensor:
         """The mean over the points of d loss / d h [B, n]; one gradient each."""
         shape = tuple(self._shape())
         oracle, view = self.steered(shape)
-        nothing = self.walk.x.new_zeros(len(self.walk.x), int(torch.Size(shape).numel()))
+        nothing = self.run.x.new_zeros(len(self.run.x), int(torch.Size(shape).numel()))
         total = torch.zeros_like(nothing)
         for point in points:
             total = total + view.unpacked(oracle.gradient(packed(point, nothing), goal)[1])[1]
@@ -89,15 +89,15 @@ class Layer:
 
         def look(model: Any) -> Any:
             with torch.no_grad():
-                shapes.append(Tap(model, self.module)(torch.zeros_like(self.walk.x[:1])).shape[1:])
+                shapes.append(Tap(model, self.module)(torch.zeros_like(self.run.x[:1])).shape[1:])
             return model
 
-        self.walk.oracle.seen_as(look)
+        self.run.oracle.seen_as(look)
         return shapes[0]
 
     def down(self, weight: Tensor) -> Ask:
         """Gradients of <h, w>, w [B, n]."""
-        return self.walk.asking(self.walk.oracle.seen_as(lambda model: Tap(model, self.module)), Along(weight))
+        return self.run.asking(self.run.oracle.seen_as(lambda model: Tap(model, self.module)), Along(weight))
 
 
 def unit(weight: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class NAA(Objective):
     layer:  name of a module of the source; empty: the one whose output is nearest to the middle in multiplications
     points: points on the way from black, >= 1
 
-    The attribution goes down. PubDef's release walks it up and mixes the labels of the batch.
+    The attribution goes down. PubDef's release ascends it and mixes the labels of the batch.
     """
 
     layer: str = ""
@@ -123,10 +123,10 @@ class NAA(Objective):
     def __post_init__(self) -> None:
         at_least_one(self, "points")
 
-    def begin(self, walk: Walk) -> Ask:
-        layer = Layer.of(walk, self.layer, "naa")
-        points = [walk.x * (i / self.points) for i in range(1, self.points + 1)]
-        return layer.down(layer.slopes(points, Scored(walk.goal, soft=True)))
+    def begin(self, run: Run) -> Ask:
+        layer = Layer.of(run, self.layer, "naa")
+        points = [run.x * (i / self.points) for i in range(1, self.points + 1)]
+        return layer.down(layer.slopes(points, Scored(run.goal, soft=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +146,10 @@ class FIA(Objective):
         at_least_one(self, "masks")
         fraction(self, "keep", what="probability")
 
-    def begin(self, walk: Walk) -> Ask:
-        layer = Layer.of(walk, self.layer, "fia")
-        points = [walk.x * (walk.rng.at("fia", i).uniform(walk.x) < self.keep) for i in range(self.masks)]
-        return layer.down(unit(layer.slopes(points, Scored(walk.goal, soft=True))))
+    def begin(self, run: Run) -> Ask:
+        layer = Layer.of(run, self.layer, "fia")
+        points = [run.x * (run.rng.at("fia", i).uniform(run.x) < self.keep) for i in range(self.masks)]
+        return layer.down(unit(layer.slopes(points, Scored(run.goal, soft=True))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,22 +169,22 @@ class BFA(Objective):
         at_least_one(self, "points")
         not_negative(self, "length")
 
-    def begin(self, walk: Walk) -> Ask:
-        layer = Layer.of(walk, self.layer, "bfa")
-        length = self.length * (walk.x[0].numel() / (3 * 224 * 224)) ** 0.5
-        points, point = [], walk.x
+    def begin(self, run: Run) -> Ask:
+        layer = Layer.of(run, self.layer, "bfa")
+        length = self.length * (run.x[0].numel() / (3 * 224 * 224)) ** 0.5
+        points, point = [], run.x
         for _ in range(self.points):
-            point = walk.x - length * unit(walk.ask(point))
+            point = run.x - length * unit(run.ask(point))
             points.append(point)
-        return layer.down(unit(layer.slopes(points, Scored(walk.goal))))
+        return layer.down(unit(layer.slopes(points, Scored(run.goal))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ILA(Objective):
-    """Walk again from the origin, along what an attack did to the features (intermediate level, arXiv 1907.10823).
+    """A second run from the clean row, along what an attack did to the features (intermediate level, arXiv 1907.10823).
 
     layer: as in naa
-    base:  parts of the attack walked first, with as many and as long steps
+    base:  parts of the attack that runs first, with as many and as long steps
     """
 
     layer: str = ""
@@ -193,12 +193,12 @@ class ILA(Objective):
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", Composed(parts=self.base).parts)
 
-    def begin(self, walk: Walk) -> Ask:
-        layer = Layer.of(walk, self.layer, "ila")
-        base = Composed(parts=self.base, steps=walk.steps, step_size=walk.step_size)
-        # The walk's goal has its surrogate loss already.
-        found = base.walked(walk.oracle, walk.x, walk.goal, walk.ball, walk.rng.at("ila"))
-        return layer.down((layer.features(walk.x) - layer.features(found)).flatten(1))
+    def begin(self, run: Run) -> Ask:
+        layer = Layer.of(run, self.layer, "ila")
+        base = Composed(parts=self.base, steps=run.steps, step_size=run.step_size)
+        # The run's goal has its surrogate loss already.
+        found = base.one_run(run.oracle, run.x, run.goal, run.ball, run.rng.at("ila"))
+        return layer.down((layer.features(run.x) - layer.features(found)).flatten(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,15 +219,15 @@ class ILPD(Objective):
         not_negative(self, "noise")
         fraction(self, "keep", ends="[]", what="weight")
 
-    def begin(self, walk: Walk) -> Ask:
-        return _Decayed(walk, Layer.of(walk, self.layer, "ilpd"), self.keep, self.noise)
+    def begin(self, run: Run) -> Ask:
+        return _Decayed(run, Layer.of(run, self.layer, "ilpd"), self.keep, self.noise)
 
 
 @dataclass
 class _Decayed:
     """Gradients of the goal's loss with features drawn back; the origin's are asked once per step."""
 
-    walk: Walk
+    run: Run
     layer: Layer
     keep: float
     noise: float
@@ -236,14 +236,14 @@ class _Decayed:
     made: tuple[Ask, Steered] | None = field(default=None)
 
     def __call__(self, points: Tensor, copies: int = 1) -> Tensor:
-        walk = self.walk
-        if self.at != walk.step or self.reference is None:
-            noisy = walk.x + self.noise * walk.rng.at("ilpd", walk.step).normal(walk.x)
+        run = self.run
+        if self.at != run.step or self.reference is None:
+            noisy = run.x + self.noise * run.rng.at("ilpd", run.step).normal(run.x)
             self.reference = (1 - self.keep) * self.layer.features(noisy)
-            self.at = walk.step
+            self.at = run.step
         if self.made is None:
             oracle, view = self.layer.steered(tuple(self.reference.shape[1:]), self.keep)
-            self.made = walk.asking(oracle, walk.goal), view
+            self.made = run.asking(oracle, run.goal), view
         ask, view = self.made
         added = self.reference.repeat(copies, *(1 for _ in self.reference.shape[1:]))
         return view.unpacked(ask(packed(points, added), copies))[0]

@@ -1,4 +1,4 @@
-"""Parts that change which gradient a walk follows, and how far (momentum: arXiv 1710.06081)."""
+"""Parts that change which gradient a run follows, and how far (momentum: arXiv 1710.06081)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkit.attacks.base import TensorGoal, descended, lp_ball, per_row
-from advkit.attacks.transfer.engine import Ask, Momentum, Objective, Prelude, Probe, Rule, Smooth, Step, Walk
+from advkit.attacks.transfer.engine import Ask, GradientRule, Momentum, Objective, Prelude, Probe, Run, Smooth, Step
 from advkit.attacks.wrappers import normalised
 from advkit.core.checks import at_least_one, check, fraction, not_negative, positive
 from advkit.core.errors import UsageError
@@ -45,8 +45,8 @@ class NI(Probe):
 
     momentum: ClassVar[float | None] = 1.0
 
-    def __call__(self, z: Tensor, walk: Walk) -> Tensor:
-        return z if walk.velocity is None else z - walk.alpha * walk.decay * walk.velocity
+    def __call__(self, z: Tensor, run: Run) -> Tensor:
+        return z if run.velocity is None else z - run.alpha * run.decay * run.velocity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,12 @@ class EMI1(Probe):
 
     momentum: ClassVar[float | None] = 1.0
 
-    def __call__(self, z: Tensor, walk: Walk) -> Tensor:
-        return z if walk.raw is None else z - walk.alpha * walk.decay * normalised(walk.raw)
+    def __call__(self, z: Tensor, run: Run) -> Tensor:
+        return z if run.raw is None else z - run.alpha * run.decay * normalised(run.raw)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMI(Rule):
+class EMI(GradientRule):
     """Average the gradients at points on the line of the last gradient (arXiv 2103.10609).
 
     points: points on the line, >= 1
@@ -75,17 +75,17 @@ class EMI(Rule):
         at_least_one(self, "points")
         not_negative(self, "radius")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
-        way = torch.zeros_like(p) if walk.raw is None else normalised(walk.raw)
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
+        way = torch.zeros_like(p) if run.raw is None else normalised(run.raw)
         places = torch.linspace(-self.radius, self.radius, self.points).tolist() if self.points > 1 else [0.0]
-        total = walk.gradient(p - places[0] * walk.alpha * way)
+        total = run.gradient(p - places[0] * run.alpha * way)
         for place in places[1:]:
-            total = total + walk.gradient(p - place * walk.alpha * way)
+            total = total + run.gradient(p - place * run.alpha * way)
         return total / len(places)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VMI(Rule):
+class VMI(GradientRule):
     """Add how the last step's neighbourhood differed from its point (variance tuning, arXiv 2103.15571).
 
     neighbours: points around, >= 0
@@ -99,19 +99,19 @@ class VMI(Rule):
     def __post_init__(self) -> None:
         not_negative(self, "neighbours", "radius")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
-        gradient = walk.gradient(p)
-        tuned = gradient + walk.memory["variance"] if "variance" in walk.memory else gradient
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
+        gradient = run.gradient(p)
+        tuned = gradient + run.memory["variance"] if "variance" in run.memory else gradient
         if self.neighbours:
             around = torch.zeros_like(p)
             for i in range(self.neighbours):
-                around = around + walk.gradient(p + walk.noise("vmi", i, self.radius * walk.reach))
-            walk.memory["variance"] = around / self.neighbours - gradient
+                around = around + run.gradient(p + run.noise("vmi", i, self.radius * run.reach))
+            run.memory["variance"] = around / self.neighbours - gradient
         return tuned
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRA(Rule, Step):
+class GRA(GradientRule, Step):
     """Weigh a gradient and its neighbourhood's by their cosine; shorten steps where signs flip (Zhu et al., ICCV 2023).
 
     neighbours: points around, >= 1
@@ -129,28 +129,28 @@ class GRA(Rule, Step):
         not_negative(self, "radius")
         fraction(self, "shrink", what="factor")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
-        gradient = walk.gradient(p)
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
+        gradient = run.gradient(p)
         around = torch.zeros_like(p)
         for i in range(self.neighbours):
-            around = around + walk.gradient(p + walk.noise("gra", i, self.radius * walk.reach))
+            around = around + run.gradient(p + run.noise("gra", i, self.radius * run.reach))
         around = around / self.neighbours
         one, other = gradient.flatten(1), around.flatten(1)
         length = one.square().sum(1).sqrt() * other.square().sum(1).sqrt()
         cosine = per_row((one * other).sum(1) / torch.where(length > 0, length, 1.0), p)
         return cosine * gradient + (1 - cosine) * around
 
-    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor:
+    def step(self, z: Tensor, velocity: Tensor, run: Run) -> Tensor:
         """Every coordinate has a step size of its own; the first comparison is with nothing and takes 1/shrink back."""
-        size = walk.memory.get("gra", torch.full_like(z, 1 / self.shrink))
-        before = torch.zeros_like(z) if walk.velocity is None else walk.velocity
+        size = run.memory.get("gra", torch.full_like(z, 1 / self.shrink))
+        before = torch.zeros_like(z) if run.velocity is None else run.velocity
         size = torch.where(velocity.sign() == before.sign(), size, size * self.shrink)
-        walk.memory["gra"] = size
-        return descended(walk.ball, z, velocity, walk.x, walk.step_size * size)
+        run.memory["gra"] = size
+        return descended(run.ball, z, velocity, run.x, run.step_size * size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGN(Rule):
+class PGN(GradientRule):
     """Prefer flat regions: gradients of neighbours, balanced with those one step back from them (arXiv 2306.05225).
 
     neighbours: points around, >= 1
@@ -168,20 +168,20 @@ class PGN(Rule):
         not_negative(self, "radius")
         fraction(self, "balance", ends="[]", what="weight")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
         total = torch.zeros_like(p)
         for i in range(self.neighbours):
-            near = p + walk.noise("pgn", i, self.radius * walk.reach)
-            here = walk.gradient(near)
+            near = p + run.noise("pgn", i, self.radius * run.reach)
+            here = run.gradient(near)
             if self.balance:
-                back = walk.gradient(near + walk.alpha * normalised(here))
+                back = run.gradient(near + run.alpha * normalised(here))
                 here = (1 - self.balance) * here + self.balance * back
             total = total + here
         return total / self.neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEF(Rule):
+class MEF(GradientRule):
     """Prefer regions flat and high on average: neighbours pushed by momenta of their own (MEF: Qiu et al., TIFS 2024).
 
     neighbours: points around, >= 1
@@ -200,20 +200,20 @@ class MEF(Rule):
         at_least_one(self, "neighbours")
         not_negative(self, "radius", "push", "inner")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
         total = torch.zeros_like(p)
         for i in range(self.neighbours):
             name = f"mef {i}"
-            own = walk.memory.get(name, torch.zeros_like(p))
-            near = p + walk.noise("mef", i, self.radius * walk.reach) - self.push * walk.reach * own
-            gradient = walk.gradient(near) / self.neighbours
-            walk.memory[name] = normalised(gradient) - self.inner * own
+            own = run.memory.get(name, torch.zeros_like(p))
+            near = p + run.noise("mef", i, self.radius * run.reach) - self.push * run.reach * own
+            gradient = run.gradient(near) / self.neighbours
+            run.memory[name] = normalised(gradient) - self.inner * own
             total = total + gradient
         return total
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIG(Rule):
+class MIG(GradientRule):
     """Integrated gradients of the probability, from black to the point (Ma et al., ICCV 2023).
 
     points: points on the way, >= 1
@@ -225,11 +225,11 @@ class MIG(Rule):
     def __post_init__(self) -> None:
         at_least_one(self, "points")
 
-    def __call__(self, p: Tensor, walk: Walk) -> Tensor:
-        ask = walk.asking(walk.oracle, Scored(walk.goal, soft=True))
+    def __call__(self, p: Tensor, run: Run) -> Tensor:
+        ask = run.asking(run.oracle, Scored(run.goal, soft=True))
         total = torch.zeros_like(p)
         for i in range(1, self.points + 1):
-            total = total + walk.gradient(p * (i / self.points), ask)
+            total = total + run.gradient(p * (i / self.points), ask)
         return p * total / self.points
 
 
@@ -237,8 +237,8 @@ class MIG(Rule):
 class GI(Prelude):
     """Gather momentum in longer steps first, then start again with it (global momentum, arXiv 2211.11236).
 
-    steps:  steps before the walk, >= 0
-    factor: their length in steps of the walk, > 0
+    steps:  steps before the run, >= 0
+    factor: their length in steps of the run, > 0
     """
 
     momentum: ClassVar[float | None] = 1.0
@@ -268,13 +268,13 @@ class PI(Step):
         positive(self, "amplification", what="factor")
         check(self, "kernel", self.kernel >= 3 and self.kernel % 2 == 1, "an odd side of at least 3")
 
-    def step(self, z: Tensor, velocity: Tensor, walk: Walk) -> Tensor:
+    def step(self, z: Tensor, velocity: Tensor, run: Run) -> Tensor:
         images(z, "pi")
-        if not isinstance(lp_ball(walk.ball), Linf):
+        if not isinstance(lp_ball(run.ball), Linf):
             raise UsageError("pi hands on what overflows coordinate by coordinate: it works in linf balls only")
-        move = -self.amplification * walk.alpha * velocity.sign()
-        piled = walk.memory.get("pi", torch.zeros_like(z)) + move
-        cut = (piled.abs() - walk.reach).clamp_min(0) * piled.sign()
+        move = -self.amplification * run.alpha * velocity.sign()
+        piled = run.memory.get("pi", torch.zeros_like(z)) + move
+        cut = (piled.abs() - run.reach).clamp_min(0) * piled.sign()
         around = range(self.kernel)
         middle = self.kernel // 2
         height, width = z.shape[2:]
@@ -285,9 +285,9 @@ class PI(Step):
                 if (i, j) != (middle, middle):
                     spread = spread + padded[..., i : i + height, j : j + width]
         # What cancels leaves round-off, whose sign would be a whole step.
-        handed = self.overflow * walk.reach * torch.where(spread.abs() > 1e-4 * walk.reach, spread, 0.0).sign()
-        walk.memory["pi"] = piled + handed
-        return walk.ball.project(z + move + handed, walk.x)
+        handed = self.overflow * run.reach * torch.where(spread.abs() > 1e-4 * run.reach, spread, 0.0).sign()
+        run.memory["pi"] = piled + handed
+        return run.ball.project(z + move + handed, run.x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,5 +375,5 @@ class Scored:
 class Logit(Objective):
     """Raise the target's logit (untargeted: lower the true class's), which never saturates (arXiv 2012.11207)."""
 
-    def begin(self, walk: Walk) -> Ask:
-        return walk.asking(walk.oracle, Scored(walk.goal))
+    def begin(self, run: Run) -> Ask:
+        return run.asking(run.oracle, Scored(run.goal))

@@ -1,8 +1,8 @@
 """Published transfer attacks by name: compositions with their settings.
 
-Two families. PubDef's (arXiv 2310.17645) start anywhere in the ball and walk 2.5 eps: 10 steps are eps / 4 long as for
-its training sets, 100 steps eps / 40 as in its tests. The others start at the origin and walk 1 eps, as is usual in
-transfer benchmarks, and accumulate gradients with momentum.
+Two families. PubDef's (arXiv 2310.17645) start anywhere in the ball and take a path of 2.5 eps: 10 steps are eps / 4
+long as for its training sets, 100 steps eps / 40 as in its tests. The others start at the clean row and take a path of
+1 eps, as is usual in transfer benchmarks, and accumulate gradients with momentum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from advkit.core.protocols import MadeForGoal
 
 
 @dataclass(frozen=True, kw_only=True)
-class PubDefWalk(Composed):
+class PubDefAttack(Composed):
     """What PubDef's attacks share: a random start and a path of 2.5 eps (arXiv 2310.17645)."""
 
     start: Start = "random"
@@ -34,7 +34,7 @@ class BIM(Composed):
 class MI(Composed):
     """MI-FGSM for transfer: steps along gradients accumulated with momentum, to the end (arXiv 1710.06081).
 
-    The same steps as `mifgsm`, which is for victims: that one keeps the best point and leaves rows that fell.
+    The same steps as `mifgsm`, which is for victims: that one keeps the best point and drops rows that are broken.
     """
 
     parts: tuple[str, ...] = ("mi",)
@@ -256,21 +256,21 @@ class Logit(Composed, MadeForGoal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MPGD(PubDefWalk):
+class MPGD(PubDefAttack):
     """MPGD as in PubDef: PGD with momentum from a random start (arXiv 1710.06081)."""
 
     parts: tuple[str, ...] = ("mi",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreGradient(PubDefWalk):
+class PreGradient(PubDefAttack):
     """Pre-gradient FGSM as in PubDef: momentum, gradients ahead along the last gradient (arXiv 2103.10609)."""
 
     parts: tuple[str, ...] = ("emi1",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DI(PubDefWalk):
+class DI(PubDefAttack):
     """DI-FGSM as in PubDef: five randomly resized and padded copies, without momentum (arXiv 1803.06978).
 
     Independent copies, transformed with probability 0.7; its release shares one transform and applies it with 0.3.
@@ -280,14 +280,14 @@ class DI(PubDefWalk):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TI(PubDefWalk):
+class TI(PubDefAttack):
     """TI-FGSM as in PubDef: gradients smoothed by a Gaussian kernel, without momentum (arXiv 1904.02884)."""
 
     parts: tuple[str, ...] = ("ti",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admix(PubDefWalk):
+class Admix(PubDefAttack):
     """Admix as in PubDef: images of other classes mixed in, at several scales, without momentum (arXiv 2102.00436).
 
     Partners are always of another class, where its release confuses two indices.
@@ -297,24 +297,24 @@ class Admix(PubDefWalk):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NAA(PubDefWalk):
+class NAA(PubDefAttack):
     """NAA, neuron attribution attack, as in PubDef: suppresses features that the class rests on (arXiv 2204.00008).
 
-    Walks the attribution down, where its release walks it up.
+    Descends the attribution, where its release ascends it.
     """
 
     parts: tuple[str, ...] = ("naa",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NISITIDIM(PubDefWalk):
+class NISITIDIM(PubDefAttack):
     """NI-SI-TI-DIM as in PubDef: Nesterov momentum, scales, smoothing and diverse inputs (arXiv 1908.06281)."""
 
     parts: tuple[str, ...] = ("ni", "si", "ti", "di")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NIAdmixTIDIM(PubDefWalk):
+class NIAdmixTIDIM(PubDefAttack):
     """NI-Admix-TI-DIM as in PubDef: Nesterov momentum, Admix, smoothing and diverse inputs (arXiv 2102.00436)."""
 
     parts: tuple[str, ...] = ("ni", "admix", "ti", "di")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkit.attacks.base import per_row
-from advkit.attacks.transfer.engine import Draw, Transform, Walk
+from advkit.attacks.transfer.engine import Draw, Run, Transform
 from advkit.attacks.transfer.gradients import images
 from advkit.core.checks import at_least_one, fraction, not_negative, one_of
 from advkit.core.errors import UsageError
@@ -53,7 +53,7 @@ class DI(Transform):
         fraction(self, "p", ends="[]", what="probability")
         fraction(self, "low")
 
-    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, run: Run) -> Tensor:
         images(x, "di")
         drawn = draw.uniform("di", 4)
         axes = [self._axis(x.shape[axis], drawn[:, 1], drawn[:, axis]) for axis in (2, 3)]
@@ -97,7 +97,7 @@ class SI(Transform):
     def __post_init__(self) -> None:
         at_least_one(self, "copies")
 
-    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, run: Run) -> Tensor:
         return x * per_row(torch.pow(0.5, copy).to(x), x)
 
 
@@ -128,20 +128,20 @@ class Admix(Transform):
     def copies(self) -> int:  # type: ignore[override]
         return self.scales * self.mixes
 
-    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, run: Run) -> Tensor:
         scaled = x
         if self.eta:
-            rows = len(walk.x)
-            partners = [_partners_of(walk, mix) for mix in range(self.mixes)]
+            rows = len(run.x)
+            partners = [_partners_of(run, mix) for mix in range(self.mixes)]
             mixed = torch.stack(partners)[copy // self.scales, torch.arange(len(x), device=x.device) % rows]
             scaled = x + self.eta * mixed
         return scaled * per_row(torch.pow(0.5, copy % self.scales).to(x), x)
 
 
-def _partners_of(walk: Walk, mix: int) -> Tensor:
+def _partners_of(run: Run, mix: int) -> Tensor:
     """An image of another class for every row; the same for all scales, another at every gradient."""
-    pool = _pool(walk)
-    drawn = walk.rng.at("admix", walk.step, walk.calls, mix).uniform(walk.x.new_empty(len(walk.x)).double())
+    pool = _pool(run)
+    drawn = run.rng.at("admix", run.step, run.calls, mix).uniform(run.x.new_empty(len(run.x)).double())
     counts = pool.others.cumsum(1)
     number = below(drawn, counts[:, -1])
     place = torch.searchsorted(counts, number[:, None], right=True)
@@ -160,34 +160,34 @@ class _Pool:
     others: Tensor
 
 
-def _pool(walk: Walk) -> _Pool:
-    found: Any = walk.notes.get("admix")
+def _pool(run: Run) -> _Pool:
+    found: Any = run.notes.get("admix")
     if found is None:
-        found = walk.notes["admix"] = _made_pool(walk)
+        found = run.notes["admix"] = _made_pool(run)
     assert isinstance(found, _Pool)
     return found
 
 
-def _made_pool(walk: Walk) -> _Pool:
-    data = walk.notes.get("data")
+def _made_pool(run: Run) -> _Pool:
+    data = run.notes.get("data")
     if data is None or not len(data):
         raise UsageError(
             "admix mixes in images of other classes, and the attacker was given none: set the oracle's `data` to a "
             "labelled set (an evaluation hands over the task's training data), or use `si`"
         )
-    if data.x.shape[1:] != walk.x.shape[1:]:
-        raise UsageError(f"admix: its images are {list(data.x.shape[1:])}, the rows {list(walk.x.shape[1:])}")
-    labels = data.y.to(walk.x.device)
+    if data.x.shape[1:] != run.x.shape[1:]:
+        raise UsageError(f"admix: its images are {list(data.x.shape[1:])}, the rows {list(run.x.shape[1:])}")
+    labels = data.y.to(run.x.device)
     order = labels.argsort(stable=True)
     classes, counts = labels.unique(return_counts=True)
-    rows = len(walk.x)
-    if walk.goal.kind == "untargeted":
-        other = torch.stack([walk.goal.reached(each.expand(rows)) for each in classes], 1)
+    rows = len(run.x)
+    if run.goal.kind == "untargeted":
+        other = torch.stack([run.goal.reached(each.expand(rows)) for each in classes], 1)
     else:
-        other = walk.oracle(walk.x).argmax(1)[:, None] != classes
+        other = run.oracle(run.x).argmax(1)[:, None] != classes
     if not bool(other.any(1).all()):
         raise UsageError("admix: the attacker's images are all of a row's own class; give it some of other classes")
-    return _Pool(data.x[order.to(data.x.device)].to(walk.x), counts.cumsum(0) - counts, other * counts)
+    return _Pool(data.x[order.to(data.x.device)].to(run.x), counts.cumsum(0) - counts, other * counts)
 
 
 @lru_cache(maxsize=8)
@@ -216,10 +216,10 @@ class SSA(Transform):
         at_least_one(self, "copies")
         not_negative(self, "rho", "noise")
 
-    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, run: Run) -> Tensor:
         height, width = images(x, "ssa")
         if self.noise:
-            x = x + self.noise * walk.reach * draw.normal("ssa noise", *x.shape[1:])
+            x = x + self.noise * run.reach * draw.normal("ssa noise", *x.shape[1:])
         factor = 1 - self.rho + 2 * self.rho * draw.uniform("ssa", *x.shape[1:])
         down, across = (dct_matrix(side).to(x) for side in (height, width))
         spectrum = _both(x, down, across.T)
@@ -254,7 +254,7 @@ class SIA(Transform):
     def __post_init__(self) -> None:
         at_least_one(self, "copies", "blocks")
 
-    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, run: Run) -> Tensor:
         height, width = images(x, "sia")
         down = cuts(draw, "sia rows", height, self.blocks)
         across = cuts(draw, "sia columns", width, self.blocks)
@@ -276,7 +276,7 @@ class SIA(Transform):
         moved = x.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view_as(x)
         moved = torch.where((what == 5)[:, None], moved * amount[:, None], moved)
         noise = (2 * draw.uniform("sia noise", *x.shape[1:]) - 1) * (16 / 255)
-        low, high = walk.box.bounds_like(x)
+        low, high = run.box.bounds_like(x)
         noisy = torch.minimum(torch.maximum(moved + noise, low), high)
         return torch.where((what == 6)[:, None], noisy, moved)
 
@@ -331,7 +331,7 @@ class BSR(Transform):
         at_least_one(self, "copies", "blocks")
         not_negative(self, "angle")
 
-    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, walk: Walk) -> Tensor:
+    def __call__(self, x: Tensor, copy: Tensor, draw: Draw, run: Run) -> Tensor:
         images(x, "bsr")
         upright = self._shuffled(x, draw, "rows")
         sideways = self._shuffled(x.transpose(2, 3), draw, "columns").transpose(2, 3)

@@ -104,7 +104,7 @@ def check_space(data: Data) -> None:
     bounds = (data.space.low, data.space.high) if isinstance(data.space, Boxed) else None
     if bounds != (0.0, 1.0):
         raise BadInput(
-            f"transfer images are stored with 8 bits and need rows in Box(0, 1); this task's are in {data.space}"
+            f"transfer images are stored with 8 bits and need samples in Box(0, 1); this task's are in {data.space}"
         )
 
 

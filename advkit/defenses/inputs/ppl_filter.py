@@ -186,7 +186,7 @@ class PPLFilter:
 
         if not isinstance(model, Likelihood):
             raise UsageError(
-                f"ppl_filter reads how likely prompts are and {model.describe().name} does not tell; put it in front "
+                f"ppl_filter reads how likely prompts are and {model.describe().name} does not say; put it in front "
                 "of a language model such as toychat, or choose another defense"
             )
         limit = self.threshold

@@ -1,26 +1,29 @@
-"""Pictures of a run folder, and exported adversarial examples."""
+"""Pictures of a run folder: the figures that its report names, and a strip of broken examples."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from advkit.core.protocols import Outcome
 from advkit.evaluation.run.case import Case, space_range
 from advkit.evaluation.run.store import Store, read_examples, read_records
 
 if TYPE_CHECKING:
-    from advkit.evaluation.plan import Plan
-    from advkit.evaluation.report.document import Report
+    from advkit.evaluation.report import Report
 
 SHOWN = 10
 
 
-def draw(resolved: Plan, folder: Path, report: Report) -> list[Path]:
-    """Per-class bars, success by distance, transfer grid and a strip of broken examples into FOLDER/plots.
+class Resolved(Protocol):
+    """A plan, as far as drawing asks: the case, which names the classes and knows the range of its inputs."""
 
-    As far as the run has them.
-    """
+    @property
+    def case(self) -> Case: ...
+
+
+def draw(resolved: Resolved, folder: Path, report: Report) -> list[Path]:
+    """The figures that the report names, and a strip of broken examples where the run kept some, into FOLDER/plots."""
     from advkit.evaluation.figures import write_plots
     from advkit.evaluation.figures.plots import save
 
@@ -53,7 +56,6 @@ def strip(case: Case, folder: Path, title: str = "") -> Any:
         torch.stack([b for _, b in images]),
         clean_names=[names[r.clean] for r in broken if r.clean is not None],
         adversarial_names=[names[r.adversarial] for r in broken if r.adversarial is not None],
-        low=0.0 if low is None else low,
-        high=1.0 if high is None else high,
+        bounds=(0.0 if low is None else low, 1.0 if high is None else high),
         title=title,
     )

@@ -189,17 +189,16 @@ def example_grid(
     *,
     clean_names: Sequence[str] = (),
     adversarial_names: Sequence[str] = (),
-    low: float = 0.0,
-    high: float = 1.0,
+    bounds: tuple[float, float] = (0.0, 1.0),
     title: str = "",
 ) -> Figure:
-    """Columns of images: untouched, adversarial, and their difference amplified by the factor it names.
+    """Columns of images: clean, adversarial, and their difference amplified by the factor it names.
 
-    clean, adversarial: tensors or arrays [B, C, H, W] or [B, H, W], C 1 or 3, values in [low, high]; at most the first
-                        10 are drawn
+    clean, adversarial: tensors or arrays [B, C, H, W] or [B, H, W], C 1 or 3; at most the first 10 are drawn
     clean_names, adversarial_names: the model's answer above each image; red where the two differ
+    bounds: smallest and largest value of a pixel
     """
-    before, after = _images(clean, low, high), _images(adversarial, low, high)
+    before, after = _images(clean, *bounds), _images(adversarial, *bounds)
     if before.shape != after.shape:
         raise UsageError(f"example_grid: {before.shape} clean and {after.shape} adversarial images; expected the same")
     before, after = before[:_MOST_EXAMPLES], after[:_MOST_EXAMPLES]
@@ -216,34 +215,28 @@ def example_grid(
     )
     grid = figure.subplots(3, count, squeeze=False)
     for r, (name, images) in enumerate(rows):
-        for i in range(count):
-            axes = grid[r, i]
-            image = images[i]
-            axes.imshow(
-                image[..., 0] if image.shape[-1] == 1 else image,
-                cmap="gray",
-                vmin=0,
-                vmax=1,
-                interpolation="nearest",
-            )
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-            if i == 0:
-                axes.set_ylabel(name, fontsize=10)
-            words = (clean_names, adversarial_names, ())[r]
-            if i < len(words):
-                turned = r == 1 and i < len(clean_names) and clean_names[i] != words[i]
-                axes.set_title(
-                    plain(str(words[i])),
-                    fontsize=9,
-                    color=RED if turned else _INK,
-                    fontweight="bold" if turned else "normal",
-                )
+        grid[r, 0].set_ylabel(name, fontsize=10)
+        for axes, image in zip(grid[r], images, strict=True):
+            _show_image(axes, image)
+    for i, name in enumerate(clean_names[:count]):
+        grid[0, i].set_title(plain(str(name)), fontsize=9, color=_INK)
+    for i, name in enumerate(adversarial_names[:count]):
+        turned = i < len(clean_names) and clean_names[i] != name
+        style = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
+        grid[1, i].set_title(plain(str(name)), fontsize=9, **style)
     if title:
         room = int(12 * figure.get_figwidth())  # characters of this size in a line
         figure.suptitle(plain(textwrap.fill(title, room)), fontsize=11, x=0.02, ha="left")
     return figure
+
+
+def _show_image(axes: Axes, image: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    """One image [H, W, C] in [0, 1] without a frame."""
+    shown = image[..., 0] if image.shape[-1] == 1 else image
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
 
 
 def _images(batch: Any, low: float, high: float) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -257,7 +250,7 @@ def _images(batch: Any, low: float, high: float) -> np.ndarray[Any, np.dtype[np.
         raise UsageError(f"example_grid: shape {images.shape}; expected images [B, C, H, W] with C 1 or 3")
     images = (images - low) / (high - low)
     if not np.isfinite(images).all() or images.min() < -1e-6 or images.max() > 1 + 1e-6:
-        raise UsageError(f"example_grid: values outside [{low:g}, {high:g}]; name the range with low and high")
+        raise UsageError(f"example_grid: values outside [{low:g}, {high:g}]; name the range with bounds")
     return np.moveaxis(images, 1, -1)
 
 

@@ -184,6 +184,10 @@ class Report:
         """(line, style of rich) of a page of at most 13 lines: what `str` and `advkit evaluate` show."""
         return render.brief(self._whole, width)
 
+    def full(self, width: int = 80) -> list[tuple[str, str]]:
+        """(line, style of rich) of everything: what `advkit show RUN` and `advkit evaluate --verbose` show."""
+        return render.full(self._whole, width)
+
     def summary_table(self, full: bool = False) -> Table:
         """A rich table: rows, findings with advice, verdict; with `full` every attack, metric and class."""
         return render.table(self._whole, full)

@@ -1,7 +1,8 @@
 """Leaderboards: every report under a folder, ranked within its task and threat model, as HTML, Markdown and JSON.
 
-Numbers of different tasks or threat models are never ranked together, certified and empirical accuracy never share a
-column, and a report that does not validate is listed with its fault.
+What ranks a report is the headline that its scenario named. Numbers of different tasks, threat models or headlines are
+never ranked together, certified and empirical accuracy never share a column, and a report that does not validate is
+listed with its fault.
 """
 
 from __future__ import annotations
@@ -12,22 +13,38 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import REPORT_NAME, Report, write_atomic
-from advkit.evaluation.report.render import environment
-from advkit.evaluation.report.text import level_text, percent, spell
+from advkit.evaluation.report.render import environment, lines_of, page
+from advkit.evaluation.report.text import is_fraction, level_text, percent, spell, value_text, words_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_WHITE_BOX, _TAPM = "White box", "Best transfer attack (TAPM)"
+_WHITE_BOX = "white_box"
 _MOST_PLOTS = 12
 _MOST_PLOT_BYTES = 4_000_000
 _IMAGE_KINDS = {".png": ("image/png", b"\x89PNG\r\n\x1a\n"), ".svg": ("image/svg+xml", b"")}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A figure beside the score: of a companion, or one that the scenario shows beside its headline.
+
+    key:   what its column is known by: the companion's name, or the metric
+    title: its heading
+    value: as a number, None where it has none
+    text:  as it is shown
+    """
+
+    key: str
+    title: str
+    value: float | None
+    text: str
 
 
 @dataclass(frozen=True)
@@ -37,10 +54,12 @@ class Entry:
     report:    what is shown
     path:      where it was found, relative to the scanned folder
     rank:      1 for the best of its group; None where a flag says the number is unreliable or there is none
-    score:     what ranks it: robust accuracy, or certified accuracy at the group's radius
+    score:     what ranks it: the headline's value, or certified accuracy at the group's radius
+    text:      the score as it is shown
+    fraction:  the score is a fraction, and can be drawn as a bar
     low, high: the score's interval
     adaptive:  "adaptive", "oblivious", or "undeclared"
-    beside:    (label, value) of the figure no reader should miss: TAPM beside white box, white box beside transfer
+    beside:    figures no reader should miss: the companions', and those that the scenario shows beside its headline
     certified: (radius, value) where an empirical report also holds a certificate
     """
 
@@ -48,10 +67,12 @@ class Entry:
     path: str
     rank: int | None
     score: float | None
+    text: str
+    fraction: bool
     low: float | None
     high: float | None
     adaptive: str
-    beside: tuple[str, float | None] | None
+    beside: tuple[Beside, ...]
     certified: tuple[float, float | None] | None
 
     @property
@@ -60,15 +81,27 @@ class Entry:
         return self.report.to_dict()
 
     @property
-    def defense(self) -> str:
-        """The defense, spelled with its parameters where they are few."""
-        defense = self.report.to_dict()["defense"]
-        return str(defense["name"])
+    def page(self) -> dict[str, Any]:
+        """All of the report, for the template."""
+        return page(self.report.current, full=True)
 
     @property
     def attacks(self) -> list[str]:
         """Names of the attacks behind the score, in order."""
         return [str(row.label) for row in self.report.rows(full=True) if row.section == "attack"]
+
+    @property
+    def interval(self) -> str:
+        """The score's interval, "" without one."""
+        if self.low is None or self.high is None:
+            return ""
+        if self.fraction:
+            return f"{100 * self.low:.1f} to {100 * self.high:.1f}"
+        return f"{self.low:.4g} to {self.high:.4g}"
+
+    def figure(self, key: str) -> Beside | None:
+        """The figure of a column, None where this report has none."""
+        return next((each for each in self.beside if each.key == key), None)
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -87,7 +120,7 @@ class Entry:
             "n": data["dataset"]["n_evaluated"],
             "attacks": self.attacks,
             "adaptive": self.adaptive,
-            "beside": None if self.beside is None else {"figure": self.beside[0], "value": self.beside[1]},
+            "beside": [{"name": each.key, "figure": each.title, "value": each.value} for each in self.beside],
             "certified": None
             if self.certified is None
             else {"radius": self.certified[0], "certified_accuracy": self.certified[1]},
@@ -100,31 +133,41 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Reports that may be ranked together: one task, one threat model, one kind of evidence.
+    """Reports that may be ranked together: one task, one threat model, one headline.
 
-    evidence: "empirical" (survived attacks) or "certified" (proven at `radius`)
+    headline: the metric that ranks; name: how people call it; better: "higher" or "lower"
+    radius:   of certified accuracy; None where attacks were survived, not proofs made
     transfer: the attacker holds surrogates only, so the white-box figure stands beside the score, or its absence
     """
 
     title: str
     task: str
     norm: str
-    evidence: str
+    headline: str
+    name: str
+    better: str
     radius: float | None
     transfer: bool
     entries: tuple[Entry, ...]
 
     @property
-    def score_name(self) -> str:
-        """Heading of the ranking column."""
-        return "Robust accuracy" if self.evidence == "empirical" else f"Certified accuracy at {self.radius:g}"
+    def evidence(self) -> str:
+        """ "empirical" (survived attacks) or "certified" (proven at `radius`)."""
+        return "empirical" if self.radius is None else "certified"
 
     @property
-    def beside_name(self) -> str:
-        """Heading of the figure beside the score, "" where none is due and no entry has one."""
-        if self.transfer:
-            return _WHITE_BOX
-        return _TAPM if any(entry.beside for entry in self.entries) else ""
+    def score_name(self) -> str:
+        """Heading of the ranking column."""
+        return self.name if self.radius is None else f"{self.name} at {self.radius:g}"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Key -> heading of the figures beside the score, in order of first appearance."""
+        wanted = {_WHITE_BOX: _heading(_WHITE_BOX)} if self.transfer else {}
+        for entry in self.entries:
+            for each in entry.beside:
+                wanted.setdefault(each.key, each.title)
+        return wanted
 
     @property
     def has_certified(self) -> bool:
@@ -151,7 +194,7 @@ class Board:
     def to_json(self) -> str:
         """leaderboard.json."""
         document = {
-            "schema_version": "1.0",
+            "schema_version": "1.1",
             "kind": "leaderboard",
             "groups": [
                 {
@@ -159,6 +202,7 @@ class Board:
                     "task": group.task,
                     "norm": group.norm,
                     "evidence": group.evidence,
+                    "headline": {"metric": group.headline, "name": group.name, "better": group.better},
                     "radius": group.radius,
                     "entries": [entry.to_dict() for entry in group.entries],
                 }
@@ -218,41 +262,46 @@ def markdown(text: str) -> str:
 
 
 def _markdown_group(group: Group) -> list[str]:
-    heads = ["#", "Model", "Defense", group.score_name, "Interval", "Clean", "n", "Attacks", "Attacker", "Flags"]
-    if group.has_certified:
-        heads.insert(6, "Certified")
-    if group.beside_name:
-        heads.insert(6, group.beside_name)
-    lines = [f"## {markdown(group.title)}", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for entry in group.entries:
-        data = entry.report.to_dict()
-        bracket = "" if entry.low is None or entry.high is None else f"{100 * entry.low:.1f} to {100 * entry.high:.1f}"
-        cells = [
-            "-" if entry.rank is None else str(entry.rank),
-            data["model"]["name"],
-            data["defense"]["name"],
-            percent(entry.score),
-            bracket,
-            percent(entry.report.clean_accuracy),
-            str(data["dataset"]["n_evaluated"]),
-            ", ".join(entry.attacks),
-            entry.adaptive,
-            ", ".join(flag["id"] for flag in entry.report.flags if flag["severity"] != "info"),
-        ]
-        if group.has_certified:
-            cells.insert(
-                6, "" if entry.certified is None else f"{percent(entry.certified[1])} at {entry.certified[0]:g}"
-            )
-        if group.beside_name:
-            cells.insert(6, _beside_text(group, entry))
-        lines.append("| " + " | ".join(markdown(cell) for cell in cells) + " |")
+    certified = ["Certified"] if group.has_certified else []
+    first = ["#", "Model", "Defense", group.score_name, "Interval", "Clean"]
+    heads = [*first, *group.columns.values(), *certified, "n", "Attacks", "Attacker", "Flags"]
+    lines = [f"## {markdown(group.title)}", "", "| " + " | ".join(map(markdown, heads)) + " |"]
+    lines.append("|" + " --- |" * len(heads))
+    lines += ["| " + " | ".join(markdown(cell) for cell in _cells(group, entry)) + " |" for entry in group.entries]
     return [*lines, ""]
 
 
-def _beside_text(group: Group, entry: Entry) -> str:
-    if entry.beside is not None:
-        return percent(entry.beside[1])
-    return "not evaluated" if group.transfer else "-"
+def _cells(group: Group, entry: Entry) -> list[str]:
+    data = entry.data
+    point = entry.certified
+    proof = [] if not group.has_certified else ["" if point is None else f"{percent(point[1])} at {point[0]:g}"]
+    return [
+        "-" if entry.rank is None else str(entry.rank),
+        data["model"]["name"],
+        data["defense"]["name"],
+        entry.text,
+        entry.interval,
+        percent(entry.report.clean_accuracy),
+        *(_beside_text(group, entry, key) for key in group.columns),
+        *proof,
+        str(data["dataset"]["n_evaluated"]),
+        ", ".join(entry.attacks),
+        entry.adaptive,
+        ", ".join(flag["id"] for flag in entry.report.flags if flag["severity"] != "info"),
+    ]
+
+
+def _beside_text(group: Group, entry: Entry, key: str) -> str:
+    figure = entry.figure(key)
+    if figure is not None:
+        return figure.text
+    return "not evaluated" if group.transfer and key == _WHITE_BOX else "-"
+
+
+def _heading(name: str) -> str:
+    """`white_box` is "White box", `tapm` is "TAPM"."""
+    words = words_of(name)
+    return words[:1].upper() + words[1:]
 
 
 def find_plots(report_path: Path) -> list[tuple[str, str]]:
@@ -284,11 +333,19 @@ def _nearest(points: Sequence[Mapping[str, Any]], eps: float | None) -> Mapping[
     return min(points, key=lambda point: float(point["radius"]))
 
 
+def _score(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], float | None]:
+    """The metric that ranks a report, and the radius where it is a point of a certified curve."""
+    entry = data["metrics"][data["section"]["headline"]["metric"]]
+    if not isinstance(entry, list):
+        return entry, None
+    point = _nearest(entry, data["threat_model"].get("eps"))
+    return point["certified_accuracy"], float(point["radius"])
+
+
 def _key(data: Mapping[str, Any]) -> tuple[str, ...]:
     """What must agree to the letter for two reports to be ranked together; eps is compared apart."""
-    threat, dataset = data["threat_model"], data["dataset"]
-    empirical = data["metrics"].get("robust_accuracy") is not None
-    radius = "" if empirical else f"{_nearest(_certificates(data), threat.get('eps'))['radius']:.6g}"
+    threat, dataset, headline = data["threat_model"], data["dataset"], data["section"]["headline"]
+    _, radius = _score(data)
     parts = (
         data["task"],
         dataset["name"],
@@ -301,8 +358,10 @@ def _key(data: Mapping[str, Any]) -> tuple[str, ...]:
         threat.get("query_budget"),
         threat.get("n_byzantine"),
         threat.get("phase", "test_time"),
-        "empirical" if empirical else "certified",
-        radius,
+        # Curves of certificates are one kind of evidence, whatever their metric is called.
+        "certified" if radius is not None else f"empirical {headline['metric']}",
+        headline["better"],
+        "" if radius is None else f"{radius:.6g}",
     )
     return tuple(str(part) for part in parts)
 
@@ -330,137 +389,144 @@ def board(reports: Iterable[tuple[str, Report]]) -> Board:
 
 def _board(reports: Sequence[tuple[str, Report]], invalid: Sequence[tuple[str, str]]) -> Board:
     unranked = []
-    keyed: dict[tuple[str, ...], list[tuple[str, Report, dict[str, Any]]]] = {}
+    keyed: dict[tuple[str, ...], list[_Item]] = {}
     texts: dict[str, str] = {}
     for path, report in reports:
-        data = report.to_dict()
-        twin = texts.setdefault(report.to_json(), path)
-        if twin != path:
-            unranked.append((path, f"the same report as {twin}"))
+        data = report.current
+        first = texts.setdefault(report.to_json(), path)
+        headline = data["section"]["headline"]
+        if first != path:
+            unranked.append((path, f"the same report as {first}"))
         elif data["kind"] != "evaluation":
             unranked.append((path, f"a {data['kind']}, not an evaluation"))
-        elif data["metrics"].get("robust_accuracy") is None and not _certificates(data):
+        elif headline is None or not data["metrics"][headline["metric"]]:
             unranked.append((path, "holds neither robust nor certified accuracy"))
         else:
-            keyed.setdefault(_key(data), []).append((path, report, data))
-    everyone = [(report, data) for found in keyed.values() for _, report, data in found]
-    groups = []
-    for key in sorted(keyed):
-        for cluster in _by_eps(keyed[key]):
-            groups.append(_group(cluster, everyone))
+            keyed.setdefault(_key(data), []).append(_Item(path, report, data))
+    everyone = [item for found in keyed.values() for item in found]
+    groups = [_group(cluster, everyone) for key in sorted(keyed) for cluster in _by_eps(keyed[key])]
     return Board(tuple(groups), tuple(unranked), tuple(invalid))
 
 
-def _by_eps(found: list[tuple[str, Report, dict[str, Any]]]) -> list[list[tuple[str, Report, dict[str, Any]]]]:
-    """Split by radius: 0.031 and 8/255 are one, everything else its own."""
+@dataclass(frozen=True)
+class _Item:
+    """A report that can be ranked, with its completed document."""
 
-    def eps(item: tuple[str, Report, dict[str, Any]]) -> float | None:
-        value = item[2]["threat_model"].get("eps")
+    path: str
+    report: Report
+    data: Mapping[str, Any]
+
+    @property
+    def eps(self) -> float | None:
+        value = self.data["threat_model"].get("eps")
         return None if value is None else float(value)
 
-    clusters: list[list[tuple[str, Report, dict[str, Any]]]] = []
-    for item in sorted(found, key=lambda item: (eps(item) is None, eps(item) or 0.0)):
-        if clusters and same_eps(eps(clusters[-1][0]), eps(item)):
+
+def _by_eps(found: Sequence[_Item]) -> list[list[_Item]]:
+    """Split by radius: 0.031 and 8/255 are one, everything else its own."""
+    clusters: list[list[_Item]] = []
+    for item in sorted(found, key=lambda item: (item.eps is None, item.eps or 0.0)):
+        if clusters and same_eps(clusters[-1][0].eps, item.eps):
             clusters[-1].append(item)
         else:
             clusters.append([item])
     return clusters
 
 
-def _group(
-    found: Sequence[tuple[str, Report, dict[str, Any]]], everyone: Sequence[tuple[Report, dict[str, Any]]]
-) -> Group:
-    data = found[0][2]
-    empirical = data["metrics"].get("robust_accuracy") is not None
-    dataset, threat = data["dataset"], data["threat_model"]
-    name = " ".join(part for part in (dataset["name"], dataset.get("version", ""), dataset["split"]) if part)
-    radius = None if empirical else float(_nearest(_certificates(data), threat.get("eps"))["radius"])
+def _group(found: Sequence[_Item], everyone: Sequence[_Item]) -> Group:
+    data = found[0].data
+    dataset, threat, headline = data["dataset"], data["threat_model"], data["section"]["headline"]
+    task = " ".join(part for part in (dataset["name"], dataset.get("version", ""), dataset["split"]) if part)
+    _, radius = _score(data)
     # 0.031 and 8/255 meet in one group: it goes by the name most of its reports use.
-    words = Counter(sorted(report.threat for _, report, _ in found)).most_common(1)[0][0]
-    made = [_entry(path, report, data, empirical, everyone) for path, report, data in found]
-    # Ties in the score are broken by clean accuracy for the order, never for the rank.
-    made.sort(key=lambda e: (e.score is None, -(e.score or 0.0), -(e.report.clean_accuracy or 0.0), e.path))
+    words = Counter(sorted(item.report.threat for item in found)).most_common(1)[0][0]
+    if radius is not None:
+        words += ", certified"
+    elif headline["metric"] != "robust_accuracy":
+        words += f", by {headline['name'][:1].lower()}{headline['name'][1:]}"
+    return Group(
+        title=f"{task}: {words}",
+        task=task,
+        norm=threat.get("norm") or "none",
+        headline=headline["metric"],
+        name=headline["name"],
+        better=headline["better"],
+        radius=radius,
+        transfer=radius is None and threat["knowledge"] == "transfer",
+        entries=_ranked([_entry(item, everyone) for item in found], headline["better"]),
+    )
+
+
+def _ranked(entries: list[Entry], better: str) -> tuple[Entry, ...]:
+    """In order, with ranks; ties in the score are broken by clean accuracy for the order, never for the rank."""
+    sign = -1 if better == "higher" else 1
+    entries.sort(key=lambda e: (e.score is None, sign * (e.score or 0.0), -(e.report.clean_accuracy or 0.0), e.path))
     ranked: list[Entry] = []
     place, last, rank = 0, None, 0
-    for entry in made:
+    for entry in entries:
         if entry.score is None or not entry.report.trustworthy:
             ranked.append(entry)
             continue
         place += 1
         if entry.score != last:
             rank, last = place, entry.score
-        ranked.append(_with_rank(entry, rank))
-    return Group(
-        f"{name}: {words}" + ("" if empirical else ", certified"),
-        name,
-        threat.get("norm") or "none",
-        "empirical" if empirical else "certified",
-        radius,
-        empirical and threat["knowledge"] == "transfer",
-        tuple(ranked),
-    )
+        ranked.append(replace(entry, rank=rank))
+    return tuple(ranked)
 
 
-def _with_rank(entry: Entry, rank: int) -> Entry:
-    from dataclasses import replace
-
-    return replace(entry, rank=rank)
-
-
-def _entry(
-    path: str,
-    report: Report,
-    data: Mapping[str, Any],
-    empirical: bool,
-    everyone: Sequence[tuple[Report, dict[str, Any]]],
-) -> Entry:
-    points, eps = _certificates(data), data["threat_model"].get("eps")
+def _entry(item: _Item, everyone: Sequence[_Item]) -> Entry:
+    data, points = item.data, _certificates(item.data)
+    score, radius = _score(data)
     certified: tuple[float, float | None] | None = None
-    if empirical:
-        rate = data["metrics"]["robust_accuracy"]
-        if points:
-            point = _nearest(points, eps)
-            certified = (point["radius"], point["certified_accuracy"]["value"])
-    else:
-        rate = _nearest(points, eps)["certified_accuracy"]
-    ci = rate["ci"]
-    declared = data["threat_model"].get("adaptive")
+    if radius is None and points:
+        point = _nearest(points, item.eps)
+        certified = (point["radius"], point["certified_accuracy"]["value"])
+    ci, declared = score.get("ci"), data["threat_model"].get("adaptive")
     return Entry(
-        report,
-        path,
-        None,
-        rate["value"],
-        None if ci is None else ci["low"],
-        None if ci is None else ci["high"],
-        "undeclared" if declared is None else "adaptive" if declared else "oblivious",
-        _beside(data, everyone),
-        certified,
+        report=item.report,
+        path=item.path,
+        rank=None,
+        score=score["value"],
+        text=value_text(score),
+        fraction=is_fraction(score),
+        low=None if ci is None else ci["low"],
+        high=None if ci is None else ci["high"],
+        adaptive="undeclared" if declared is None else "adaptive" if declared else "oblivious",
+        beside=tuple(_beside(item, everyone)),
+        certified=certified,
     )
 
 
-def _beside(
-    data: Mapping[str, Any], everyone: Sequence[tuple[Report, dict[str, Any]]]
-) -> tuple[str, float | None] | None:
-    """TAPM for a white-box report that holds it; white box for a transfer report, its own or a sibling's."""
-    metrics = data["metrics"]
-    if data["threat_model"]["knowledge"] != "transfer":
-        best = metrics.get("tapm_acc_best_attack")
-        return None if best is None else (_TAPM, best["value"])
-    for name, entry in metrics.items():
-        if "white_box" in name and isinstance(entry, dict):
-            return _WHITE_BOX, entry["value"]
-    siblings = [
-        report.robust_accuracy
-        for report, other in everyone
-        if other["model"]["state_sha256"] == data["model"]["state_sha256"]
-        and other["defense"] == data["defense"]
-        and other["dataset"]["sha256"] == data["dataset"]["sha256"]
-        and other["threat_model"]["knowledge"] == "white_box"
-        and other["threat_model"].get("norm") == data["threat_model"].get("norm")
-        and same_eps(other["threat_model"].get("eps"), data["threat_model"].get("eps"))
+def _beside(item: _Item, everyone: Sequence[_Item]) -> Iterator[Beside]:
+    """Companions' figures, then what the scenario shows beside its headline; a sibling's white box under transfer."""
+    data, metrics = item.data, item.data["metrics"]
+    for each in data["companions"]:
+        entry = metrics[each["metric"]]
+        yield Beside(each["name"], _heading(each["name"]), entry["value"], value_text(entry))
+    if data["threat_model"]["knowledge"] == "transfer" and all(c["name"] != _WHITE_BOX for c in data["companions"]):
+        least = _sibling(item, everyone)
+        if least is not None:
+            yield Beside(_WHITE_BOX, _heading(_WHITE_BOX), least, percent(least))
+    apart = {"clean_accuracy", "attack_success_rate", data["section"]["headline"]["metric"]}
+    for label, name in lines_of(data):
+        if name not in apart and not isinstance(metrics[name], list):
+            yield Beside(name, label, metrics[name]["value"], value_text(metrics[name]))
+
+
+def _sibling(item: _Item, everyone: Sequence[_Item]) -> float | None:
+    """The least white-box robust accuracy of the same victim on the same data, from another report."""
+    data = item.data
+    known = [
+        other.report.robust_accuracy
+        for other in everyone
+        if other.data["model"]["state_sha256"] == data["model"]["state_sha256"]
+        and other.data["defense"] == data["defense"]
+        and other.data["dataset"]["sha256"] == data["dataset"]["sha256"]
+        and other.data["threat_model"]["knowledge"] == "white_box"
+        and other.data["threat_model"].get("norm") == data["threat_model"].get("norm")
+        and same_eps(other.eps, item.eps)
     ]
-    known = [value for value in siblings if value is not None]
-    return (_WHITE_BOX, min(known)) if known else None
+    return min((value for value in known if value is not None), default=None)
 
 
 def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> tuple[Board, list[Path]]:

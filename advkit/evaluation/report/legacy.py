@@ -18,10 +18,10 @@ WORDING = {
     "figure": "accuracy",
 }
 _OF_TEXT = {
-    "clean": "target held back, clean",
-    "robust": "target held back",
+    "clean": "target not said, clean prompt",
+    "robust": "target not said",
     "success": "exact target rate (greedy)",
-    "figure": "figure",
+    "figure": "target not said",
 }
 _JUDGED = "_asr_greedy"
 
@@ -77,7 +77,7 @@ def _section(data: Mapping[str, Any]) -> dict[str, Any]:
         wording["robust"] = "goal not reached"
     return {
         "scenario": _scenario(data),
-        "headline": _headline(data),
+        "headline": _headline(data, wording),
         "table": [{"label": label, "metric": name} for label, name in _table(data, wording) if name in data["metrics"]],
         "sentence": _sentence(data),
         "figures": [{"name": name} for name in _figures(data)],
@@ -91,10 +91,12 @@ def _scenario(data: Mapping[str, Any]) -> str:
     return "grid" if _of_transfer(data) and any("source" in x["params"] for x in data["attacks"]) else "evasion"
 
 
-def _headline(data: Mapping[str, Any]) -> dict[str, str] | None:
+def _headline(data: Mapping[str, Any], wording: Mapping[str, str]) -> dict[str, str] | None:
     metrics = data["metrics"]
+    if "stream_fool_rate" in metrics:
+        return {"metric": "stream_fool_rate", "name": "Fool rate of submissions", "better": "lower"}
     if metrics.get("robust_accuracy") is not None:
-        return {"metric": "robust_accuracy", "name": "Robust accuracy", "better": "higher"}
+        return {"metric": "robust_accuracy", "name": wording["robust"].capitalize(), "better": "higher"}
     curves = [name for name, entry in metrics.items() if isinstance(entry, list) and entry]
     return {"metric": curves[0], "name": "Certified accuracy", "better": "higher"} if curves else None
 
@@ -103,10 +105,10 @@ def _table(data: Mapping[str, Any], wording: Mapping[str, str]) -> Iterator[tupl
     yield wording["clean"], "clean_accuracy"
     yield wording["robust"], "robust_accuracy"
     yield wording["success"], "attack_success_rate"
-    yield "fool rate of what is submitted", "stream_fool_rate"
+    yield "fool rate of submissions", "stream_fool_rate"
     yield "competitive ratio", "stream_competitive_ratio"
     if _of_transfer(data):
-        yield "accuracy, average over the cells", "tapm_acc_avg"
+        yield "accuracy, average of the cells", "tapm_acc_avg"
         yield "accuracy, strongest cell", "tapm_acc_best_attack"
     for name in data["metrics"]:
         if name.endswith(_JUDGED):
@@ -116,12 +118,12 @@ def _table(data: Mapping[str, Any], wording: Mapping[str, str]) -> Iterator[tupl
 def _companions(data: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     metrics = data["metrics"]
     if not _of_transfer(data) and "tapm_acc_best_attack" in metrics:
-        yield {"name": "tapm", "title": "Best transfer attack (TAPM)", "metric": "tapm_acc_best_attack"}
+        yield {"name": "tapm", "title": "best transfer attack (TAPM)", "metric": "tapm_acc_best_attack"}
     bare = (name for name, entry in metrics.items() if "white_box" in name and isinstance(entry, Mapping))
     for name in [*bare][:1]:
-        yield {"name": "white_box", "title": "White box", "metric": name}
+        yield {"name": "white_box", "title": "white box", "metric": name}
     if "oblivious_robust_accuracy" in metrics:
-        yield {"name": "oblivious", "title": "Oblivious attack", "metric": "oblivious_robust_accuracy"}
+        yield {"name": "oblivious", "title": "oblivious (defense unknown)", "metric": "oblivious_robust_accuracy"}
 
 
 def _sentence(data: Mapping[str, Any]) -> str:

@@ -6,10 +6,11 @@ other figures and its words are. No scenario, goal or modality is known by name 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,8 @@ _LEAST_ROWS = 5
 _SHOWN_RADII = 3
 _VALUE, _INTERVAL, _COUNTS = 8, 15, 25  # columns of the page; labels take the rest
 _LEAST_NAME = 16
+_TIE = "\u00a0"  # a space at which no line breaks
+_TIED = re.compile(r"\d %|\[[^\[\]\s]+, [^\[\]\s]+\]")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def rows(data: Data, full: bool = False) -> list[Row]:
     """
     own = [attack for attack in data["attacks"] if not attack["beside"]]
     attacks = _attack_rows(data, own, "attack") if full else ()
-    return [*attacks, *_named(data, full), *(_rest(data) if full else _weakest(data))]
+    return [*_named(data, full), *attacks, *(_rest(data) if full else _weakest(data))]
 
 
 def lines_of(data: Data) -> list[tuple[str, str]]:
@@ -297,7 +300,7 @@ def verdict(data: Data) -> str:
 def brief(data: Data, width: int = 80) -> list[tuple[str, str]]:
     """(line, style) of a page of at most 13 lines of `width` characters: what decides, and no more."""
     words = f"{sentence(data)} {remarks(data)[0]}"
-    last = textwrap.wrap(words, width, max_lines=4, placeholder=" ...", break_on_hyphens=False)
+    last = _folded(words, width, most=4)
     found = findings(data)
     lines = [(shorten(_brief_title(data), width), "bold")]
     if not _names_threat(data):
@@ -328,8 +331,12 @@ def _brief_rows(data: Data, room: int) -> list[Row]:
     return [row for i, row in enumerate(found) if i not in dropped]
 
 
+def _label_room(width: int) -> int:
+    return width - _VALUE - _INTERVAL - _COUNTS - 2
+
+
 def _columns(row: Row, width: int) -> str:
-    room = width - _VALUE - _INTERVAL - _COUNTS - 2
+    room = _label_room(width)
     numbers = f"{row.value:>{_VALUE}}{row.interval:>{_INTERVAL}}"
     if len(row.value) > _VALUE or len(row.interval) >= _INTERVAL:  # scalars, which have units or many digits
         numbers = shorten(f"{row.value} {row.interval}", _VALUE + _INTERVAL).rjust(_VALUE + _INTERVAL)
@@ -346,6 +353,35 @@ def _flag_lines(found: Sequence[Finding], most: int, width: int) -> list[tuple[s
         line = line if len(line) <= room else line[: room - 3].rstrip() + "..."
         lines.append((line + more, STYLES[finding.severity]))
     return lines
+
+
+def full(data: Data, width: int = 80) -> list[tuple[str, str]]:
+    """(line, style) of everything: rows, findings with advice, verdict; a name too long for its column has a line."""
+    lines = [(line, "bold") for line in _folded(_brief_title(data), width)]
+    lines.append((level_text(data["metrics"]).rjust(width - _COUNTS - 2), ""))
+    before = ""
+    for row in rows(data, full=True):
+        block = "" if row.section in ("headline", "table", "companion") else row.section
+        lines += [("", "")] if before != block and len(lines) > 2 else []
+        before = block
+        label = " ".join(row.label.split())
+        if len(label) > _label_room(width):
+            lines.append((shorten(label, width), ""))
+            row = replace(row, label="")
+        lines.append((_columns(row, width), "bold" if row.section == "headline" else ""))
+    lines.append(("", ""))
+    for finding in findings(data):
+        message = f"{finding.severity}: {finding.id}: {finding.message}"
+        lines += [(line, STYLES[finding.severity]) for line in _folded(message, width)]
+        lines += [(f"    {line}", "dim") for line in _folded(finding.advice, width - 4)]
+    return [*lines, *((line, "") for line in _folded(verdict(data), width))]
+
+
+def _folded(text: str, width: int, most: int | None = None) -> list[str]:
+    """Lines of a text; a number stays with its unit, and an interval in one piece."""
+    tied = _TIED.sub(lambda match: match[0].replace(" ", _TIE), text)
+    lines = textwrap.wrap(tied, width, max_lines=most, placeholder=" ...", break_on_hyphens=False)
+    return [line.replace(_TIE, " ") for line in lines]
 
 
 # Everything, as a table and as HTML

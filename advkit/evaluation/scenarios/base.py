@@ -97,11 +97,16 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             sentence += f" The mean distance of broken samples is {{{distance}}}."
     if f"robust_accuracy_{ALL_JUDGES}" in metrics and isinstance(case.rule, Judged):
         headline = Headline(f"robust_accuracy_{ALL_JUDGES}", "Robust accuracy (no judge says broken)")
-        table += [("robust accuracy, no judge says broken", headline.metric)]
-        table += [(name.replace("_", " "), name) for name in case.rule.broken_by if name in metrics]
+        judges = [(f"{name.removesuffix('_asr_greedy')} judge says broken", name) for name in case.rule.broken_by]
+        table = [
+            (words.clean, "clean_accuracy"),
+            ("robust to every judge", headline.metric),
+            (words.success, "attack_success_rate"),
+            *((label, name) for label, name in judges if name in metrics),
+        ]
         sentence = (
-            f"{{{headline.metric}}} of the prompts are robust: the wanted reply does not come and no judge calls the "
-            f"reply broken. {sentence}"
+            f"{{{headline.metric}}} of the prompts are robust: the wanted reply does not come, and no judge calls the "
+            "greedy reply broken."
         )
     return Section(metrics, headline, table, sentence, figures_of(case, metrics), words, settings_of(case))
 
@@ -109,7 +114,7 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
 def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
-    return [{"name": name} for name in [*names, "success_by_distance", "searches"]]
+    return [{"name": name} for name in [*names, "success_by_distance", "searches", "transcripts"]]
 
 
 def settings_of(case: Case) -> dict[Any, dict[str, Any]]:

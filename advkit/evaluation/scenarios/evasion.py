@@ -17,12 +17,12 @@ from advkit.core.protocols import (
     Attack,
     BringsAttacks,
     Label,
-    OnlineAttack,
     Outcome,
     Record,
     Stage,
     Suite,
     Undefended,
+    on_streams,
 )
 from advkit.defenses import DEFENSES
 from advkit.evaluation.run.store import Store
@@ -81,7 +81,7 @@ class Evasion(BaseScenario):
         """None, or why this case can't be run."""
         if case.attack is None:
             return "this threat model needs an attack: name one with --attack"
-        if isinstance(case.attack, OnlineAttack):
+        if on_streams(case.attack):
             return f"{case.label} is an attack on streams; give it one with --threat-model online"
         if isinstance(case.attack, Suite) and case.surrogates and not lacks_access(case):
             return (
@@ -141,7 +141,8 @@ class Evasion(BaseScenario):
             return ()
         name = DEFENSES.name_of(case.defense)
         try:
-            return [Companion("tapm", claim, claimed(case, claim, name), ("tapm_*",), "tapm_acc_best_attack")]
+            other = claimed(case, claim, name)
+            return [Companion("tapm", "best transfer attack (TAPM)", other, ("tapm_*",), "tapm_acc_best_attack")]
         except UsageError as error:
             return [Companion("tapm", claim, None, without=str(error))]
 
@@ -193,7 +194,7 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
         surrogates=(("undefended", undefended),),
         specs={**case.specs, "attack": label},
     )
-    title = "oblivious attacker (does not know the defense)"
+    title = "oblivious (defense unknown)"
     return Companion(
         "oblivious", title, other, OBLIVIOUS, "oblivious_robust_accuracy", prefix="oblivious_", knows_less=True
     )

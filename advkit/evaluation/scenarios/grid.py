@@ -90,7 +90,7 @@ class Grid(BaseScenario):
         words = section.wording
         table = [
             (words.clean, "clean_accuracy"),
-            ("accuracy, average over the cells", "tapm_acc_avg"),
+            ("accuracy, average of the cells", "tapm_acc_avg"),
             ("accuracy, strongest cell", "tapm_acc_best_attack"),
             ("accuracy, every cell at once", "robust_accuracy"),
         ]

@@ -19,7 +19,7 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Ball, Label, Outcome, Record, Suite
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
-from advkit.evaluation.report.counts import UNKNOWN, by_label
+from advkit.evaluation.counts import UNKNOWN, by_label
 from advkit.evaluation.run.batch import attacked_model, own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite

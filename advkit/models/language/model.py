@@ -328,7 +328,7 @@ class LanguageModel(Passes, Shaped, Batched, UnderSpeed, Likelihood, Generates, 
             spoken &= np.arange(len(role)) < until
         where, wanted = np.nonzero(spoken)[0], np.nonzero(role == REPLY)[0]
         if reply and not len(wanted):
-            raise BadInput("a transcript holds no wanted reply (role 3): the model has nothing to score")
+            raise BadInput("a transcript holds no target reply (role 3): the model has nothing to score")
         if not len(where) and not self.tokenizer.before:
             raise BadInput("a transcript holds no words, and the model has no template to begin with")
         shaped = np.nonzero(np.isin(role[where], (SLOT, REREAD)))[0]
@@ -395,12 +395,12 @@ class LanguageModel(Passes, Shaped, Batched, UnderSpeed, Likelihood, Generates, 
         if mixture.ndim != 3 or counts - {mixture.shape[1]} or mixture.shape[2] != self.limit:
             held = " or ".join(str(each) for each in sorted(counts))
             raise BadInput(
-                f"mixtures of shape {list(mixture.shape)}; the row has {held} slot tokens, so [N, {held}, "
+                f"mixtures of shape {list(mixture.shape)}; the sample has {held} slot tokens, so [N, {held}, "
                 f"{self.limit}] was expected"
             )
         rows = row.expand(len(mixture), -1, -1) if row.ndim == 2 else row
         if len(rows) != len(mixture):
-            raise BadInput(f"{len(mixture)} mixtures for {len(rows)} rows; expected one for each")
+            raise BadInput(f"{len(mixture)} mixtures for {len(rows)} samples; expected one for each")
         groups = self._groups(rows)
         jobs: list[Job] = []
         table = self.network.table()[: self.limit]
@@ -483,7 +483,9 @@ class LanguageModel(Passes, Shaped, Batched, UnderSpeed, Likelihood, Generates, 
 
     def _answered(self, x: Tensor, replies: Tensor) -> Tensor:
         if replies.ndim != 2 or len(replies) != len(x):
-            raise BadInput(f"{len(x)} rows and replies of shape {list(replies.shape)}; expected one reply per row")
+            raise BadInput(
+                f"{len(x)} samples and replies of shape {list(replies.shape)}; expected one reply per sample"
+            )
         replies = replies.cpu()
         lengths = (replies >= 0).sum(1).tolist()
         if min(lengths, default=1) < 1:
@@ -509,7 +511,7 @@ class LanguageModel(Passes, Shaped, Batched, UnderSpeed, Likelihood, Generates, 
 
     def _sampled(self, x: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
         if uniforms.ndim != 2 or len(uniforms) != len(x):
-            raise BadInput(f"{len(x)} rows and uniforms of shape {list(uniforms.shape)}; expected [{len(x)}, T]")
+            raise BadInput(f"{len(x)} samples and uniforms of shape {list(uniforms.shape)}; expected [{len(x)}, T]")
         answer = torch.empty(uniforms.shape, dtype=torch.long, device=x.device)
         groups = self._groups(x, reply=False)
         if groups:
@@ -554,4 +556,4 @@ def _known(loss: str, alpha: float) -> None:
 
 def _legal(temperature: float, top_p: float) -> None:
     if not temperature > 0 or not 0 < top_p <= 1:
-        raise UsageError(f"temperature={temperature}, top_p={top_p}; expected a positive one and a share up to 1")
+        raise UsageError(f"temperature={temperature}, top_p={top_p}; expected a positive one and a fraction up to 1")

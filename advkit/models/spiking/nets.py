@@ -148,7 +148,7 @@ class SpikingArchitecture(Architecture):
         wanted = 4 if self.encoder in ("binary", "integer") else 3 if self.encoder in ("direct", "poisson") else None
         if len(frames) != 3 or wanted not in (None, len(shape)):
             raise BadModel(
-                f"{type(self).__name__} with encoder={self.encoder} takes rows of shape "
+                f"{type(self).__name__} with encoder={self.encoder} takes samples of shape "
                 f"{'[T, C, H, W]' if wanted == 4 else '[C, H, W]'}, got {list(shape)}"
             )
         channels, height, width = frames

@@ -491,7 +491,9 @@ class Memory:
         """First row of a call on that many; rows beyond the last are padding."""
         start, self._next = self._next, self._next + rows
         if start >= self.rows:
-            raise UsageError("assg follows an attack's rows in order; it can't follow several candidates of one row")
+            raise UsageError(
+                "assg follows an attack's samples in order; it can't follow several candidates of one sample"
+            )
         return start
 
 
@@ -509,7 +511,7 @@ class Remembering(SlopeRule):
 
     def slopes(self, potentials: Tensor, dynamics: Dynamics) -> Tensor:
         if self.layers is None:
-            raise UsageError("a rule with a memory is used through a model's with_rule, so that it knows the rows")
+            raise UsageError("a rule with a memory is used through a model's with_rule, so that it knows the samples")
         memory, layer = self.held, len(self.layers)
         self.layers.append(layer)
         distance = potentials - dynamics.threshold

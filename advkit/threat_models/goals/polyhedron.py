@@ -236,7 +236,8 @@ def _checked(
         raise BadInput(f"a Gram matrix {list(gram.shape)} for {classes} classes; expected {[classes, classes]}")
     if pairs.upper.shape != pairs.lower.shape or pairs.upper.ndim != 2 or len(pairs.upper) != rows:
         raise BadInput(
-            f"pairs {list(pairs.upper.shape)} and {list(pairs.lower.shape)} for {rows} rows; expected [{rows}, R] twice"
+            f"pairs {list(pairs.upper.shape)} and {list(pairs.lower.shape)} for {rows} samples; expected "
+            f"[{rows}, R] twice"
         )
     if guess is not None and guess.shape != pairs.upper.shape:
         raise BadInput(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import at_least_one, fraction, positive
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import (
     CountsOver,
@@ -67,7 +68,7 @@ class Says(PerRow, Examines):
                 "likely the wanted reply is and whether it comes"
             )
         if len(answer) != len(self.labels):
-            raise BadInput(f"an answer of {len(answer)} rows to a goal of {len(self.labels)}; take(rows) the goal")
+            raise BadInput(f"an answer of {len(answer)} samples to a goal of {len(self.labels)}; take(rows) the goal")
         return answer
 
     def reached(self, answer: Tensor) -> Tensor:
@@ -235,15 +236,14 @@ class SaysRule(Refuses, Judged, CountsOver, Worded):
     max_tokens: int = 300
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UsageError(f"samples={self.samples}; expected at least one reply per row")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise UsageError(f"temperature={self.temperature}, top_p={self.top_p}; expected above 0, and in (0, 1]")
+        at_least_one(self, "samples")
+        positive(self, "temperature")
+        fraction(self, "top_p")
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
             raise UsageError(f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}; expected 0 <= min <= max")
         names = [name for name, _ in panel(self.judges)]
         if len(set(names)) < len(names):
-            raise UsageError(f"judges {', '.join(self.judges)} stand in the report under one name; take one of each")
+            raise UsageError(f"judges {', '.join(self.judges)} have one name in the report; take one of each")
 
     def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> Says:
         """The goal of a batch; the wanted words stand in the rows."""
