@@ -198,9 +198,10 @@ def _verdict(findings: Sequence[Finding], rows: int) -> Any:
     grave = sum(finding.severity == "unreliable" for finding in findings)
     warned = sum(finding.severity == "warning" for finding in findings)
     if grave:
-        return Text(f"{grave} findings make a robust accuracy of this model and attack unreliable", style="bold red")
+        noun = "finding makes" if grave == 1 else "findings make"
+        return Text(f"{grave} {noun} a robust accuracy of this model and attack unreliable", style="bold red")
     if warned:
-        return Text(f"{warned} warnings: read them before you report a number", style="yellow")
+        return Text(f"{warned} warning{'s' * (warned > 1)}: read before you report a number", style="yellow")
     return Text(f"no check speaks against the numbers ({rows} samples)", style="green")
 
 
