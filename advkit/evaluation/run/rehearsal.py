@@ -17,6 +17,7 @@ from advkit.evaluation.run.batch import on_device, own_randomness
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.judge import Judge
 from advkit.evaluation.run.scenario import Scenario
+from advkit.models.torch import check_mode, checked_logits
 
 log = logging.getLogger("advkit")
 
@@ -45,30 +46,25 @@ def _check_models(case: Case) -> None:
             "choose a model trained for this task"
         )
     for name, model in (("the model", case.victim), *((f"surrogate {n}", s) for n, s in case.surrogates)):
-        if any(module.training for top in model.modules() for module in top.modules()):
-            raise BadModel(
-                f"{name} is in training mode (dropout and batch statistics would answer): call .eval() on it first"
-            )
+        check_mode(model, name)
 
 
 def _first_answer(case: Case, x: Tensor) -> Tensor:
     """The victim's answer to the first rows, once its shape is right."""
     with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
         try:
-            answer = Judge(case.victim, Lanes.fitting(x)).answer(x)
-        except (RuntimeError, ValueError, TypeError) as error:
+            answer = checked_logits(Judge(case.victim, Lanes.fitting(x)).answer(x), len(x))
+        except (AdvkitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # code of the user's raises whatever it likes
             raise BadModel(
-                f"the model can't take inputs of shape {tuple(x.shape[1:])} of task {case.task.name}: {error}"
+                f"the model can't take inputs of shape {tuple(x.shape[1:])} of task {case.task.name}: "
+                f"{type(error).__name__}: {error}"
             ) from error
     if answer.ndim == 2 and answer.shape[1] != case.task.classes:
         raise BadModel(
             f"the model answers {answer.shape[1]} classes, the task {case.task.name} has {case.task.classes}: "
             "choose a model trained for this task"
-        )
-    if len(answer) != len(x) or answer.ndim not in (1, 2):
-        raise BadModel(
-            f"the model answers a tensor of shape {tuple(answer.shape)} for {len(x)} inputs; expected logits "
-            f"[{len(x)}, {case.task.classes}] or decisions [{len(x)}]"
         )
     return answer
 
