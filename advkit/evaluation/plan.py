@@ -145,7 +145,13 @@ def _built(request: Request, work: Task) -> Parts:
     attack: Any = ATTACKS.build(request.attack)
     defense: Any = DEFENSES.build(request.defense)
     made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
-    threat = THREAT_MODELS.build(_said(request.threat_model, made_for, work.defaults.threat_model))
+    threat_model = _said(request.threat_model, made_for, work.defaults.threat_model)
+    if threat_model == "":
+        raise UsageError(
+            f"the task {work.name} has no usual radius, since its features have no one range ({work.space!r}): name a "
+            "threat model, e.g. --threat-model linf:eps=0.1"
+        )
+    threat = THREAT_MODELS.build(threat_model)
     made_for = attack.default_goal if isinstance(attack, MadeForGoal) else ""
     rule = GOALS.build(_said(request.goal, made_for, work.defaults.goal))
     threat = with_public_sources(threat, work, DEFENSES.label(defense).partition(":")[0])
