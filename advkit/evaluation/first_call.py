@@ -86,8 +86,8 @@ def _refusal(x: Tensor, error: Exception, task: Task) -> str:
     if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
         hint = "; the samples look like images whose channels come last: permute them to [B, C, H, W]"
     return (
-        f"the model can't take inputs of shape {list(x.shape[1:])} of task {task.name}, a tensor {list(x.shape)} as its "
-        f"only argument ({type(error).__name__}: {first}){hint}"
+        f"the model can't take inputs of shape {list(x.shape[1:])} of task {task.name}, a tensor {list(x.shape)} as "
+        f"its only argument ({type(error).__name__}: {first}){hint}"
     )
 
 
@@ -101,5 +101,3 @@ def _masked(answer: Tensor, calls: Calls) -> Calls:
     floor = min(calls.floor, 2 * float(rest.min()))
     masked = tuple(column.nonzero().squeeze(1).tolist())
     return Calls(copies=calls.copies, alone=calls.alone, masked=masked, floor=floor)
-
-

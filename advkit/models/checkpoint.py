@@ -247,7 +247,9 @@ def load_checkpoint(
 
 def _check_kind(path: Path) -> None:
     if path.suffix not in (".safetensors", ".pt", ".pth", ".ckpt"):
-        raise CheckpointError(f"{path} is neither .safetensors nor .pt/.pth/.ckpt; other kinds are not read, convert it")
+        raise CheckpointError(
+            f"{path} is neither .safetensors nor .pt/.pth/.ckpt; other kinds are not read, convert it"
+        )
 
 
 def checkpoint_extra(path: str | Path, *, sha256: str = "") -> dict[str, Any]:

@@ -38,7 +38,9 @@ def _probed(module: nn.Module, shape: tuple[int, ...], name: str, hint: str) -> 
         ) from error
     logits = checked_logits(answer, 1)
     if logits.ndim != 2:
-        raise BadModel(f"{name} answers decisions of shape {list(logits.shape)}; expected logits of shape [rows, classes]")
+        raise BadModel(
+            f"{name} answers decisions of shape {list(logits.shape)}; expected logits of shape [rows, classes]"
+        )
     return int(logits.shape[1])
 
 

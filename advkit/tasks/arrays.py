@@ -15,7 +15,6 @@ from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
 from advkit.tasks.base import ArrayTask, Rows, default_ball, row_ids
 
-
 MOST_CLASSES = 2**24
 BYTES = 255
 FEW_LEVELS = 16
@@ -25,8 +24,8 @@ FEW_LEVELS = 16
 def as_rows(value: Any, what: str, space: Box | None = None) -> Tensor:
     """A floating tensor of the caller's rows, on the CPU, in memory of its own.
 
-    8-bit integers are images: 0 to 255 become the box from low to high (by default k/255), which leaves them as they are
-    in a box of 0 to 255. Other integers are refused, since their scale is unknown, and so are bytes and floats whose
+    8-bit integers are images: 0 to 255 become the box from low to high (by default k/255), which leaves them as they
+    are in a box of 0 to 255. Other integers are refused, since their scale is unknown, and so are bytes and floats whose
     values are not those of the scale that the box says.
     """
     tensor = _tensor(value, what)
@@ -37,8 +36,8 @@ def as_rows(value: Any, what: str, space: Box | None = None) -> Tensor:
     x = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
     if space is not None and space.extent == (0.0, 255.0) and x.numel() and 0 < float(x.max()) <= 1 and x.min() >= 0:
         raise BadInput(
-            f"{what} has values from {float(x.min()):.4g} to {float(x.max()):.4g} in a box of 0 to 255: they look divided "
-            "by 255 already; leave them in the box [0, 1], or multiply them by 255"
+            f"{what} has values from {float(x.min()):.4g} to {float(x.max()):.4g} in a box of 0 to 255: they look "
+            "divided by 255 already; leave them in the box [0, 1], or multiply them by 255"
         )
     return x
 
@@ -117,7 +116,10 @@ class Arrays(ArrayTask):
         held_x, held_y = as_rows(x, f"{name}: x", space), as_labels(y, f"{name}: y")
         self._pair = None
         if training is not None:
-            self._pair = as_rows(training[0], f"{name}: training x", space), as_labels(training[1], f"{name}: training y")
+            self._pair = (
+                as_rows(training[0], f"{name}: training x", space),
+                as_labels(training[1], f"{name}: training y"),
+            )
         every = [held_y] if self._pair is None else [held_y, self._pair[1]]
         largest = max((int(labels.max()) for labels in every if labels.numel()), default=0)
         self.name = name

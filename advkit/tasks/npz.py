@@ -18,7 +18,6 @@ from advkit.core.spaces import Box
 from advkit.tasks.arrays import as_labels, as_rows
 from advkit.tasks.base import ArrayTask, Counted, Rows, default_ball, row_ids
 
-
 KEYS = ("x", "y", "x_train", "y_train")
 MEMORY = 16 * 2**30
 """Bytes of arrays that are read into memory at most."""

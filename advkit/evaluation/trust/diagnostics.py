@@ -110,7 +110,9 @@ def _asked_in_parts(case: Case, x: Tensor) -> Tensor | str:
     half = (min(len(x), lanes.chunk) + 1) // 2
     oracle = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=Lanes(half, lanes.multiple))
     try:
-        parts = [oracle(x[rows].clone(), rows) for rows in torch.arange(len(x), device=x.device).split(half)[::-1]]
+        parts = [
+            oracle(x[rows].clone(), rows) for rows in torch.split(torch.arange(len(x), device=x.device), half)[::-1]
+        ]
     except (AdvkitError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -132,7 +134,7 @@ def _apart(one: Tensor, other: Tensor) -> tuple[int, float]:
 
 
 def _dependent(outputs: Sequence[Tensor], parts: Tensor | str) -> list[Finding]:
-    """That a row's output depends on the rows it is asked with, or on what was asked before; [] where it just varies."""
+    """That a row's output depends on the rows beside it, or on what was asked before; [] where it just varies."""
     n = len(outputs[0])
     *before, after = outputs
     if any(_apart(before[0], other)[0] for other in before[1:]):
@@ -180,7 +182,7 @@ def _copies_input(model: Any) -> bool:
 def _short_walk(case: Case) -> list[Finding]:
     """That an attack's steps, added up, can't leave the middle of the ball: step sizes are in units of eps."""
     short = {}
-    attacks = {str(case.label): case.attack}
+    attacks: dict[str, object] = {str(case.label): case.attack}
     if isinstance(case.attack, Suite):
         attacks = {stage.name: stage.attack for stage in case.attack.stages()}
     for name, attack in attacks.items():
@@ -192,8 +194,8 @@ def _short_walk(case: Case) -> list[Finding]:
         return []
     name, (steps, size, severity) = min(short.items(), key=lambda each: each[1][2] == "info")
     evidence = (
-        f"{steps} steps of {size:.4g} in units of eps add up to {steps * size:.2g} eps: {name} can't reach the boundary of "
-        "the ball"
+        f"{steps} steps of {size:.4g} in units of eps add up to {steps * size:.2g} eps: {name} can't reach the "
+        "boundary of the ball"
     )
     advice = f"step_size is in units of eps: say step_size={2.5 / steps:.2g}, and divide one in pixels by eps"
     if severity == "warning":
