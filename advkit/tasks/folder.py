@@ -339,7 +339,8 @@ class Folder(Images):
         if numbers is None or max(numbers) >= classes:
             raise UsageError(
                 f"{held.root} has {len(held.classes)} class folders and classes is {classes}: which of the classes "
-                f"they are is told by folders that are numbered from 0 to {classes - 1}; found {', '.join(held.classes[:3])}"
+                f"they are is told by folders that are numbered from 0 to {classes - 1}; found "
+                f"{', '.join(held.classes[:3])}"
             )
         names = dict(zip(numbers, held.classes, strict=True))
         files = tuple((path, numbers[label]) for path, label in held.files)

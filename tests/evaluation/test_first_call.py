@@ -59,7 +59,7 @@ def test_logits_in_a_container_are_found(plain: Any, wrap: Any) -> None:
 @pytest.mark.parametrize("wrap", [lambda s: (s, s.exp()), lambda s: {"scores": s}, lambda s: s.tolist, lambda s: None])
 def test_other_containers_are_named(wrap: Any) -> None:
     for model in (Net(wrap).eval(), lambda x: wrap((x - 0.5).flatten(1) @ WEIGHT)):
-        with pytest.raises(BadModel, match="returns .*logits"):
+        with pytest.raises(BadModel, match=r"returns .*logits"):
             evaluate(task=(X, Y), model=model, **ATTACK)
 
 
@@ -118,9 +118,7 @@ def test_an_input_changed_in_place_is_copied(attack: str) -> None:
     for model in (InPlace().eval(), lambda x: x.sub_(0.5).flatten(1) @ WEIGHT):
         got = evaluate(attack, task=(data, Y), model=model, threat_model=threat)
         assert torch.equal(data, X)
-        assert [r.to_dict()["metrics"]["robust_accuracy"] for r in (got, want)][0] == want.to_dict()["metrics"][
-            "robust_accuracy"
-        ]
+        assert (got.clean_accuracy, got.robust_accuracy) == (1, want.robust_accuracy)
         assert flags(got)["input_changed"] == "info"
 
 
@@ -135,7 +133,9 @@ def test_an_input_changed_behind_the_door_is_unreliable() -> None:
             return answer
 
     model = Own(Net().eval(), Box(shape=(3, 4, 4)), 5)
-    report = evaluate("square:queries=20", task=(X, Y), model=model, threat_model="linf:eps=0.01,access=scores")
+    report = evaluate(
+        "square:queries=20", task=(X[:16], Y[:16]), model=model, threat_model="linf:eps=0.01,access=scores"
+    )
     assert flags(report)["input_changed"] == "unreliable"
 
 
@@ -204,7 +204,7 @@ class TestMode:
                 return super().forward(nn.functional.dropout(x, 0.2, training=self.training))
 
         for net in (nn.Sequential(nn.Dropout(0.2), Net()), Own(), nn.Sequential(nn.BatchNorm2d(3), Net())):
-            with pytest.raises(BadModel, match="training mode.*eval"):
+            with pytest.raises(BadModel, match=r"training mode.*eval"):
                 evaluate(task=(X, Y), model=net.train(), **ATTACK)
         assert not misleading_mode([nn.Sequential(nn.Dropout(0.0), nn.BatchNorm2d(3, track_running_stats=False))])
 
@@ -230,9 +230,9 @@ class TestClasses:
             assert case.task.classes == case.victim.describe().classes == 5
 
     def test_both_numbers_are_named(self) -> None:
-        with pytest.raises(BadModel, match="answers 5 classes.*has 7"):
+        with pytest.raises(BadModel, match=r"answers 5 classes.*has 7"):
             evaluate(task=Arrays(X, Y, classes=7), model=Net().eval(), **ATTACK)
-        with pytest.raises(BadModel, match="answers 5 classes.*has 4.*classes="):
+        with pytest.raises(BadModel, match=r"answers 5 classes.*has 4.*classes="):
             evaluate(task=Arrays(X[Y < 4], Y[Y < 4], classes=4), model=Net().eval(), **ATTACK)
         with pytest.raises(BadModel, match="said to have 9 classes and returns 5"):
             evaluate(task=(X, Y), model=TorchModel(Net().eval(), classes=9), **ATTACK)
