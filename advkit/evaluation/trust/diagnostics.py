@@ -182,9 +182,10 @@ def _copies_input(model: Any) -> bool:
 def _short_walk(case: Case) -> list[Finding]:
     """That an attack's steps, added up, can't leave the middle of the ball: step sizes are in units of eps."""
     short = {}
-    attacks: dict[str, object] = {str(case.label): case.attack}
-    if isinstance(case.attack, Suite):
-        attacks = {stage.name: stage.attack for stage in case.attack.stages()}
+    suite: object = case.attack
+    attacks: dict[str, object] = {str(case.label): suite}
+    if isinstance(suite, Suite):
+        attacks = {stage.name: stage.attack for stage in suite.stages()}
     for name, attack in attacks.items():
         settings = parameters(attack)
         steps, size = settings.get("steps"), settings.get("step_size")
