@@ -41,6 +41,14 @@ class StaleRun(UsageError):
     """A run folder that belongs to another case."""
 
 
+class ModelChanged(AdvkitError):
+    """An attack left a model other than it was: weights, modes or hooks."""
+
+
+class RunInterrupted(AdvkitError):
+    """A run that could not go on (a worker process that was killed, no memory); what is recorded is kept."""
+
+
 class AccessDenied(AdvkitError):
     """An attack asked the oracle for more than the threat model grants (gradients, scores)."""
 
