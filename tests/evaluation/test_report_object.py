@@ -358,7 +358,7 @@ def test_old_reports_say_what_their_readers_said() -> None:
     assert "Successes lie 1.25 (L2) from their clean inputs" in far.verdict()
     told = one(task="text_generation", metrics={"refusal_asr_greedy": rate(4, 10, "prompts")})
     assert "target not said" in str(told)
-    assert "judge refusal: broken" in str(told)
+    assert "refusal judge says broken" in str(told)
     submitted = {
         "value": 0.5,
         "n": 100,
