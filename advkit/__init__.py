@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from advkit.evaluation.api import evaluate
+    from advkit.evaluation.matrix import matrix
     from advkit.evaluation.report.document import Report
-    from advkit.evaluation.scenarios.matrix import matrix
 
 __version__ = "0.1.0"
 __all__ = ["Report", "__version__", "evaluate", "matrix"]
 
 _LAZY = {
     "evaluate": "advkit.evaluation.api",
-    "matrix": "advkit.evaluation.scenarios.matrix",
+    "matrix": "advkit.evaluation.matrix",
     "Report": "advkit.evaluation.report.document",
 }
 _SUBPACKAGES = (

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import advkit
-from advkit.evaluation.report.matrix import Matrix, page
-from advkit.evaluation.scenarios.matrix import read_matrix
+from advkit.evaluation.matrix import Matrix, read_matrix
+from advkit.evaluation.report.matrix import page
 
 ZOO = "zoo:fashion-mnist-"
 SOURCES = [f"{ZOO}{name}" for name in ("public-cnn", "public-cnn5", "public-mlp", "public-mlp-at")]

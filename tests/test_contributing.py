@@ -53,3 +53,20 @@ def test_the_example_is_built_and_explained_by_its_registry_line(ray: Any) -> No
     assert all(field.doc for field in attacks.signature("ray").fields)
     with pytest.raises(UsageError, match="at least 1"):
         attacks.build("ray:points=0")
+
+
+def test_the_example_of_a_scenario_keeps_the_laws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from advkit.evaluation.api import resolve
+    from advkit.evaluation.scenarios import SCENARIOS
+    from advkit.testing import check_scenario
+
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    (source,) = [block for block in blocks if "class Scouting(" in block]
+    (tmp_path / "contributed_scouting.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("contributed_scouting")
+    monkeypatch.setitem(SCENARIOS.table, "scouting", "contributed_scouting:Scouting")
+    monkeypatch.setitem(SCENARIOS._folded, "scouting", "scouting")
+    case = resolve("pgd:steps=3", task="digits", model="zoo:digits-mlp", threat_model=own.ScoutingLinf(eps=0.1), n=30)
+    check_scenario(own.Scouting(), case)
+    sys.modules.pop("contributed_scouting", None)

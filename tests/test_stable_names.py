@@ -26,7 +26,7 @@ NAMES = {
     "core.oracle": "Lanes Meter MeteredOracle frozen",
     "core.protocols": (
         "Access Outcome Space Rng Model ModelInfo Evidence Goal Oracle ThreatModel Ball Attack Perturb Selector "
-        "OnlineAttack Batch Data TaskDefaults Task Defense Scenario Record"
+        "OnlineAttack Batch Data TaskDefaults Task Defense Record"
     ),
     "core.rng": "RowRng philox",
     "core.spaces": "Box Binary Tokens Transcripts Rows Product",

@@ -1,8 +1,9 @@
-"""`advkit benchmark`: our suites beside the reference's AutoAttack, PGD beside bare passes, operations per step."""
+"""`advkit benchmark`: our suites against the reference's AutoAttack, PGD against bare passes, operations per step."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ def benchmark(
     reference: Annotated[
         str, typer.Option(help="pyautoattack (AutoAttack standard), or the spec of any attack to time against.")
     ] = "pyautoattack",
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Rows, the task's first ones.")] = 200,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Samples, the task's first ones.")] = 200,
     repetitions: Annotated[
         str, typer.Option(help="Interleaved repetitions, each with a seed of its own; or one number per threat model.")
     ] = "3",
@@ -40,7 +41,7 @@ def benchmark(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure our suites beside a peer in this process: robust accuracy, flags per image, passes, CPU time.
+    """Measure our suites against a peer in this process: robust accuracy, broken samples, passes, CPU time.
 
     Runs on the CPU, one thread, for minutes. What is done so far is written after every model.
     """
@@ -48,52 +49,66 @@ def benchmark(
     from rich.markdown import Markdown
 
     from advkit import benchmark as bench
-    from advkit.core.errors import UsageError
     from advkit.evaluation.run.store import check_folder
 
-    wanted = listed(parts)
-    if unknown := sorted(set(wanted) - set(PARTS)):
-        raise UsageError(f"nothing to measure is called {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
-    threats = [None] if threat_models is None else listed(threat_models)
-    counts = _counts(repetitions, len(threats))
+    wanted = _parts(parts)
+    requests = _requests(
+        listed(models), None if threat_models is None else listed(threat_models), repetitions,
+        suites=listed(suites), task=task, n=n, reference=reference, speed=speed,
+    )  # fmt: skip
     if out is not None:
         check_folder(out)
     progress = Console(stderr=True, quiet=as_json, highlight=False)
     given = {"models": models, "suites": suites, "reference": reference, "n": n, "repetitions": repetitions}
     given |= {"task": task, "threat-models": threat_models, "speed": speed, "workers": workers, "parts": parts}
-    found: dict[str, Any] = {"command": _command(given), "environment": bench.environment(), "suites": []}
+    results: dict[str, Any] = {"command": _command(given), "environment": bench.environment(), "suites": []}
     if "ops" in wanted:
-        found["ops"] = bench.dispatcher_ops()
+        results["ops"] = bench.dispatcher_ops()
     if "overhead" in wanted:
-        found["overhead"] = bench.pgd_overhead()
+        results["overhead"] = bench.pgd_overhead()
     if "suites" in wanted:
-        settings = {"task": task, "n": n, "reference": reference, "speed": speed}
-        asked = [
-            {"model": model, "suites": listed(suites), "threat_model": threat, "repetitions": times, **settings}
-            for threat, times in zip(threats, counts, strict=True)
-            for model in listed(models)
-        ]
-        for entry in bench.entries(asked, workers, lambda line: progress.print(line, markup=False, soft_wrap=True)):
-            found["suites"].append(entry)
+        for entry in bench.entries(requests, workers, lambda line: progress.print(line, markup=False, soft_wrap=True)):
+            results["suites"].append(entry)
             if out is not None:
-                _write(found, bench.markdown(found), out)
+                _write(results, bench.markdown(results), out)
     if out is not None:
-        _write(found, bench.markdown(found), out)
+        _write(results, bench.markdown(results), out)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(results, indent=2))
     else:
-        Console().print(Markdown(bench.markdown(found)))
+        Console().print(Markdown(bench.markdown(results)))
+
+
+def _parts(text: str) -> list[str]:
+    from advkit.core.errors import UsageError
+
+    parts = listed(text)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise UsageError(f"nothing to measure is called {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+    return parts
+
+
+def _requests(
+    models: Sequence[str], threat_models: Sequence[str] | None, repetitions: str, **settings: Any
+) -> list[dict[str, Any]]:
+    """Keywords of `side_by_side` for every threat model and model."""
+    threats = [None] if threat_models is None else threat_models
+    return [
+        {"model": model, "threat_model": threat, "repetitions": times, **settings}
+        for threat, times in zip(threats, _counts(repetitions, len(threats)), strict=True)
+        for model in models
+    ]
 
 
 def _counts(text: str, threats: int) -> list[int]:
     """Repetitions of each threat model."""
     from advkit.core.errors import UsageError
 
-    words = listed(text)
-    if not all(word.isdecimal() and int(word) for word in words) or len(words) not in (1, threats):
+    numbers = listed(text)
+    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) not in (1, threats):
         raise UsageError(f"repetitions {text!r}; expected a whole number >= 1, or {threats} of them, comma between")
-    found = [int(word) for word in words]
-    return found * threats if len(found) == 1 else found
+    counts = [int(number) for number in numbers]
+    return counts * threats if len(counts) == 1 else counts
 
 
 def _command(given: dict[str, Any]) -> str:
@@ -109,12 +124,12 @@ def _command(given: dict[str, Any]) -> str:
     return shlex.join([*words, "--out", "docs"])
 
 
-def _write(found: dict[str, Any], page: str, out: Path) -> None:
+def _write(results: dict[str, Any], page: str, out: Path) -> None:
     from advkit.core.errors import UsageError
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "benchmarks.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (out / "benchmarks.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (out / "benchmarks.md").write_text(page, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{out} can't be written ({error.strerror or error}): name another --out") from error

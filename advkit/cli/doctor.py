@@ -13,18 +13,19 @@ from advkit.cli.options import Asked, Json, takes_request
 
 if TYPE_CHECKING:
     from advkit.evaluation.run.case import Case
-    from advkit.evaluation.trust.diagnostics import Finding
+    from advkit.evaluation.trust.findings import Finding
 
 UNTRUSTWORTHY = 3
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "safetensors", "matplotlib", "jsonschema")
+LINE = "#0072B2"
 STYLES = {"info": "dim", "warning": "yellow", "unreliable": "bold red"}
 
 
 @takes_request("goal", "n", "batch_size", "speed")
 def doctor(
     asked: Asked,
-    rows: Annotated[int, typer.Option(min=1, help="Rows that the expensive checks use, the task's first ones.")] = 100,
-    draws: Annotated[int, typer.Option(min=1, help="Random points tried around every row that holds.")] = 1000,
+    rows: Annotated[int, typer.Option(min=1, help="Samples for the expensive checks, the task's first ones.")] = 100,
+    draws: Annotated[int, typer.Option(min=1, help="Random points tried around every robust sample.")] = 1000,
     out: Annotated[
         Path | None, typer.Option(help="Folder for doctor.json and the curves as PNG.", show_default="nothing written")
     ] = None,
@@ -33,7 +34,7 @@ def doctor(
     """Check whether a model's gradients can be trusted and whether the attack does its job.
 
     Without --model and --defense the installation is checked too: versions, devices, data at hand.
-    Exit status: 0 nothing grave, 2 a mistake in the request, 3 a finding makes robust accuracy unreliable.
+    Exit status: 0 nothing unreliable, 2 a mistake in the request, 3 a finding makes robust accuracy unreliable.
     """
     from rich.console import Console
 
@@ -42,11 +43,11 @@ def doctor(
     if out is not None:
         check_folder(out)
     console = Console()
-    said: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     if asked["model"] is None and asked["defense"] == "none":
-        said["installation"] = installation()
+        document["installation"] = installation()
         if not as_json:
-            _print_installation(console, said["installation"])
+            _print_installation(console, document["installation"])
 
     from advkit.evaluation.api import resolve
     from advkit.evaluation.execute import preflight
@@ -54,14 +55,14 @@ def doctor(
     case = resolve(**asked, n=rows, progress=not as_json)
     preflight(case)
     findings, curves = _examine(case, rows, draws, as_json)
-    said |= {
+    document |= {
         "case": {**case.specs, "rows": case.n, "seed": case.seed, "device": case.device},
         "findings": [_plain(finding) for finding in findings],
         "curves": curves,
     }
-    written = _write(said, curves, out) if out is not None else []
+    written = _write(document, curves, out) if out is not None else []
     if as_json:
-        typer.echo(json.dumps(said, indent=2))
+        typer.echo(json.dumps(document, indent=2))
     else:
         _print_findings(console, case, findings, curves)
         if written:
@@ -165,7 +166,7 @@ def _print_findings(console: Any, case: Case, findings: Sequence[Finding], curve
     from rich.table import Table
     from rich.text import Text
 
-    from advkit.evaluation.trust.diagnostics import SEVERITIES
+    from advkit.evaluation.trust.findings import SEVERITIES
 
     what = " | ".join(f"{name}={case.specs[name]}" for name in ("model", "defense", "task", "threat_model", "attack"))
     table = Table(title=what, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -184,97 +185,116 @@ def _print_findings(console: Any, case: Case, findings: Sequence[Finding], curve
 
     measured = Table(box=box.SIMPLE_HEAD, title="measured", title_justify="left", title_style="bold")
     measured.add_column("what")
-    measured.add_column("rows standing", overflow="fold")
+    measured.add_column("robust accuracy", overflow="fold")
     for name, text in _measured(curves):
         measured.add_row(Text(name), Text(text))
     console.print(measured)
+    console.print(_verdict(findings, curves["rows"]))
+
+
+def _verdict(findings: Sequence[Finding], rows: int) -> Any:
+    from rich.text import Text
+
     grave = sum(finding.severity == "unreliable" for finding in findings)
     warned = sum(finding.severity == "warning" for finding in findings)
     if grave:
-        verdict = Text(f"{grave} findings make a robust accuracy of this model and attack unreliable", style="bold red")
-    elif warned:
-        verdict = Text(f"{warned} warnings: read them before you report a number", style="yellow")
-    else:
-        verdict = Text(f"nothing speaks against the numbers ({curves['rows']} rows looked at)", style="green")
-    console.print(verdict)
+        noun = "finding makes" if grave == 1 else "findings make"
+        return Text(f"{grave} {noun} a robust accuracy of this model and attack unreliable", style="bold red")
+    if warned:
+        return Text(f"{warned} warning{'s' * (warned > 1)}: read before you report a number", style="yellow")
+    return Text(f"no check speaks against the numbers ({rows} samples)", style="green")
 
 
 def _measured(curves: dict[str, Any]) -> list[tuple[str, str]]:
-    def share(value: float) -> str:
+    def percent(value: float) -> str:
         return f"{100 * value:.1f} %"
 
     def series(name: str, axis: str) -> str:
         pairs = zip(curves[name][axis], curves[name]["robust_accuracy"], strict=True)
-        return ", ".join(f"{x:.3g}: {share(y)}" for x, y in pairs)
+        return ", ".join(f"{x:.3g}: {percent(y)}" for x, y in pairs)
 
-    lines = []
-    for name, axis, title in (
-        ("eps", "eps", "eps sweep"),
-        ("iterations", "steps", "iterations"),
-        ("restarts", "restarts", "restarts"),
-    ):
-        if name in curves:
-            lines.append((title, series(name, axis)))
+    titles = {"eps": ("eps", "eps sweep"), "iterations": ("steps", "iterations"), "restarts": ("restarts", "restarts")}
+    lines = [(title, series(name, axis)) for name, (axis, title) in titles.items() if name in curves]
     if "losses" in curves:
-        lines.append(("loss", ", ".join(f"{name}: {share(value)}" for name, value in curves["losses"].items())))
+        lines.append(("loss", ", ".join(f"{name}: {percent(value)}" for name, value in curves["losses"].items())))
     if "white_box" in curves:
-        lines.append(("all white-box runs", share(curves["white_box"])))
+        lines.append(("all white-box runs", percent(curves["white_box"])))
     if "square" in curves:
-        lines.append((f"and square ({curves['square']['queries']})", share(curves["square"]["robust_accuracy"])))
+        lines.append((f"and square ({curves['square']['queries']})", percent(curves["square"]["robust_accuracy"])))
     if "transfer" in curves:
         transfer = curves["transfer"]
-        lines.append((f"and transfer from {transfer['surrogate']}", share(transfer["robust_accuracy"])))
+        lines.append((f"and transfer from {transfer['surrogate']}", percent(transfer["robust_accuracy"])))
     if "random_search" in curves:
-        seen = curves["random_search"]
-        lines.append(("random search", f"{seen['draws']} points each break {seen['broken']} of {seen['rows']} rows"))
+        search = curves["random_search"]
+        text = f"{search['draws']} points each break {search['broken']} of {search['rows']} samples"
+        lines.append(("random search", text))
     if curves["indicators"]:
         named = sorted(curves["indicators"].items())
         lines.append(("indicators", ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in named)))
     return lines
 
 
-def _write(said: dict[str, Any], curves: dict[str, Any], out: Path) -> list[Path]:
+def _write(document: dict[str, Any], curves: dict[str, Any], out: Path) -> list[Path]:
     """doctor.json and a figure per curve."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
     from advkit.core.errors import UsageError
-    from advkit.evaluation.figures.plots import Point, robust_accuracy_curve, save
-    from advkit.evaluation.stats import wilson
+    from advkit.evaluation.figures.plots import save
 
+    target = out / "doctor.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        target = out / "doctor.json"
-        target.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{out} can't be written ({error.strerror or error}): name another --out") from error
-    written = [target]
+    figures = {"eps": _eps_figure(curves), "iterations": _steps_figure(curves), "loss": _margin_figure(curves)}
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    return [target, *(save(figure, out / f"{name}.png") for name, figure in drawn.items())]
+
+
+def _eps_figure(curves: dict[str, Any]) -> Any:
+    from advkit.evaluation.figures.plots import Point, robust_accuracy_curve
+    from advkit.evaluation.stats import wilson
+
+    if "eps" not in curves:
+        return None
     n = curves["rows"]
-    if "eps" in curves:
-        points = []
-        for eps, value in zip(curves["eps"]["eps"], curves["eps"]["robust_accuracy"], strict=True):
-            interval = wilson(round(value * n), n)
-            points.append(Point(eps, value, interval.low, interval.high))
-        written.append(save(robust_accuracy_curve(points, title="PGD, margin loss"), out / "eps.png"))
-    for name, title, x, y, label in (
-        ("iterations", "robust accuracy by steps", "steps", "robust_accuracy", "steps"),
-        ("loss", "the attack's mean margin, best so far", "", "mean_margin", "questions asked"),
-    ):
-        values = curves.get(name, {}).get(y)
-        if not values:
-            continue
-        figure = Figure(figsize=(6.0, 3.8), layout="constrained", facecolor="white")
-        axes = figure.add_subplot()
-        along = curves[name][x] if x else range(1, len(values) + 1)
-        axes.plot(along, values, color="#0072B2", marker="o" if x else None, markersize=5)
-        if x:
-            axes.set_xscale("log")
-            axes.set_xticks(along, [str(step) for step in along])
-            axes.set_ylim(0, 1.02)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        axes.set_xlabel(label)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        written.append(save(figure, out / f"{name}.png"))
-    return written
+    points = []
+    for eps, value in zip(curves["eps"]["eps"], curves["eps"]["robust_accuracy"], strict=True):
+        interval = wilson(round(value * n), n)
+        points.append(Point(eps, value, interval.low, interval.high))
+    return robust_accuracy_curve(points, title="PGD, margin loss")
+
+
+def _steps_figure(curves: dict[str, Any]) -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    if "iterations" not in curves:
+        return None
+    steps = curves["iterations"]["steps"]
+    figure, axes = _axes("robust accuracy by steps", "steps")
+    axes.plot(steps, curves["iterations"]["robust_accuracy"], color=LINE, marker="o", markersize=5)
+    axes.set_xscale("log")
+    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    return figure
+
+
+def _margin_figure(curves: dict[str, Any]) -> Any:
+    margins = curves.get("loss", {}).get("mean_margin")
+    if not margins:
+        return None
+    figure, axes = _axes("the attack's mean margin, best so far", "queries")
+    axes.plot(range(1, len(margins) + 1), margins, color=LINE)
+    return figure
+
+
+def _axes(title: str, label: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.8), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.set_xlabel(label)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

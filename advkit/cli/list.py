@@ -28,6 +28,7 @@ REGISTRIES = {
     "models": "advkit.models:MODELS",
     "goals": "advkit.threat_models:GOALS",
     "judges": "advkit.threat_models:JUDGES",
+    "scenarios": "advkit.evaluation.scenarios:SCENARIOS",
 }
 _COLUMNS = {
     "attacks": ("access", "norms", "goals"),

@@ -3,105 +3,128 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from advkit.cli.options import Device, GoalSpec, Json, TaskSpec, listed
 
+if TYPE_CHECKING:
+    from advkit.evaluation.matrix import Matrix
+
 _COMMAS = "comma between them, a spec with commas in brackets"
+_Sources = Annotated[
+    str,
+    typer.Option(help=f"Source models, {_COMMAS}; a+b is the ensemble of two, public the task's public zoo models."),
+]
+_Attacks = Annotated[str, typer.Option(help=f"Attacks, {_COMMAS}; a sum such as ni+ti is a composition.")]
+_Targets = Annotated[
+    str,
+    typer.Option(
+        help=f"Target models, {_COMMAS}; DEFENSE@MODEL for one with a defense, victims the task's zoo victims."
+    ),
+]
+_Ball = Annotated[str | None, typer.Option(help="A ball, e.g. linf:eps=8/255.", show_default="the task's")]
+_Eps = Annotated[str | None, typer.Option(help="Radius, e.g. 0.1 or 8/255.", show_default="the threat model's")]
+_Rows = Annotated[int, typer.Option("--n", "-n", min=1, help="Samples, the task's first ones.")]
+_Seeds = Annotated[str, typer.Option(help="How many seeds random attacks get, or which: 0,1,2.")]
+_Budget = Annotated[
+    str, typer.Option(help="Gradients per image of the second table: auto, a number, or none for no such table.")
+]
+_Similarity = Annotated[bool, typer.Option("--similarity", help="Also compare the perturbations of every two pairs.")]
+_Workers = Annotated[
+    int, typer.Option(min=1, help="Processes of one thread each that make images (CPU); change no figure.")
+]
+_Cache = Annotated[
+    Path | None, typer.Option(help="Folder of image sets, shared by all runs.", show_default="the user's cache")
+]
+_Out = Annotated[
+    Path | None, typer.Option(help="Folder for matrix.json, matrix.md and heatmap.png.", show_default="runs/matrix")
+]
+_Plots = Annotated[bool, typer.Option(help="Draw the heat maps.")]
 
 
 def matrix(
-    sources: Annotated[
-        str,
-        typer.Option(
-            help=f"Source models, {_COMMAS}; a+b is the ensemble of two, public the task's public zoo models."
-        ),
-    ] = "public",
-    attacks: Annotated[
-        str, typer.Option(help=f"Attacks, {_COMMAS}; a sum such as ni+ti is a composition.")
-    ] = "[pgd:steps=10,step_size=0.25],mifgsm",
-    targets: Annotated[
-        str,
-        typer.Option(
-            help=f"Target models, {_COMMAS}; DEFENSE@MODEL for one with a defense, victims the task's zoo victims."
-        ),
-    ] = "victims",
+    sources: _Sources = "public",
+    attacks: _Attacks = "[pgd:steps=10,step_size=0.25],mifgsm",
+    targets: _Targets = "victims",
     task: TaskSpec = "fashion-mnist",
-    threat_model: Annotated[
-        str | None, typer.Option(help="A ball, e.g. linf:eps=8/255.", show_default="the task's")
-    ] = None,
-    eps: Annotated[
-        str | None, typer.Option(help="Radius, e.g. 0.1 or 8/255.", show_default="the threat model's")
-    ] = None,
+    threat_model: _Ball = None,
+    eps: _Eps = None,
     goal: GoalSpec = "untargeted",
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Rows, the task's first ones.")] = 500,
-    seeds: Annotated[str, typer.Option(help="How many seeds random attacks get, or which: 0,1,2.")] = "3",
-    budget: Annotated[
-        str, typer.Option(help="Gradients per image of the second table: auto, a number, or none for no such table.")
-    ] = "auto",
-    similarity: Annotated[
-        bool, typer.Option("--similarity", help="Also compare the perturbations of every two pairs.")
-    ] = False,
+    n: _Rows = 500,
+    seeds: _Seeds = "3",
+    budget: _Budget = "auto",
+    similarity: _Similarity = False,
     device: Device = "auto",
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes of one thread each that make images (CPU); change no figure.")
-    ] = 1,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of image sets, shared by all runs.", show_default="the user's cache")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for matrix.json, matrix.md and heatmap.png.", show_default="runs/matrix")
-    ] = None,
-    plots: Annotated[bool, typer.Option(help="Draw the heat maps.")] = True,
+    workers: _Workers = 1,
+    cache: _Cache = None,
+    out: _Out = None,
+    plots: _Plots = True,
     as_json: Json = False,
 ) -> None:
-    """Make images with every attack on every source, show them to every target, and tell how many stay right.
+    """Make images with every attack on every source, show them to every target, and count how many stay right.
 
     Image sets are made once and kept by content: a command that was cut off goes on where it stopped.
     """
     import shlex
 
-    from rich.console import Console
-    from rich.markdown import Markdown
-
+    from advkit.evaluation.matrix import MatrixRequest, execute
     from advkit.evaluation.run.store import check_folder
-    from advkit.evaluation.scenarios.matrix import matrix as make
 
     folder = out if out is not None else Path("runs") / "matrix"
     check_folder(folder)
+    request = MatrixRequest(
+        sources=listed(sources),
+        attacks=listed(attacks),
+        targets=listed(targets),
+        task=task,
+        threat_model=threat_model,
+        eps=None if eps is None else _fraction(eps),
+        goal=goal,
+        n=n,
+        seeds=_seeds(seeds),
+        equal_budget=_budget(budget),
+        similarity=similarity,
+        device=device,
+    )
+    command = shlex.join(["advkit", *sys.argv[1:]])
     with _Bar(hidden=as_json) as bar:
-        made = make(
-            listed(sources), listed(attacks), listed(targets), task=task, threat_model=threat_model,
-            eps=None if eps is None else _fraction(eps), goal=goal, n=n, seeds=_seeds(seeds),
-            equal_budget=_budget(budget), similarity=similarity, device=device, workers=workers, cache=cache,
-            out=folder, watch=bar.watch, command=shlex.join(["advkit", *sys.argv[1:]]),
-        )  # fmt: skip
-    drawn = []
-    if plots:
-        from advkit.evaluation.figures.plots import save
-
-        drawn.append(save(made.plot(), folder / "heatmap.png"))
-        if made.to_dict()["equal_budget"] is not None:
-            drawn.append(save(made.plot(equal_budget=True), folder / "heatmap_equal_budget.png"))
+        result = execute(request, workers=workers, cache=cache, out=folder, watch=bar.watch, command=command)
+    drawn = _heatmaps(result, folder) if plots else []
     if as_json:
-        typer.echo(made.to_json())
-        return
+        typer.echo(result.to_json())
+    else:
+        _print(result, [folder / "matrix.json", folder / "matrix.md", *drawn])
+
+
+def _heatmaps(result: Matrix, folder: Path) -> list[Path]:
+    from advkit.evaluation.figures.plots import save
+
+    drawn = [save(result.plot(), folder / "heatmap.png")]
+    if result.to_dict()["equal_budget"] is not None:
+        drawn.append(save(result.plot(equal_budget=True), folder / "heatmap_equal_budget.png"))
+    return drawn
+
+
+def _print(result: Matrix, files: Sequence[Path]) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     console = Console()
-    console.print(Markdown(made.markdown(brief=True)))
-    told = ", ".join(str(path) for path in (folder / "matrix.json", folder / "matrix.md", *drawn))
-    console.print(f"written: {told}", soft_wrap=True, highlight=False, markup=False)
+    console.print(Markdown(result.markdown(brief=True)))
+    console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _fraction(text: str) -> float:
     from advkit.core.errors import UsageError
+    from advkit.core.registry.fields import Misfit, read
 
-    above, slash, below = text.partition("/")
     try:
-        return float(above) / float(below) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
+        return float(read(text, float))
+    except Misfit:
         raise UsageError(f"eps {text!r}; expected a number such as 0.1 or 8/255") from None
 
 
@@ -109,10 +132,10 @@ def _seeds(text: str) -> int | list[int]:
     from advkit.core.errors import UsageError
 
     try:
-        found = [int(one) for one in text.split(",")]
+        numbers = [int(one) for one in text.split(",")]
     except ValueError:
         raise UsageError(f"seeds {text!r}; expected how many (3) or which (0,1,2)") from None
-    return found[0] if "," not in text else found
+    return numbers[0] if "," not in text else numbers
 
 
 def _budget(text: str) -> int | str | None:

@@ -21,6 +21,7 @@ _EXAMPLES = {
     "task": "advkit evaluate --attack pgd --task {spec}",
     "model": "advkit evaluate --attack pgd --model {spec}",
     "goal": "advkit evaluate --attack pgd --goal {spec}",
+    "scenario": "advkit list threat-models",
 }
 _OF_LANGUAGE = {
     "attack": "advkit evaluate --attack {spec} --task prompts",

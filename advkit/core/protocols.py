@@ -1,9 +1,9 @@
 """The signatures everything plugs into: nouns, abilities and plain values, no implementation.
 
 A **Task** hands out rows with a **Goal**, which a **Rule** made; an **Attack** shapes them through an **Oracle** within
-a **ThreatModel** against a **Model** under a **Defense**; the threat model's **Scenario** says who moves when; every
-row ends as one **Record**. X is what the attacker shapes, Y what the model answers; both are tensors with rows first
-unless an adapter says otherwise.
+a **ThreatModel** against a **Model** under a **Defense**; the threat model's **Scenario** (`evaluation.run.scenario`)
+says who moves when; every row ends as one **Record**. X is what the attacker shapes, Y what the model answers; both are
+tensors with rows first unless an adapter says otherwise.
 
 What a noun declares, every part of that kind has. What only some have is an **ability**: a small protocol below its
 noun, asked for with `isinstance(part, Ability)`. A part of advkit's own inherits from the abilities it has, so that a
@@ -20,7 +20,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
     from typing import Self
@@ -730,6 +732,7 @@ class Submissions(Protocol):
         """The same with the attack's budget; UsageError where both name one and they differ."""
 
 
+@runtime_checkable
 class Ball(ThreatModel[X], Protocol[X]):
     """A threat model with a radius, in which an attack can take steps."""
 
@@ -927,16 +930,29 @@ class Selector(Protocol):
 
 @runtime_checkable
 class OnlineAttack(Attack, Protocol):
-    """An attack on streams: shapes every item as any attack does, and decides which of them to submit."""
+    """An attack on streams: shapes every item as any attack does, and decides which of them to submit.
+
+    Ask `on_streams(attack)`: other attacks have a setting of that name.
+    """
+
+    @abstractmethod
+    def start(self, length: int, budget: int, rng: Rng | None = None) -> Selector:
+        """A selector for one stream of `length` items and `budget` submissions; rng (one row) for those that draw."""
+
+
+def on_streams(attack: object) -> TypeIs[OnlineAttack]:
+    """Whether the attack can start a selector."""
+    return isinstance(attack, OnlineAttack) and callable(attack.start)
+
+
+@runtime_checkable
+class PlansSubmissions(Protocol):
+    """An online attack that says itself how many items it will submit."""
 
     @property
     @abstractmethod
     def k(self) -> int | None:
         """Submissions that it plans; None takes the threat model's."""
-
-    @abstractmethod
-    def start(self, length: int, budget: int, rng: Rng | None = None) -> Selector:
-        """A selector for one stream of `length` items and `budget` submissions; rng (one row) for those that draw."""
 
 
 @dataclass(frozen=True)
@@ -1067,18 +1083,6 @@ class Trains(Protocol):
     @abstractmethod
     def objective(self) -> Any:
         """The loss to train with (`training.loop.Objective`), made afresh."""
-
-
-class Scenario(Protocol):
-    """The order of moves."""
-
-    name: ClassVar[str]
-
-    def accepts(self, case: Any) -> str | None:
-        """None, or the reason why not."""
-        ...
-
-    def play(self, case: Any, done: Container[str] = ()) -> Iterator[Record]: ...
 
 
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")

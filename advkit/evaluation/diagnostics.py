@@ -1,24 +1,19 @@
-"""The stable path of diagnostics; the code is in `advkit.evaluation.trust.diagnostics`."""
+"""The stable path of diagnostics; the code is in `advkit.evaluation.trust`."""
 
 from __future__ import annotations
 
+from advkit.evaluation.trust.context import Progress
 from advkit.evaluation.trust.diagnostics import (
     BETTER,
     FIRST_ROWS,
-    GROSS,
     PROBABILITY,
     REPEATS,
-    SEVERITIES,
     SPREAD,
-    Finding,
-    Progress,
     after,
     black_box_beats_white_box,
     cheap,
-    found,
-    graded,
-    merge,
 )
+from advkit.evaluation.trust.findings import GROSS, SEVERITIES, Finding, found, graded, merge
 
 __all__ = [
     "BETTER",

@@ -18,9 +18,9 @@ import torch
 
 from advkit import __version__
 from advkit.core.protocols import Judged, Record
+from advkit.evaluation.counts import by_label
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import SCHEMA_VERSION
-from advkit.evaluation.report.counts import by_label
 from advkit.evaluation.run.case import Case, parameters, space_range
 from advkit.evaluation.run.scenario import Companion, Section
 from advkit.evaluation.run.store import Store, written

@@ -9,10 +9,10 @@ from typing import Any
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
-from advkit.evaluation.report.counts import by_label
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store, speed_file
 from advkit.evaluation.run.engine import run as run_scenario
@@ -22,7 +22,7 @@ from advkit.evaluation.run.speed import FastViews
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
-from advkit.evaluation.trust.diagnostics import Finding
+from advkit.evaluation.trust.findings import Finding
 
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 

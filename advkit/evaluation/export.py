@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome
+from advkit.evaluation.counts import count
 from advkit.evaluation.execute import Watch, in_order, preflight, run
 from advkit.evaluation.figures.pictures import strip
 from advkit.evaluation.figures.plots import save
-from advkit.evaluation.report.counts import count
 from advkit.evaluation.run.case import Case, space_range
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.store import Store, read_examples

@@ -15,14 +15,8 @@ from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.run.case import Case, digest_of
 from advkit.evaluation.run.scenario import Companion, Parts, Scenario
 from advkit.evaluation.scenarios import SCENARIOS
-from advkit.evaluation.victims import (
-    Victim,
-    bound,
-    model_part,
-    protected,
-    surrogates_of,
-    with_public_sources,
-)
+from advkit.evaluation.sources import surrogates_of, with_public_sources
+from advkit.evaluation.victims import Victim, bound, model_part, protected
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS

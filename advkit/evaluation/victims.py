@@ -9,10 +9,10 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
-from advkit.core.protocols import Bindable, BringsAttacks, Surrogates, Task, ThreatModel, Trains
+from advkit.core.protocols import Bindable, Task, Trains
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
@@ -91,36 +91,6 @@ def blank(spec: Any, task: Any, seed: int) -> Any:
 def bound(task: Task, space: Any) -> Task:
     """The task in a model's space, where its rows depend on one."""
     return task.bind(space) if isinstance(task, Bindable) else task
-
-
-def with_public_sources(threat: ThreatModel[Any], task: Task, defense: str) -> ThreatModel[Any]:
-    """The threat model with `public` replaced by the zoo's surrogates of the task, those the defense trained on marked.
-
-    Raises UsageError when the zoo has none for the task.
-    """
-    from advkit.models import zoo
-    from advkit.threat_models.tapm import PUBLIC
-
-    if not isinstance(threat, Surrogates) or PUBLIC not in threat.sources:
-        return threat
-    cards = zoo.public(task.name)
-    if not cards:
-        raise UsageError(
-            f"no public surrogates are known for task {task.name}: name them, tapm:sources=zoo:NAME+path:FILE"
-        )
-    named = [source for source in threat.sources if source != PUBLIC]
-    specs = [f"zoo:{card.name}" for card in cards]
-    known = threat.seen if isinstance(threat, BringsAttacks) else ()
-    seen = known or [f"zoo:{card.name}" for card in cards if defense in card.seen_by]
-    return cast("ThreatModel[Any]", threat.with_sources([*specs, *named], seen=seen))
-
-
-def surrogates_of(threat: ThreatModel[Any], task: Task, device: str) -> tuple[tuple[str, Any], ...]:
-    """The models a transfer threat model speaks of, by the names that records use."""
-    from advkit.threat_models.transfer import source_name
-
-    sources = threat.surrogates if isinstance(threat, Surrogates) else ()
-    return tuple((source_name(source), ready(source, task).to(device)) for source in sources)
 
 
 def protected(

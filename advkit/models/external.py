@@ -19,7 +19,7 @@ from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Rng
 from advkit.core.spaces import Box
 from advkit.models.checkpoint import fill_from_file
-from advkit.models.torch import TorchModel, as_model, seeded
+from advkit.models.torch import FunctionModel, TorchModel, as_model, seeded
 
 
 def _space(space: Any, shape: tuple[int, ...]) -> Any:
@@ -57,10 +57,10 @@ def _unreachable(name: str, error: BaseException) -> UsageError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timm:
-    """timm model by name, normalised inside as its data configuration says.
+class Named:
+    """A model that another package knows by name.
 
-    name:       such as resnet18 or vit_tiny_patch16_224.augreg_in21k_ft_in1k
+    name:       as the package spells it
     pretrained: fetch the package's weights; its classes must then be the task's
     checkpoint: .safetensors, .pt or .pth of this architecture with the task's classes, instead of fetching
     sha256:     of the checkpoint; checked before it is opened
@@ -71,11 +71,33 @@ class Timm:
     checkpoint: str = ""
     sha256: str = ""
 
+    @property
+    def fetches(self) -> bool:
+        """Whether the package's weights are fetched."""
+        return self.pretrained and not self.checkpoint
+
+    def fill(self, module: nn.Module, spec: str) -> None:
+        """Put the checkpoint's weights into the module, where one is named."""
+        if self.checkpoint:
+            fill_from_file(module, self.checkpoint, self.sha256, spec)
+
+    def architecture(self) -> str:
+        """The spec that builds the network without weights."""
+        from advkit.models import MODELS
+
+        return MODELS.spec(replace(self, pretrained=False, checkpoint="", sha256=""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timm(Named):
+    """timm model by name, normalised inside as its data configuration says.
+
+    name: such as resnet18 or vit_tiny_patch16_224.augreg_in21k_ft_in1k
+    """
+
     def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> TorchModel:
         import timm
         from timm.data.config import resolve_model_data_config
-
-        from advkit.models import MODELS
 
         shape = tuple(shape)
         spec = f"timm:{self.name}"
@@ -83,7 +105,7 @@ class Timm:
             raise _unknown(self.name, timm.list_models(), "timm")
         if len(shape) != 3:
             raise BadModel(f"{spec} takes images of shape [C, H, W], this task's samples are {list(shape)}")
-        fetch = self.pretrained and not self.checkpoint
+        fetch = self.fetches
 
         def build() -> nn.Module:
             made: nn.Module
@@ -99,8 +121,7 @@ class Timm:
             if not fetch:
                 raise BadModel(f"{spec} can't be built: {error}") from error
             raise _unreachable(spec, error) from error
-        if self.checkpoint:
-            fill_from_file(module, self.checkpoint, self.sha256, spec)
+        self.fill(module, spec)
         config: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
         size = "x".join(str(length) for length in config["input_size"])
         hint = f"it was made for {size} and {getattr(module, 'num_classes', '?')} classes" + (
@@ -120,36 +141,27 @@ class Timm:
             name=spec,
             source=str(details.get("hf_hub_id") or details.get("url") or "timm") if fetch else "timm architecture",
             license=str(details.get("license") or "") if fetch else "",
-            architecture=MODELS.spec(replace(self, pretrained=False, checkpoint="", sha256="")),
+            architecture=self.architecture(),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchVision:
+class TorchVision(Named):
     """torchvision classification model by name, with the normalisation of its default weights inside.
 
     name:       such as resnet18 or vit_b_16
     pretrained: fetch the package's default weights (1,000 ImageNet classes)
-    checkpoint: .safetensors, .pt or .pth of this architecture with the task's classes, instead of fetching
-    sha256:     of the checkpoint; checked before it is opened
     """
-
-    name: str
-    pretrained: bool = True
-    checkpoint: str = ""
-    sha256: str = ""
 
     def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> TorchModel:
         import torchvision.models
-
-        from advkit.models import MODELS
 
         shape = tuple(shape)
         spec = f"torchvision:{self.name}"
         names = torchvision.models.list_models(module=torchvision.models)
         if self.name not in names:
             raise _unknown(self.name, names, "torchvision")
-        fetch = self.pretrained and not self.checkpoint
+        fetch = self.fetches
         weights = torchvision.models.get_model_weights(self.name).DEFAULT
         # the published weights have a thousand classes; anything else would fail on the last layer
         outputs = len(weights.meta["categories"]) if fetch else classes
@@ -160,8 +172,7 @@ class TorchVision:
             except Exception as error:  # whatever the transport raises
                 raise _unreachable(spec, error) from error
             module.load_state_dict(state, strict=True)
-        elif self.checkpoint:
-            fill_from_file(module, self.checkpoint, self.sha256, spec)
+        self.fill(module, spec)
         transform = weights.transforms()
         hint = f"it was made for 3x{transform.crop_size[0]}x{transform.crop_size[0]} images" + (
             f" and {outputs} classes" if fetch else ""
@@ -176,7 +187,7 @@ class TorchVision:
             name=spec,
             source=weights.url if fetch else "torchvision architecture",
             license="",  # weights carry the licence of the data that they were trained on
-            architecture=MODELS.spec(replace(self, pretrained=False, checkpoint="", sha256="")),
+            architecture=self.architecture(),
         )
 
 
@@ -221,10 +232,9 @@ class PythonFactory:
         if not isinstance(thing, nn.Module):
             if self.checkpoint or self.mean or self.std:
                 raise BadModel(f"{spec} returns no torch module: checkpoint, mean and std do not apply to it")
-            model: Any = as_model(thing)
-            for attribute, value in (("space", _space(space, shape)), ("classes", classes)):
-                if callable(thing) and not hasattr(thing, "describe"):
-                    setattr(model, attribute, value)
+            model = as_model(thing)
+            if isinstance(model, FunctionModel) and model is not thing:
+                model.space, model.classes = _space(space, shape), classes
             return model
         if self.checkpoint:
             fill_from_file(thing, self.checkpoint, self.sha256, spec)

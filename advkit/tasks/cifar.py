@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,15 +15,23 @@ from advkit.core.spaces import Box
 from advkit.tasks.base import DATA_VARIABLE, ArrayTask, Rows, data_folder, row_ids
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Cifar(ArrayTask):
-    """What both share; a subclass says torchvision's class and archive."""
+    """What both share; a subclass says torchvision's class and archive.
 
-    root: str
-    download: bool
-    train: int
-    archive: str
-    folder: str
-    reader: str
+    split:    "test" or "train"
+    download: fetch it into root where it is missing
+    train:    training samples: the first so many of the file; 0 for all
+    """
+
+    split: Literal["test", "train"] = "test"
+    root: str = ""
+    download: bool = False
+    train: int = 0
+
+    archive: ClassVar[str]
+    folder: ClassVar[str]
+    reader: ClassVar[str]
 
     @property
     def space(self) -> Box:
@@ -76,16 +84,8 @@ class _Cifar(ArrayTask):
 class CIFAR10(_Cifar):
     """CIFAR-10: ten kinds of objects, 32x32 colour images; 50,000 to train on and 10,000 to test, from a folder.
 
-    split:    "test" or "train"
-    root:     folder that holds cifar-10-batches-py/; default: ADVKIT_DATA/cifar10
-    download: fetch it into root where it is missing
-    train:    training samples: the first so many of the file; 0 for all
+    root: folder that holds cifar-10-batches-py/; default: ADVKIT_DATA/cifar10
     """
-
-    split: Literal["test", "train"] = "test"
-    root: str = ""
-    download: bool = False
-    train: int = 0
 
     name = "cifar10"
     classes = 10
@@ -99,16 +99,8 @@ class CIFAR10(_Cifar):
 class CIFAR100(_Cifar):
     """CIFAR-100: a hundred kinds of objects, 32x32 colour images; 50,000 to train on and 10,000 to test, from a folder.
 
-    split:    "test" or "train"
-    root:     folder that holds cifar-100-python/; default: ADVKIT_DATA/cifar100
-    download: fetch it into root where it is missing
-    train:    training samples: the first so many of the file; 0 for all
+    root: folder that holds cifar-100-python/; default: ADVKIT_DATA/cifar100
     """
-
-    split: Literal["test", "train"] = "test"
-    root: str = ""
-    download: bool = False
-    train: int = 0
 
     name = "cifar100"
     classes = 100

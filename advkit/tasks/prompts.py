@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import at_least_one, one_of
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Batch, Bindable, Data, Hashed, OfKind, TaskDefaults
 from advkit.core.spaces import NOTHING, REPLY, USER, Transcripts
@@ -81,10 +82,8 @@ class Prompts(OfKind, Bindable, Hashed):
     _space: Transcripts | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.set not in _DEFAULTS:
-            raise UsageError(f"set={self.set!r}; expected {' or '.join(_DEFAULTS)}")
-        if self.room < 1:
-            raise UsageError(f"room={self.room}; expected one position at least")
+        one_of(self, "set", tuple(_DEFAULTS))
+        at_least_one(self, "room")
 
     @property
     def split(self) -> str:

@@ -1,8 +1,8 @@
 """The public contract kit: analytic victims, laws, and one check per kind of part.
 
-`check_attack(attack)`, `check_threat_model(threat)` and `check_defense(defense)` raise AssertionError at the first law
-that is broken, naming it; ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of
-tokens) and DEFENSE_LAWS hold the laws one by one.
+`check_attack(attack)`, `check_threat_model(threat)`, `check_defense(defense)` and `check_scenario(scenario)` raise
+AssertionError at the first law that is broken, naming it; ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of tokens),
+DEFENSE_LAWS and SCENARIO_LAWS hold the laws one by one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from advkit.testing.attack_laws import ATTACK_LAWS, Subject, check_attack, check_law, subjects
 from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, protect_twice, stripes
 from advkit.testing.play import BALLS, MINIMA, RADII, Played, accepts, aimed, play, shortened
+from advkit.testing.scenario_laws import SCENARIO_LAWS, check_scenario
 from advkit.testing.text_laws import TEXT_LAWS, check_text_law, on_text
 from advkit.testing.threat_laws import THREAT_LAWS, TOKEN_LAWS, check_threat_law, check_threat_model
 from advkit.testing.victims import (
@@ -30,6 +31,7 @@ __all__ = [
     "DEFENSE_LAWS",
     "MINIMA",
     "RADII",
+    "SCENARIO_LAWS",
     "TEXT_LAWS",
     "THREAT_LAWS",
     "TOKEN_LAWS",
@@ -43,6 +45,7 @@ __all__ = [
     "check_attack",
     "check_defense",
     "check_law",
+    "check_scenario",
     "check_text_law",
     "check_threat_law",
     "check_threat_model",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from advkit.core.checks import check
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Access, Lattice
 from advkit.core.spaces import Box
@@ -35,8 +36,7 @@ class Capability(ABC):
     queries: int | None
 
     def __post_init__(self) -> None:
-        if self.queries is not None and self.queries < 0:
-            raise UsageError(f"queries={self.queries}; expected a number >= 0, or none for no limit")
+        check(self, "queries", self.queries is None or self.queries >= 0, "a number >= 0, or none for no limit")
         object.__setattr__(self, "access", Access(self.access))  # a number stands for a level in Python
 
     def describe(self) -> dict[str, Any]:
@@ -72,8 +72,8 @@ class InBox(Capability, Lattice):
     box: Box
 
     def __post_init__(self) -> None:
-        if self.lattice < 0 or int(self.lattice) != self.lattice:
-            raise UsageError(f"lattice={self.lattice}; expected a number of levels such as 255, or 0 for none")
+        whole = self.lattice >= 0 and int(self.lattice) == self.lattice
+        check(self, "lattice", whole, "a number of levels such as 255, or 0 for none")
         super().__post_init__()
 
     def _details(self) -> dict[str, Any]:

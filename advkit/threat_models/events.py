@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import check, one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Counted, InSpace, Levels, Measures, Rng
 from advkit.core.spaces import Binary
@@ -58,10 +59,9 @@ class Flips(Capability, Measures, Levels, Counted, InSpace):
     space: Binary = BITS
 
     def __post_init__(self) -> None:
-        if self.n is not None and (self.n < 0 or int(self.n) != self.n):
-            raise UsageError(f"n={self.n}; expected a whole number of flips >= 0, or none for as few as possible")
-        if self.allow not in ("flip", "add", "delete"):
-            raise UsageError(f"allow={self.allow!r}; expected flip, add or delete")
+        whole = self.n is None or (self.n >= 0 and int(self.n) == self.n)
+        check(self, "n", whole, "a whole number of flips >= 0, or none for as few as possible")
+        one_of(self, "allow", ("flip", "add", "delete"))
         super().__post_init__()
 
     def _budget(self) -> tuple[float | None, str | None]:

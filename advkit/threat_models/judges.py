@@ -17,6 +17,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from advkit.core.checks import check, fraction
 from advkit.core.errors import BadInput, MissingExtra, UsageError
 from advkit.threat_models import JUDGES
 
@@ -95,8 +96,7 @@ class RefusalStrings:
     phrases: tuple[str, ...] = REFUSALS
 
     def __post_init__(self) -> None:
-        if not self.phrases or not all(self.phrases):
-            raise UsageError(f"phrases={self.phrases!r}; expected one phrase at least, none of them empty")
+        check(self, "phrases", bool(self.phrases) and all(self.phrases), "at least one phrase, none of them empty")
 
     def __call__(self, exchanges: Sequence[Exchange], /) -> list[bool]:
         return [not any(phrase in each.reply for phrase in self.phrases) for each in exchanges]
@@ -133,8 +133,7 @@ class Classifier:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise UsageError(f"threshold={self.threshold}; expected a score in (0, 1]")
+        fraction(self, "threshold", what="score")
 
     def __call__(self, exchanges: Sequence[Exchange], /) -> list[bool]:
         pipe = _pipeline(self.model, self.device)

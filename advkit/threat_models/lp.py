@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import check, fraction
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Descends, Rng
 from advkit.core.spaces import SLACK, Box
@@ -129,8 +130,7 @@ class NormBall(InBox, Descends):
     box: Box = UNIT
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise UsageError(f"eps={self.eps}; expected a finite radius >= 0 such as 8/255")
+        check(self, "eps", math.isfinite(self.eps) and self.eps >= 0, "a finite radius >= 0 such as 8/255")
         super().__post_init__()
 
     def _budget(self) -> tuple[float | None, str | None]:
@@ -429,8 +429,7 @@ class L1(_SumBall):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity <= 1:
-            raise UsageError(f"sparsity={self.sparsity}; expected a fraction of the features between 0 and 1")
+        fraction(self, "sparsity", ends="[]", what="fraction of the features")
 
     def _details(self) -> dict[str, Any]:
         return {**super()._details(), "sparsity": self.sparsity}

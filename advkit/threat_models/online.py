@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, cast
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Lattice, Submissions, Surrogates, ThreatModel, WrapsBall
 from advkit.threat_models.transfer import source_name
@@ -41,10 +42,7 @@ class Online(Submissions, Surrogates, WrapsBall, Lattice):
     def __post_init__(self) -> None:
         if isinstance(cast(Any, self.sources), str):
             raise UsageError(f"sources {self.sources!r} is one text; expected a tuple of specs such as ('zoo:NAME',)")
-        if self.k is not None and self.k < 1:
-            raise UsageError(f"k {self.k}: expected at least one submission")
-        if self.permutations < 1:
-            raise UsageError(f"permutations {self.permutations}: expected at least one order of the stream")
+        at_least_one(self, "k", "permutations")
         if self.ball.scenario != "evasion":
             raise UsageError(f"inner={self.inner} is a {self.ball.scenario}; name what bounds one item: linf:eps=0.1")
         if isinstance(self.ball, Surrogates) and self.ball.surrogates:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from advkit.core.checks import check, one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Rng
 from advkit.core.spaces import Box
@@ -33,10 +34,8 @@ class L0(NormBall):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if int(self.eps) != self.eps:
-            raise UsageError(f"eps={self.eps:g} in L0; expected a whole number of positions such as 10")
-        if self.per not in ("pixel", "feature"):
-            raise UsageError(f"per={self.per!r}; expected pixel or feature")
+        check(self, "eps", int(self.eps) == self.eps, "a whole number of positions such as 10 (in L0)")
+        one_of(self, "per", ("pixel", "feature"))
 
     def _details(self) -> dict[str, Any]:
         return {**super()._details(), "per": self.per}

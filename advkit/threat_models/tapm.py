@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -95,105 +95,114 @@ class Tapm(SurrogateBall, Surrogates, BringsAttacks):
         )
 
 
-def _rate(correct: int, images: int) -> dict[str, Any]:
-    return {"value": correct / images if images else None, "numerator": correct, "denominator": images}
+@dataclass(frozen=True, kw_only=True)
+class TransferGrid:
+    """The names of a grid of transfer attacks, and what is known of its sources.
 
-
-def _block(
-    right: NDArray[np.bool_], present: NDArray[np.bool_], sources: Sequence[str], attacks: Sequence[str]
-) -> dict[str, Any] | None:
-    """The three accuracies over the present cells of right [S, A, N]; None where there is no cell."""
-    cells = [(int(s), int(a)) for s, a in zip(*np.nonzero(present), strict=True)]
-    if not cells:
-        return None
-    rows = right.shape[2]
-    counts = {cell: int(right[cell].sum()) for cell in cells}
-    # Ties go to the first name, so that the answer does not depend on the listing order.
-    worst = min(cells, key=lambda cell: (counts[cell], sources[cell[0]], attacks[cell[1]]))
-    union = int(right[present].all(0).sum())
-    return {
-        "cells": len(cells),
-        "acc_avg": _rate(sum(counts.values()), len(cells) * rows),
-        "acc_best_attack": _rate(counts[worst], rows),
-        "acc_per_sample": _rate(union, rows),
-        "worst": {"source": sources[worst[0]], "attack": attacks[worst[1]]},
-    }
-
-
-def tapm_metrics(
-    errors: ArrayLike,
-    sources: Sequence[str],
-    attacks: Sequence[str],
-    groups: Mapping[str, str] | Sequence[str] = (),
-    seen: Collection[str] = (),
-    white_box: Collection[str] = (),
-) -> dict[str, Any]:
-    """The three accuracies of a grid from its success tensor, overall and by source, attack, group and knowledge.
-
-    acc_avg averages the cells, acc_best_attack is the worst cell's accuracy (the paper's headline), acc_per_sample
-    counts images right under every cell; always per-sample <= best-attack <= average. Images that are wrong untouched
-    count like any other.
-
-    errors:    [S, A, N], 1 where the victim errs on the image, NaN where the entry is missing
     sources:   S names
     attacks:   A names
-    groups:    training group of each source, as a mapping by name or as S labels; empty for none
-    seen:      names of the sources that the defender trained on
-    white_box: names of the sources that are the victim itself: reported by source, left out of everything else
+    groups:    training group of each source; empty for none
+    seen:      the sources that the defender trained on
+    white_box: the sources that hold the victim's weights: reported by source, left out of everything else
 
-    A cell with no entry at all is listed under `missing` and counts neither way; an image that lacks an entry in a
-    present cell is left out everywhere and counted under `incomplete`. Every rate carries integer counts. Raises
-    UsageError where names and shape do not fit, where a name is unknown or where an entry is neither 0, 1 nor NaN.
+    Raises UsageError where a name stands twice or is unknown.
     """
-    values = np.asarray(errors, dtype=np.float64)
-    sources, attacks = list(sources), list(attacks)
-    if values.ndim != 3 or values.shape[:2] != (len(sources), len(attacks)):
-        raise UsageError(
-            f"errors of shape {values.shape} for {len(sources)} sources and {len(attacks)} attacks; "
-            "expected [sources, attacks, images]"
-        )
-    if len(set(sources)) < len(sources) or len(set(attacks)) < len(attacks):
-        raise UsageError("source and attack names must differ from one another")
-    known = ~np.isnan(values)
-    if not np.isin(values[known], (0.0, 1.0)).all():
-        raise UsageError("errors must be 0 (right), 1 (wrong) or NaN (missing)")
-    for what, names in (("seen", seen), ("white_box", white_box)):
-        strangers = sorted(set(names) - set(sources))
-        if strangers:
-            raise UsageError(f"{what} names {', '.join(strangers)}, not among the sources {', '.join(sources)}")
-    if isinstance(groups, Mapping):
-        lost = [name for name in sources if groups and name not in groups]
-        if lost:
-            raise UsageError(f"groups says nothing of {', '.join(lost)}")
-        groups = [groups[name] for name in sources] if groups else []
-    elif groups and len(groups) != len(sources):
-        raise UsageError(f"{len(groups)} groups for {len(sources)} sources")
 
-    present: NDArray[np.bool_] = np.asarray(known.any(2))
-    complete = known[present].all(0) if present.any() else np.zeros(values.shape[2], dtype=bool)
-    right = values[:, :, complete] == 0.0
-    counted = present.copy()
-    counted[[name in white_box for name in sources]] = False
+    sources: tuple[str, ...]
+    attacks: tuple[str, ...]
+    groups: tuple[str, ...] = ()
+    seen: frozenset[str] = frozenset()
+    white_box: frozenset[str] = frozenset()
 
-    def block(of: NDArray[np.bool_]) -> dict[str, Any] | None:
-        return _block(right, of, sources, attacks)
+    def __post_init__(self) -> None:
+        if len(set(self.sources)) < len(self.sources) or len(set(self.attacks)) < len(self.attacks):
+            raise UsageError("source and attack names must differ from one another")
+        for what, names in (("seen", self.seen), ("white_box", self.white_box)):
+            strangers = sorted(names - set(self.sources))
+            if strangers:
+                raise UsageError(
+                    f"{what} names {', '.join(strangers)}, not among the sources {', '.join(self.sources)}"
+                )
+        if self.groups and len(self.groups) != len(self.sources):
+            raise UsageError(f"{len(self.groups)} groups for {len(self.sources)} sources")
 
-    def of_sources(chosen: Sequence[bool], base: NDArray[np.bool_] = counted) -> dict[str, Any] | None:
-        return block(base & np.asarray(chosen, dtype=bool)[:, None])
+    def accuracies(self, errors: ArrayLike) -> dict[str, Any]:
+        """The three accuracies from the success tensor, overall and by source, attack, group and knowledge.
 
-    columns = np.arange(len(attacks))
-    return {
-        "rows": int(complete.sum()),
-        "incomplete": int((~complete).sum()),
-        "missing": [[sources[s], attacks[a]] for s, a in zip(*np.nonzero(~present), strict=True)],
-        "white_box": sorted(white_box),
-        "overall": block(counted),
-        "by_source": {name: of_sources([name == one for one in sources], present) for name in sources},
-        "by_attack": {name: block(counted & (columns == a)[None, :]) for a, name in enumerate(attacks)},
-        "by_group": {name: of_sources([name == one for one in groups]) for name in sorted(set(groups))},
-        "seen": of_sources([name in seen for name in sources]),
-        "unseen": of_sources([name not in seen for name in sources]),
-    }
+        acc_avg averages the cells, acc_best_attack is the worst cell's accuracy (the paper's headline), acc_per_sample
+        counts images right under every cell; always per-sample <= best-attack <= average. Images that are wrong when
+        clean count like any other.
+
+        errors: [S, A, N], 1 where the victim errs on the image, NaN where the entry is missing
+
+        A cell with no entry at all is listed under `missing` and counts neither way; an image that lacks an entry in a
+        present cell is left out everywhere and counted under `incomplete`. Every rate carries integer counts. Raises
+        UsageError where names and shape do not fit, or where an entry is neither 0, 1 nor NaN.
+        """
+        values = self._checked(errors)
+        known = ~np.isnan(values)
+        present: NDArray[np.bool_] = np.asarray(known.any(2))
+        complete = known[present].all(0) if present.any() else np.zeros(values.shape[2], dtype=bool)
+        right = values[:, :, complete] == 0.0
+        counted = present & ~self._are(self.white_box)
+
+        def block(of: NDArray[np.bool_]) -> dict[str, Any] | None:
+            return self._block(right, of)
+
+        columns = np.arange(len(self.attacks))
+        members = {group: self._of_group(group) for group in sorted(set(self.groups))}
+        return {
+            "rows": int(complete.sum()),
+            "incomplete": int((~complete).sum()),
+            "missing": [[self.sources[s], self.attacks[a]] for s, a in zip(*np.nonzero(~present), strict=True)],
+            "white_box": sorted(self.white_box),
+            "overall": block(counted),
+            "by_source": {name: block(present & self._are({name})) for name in self.sources},
+            "by_attack": {name: block(counted & (columns == a)) for a, name in enumerate(self.attacks)},
+            "by_group": {group: block(counted & self._are(names)) for group, names in members.items()},
+            "seen": block(counted & self._are(self.seen)),
+            "unseen": block(counted & ~self._are(self.seen)),
+        }
+
+    def _checked(self, errors: ArrayLike) -> NDArray[np.float64]:
+        values = np.asarray(errors, dtype=np.float64)
+        if values.ndim != 3 or values.shape[:2] != (len(self.sources), len(self.attacks)):
+            raise UsageError(
+                f"errors of shape {values.shape} for {len(self.sources)} sources and {len(self.attacks)} attacks; "
+                "expected [sources, attacks, images]"
+            )
+        if not np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
+            raise UsageError("errors must be 0 (right), 1 (wrong) or NaN (missing)")
+        return values
+
+    def _are(self, names: Collection[str]) -> NDArray[np.bool_]:
+        """Which sources are among these, [S, 1]."""
+        return np.array([name in names for name in self.sources], dtype=np.bool_)[:, None]
+
+    def _of_group(self, group: str) -> set[str]:
+        return {name for name, one in zip(self.sources, self.groups, strict=True) if one == group}
+
+    def _block(self, right: NDArray[np.bool_], present: NDArray[np.bool_]) -> dict[str, Any] | None:
+        """The three accuracies over the present cells of right [S, A, N]; None where there is no cell."""
+        cells = [(int(s), int(a)) for s, a in zip(*np.nonzero(present), strict=True)]
+        if not cells:
+            return None
+        rows = right.shape[2]
+        counts = {cell: int(right[cell].sum()) for cell in cells}
+        # Ties go to the first name, so that the answer does not depend on the listing order.
+        worst = min(cells, key=lambda cell: (counts[cell], self.sources[cell[0]], self.attacks[cell[1]]))
+        union = int(right[present].all(0).sum())
+        return {
+            "cells": len(cells),
+            "acc_avg": _rate(sum(counts.values()), len(cells) * rows),
+            "acc_best_attack": _rate(counts[worst], rows),
+            "acc_per_sample": _rate(union, rows),
+            "worst": {"source": self.sources[worst[0]], "attack": self.attacks[worst[1]]},
+        }
+
+
+def _rate(correct: int, images: int) -> dict[str, Any]:
+    return {"value": correct / images if images else None, "numerator": correct, "denominator": images}
 
 
 def game_value(accuracies: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import check, one_of
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Access, Counted, Evidence, Examines, Figure, InSpace, Measures, Slotted
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER, Transcripts
@@ -61,12 +62,9 @@ class Suffix(Capability, Measures, Examines, Slotted, Counted, InSpace):
     space: Transcripts | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 0 or int(self.n) != self.n:
-            raise UsageError(f"n={self.n}; expected a whole number of tokens >= 0")
-        if self.place not in PLACES:
-            raise UsageError(f"place={self.place!r}; expected {', '.join(PLACES)}")
-        if self.forbid not in FORBIDS:
-            raise UsageError(f"forbid={self.forbid!r}; expected {', '.join(FORBIDS)}")
+        check(self, "n", self.n >= 0 and int(self.n) == self.n, "a whole number of tokens >= 0")
+        one_of(self, "place", PLACES)
+        one_of(self, "forbid", FORBIDS)
         super().__post_init__()
 
     def _budget(self) -> tuple[float | None, str | None]:

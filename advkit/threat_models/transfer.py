@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Describes, Lattice, Rng, Surrogates, WrapsBall
 from advkit.core.spaces import Box
@@ -47,8 +48,7 @@ class SurrogateBall(Lattice, WrapsBall):
     box: Box = UNIT
 
     def __post_init__(self) -> None:
-        if self.norm not in BALLS:
-            raise UsageError(f"norm {self.norm!r}; expected one of {', '.join(BALLS)}")
+        one_of(self, "norm", tuple(BALLS))
         _ = self.ball
 
     @cached_property

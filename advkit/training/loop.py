@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advkit.core.checks import at_least_one, check, fraction, not_negative, one_of
 from advkit.core.errors import BadInput, BadModel, CheckpointError, StaleRun, UsageError
 from advkit.core.protocols import Data, Rng
 from advkit.core.rng import RowRng
@@ -75,24 +76,14 @@ class Recipe:
     select_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "select_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}; expected at least 1")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UsageError(f"lr={self.lr}; expected a positive number")
-        if self.weight_decay < 0:
-            raise UsageError(f"weight_decay={self.weight_decay}; expected 0 or more")
-        for name in ("momentum", "ema", "validation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}; expected a number in [0, 1)")
-        for name, known in (
-            ("optimizer", ("adam", "sgd")),
-            ("schedule", ("none", "cosine", "onecycle", "steps")),
-            ("augment", tuple(AUGMENTATIONS)),
-            ("select", ("best", "last")),
-        ):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(known)}")
+        at_least_one(self, "epochs", "batch_size", "select_every")
+        check(self, "lr", self.lr > 0 and math.isfinite(self.lr), "a positive number")
+        not_negative(self, "weight_decay")
+        fraction(self, "momentum", "ema", "validation", ends="[)")
+        one_of(self, "optimizer", ("adam", "sgd"))
+        one_of(self, "schedule", ("none", "cosine", "onecycle", "steps"))
+        one_of(self, "augment", tuple(AUGMENTATIONS))
+        one_of(self, "select", ("best", "last"))
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of optimiser step `step` of `steps`, counted from 0."""

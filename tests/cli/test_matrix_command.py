@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from advkit.evaluation.scenarios.matrix import read_matrix
+from advkit.evaluation.matrix import read_matrix
 
 SOURCES = "zoo:digits-public-cnn,zoo:digits-public-mlp+zoo:digits-public-cnn"
 SMALL = (

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typing_extensions import get_protocol_members, is_protocol
 
+from advkit.core import protocols
 from advkit.core.protocols import Label, Outcome, Record, WholeBatch, whole_batch
 
 
@@ -108,3 +111,20 @@ def test_the_type_checker_sees_a_misspelt_ability(tmp_path):
         assert all(word in line for word in words), found
     with pytest.raises(TypeError, match="undefended"):
         exec(MISSPELT + "asked(None)", {})
+
+
+def test_the_design_page_lists_every_ability_with_its_members():
+    """And nothing that is none: the table is what one reads, so it must be true."""
+    nouns = {"Attack", "Model", "Perturb"}
+    abilities = {
+        name: set(get_protocol_members(each))
+        for name, each in vars(protocols).items()
+        if isinstance(each, type) and is_protocol(each) and each.__module__ == protocols.__name__
+        if getattr(each, "_is_runtime_protocol", False) and name not in nouns
+    }
+    abilities["OnlineAttack"] -= {"needs", "__call__"}  # those of every attack
+    page = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = [
+        row.split("|") for row in page.partition("## Abilities")[2].partition("## ")[0].splitlines() if "| `" in row
+    ]
+    assert {row[2].strip(" `"): set(re.findall(r"`(\w+)`", row[3])) for row in rows} == abilities

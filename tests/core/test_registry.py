@@ -555,7 +555,9 @@ def test_an_error_inside_a_nested_part_says_which_part_it_was() -> None:
 def test_an_error_inside_nested_fields_says_which_field_it_was() -> None:
     from advkit.defenses import DEFENSES
 
-    with pytest.raises(UsageError, match=r"^in recipe=\[epochs=0\]: epochs=0; expected at least 1"):
+    with pytest.raises(
+        UsageError, match=r"^in recipe=\[epochs=0\]: epochs is 0; expected a whole number of at least 1"
+    ):
         DEFENSES.build("pgd_at:recipe=[epochs=0]")
 
 

@@ -71,7 +71,7 @@ def test_boxes_compare_by_value():
         (torch.tensor([[0.0, 255.0]]), ["values up to 255", "8-bit images", "divide by 255"]),
         (torch.tensor([[0, 200]], dtype=torch.uint8), ["8-bit images", "divide by 255"]),
         (torch.tensor([[-1.0, 1.0]]), ["[-1, 1]", "x / 2 + 0.5"]),
-        (torch.tensor([[0.5, float("nan")], [0.1, 0.2]]), ["1 NaN values in 1 of 2 rows"]),
+        (torch.tensor([[0.5, float("nan")], [0.1, 0.2]]), ["1 NaN values in 1 of 2 samples"]),
         (torch.tensor([[float("inf"), float("nan")]]), ["1 NaN and 1 infinite"]),
         (torch.tensor([[0.5, 90000.0]]), ["9e+04", "rescale"]),
     ],
@@ -172,7 +172,7 @@ def test_rows():
     space = Rows(3, Tokens(2))
     assert space.contains(torch.tensor([0, 1, 1])).all()
     assert not space.contains(torch.tensor([0, 1])).any()
-    assert "2 rows" in str(space.complaint(torch.tensor([0, 1])))
+    assert "2 samples" in str(space.complaint(torch.tensor([0, 1])))
     assert "from 0 to 4" in str(space.complaint(torch.tensor([0, 1, 4])))
     assert space.complaint(torch.tensor([0, 1, 1])) is None
 

@@ -18,7 +18,8 @@ from advkit.defenses import DEFENSES
 from advkit.defenses.inputs.base import InputDefense
 from advkit.defenses.inputs.bit_depth import BitDepth
 from advkit.defenses.inputs.random_resize import RandomResize, placed
-from advkit.evaluation.api import evaluate, plan
+from advkit.evaluation.api import evaluate
+from advkit.evaluation.plan import Request, plan
 from advkit.models.torch import TorchModel
 from advkit.testing import check_defense
 from advkit.testing.victims import network, normal, uniform
@@ -203,10 +204,10 @@ def test_an_oblivious_attacker_who_wins_is_a_finding(digits_cnn):
 
 def test_a_suite_leaves_its_place_to_one_long_attack(digits_cnn):
     settings = {"task": "digits", "model": digits_cnn, "threat_model": EPS, "n": 20, "device": "cpu"}
-    beside = plan("lean", "bit-depth:bits=3", **settings).beside
-    assert beside.label == "apgd-ce@undefended"
-    assert beside.surrogates[0][1].module is digits_cnn.module
-    assert plan("lean", "bit-depth:bits=3", beside=False, **settings).beside is None
+    (companion,) = plan(Request(attack="lean", defense="bit-depth:bits=3", **settings)).companions
+    assert str(companion.case.label) == "apgd-ce@undefended"
+    assert companion.case.surrogates[0][1].module is digits_cnn.module
+    assert plan(Request(attack="lean", defense="bit-depth:bits=3", beside=False, **settings)).companions == ()
 
 
 def test_the_oblivious_attacker_plays_by_the_same_rules(digits_cnn):
@@ -215,9 +216,10 @@ def test_the_oblivious_attacker_plays_by_the_same_rules(digits_cnn):
         ("cw_topk:k=1,budget=9x5", "minimum-l2"),
         ("square:queries=30", "linf:eps=0.1,access=scores"),
     ):
-        resolved = plan(attack, "bit-depth:bits=3", threat_model=threat, **settings)
-        assert resolved.beside.threat == resolved.case.threat
-        assert resolved.beside.surrogates[0][1] is resolved.case.victim.undefended
+        resolved = plan(Request(attack=attack, defense="bit-depth:bits=3", threat_model=threat, **settings))
+        (companion,) = resolved.companions
+        assert companion.case.threat == resolved.case.threat
+        assert companion.case.surrogates[0][1] is resolved.case.victim.undefended
     # a threat model without a radius: the nearest point on the bare model, shown to the defended one
     report = evaluate("cw_topk:k=1,budget=9x5", "bit-depth:bits=3", threat_model="minimum-l2", **settings)
     assert report.metrics["oblivious_robust_accuracy"]["denominator"] == 6
@@ -271,7 +273,8 @@ def test_averaging_finds_the_expected_gradient_of_a_random_resize(draws):
 
 
 def test_without_a_model_it_goes_around_the_tasks_undefended_one(digits):
-    resolved = plan("pgd", "bit-depth:bits=4", task="fashion-mnist", threat_model=EPS, n=8, device="cpu")
+    asked = {"task": "fashion-mnist", "threat_model": EPS, "n": 8, "device": "cpu"}
+    resolved = plan(Request(attack="pgd", defense="bit-depth:bits=4", **asked))
     assert resolved.victim.origin.startswith("zoo:")
-    bare = plan("pgd", "none", task="fashion-mnist", threat_model=EPS, n=8, device="cpu").victim
+    bare = plan(Request(attack="pgd", defense="none", **asked)).victim
     assert resolved.victim.model.undefended.state_sha256() == bare.model.state_sha256()

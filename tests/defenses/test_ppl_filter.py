@@ -17,7 +17,8 @@ from advkit.core.protocols import Access, Data
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.defenses.inputs.ppl_filter import HELD_BACK, REJECTION, Filtered, PPLFilter
-from advkit.evaluation.api import evaluate, plan
+from advkit.evaluation.api import evaluate
+from advkit.evaluation.plan import Request, plan
 from advkit.models import MODELS
 from advkit.models.torch import is_model
 from advkit.tasks import TASKS
@@ -109,11 +110,11 @@ def test_an_attack_that_knows_of_the_filter_passes_it():
 def test_who_does_not_know_of_the_filter_stands_beside_who_does():
     """The oblivious attacker searches by what the bare model says; the verdict on both is the filtered one's."""
     asked = {"task": "prompts", "model": "toychat", "defense": "ppl_filter", "n": 6, "device": "cpu"}
-    resolved = plan("beast:k=10,length=8", **asked)
-    assert resolved.beside is not None
-    assert resolved.beside.threat == resolved.case.threat
-    assert resolved.beside.victim is resolved.case.victim
-    assert resolved.beside.surrogates == (("undefended", resolved.case.victim.model),)
+    resolved = plan(Request(attack="beast:k=10,length=8", **asked))
+    (companion,) = resolved.companions
+    assert companion.case.threat == resolved.case.threat
+    assert companion.case.victim is resolved.case.victim
+    assert companion.case.surrogates == (("undefended", resolved.case.victim.model),)
     report = evaluate("beast:k=10,length=8", **asked)
     metrics = report.metrics
     assert report.clean_accuracy == 1.0

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from advkit import benchmark as bench
-from advkit.benchmark import Run, counted
+from advkit.attacks import ATTACKS
+from advkit.benchmark import Run, counted, sides
 from advkit.cli import main
 from advkit.core.errors import UsageError
 
@@ -64,17 +65,17 @@ def test_robust_accuracy_of_a_run():
 
 
 def entry_of(monkeypatch, theirs, ours):
-    """side_by_side of runs made up: felled rows per seed."""
+    """side_by_side of runs made up: broken rows per seed."""
     case = SimpleNamespace(n=10, specs={"threat_model": "linf:eps=0.1", "task": "made up"})
     monkeypatch.setattr(
-        bench, "resolve", lambda attack, *_, seed, **__: SimpleNamespace(**vars(case), attack=attack, seed=seed)
+        sides, "resolve", lambda attack, *_, seed, **__: SimpleNamespace(**vars(case), attack=attack, seed=seed)
     )
 
-    def made(felled, seconds):
-        return Run(seconds, 100, 50, 5, 10, frozenset("ab"), felled)
+    def made(broken, seconds):
+        return Run(seconds, 100, 50, 5, 10, frozenset("ab"), broken)
 
-    monkeypatch.setattr(bench, "reference_run", lambda case: made(theirs[case.seed], 10.0 + case.seed))
-    monkeypatch.setattr(bench, "our_run", lambda case: made(ours[case.seed], 2.0))
+    monkeypatch.setattr(sides, "reference_run", lambda case: made(theirs[case.seed], 10.0 + case.seed))
+    monkeypatch.setattr(sides, "our_run", lambda case: made(ours[case.seed], 2.0))
     return bench.side_by_side("zoo:made-up", ["lean"], n=10, repetitions=len(ours))
 
 
@@ -102,7 +103,7 @@ def test_a_page_without_misses_says_so(monkeypatch):
 
 
 def test_the_reference_is_judged_by_us():
-    """pyautoattack on a few digits: every row it fells is wrong on the victim and inside the ball, stage by stage."""
+    """pyautoattack on a few digits: every row it breaks is wrong on the victim and inside the ball, stage by stage."""
     pytest.importorskip("pyautoattack")
     from advkit.evaluation.api import resolve
 
@@ -111,13 +112,14 @@ def test_the_reference_is_judged_by_us():
     run = bench.reference_run(case)
     assert torch.equal(torch.get_rng_state(), before)
     assert run.rows == 8
-    assert set(run.felled.values()) <= set(bench.STAGES)
-    assert not run.wrong & set(run.felled)
-    assert len(run.felled) >= 3
+    assert set(run.broken.values()) <= set(bench.STAGES)
+    assert not run.wrong & set(run.broken)
+    assert len(run.broken) >= 3
     assert run.forwards > run.backwards > 0
     ours = bench.our_run(resolve("lean", "none", "digits", "zoo:digits-mlp", "linf:eps=0.3", n=8, device="cpu"))
     assert ours.wrong == run.wrong
-    assert set(run.felled) <= set(ours.felled)
+    assert set(ours.broken.values()) <= {stage.name for stage in ATTACKS.build("lean").stages()}
+    assert set(run.broken) <= set(ours.broken)
 
 
 def test_overhead_of_a_loop():

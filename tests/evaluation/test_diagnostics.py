@@ -28,7 +28,10 @@ from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.trust import battery as expensive
 from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.trust.advice import ADVICE
-from advkit.evaluation.trust.battery import RandomSearch, _undefended, gradient_errors
+from advkit.evaluation.trust.findings import SEVERITIES, Finding, found, merge
+from advkit.evaluation.trust.gradient_checks import undefended
+from advkit.evaluation.trust.gradients import gradient_errors
+from advkit.evaluation.trust.random_search import RandomSearch
 from advkit.models.torch import FunctionModel, TorchModel
 from advkit.tasks.arrays import Arrays
 from advkit.tasks.digits import Digits
@@ -119,11 +122,11 @@ def first(case: Case) -> tuple[Tensor, Tensor]:
     return batch.x, batch.labels
 
 
-def cheap(case: Case) -> list[diagnostics.Finding]:
+def cheap(case: Case) -> list[Finding]:
     return diagnostics.cheap(case, *first(case))
 
 
-def grave(findings: Sequence[diagnostics.Finding]) -> set[str]:
+def grave(findings: Sequence[Finding]) -> set[str]:
     return {finding.id for finding in findings if finding.severity != "info"}
 
 
@@ -430,9 +433,9 @@ def test_nan_gradients_are_not_called_zero(plain: TorchModel) -> None:
 def test_half_precision_is_named(plain: TorchModel) -> None:
     model = plain.copy()
     model.module.bfloat16()
-    found = cheap(case(model))
-    assert "low_precision" in grave(found)
-    assert "bfloat16" in next(f.message for f in found if f.id == "low_precision")
+    findings = cheap(case(model))
+    assert "low_precision" in grave(findings)
+    assert "bfloat16" in next(f.message for f in findings if f.id == "low_precision")
 
 
 def test_bits_that_vary_are_a_remark(plain: TorchModel) -> None:
@@ -473,7 +476,7 @@ def test_nan_makes_an_interval(plain: TorchModel) -> None:
     assert grave(findings) == {"nonfinite_gradient"}
     unknown = sum(r.outcome == Outcome.NON_FINITE for r in records)
     assert unknown > 0
-    assert f"on {unknown} of 48 rows" in findings[0].message
+    assert f"on {unknown} of 48 samples" in findings[0].message
     assert f"[0.0000, {unknown / 48:.4f}]" in findings[0].message
 
 
@@ -544,8 +547,8 @@ def test_rows_that_fall_to_a_suites_sentinel_are_counted_by_stage(plain: TorchMo
     (finding,) = diagnostics.after(suite, told)
     assert (finding.id, finding.severity, finding.attack) == ("black_box_beats_white_box", "unreliable", "short")
     assert finding.value == 0.08
-    assert "broke 8 rows that the gradients of walk had left (sentinel 5 of 70, square 3 of 65)" in finding.message
-    assert "of 100 rows 70 stood before, 60 after" in finding.message
+    assert "broke 8 samples that the gradients of walk had not (sentinel 5 of 70, square 3 of 65)" in finding.message
+    assert "of 100 samples 70 were robust before, 60 after" in finding.message
     assert "attacker_view" in finding.advice
     # Fewer than one row in twenty is a warning; on noisy verdicts it never is more.
     (few,) = diagnostics.after(suite, walk + stage("sentinel", range(30, 100), 2))
@@ -563,17 +566,17 @@ def test_the_sentinels_find_on_a_quantised_victim_is_in_the_report(plain: TorchM
     assert broken[0] > 0
     assert flag["value"] == pytest.approx(sum(broken) / 48)
     walked, end = stages["walk"]["cumulative_robust_accuracy"], masked.metrics["robust_accuracy"]
-    assert f"of 48 rows {walked['numerator']} stood before, {end['numerator']} after" in flag["message"]
+    assert f"of 48 samples {walked['numerator']} were robust before, {end['numerator']} after" in flag["message"]
     sound = evaluate(suite, model=plain, **settings)
     assert not [f for f in sound.flags if f["id"] == "black_box_beats_white_box"]
 
 
 def test_the_battery_transfers_from_the_model_without_its_defense(plain: TorchModel) -> None:
     behind = BitDepth(bits=3).protect(plain, None, RowRng.from_ids(0, ["a"]))
-    assert _undefended(case(behind)) is plain
-    found = diagnostics.cheap(case(behind), *first(case(behind)))
-    assert {(f.id, f.severity) for f in found} == {("not_differentiable", "info")}
-    assert "behind bit-depth" in found[0].message
+    assert undefended(case(behind)) is plain
+    findings = diagnostics.cheap(case(behind), *first(case(behind)))
+    assert {(f.id, f.severity) for f in findings} == {("not_differentiable", "info")}
+    assert "behind bit-depth" in findings[0].message
 
 
 # Findings
@@ -585,8 +588,8 @@ def test_flags_fit_the_schema() -> None:
         pytest.skip("the schema is not there yet")
     flags = json.loads(SCHEMA.read_text(encoding="utf-8"))["properties"]["diagnostics"]["properties"]["flags"]
     assert set(ADVICE) == set(flags["items"]["properties"]["id"]["enum"])
-    assert set(diagnostics.SEVERITIES) == set(flags["items"]["properties"]["severity"]["enum"])
-    finding = diagnostics.found("zero_gradient", "warning", "seen", float("nan"), 0.0, "pgd")
+    assert set(SEVERITIES) == set(flags["items"]["properties"]["severity"]["enum"])
+    finding = found("zero_gradient", "warning", "seen", float("nan"), 0.0, "pgd")
     flag = finding.to_dict()
     jsonschema.validate([flag], flags)
     assert "value" not in flag
@@ -594,14 +597,14 @@ def test_flags_fit_the_schema() -> None:
 
 
 def test_merge_keeps_the_gravest_of_each() -> None:
-    make = diagnostics.Finding
+    make = Finding
     findings = [
         make("a", "info", "1"),
         make("b", "warning", "2"),
         make("a", "unreliable", "3"),
         make("a", "info", "4", attack="x"),
     ]
-    assert [f.message for f in diagnostics.merge(findings)] == ["3", "2", "4"]
+    assert [f.message for f in merge(findings)] == ["3", "2", "4"]
 
 
 @dataclass(frozen=True)
@@ -627,19 +630,19 @@ def test_random_search_keeps_the_first_hit_in_any_batch(ball: Any) -> None:
     labels = model(x).argmax(1).detach()
     rng, goal, ball = RowRng.from_ids(0, [str(i) for i in range(12)]), Untargeted(labels), ball.bind(model.space)
     asked: list[Tensor] = []
-    found = RandomSearch(draws=80)(Seen(model, ball, x, asked), x, goal, ball, rng)
-    hit = goal.reached(model(found).detach())
+    best = RandomSearch(draws=80)(Seen(model, ball, x, asked), x, goal, ball, rng)
+    hit = goal.reached(model(best).detach())
     distance = model.distance(x, labels, "linf" if isinstance(ball, Linf) else "l2")
     assert bool(hit.any())
     assert not bool(hit[distance > ball.eps].any())
-    assert torch.equal(found[~hit], x[~hit])
+    assert torch.equal(best[~hit], x[~hit])
     assert torch.bincount(torch.cat(asked), minlength=12)[~hit].tolist() == [80] * int((~hit).sum())
     for row in range(12):
         index = torch.tensor([row])
         alone = RandomSearch(draws=80)(
             Seen(model, ball, x[index], []), x[index], goal.take(index), ball, rng.take(index)
         )
-        assert torch.equal(alone, found[index])
+        assert torch.equal(alone, best[index])
 
 
 def test_where_there_are_no_balls_the_battery_says_so_and_names_none() -> None:

@@ -20,8 +20,8 @@ from torch import nn
 from advkit.core.errors import BadInput, BadModel, StaleRun, UsageError
 from advkit.core.protocols import Access, Outcome
 from advkit.evaluation import api
+from advkit.evaluation.counts import count
 from advkit.evaluation.execute import run
-from advkit.evaluation.report.counts import count
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.store import Store, read_records
 from advkit.models.torch import TorchModel

@@ -16,13 +16,14 @@ from torch import Tensor
 import advkit
 from advkit.core.errors import BadInput, ReportError, UsageError
 from advkit.core.protocols import Access
-from advkit.evaluation.report.matrix import NOTHING, Matrix, aggregate, cell_figures, errors_of
-from advkit.evaluation.scenarios import matrix as module
-from advkit.evaluation.scenarios.matrix import read_matrix, split_sum, strikes_of
-from advkit.evaluation.scenarios.transfer_images import Rows
+from advkit.evaluation.matrix import Matrix, MatrixRequest, api, execute, read_matrix
+from advkit.evaluation.matrix.images import Rows
+from advkit.evaluation.matrix.participants import named_attacks, split_sum
+from advkit.evaluation.matrix.rates import NO_DECISION, cell_rates, errors_of, over_seeds
 from advkit.evaluation.stats import wilson
 from advkit.models import zoo
 from advkit.tasks import TASKS
+from advkit.threat_models.tapm import TransferGrid
 
 CNN, MLP, CNN_B = "zoo:digits-public-cnn", "zoo:digits-public-mlp", "zoo:digits-public-cnn-b"
 TWO = ("fgsm", "pgd:steps=3,step_size=0.5")
@@ -63,8 +64,15 @@ def test_aggregates_equal_plain_numpy() -> None:
     seeds, s, a, n = 3, 4, 5, 37
     wrong = rng.random((seeds, s, a, n)) < rng.random((1, s, a, 1))
     names, attacks = [f"s{i}" for i in range(s)], [f"a{i}" for i in range(a)]
-    groups = ["normal", "linf", "normal", "linf"]
-    found = aggregate(wrong.astype(float), names, attacks, groups, seen={"s0", "s3"}, white_box={"s2"})
+    groups = ("normal", "linf", "normal", "linf")
+    grid = TransferGrid(
+        sources=tuple(names),
+        attacks=tuple(attacks),
+        groups=groups,
+        seen=frozenset({"s0", "s3"}),
+        white_box=frozenset({"s2"}),
+    )
+    found = over_seeds(grid, wrong.astype(float))
 
     def expected(rows: list[int], columns: list[int]) -> tuple[float, float, float]:
         right = ~wrong[:, rows][:, :, columns]
@@ -103,33 +111,44 @@ def test_aggregates_do_not_depend_on_the_order_of_images_sources_and_attacks() -
     rng = np.random.default_rng(1)
     errors = (rng.random((2, 3, 4, 25)) < 0.4).astype(float)
     sources, attacks = np.array(["x", "y", "z"]), np.array(["a", "b", "c", "d"])
-    groups = {"x": "one", "y": "two", "z": "one"}
-    found = aggregate(errors, list(sources), list(attacks), groups, {"y"}, {"z"})
-    p, q, r = rng.permutation(3), rng.permutation(4), rng.permutation(25)
-    again = aggregate(errors[:, p][:, :, q][..., r], list(sources[p]), list(attacks[q]), groups, {"y"}, {"z"})
-    assert found == again
+    groups = np.array(["one", "two", "one"])
+
+    def figures(p: Any, q: Any, r: Any) -> dict[str, Any]:
+        grid = TransferGrid(
+            sources=tuple(sources[p].tolist()),
+            attacks=tuple(attacks[q].tolist()),
+            groups=tuple(groups[p].tolist()),
+            seen=frozenset({"y"}),
+            white_box=frozenset({"z"}),
+        )
+        return over_seeds(grid, errors[:, p][:, :, q][..., r])
+
+    found = figures(np.arange(3), np.arange(4), np.arange(25))
+    assert found == figures(rng.permutation(3), rng.permutation(4), rng.permutation(25))
 
 
 def test_a_missing_cell_counts_neither_way_and_a_missing_row_leaves_the_rest() -> None:
     errors = np.zeros((2, 2, 2, 10))
     errors[:, 0, 0] = 1.0  # always wrong: were the missing cell counted as 0 % or 100 %, averages would show it
     errors[1, 1, 1] = np.nan  # gone under one seed: gone
-    found = aggregate(errors, ["x", "y"], ["a", "b"])
+    grid = TransferGrid(sources=("x", "y"), attacks=("a", "b"))
+    found = over_seeds(grid, errors)
     assert found["overall"]["cells"] == 3
     assert found["overall"]["avg"]["value"] == pytest.approx(2 / 3)
     assert found["by_attack"]["b"]["avg"]["value"] == 1.0
     assert found["by_attack"]["b"]["cells"] == 1
     errors[0, 0, 1, :4] = np.nan
-    found = aggregate(errors, ["x", "y"], ["a", "b"])
+    found = over_seeds(grid, errors)
     assert (found["rows"], found["incomplete"]) == ([6, 10], [4, 0])
-    assert aggregate(np.full((1, 1, 1, 3), np.nan), ["x"], ["a"])["overall"] is None
+    one = TransferGrid(sources=("x",), attacks=("a",))
+    assert over_seeds(one, np.full((1, 1, 1, 3), np.nan))["overall"] is None
 
 
 def test_three_success_rates_by_hand() -> None:
     labels = np.array([0, 0, 0, 0, 0, 0])
-    clean = np.array([0, 0, 0, 0, 1, NOTHING], dtype=np.int16)
-    answers = np.array([[0, 1, 2, NOTHING, 0, 0], [0, 0, 1, 0, 1, -1]], dtype=np.int16)
-    found = cell_figures(answers, clean, labels, wanted=np.full(6, 1))
+    clean = np.array([0, 0, 0, 0, 1, NO_DECISION], dtype=np.int16)
+    answers = np.array([[0, 1, 2, NO_DECISION, 0, 0], [0, 0, 1, 0, 1, -1]], dtype=np.int16)
+    found = cell_rates(answers, clean, labels, wanted=np.full(6, 1))
     # First seed: 4 rows count (the unanswered one and the one without a clean answer do not), 2 right; of the 3 right
     # untouched 2 fell, and one of the wrong ones turned right.
     assert found["acc"]["counts"] == [[2, 4], [3, 5]]
@@ -213,6 +232,27 @@ def test_seen_sources_come_from_the_cards_or_from_the_caller(tmp_path: Path) -> 
         small(tmp_path, targets=[pubdef], seen={pubdef: ["nobody"]}, **settings)
 
 
+def test_a_grid_knows_its_sources_as_a_matrix_does(tmp_path: Path) -> None:
+    """The same cells, groups, seen sources and white box, behind a transformation too, from records and from images."""
+    model, sources = "bit-depth@" + CNN, [CNN, CNN_B, "zoo:digits-mlp-pgd_at"]
+    matrix = small(tmp_path, sources=sources, targets=[model], attacks=["fgsm"], seen={model: [CNN_B]}, seeds=1)
+    threat = f"tapm:eps=0.2,sources={'+'.join(sources)},attacks=fgsm,seen={CNN_B}"
+    report = advkit.evaluate(
+        task="digits", model=CNN, defense="bit-depth", threat_model=threat, n=40, beside=False, device="cpu"
+    )
+    summary = matrix.summary[model]
+    blocks = {"": "overall", "_seen": "seen", "_unseen": "unseen"}
+    told = {f"tapm_acc_best_attack{suffix}": summary[name] for suffix, name in blocks.items()}
+    told |= {f"tapm_acc_best_attack_group_{group}": block for group, block in summary["by_group"].items()}
+    assert summary["white_box"] == [CNN]
+    assert set(summary["by_group"]) == {"normal", "linf"}
+    found = {name for name in report.metrics if name.startswith("tapm_acc_best_attack")}
+    assert found == set(told)
+    for name, block in told.items():
+        counts = [report.metrics[name]["numerator"], report.metrics[name]["denominator"]]
+        assert counts == block["best"]["counts"][0], name
+
+
 def test_nothing_is_made_twice(
     made: tuple[Matrix, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,8 +266,8 @@ def test_nothing_is_made_twice(
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("advkit.evaluation.scenarios.transfer_images.played_alone", never)
-        patch.setattr("advkit.evaluation.scenarios.matrix.Judge", never)
+        patch.setattr("advkit.evaluation.run.engine.run_alone", never)
+        patch.setattr("advkit.evaluation.matrix.answers.Judge", never)
         assert small(folder).text == matrix.text
         # The second seed's first piece of pgd is looked at first, and then again with the rest.
         assert f"0 pieces made, {len(before) + 2} found" in caplog.text
@@ -250,12 +290,12 @@ def test_a_larger_n_takes_the_pieces_of_a_smaller_one(tmp_path: Path) -> None:
 def test_killed_and_resumed_is_uninterrupted(
     made: tuple[Matrix, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from advkit.evaluation.scenarios import transfer_images
+    from advkit.evaluation.run import engine
 
     class Killed(BaseException):
         pass
 
-    real, calls = transfer_images.played_alone, 0
+    real, calls = engine.run_alone, 0
 
     def mortal(*arguments: Any) -> Any:
         nonlocal calls
@@ -264,7 +304,7 @@ def test_killed_and_resumed_is_uninterrupted(
             raise Killed
         return real(*arguments)
 
-    monkeypatch.setattr(transfer_images, "played_alone", mortal)
+    monkeypatch.setattr(engine, "run_alone", mortal)
     deaths = 0
     while True:
         try:
@@ -286,8 +326,9 @@ def files(folder: Path) -> list[tuple[str, str]]:
 
 def untimed(matrix: Matrix) -> dict[str, Any]:
     data = matrix.to_dict()
-    for told in data["sets"]:
-        del told["seconds"]
+    for part in (data, data["equal_budget"] or {"sets": []}):
+        for told in part["sets"]:
+            del told["seconds"]
     return data
 
 
@@ -307,6 +348,27 @@ class Picky:
         if float(x.mean(dim=(1, 2, 3)).max()) > self.limit:
             raise (UsageError if self.limit == 0 else ValueError)("too bright for this attack")
         return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Moves every row by the sign of the batch's mean gradient: what it makes of one depends on the others."""
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+    together: ClassVar[bool] = True
+
+    def __call__(self, oracle: Any, x: Tensor, goal: Any, ball: Any, rng: Any, /) -> Tensor:
+        gradient = oracle.gradient(x, goal)[1].mean(0, keepdim=True).expand_as(x)
+        return ball.project(x + ball.steepest(-gradient, x), x)
+
+
+def test_an_attack_on_all_rows_together_gets_those_of_a_piece(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sources": [MLP], "attacks": [Shared()], "targets": [CNN_B], "seeds": 1}
+    small(tmp_path, n=128, **settings)
+    before = pieces(tmp_path)
+    whole = small(tmp_path, n=140, **settings)
+    assert before.items() <= pieces(tmp_path).items(), "rows that came later changed no image of the pieces before"
+    assert untimed(small(tmp_path / "anew", n=140, **settings)) == untimed(whole)
 
 
 def test_an_unsupported_pair_is_listed_with_its_reason(tmp_path: Path) -> None:
@@ -422,12 +484,12 @@ def test_names_of_sums() -> None:
     assert split_sum("[zoo:a]+pgd_at@cnn") == ("zoo:a", "pgd_at@cnn")
     assert split_sum("path:models/a+b.safetensors") == ("path:models/a+b.safetensors",)
     assert split_sum("zoo:a") == ("zoo:a",)
-    strike = strikes_of(["ni+ti"])[0]
-    assert (strike.name, strike.spec) == ("ni+ti", "transfer:ni+ti")
+    attack = named_attacks(["ni+ti"])[0]
+    assert (attack.name, attack.spec) == ("ni+ti", "transfer:ni+ti")
     with pytest.raises(UsageError, match="more than once"):
-        strikes_of(["fgsm", "fgsm"])
+        named_attacks(["fgsm", "fgsm"])
     with pytest.raises(UsageError, match="more than once"):
-        strikes_of(["pgd", "pgd:steps=40"])
+        named_attacks(["pgd", "pgd:steps=40"])
 
 
 def test_heat_maps_hold_the_cells_and_their_titles_stand_clear(made: tuple[Matrix, Path]) -> None:
@@ -462,9 +524,8 @@ def test_saved_loaded_and_refused(made: tuple[Matrix, Path], tmp_path: Path) -> 
     stored = load_file(tmp_path / "out" / "decisions.safetensors")["decisions"].numpy()
     labels = Rows.of(TASKS.build("digits"), 40).labels.numpy()
     for t, name in enumerate((CNN_B, MLP)):
-        white = {MLP} & {name}
-        errors = errors_of(stored[t].transpose(2, 0, 1, 3), labels)
-        found = aggregate(errors, [CNN, MLP], list(TWO), white_box=white)
+        grid = TransferGrid(sources=(CNN, MLP), attacks=TWO, white_box=frozenset({MLP} & {name}))
+        found = over_seeds(grid, errors_of(stored[t].transpose(2, 0, 1, 3), labels))
         assert found["overall"] == matrix.summary[name]["overall"], "the stored answers give the figures again"
     data = matrix.to_dict()
     for change in (
@@ -491,7 +552,7 @@ def test_saved_loaded_and_refused(made: tuple[Matrix, Path], tmp_path: Path) -> 
         ({"seen": {CNN_B: ["nobody"]}}, "seen names nobody"),
         ({"equal_budget": 0}, "budget"),
         ({"threat_model": "minimum-l2"}, "no radius"),
-        ({"sources": ["zoo:fashion-mnist-public-cnn"]}, "trained on rows of shape"),
+        ({"sources": ["zoo:fashion-mnist-public-cnn"]}, "trained on samples of shape"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -509,4 +570,48 @@ def test_rows_outside_the_unit_box_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_module_is_not_loaded_by_the_package() -> None:
-    assert module.matrix is advkit.matrix
+    assert api.matrix is advkit.matrix
+
+
+def test_the_stored_request_makes_the_matrix_again(tmp_path: Path) -> None:
+    pubdef = "zoo:digits-mlp-pubdef"
+    given: dict[str, Any] = {"sources": ["public"], "attacks": ["fgsm", "mi+ti"], "targets": [pubdef], "n": 10}
+    first = small(tmp_path / "one", eps=0.1, seeds=2, seen={pubdef: [CNN]}, equal_budget=4, **given)
+    stored = first.to_dict()["request"]
+    assert stored["sources"] == [f"zoo:{card.name}" for card in zoo.public("digits")]
+    assert (stored["threat_model"], stored["seeds"], stored["n"]) == ("linf:eps=0.1", [0, 1], 10)
+    assert isinstance(first.request, MatrixRequest)
+    assert untimed(execute(first.request, cache=tmp_path / "two")) == untimed(first)
+
+
+def test_a_matrix_of_schema_1_0_is_read_and_has_no_request(made: tuple[Matrix, Path]) -> None:
+    old = made[0].to_dict()
+    del old["request"]
+    with pytest.raises(ReportError, match="request"):
+        Matrix.from_dict(old)
+    old["schema_version"] = "1.0"
+    again = Matrix.from_dict(old)
+    assert again.markdown() == made[0].markdown()
+    with pytest.raises(ReportError, match=r"schema 1\.0"):
+        _ = again.request
+
+
+@pytest.mark.parametrize("most", [128, 20, 3])
+def test_memory_that_ends_makes_the_batches_smaller_and_the_images_the_same(
+    made: tuple[Matrix, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    from advkit.evaluation.run import engine
+
+    real, sizes = engine.run_alone, []
+
+    def tight(unit: Any, case: Any, batch: Any, lanes: Any) -> Any:
+        sizes.append(len(batch.ids))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("too much")
+        return real(unit, case, batch, lanes)
+
+    monkeypatch.setattr(engine, "run_alone", tight)
+    matrix = small(tmp_path)
+    assert (max(sizes) > most) == (most < 32)
+    assert files(tmp_path) == files(made[1])
+    assert untimed(matrix) == untimed(made[0])

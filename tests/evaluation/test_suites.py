@@ -17,8 +17,8 @@ from advkit.attacks.suites import Lean, Stage, Suite, Thorough
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Label, Outcome
 from advkit.evaluation import api
+from advkit.evaluation.counts import by_label, count
 from advkit.evaluation.execute import run
-from advkit.evaluation.report.counts import by_label, count
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.scenarios.evasion import taken_by
 

@@ -16,8 +16,8 @@ from advkit.benchmark import our_run
 from advkit.core.errors import SpecError, StaleRun, UsageError
 from advkit.core.protocols import Outcome
 from advkit.evaluation import api
+from advkit.evaluation.counts import count
 from advkit.evaluation.execute import run
-from advkit.evaluation.report.counts import count
 from advkit.evaluation.run import batch as playing
 from advkit.evaluation.run import speed as fast
 from advkit.evaluation.run.case import digest_of

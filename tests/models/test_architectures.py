@@ -111,7 +111,7 @@ def test_external_weights_that_can_not_be_fetched(monkeypatch: pytest.MonkeyPatc
 
 
 def test_wrong_number_of_classes_or_channels_of_an_external_model() -> None:
-    with pytest.raises(BadModel, match="rows of shape"):
+    with pytest.raises(BadModel, match="samples of shape"):
         MODELS.build("torchvision:resnet18,pretrained=false")((1, 40, 40), 6, RNG)
 
 

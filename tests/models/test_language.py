@@ -364,7 +364,7 @@ def test_odd_rows_are_refused(tiny, rows):
         tiny(rows + 20)
     silent = rows.clone()
     silent[:, 1][silent[:, 1] == 3] = 0
-    with pytest.raises(BadInput, match="no wanted reply"):
+    with pytest.raises(BadInput, match="no target reply"):
         tiny(silent)
     with pytest.raises(BadInput, match="slot tokens"):
         tiny.relaxed(rows[0])(torch.zeros(1, 3, 12))

@@ -116,7 +116,7 @@ class TestFashionMnist:
         with pytest.raises(UsageError, match="t10k-images"):
             _ = TASKS.build(f"fashion-mnist:root={tmp_path}").rows
         write_fashion(tmp_path)
-        with pytest.raises(UsageError, match="more rows"):
+        with pytest.raises(UsageError, match="more samples"):
             TASKS.build(f"fashion-mnist:root={tmp_path},train=31").training()
         path = tmp_path / "t10k-images-idx3-ubyte.gz"
         whole = path.read_bytes()

@@ -195,7 +195,7 @@ def test_bad_labels_and_answers_are_named(scores):
     for use in (far.loss, far.reached, far.margin):
         with pytest.raises(BadInput, match="up to 9, and the model has 6 classes"):
             use(scores[:2])
-    with pytest.raises(BadInput, match="3 rows"):
+    with pytest.raises(BadInput, match="3 samples"):
         far.loss(torch.zeros(3, 10))
     with pytest.raises(BadModel, match="expected scores"):
         far.loss(torch.zeros(2, 10, 4))

@@ -82,9 +82,9 @@ def test_binding_and_settings():
         MinimumL2().bind(Binary())
     with pytest.raises(UsageError, match="unbounded"):
         MinimumL2(lattice=255).bind(Box(-torch.inf, torch.inf))
-    with pytest.raises(UsageError, match="lattice=-1"):
+    with pytest.raises(UsageError, match="lattice is -1"):
         MinimumL2(lattice=-1)
-    with pytest.raises(UsageError, match="queries=-1"):
+    with pytest.raises(UsageError, match="queries is -1"):
         MinimumL2(queries=-1)
     built = THREAT_MODELS.build("minimum-l2:access=scores,queries=100")
     assert built == MinimumL2(access=Access.SCORES, queries=100)

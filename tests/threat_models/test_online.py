@@ -74,12 +74,12 @@ def test_k_is_said_once():
 @pytest.mark.parametrize(
     ("build", "word"),
     [
-        (lambda: THREAT_MODELS.build("online:k=0"), "at least one"),
-        (lambda: THREAT_MODELS.build("online:permutations=0"), "at least one"),
+        (lambda: THREAT_MODELS.build("online:k=0"), "at least 1"),
+        (lambda: THREAT_MODELS.build("online:permutations=0"), "at least 1"),
         (lambda: THREAT_MODELS.build("online:inner=tapm"), "grid"),
         (lambda: THREAT_MODELS.build("online:inner=online"), "stream"),
         (lambda: THREAT_MODELS.build("online:inner=[transfer:sources=zoo:a]"), "sources"),
-        (lambda: ATTACKS.build("online:k=0"), "at least one"),
+        (lambda: ATTACKS.build("online:k=0"), "at least 1"),
         (lambda: ATTACKS.build("online:inner=online"), "inside an online attack"),
         (lambda: ATTACKS.build("online:selector=offline"), "whole stream"),
         (lambda: ATTACKS.build("online:selector=optimal-dp,observe=5"), "no observe"),

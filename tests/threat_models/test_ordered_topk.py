@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_said():
     for wrong, words in (
         (torch.tensor([0, 1]), "long tensor \\[B, K\\]"),
         (torch.tensor([[0.0], [1.0]]), "long tensor \\[B, K\\]"),
-        (torch.tensor([[0, 1], [2, 2]]), "row 1 wants \\[2, 2\\]"),
+        (torch.tensor([[0, 1], [2, 2]]), "sample 1 wants \\[2, 2\\]"),
         (torch.tensor([[-1, 1], [2, 3]]), "from 0 up"),
     ):
         with pytest.raises(BadInput, match=words):
@@ -341,5 +341,5 @@ class TestRules:
     @pytest.mark.parametrize("name", ["ordered-topk", "topk", "out-of-topk"])
     def test_specs_round_trip_and_refuse_no_place(self, name):
         assert GOALS.spec(GOALS.build(f"{name}:k=7")) == f"{name}:k=7"
-        with pytest.raises(UsageError, match="k=0"):
+        with pytest.raises(UsageError, match="k is 0"):
             GOALS.build(f"{name}:k=0")

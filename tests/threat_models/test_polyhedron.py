@@ -323,7 +323,7 @@ def test_pairs_say_what_they_should() -> None:
         (lambda: out_of_topk_pairs(torch.tensor([2]), torch.tensor([[2, 1]])), "above it"),
         (lambda: gram(torch.zeros(3)), "features"),
         (lambda: solve(torch.zeros(1, 4), torch.eye(3), torch.tensor([[1]])), "Gram"),
-        (lambda: solve(torch.zeros(2, 4), None, torch.tensor([[1]])), "2 rows"),
+        (lambda: solve(torch.zeros(2, 4), None, torch.tensor([[1]])), "2 samples"),
         (lambda: solve(torch.zeros(1, 4, dtype=torch.long), None, torch.tensor([[1]])), "floats"),
     ],
 )

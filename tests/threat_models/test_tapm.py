@@ -15,7 +15,7 @@ from advkit.evaluation.api import evaluate
 from advkit.models.torch import TorchModel
 from advkit.threat_models import THREAT_MODELS
 from advkit.threat_models.lp import Linf
-from advkit.threat_models.tapm import Tapm, game_value, tapm_metrics
+from advkit.threat_models.tapm import Tapm, TransferGrid, game_value
 
 SOURCES, ATTACKS = ["a", "b", "c"], ["fgsm", "pgd"]
 GROUPS = {"a": "normal", "b": "linf", "c": "normal"}
@@ -36,12 +36,24 @@ def drawn():
     return np.random.default_rng(5).random((3, 2, 60)) < np.linspace(0.1, 0.8, 6).reshape(3, 2, 1)
 
 
+def accuracies(errors, sources, attacks, groups=None, seen=(), white_box=()):
+    """Of the grid with these names; groups by source."""
+    grid = TransferGrid(
+        sources=tuple(sources),
+        attacks=tuple(attacks),
+        groups=tuple(groups[name] for name in sources) if groups else (),
+        seen=frozenset(seen),
+        white_box=frozenset(white_box),
+    )
+    return grid.accuracies(errors)
+
+
 def value(block, figure):
     return block[figure]["value"]
 
 
 def test_hand_made_tensor(by_hand):
-    found = tapm_metrics(by_hand, SOURCES, ATTACKS, GROUPS, seen=["a"])
+    found = accuracies(by_hand, SOURCES, ATTACKS, GROUPS, seen=["a"])
     overall = found["overall"]
     assert overall["acc_avg"] == {"value": 19 / 24, "numerator": 19, "denominator": 24}
     assert overall["acc_best_attack"] == {"value": 0.5, "numerator": 2, "denominator": 4}
@@ -56,7 +68,7 @@ def test_hand_made_tensor(by_hand):
 
 
 def test_union_below_best_below_average_in_every_block(drawn):
-    found = tapm_metrics(drawn, SOURCES, ATTACKS, GROUPS, seen=["b"])
+    found = accuracies(drawn, SOURCES, ATTACKS, GROUPS, seen=["b"])
     blocks = [found["overall"], found["seen"], found["unseen"]]
     blocks += [b for kind in ("source", "attack", "group") for b in found[f"by_{kind}"].values()]
     assert len(blocks) == 10
@@ -65,7 +77,7 @@ def test_union_below_best_below_average_in_every_block(drawn):
 
 
 def test_the_three_accuracies_agree_with_their_definitions(drawn):
-    overall = tapm_metrics(drawn, SOURCES, ATTACKS)["overall"]
+    overall = accuracies(drawn, SOURCES, ATTACKS)["overall"]
     assert value(overall, "acc_avg") == pytest.approx(1 - drawn.mean())
     assert value(overall, "acc_best_attack") == pytest.approx(1 - drawn.mean(2).max())
     assert value(overall, "acc_per_sample") == pytest.approx(1 - drawn.any((0, 1)).mean())
@@ -73,24 +85,24 @@ def test_the_three_accuracies_agree_with_their_definitions(drawn):
 
 def test_the_order_of_sources_changes_nothing(drawn):
     drawn[2] = drawn[0]  # ties too
-    plain = tapm_metrics(drawn, SOURCES, ATTACKS, GROUPS, seen=["a"])
+    plain = accuracies(drawn, SOURCES, ATTACKS, GROUPS, seen=["a"])
     for order in itertools.permutations(range(3)):
         names = [SOURCES[i] for i in order]
-        moved = tapm_metrics(drawn[list(order)], names, ATTACKS, GROUPS, seen=["a"])
+        moved = accuracies(drawn[list(order)], names, ATTACKS, GROUPS, seen=["a"])
         for part in ("overall", "by_source", "by_attack", "by_group", "seen", "unseen"):
             assert moved[part] == plain[part]
 
 
 def test_one_more_source_never_raises_best_or_union(drawn):
     for figure in ("acc_best_attack", "acc_per_sample"):
-        values = [value(tapm_metrics(drawn[:s], SOURCES[:s], ATTACKS)["overall"], figure) for s in (1, 2, 3)]
+        values = [value(accuracies(drawn[:s], SOURCES[:s], ATTACKS)["overall"], figure) for s in (1, 2, 3)]
         assert values == sorted(values, reverse=True)
 
 
 def test_missing_cells_are_listed_and_count_neither_way(by_hand):
     errors = by_hand.astype(float)
     errors[0, 1] = np.nan
-    found = tapm_metrics(errors, SOURCES, ATTACKS)
+    found = accuracies(errors, SOURCES, ATTACKS)
     assert found["missing"] == [["a", "pgd"]]
     assert found["overall"]["cells"] == 5
     assert found["overall"]["acc_avg"]["denominator"] == 20
@@ -101,24 +113,24 @@ def test_missing_cells_are_listed_and_count_neither_way(by_hand):
 def test_an_image_that_lacks_an_entry_is_left_out_everywhere(by_hand):
     errors = by_hand.astype(float)
     errors[2, 0, 3] = np.nan
-    found = tapm_metrics(errors, SOURCES, ATTACKS)
+    found = accuracies(errors, SOURCES, ATTACKS)
     assert (found["rows"], found["incomplete"]) == (3, 1)
-    complete = tapm_metrics(by_hand[:, :, :3], SOURCES, ATTACKS)
+    complete = accuracies(by_hand[:, :, :3], SOURCES, ATTACKS)
     assert found["overall"] == complete["overall"]
 
 
 def test_a_victim_among_the_sources_is_shown_by_source_only(by_hand):
-    found = tapm_metrics(by_hand, SOURCES, ATTACKS, white_box=["a"])
-    without = tapm_metrics(by_hand[1:], SOURCES[1:], ATTACKS)
+    found = accuracies(by_hand, SOURCES, ATTACKS, white_box=["a"])
+    without = accuracies(by_hand[1:], SOURCES[1:], ATTACKS)
     assert found["overall"] == without["overall"]
     assert found["by_source"]["a"]["acc_best_attack"]["numerator"] == 2
 
 
 def test_nothing_measured_is_nothing_reported():
-    found = tapm_metrics(np.full((1, 1, 3), np.nan), ["a"], ["fgsm"])
+    found = accuracies(np.full((1, 1, 3), np.nan), ["a"], ["fgsm"])
     assert found["overall"] is None
     assert found["missing"] == [["a", "fgsm"]]
-    assert tapm_metrics(np.zeros((1, 1, 3)), ["a"], ["fgsm"], seen=["a"])["unseen"] is None
+    assert accuracies(np.zeros((1, 1, 3)), ["a"], ["fgsm"], seen=["a"])["unseen"] is None
 
 
 @pytest.mark.parametrize(
@@ -128,13 +140,19 @@ def test_nothing_measured_is_nothing_reported():
         (np.zeros((2, 2, 4)), {}),
         (np.full((3, 2, 4), 0.5), {}),
         (np.zeros((3, 2, 4)), {"seen": ["d"]}),
-        (np.zeros((3, 2, 4)), {"groups": {"a": "x"}}),
-        (np.zeros((3, 2, 4)), {"groups": ["x"]}),
+        (np.zeros((3, 2, 4)), {"white_box": ["d"]}),
     ],
 )
 def test_what_does_not_fit_is_refused(errors, arguments):
     with pytest.raises(UsageError):
-        tapm_metrics(errors, SOURCES, ATTACKS, **arguments)
+        accuracies(errors, SOURCES, ATTACKS, **arguments)
+
+
+def test_names_that_do_not_fit_are_refused():
+    with pytest.raises(UsageError, match="1 groups for 3 sources"):
+        TransferGrid(sources=("a", "b", "c"), attacks=("fgsm",), groups=("x",))
+    with pytest.raises(UsageError, match="differ"):
+        TransferGrid(sources=("a", "a"), attacks=("fgsm",))
 
 
 def test_two_by_two_game_with_an_interior_solution():

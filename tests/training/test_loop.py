@@ -426,7 +426,7 @@ def test_bad_runs_are_refused_before_training(tmp_path: Path) -> None:
         run(x=data.x / 0 * 0)
     with pytest.raises(BadInput, match="labels"):
         run(y=data.y + 1)
-    with pytest.raises(BadInput, match="one label per row"):
+    with pytest.raises(BadInput, match="one label per sample"):
         run(y=data.y[1:])
     with pytest.raises(BadModel, match="classes"):
         run(classes=4)

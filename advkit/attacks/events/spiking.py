@@ -20,7 +20,6 @@ from advkit.core.protocols import (
     Ball,
     MadeForGoal,
     MadeForThreatModel,
-    OnlineAttack,
     Rng,
     Stepped,
     TakesRule,
@@ -61,7 +60,7 @@ class Spiking(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
         return object.__new__(_Ensemble if surrogate == ALL else cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.inner, OnlineAttack | protocols.Suite):
+        if protocols.on_streams(self.inner) or isinstance(self.inner, protocols.Suite):
             raise UsageError(f"attack={self.attack}: name one attack on inputs, not a suite or an attack on streams")
         if Access(self.inner.needs) < Access.GRADIENTS:
             raise UsageError(

@@ -14,11 +14,20 @@ from advkit.attacks.stream.selectors import Rule, Running, selector
 from advkit.attacks.wrappers import WrappedOracle
 from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, OnlineAttack, Rng, WrapsBall
+from advkit.core.protocols import (
+    Access,
+    MadeForGoal,
+    MadeForThreatModel,
+    OnlineAttack,
+    PlansSubmissions,
+    Rng,
+    WrapsBall,
+    on_streams,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Online(OnlineAttack, MadeForGoal, MadeForThreatModel):
+class Online(OnlineAttack, PlansSubmissions, MadeForGoal, MadeForThreatModel):
     """Online attack on a stream: attacks every item and submits k of them, each decided at once and for good.
 
     Candidates do not depend on the order of the stream. They are pushed on after they fool the model they are made on:
@@ -42,13 +51,13 @@ class Online(OnlineAttack, MadeForGoal, MadeForThreatModel):
     default_goal: ClassVar[str] = "untargeted"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "k")
+        at_least_one(self, "k", "observe", "reference")
         if not self.rule.online:
             raise UsageError(
                 f"the selector {self.selector} needs the whole stream at once, which no online attacker has; its "
                 "figures stand in every report beside those of the selector asked for"
             )
-        if isinstance(self.attack, OnlineAttack):
+        if on_streams(self.attack):
             raise UsageError(
                 f"inner={self.inner}: an online attack inside an online attack; name one that makes inputs"
             )

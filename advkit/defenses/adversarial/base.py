@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.gradient.pgd import PGD, Start
-from advkit.core.errors import NoTrainingData, UsageError
+from advkit.core.checks import check, one_of
+from advkit.core.errors import NoTrainingData
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Ball, Data, Goal, Rng, Trains
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -75,8 +76,7 @@ class TrainingDefense(Trains, ABC):
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        if self.norm not in BALLS:
-            raise UsageError(f"norm {self.norm!r}; expected one of {', '.join(BALLS)}")
+        one_of(self, "norm", tuple(BALLS))
         _ = self.ball(None)
 
     def ball(self, space: Any) -> Ball[Tensor]:
@@ -119,9 +119,9 @@ class AdversarialTraining(TrainingDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.attack
-        if self.mode not in ("eval", "train"):
-            raise UsageError(f"mode {self.mode!r}; expected eval or train")
+        check(self, "step_size", self.step_size >= 0, "a positive number, or 0 for 2.5 / steps")
+        _ = self.attack  # whose own settings are checked where it is made
+        one_of(self, "mode", ("eval", "train"))
 
     @property
     def claims(self) -> str:
@@ -131,8 +131,6 @@ class AdversarialTraining(TrainingDefense):
     @property
     def attack(self) -> PGD:
         """The inner attack: the last point of the walk, no early stop."""
-        if self.step_size < 0:
-            raise UsageError(f"step_size {self.step_size}; expected a positive number, or 0 for 2.5 / steps")
         length = self.step_size or 2.5 / max(1, self.steps)
         return PGD(steps=self.steps, step_size=length, start=self.start, keep="last", stop=False)
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.gradient.pgd import PGD
+from advkit.core.checks import at_least_one, fraction, one_of
 from advkit.core.errors import BadModel, UsageError
 from advkit.core.oracle import MeteredOracle, frozen
 from advkit.core.protocols import Ball, Data, Rng
@@ -116,12 +117,9 @@ class PubDef(TrainingDefense):
             raise UsageError("pubdef needs sources: zoo:NAME, path:FILE, models, or auto")
         if self.groups and len(self.groups) != len(self.sources):
             raise UsageError(f"{len(self.groups)} groups for {len(self.sources)} sources; give one each, or none")
-        if self.loss not in ("random", "all", "topk", "dynamic-loss", "dynamic-acc"):
-            raise UsageError(f"loss {self.loss!r}; expected random, all, topk, dynamic-loss or dynamic-acc")
-        if not 0 < self.ema <= 1:
-            raise UsageError(f"ema {self.ema}; expected a rate in (0, 1]")
-        if self.copies < 1 or self.k < 1:
-            raise UsageError(f"copies={self.copies}, k={self.k}; expected at least 1 of each")
+        one_of(self, "loss", ("random", "all", "topk", "dynamic-loss", "dynamic-acc"))
+        fraction(self, "ema", what="rate")
+        at_least_one(self, "copies", "k")
         _ = self.maker_attack
 
     @property

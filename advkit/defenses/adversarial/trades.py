@@ -11,7 +11,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from advkit.attacks.gradient.pgd import Start
-from advkit.core.errors import UsageError
+from advkit.core.checks import not_negative
 from advkit.core.protocols import Rng
 from advkit.defenses.adversarial.base import AdversarialTraining, RobustObjective, attacked, in_mode
 from advkit.threat_models.goals.diverge import Diverge
@@ -43,8 +43,7 @@ class TRADES(AdversarialTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta >= 0:
-            raise UsageError(f"beta {self.beta}; expected a number >= 0")
+        not_negative(self, "beta")
 
     @override
     def objective(self) -> Objective:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from advkit.core.errors import UsageError
+from advkit.core.checks import check
 from advkit.defenses.inputs.base import InputDefense
 
 
@@ -23,8 +23,7 @@ class BitDepth(InputDefense):
     bits: int = 3
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 16:
-            raise UsageError(f"bits must be between 1 and 16, got {self.bits}")
+        check(self, "bits", 1 <= self.bits <= 16, "a whole number from 1 to 16")
 
     def transform(self, x: Tensor) -> Tensor:
         """x on the grid of k / (2**bits - 1)."""

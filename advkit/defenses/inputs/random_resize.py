@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advkit.core.errors import BadModel, UsageError
+from advkit.core.checks import at_least_one, fraction, one_of
+from advkit.core.errors import BadModel
 from advkit.defenses.inputs.base import Draws, InputDefense
 
 
@@ -33,12 +34,9 @@ class RandomResize(InputDefense, Draws):
     draws: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 < self.smallest <= 1:
-            raise UsageError(f"smallest must be in (0, 1], got {self.smallest}")
-        if self.how not in ("nearest", "bilinear"):
-            raise UsageError(f"how {self.how!r}; expected nearest or bilinear")
-        if self.draws < 1:
-            raise UsageError(f"draws must be at least 1, got {self.draws}")
+        fraction(self, "smallest")
+        one_of(self, "how", ("nearest", "bilinear"))
+        at_least_one(self, "draws")
 
     def transform(self, x: Tensor) -> Tensor:
         """Draws from torch's global generator of the device: a size, then a place, for every row."""

@@ -366,9 +366,9 @@ def matrix_heatmap(
         for s, a in zip(*np.nonzero(white[t]), strict=True):
             corner = (float(a) - 0.5, float(s) - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#AAAAAA", linewidth=0, hatch="////"))
-        held = np.where(white[t], np.nan, values[t])
-        if np.isfinite(held).any():
-            _framed(axes, held)
+        transfer = np.where(white[t], np.nan, values[t])
+        if np.isfinite(transfer).any():
+            _framed(axes, transfer)
     _scale(figure, image, list(panels))
     note = "rows: source models   hatched: white box   red frame: strongest cell of the target"
     figure.supxlabel(note, fontsize=9, color="#555555")

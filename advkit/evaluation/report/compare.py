@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.report.counts import count
+from advkit.evaluation.counts import count
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.text import describe_threat
 from advkit.evaluation.run.store import read_records, records_path

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Record, whole_batch
+from advkit.core.protocols import Batch, Record, whole_batch
 from advkit.evaluation.run.batch import (
     Round,
     Unit,
@@ -83,14 +83,15 @@ class LocalEngine:
         if together:
             batches = cell.task.batches(cell.n, skip=Without({}, cell, only), n=cell.n)
             first = next(batches)
-        lanes = self.lanes(cell)
-        waiting = chain([first], batches)
-        if self.workers is not None:
-            rounds = self.workers.run(unit, cell, waiting, lanes)
-        else:
-            rounds = (run_alone(unit, cell, batch, lanes) for batch in waiting)
-        for each in rounds:
+        for each in self.over(unit, cell, chain([first], batches)):
             yield _new_of(each, skip) if together else each
+
+    def over(self, unit: Unit, cell: Case, batches: Iterator[Batch]) -> Iterator[Round]:
+        """A function of batches on these batches of the task, in their order."""
+        lanes = self.lanes(cell)
+        if self.workers is not None:
+            return self.workers.run(unit, cell, batches, lanes)
+        return (run_alone(unit, cell, batch, lanes) for batch in batches)
 
     def lanes(self, cell: Case) -> Lanes:
         """Probed once per set of models."""
@@ -142,14 +143,23 @@ def _run(case: Case, scenario: Scenario, store: Store, progress: Progress | None
         progress(list(store), scenario.expected(case, store.records))
     kept = first_ids(case, case.keep)
     watch = Stopwatch()
+    for each in within_memory(case, lambda cell: scenario.rounds(cell, engine, store.records)):
+        examples = None if each.clean is None or each.adversarial is None else (each.clean, each.adversarial)
+        store.append(each.records, watch.lap(), examples=examples, keep=kept, tokens=each.tokens)
+        if progress:
+            progress(list(each.records), scenario.expected(case, store.records))
+    return list(store)
+
+
+def within_memory(case: Case, rounds: Callable[[Case], Iterator[Round]]) -> Iterator[Round]:
+    """The rounds of a case; where the device's memory ends, those that are left, in batches of half the size.
+
+    rounds: begins where the rounds before ended
+    """
     while True:
         try:
-            for each in scenario.rounds(case, engine, store.records):
-                examples = None if each.clean is None or each.adversarial is None else (each.clean, each.adversarial)
-                store.append(each.records, watch.lap(), examples=examples, keep=kept, tokens=each.tokens)
-                if progress:
-                    progress(list(each.records), scenario.expected(case, store.records))
-            return list(store)
+            yield from rounds(case)
+            return
         except torch.OutOfMemoryError:
             if case.batch_size == 1 or whole_batch(case.attack):
                 raise

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advkit.core.errors import SpecError, StaleRun
 from advkit.core.oracle import Lanes, frozen
-from advkit.core.protocols import Attack, OnlineAttack, Planned, Stepped, Suite
+from advkit.core.protocols import Attack, Planned, Stepped, Suite, on_streams
 from advkit.core.speed import Speed
 
 VICTIM = "victim"
@@ -103,7 +103,7 @@ def planned_passes(attack: Attack) -> float:
         return float(attack.planned)
     if isinstance(attack, Suite):
         return float(sum(s.share * planned_passes(s.attack) for s in attack.stages() if s.when == "always"))
-    if isinstance(attack, OnlineAttack) and isinstance(attack, _WrapsAttack):
+    if on_streams(attack) and isinstance(attack, _WrapsAttack):
         return planned_passes(attack.attack)  # an online attack's candidates are its inner attack's
     restarts = max(1, _setting(attack, "restarts"))
     if not isinstance(attack, Stepped):

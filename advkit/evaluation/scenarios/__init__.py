@@ -18,6 +18,7 @@ SCENARIOS: Registry[Scenario] = Registry(
         "stream": "advkit.evaluation.scenarios.stream:Stream",
     },
     group="advkit.scenarios",
+    contract="advkit.evaluation.run.scenario:Scenario",
 )
 
 

@@ -17,12 +17,12 @@ from advkit.core.protocols import (
     Attack,
     BringsAttacks,
     Label,
-    OnlineAttack,
     Outcome,
     Record,
     Stage,
     Suite,
     Undefended,
+    on_streams,
 )
 from advkit.defenses import DEFENSES
 from advkit.evaluation.run.store import Store
@@ -81,7 +81,7 @@ class Evasion(BaseScenario):
         """None, or why this case can't be run."""
         if case.attack is None:
             return "this threat model needs an attack: name one with --attack"
-        if isinstance(case.attack, OnlineAttack):
+        if on_streams(case.attack):
             return f"{case.label} is an attack on streams; give it one with --threat-model online"
         if isinstance(case.attack, Suite) and case.surrogates and not lacks_access(case):
             return (

@@ -27,17 +27,17 @@ from advkit.evaluation.scenarios.base import (
     parameters,
     rate,
 )
-from advkit.evaluation.victims import surrogates_of, with_public_sources
-from advkit.models import zoo
+from advkit.evaluation.sources import (
+    cell_of,
+    grid_of,
+    participants_of,
+    surrogates_of,
+    weights_of,
+    with_public_sources,
+)
 from advkit.threat_models import GOALS, THREAT_MODELS
-from advkit.threat_models.tapm import tapm_metrics
 
 KINDS = ("acc_avg", "acc_best_attack", "acc_per_sample")
-
-
-def cell(case: Case, label: Label, attack: Any, source: tuple[str, Any]) -> Case:
-    """One attack on one source, of a case on many: all rows, the verdict with the case's victim."""
-    return replace(case, attack=attack, surrogates=(source,), label=label, attack_misclassified=True)
 
 
 class Grid(BaseScenario):
@@ -55,7 +55,7 @@ class Grid(BaseScenario):
         """One evasion case per (surrogate, attack)."""
         threat = _brings(case)
         return [
-            replace(cell(case, Label(name, source=source), attack, (source, model)), threat=threat.cell(source))
+            cell_of(case, attack, Label(name, source=source), [(source, model)], threat.cell(source))
             for source, model in case.surrogates
             for name, attack in threat.algorithms(ATTACKS.build)
         ]
@@ -154,20 +154,10 @@ def errors_of(case: Case, records: Sequence[Record]) -> np.ndarray[Any, np.dtype
 def grid_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     """TAPM accuracies from the grid's records: average, best attack and per sample; seen and unseen sources apart."""
     threat = _brings(case)
-    names = [name for name, _ in case.surrogates]
-    group_of = {f"zoo:{card.name}": card.group for card in zoo.public(case.task.name)}
-    own = case.victim.describe().state_sha256
-    white_box = {name for name, model in case.surrogates if model.describe().state_sha256 == own}
-    found = tapm_metrics(
-        errors_of(case, records),
-        names,
-        list(threat.attack_names),
-        {name: group_of.get(name, "given") for name in names},
-        set(threat.seen),
-        white_box,
-    )
-    blocks = {"": found["overall"], "_seen": found["seen"], "_unseen": found["unseen"]}
-    blocks |= {f"_group_{name}": block for name, block in found["by_group"].items()}
+    grid = grid_of(participants_of(case.surrogates), threat.attack_names, threat.seen, weights_of(case.victim))
+    accuracies = grid.accuracies(errors_of(case, records))
+    blocks = {"": accuracies["overall"], "_seen": accuracies["seen"], "_unseen": accuracies["unseen"]}
+    blocks |= {f"_group_{name}": block for name, block in accuracies["by_group"].items()}
     metrics: dict[str, Any] = {}
     for suffix, block in blocks.items():
         for kind in KINDS if block is not None else ():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from advkit.core.protocols import CountsOver, Judged, Label, Lattice, Levels, OfKind, Outcome, Record
-from advkit.evaluation.report.counts import Counts, by_label, count, measured
+from advkit.evaluation.counts import Counts, by_label, count, measured
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import DenominatorKind, rate
 

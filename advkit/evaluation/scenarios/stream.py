@@ -22,7 +22,7 @@ from advkit.attacks.stream.online import Online
 from advkit.attacks.stream.selectors import SELECTORS, Rule, selector
 from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Label, OnlineAttack, Outcome, Submissions, WrapsBall
+from advkit.core.protocols import Label, OnlineAttack, Outcome, PlansSubmissions, Submissions, WrapsBall, on_streams
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import alone, attacked_model
 from advkit.evaluation.run.judge import Judge, submitted
@@ -282,11 +282,15 @@ def cell(case: Case) -> Case:
 def budget(case: Case) -> int:
     """The submissions that the threat model grants, or else the attack plans."""
     granted = _stream(case).k
-    if granted is None and isinstance(case.attack, OnlineAttack):
-        granted = case.attack.k
+    granted = _planned(case.attack) if granted is None else granted
     if granted is None:
         raise UsageError("nobody says how many submissions a stream allows: name k, e.g. online:k=10")
     return int(granted)
+
+
+def _planned(attack: object) -> int | None:
+    """Submissions that the attack says itself."""
+    return attack.k if isinstance(attack, PlansSubmissions) else None
 
 
 def _stream(case: Case) -> Submissions:
@@ -295,7 +299,7 @@ def _stream(case: Case) -> Submissions:
 
 
 def _online(case: Case) -> OnlineAttack:
-    assert isinstance(case.attack, OnlineAttack)
+    assert on_streams(case.attack)
     return case.attack
 
 
@@ -310,20 +314,21 @@ class Stream(BaseScenario):
 
     def resolve(self, parts: Parts) -> Parts:
         """The attack's budget is the threat model's where one of them names it."""
-        planned = parts.attack.k if isinstance(parts.attack, OnlineAttack) else None
+        planned = _planned(parts.attack)
         return replace(parts, threat=parts.threat.agreed(planned)) if isinstance(parts.threat, Submissions) else parts
 
     def accepts(self, case: Case) -> str | None:
         """None, or why this case can't be run; raises UsageError where the selector refuses the stream."""
         attack = case.attack
-        if not isinstance(attack, OnlineAttack) or not callable(attack.start):
+        if not on_streams(attack):
             return f"a stream needs an online attack: online:inner=[{case.label}],k={_stream(case).k or 10}"
         if reason := lacks_access(case):
             return reason.replace("access=...", "inner=[...,access=...]")
         if case.rule.kind != "untargeted":
             return f"the items of a stream are valued by the loss of the true label; goal {case.rule.kind} has another"
-        if attack.k not in (None, budget(case)):
-            return f"the attack plans {attack.k} submissions and the threat model grants {budget(case)}: say k once"
+        planned = _planned(attack)
+        if planned not in (None, budget(case)):
+            return f"the attack plans {planned} submissions and the threat model grants {budget(case)}: say k once"
         if not 1 <= budget(case) <= case.n:
             return f"{budget(case)} submissions for a stream of {case.n} items; expected at most as many as items"
         attack.start(case.n, budget(case), streams(case.seed, 1))

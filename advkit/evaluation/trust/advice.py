@@ -7,7 +7,7 @@ from collections.abc import Mapping
 ADVICE: Mapping[str, str] = {
     "training_mode": "call .eval() on it",
     "randomized_output": "average the attack's gradients over draws (eot=20); verdicts go by majority of draws",
-    "probability_output": "let it answer logits",
+    "probability_output": "let it output logits",
     "inference_time_optimization": "attack the inner loop too (unroll it, or use an attacker view), and run square",
     "not_differentiable": "give the defense an attacker view (BPDA), or attack with scores alone (square)",
     "nonfinite_gradient": "look for log(0), 0/0 or overflow in the model",

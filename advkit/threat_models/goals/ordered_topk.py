@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from advkit.core.checks import at_least_one, not_negative
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import NOT_REACHED, Rng, Worded, Wording
 from advkit.threat_models.goals.polyhedron import (
@@ -58,9 +59,7 @@ class _Top(ABC):
     def __post_init__(self) -> None:
         if self.surrogate not in SURROGATES:
             raise UsageError(f"loss {self.surrogate!r}; expected one of {', '.join(SURROGATES)}")
-        for name, least in (("spacing", 0.0), ("kappa", 0.0), ("beta", 0.0)):
-            if not getattr(self, name) >= least:
-                raise UsageError(f"{name}={getattr(self, name)}; expected a number from {least:g} up")
+        not_negative(self, "spacing", "kappa", "beta")
         for name in ("gram", "similarity"):
             given: Tensor | None = getattr(self, name)
             if given is not None and (given.ndim != 2 or given.shape[0] != given.shape[1]):
@@ -371,8 +370,7 @@ class OutOfTopK(_Top):
     k: int = 5
 
     def _checked(self) -> int:
-        if self.k < 1:
-            raise UsageError(f"k={self.k}; expected a number of places from 1 up")
+        at_least_one(self, "k")
         if self.surrogate == "ad":
             raise UsageError("out-of-topk names no classes to distil towards: it has no loss 'ad'; use cw or quad")
         return checked_classes(self.labels, "labels")
@@ -442,11 +440,6 @@ def _classes_of(labels: Tensor, answer: Tensor, what: str) -> int:
     return answer.shape[1]
 
 
-def _at_least_one(k: int) -> None:
-    if k < 1:
-        raise UsageError(f"k={k}; expected a number of classes from 1 up")
-
-
 @dataclass(frozen=True, kw_only=True)
 class OrderedTopKRule(Worded):
     """Ordered top-K: k wrong classes take the first k places in one given order, drawn per sample.
@@ -459,7 +452,7 @@ class OrderedTopKRule(Worded):
     k: int = 5
 
     def __post_init__(self) -> None:
-        _at_least_one(self.k)
+        at_least_one(self, "k")
 
     def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> OrderedTopK:
         """The goal of a batch with true classes `labels` and untouched answer `answer` (scores, float [B, C])."""
@@ -478,7 +471,7 @@ class TopKRule(Worded):
     k: int = 5
 
     def __post_init__(self) -> None:
-        _at_least_one(self.k)
+        at_least_one(self, "k")
 
     def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> TopK:
         """The goal of a batch with true classes `labels` and untouched answer `answer` (scores, float [B, C])."""
@@ -497,7 +490,7 @@ class OutOfTopKRule(Worded):
     k: int = 5
 
     def __post_init__(self) -> None:
-        _at_least_one(self.k)
+        at_least_one(self, "k")
 
     def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> OutOfTopK:
         """The goal of a batch with true classes `labels`; the untouched `answer` and `rng` do not matter here."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import at_least_one, fraction, positive
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import (
     CountsOver,
@@ -235,10 +236,9 @@ class SaysRule(Refuses, Judged, CountsOver, Worded):
     max_tokens: int = 300
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UsageError(f"samples={self.samples}; expected at least one reply per sample")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise UsageError(f"temperature={self.temperature}, top_p={self.top_p}; expected above 0, and in (0, 1]")
+        at_least_one(self, "samples")
+        positive(self, "temperature")
+        fraction(self, "top_p")
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
             raise UsageError(f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}; expected 0 <= min <= max")
         names = [name for name, _ in panel(self.judges)]

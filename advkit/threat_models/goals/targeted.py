@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import at_least, one_of
 from advkit.core.errors import BadInput, BadModel, UsageError
-from advkit.core.protocols import NOT_REACHED, NoneReached, Rng, Worded, Wording
+from advkit.core.protocols import NOT_REACHED, Rng, Worded, Wording
 from advkit.core.rows import finite_rows
-from advkit.threat_models.goals.per_row import PerRow
 from advkit.threat_models.goals.untargeted import (
+    ClassGoal,
     Surrogate,
     best_other,
     checked_answer,
     checked_classes,
-    checked_surrogate,
     pick,
-    scores_only,
-    top_scores,
+    targeted_spread,
 )
 
 
 @dataclass(frozen=True, eq=False)
-class Targeted(PerRow, NoneReached):
+class Targeted(ClassGoal):
     """One chosen class; among equal scores the lowest index decides, as in `Untargeted`.
 
     targets:   wanted classes, long [B]
@@ -40,18 +39,14 @@ class Targeted(PerRow, NoneReached):
     """
 
     kind: ClassVar[str] = "targeted"
+    _what: ClassVar[str] = "targets"
     targets: Tensor
     surrogate: Surrogate = "ce"
     _top: int | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        checked_surrogate(self.surrogate)
-        if self._top is None:
-            object.__setattr__(self, "_top", checked_classes(self.targets, "targets"))
-
-    def _scores(self, answer: Tensor) -> bool:
-        assert self._top is not None
-        return checked_answer(answer, self._top, len(self.targets), "targets")
+    @property
+    def _classes(self) -> Tensor:
+        return self.targets
 
     def reached(self, answer: Tensor) -> Tensor:
         """Bool [B]."""
@@ -64,31 +59,14 @@ class Targeted(PerRow, NoneReached):
         """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
         return self._scores(answer) and not bool((answer.argmax(1) == self.targets).any())
 
-    def margin(self, answer: Tensor) -> Tensor:
-        """Float [B]: best other score minus the target's: negative where reached (0 in a tie), +inf if not finite."""
-        if not self._scores(answer):
-            return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
-        margin = best_other(answer, self.targets) - pick(answer, self.targets)
-        return torch.where(finite_rows(answer), margin, torch.inf)
+    def _gap(self, answer: Tensor) -> Tensor:
+        return best_other(answer, self.targets) - pick(answer, self.targets)
 
-    def loss(self, answer: Tensor) -> Tensor:
-        """Float [B], smaller is better for the attacker."""
-        scores = self._scores(answer)
-        scores_only(scores, self.surrogate)
-        if not scores:
-            return self.margin(answer)
-        if self.surrogate == "ce":
-            return F.cross_entropy(answer, self.targets, reduction="none")
-        margin = best_other(answer, self.targets) - pick(answer, self.targets)
-        if self.surrogate == "margin":
-            return margin
-        top = top_scores(answer, 4, "targeted dlr")
-        return margin / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    def _cross_entropy(self, answer: Tensor) -> Tensor:
+        return F.cross_entropy(answer, self.targets, reduction="none")
 
-    def under(self, loss: str) -> Self:
-        """The same goal with another surrogate loss."""
-        surrogate = checked_surrogate(loss)
-        return self if surrogate == self.surrogate else replace(self, surrogate=surrogate)
+    def _spread(self, answer: Tensor) -> Tensor:
+        return targeted_spread(answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +86,10 @@ class TargetedRule(Worded):
     target: int | None = None
 
     def __post_init__(self) -> None:
-        if self.how not in ("next", "random", "least_likely", "class"):
-            raise UsageError(f"how={self.how!r}; expected next, random, least_likely or class")
+        one_of(self, "how", ("next", "random", "least_likely", "class"))
         if (self.how == "class") != (self.target is not None):
             raise UsageError(f"how={self.how}, target={self.target}; target=... goes with how=class and only with it")
-        if self.target is not None and self.target < 0:
-            raise UsageError(f"target={self.target}; expected a class index from 0 up")
+        at_least(self, 0, "target")
 
     def __call__(self, labels: Tensor, answer: Tensor, rng: Rng) -> Targeted:
         """The goal of a batch with true classes `labels` and untouched answer `answer` (scores, float [B, C])."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -74,6 +75,12 @@ def top_scores(answer: Tensor, needed: int, loss: str) -> Tensor:
     return answer.topk(needed, dim=1).values
 
 
+def targeted_spread(answer: Tensor) -> Tensor:
+    """What the targeted DLR divides by: from the largest score to the mean of the third and fourth."""
+    top = top_scores(answer, 4, "targeted dlr")
+    return top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+
+
 def pick(answer: Tensor, classes: Tensor) -> Tensor:
     """The score of one class per row [B]."""
     return answer.gather(1, classes.unsqueeze(1)).squeeze(1)
@@ -98,8 +105,70 @@ def checked_surrogate(name: str) -> Surrogate:
     return cast(Surrogate, name)
 
 
+class ClassGoal(PerRow, NoneReached, ABC):
+    """What goals about one class per row share: their checks, what decisions are worth, and the losses.
+
+    A frozen dataclass below it declares `surrogate` and `_top` behind its classes, and says of scores what its margin
+    is (`_gap`), its cross-entropy, and what DLR divides by (`_spread`). `_aim` is what the other two losses follow.
+    """
+
+    surrogate: Surrogate
+    _top: int | None
+    _what: ClassVar[str]  # the classes, in messages
+
+    def __post_init__(self) -> None:
+        checked_surrogate(self.surrogate)
+        if self._top is None:  # take() and to() hand it on: looking it up again would synchronise
+            object.__setattr__(self, "_top", checked_classes(self._classes, self._what))
+
+    @property
+    @abstractmethod
+    def _classes(self) -> Tensor: ...
+
+    @abstractmethod
+    def reached(self, answer: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _gap(self, answer: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _cross_entropy(self, answer: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _spread(self, answer: Tensor) -> Tensor: ...
+
+    def _aim(self, answer: Tensor) -> Tensor:
+        return self._gap(answer)
+
+    def _scores(self, answer: Tensor) -> bool:
+        assert self._top is not None
+        return checked_answer(answer, self._top, len(self._classes), self._what)
+
+    def margin(self, answer: Tensor) -> Tensor:
+        """Float [B]: negative where reached (0 in a tie); +inf where not finite."""
+        if not self._scores(answer):
+            return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
+        return torch.where(finite_rows(answer), self._gap(answer), torch.inf)
+
+    def loss(self, answer: Tensor) -> Tensor:
+        """Float [B], smaller is better for the attacker."""
+        scores = self._scores(answer)
+        scores_only(scores, self.surrogate)
+        if not scores:
+            return self.margin(answer)
+        if self.surrogate == "ce":
+            return self._cross_entropy(answer)
+        aim = self._aim(answer)
+        return aim if self.surrogate == "margin" else aim / (self._spread(answer) + 1e-12)
+
+    def under(self, loss: str) -> Self:
+        """The same goal with another surrogate loss."""
+        surrogate = checked_surrogate(loss)
+        return self if surrogate == self.surrogate else replace(self, surrogate=surrogate)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, eq=False)
-class Untargeted(PerRow, NoneReached):
+class Untargeted(ClassGoal):
     """Any class but the true one.
 
     Classes are decided as a deployed classifier does: the largest score, the lowest index among equals.
@@ -114,18 +183,14 @@ class Untargeted(PerRow, NoneReached):
     """
 
     kind: ClassVar[str] = "untargeted"
+    _what: ClassVar[str] = "labels"
     labels: Tensor
     surrogate: Surrogate = "ce"
     _top: int | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        checked_surrogate(self.surrogate)
-        if self._top is None:  # take() and to() hand it on: looking it up again would synchronise
-            object.__setattr__(self, "_top", checked_classes(self.labels, "labels"))
-
-    def _scores(self, answer: Tensor) -> bool:
-        assert self._top is not None
-        return checked_answer(answer, self._top, len(self.labels), "labels")
+    @property
+    def _classes(self) -> Tensor:
+        return self.labels
 
     def reached(self, answer: Tensor) -> Tensor:
         """Bool [B]."""
@@ -138,32 +203,16 @@ class Untargeted(PerRow, NoneReached):
         """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
         return self._scores(answer) and torch.equal(answer.argmax(1), self.labels)
 
-    def margin(self, answer: Tensor) -> Tensor:
-        """Float [B]: true score minus the best other: negative where reached (0 in a tie); +inf where not finite."""
-        if not self._scores(answer):
-            return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
-        margin = pick(answer, self.labels) - best_other(answer, self.labels)
-        return torch.where(finite_rows(answer), margin, torch.inf)
+    def _gap(self, answer: Tensor) -> Tensor:
+        return pick(answer, self.labels) - best_other(answer, self.labels)
 
-    def loss(self, answer: Tensor) -> Tensor:
-        """Float [B], smaller is better for the attacker."""
-        scores = self._scores(answer)
-        scores_only(scores, self.surrogate)
-        if not scores:
-            return self.margin(answer)
-        if self.surrogate == "ce":
-            weight = _minus_one(answer.shape[1], answer.dtype, answer.device)
-            return F.cross_entropy(answer, self.labels, weight, reduction="none")
-        margin = pick(answer, self.labels) - best_other(answer, self.labels)
-        if self.surrogate == "margin":
-            return margin
+    def _cross_entropy(self, answer: Tensor) -> Tensor:
+        weight = _minus_one(answer.shape[1], answer.dtype, answer.device)
+        return F.cross_entropy(answer, self.labels, weight, reduction="none")
+
+    def _spread(self, answer: Tensor) -> Tensor:
         top = top_scores(answer, 3, "dlr")
-        return margin / (top[:, 0] - top[:, 2] + 1e-12)
-
-    def under(self, loss: str) -> Self:
-        """The same goal with another surrogate loss."""
-        surrogate = checked_surrogate(loss)
-        return self if surrogate == self.surrogate else replace(self, surrogate=surrogate)
+        return top[:, 0] - top[:, 2]
 
     def rivals(self, answer: Tensor, k: int, without: Sequence[Rival] = ()) -> tuple[Rival, ...]:
         """The same goal aimed at one wrong class at a time: the k likeliest at `answer`, likeliest first.
@@ -193,19 +242,14 @@ class Rival(Untargeted):
     surrogate: Surrogate = "margin"
     rival: Tensor = field(kw_only=True)
 
-    def loss(self, answer: Tensor) -> Tensor:
-        """Float [B], smaller is better for the attacker."""
-        scores = self._scores(answer)
-        scores_only(scores, self.surrogate)
-        if not scores:
-            return self.margin(answer)
-        if self.surrogate == "ce":
-            return F.cross_entropy(answer, self.rival, reduction="none")
-        margin = pick(answer, self.labels) - pick(answer, self.rival)
-        if self.surrogate == "margin":
-            return margin
-        top = top_scores(answer, 4, "targeted dlr")
-        return margin / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    def _aim(self, answer: Tensor) -> Tensor:
+        return pick(answer, self.labels) - pick(answer, self.rival)
+
+    def _cross_entropy(self, answer: Tensor) -> Tensor:
+        return F.cross_entropy(answer, self.rival, reduction="none")
+
+    def _spread(self, answer: Tensor) -> Tensor:
+        return targeted_spread(answer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,182 @@
+"""What the loop of an attack costs beside the model's passes: CPU time, and operations per step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from advkit.attacks.gradient.apgd import APGDCE
+from advkit.attacks.gradient.pgd import PGD
+from advkit.attacks.minimal.fab import FABT
+from advkit.attacks.query.square import Square
+from advkit.benchmark.sides import labels_of, one_thread
+from advkit.core.errors import UsageError
+from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.rng import RowRng
+from advkit.evaluation.api import resolve
+from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.threat_models.lp import Linf
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A model, and the task's first rows that it classifies correctly."""
+
+    model: Any
+    x: Tensor
+    goal: Untargeted
+    ids: tuple[str, ...]
+
+    def first(self, size: int) -> _Rows:
+        return _Rows(self.model, self.x[:size], self.goal.take(torch.arange(size)), self.ids[:size])
+
+
+def _correct_rows(model: str, task: Any, rows: int) -> _Rows:
+    case = resolve("pgd", "none", task, model, n=None, device="cpu")
+    batch = next(iter(case.task.batches(4 * rows)))
+    labels = labels_of(case, batch)
+    with torch.no_grad():
+        correct = (case.victim(batch.x).argmax(1) == labels).nonzero().squeeze(1)[:rows]
+    if len(correct) < rows:
+        raise UsageError(f"{model} gets only {len(correct)} of {4 * rows} samples right; {rows} are needed")
+    ids = tuple(batch.ids[i] for i in correct.tolist())
+    return _Rows(case.victim, batch.x[correct], Untargeted(labels[correct]), ids)
+
+
+# CPU time
+
+
+def pgd_overhead(
+    model: str = "zoo:fashion-mnist-cnn-pgd_at",
+    *,
+    task: Any = "fashion-mnist",
+    sizes: Sequence[int] = (1, 10, 50, 250),
+    steps: int = 20,
+    repetitions: int = 9,
+) -> dict[str, Any]:
+    """CPU time of PGD's loop over that of the bare forward and backward passes it makes, at several batch sizes.
+
+    Two figures each: the loop alone, at the batch's own shape, and in the harness's lanes, whose padding buys bits that
+    do not depend on the batch (on a CPU one row is evaluated together with fifteen copies).
+    """
+    rows = _correct_rows(model, task, max(sizes))
+    with one_thread(), frozen(*rows.model.modules()):
+        ratios = [_loop_ratios(rows.first(size), steps, repetitions) for size in sizes]
+    return {"model": model, "steps": steps, "repetitions": repetitions, "sizes": ratios}
+
+
+def _loop_ratios(rows: _Rows, steps: int, repetitions: int) -> dict[str, Any]:
+    """The loop's time over that of bare passes, for one batch."""
+    size = len(rows.x)
+    rng = RowRng.from_ids(0, rows.ids)
+    attack = PGD(steps=steps, stop=False, start="origin")
+    ball = Linf(0.1).bind(rows.model.space)
+
+    def loop(lanes: Lanes) -> None:
+        attack(MeteredOracle(rows.model, size, lanes=lanes), rows.x, rows.goal, ball, rng)
+
+    sides: tuple[Callable[[], object], ...] = (
+        partial(_bare, rows.model, rows.x, rows.goal.labels, steps),
+        partial(loop, Lanes(chunk=size, multiple=1)),
+        partial(loop, Lanes()),
+    )
+    times = [_timed(sides, turn, max(1, 50 // size)) for turn in range(repetitions + 1)][1:]  # the first warms up
+    return {
+        "batch": size,
+        "loop": round(statistics.median(own / bare for bare, own, _ in times), 3),
+        "in_lanes": round(statistics.median(lanes / bare for bare, _, lanes in times), 3),
+    }
+
+
+def _timed(sides: Sequence[Callable[[], object]], turn: int, loops: int) -> list[float]:
+    """CPU seconds of each side for so many calls; which side is first depends on the turn."""
+    seconds = [0.0] * len(sides)
+    for position in range(len(sides)):
+        side = (position + turn) % len(sides)
+        begin = time.process_time()
+        for _ in range(loops):
+            sides[side]()
+        seconds[side] = time.process_time() - begin
+    return seconds
+
+
+def _bare(model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, steps: int) -> None:
+    """As many passes as `steps` of PGD make, and nothing else."""
+    for _ in range(steps):
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(cross_entropy(model(leaf), labels, reduction="sum"), leaf)
+    with torch.no_grad():
+        model(x)
+
+
+# Operations
+
+
+class Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that reach torch's dispatcher, and those that wait for the device's result."""
+
+    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops = 0
+        self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops += 1
+        name = func._schema.name
+        masks = name in ("aten::index", "aten::index_put_", "aten::index_put") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+        )
+        self.syncs += masks or name in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+def dispatcher_ops(model: str = "zoo:fashion-mnist-cnn-pgd_at", *, task: Any = "fashion-mnist") -> dict[str, Any]:
+    """Dispatcher operations and host synchronisations per step, exact and independent of the machine.
+
+    64 rows, none of which is broken (a ball of almost no radius), in one lane of 64; a step's count is the difference
+    between a longer and a shorter run, divided by the steps between them.
+    """
+    rows = _correct_rows(model, task, 64)
+    with frozen(*rows.model.modules()), Ops() as bare:
+        leaf = rows.x.clone().requires_grad_()
+        torch.autograd.grad(cross_entropy(rows.model(leaf), rows.goal.labels, reduction="sum"), leaf)
+    with torch.no_grad(), Ops() as forward:
+        rows.model(rows.x)
+    ball = Linf(1e-6).bind(rows.model.space)
+    pgd, apgd = PGD(steps=5), APGDCE(steps=20)
+    fab, square = FABT(steps=5, targets=1), Square(queries=50)
+    return {
+        "model": model,
+        "bare": {"forward": forward.ops, "forward_and_backward": bare.ops},
+        "steps": {
+            "pgd": _per_step(rows, ball, pgd, replace(pgd, steps=15), 10),
+            "apgd-ce": _per_step(rows, ball, apgd, replace(apgd, steps=60), 40),
+            "fab-t": _per_step(rows, ball, fab, replace(fab, steps=15), 10),
+            "square": _per_step(rows, ball, square, replace(square, queries=150), 100),
+        },
+    }
+
+
+def _per_step(rows: _Rows, ball: Linf, few: Any, many: Any, steps: int) -> dict[str, float]:
+    (few_ops, few_syncs), (many_ops, many_syncs) = _counts(rows, ball, few), _counts(rows, ball, many)
+    return {"ops": (many_ops - few_ops) / steps, "syncs": (many_syncs - few_syncs) / steps}
+
+
+def _counts(rows: _Rows, ball: Linf, attack: Any) -> tuple[int, int]:
+    """Operations and synchronisations of one run of the attack."""
+    oracle = MeteredOracle(rows.model, len(rows.x), lanes=Lanes())
+    rng = RowRng.from_ids(0, rows.ids)
+    with frozen(*rows.model.modules()), Ops() as ops:
+        attack(oracle, rows.x, rows.goal, ball, rng)
+    return ops.ops, ops.syncs
