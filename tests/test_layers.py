@@ -33,7 +33,7 @@ def test_imports_run_one_way() -> None:
 
 def test_every_package_has_its_layer() -> None:
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
-    (layers,) = (each["layers"] for each in contract["contracts"] if each["type"] == "layers")
+    (layers,) = (each["layers"] for each in contract["contracts"] if each["name"] == "Imports run one way")
     named = {name.strip() for layer in layers for name in layer.split("|")}
     packages = {f"advkit.{each.parent.name}" for each in (ROOT / "advkit").glob("*/__init__.py")}
     assert packages == named
