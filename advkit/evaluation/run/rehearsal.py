@@ -17,6 +17,7 @@ from advkit.evaluation.run.batch import halved, on_device, own_randomness
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.judge import Judge
 from advkit.evaluation.run.scenario import Scenario
+from advkit.models.torch import check_mode, checked_logits
 
 log = logging.getLogger("advkit")
 
@@ -45,10 +46,7 @@ def _check_models(case: Case) -> None:
             "choose a model trained for this task"
         )
     for name, model in (("the model", case.victim), *((f"surrogate {n}", s) for n, s in case.surrogates)):
-        if any(module.training for top in model.modules() for module in top.modules()):
-            raise BadModel(
-                f"{name} is in training mode (dropout and batch statistics would answer): call .eval() on it first"
-            )
+        check_mode(model, name)
 
 
 def _first_answer(case: Case, first: Batch) -> tuple[Batch, Tensor]:
@@ -57,27 +55,24 @@ def _first_answer(case: Case, first: Batch) -> tuple[Batch, Tensor]:
     A row on which it raises is for that row's record; where it raises on all of them, the model does not fit.
     """
     batch, answer = answered(case, first)
-    x = batch.x
     if answer.ndim == 2 and answer.shape[1] != case.task.classes:
         raise BadModel(
             f"the model answers {answer.shape[1]} classes, the task {case.task.name} has {case.task.classes}: "
             "choose a model trained for this task"
         )
-    if len(answer) != len(x) or answer.ndim not in (1, 2):
-        raise BadModel(
-            f"the model answers a tensor of shape {tuple(answer.shape)} for {len(x)} inputs; expected logits "
-            f"[{len(x)}, {case.task.classes}] or decisions [{len(x)}]"
-        )
     return batch, answer
 
 
 def answered(case: Case, batch: Batch) -> tuple[Batch, Tensor]:
-    """The rows of a batch on which the victim does not raise, and its answer to them.
+    """Rows of a batch on which the victim does not raise, and its answer to them.
 
-    Raises BadModel where it raises on the first row and on the last, RunInterrupted where one row is too much memory.
+    Raises BadModel where it raises on every row, RunInterrupted where one row is too much memory.
     """
     try:
-        return batch, _asked(case, batch.x)
+        with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
+            answer = Judge(case.victim, Lanes.fitting(batch.x)).answer(batch.x)
+    except AdvkitError:
+        raise
     except torch.OutOfMemoryError as error:
         if len(batch.ids) == 1:
             raise RunInterrupted(
@@ -85,23 +80,15 @@ def answered(case: Case, batch: Batch) -> tuple[Batch, Tensor]:
                 "--device"
             ) from error
         return answered(case, halved(batch)[0])
-    except (AttributeError, *_RAISED) as error:
-        halves = halved(batch) if len(batch.ids) > 1 else []
-        for half in halves:
+    except Exception as error:  # code of the user's raises whatever it likes
+        for half in halved(batch) if len(batch.ids) > 1 else []:
             with suppress(BadModel):
                 return answered(case, half)
         raise BadModel(
             f"the model can't take inputs of shape {tuple(batch.x.shape[1:])} of task {case.task.name}: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-_RAISED = (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, ArithmeticError)
-
-
-def _asked(case: Case, x: Tensor) -> Tensor:
-    with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
-        return Judge(case.victim, Lanes.fitting(x)).answer(x)
+    return batch, checked_logits(answer, len(batch.x))
 
 
 class _SecondQuestion(Exception):
