@@ -28,7 +28,7 @@ from advkit.core.registry.fields import (
     told_of,
     write_fields,
 )
-from advkit.core.registry.grammar import nearest, parse_spec
+from advkit.core.registry.grammar import fold, nearest, parse_spec
 
 T = TypeVar("T")
 
@@ -72,11 +72,6 @@ def _imported(target: str) -> Any:
     return found
 
 
-def _fold(name: str) -> str:
-    """Names differ neither by case nor by underscore against hyphen."""
-    return name.casefold().replace("_", "-")
-
-
 class Registry(Generic[T]):
     """One kind of part by name: a table of lazy targets, and the entry points of other packages.
 
@@ -102,8 +97,8 @@ class Registry(Generic[T]):
         self.group = group
         self.deprecated = dict(deprecated or {})
         self._contract = contract
-        self._folded = {_fold(name): name for name in self.table}
-        self._older = {_fold(name): name for name in self.deprecated}
+        self._folded = {fold(name): name for name in self.table}
+        self._older = {fold(name): name for name in self.deprecated}
 
     def __repr__(self) -> str:
         return f"Registry({self.kind!r}, {len(self.table)} names, group={self.group!r})"
@@ -123,7 +118,7 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """Every name: the table's in their order, then those of other packages."""
-        return (*self.table, *sorted(name for name in self._entries() if _fold(name) not in self._folded))
+        return (*self.table, *sorted(name for name in self._entries() if fold(name) not in self._folded))
 
     def target(self, name: str) -> str:
         """The `module:attribute` behind a name; UnknownName where there is none."""
@@ -137,7 +132,7 @@ class Registry(Generic[T]):
             _warn(self.kind, old, self.deprecated[old])
             found = self._find(self.deprecated[old])
         if found is None:
-            near = nearest(_fold(name), self.names())
+            near = nearest(fold(name), self.names())
             raise UnknownName(f"unknown {self.kind} {name!r}{near or ';'} `advkit list {self.plural}` lists them all")
         return found
 
@@ -246,16 +241,16 @@ class Registry(Generic[T]):
 
     def _deprecated(self, name: str) -> str | None:
         """A deprecated name as the registry spells it."""
-        wanted = _fold(name.strip()).rstrip(":")
+        wanted = fold(name.strip()).rstrip(":")
         return self._older.get(wanted) or self._older.get(f"{wanted}:")
 
     def _find(self, name: str) -> str | None:
-        wanted = _fold(name.strip())
+        wanted = fold(name.strip())
         for each in (wanted, f"{wanted.rstrip(':')}:"):
             if each in self._folded:
                 return self._folded[each]
         for entry in self._entries():
-            if _fold(entry) in (wanted, f"{wanted.rstrip(':')}:"):
+            if fold(entry) in (wanted, f"{wanted.rstrip(':')}:"):
                 return entry
         return None
 
