@@ -66,7 +66,7 @@ class RobustBench:
             ) from error
         if not shape or len(shape) != 3:
             raise BadModel(f"{spec} takes images of shape [C, H, W], this task's samples are {list(shape)}")
-        _probed(module, tuple(shape), classes, spec, f"it was made for {self.dataset}")
+        _probed(module, tuple(shape), spec, f"it was made for {self.dataset}")
         return TorchModel(
             module,
             _space(space, tuple(shape)),

@@ -23,8 +23,12 @@ EPS = "linf:eps=0.2"
 
 
 @pytest.fixture(scope="module")
-def rows():
-    batch = next(iter(TASKS.build("digits").batches(40, n=40)))
+def batch():
+    return next(iter(TASKS.build("digits").batches(40, n=40)))
+
+
+@pytest.fixture(scope="module")
+def rows(batch):
     return Arrays(batch.x, batch.labels, classes=10)
 
 
@@ -81,15 +85,15 @@ class Meddles:
 
 
 @pytest.mark.parametrize("act", [weights, weights_in_place, mode, mode_of_a_part, hook, hook_before])
-def test_an_attack_that_changes_its_victim_ends_the_run_and_the_model_comes_back(act, rows, tmp_path):
+def test_an_attack_that_changes_its_victim_ends_the_run_and_the_model_comes_back(act, rows, batch, tmp_path):
     model = Victim()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    answer = model(rows.x)
+    answer = model(batch.x)
     with pytest.raises(ModelChanged, match="changed a model"):
         advkit.evaluate(Meddles(act), task=rows, model=model, threat_model=EPS, batch_size=16, out=tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module.training for module in model.modules())
-    assert torch.equal(model(rows.x), answer)
+    assert torch.equal(model(batch.x), answer)
     assert not (tmp_path / "records.jsonl").exists() or not (tmp_path / "records.jsonl").read_text()
 
 
@@ -111,9 +115,9 @@ class Raises(nn.Module):
 
 
 @pytest.mark.parametrize("row", [0, 17, 39])
-def test_a_victim_that_raises_on_one_sample_costs_that_sample(row, rows, tmp_path):
+def test_a_victim_that_raises_on_one_sample_costs_that_sample(row, rows, batch, tmp_path):
     report = advkit.evaluate(
-        "pgd:steps=3", task=rows, model=Raises(rows.x[row]), threat_model=EPS, batch_size=16, out=tmp_path / "raises"
+        "pgd:steps=3", task=rows, model=Raises(batch.x[row]), threat_model=EPS, batch_size=16, out=tmp_path / "raises"
     )
     advkit.evaluate("pgd:steps=3", task=rows, model=Victim(), threat_model=EPS, batch_size=16, out=tmp_path / "plain")
     found = {r.id: r for r in read_records(tmp_path / "raises" / "records.jsonl")}
@@ -126,9 +130,9 @@ def test_a_victim_that_raises_on_one_sample_costs_that_sample(row, rows, tmp_pat
     assert not report.trustworthy or report.flags
 
 
-def test_a_victim_that_raises_on_every_sample_is_a_bad_model(rows):
+def test_a_victim_that_raises_on_every_sample_is_a_bad_model(rows, batch):
     with pytest.raises(BadModel, match="this sample is refused"):
-        advkit.evaluate("pgd:steps=3", task=rows, model=Raises(rows.x[0], always=True), threat_model=EPS)
+        advkit.evaluate("pgd:steps=3", task=rows, model=Raises(batch.x[0], always=True), threat_model=EPS)
 
 
 @pytest.mark.parametrize("make", [lambda x: None, lambda x: np.zeros(3), lambda x: (x,)])
