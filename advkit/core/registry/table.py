@@ -81,6 +81,7 @@ class Registry(Generic[T]):
     contract:   what every part has: a protocol, a base class, or "module:attribute" of one, which is imported when it
                 is needed. What an entry point names is refused (UsageError) where it lacks any; None: nothing is asked
     deprecated: old name -> new one; an old one builds what the new one does, with a DeprecationWarning
+    objects:    objects handed over in place of a spec have every member of the contract, too
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Registry(Generic[T]):
         *,
         contract: object = None,
         deprecated: Mapping[str, str] | None = None,
+        objects: bool = False,
     ) -> None:
         self.kind = kind
         self.table = dict(table)
         self.group = group
         self.deprecated = dict(deprecated or {})
         self._contract = contract
+        self._objects = objects
         self._folded = {fold(name): name for name in self.table}
         self._older = {fold(name): name for name in self.deprecated}
 
@@ -162,8 +165,12 @@ class Registry(Generic[T]):
             )
 
     def build(self, spec: str | T) -> T:
-        """The instance that a spec describes; an object that is no text is handed back as it is."""
+        """The instance that a spec describes; an object that is no text is handed back as it is.
+
+        Raises UsageError for a class, and for an object that can't be a part of this kind.
+        """
         if not isinstance(spec, str):
+            self._check_object(spec)
             return spec
         parsed = parse_spec(spec)
         known = self.known(parsed.name)
@@ -177,6 +184,19 @@ class Registry(Generic[T]):
             part = construct(cls, given, spec)
         self._held_to_contract(known, part, lacking_in)
         return part
+
+    def _check_object(self, part: object) -> None:
+        if not self._objects:
+            return
+        if isinstance(part, type):
+            raise UsageError(f"the {self.kind} is the class {part.__name__}; expected an object: {part.__name__}()")
+        contract = self.contract
+        if contract is not None and (names := lacking_in(part, contract)):
+            example = next(iter(self.table), "name")
+            raise UsageError(
+                f"{part!r:.80} ({type(part).__name__}) is no {self.kind}: it lacks {', '.join(names)}; expected a spec "
+                f"such as {example}, or an object with {members_text(contract)}"
+            )
 
     def name_of(self, part: object) -> str:
         """The name under which an object's class is registered; UnknownName where it is not."""
