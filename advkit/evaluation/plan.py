@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+import torch
+
 from advkit.attacks import ATTACKS
-from advkit.core.errors import BadInput, ReportError, UsageError
+from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
 from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, Task, WantsData
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
@@ -16,7 +18,7 @@ from advkit.evaluation.run.case import Case, digest_of
 from advkit.evaluation.run.scenario import Companion, Parts, Scenario
 from advkit.evaluation.scenarios import SCENARIOS
 from advkit.evaluation.sources import surrogates_of, with_public_sources
-from advkit.evaluation.victims import Victim, bound, model_part, protected, with_classes_of
+from advkit.evaluation.victims import Victim, bound, model_part, protected
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS
@@ -118,8 +120,12 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     scenario = SCENARIOS.build(parts.threat.scenario)
     parts = scenario.resolve(parts)
     n = _rows(request, work)
-    victim = protected(request.model, parts.defense, work, seed=request.seed, device=device, progress=progress)
-    work = with_classes_of(work, victim.model)
+    try:
+        victim = protected(request.model, parts.defense, work, seed=request.seed, device=device, progress=progress)
+    except torch.OutOfMemoryError as error:
+        raise RunInterrupted(
+            "out of memory before anything was attacked: take a smaller model, or another --device"
+        ) from error
     case = _case(request, parts, work, victim, n, device)
     wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
     case = replace(case, data=case.task.training() if wanted else None)

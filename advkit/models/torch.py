@@ -7,7 +7,9 @@ import hashlib
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -521,9 +523,22 @@ def image_shape(shape: tuple[int, ...], owner: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
+_place: ContextVar[str] = ContextVar("the device on which modules are built", default="cpu")
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules built inside have names and shapes, but no memory and no values."""
+    token = _place.set("meta")
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
 def seeded(build: Callable[[], nn.Module], rng: Rng) -> nn.Module:
     """A module built on the CPU with weights drawn from rng; the global generators are given back as they were."""
     seed = int(torch.randint(2**62, (), generator=rng.generator("cpu")))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(_place.get()):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator's too
         return build()

@@ -8,9 +8,10 @@ of arXiv 2503.03272; N-MNIST, whose sensor moves along a triangle in front of st
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import math
 import zipfile
-import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +32,16 @@ from advkit.tasks.base import ArrayTask, ClassificationTask, Rows, check_rows, d
 from advkit.tasks.digits import Digits
 from advkit.tasks.fashion_mnist import FashionMNIST
 
+log = logging.getLogger("advkit")
+
 SLACK = 1e-6
 """Fraction of a threshold by which a difference may fall short and still fire: round-off must not decide."""
 
 AT_ONCE = 1 << 21
 """Pixels simulated at a time."""
+
+LARGEST_ARRAY = 1 << 30
+"""Bytes that one array of a recording may have, unpacked."""
 
 
 # The simulator
@@ -153,10 +159,10 @@ def simulate_dvs(
 class Events:
     """A recording: one entry per event, in the order of time.
 
-    t: microseconds (or any unit), long [N]; x, y: column and row, long [N]; p: 1 for ON, 0 for OFF, long [N]
+    t: microseconds (or any unit), [N]; x, y: column and row, long [N]; p: 1 for ON, 0 for OFF, long [N]
     """
 
-    t: np.ndarray[Any, np.dtype[np.int64]]
+    t: np.ndarray[Any, np.dtype[Any]]
     x: np.ndarray[Any, np.dtype[np.int64]]
     y: np.ndarray[Any, np.dtype[np.int64]]
     p: np.ndarray[Any, np.dtype[np.int64]]
@@ -206,18 +212,61 @@ def read_nmnist(file: Path | str) -> Events:
 
 
 def read_events_npz(file: Path | str) -> Events:
-    """Events of an .npz archive with arrays t, x, y, p of one length; p is 0/1, False/True or -1/1."""
+    """Events of an .npz archive with arrays t, x, y, p of one length, in the order of t; p is 0/1, False/True or -1/1.
+
+    Raises BadInput for other polarities and for coordinates that are no whole numbers: what they mean would be a guess.
+    """
     held = _archive(Path(file))
     missing = [key for key in "txyp" if key not in held]
     if missing:
         raise BadInput(f"{file} has the keys {', '.join(held) or 'none'}; an archive of events has t, x, y and p")
-    columns = {key: np.asarray(held[key]).reshape(-1) for key in "txyp"}
+    columns = {key: _column(held[key], f"{file}: {key}") for key in "txyp"}
     if len({len(column) for column in columns.values()}) > 1:
         raise BadInput(f"{file}: t, x, y and p differ in length")
-    if not all(np.isfinite(column.astype(np.float64)).all() for column in columns.values()):
-        raise BadInput(f"{file} holds values that are not finite")
-    t, x, y = (columns[key].astype(np.int64) for key in "txy")
-    return Events(t, x, y, (columns["p"] > 0).astype(np.int64))
+    for key in "xy":
+        if bool((columns[key] % 1 != 0).any()):
+            raise BadInput(
+                f"{file}: {key} holds values such as {columns[key][columns[key] % 1 != 0][0]:g}; coordinates are whole "
+                "columns and rows of the sensor, from 0: undo the scaling"
+            )
+    polarities = np.unique(columns["p"])
+    if not (np.isin(polarities, (0, 1)).all() or np.isin(polarities, (-1, 1)).all()):
+        seen = ", ".join(f"{each:g}" for each in polarities[:4])
+        raise BadInput(
+            f"{file}: p holds {seen}{', ...' if len(polarities) > 4 else ''}; expected 1 for ON with 0 or -1 for OFF: "
+            "write them so"
+        )
+    x, y = (columns[key].astype(np.int64) for key in "xy")
+    return _in_order(Events(columns["t"], x, y, (columns["p"] > 0).astype(np.int64)))
+
+
+def _column(values: Any, what: str) -> np.ndarray[Any, Any]:
+    """One column of a recording: plain numbers, as many as there are events."""
+    column = np.asarray(values)
+    if column.dtype.kind not in "biuf":
+        raise BadInput(f"{what} holds values of type {column.dtype}; expected numbers")
+    if sum(length != 1 for length in column.shape) > 1:
+        raise BadInput(f"{what} has the shape {list(column.shape)}; expected one value per event")
+    column = column.reshape(-1)
+    if column.dtype.kind == "f" and not bool(np.isfinite(column).all()):
+        raise BadInput(f"{what} holds values that are not finite")
+    if column.dtype.kind == "b" or (column.dtype.kind == "f" and column.dtype.itemsize < 8):
+        column = column.astype(np.float64)
+    elif column.dtype.kind in "iu":
+        if column.dtype.itemsize == 8 and len(column) and int(column.max()) > np.iinfo(np.int64).max:
+            raise BadInput(f"{what} holds {int(column.max())}, which is beyond 64-bit integers")
+        column = column.astype(np.int64)
+    if len(column) and max(abs(float(column.min())), abs(float(column.max()))) > 2.0**62:
+        raise BadInput(f"{what} holds values beyond 2**62; the file is damaged")
+    return column
+
+
+def _in_order(events: Events) -> Events:
+    """The events in the order of time; those of one moment stay as they stand."""
+    if bool((events.t[1:] >= events.t[:-1]).all()):
+        return events
+    order = np.argsort(events.t, kind="stable")
+    return Events(events.t[order], events.x[order], events.y[order], events.p[order])
 
 
 def read_frames_npz(file: Path | str) -> Tensor:
@@ -228,18 +277,22 @@ def read_frames_npz(file: Path | str) -> Tensor:
     frames = np.asarray(held["frames"])
     if frames.ndim != 4 or frames.shape[1] != 2:
         raise BadInput(f"{file}: frames of shape {list(frames.shape)}; expected [T, 2, H, W]")
-    made = torch.from_numpy(np.ascontiguousarray(frames.astype(np.float32)))
-    if not bool(torch.isfinite(made).all()) or bool((made < 0).any()):
-        raise BadInput(f"{file}: frames hold values that are no counts of events")
-    return made
+    if frames.dtype.kind not in "biuf":
+        raise BadInput(f"{file}: frames of type {frames.dtype}; expected counts of events")
+    if frames.dtype.kind == "f" and not bool(np.isfinite(frames).all()):
+        raise BadInput(f"{file}: frames hold values that are not finite")
+    if bool((frames < 0).any()) or bool((frames % 1 != 0).any() if frames.dtype.kind == "f" else False):
+        raise BadInput(f"{file}: frames hold values that are no counts of events: undo the scaling")
+    return torch.from_numpy(np.ascontiguousarray(frames.astype(np.float32)))
 
 
 def frames_by_number(events: Events, frames: int, height: int, width: int) -> Tensor:
     """Counts, float [frames, 2, height, width], each frame of as many events as the others.
 
-    Frame j takes the events from j * (N // frames) on, the last one all that are left. BadInput for events outside of
-    the sensor.
+    Frame j takes the events from j * (N // frames) on in the order of time, the last one all that are left. BadInput
+    for events outside of the sensor.
     """
+    events = _in_order(events)
     n = len(events)
     if n and (events.x.min() < 0 or events.y.min() < 0 or events.x.max() >= width or events.y.max() >= height):
         raise BadInput(
@@ -261,13 +314,31 @@ def _bytes(file: Path) -> bytes:
 
 
 def _archive(file: Path) -> dict[str, Any]:
+    """The arrays of an .npz file; BadInput where it is none, or says that it holds more than it does."""
+    raw = _bytes(file)
     try:
-        with np.load(file, allow_pickle=False) as held:
-            if not hasattr(held, "files"):
-                raise ValueError("it holds a single array")
-            return {key: held[key] for key in held.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadInput(f"{file} is no archive of plain numpy arrays ({error})") from error
+        with zipfile.ZipFile(io.BytesIO(raw)) as held:
+            return {each.filename.removesuffix(".npy"): _array(held, each) for each in held.infolist()}
+    # a damaged header is Python text that numpy reads: what it raises then is not to be listed
+    except Exception as error:
+        raise BadInput(f"{file} is no archive of plain numpy arrays ({str(error) or type(error).__name__})") from error
+
+
+def _array(held: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
+    """One array of an archive. What its headers declare is held against what is there before memory is taken."""
+    if entry.file_size > LARGEST_ARRAY:
+        raise ValueError(f"{entry.filename} declares {entry.file_size:,} bytes; at most {LARGEST_ARRAY:,} are read")
+    with held.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        declared = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or declared > entry.file_size or any(length < 0 for length in shape):
+            raise ValueError(
+                f"{entry.filename} declares {dtype} {list(shape)}, which its {entry.file_size:,} bytes are not"
+            )
+    with held.open(entry) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 # Tasks
@@ -428,9 +499,9 @@ class EventFolder(ClassificationTask):
     limit:  samples: the first so many in the order of the hashes of the file names; 0 for all
     train:  training samples from path/train, likewise
 
-    A bit is 1 where at least one event fell. Classes are the sub-folders in alphabetical order (numbers by value).
-    Files are read as they are needed. Raises UsageError for folders that are missing or empty, BadInput for damaged or
-    foreign files.
+    A bit is 1 where at least one event fell. Classes are the sub-folders in alphabetical order (numbers by value);
+    names that begin with . or __ are left out, and so are files of other types, with a warning. Files are read as they
+    are needed. Raises UsageError for folders that are missing or empty, BadInput for damaged, empty or foreign files.
     """
 
     path: str
@@ -474,15 +545,24 @@ class EventFolder(ClassificationTask):
         root = self.place() / split
         if not root.is_dir():
             raise UsageError(f"there is no folder {root}; split= names a sub-folder of {self.path}")
-        names = sorted((each.name for each in root.iterdir() if each.is_dir()), key=_by_value)
-        files = [
-            (file, label)
-            for label, name in enumerate(names)
-            for file in sorted((root / name).iterdir())
-            if file.suffix in SUFFIXES and file.is_file()
-        ]
+        names = sorted((each.name for each in root.iterdir() if each.is_dir() and not _hidden(each)), key=_by_value)
+        found = [[each for each in sorted((root / name).iterdir()) if not _hidden(each)] for name in names]
+        files = [(file, label) for label, inside in enumerate(found) for file in inside if _recording(file)]
         if not files:
             raise UsageError(f"{root} holds no recording; expected {root}/CLASS/*.bin or *.npz")
+        filled = {label for _, label in files}
+        if empty := [name for label, name in enumerate(names) if label not in filled]:
+            # its place in the order would shift the labels of the others
+            raise UsageError(
+                f"{root} has folders without a recording ({', '.join(empty)}), and every folder is a class: put their "
+                "recordings (*.bin, *.npz) in, or take them away"
+            )
+        if left := [each for inside in found for each in inside if not _recording(each)]:
+            kinds = sorted({"folders" if each.is_dir() else each.suffix or "no suffix" for each in left})
+            log.warning(
+                f"{root}: {len(left)} entries are left out ({', '.join(kinds)}; the first is "
+                f"{left[0].relative_to(root)}); recordings are CLASS/*.bin and CLASS/*.npz"
+            )
         if most > len(files):
             raise UsageError(f"{most} samples were asked for, {root} has {len(files)} recordings; 0 takes all")
         files.sort(key=lambda each: hashlib.sha256(each[0].relative_to(root).as_posix().encode()).digest())
@@ -505,8 +585,8 @@ class EventFolder(ClassificationTask):
         return self._ids
 
     def decode(self, file: Path) -> Tensor:
-        """The bits of one recording, float [frames, 2, height, width]."""
-        if file.suffix == ".bin":
+        """The bits of one recording, float [frames, 2, height, width]; BadInput where it holds no event."""
+        if file.suffix.lower() == ".bin":
             counts = frames_by_number(read_nmnist(file), self.frames, self.height, self.width)
         elif "frames" in _archive(file):
             counts = read_frames_npz(file)
@@ -517,7 +597,10 @@ class EventFolder(ClassificationTask):
                 )
         else:
             counts = frames_by_number(read_events_npz(file), self.frames, self.height, self.width)
-        return (counts >= 1).float()
+        bits = (counts >= 1).float()
+        if not bool(bits.any()):
+            raise BadInput(f"{file} holds no event; take the empty recording away")
+        return bits
 
     def fetch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = [self._listing[1][row] for row in rows]
@@ -550,6 +633,15 @@ class EventFolder(ClassificationTask):
     def digest(self) -> str:
         """sha256 over the settings of the framing, the files as they lie on disk with their labels, then the ids."""
         return self._digest
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a file or folder is somebody's helper, such as .ipynb_checkpoints, .DS_Store or __MACOSX."""
+    return path.name.startswith((".", "__"))
+
+
+def _recording(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def _by_value(name: str) -> tuple[bool, int, str]:

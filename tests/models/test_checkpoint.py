@@ -6,7 +6,9 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,7 +18,7 @@ from advkit.core.errors import BadModel, CheckpointError
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models import MODELS
-from advkit.models.checkpoint import checkpoint_extra, load_checkpoint, save_checkpoint
+from advkit.models.checkpoint import checkpoint_extra, fill_from_file, load_checkpoint, save_checkpoint
 from advkit.models.torch import TorchModel
 
 RNG = RowRng.from_ids(5, ["a"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+import zipfile
 from fractions import Fraction
 from types import ModuleType
 
@@ -20,6 +22,7 @@ from advkit.core.spaces import Binary
 from advkit.evaluation.run.store import read_records
 from advkit.tasks import TASKS
 from advkit.tasks.events import (
+    EventFolder,
     Events,
     crossings,
     decode_aedat,
@@ -227,6 +230,122 @@ def test_archives_of_events_and_frames(tmp_path):
     file.write_bytes(b"no archive")
     with pytest.raises(BadInput):
         read_events_npz(file)
+
+
+def saved(file, **changed):
+    """RECORDING as an archive, some of its columns others."""
+    np.savez(file, **{name: getattr(RECORDING, name) for name in "txyp"} | changed)
+    return file
+
+
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+@pytest.mark.parametrize("unit", [1, 1e-6, np.float32(1)])
+def test_events_out_of_order_are_put_in_order(tmp_path, order, unit):
+    places = np.arange(23)[::-1] if order == "reversed" else np.random.default_rng(0).permutation(23)
+    t = np.arange(23) * unit
+    right = frames_by_number(read_events_npz(saved(tmp_path / "a.npz", t=t)), 4, 34, 34)
+    columns = {name: getattr(RECORDING, name)[places] for name in "xyp"}
+    read = read_events_npz(saved(tmp_path / "b.npz", t=t[places], **columns))
+    assert torch.equal(frames_by_number(read, 4, 34, 34), right)
+    assert (read.x == RECORDING.x).all()
+    loose = Events(t[places], *columns.values())
+    assert torch.equal(frames_by_number(loose, 4, 34, 34), right)
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        RECORDING.p + 1, 2 * RECORDING.p, np.where(RECORDING.p == 1, 1, 255).astype(np.uint8), RECORDING.p * 0.5,
+        np.where(RECORDING.p == 1, "ON", "OFF"), np.where(RECORDING.p == 1, b"1", b"0"), RECORDING.p + 0j,
+    ],
+    ids=["1 and 2", "0 and 2", "255", "halves", "words", "bytes", "complex"],
+)  # fmt: skip
+def test_polarities_that_would_be_a_guess_are_refused(tmp_path, p):
+    with pytest.raises(BadInput, match="p "):
+        read_events_npz(saved(tmp_path / "a.npz", p=p))
+
+
+def test_polarities_that_are_known(tmp_path):
+    for p in (RECORDING.p, RECORDING.p.astype(bool), 2 * RECORDING.p - 1, 2.0 * RECORDING.p - 1, np.ones(23)):
+        read = read_events_npz(saved(tmp_path / "a.npz", p=p))
+        assert (read.p == (np.asarray(p) > 0)).all()
+
+
+@pytest.mark.parametrize("key", ["x", "y"])
+def test_scaled_coordinates_are_refused(tmp_path, key):
+    with pytest.raises(BadInput, match="scaling"):
+        read_events_npz(saved(tmp_path / "a.npz", **{key: getattr(RECORDING, key) / 34}))
+    whole = read_events_npz(saved(tmp_path / "a.npz", **{key: getattr(RECORDING, key).astype(np.float32)}))
+    assert (getattr(whole, key) == getattr(RECORDING, key)).all()
+    np.savez(tmp_path / "b.npz", frames=np.full((3, 2, 5, 5), 0.5))
+    with pytest.raises(BadInput, match="scaling"):
+        read_frames_npz(tmp_path / "b.npz")
+
+
+def test_archives_that_declare_more_than_they_hold(tmp_path):
+    """One line each, and no memory taken for what is only declared."""
+
+    def declared(shape, dtype="<f8"):
+        word = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
+        body = word.encode() + b" " * (117 - len(word)) + b"\n"
+        return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body + b"\0" * 16
+
+    for content in (
+        declared((1 << 40,)), declared((-1,)), declared((2,), "|O"), declared((3,)), declared("(2,"),
+        declared("__import__('os')"), b"\x93NUMPY\x09\x00", b"",
+    ):  # fmt: skip
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as held:
+            for key in "txyp":
+                held.writestr(f"{key}.npy", content)
+        with pytest.raises(BadInput, match="no archive"):
+            read_events_npz(tmp_path / "a.npz")
+    raw = saved(tmp_path / "b.npz").read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(raw)
+        for place in generator.integers(0, len(raw), 4):
+            damaged[place] = generator.integers(0, 256)
+        (tmp_path / "c.npz").write_bytes(damaged[: int(generator.integers(1, len(raw) + 1))])
+        with contextlib.suppress(BadInput):
+            read_events_npz(tmp_path / "c.npz")
+
+
+def test_folders_and_files_that_are_no_recordings(tmp_path, caplog):
+    for label in ("0", "1"):
+        (tmp_path / "test" / label).mkdir(parents=True)
+        saved(tmp_path / "test" / label / "a.npz")
+    right = EventFolder(path=str(tmp_path)).ids
+    for helper in (".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / "test" / helper).mkdir()
+        saved(tmp_path / "test" / helper / "a.npz")
+        (tmp_path / "test" / "1" / helper).mkdir()
+    saved(tmp_path / "test" / "1" / "._a.npz")
+    with caplog.at_level("WARNING", logger="advkit"):
+        task = EventFolder(path=str(tmp_path))
+        assert (task.class_names(), task.ids) == (("0", "1"), right)
+    assert not caplog.records
+    (tmp_path / "test" / "0" / "b.aedat4").write_bytes(b"x")
+    (tmp_path / "test" / "0" / "user").mkdir()
+    (tmp_path / "test" / "0" / "a.npz").rename(tmp_path / "test" / "0" / "a.NPZ")
+    with caplog.at_level("WARNING", logger="advkit"):
+        assert len(EventFolder(path=str(tmp_path))) == 2
+        assert EventFolder(path=str(tmp_path)).fetch([0, 1])[1].sum() == 1
+    assert "2 entries" in caplog.text
+    assert ".aedat4, folders" in caplog.text
+    (tmp_path / "test" / "2").mkdir()
+    with pytest.raises(UsageError, match=r"without a recording \(2\)"):
+        len(EventFolder(path=str(tmp_path)))
+
+
+def test_an_empty_recording_is_an_error(tmp_path):
+    (tmp_path / "test" / "0").mkdir(parents=True)
+    none = np.zeros(0, dtype=np.int64)
+    for file, write in (("a.npz", lambda f: np.savez(f, t=none, x=none, y=none, p=none)),
+                        ("b.npz", lambda f: np.savez(f, frames=np.zeros((10, 2, 34, 34)))),
+                        ("c.bin", lambda f: f.write_bytes(b""))):  # fmt: skip
+        write(tmp_path / "test" / "0" / file)
+        with pytest.raises(BadInput, match=f"{file} holds no event"):
+            EventFolder(path=str(tmp_path)).decode(tmp_path / "test" / "0" / file)
 
 
 def test_frames_hold_equal_numbers_of_events():
