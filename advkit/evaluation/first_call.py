@@ -83,11 +83,11 @@ def _answered(model: Any, x: Tensor, calls: Calls, task: Task) -> tuple[Tensor, 
 def _refusal(x: Tensor, error: Exception, task: Task) -> str:
     first = (str(error).strip().splitlines() or ["no message"])[0][:200]
     hint = ""
-    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[3] < x.shape[1]:
         hint = "; the samples look like images whose channels come last: permute them to [B, C, H, W]"
     return (
-        f"the model can't take inputs of shape {list(x.shape[1:])} of task {task.name}, a tensor {list(x.shape)} as its "
-        f"only argument ({type(error).__name__}: {first}){hint}"
+        f"the model can't take inputs of shape {list(x.shape[1:])} of task {task.name}, a tensor {list(x.shape)} as "
+        f"its only argument ({type(error).__name__}: {first}){hint}"
     )
 
 

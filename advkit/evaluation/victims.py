@@ -93,8 +93,8 @@ def agreeing(model: Any, task: Task) -> Any:
     if classes is None or classes == task.classes or (_counts_labels(task) and classes > task.classes):
         return model
     raise BadModel(
-        f"the model answers {classes} classes, the task {task.name} has {task.classes}: choose a model trained for this "
-        "task" + (", or say classes= in the task" if isinstance(task, ClassificationTask) else "")
+        f"the model answers {classes} classes, the task {task.name} has {task.classes}: choose a model trained for "
+        "this task" + (", or say classes= in the task" if _may_have_more(task) else "")
     )
 
 
@@ -104,6 +104,11 @@ def with_classes_of(task: Task, model: Any) -> Task:
     if classes is None or not isinstance(task, ClassificationTask) or not _counts_labels(task):
         return task
     return task.with_classes(classes) if classes > task.classes else task
+
+
+def _may_have_more(task: Task) -> bool:
+    """Whether the task has a setting `classes`."""
+    return isinstance(task, ClassificationTask) and type(task).with_classes is not ClassificationTask.with_classes
 
 
 def _counts_labels(task: Task) -> bool:

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -249,8 +250,10 @@ def load_checkpoint(
 
 
 def _check_kind(path: Path) -> None:
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise CheckpointError(f"{path} is neither .safetensors nor .pt/.pth; other kinds are not read, convert it")
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".ckpt"):
+        raise CheckpointError(
+            f"{path} is neither .safetensors nor .pt/.pth/.ckpt; other kinds are not read, convert it"
+        )
 
 
 def checkpoint_extra(path: str | Path, *, sha256: str = "") -> dict[str, Any]:
@@ -379,7 +382,7 @@ def _build(
                 blank = part(shape, classes, rng)
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes that no tensor can have
             raise CheckpointError(f"{path} declares sizes that no network has ({_line(error)})") from error
-        _check_fit(blank.module, tensors, path, spec)
+        _check_fit(blank.module, _without_prefix(tensors, blank.module), path, spec)
     built = part(shape, classes, rng)
     if not isinstance(built, TorchModel):
         raise CheckpointError(f"{spec!r} builds a {type(built).__name__}; weights go into torch models only")
@@ -422,17 +425,41 @@ def _read_pickle(content: bytes, path: Path) -> dict[str, Tensor]:
         _check_archive(content)
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive makes the reader raise nearly anything
+        held = re.search(r"GLOBAL ([\w.]{1,80}) was not", str(error))
+        what = f"it holds {held[1]}" if held else _line(error)
         raise CheckpointError(
-            f"{path} can't be read as weights alone ({_line(error)}): it is damaged or holds Python objects, which "
+            f"{path} can't be read as weights alone ({what}): it is damaged or holds Python objects, which "
             "could run code and are not loaded; store its state_dict() as safetensors where you trust it"
         ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
+    return _state_dict(loaded, path)
+
+
+WRAPPED = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which training scripts keep the weights."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+"""What data-parallel training, torch.compile and Lightning put before every name."""
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
+    held = loaded
+    for key in WRAPPED:
+        if isinstance(held, dict) and isinstance(held.get(key), dict):
+            held = held[key]
             break
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path} holds no state dict (names and tensors, on top or under 'state_dict')")
-    return {str(name): value for name, value in loaded.items()}
+    if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise CheckpointError(
+            f"{path} holds no state dict, names and tensors, on top or under {', '.join(WRAPPED)}: it holds "
+            f"{_contents(held)}; save the one that is meant by itself"
+        )
+    return {str(name): value for name, value in held.items()}
+
+
+def _contents(loaded: Any) -> str:
+    """What there is in place of a state dict."""
+    if not isinstance(loaded, dict):
+        return f"a {type(loaded).__name__}"
+    keys = [f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(loaded.items())[:8]]
+    return f"the keys {', '.join(keys) or 'none'}" + (" and more" if len(loaded) > 8 else "")
 
 
 def _check_archive(content: bytes) -> None:
@@ -447,18 +474,23 @@ def _check_archive(content: bytes) -> None:
 def fill_from_file(module: nn.Module, path: str | Path, sha256: str = "", name: str = "the model") -> None:
     """Load somebody's weights into a module strictly: safetensors, or .pt/.pth through the weights-only reader.
 
-    A `module.` before every name (left by data-parallel training) is dropped.
+    What training left before every name (`module.`, `_orig_mod.`, `model.`, `net.`) is dropped.
     """
     path = Path(path)
     _check_kind(path)
     content = read_checked(path, sha256)
     tensors = unpack(content, path)[0] if path.suffix == ".safetensors" else _read_pickle(content, path)
-    _fill(module, _without_prefix(tensors), path, name)
+    _fill(module, _without_prefix(tensors, module), path, name)
 
 
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if tensors and all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+def _without_prefix(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors without what stands before every name and is no part of the module's own names."""
+    wanted = _persistent(module)
+    while tensors and not set(tensors) & set(wanted):
+        prefix = next((each for each in PREFIXES if all(name.startswith(each) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -470,9 +502,8 @@ def _load_foreign(
             f"{path} was not written by advkit and does not say what it holds; give the architecture, such as "
             f"path:{path},architecture=resnet18, together with a task"
         )
-    tensors = _without_prefix(tensors)
     model = _build(architecture, tuple(shape), classes, tensors, path)
-    _fill(model.module, tensors, path, architecture)
+    _fill(model.module, _without_prefix(tensors, model.module), path, architecture)
     model.name, model.source = path.stem, "a weights file of the user's"
     return model
 

@@ -153,8 +153,8 @@ def checked_logits(answer: Any, rows: int) -> Tensor:
     one = (logits.ndim == 2 and logits.shape[1] == 1) or (logits.ndim == 1 and logits.is_floating_point())
     if one and len(logits) == rows:
         raise BadModel(
-            f"{seen}: one score per sample, and two are needed (logits, float [B, C]); for a score s whose sign decides "
-            "return torch.stack([-s, s], 1), for a probability p torch.stack([1 - p, p], 1).log()"
+            f"{seen}: one score per sample, and two are needed (logits, float [B, C]); for a score s whose sign "
+            "decides return torch.stack([-s, s], 1), for a probability p torch.stack([1 - p, p], 1).log()"
         )
     if len(logits.shape) not in (1, 2) or len(logits) != rows:
         raise BadModel(f"{seen}; expected logits, float [{rows}, C], or decisions, whole numbers [{rows}]")

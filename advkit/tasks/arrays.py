@@ -24,9 +24,9 @@ FEW_LEVELS = 16
 def as_rows(value: Any, what: str, space: Box | None = None) -> Tensor:
     """A floating tensor of the caller's rows, on the CPU, in memory of its own.
 
-    8-bit integers are images: 0 to 255 become the box from low to high (by default k/255), which leaves them as they are
-    in a box of 0 to 255. Other integers are refused, since their scale is unknown, and so are bytes and floats whose
-    values are not those of the scale that the box says.
+    8-bit integers are images: 0 to 255 become the box from low to high (by default k/255), which leaves them as they
+    are in a box of 0 to 255. Other integers are refused, since their scale is unknown, and so are bytes and floats
+    whose values are not those of the scale that the box says.
     """
     tensor = _tensor(value, what)
     if tensor.dtype == torch.uint8:
@@ -36,8 +36,8 @@ def as_rows(value: Any, what: str, space: Box | None = None) -> Tensor:
     x = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
     if space is not None and space.extent == (0.0, 255.0) and x.numel() and 0 < float(x.max()) <= 1 and x.min() >= 0:
         raise BadInput(
-            f"{what} has values from {float(x.min()):.4g} to {float(x.max()):.4g} in a box of 0 to 255: they look divided "
-            "by 255 already; leave them in the box [0, 1], or multiply them by 255"
+            f"{what} has values from {float(x.min()):.4g} to {float(x.max()):.4g} in a box of 0 to 255: they look "
+            "divided by 255 already; leave them in the box [0, 1], or multiply them by 255"
         )
     return x
 
@@ -76,11 +76,15 @@ def as_labels(value: Any, what: str) -> Tensor:
 def _tensor(value: Any, what: str) -> Tensor:
     try:
         if isinstance(value, Tensor):
-            return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        array = np.array(value, copy=True, order="C")
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+            held = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        else:
+            array = np.array(value, copy=True, order="C")
+            held = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise BadInput(f"{what} is no array: {error}; expected a tensor or something numpy understands") from error
+    if held.ndim == 0:
+        raise BadInput(f"{what} is a single number; expected samples first, [N, ...]")
+    return held
 
 
 class Arrays(ArrayTask):

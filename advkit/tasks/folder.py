@@ -81,8 +81,8 @@ class Listing:
 def class_folders(place: Path, order: Order = "auto") -> Listing:
     """The images in the sub-folders of a folder, one per class, in the order of `label_order`.
 
-    Hidden folders and files, and those that systems leave behind, are no classes and no images. Files of other kinds are
-    left out, and a warning says so.
+    Hidden folders and files, and those that systems leave behind, are no classes and no images. Files of other kinds
+    are left out, and a warning says so.
     """
     if not place.is_dir():
         raise UsageError(f"there is no folder {place}; expected one sub-folder of images per class in it")
@@ -96,7 +96,7 @@ def class_folders(place: Path, order: Order = "auto") -> Listing:
     if empty or not names:
         what = f"no images in its folders {', '.join(empty[:3])}" if empty else "no folders"
         raise UsageError(
-            f"{place} has {what}; expected one sub-folder per class with {', '.join(EXTENSIONS[:3])} or other images in it"
+            f"{place} has {what}; expected one sub-folder per class with images ({', '.join(EXTENSIONS[:3])}) in it"
         )
     others = Counter(kind for _, kinds in listed for kind in kinds)
     if others:
@@ -150,8 +150,8 @@ def label_order(names: Sequence[str], order: Order = "auto", place: str = "") ->
     if counted != text and order == "auto" and place:
         log.warning(
             "%s: the class folders are numbered; labels are in the order of the numbers (%s, ...), not of the text, in "
-            "which ImageFolder counts (%s, ...): say order=name for a network that was trained so, order=number for none "
-            "of this",
+            "which ImageFolder counts (%s, ...): say order=name for a network that was trained so, order=number "
+            "without this warning",
             place,
             ", ".join(counted[:3]),
             ", ".join(text[:3]),
@@ -297,8 +297,8 @@ class Folder(Images):
     train:         training samples, likewise
     order:         labels: "number" in the order of the folders' numbers (7, class_7), "name" in that of their names as
                    text, as ImageFolder has it, "auto" by number where all are numbered
-    classes:       how many there are; none takes as many as there are folders, or, where the folders are numbered from 0,
-                   as many as the model has. With more classes than folders, folders' numbers are the labels
+    classes:       how many there are; none takes as many as there are folders, or, where the folders are numbered from
+                   0, as many as the model has. With more classes than folders, folders' numbers are the labels
     """
 
     path: str
@@ -338,8 +338,9 @@ class Folder(Images):
         numbers = None if self.order == "name" else numbers_of(held.classes)
         if numbers is None or max(numbers) >= classes:
             raise UsageError(
-                f"{held.root} has {len(held.classes)} class folders and classes is {classes}: which of the classes they "
-                f"are is told by folders that are numbered from 0 to {classes - 1}; found {', '.join(held.classes[:3])}"
+                f"{held.root} has {len(held.classes)} class folders and classes is {classes}: which of the classes "
+                f"they are is told by folders that are numbered from 0 to {classes - 1}; found "
+                f"{', '.join(held.classes[:3])}"
             )
         names = dict(zip(numbers, held.classes, strict=True))
         files = tuple((path, numbers[label]) for path, label in held.files)

@@ -198,8 +198,8 @@ class NormBall(InBox, Descends):
     def admits(self, x: Tensor, origin: Tensor) -> Tensor:
         """Bool [B]: finite, in the box and no further than eps * (1 + 1e-5) + 1e-7, each up to round-off.
 
-        Of every value's change as much as floats of its size are apart is round-off (`spacing`), in every norm: in a box
-        of 0 to 255 the nearest float to origin + eps may lie 1e-5 outside the ball.
+        Of every value's change as much as floats of its size are apart is round-off (`spacing`), in every norm: in a
+        box of 0 to 255 the nearest float to origin + eps may lie 1e-5 outside the ball.
         """
         if x.shape != origin.shape:
             return torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
