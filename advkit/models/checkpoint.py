@@ -382,7 +382,7 @@ def _build(
                 blank = part(shape, classes, rng)
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes that no tensor can have
             raise CheckpointError(f"{path} declares sizes that no network has ({_line(error)})") from error
-        _check_fit(blank.module, _without_prefix(tensors, blank.module), path, spec)
+        _check_fit(blank.module, _without_prefix(dict(tensors), blank.module), path, spec)
     built = part(shape, classes, rng)
     if not isinstance(built, TorchModel):
         raise CheckpointError(f"{spec!r} builds a {type(built).__name__}; weights go into torch models only")
