@@ -331,8 +331,8 @@ def _dtype(text: str) -> torch.dtype:
 def _trusted(spec: str, asked: str, path: Path) -> bool:
     """Whether the spec in a file may be built as it stands; where not, the one asked for says the same.
 
-    Raises CheckpointError where the file names what is not advkit's own and nobody asked for it, or another network than
-    the one asked for. Nothing is imported or built for what the file says before that.
+    Raises CheckpointError where the file names what is not advkit's own and nobody asked for it, or another network
+    than the one asked for. Nothing is imported or built for what the file says before that.
     """
     own = _is_own(spec, path)
     if not asked:
