@@ -69,15 +69,30 @@ def _answered(model: Any, x: Tensor, calls: Calls, task: Task) -> tuple[Tensor, 
         raise
     except Exception as error:
         problem = error
-    try:
-        parts = [checked_logits(model(x[row : row + 1].clone()), 1) for row in range(len(x))]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if problem is None:
-            return checked_logits(answer, len(x)), calls
-        raise BadModel(_refusal(x, problem, task)) from error
-    return torch.cat(parts), Calls(copies=calls.copies, alone=True, masked=calls.masked, floor=calls.floor)
+    parts: dict[int, Tensor] = {}
+    last: Exception | None = None
+    for row in range(len(x)):
+        try:
+            parts[row] = checked_logits(model(x[row : row + 1].clone()), 1)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            last = error
+    if problem is None and last is not None:
+        return checked_logits(answer, len(x)), calls
+    if not parts:
+        assert problem is not None
+        raise BadModel(_refusal(x, problem, task)) from last
+    if len(parts) < len(x):  # it raises on single samples, which is for their records; the others may go together
+        try:
+            rows = list(parts)
+            return checked_logits(model(x[rows]), len(rows)), calls
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            pass
+    alone = Calls(copies=calls.copies, alone=True, masked=calls.masked, floor=calls.floor)
+    return torch.cat(list(parts.values())), alone
 
 
 def _refusal(x: Tensor, error: Exception, task: Task) -> str:

@@ -89,6 +89,8 @@ def agreeing(model: Any, task: Task) -> Any:
 
     BadModel names both numbers otherwise.
     """
+    if task.space is None:  # a task that waits for a model's space says itself which models it is for
+        return model
     classes = model.classes if isinstance(model, KnowsClasses) else None
     if classes is None or classes == task.classes or (_counts_labels(task) and classes > task.classes):
         return model

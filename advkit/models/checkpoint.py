@@ -331,8 +331,8 @@ def _dtype(text: str) -> torch.dtype:
 def _trusted(spec: str, asked: str, path: Path) -> bool:
     """Whether the spec in a file may be built as it stands; where not, the one asked for says the same.
 
-    Raises CheckpointError where the file names what is not advkit's own and nobody asked for it, or another network than
-    the one asked for. Nothing is imported or built for what the file says before that.
+    Raises CheckpointError where the file names what is not advkit's own and nobody asked for it, or another network
+    than the one asked for. Nothing is imported or built for what the file says before that.
     """
     own = _is_own(spec, path)
     if not asked:
@@ -382,7 +382,7 @@ def _build(
                 blank = part(shape, classes, rng)
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes that no tensor can have
             raise CheckpointError(f"{path} declares sizes that no network has ({_line(error)})") from error
-        _check_fit(blank.module, _without_prefix(tensors, blank.module), path, spec)
+        _check_fit(blank.module, _without_prefix(dict(tensors), blank.module), path, spec)
     built = part(shape, classes, rng)
     if not isinstance(built, TorchModel):
         raise CheckpointError(f"{spec!r} builds a {type(built).__name__}; weights go into torch models only")

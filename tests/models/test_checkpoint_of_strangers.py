@@ -1,4 +1,4 @@
-"""A stranger's checkpoint is data: it names advkit's own architectures alone, and takes no more memory than it holds."""
+"""A stranger's checkpoint is data: it names advkit's own architectures, and takes no more memory than it holds."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_sizes_are_checked_before_memory_is_taken(
     monkeypatch.setattr(
         torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("weights were put into a network")
     )
-    with pytest.raises(UsageError, match="does not fit|sizes|depth must be"):
+    with pytest.raises(UsageError, match=r"does not fit|sizes|depth must be"):
         load_checkpoint(file)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import advkit
 from advkit.attacks.events.spiking import under_rule
 from advkit.core.errors import BadModel
 from advkit.core.oracle import MeteredOracle
@@ -550,3 +551,264 @@ def test_networks_without_neurons_are_refused_by_the_adapters() -> None:
     for adapter in (from_snntorch, from_spikingjelly):
         with pytest.raises(BadModel, match="no spiking neuron"):
             adapter(nn.Linear(2, 2))
+
+
+# What users of the two libraries write
+
+
+def rates(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.6).float()
+
+
+@pytest.mark.parametrize("library", ["spikingjelly", "snntorch"])
+def test_a_converted_network_goes_through_the_harness(library: str) -> None:
+    """In evaluation mode it is evaluated, wrapper and all; in training mode it is refused."""
+    from advkit.models.spiking.adapters import from_snntorch, from_spikingjelly
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        first, last = nn.Linear(32, 24), nn.Linear(24, 7)
+    first.weight.data.mul_(3)
+    last.weight.data.mul_(3)
+    space = Binary((8, 32))
+    if library == "spikingjelly":
+        module = nn.Sequential(first, LIFNode(2.0, mode="m"), last).eval()
+        model = from_spikingjelly(module, space=space, classes=7)
+        training = from_spikingjelly(module.train(), space=space, classes=7)
+    else:
+        leaky = Leaky(0.9, "subtract", 0.5)
+        leaky.init_hidden = True
+        module = nn.Sequential(first, leaky, last).eval()
+        model = from_snntorch(module, loops=False, space=space, classes=7)
+        training = from_snntorch(module.train(), loops=False, space=space, classes=7)
+    x = rates(0, (20, 8, 32))
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    assert len(labels.unique()) > 1
+    report = advkit.evaluate("sda:steps=3", task=(x, labels), model=model, threat_model="flips:n=5", device="cpu")
+    assert report.clean_accuracy == 1
+    with pytest.raises(BadModel, match="training mode"):
+        advkit.evaluate("sda:steps=3", task=(x, labels), model=training, threat_model="flips:n=5", device="cpu")
+
+
+def leaky_net(forward: Any, mechanism: str = "subtract", **changed: Any) -> nn.Module:
+    """A network around one stand-in of snnTorch's Leaky (six steps, twelve inputs, five neurons)."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g, self.lif = nn.Linear(12, 5), nn.Linear(5, 5), Leaky(0.8, mechanism)
+            for name, value in changed.items():
+                setattr(self.lif, name, value)
+
+        def forward(self, x: Tensor) -> Any:
+            return forward(self, 3 * self.f(x))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Net().eval()
+
+
+def by_hand(current: Tensor, mem: Tensor, mechanism: str) -> tuple[Tensor, Tensor]:
+    """One step of the documented dynamics: reset by what the potential was, leak, charge, fire."""
+    fired = (mem > 1).to(mem.dtype)
+    kept = 0.8 * mem - fired if mechanism == "subtract" else 0.8 * mem * (1 - fired)
+    mem = kept + current
+    return (mem > 1).to(mem.dtype), mem
+
+
+@pytest.mark.parametrize("mechanism", ["subtract", "zero"])
+@pytest.mark.parametrize(("start", "lateral"), [(0.0, 0.0), (0.9, 0.0), (1.7, 0.0), (0.0, 0.5)])
+def test_a_potential_that_the_network_hands_over_is_where_a_neuron_goes_on(
+    mechanism: str, start: float, lateral: float
+) -> None:
+    from advkit.models.spiking.adapters import from_snntorch
+
+    def run(step: Any, current: Tensor) -> Tensor:
+        mem, spikes = torch.full_like(current, start), []
+        for _ in range(6):
+            spk, mem = step(current, mem)
+            mem = mem - lateral * (spk.sum(1, keepdim=True) - spk) if lateral else mem
+            spikes.append(spk)
+        return torch.stack(spikes)
+
+    module = leaky_net(lambda net, current: run(net.lif, current), mechanism)
+    x = images(9, 12)
+    with torch.no_grad():
+        expected = run(lambda current, mem: by_hand(current, mem, mechanism), 3 * module.f(x)).mean(0)
+    assert 0.05 < float(expected.mean()) < 0.95
+    model = from_snntorch(module, classes=5)
+    for _ in range(2):
+        assert torch.allclose(model(x), expected, atol=1e-6)
+    assert gradient(model.with_rule("pdsg"), x).abs().max() > 0
+
+
+def test_one_leaky_in_two_layers_has_the_potential_of_each() -> None:
+    from advkit.models.spiking.adapters import from_snntorch
+
+    def run(net: Any, step: Any, current: Tensor) -> Tensor:
+        one = two = torch.zeros_like(current)
+        spikes = []
+        for _ in range(6):
+            spk, one = step(current, one)
+            spk, two = step(9 * net.g(spk), two)
+            spikes.append(spk)
+        return torch.stack(spikes)
+
+    module = leaky_net(lambda net, current: run(net, net.lif, current))
+    x = images(9, 12)
+    with torch.no_grad():
+        expected = run(module, lambda c, m: by_hand(c, m, "subtract"), 3 * module.f(x)).mean(0)
+    assert 0.05 < float(expected.mean()) < 0.95
+    assert torch.allclose(from_snntorch(module, classes=5)(x), expected, atol=1e-6)
+
+
+def test_a_reset_to_zero_at_once_is_in_the_potential_that_is_answered() -> None:
+    from advkit.models.spiking.adapters import from_snntorch
+
+    def forward(net: Any, current: Tensor) -> Tensor:
+        mem, potentials = net.lif.reset_mem(), []
+        for _ in range(6):
+            _, mem = net.lif(current, mem)
+            potentials.append(mem)
+        return torch.stack(potentials)
+
+    module = leaky_net(forward, "zero", reset_delay=False)
+    x = images(9, 12)
+    with torch.no_grad():
+        current = 3 * module.f(x)
+        mem, expected = torch.zeros_like(current), torch.zeros_like(current)
+        for _ in range(6):
+            charged = 0.8 * mem + current
+            mem = torch.where(charged > 1, 0.0, charged)
+            expected += mem / 6
+    assert torch.allclose(from_snntorch(module, classes=5)(x), expected, atol=1e-6)
+    with pytest.raises(BadModel, match="reset_delay"):
+        from_snntorch(leaky_net(forward, "subtract", reset_delay=False))
+
+
+def test_networks_may_read_and_set_the_potential_of_a_neuron() -> None:
+    from advkit.models.spiking.adapters import from_snntorch
+
+    def forward(net: Any, current: Tensor) -> Tensor:
+        potentials = []
+        for step in range(6):
+            net.lif(current)
+            if step == 2:
+                net.lif.mem = 0.5 * net.lif.mem
+            potentials.append(net.lif.mem)
+        return torch.stack(potentials)
+
+    module = leaky_net(forward)
+    x = images(9, 12)
+    with torch.no_grad():
+        current = 3 * module.f(x)
+        mem, expected = torch.zeros_like(current), torch.zeros_like(current)
+        for step in range(6):
+            _, mem = by_hand(current, mem, "subtract")
+            mem = 0.5 * mem if step == 2 else mem
+            expected += mem / 6
+    assert torch.allclose(from_snntorch(module, classes=5)(x), expected, atol=1e-6)
+    unread = leaky_net(lambda net, current: current * net.lif.spikes_so_far)
+    with pytest.raises(BadModel, match="spikes_so_far"):
+        from_snntorch(unread)(x)
+
+
+class MyLeaky(Leaky):
+    pass
+
+
+class MyLIF(LIFNode):
+    pass
+
+
+class Parallel(nn.Module):
+    """Stands in for the parallel neurons: of the library, without what the others are known by."""
+
+
+Parallel.__module__ = "spikingjelly.activation_based.neuron.psn"
+
+
+class Alpha(nn.Module):
+    """Stands in for other neurons of snnTorch."""
+
+
+Alpha.__module__ = "snntorch._neurons.alpha"
+
+
+@pytest.mark.parametrize(
+    "odd", [MyLeaky(0.9, "zero"), Alpha(), MyLIF(), Parallel()], ids=lambda odd: type(odd).__name__
+)
+def test_neurons_without_a_counterpart_are_refused_by_name(odd: nn.Module) -> None:
+    """A class that derives from a known one may do anything; left in the network it would keep its state."""
+    from advkit.models.spiking.adapters import from_snntorch, from_spikingjelly
+
+    jelly = isinstance(odd, MyLIF | Parallel)
+    known = LIFNode() if jelly else Leaky(0.9, "zero")
+    with pytest.raises(BadModel, match=type(odd).__name__):
+        (from_spikingjelly if jelly else from_snntorch)(nn.Sequential(nn.Linear(3, 3), odd, known))
+
+
+@pytest.mark.parametrize("library", ["spikingjelly", "snntorch"])
+def test_neurons_that_do_not_spike_are_refused(library: str) -> None:
+    from advkit.models.spiking.adapters import from_snntorch, from_spikingjelly
+
+    node, leaky = LIFNode(), Leaky(0.9, "zero")
+    node.surrogate_function = torch.sigmoid
+    leaky.spike_grad = torch.sigmoid
+    with pytest.raises(BadModel, match="only neurons that spike"):
+        from_spikingjelly(node) if library == "spikingjelly" else from_snntorch(leaky)
+    node.surrogate_function = leaky.spike_grad = lambda v: (v > 0).float()
+    assert from_spikingjelly(node) if library == "spikingjelly" else from_snntorch(leaky)
+
+
+class Container(nn.Sequential):
+    """Stands in for spikingjelly's container that runs through the time steps itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([super(Container, self).forward(each) for each in x])
+
+
+Container.__module__ = "spikingjelly.activation_based.layer.container"
+
+
+def test_containers_that_step_through_time_keep_doing_so() -> None:
+    from advkit.models.spiking.adapters import from_spikingjelly
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, last = nn.Linear(12, 20), nn.Linear(20, 5)
+    first.weight.data.mul_(16)
+    last.weight.data.mul_(16)
+    module = nn.Sequential(first, Container(LIFNode(mode="s")), last, LIFNode(1.6, mode="m"))
+    frames = images(6, 4, 12)
+    expected = module(frames.transpose(0, 1)).mean(0)
+    assert 0.05 < float(expected.mean()) < 0.95
+    model = from_spikingjelly(module, classes=5)
+    assert torch.allclose(model(frames), expected, atol=1e-6)
+    assert torch.allclose(model(frames[:3]), expected[:3], atol=1e-6)  # the batch is not taken for time
+    with pytest.raises(BadModel, match="1 of 2 neurons are in single-step mode"):
+        from_spikingjelly(nn.Sequential(LIFNode(mode="s"), LIFNode(mode="m"), Container(LIFNode(mode="s"))))
+
+
+def test_a_multi_step_neuron_that_two_layers_share_is_refused() -> None:
+    """The library goes on from where the first call ended; single-step neurons do so here too."""
+    from advkit.models.spiking.adapters import from_spikingjelly
+
+    for mode in ("m", "s"):
+        shared = LIFNode(1.5, mode=mode)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = nn.Sequential(nn.Linear(12, 12), shared, nn.Linear(12, 12), shared)
+        module[0].weight.data.mul_(8)
+        module[2].weight.data.mul_(8)
+        frames = images(6, 4, 12)
+        model = from_spikingjelly(module, classes=12)
+        if mode == "m":
+            with pytest.raises(BadModel, match="twice in a pass"):
+                model(frames)
+            continue
+        expected = torch.stack([module(each) for each in frames.transpose(0, 1)]).mean(0)
+        assert 0.05 < float(expected.mean()) < 0.95
+        for _ in range(2):
+            assert torch.allclose(model(frames), expected, atol=1e-6)
