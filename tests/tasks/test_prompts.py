@@ -56,7 +56,7 @@ def test_the_toychat_set_is_what_the_model_was_made_for():
 def test_the_general_set_can_be_read():
     task = TASKS.build("prompts:set=general")
     assert len(task.ids) == len(set(task.ids)) >= 10
-    assert task.defaults.goal == "says"
+    assert task.defaults.goal == "says:judges=refusal+exact,max_tokens=150"
 
 
 def test_rows(tmp_path):
