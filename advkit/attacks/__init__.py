@@ -81,4 +81,5 @@ ATTACKS: Registry[Attack] = Registry(
     },
     group="advkit.attacks",
     contract=Attack,
+    objects=True,
 )

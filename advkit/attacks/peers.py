@@ -38,8 +38,10 @@ def peer_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        package = name.partition(".")[0]
+        extra = "torchattacks" if package == "torchattacks" else "peers"
         raise MissingExtra(
-            f"the package {name.partition('.')[0]} does not import ({error}): pip install 'advkit[peers]' brings it"
+            f"the package {package} does not import ({error}): pip install 'advkit[{extra}]' brings it"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ def print_brief(report: Report, folder: Path, plots: Sequence[Path] = ()) -> Non
     """What decides, and where the rest is."""
     console, width = _console()
     rest = f"`advkit show {folder}` shows all"
-    drawn = f"{rest}, plots in {os.path.commonpath([plot.parent for plot in plots])}" if plots else rest
-    where = [f"report: {folder / 'report.json'}", drawn if len(drawn) <= width else rest]
+    rest += "; plots are beside the report" if plots else ""
+    where = [f"report: {folder / 'report.json'}", rest]
     _print(console, [*report.brief(width), *((line, "") for line in where)])
 
 

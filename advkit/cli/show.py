@@ -23,7 +23,7 @@ _EXAMPLES = {
     "goal": "advkit evaluate --attack pgd --goal {spec}",
     "scenario": "advkit list threat-models",
 }
-_OF_TEXT = {
+_OF_LANGUAGE = {
     "attack": "advkit evaluate --attack {spec} --task prompts",
     "defense": "advkit evaluate --attack beast --defense {spec} --task prompts",
     "threat model": "advkit evaluate --attack beast --threat-model {spec} --task prompts",
@@ -58,8 +58,8 @@ def _example_value(field: FieldInfo) -> str:
 
 def example(signature: Signature) -> str:
     """A command that uses the name; words in capitals are for the user to fill in."""
-    of_text = any(f".{part}" in signature.target for part in _TEXT)
-    template = (_OF_TEXT if of_text else _EXAMPLES)[signature.kind]
+    of_language = any(f".{part}" in signature.target for part in _TEXT)
+    template = (_OF_LANGUAGE if of_language else _EXAMPLES)[signature.kind]
     if signature.name == "toychat":
         template = template.removesuffix(":set=general")
     required = [field for field in signature.fields if field.default is None]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
+from advkit.core.text import printable
+
 
 class AdvkitError(Exception):
     """Base of every error advkit raises on purpose; the command line prints it as one line."""
 
     exit_code = 2
+
+    @override
+    def __str__(self) -> str:
+        """The message; what it quotes of files and names is made printable."""
+        return printable(super().__str__())
 
 
 class UsageError(AdvkitError):
@@ -39,6 +48,14 @@ class NoTrainingData(UsageError):
 
 class StaleRun(UsageError):
     """A run folder that belongs to another case."""
+
+
+class ModelChanged(AdvkitError):
+    """An attack left a model other than it was: weights, modes or hooks."""
+
+
+class RunInterrupted(AdvkitError):
+    """A run that could not go on (a worker process that was killed, no memory); what is recorded is kept."""
 
 
 class AccessDenied(AdvkitError):

@@ -17,6 +17,16 @@ SLACK = 1e-6
 """Fraction of a box's width that float round-off may leave it by and still be called inside."""
 
 
+def spacing(values: Tensor) -> Tensor:
+    """Round-off of floats of this size: twice the type's relative precision of each value, float64 where there is one.
+
+    A value goes into another scale and back (a pixel in 0..255 through an attack that works in 0..1), and comes back
+    that far from itself.
+    """
+    wide = values.abs().to(torch.float32 if values.device.type == "mps" else torch.float64)
+    return wide * (2 * torch.finfo(values.dtype).eps) if values.is_floating_point() else torch.zeros_like(wide)
+
+
 def _number(value: float) -> str:
     return f"{value:.4g}"
 
@@ -48,6 +58,11 @@ def _wrong_shape(x: Tensor, shape: tuple[int, ...] | None) -> str | None:
     return f"samples of shape {seen}; this model wants samples of shape {shape}; {hint}"
 
 
+def _finite(values: Tensor) -> Tensor:
+    """The values with zero for infinity."""
+    return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+
+
 def _per_row(x: Tensor) -> Tensor:
     return x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
 
@@ -61,7 +76,8 @@ class Box(Boxed, Sized):
     shape:     the shape of one row; None accepts any
     levels:    steps between low and high that a file holds (255 for 8-bit images); None where values are continuous
 
-    Rows that leave the box by at most 1e-6 of its width are inside: that is float32 round-off, not a threat.
+    Rows that leave the box by at most 1e-6 of its width, or by the spacing of floats as large as its bounds, are
+    inside: that is float32 round-off, not a threat.
     Raises UsageError for empty or NaN bounds.
     """
 
@@ -163,15 +179,16 @@ class Box(Boxed, Sized):
         return torch.clamp(x, self.low, self.high)
 
     def contains(self, x: Tensor) -> Tensor:
-        """Bool [B]: finite, of the right shape and within the bounds (slack 1e-6 of the width)."""
+        """Bool [B]: finite, of the right shape and within the bounds, up to round-off."""
         if _not_a_tensor(x, "") is not None:
             raise BadInput(self.complaint(x) or "")
         if _wrong_shape(x, self.shape) is not None:
             return torch.zeros(len(x), dtype=torch.bool, device=x.device)
         low, high = self.bounds_like(x)
         width = high - low
-        slack = torch.where(torch.isfinite(width), width, torch.zeros_like(width)) * SLACK
-        inside = (x >= low - slack) & (x <= high + slack)
+        slack = _finite(width) * SLACK
+        below, above = (torch.maximum(slack, _finite(spacing(bound)).to(slack.dtype)) for bound in (low, high))
+        inside = (x >= low - below) & (x <= high + above)
         if not self.bounded:
             inside = inside & torch.isfinite(x)
         return _per_row(inside).all(1)

@@ -18,4 +18,5 @@ DEFENSES: Registry[Defense] = Registry(
     },
     group="advkit.defenses",
     contract=Defense,
+    objects=True,
 )

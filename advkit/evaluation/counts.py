@@ -42,7 +42,7 @@ class Counts:
 
 def clean_state(record: Record) -> str:
     """How the row was before any attack: "attackable", "wrong", or "met": right, with the goal met already."""
-    if "clean_non_finite" in record.notes:
+    if not {"clean_non_finite", "clean_raised"}.isdisjoint(record.notes):
         return "wrong"
     if record.outcome != Outcome.WRONG:
         return "attackable"

@@ -13,9 +13,11 @@ from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
+from advkit.evaluation.run.batch import on_device
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store, speed_file
 from advkit.evaluation.run.engine import run as run_scenario
+from advkit.evaluation.run.rehearsal import answered
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
 from advkit.evaluation.run.speed import FastViews
@@ -82,10 +84,12 @@ def _execute(
 
 def _first_look(case: Case) -> tuple[list[Finding], bool]:
     """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
-    first = next(iter(case.task.batches(64, n=case.n)))
+    first = on_device(next(iter(case.task.batches(min(64, case.batch_size), n=case.n))), case.device)
     if first.labels is None:
         return [], case.randomized
-    findings = diagnostics.cheap(case, first.x.to(case.device), first.labels.to(case.device))
+    first, _ = answered(case, first)
+    assert first.labels is not None
+    findings = diagnostics.cheap(case, first.x, first.labels)
     varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
     return findings, case.randomized or varies
 

@@ -31,19 +31,24 @@ def pick_device(name: str) -> str:
     return name
 
 
-def task_of(task: Any, model: Any = None) -> Any:
-    """A task from a spec, a task, or a pair (x, y) of tensors or arrays; a pair takes its classes from the model."""
+def task_of(task: Any) -> Any:
+    """A task from a spec, a task, or a pair (x, y) of tensors or arrays."""
+    if _loads(task):
+        raise BadInput(
+            f"a task is a spec, a Task, or a pair (x, y), not a {type(task).__name__}; collect its samples first: "
+            "x, y = (torch.cat(part) for part in zip(*DataLoader(dataset, batch_size=256)))"
+        )
     if not isinstance(task, (tuple, list)):
         return TASKS.build(task)
     if len(task) != 2:
         raise BadInput(f"a task of {len(task)} parts; expected a spec, a Task, or a pair (x, y)")
-    from advkit.models.torch import as_model, is_model
     from advkit.tasks.arrays import Arrays
 
-    work = Arrays(*task)
-    if isinstance(model, torch.nn.Module) or is_model(model):
-        with torch.inference_mode():
-            answer = as_model(model, work)(next(iter(work.batches(1))).x)
-        if answer.ndim == 2:
-            work = Arrays(*task, classes=answer.shape[1])
-    return work
+    return Arrays(*task)
+
+
+def _loads(task: object) -> bool:
+    """Whether this is torch's data set or data loader."""
+    from torch.utils.data import DataLoader, Dataset
+
+    return isinstance(task, (DataLoader, Dataset))

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+import torch
+
 from advkit.attacks import ATTACKS
-from advkit.core.errors import BadInput, ReportError, UsageError
+from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
 from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, Task, WantsData
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
@@ -113,12 +115,17 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     """
     request.check()
     device = pick_device(request.device)
-    work = task_of(request.task, request.model)
+    work = task_of(request.task)
     parts = _built(request, work)
     scenario = SCENARIOS.build(parts.threat.scenario)
     parts = scenario.resolve(parts)
     n = _rows(request, work)
-    victim = protected(request.model, parts.defense, work, seed=request.seed, device=device, progress=progress)
+    try:
+        victim = protected(request.model, parts.defense, work, seed=request.seed, device=device, progress=progress)
+    except torch.OutOfMemoryError as error:
+        raise RunInterrupted(
+            "out of memory before anything was attacked: take a smaller model, or another --device"
+        ) from error
     case = _case(request, parts, work, victim, n, device)
     wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
     case = replace(case, data=case.task.training() if wanted else None)
@@ -144,7 +151,13 @@ def _built(request: Request, work: Task) -> Parts:
     attack: Any = ATTACKS.build(request.attack)
     defense: Any = DEFENSES.build(request.defense)
     made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
-    threat = THREAT_MODELS.build(_said(request.threat_model, made_for, work.defaults.threat_model))
+    threat_model = _said(request.threat_model, made_for, work.defaults.threat_model)
+    if threat_model == "":
+        raise UsageError(
+            f"the task {work.name} has no usual radius, since its features have no one range ({work.space!r}): name a "
+            "threat model, e.g. --threat-model linf:eps=0.1"
+        )
+    threat = THREAT_MODELS.build(threat_model)
     made_for = attack.default_goal if isinstance(attack, MadeForGoal) else ""
     rule = GOALS.build(_said(request.goal, made_for, work.defaults.goal))
     threat = with_public_sources(threat, work, DEFENSES.label(defense).partition(":")[0])

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
-from advkit.core.protocols import Bindable, Task, Trains
+from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
+from advkit.tasks.base import ClassificationTask
 
 log = logging.getLogger("advkit")
 
@@ -72,14 +73,48 @@ def model_part(spec: Any) -> tuple[Any, bool]:
 
 def ready(spec: Any, task: Any) -> Any:
     """A trained model from a spec or an object; raises BadModel for an architecture without weights."""
-    from advkit.models.torch import Architecture, as_model
+    from advkit.evaluation.first_call import introduced
+    from advkit.models.torch import Architecture, as_model, is_model
 
     part, builder = model_part(spec)
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
-    if not builder:
-        return as_model(part, task)
-    return as_model(part(_row_shape(task), task.classes, training_rng(0), space=task.space), task)
+    made = part(_row_shape(task), task.classes, training_rng(0), space=task.space) if builder else part
+    model = introduced(as_model(made, task), task, wrapped=not is_model(made))
+    return agreeing(model, task)
+
+
+def agreeing(model: Any, task: Task) -> Any:
+    """The model, where it answers the task's classes, or more than a task shows that only knows its labels.
+
+    BadModel names both numbers otherwise.
+    """
+    if task.space is None:  # a task that waits for a model's space says itself which models it is for
+        return model
+    classes = model.classes if isinstance(model, KnowsClasses) else None
+    if classes is None or classes == task.classes or (_counts_labels(task) and classes > task.classes):
+        return model
+    raise BadModel(
+        f"the model answers {classes} classes, the task {task.name} has {task.classes}: choose a model trained for "
+        "this task" + (", or say classes= in the task" if _may_have_more(task) else "")
+    )
+
+
+def with_classes_of(task: Task, model: Any) -> Task:
+    """The task with the model's number of classes, where the task knows no more than the labels that occur."""
+    classes = model.classes if isinstance(model, KnowsClasses) else None
+    if classes is None or not isinstance(task, ClassificationTask) or not _counts_labels(task):
+        return task
+    return task.with_classes(classes) if classes > task.classes else task
+
+
+def _may_have_more(task: Task) -> bool:
+    """Whether the task has a setting `classes`."""
+    return isinstance(task, ClassificationTask) and type(task).with_classes is not ClassificationTask.with_classes
+
+
+def _counts_labels(task: Task) -> bool:
+    return isinstance(task, ClassificationTask) and task.counts_labels
 
 
 def blank(spec: Any, task: Any, seed: int) -> Any:
@@ -113,6 +148,7 @@ def protected(
     part, _ = model_part(asked)
     if not isinstance(part, Architecture):
         given = ready(part, task).to(device)
+        task = with_classes_of(task, given)
         origin = asked if isinstance(asked, str) else "given"
         if not guard.needs_data:
             return Victim(guard.protect(given, None, training_rng(seed)), origin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from advkit.core.protocols import ModelBuilder
-from advkit.core.registry import Registry
+from advkit.core.registry import Registry, outside, parse_spec
 
 MODELS: Registry[Any] = Registry(
     "model",
@@ -33,3 +33,13 @@ MODELS: Registry[Any] = Registry(
     group="advkit.models",
     contract=ModelBuilder,
 )
+
+
+def own_architecture(spec: str) -> bool:
+    """Whether a spec names one of advkit's own architectures and nothing else at any nesting; read from its text alone.
+
+    Only these may be named by a file: the others run code, reach the network or open further files.
+    """
+    name = parse_spec(spec).name
+    known = name in MODELS and MODELS.known(name) in MODELS.table and MODELS.known(name) != "toychat"
+    return known and not MODELS.known(name).endswith(":") and not outside(spec)

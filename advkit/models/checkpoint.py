@@ -1,9 +1,11 @@
 """Weights on disk: safetensors with everything that rebuilds the model, checked before it is believed. No pickle.
 
 A checkpoint of ours carries the architecture's spec, the shape of a row, classes, normalisation, space, and a hash over
-weights and metadata together, so that any changed byte is an error. Files of others are read by name and shape alone:
-foreign safetensors, or `.pt`/`.pth` through torch's weights-only reader, always with an explicit architecture and
-strictly.
+weights and metadata together, so that any changed byte is an error. That is a plain hash: it tells of damage, and
+anyone can make another. What a file says is therefore never obeyed beyond data: it may name advkit's own architectures
+alone, and the sizes it declares are held against its tensors before memory is taken. Files of others are read by name
+and shape alone: foreign safetensors, or `.pt`/`.pth` through torch's weights-only reader, always with an explicit
+architecture and strictly.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +86,7 @@ def unpack(content: bytes, path: str | Path) -> tuple[dict[str, Tensor], dict[st
         header = json.loads(content[8 : 8 + length])
         metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
         tensors = safetensors.torch.load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is no intact safetensors file ({_line(error)}); it is damaged or of another kind: fetch it again"
         ) from error
@@ -225,7 +229,8 @@ def load_checkpoint(
     """The model of a checkpoint file, on the CPU and in evaluation mode.
 
     sha256:         of the file; checked before anything is parsed
-    architecture:   spec that builds the module; needed for files that advkit did not write, an assertion for the others
+    architecture:   spec that builds the module; needed for files that advkit did not write and for networks that are
+                    not advkit's own (`timm:`, `python:`...), an assertion for the others
     shape, classes: likewise
 
     Raises CheckpointError where the file is missing, damaged, of another kind or does not fit, BadModel where it holds
@@ -245,8 +250,10 @@ def load_checkpoint(
 
 
 def _check_kind(path: Path) -> None:
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise CheckpointError(f"{path} is neither .safetensors nor .pt/.pth; other kinds are not read, convert it")
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".ckpt"):
+        raise CheckpointError(
+            f"{path} is neither .safetensors nor .pt/.pth/.ckpt; other kinds are not read, convert it"
+        )
 
 
 def checkpoint_extra(path: str | Path, *, sha256: str = "") -> dict[str, Any]:
@@ -276,10 +283,11 @@ def _load_own(
     try:
         held_shape = tuple(int(length) for length in json.loads(metadata["shape"]))
         held_classes = int(metadata["classes"])
-        mean, std = tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
+        mean, std = (tuple(float(value) for value in json.loads(metadata[name])) for name in ("mean", "std"))
         space = _space_from_json(json.loads(metadata["space"]))
-        dtypes = {name: getattr(torch, dtype) for name, dtype in json.loads(metadata["dtypes"]).items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        dtypes = {str(name): _dtype(text) for name, text in json.loads(metadata["dtypes"]).items()}
+        described = {name: metadata[name] for name in ("name", "source", "license", "state_sha256")}
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no checkpoint of this version ({_line(error)})") from error
     if shape is not None and tuple(shape) != held_shape:
         raise BadModel(
@@ -288,12 +296,12 @@ def _load_own(
         )
     if classes is not None and classes != held_classes:
         raise BadModel(f"{path.name} answers {held_classes} classes, this task has {classes}")
-    spec = metadata["architecture"]
-    if architecture and _canonical(architecture) != _canonical(spec):
-        raise CheckpointError(f"{path} holds {spec!r}, not {architecture!r}; leave the architecture out")
+    spec = metadata.get("architecture", "")
+    if not _trusted(spec, architecture, path):
+        spec = architecture
     if set(dtypes) != set(tensors):
         raise CheckpointError(f"{path} is damaged: its tensors are not the ones that its metadata lists")
-    built = _build(spec, held_shape, held_classes)
+    built = _build(spec, held_shape, held_classes, tensors, path)
     module = built.module
     _fill(module, {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}, path, spec)
     model = TorchModel(
@@ -302,15 +310,53 @@ def _load_own(
         held_classes,
         mean,
         std,
-        metadata["name"],
-        metadata["source"],
-        metadata["license"],
+        described["name"],
+        described["source"],
+        described["license"],
         architecture=spec,
     )
     model = type(built).of(model)  # a spiking network is one again
-    if model.state_sha256() != metadata["state_sha256"]:
+    if model.state_sha256() != described["state_sha256"]:
         raise CheckpointError(f"{path} is damaged: its weights do not match their hash; fetch or train it again")
     return model
+
+
+def _dtype(text: str) -> torch.dtype:
+    found = getattr(torch, text, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{text!r} is no dtype")
+    return found
+
+
+def _trusted(spec: str, asked: str, path: Path) -> bool:
+    """Whether the spec in a file may be built as it stands; where not, the one asked for says the same.
+
+    Raises CheckpointError where the file names what is not advkit's own and nobody asked for it, or another network
+    than the one asked for. Nothing is imported or built for what the file says before that.
+    """
+    own = _is_own(spec, path)
+    if not asked:
+        if not own:
+            raise CheckpointError(
+                f"{path} names the architecture {spec!r}, which is not advkit's own: a file may not choose what code "
+                f"runs here; where you trust it, name it yourself: path:{path},architecture=[...], or "
+                "load_checkpoint(..., architecture=...)"
+            )
+        return True
+    # Text for text where the file's spec may not be built.
+    same = _canonical(asked) == _canonical(spec) if own else asked.strip() == spec.strip()
+    if not same:
+        raise CheckpointError(f"{path} holds {spec!r}, not {asked!r}; leave the architecture out")
+    return own
+
+
+def _is_own(spec: str, path: Path) -> bool:
+    from advkit.models import own_architecture
+
+    try:
+        return own_architecture(spec)
+    except UsageError as error:
+        raise CheckpointError(f"{path} names no architecture: {error}") from error
 
 
 def _canonical(spec: str) -> str:
@@ -319,19 +365,31 @@ def _canonical(spec: str) -> str:
     return MODELS.spec(MODELS.build(spec))
 
 
-def _build(spec: str, shape: tuple[int, ...], classes: int) -> TorchModel:
+def _build(
+    spec: str, shape: tuple[int, ...], classes: int, tensors: Mapping[str, Tensor], path: Path | str
+) -> TorchModel:
+    """The untrained network of a spec, once its names and shapes are known to be the tensors'."""
     from advkit.models import MODELS
+    from advkit.models.torch import Architecture, shapes_alone
 
-    name = spec.partition(":")[0]
+    name = spec.partition(":")[0].strip().casefold()
     if name in ("path", "zoo"):  # a file that names itself, or another file, would be followed for ever
         raise CheckpointError(f"{spec!r} is a stored model, not an architecture; expected one such as cnn:width=16")
-    built = MODELS.build(spec)(shape, classes, RowRng.from_ids(0, ["checkpoint"]))
+    part, rng = MODELS.build(spec), RowRng.from_ids(0, ["checkpoint"])
+    if isinstance(part, Architecture):
+        try:
+            with shapes_alone():
+                blank = part(shape, classes, rng)
+        except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes that no tensor can have
+            raise CheckpointError(f"{path} declares sizes that no network has ({_line(error)})") from error
+        _check_fit(blank.module, _without_prefix(dict(tensors), blank.module), path, spec)
+    built = part(shape, classes, rng)
     if not isinstance(built, TorchModel):
         raise CheckpointError(f"{spec!r} builds a {type(built).__name__}; weights go into torch models only")
     return built
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, spec: str) -> None:
+def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, spec: str) -> None:
     """Strictly: every name, every shape, and no conversion of integers to floats or back."""
     wanted = _persistent(module)
     missing = sorted(set(wanted) - set(tensors))
@@ -345,6 +403,10 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, sp
             raise CheckpointError(
                 f"{path} does not fit {spec}: {name} is {_kind(tensor)}, the model's is {_kind(wanted[name])}"
             )
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, spec: str) -> None:
+    _check_fit(module, tensors, path, spec)
     module.load_state_dict(dict(tensors), strict=True)
     module.eval()
 
@@ -360,36 +422,75 @@ def _kind(tensor: Tensor) -> str:
 def _read_pickle(content: bytes, path: Path) -> dict[str, Tensor]:
     """The state dict in a .pt file, by torch's reader that builds tensors and plain containers and runs nothing."""
     try:
+        _check_archive(content)
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive makes the reader raise nearly anything
+        held = re.search(r"GLOBAL ([\w.]{1,80}) was not", str(error))
+        what = f"it holds {held[1]}" if held else _line(error)
         raise CheckpointError(
-            f"{path} can't be read as weights alone ({_line(error)}): it is damaged or holds Python objects, which "
+            f"{path} can't be read as weights alone ({what}): it is damaged or holds Python objects, which "
             "could run code and are not loaded; store its state_dict() as safetensors where you trust it"
         ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
+    return _state_dict(loaded, path)
+
+
+WRAPPED = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which training scripts keep the weights."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+"""What data-parallel training, torch.compile and Lightning put before every name."""
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
+    held = loaded
+    for key in WRAPPED:
+        if isinstance(held, dict) and isinstance(held.get(key), dict):
+            held = held[key]
             break
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path} holds no state dict (names and tensors, on top or under 'state_dict')")
-    return {str(name): value for name, value in loaded.items()}
+    if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise CheckpointError(
+            f"{path} holds no state dict, names and tensors, on top or under {', '.join(WRAPPED)}: it holds "
+            f"{_contents(held)}; save the one that is meant by itself"
+        )
+    return {str(name): value for name, value in held.items()}
+
+
+def _contents(loaded: Any) -> str:
+    """What there is in place of a state dict."""
+    if not isinstance(loaded, dict):
+        return f"a {type(loaded).__name__}"
+    keys = [f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(loaded.items())[:8]]
+    return f"the keys {', '.join(keys) or 'none'}" + (" and more" if len(loaded) > 8 else "")
+
+
+def _check_archive(content: bytes) -> None:
+    """torch stores its tensors as they are: an archive that unpacks to more than it holds is none of its own."""
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            declared = sum(each.file_size for each in archive.infolist())
+        if declared > len(content):
+            raise ValueError(f"its parts are declared as {declared} bytes, the file has {len(content)}")
 
 
 def fill_from_file(module: nn.Module, path: str | Path, sha256: str = "", name: str = "the model") -> None:
     """Load somebody's weights into a module strictly: safetensors, or .pt/.pth through the weights-only reader.
 
-    A `module.` before every name (left by data-parallel training) is dropped.
+    What training left before every name (`module.`, `_orig_mod.`, `model.`, `net.`) is dropped.
     """
     path = Path(path)
     _check_kind(path)
     content = read_checked(path, sha256)
     tensors = unpack(content, path)[0] if path.suffix == ".safetensors" else _read_pickle(content, path)
-    _fill(module, _without_prefix(tensors), path, name)
+    _fill(module, _without_prefix(tensors, module), path, name)
 
 
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if tensors and all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+def _without_prefix(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors without what stands before every name and is no part of the module's own names."""
+    wanted = _persistent(module)
+    while tensors and not set(tensors) & set(wanted):
+        prefix = next((each for each in PREFIXES if all(name.startswith(each) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -401,8 +502,8 @@ def _load_foreign(
             f"{path} was not written by advkit and does not say what it holds; give the architecture, such as "
             f"path:{path},architecture=resnet18, together with a task"
         )
-    model = _build(architecture, tuple(shape), classes)
-    _fill(model.module, _without_prefix(tensors), path, architecture)
+    model = _build(architecture, tuple(shape), classes, tensors, path)
+    _fill(model.module, _without_prefix(tensors, model.module), path, architecture)
     model.name, model.source = path.stem, "a weights file of the user's"
     return model
 
@@ -412,7 +513,8 @@ class CheckpointFile:
     """Checkpoint file: one that save_checkpoint wrote, or others' weights with an explicit architecture.
 
     file:         .safetensors, or .pt/.pth read by torch's weights-only reader
-    architecture: spec that builds the module, in brackets where it has commas; only for files advkit did not write
+    architecture: spec that builds the module, in brackets where it has commas; for files that advkit did not write, and
+                  for networks that are not advkit's own (timm:, python:...), which no file may name by itself
     sha256:       of the file; checked before it is opened
     """
 

@@ -13,32 +13,35 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Rng
 from advkit.core.spaces import Box
 from advkit.models.checkpoint import fill_from_file
-from advkit.models.torch import FunctionModel, TorchModel, as_model, seeded
+from advkit.models.torch import FunctionModel, TorchModel, as_model, checked_logits, seeded
 
 
 def _space(space: Any, shape: tuple[int, ...]) -> Any:
     return Box(0.0, 1.0, tuple(shape)) if space is None else space
 
 
-def _probed(module: nn.Module, shape: tuple[int, ...], classes: int, name: str, hint: str) -> None:
-    """Ask the module about one row of zeros: does it take this shape and answer this many logits?"""
+def _probed(module: nn.Module, shape: tuple[int, ...], name: str, hint: str) -> int:
+    """How many logits the module answers to one sample of zeros; BadModel where it does not take this shape."""
     try:
         with torch.no_grad():
             answer = module(torch.zeros(1, *shape))
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadModel(f"{name} does not take samples of shape {list(shape)} ({first}); {hint}") from error
-    if not isinstance(answer, Tensor) or answer.dim() != 2:
-        seen = f"a tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise BadModel(f"{name} answers {seen}; expected logits of shape [rows, classes]")
-    if answer.shape[1] != classes:
-        raise BadModel(f"{name} answers {answer.shape[1]} classes, this task has {classes}; {hint}")
+    except Exception as error:  # code of others raises whatever it likes
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        raise BadModel(
+            f"{name} does not take samples of shape {list(shape)} ({type(error).__name__}: {first}); {hint}"
+        ) from error
+    logits = checked_logits(answer, 1)
+    if logits.ndim != 2:
+        raise BadModel(
+            f"{name} answers decisions of shape {list(logits.shape)}; expected logits of shape [rows, classes]"
+        )
+    return int(logits.shape[1])
 
 
 def _unknown(name: str, names: Iterable[str], package: str) -> UnknownName:
@@ -127,7 +130,7 @@ class Timm(Named):
         hint = f"it was made for {size} and {getattr(module, 'num_classes', '?')} classes" + (
             "; pretrained=false gives it the task's channels and classes" if fetch else ""
         )
-        _probed(module, shape, classes, spec, hint)
+        answered = _probed(module, shape, spec, hint)
         mean, std = tuple(config["mean"]), tuple(config["std"])
         if len(mean) not in (1, shape[0]):
             mean, std = (), ()  # colour statistics say nothing about other channels
@@ -135,7 +138,7 @@ class Timm(Named):
         return TorchModel(
             module,
             _space(space, shape),
-            classes,
+            answered,
             mean,
             std,
             name=spec,
@@ -177,11 +180,11 @@ class TorchVision(Named):
         hint = f"it was made for 3x{transform.crop_size[0]}x{transform.crop_size[0]} images" + (
             f" and {outputs} classes" if fetch else ""
         )
-        _probed(module, shape, classes, spec, hint)
+        answered = _probed(module, shape, spec, hint)
         return TorchModel(
             module,
             _space(space, shape),
-            classes,
+            answered,
             tuple(transform.mean),
             tuple(transform.std),
             name=spec,
@@ -239,11 +242,11 @@ class PythonFactory:
         if self.checkpoint:
             fill_from_file(thing, self.checkpoint, self.sha256, spec)
         thing.eval()
-        _probed(thing.cpu(), shape, classes, spec, "let the factory use its parameters shape and classes")
+        answered = _probed(thing.cpu(), shape, spec, "let the factory use its parameter shape")
         return TorchModel(
             thing,
             _space(space, shape),
-            classes,
+            answered,
             self.mean,
             self.std,
             name=spec,

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from advkit.core.errors import BadModel
 from advkit.models.torch import Architecture, image_shape
 
+MOST_LAYERS = 10_000
+"""A deeper network is a slip of the hand, or a file that wants to exhaust its reader."""
+
 
 class PreActivationBlock(nn.Module):
     """Normalise, rectify, convolve, twice, added to the shortcut.
@@ -109,8 +112,8 @@ class WRN28x10(Architecture):
 
     def __post_init__(self) -> None:
         _check_width(self.widen)
-        if self.depth < 10 or (self.depth - 4) % 6:
-            raise BadModel(f"depth must be 6 n + 4 (10, 16, 22, 28...), got {self.depth}")
+        if not 10 <= self.depth <= MOST_LAYERS or (self.depth - 4) % 6:
+            raise BadModel(f"depth must be 6 n + 4 (10, 16, 22, 28...), at most {MOST_LAYERS}, got {self.depth}")
 
     def network(self, shape: tuple[int, ...], classes: int) -> nn.Module:
         channels, _, _ = image_shape(shape, "wrn-28-10")

@@ -66,11 +66,11 @@ class RobustBench:
             ) from error
         if not shape or len(shape) != 3:
             raise BadModel(f"{spec} takes images of shape [C, H, W], this task's samples are {list(shape)}")
-        _probed(module, tuple(shape), classes, spec, f"it was made for {self.dataset}")
+        answered = _probed(module, tuple(shape), spec, f"it was made for {self.dataset}")
         return TorchModel(
             module,
             _space(space, tuple(shape)),
-            classes,
+            answered,
             name=spec,
             source=f"RobustBench, {self.dataset}, {self.threat}",
             license="",  # each entry has its authors' own

@@ -7,7 +7,9 @@ import hashlib
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -19,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from advkit.core.errors import BadModel, UnknownName
+from advkit.core.oracle import Lanes
 from advkit.core.protocols import Copies, Data, Headed, KnowsClasses, Model, ModelInfo, Rng, Task
 from advkit.core.spaces import Box
 
@@ -74,6 +77,138 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and _indexed(one) == _indexed(other)
 
 
+@dataclass(frozen=True)
+class Calls:
+    """How a module or function of the user's has to be called, as its first call showed (`evaluation.first_call`).
+
+    copies: it changes its input in place: every call gets a copy
+    alone:  it takes one sample at a time
+    masked: classes whose score is minus infinity whatever the input
+    floor:  the finite score that stands for minus infinity in them, below all others: differences stay numbers
+    """
+
+    copies: bool = False
+    alone: bool = False
+    masked: tuple[int, ...] = ()
+    floor: float = -1e4
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """The shapes of its calls; None where any will do."""
+        return Lanes(chunk=1, multiple=1) if self.alone else None
+
+    def input(self, x: Tensor) -> Tensor:
+        return x.clone() if self.copies else x
+
+    def output(self, answer: Any) -> Any:
+        """The logits in what came back."""
+        answer = answer if isinstance(answer, Tensor) else logits_of(answer)
+        if self.masked and answer.ndim == 2:
+            masked = torch.zeros(answer.shape[1], dtype=torch.bool, device=answer.device)
+            masked[list(self.masked)] = True
+            answer = torch.where(masked & (answer == -torch.inf), self.floor, answer)
+        return answer
+
+
+def logits_of(answer: Any) -> Any:
+    """The tensor in an output with `logits`, as networks of transformers return it, or in a list of one.
+
+    BadModel for what holds several tensors, or none: nobody says which of them the logits are.
+    """
+    if isinstance(answer, Tensor):
+        return answer
+    named = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    if isinstance(answer, (tuple, list)) and len(answer) == 1 and isinstance(answer[0], Tensor):
+        return answer[0]
+    raise BadModel(
+        f"the model returns {_described(answer)}; expected a tensor of logits, float [B, C]: pick them, such as "
+        "lambda x: net(x)[0]"
+    )
+
+
+def _described(answer: Any) -> str:
+    """What came back in place of a tensor, in a few words."""
+
+    def short(each: Any) -> str:
+        return f"tensor {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+
+    if isinstance(answer, Mapping):
+        inside = ", ".join(f"{key}: {short(value)}" for key, value in list(answer.items())[:4])
+    elif isinstance(answer, (tuple, list)):
+        inside = ", ".join(short(each) for each in answer[:4])
+    else:
+        return type(answer).__name__
+    return f"{type(answer).__name__} ({inside})"
+
+
+def checked_logits(answer: Any, rows: int) -> Tensor:
+    """The logits [rows, classes], or decisions [rows] as whole numbers, in what a model returned for `rows` inputs.
+
+    BadModel names what came back in place of them.
+    """
+    logits = logits_of(answer)
+    seen = f"the model returns a tensor of shape {list(logits.shape)} for {rows} inputs"
+    one = (logits.ndim == 2 and logits.shape[1] == 1) or (logits.ndim == 1 and logits.is_floating_point())
+    if one and len(logits) == rows:
+        raise BadModel(
+            f"{seen}: one score per sample, and two are needed (logits, float [B, C]); for a score s whose sign "
+            "decides return torch.stack([-s, s], 1), for a probability p torch.stack([1 - p, p], 1).log()"
+        )
+    if len(logits.shape) not in (1, 2) or len(logits) != rows:
+        raise BadModel(f"{seen}; expected logits, float [{rows}, C], or decisions, whole numbers [{rows}]")
+    if logits.ndim == 2 and not logits.is_floating_point():
+        raise BadModel(f"{seen}, of type {logits.dtype}; expected logits, float [{rows}, C]")
+    return cast(Tensor, logits)
+
+
+def misleading_mode(tops: Iterable[nn.Module]) -> list[nn.Module]:
+    """Layers whose training flag makes the model another one than the deployed: empty where nothing is wrong.
+
+    The flag matters in layers that act on it alone. Where the network as a whole is in evaluation mode and layers of
+    it drop units all the same, that was done on purpose (Monte Carlo dropout): its output varies. Batch statistics
+    would be moved by every query, and are never taken for purpose.
+    """
+    tops = tuple(tops)
+    acting = [layer for top in tops for layer in top.modules() if layer.training and _acts_in_training(layer)]
+    forgotten = any(top.training for top in tops)
+    return acting if forgotten else [layer for layer in acting if _statistics(layer)]
+
+
+def check_mode(model: Any, name: str = "the model") -> None:
+    """BadModel where a training flag makes the model another one than the deployed."""
+    layers = misleading_mode(model.modules())
+    if layers:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})[:4])
+        raise BadModel(
+            f"{name} is in training mode (dropout and batch statistics would answer; layers: {kinds}): call .eval() on "
+            "it first. Dropout on purpose: call .eval() on the network, then .train() on its dropout layers alone, and "
+            "it is evaluated as a random victim"
+        )
+
+
+def _statistics(layer: nn.Module) -> bool:
+    return getattr(layer, "running_mean", None) is not None
+
+
+def _acts_in_training(layer: nn.Module) -> bool:
+    """Whether a layer's output depends on its training flag, as far as its settings and its code say."""
+    if isinstance(layer, (nn.modules.batchnorm._NormBase,)):
+        return _statistics(layer)
+    if isinstance(layer, nn.modules.dropout._DropoutNd):
+        return layer.p > 0
+    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+        return float(layer.dropout) > 0
+    if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)):
+        return False  # the flag chooses a kernel; their dropout layers have flags of their own
+    if isinstance(layer, torch.jit.ScriptModule):
+        return True  # its code can't be read
+    ours = (base for base in type(layer).__mro__ if base not in (nn.Module, object))
+    codes = (getattr(member, "__code__", None) for base in ours for member in vars(base).values())
+    return any(code is not None and "training" in code.co_names for code in codes)
+
+
 class TorchModel(Headed, KnowsClasses, Copies):
     """A torch module that speaks the attacker's space and answers logits [B, classes].
 
@@ -85,6 +220,7 @@ class TorchModel(Headed, KnowsClasses, Copies):
     source:       where the weights come from
     license:      of the weights
     architecture: spec that builds the module again ("cnn:width=16"); empty where unknown
+    calls:        how the module has to be called
 
     Raises BadModel where mean and std do not fit each other or a std is not positive.
     """
@@ -103,6 +239,7 @@ class TorchModel(Headed, KnowsClasses, Copies):
         license: str = "",
         *,
         architecture: str = "",
+        calls: Calls | None = None,
     ) -> None:
         if not isinstance(cast(object, module), nn.Module):
             raise BadModel(f"a torch module was expected, got {type(module).__name__}; wrap functions with as_model")
@@ -119,6 +256,7 @@ class TorchModel(Headed, KnowsClasses, Copies):
         self.source = source
         self.license = license
         self.architecture = architecture
+        self.calls = calls or Calls()
         self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
@@ -132,8 +270,8 @@ class TorchModel(Headed, KnowsClasses, Copies):
         dtype = self.dtype
         if dtype is not None and x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
-        answer: Tensor = self.module(x)
-        if isinstance(answer, Tensor) and answer.dtype in (torch.float16, torch.bfloat16):
+        answer: Tensor = self.calls.output(self.module(self.calls.input(x)))
+        if answer.dtype in (torch.float16, torch.bfloat16):
             answer = answer.float()
         return answer
 
@@ -148,6 +286,11 @@ class TorchModel(Headed, KnowsClasses, Copies):
                     torch.tensor(self.std, device=x.device, dtype=x.dtype).reshape(shape),
                 )
         return self._constants[key]
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """The shapes in which the module wants to be called; None where any will do."""
+        return self.calls.lanes
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -216,6 +359,7 @@ class TorchModel(Headed, KnowsClasses, Copies):
             "source": self.source,
             "license": self.license,
             "architecture": self.architecture,
+            "calls": self.calls,
         }
 
     @classmethod
@@ -251,6 +395,7 @@ class FunctionModel(KnowsClasses):
     function: tensor [B, ...] -> logits [B, classes]
     identity: what its hash is made of. Empty: a fresh one per object, so that a run of an unnamed function is never
               taken for the run of another
+    calls:    how it has to be called
     """
 
     classes: int | None = None
@@ -262,18 +407,27 @@ class FunctionModel(KnowsClasses):
         classes: int | None = None,
         name: str = "",
         identity: str = "",
+        *,
+        calls: Calls | None = None,
     ) -> None:
         self.function = function
         self.space = Box() if space is None else space
         self.classes = classes
         self.name = name or getattr(function, "__name__", type(function).__name__)
         self.identity = identity or uuid.uuid4().hex
+        self.calls = calls or Calls()
 
     def __repr__(self) -> str:
         return f"FunctionModel({self.name}, classes={self.classes}, space={self.space})"
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        answer: Tensor = self.calls.output(self.function(self.calls.input(x)))
+        return answer
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """The shapes in which the function wants to be called; None where any will do."""
+        return self.calls.lanes
 
     def attacker_view(self) -> FunctionModel:
         return self
@@ -369,9 +523,22 @@ def image_shape(shape: tuple[int, ...], owner: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
+_place: ContextVar[str] = ContextVar("the device on which modules are built", default="cpu")
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules built inside have names and shapes, but no memory and no values."""
+    token = _place.set("meta")
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
 def seeded(build: Callable[[], nn.Module], rng: Rng) -> nn.Module:
     """A module built on the CPU with weights drawn from rng; the global generators are given back as they were."""
     seed = int(torch.randint(2**62, (), generator=rng.generator("cpu")))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(_place.get()):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator's too
         return build()

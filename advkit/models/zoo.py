@@ -113,9 +113,18 @@ def load(name: str, folder: Path | None = None) -> TorchModel:
 
     where = FOLDER if folder is None else folder
     described = card(name, where)
+    _check_own(described.model, f"card {name}")
     model = load_checkpoint(where / f"{name}.safetensors", sha256=described.sha256, architecture=described.model)
     model.name, model.license, model.source = described.name, described.licence, "advkit zoo"
     return model
+
+
+def _check_own(spec: str, source: str) -> None:
+    """Raise CheckpointError where a card names an architecture that is not advkit's own: cards come from others."""
+    from advkit.models import own_architecture
+
+    if not own_architecture(spec):
+        raise CheckpointError(f"{source} names the architecture {spec!r}; expected one of advkit's own, such as cnn")
 
 
 def find(
@@ -158,6 +167,7 @@ def publish(model: TorchModel, described: Mapping[str, Any], folder: Path | None
     told = dict(described)
     if taken := sorted({"sha256", "size", "model"} & set(told)):
         raise UsageError(f"{', '.join(taken)} of a card come from the weights; leave them out")
+    _check_own(model.architecture, "the model")
     draft = Card(**told, model=model.architecture, sha256="0" * 64, size=0)
     path = where / f"{draft.name}.safetensors"
     extra = {"task": draft.task, "defense": draft.defense, "seed": draft.seed}

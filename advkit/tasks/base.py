@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -113,6 +113,15 @@ class ClassificationTask(Hashed):
         """In the order of the labels."""
 
     @property
+    def counts_labels(self) -> bool:
+        """Whether `classes` is no more than what the labels show: a model may then know of more."""
+        return False
+
+    def with_classes(self, classes: int) -> Self:
+        """The same rows of a task with more classes; only where `counts_labels`."""
+        raise UsageError(f"the task {self.name} has {self.classes} classes, not {classes}")
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of one row."""
         shape = self.space.shape
@@ -193,6 +202,36 @@ class ArrayTask(ClassificationTask):
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(str(label) for label in range(self.classes))
+
+
+class Counted:
+    """The field `classes` of a task: what was asked for, and where nothing was, what `count_classes` finds.
+
+    A spec of the task names it only where it was asked for.
+    """
+
+    def __get__(self, task: Any, owner: type) -> int | None:
+        if task is None:
+            return None  # the field's default
+        asked: int | None = vars(task).get("classes")
+        return int(task.count_classes) if asked is None else asked
+
+    def __set__(self, task: Any, asked: int | None) -> None:
+        if asked is not None and asked < 1:
+            raise UsageError(f"classes is {asked}; expected a whole number of at least 1")
+        vars(task)["classes"] = asked
+
+
+def default_ball(space: Any) -> str:
+    """The usual radius 8/255 as a part of the box's width; empty where the box has no one width."""
+    if not isinstance(space, Box) or not space.bounded:
+        return ""
+    low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (space.low, space.high))
+    widths = (high - low).flatten()
+    if bool((widths != widths[0]).any()) or not float(widths[0]):
+        return ""
+    width = float(widths[0])
+    return "linf:eps=8/255" if width == 1 else f"linf:eps={8 * width / 255:.6g}"
 
 
 def row_ids(name: str, split: str, n: int) -> tuple[str, ...]:

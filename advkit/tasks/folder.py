@@ -1,48 +1,65 @@
 """Image folders: one sub-folder per class, decoded as they are needed.
 
-Reading is torchvision's ImageFolder: classes are the sub-folders in alphabetical order.
+Classes are the sub-folders: those that are numbered in the order of their numbers, others in alphabetical order, as
+torchvision's ImageFolder has all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+from advkit.core.checks import one_of
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Data, TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.base import ClassificationTask, by_hash
+from advkit.tasks.base import ClassificationTask, Counted, by_hash
 
+log = logging.getLogger("advkit")
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Those that torchvision's ImageFolder reads."""
+HELPERS = ("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information")
+"""Folders that systems and tools leave between the user's own; so are those whose name begins with a dot."""
 MEMORY = 16 * 2**30
 """Bytes of training images that are decoded into memory at most."""
 
 
 Interpolation = Literal["bilinear", "bicubic"]
+Order = Literal["auto", "number", "name"]
 
 
 def decode(source: Any, resize: int, crop: int, interpolation: str, name: str) -> Tensor:
     """An image file as float [3, crop, crop] of values k/255, in RGB.
 
     Scaled by Pillow's antialiased filter so that the shorter side is `resize`, rounded to 8 bits there, then the middle
-    `crop` x `crop` pixels. BadInput where it can't be read.
+    `crop` x `crop` pixels. BadInput where it can't be read, or has more than 8 bits per value: Pillow would cut them.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision.transforms import InterpolationMode, functional
 
     try:
         with Image.open(source) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"mode {image.mode}, more than 8 bits per value: save it with 8 bits")
             scaled = functional.resize(image.convert("RGB"), [resize], InterpolationMode(interpolation))
             pixels: Tensor = functional.pil_to_tensor(functional.center_crop(scaled, [crop]))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise BadInput(f"{name} is no readable image ({error}); repair or remove it") from error
+    except Exception as error:  # decoders raise nearly anything on a damaged file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise BadInput(f"{name} is no readable image ({first}); repair or remove it") from error
     return pixels.float().div_(255)
 
 
@@ -61,17 +78,85 @@ class Listing:
     classes: tuple[str, ...]
 
 
-def class_folders(place: Path) -> Listing:
-    """The images in the sub-folders of a folder, one per class in alphabetical order."""
-    from torchvision.datasets import ImageFolder
+def class_folders(place: Path, order: Order = "auto") -> Listing:
+    """The images in the sub-folders of a folder, one per class, in the order of `label_order`.
 
+    Hidden folders and files, and those that systems leave behind, are no classes and no images. Files of other kinds
+    are left out, and a warning says so.
+    """
     if not place.is_dir():
         raise UsageError(f"there is no folder {place}; expected one sub-folder of images per class in it")
     try:
-        held = ImageFolder(str(place))
-    except (FileNotFoundError, RuntimeError, OSError) as error:
+        names = sorted(each.name for each in place.iterdir() if each.is_dir() and not _helper(each.name))
+        listed = [_images_below(place / name) for name in label_order(names, order, str(place))]
+    except OSError as error:
         raise UsageError(f"{place} is no image folder ({error}); expected a sub-folder per class") from error
-    return Listing(place, tuple((Path(path), int(label)) for path, label in held.samples), tuple(held.classes))
+    names = label_order(names, order)
+    empty = [name for name, (images, _) in zip(names, listed, strict=True) if not images]
+    if empty or not names:
+        what = f"no images in its folders {', '.join(empty[:3])}" if empty else "no folders"
+        raise UsageError(
+            f"{place} has {what}; expected one sub-folder per class with images ({', '.join(EXTENSIONS[:3])}) in it"
+        )
+    others = Counter(kind for _, kinds in listed for kind in kinds)
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
+        log.warning("%s: %d files are no images by their names and are left out: %s", place, others.total(), kinds)
+    files = tuple((path, label) for label, (images, _) in enumerate(listed) for path in images)
+    return Listing(place, files, tuple(names))
+
+
+def _helper(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in HELPERS
+
+
+def _images_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """The images in a folder and the folders in it, in the order of their names, and the kinds of other files."""
+    images: list[Path] = []
+    others: list[str] = []
+    for root, below, files in os.walk(folder, followlinks=True):
+        below[:] = sorted(name for name in below if not _helper(name))
+        for name in sorted(files):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                images.append(Path(root) / name)
+            elif not name.startswith(".") and name.casefold() not in ("thumbs.db", "desktop.ini"):
+                others.append(Path(name).suffix or "without an extension")
+    return images, others
+
+
+def numbers_of(names: Sequence[str]) -> list[int] | None:
+    """The numbers in names that differ in nothing else (7, class_7); None where they are not all so."""
+    parts = [re.fullmatch(r"(\D*)([0-9]{1,9})(\D*)", name) for name in names]
+    if not names or any(part is None for part in parts):
+        return None
+    told = [part.groups() for part in parts if part is not None]
+    numbers = [int(number) for _, number, _ in told]
+    same = len({(before, after) for before, _, after in told}) == 1 and len(set(numbers)) == len(numbers)
+    return numbers if same else None
+
+
+def label_order(names: Sequence[str], order: Order = "auto", place: str = "") -> list[str]:
+    """Names of class folders in the order of their labels.
+
+    Folders that are numbered go by their numbers: as text 10 comes before 2. Where the two differ a warning names the
+    `place`: networks that were trained on torchvision's ImageFolder count in the order of the text.
+    """
+    text, numbers = sorted(names), numbers_of(names)
+    if order == "name" or numbers is None:
+        if order == "number":
+            raise UsageError(f"order=number, and the class folders {', '.join(text[:3])} are not numbered")
+        return text
+    counted = [name for _, name in sorted(zip(numbers, names, strict=True))]
+    if counted != text and order == "auto" and place:
+        log.warning(
+            "%s: the class folders are numbered; labels are in the order of the numbers (%s, ...), not of the text, in "
+            "which ImageFolder counts (%s, ...): say order=name for a network that was trained so, order=number "
+            "without this warning",
+            place,
+            ", ".join(counted[:3]),
+            ", ".join(text[:3]),
+        )
+    return counted
 
 
 class Images(ClassificationTask):
@@ -91,7 +176,7 @@ class Images(ClassificationTask):
         """The images of a split."""
         return class_folders(self.place() / split)
 
-    def order(self, listing: Listing) -> list[int]:
+    def sequence(self, listing: Listing) -> list[int]:
         """A fixed order of the images: by the hash of their relative names, any first n are a mixture of classes."""
         return by_hash([path.relative_to(listing.root).as_posix() for path, _ in listing.files])
 
@@ -122,7 +207,7 @@ class Images(ClassificationTask):
             raise UsageError(
                 f"{rows} samples were asked for, {listing.root} has {len(listing.files)} images; 0 takes all"
             )
-        return [listing.files[row] for row in self.order(listing)[: rows or None]]
+        return [listing.files[row] for row in self.sequence(listing)[: rows or None]]
 
     @cached_property
     def _samples(self) -> list[tuple[Path, int]]:
@@ -171,7 +256,12 @@ class Images(ClassificationTask):
     def _digest(self) -> str:
         digest = hashlib.sha256(f"{self.interpolation}|resize={self.resize}|crop={self.crop}|".encode())
         for path, label in self._samples:
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise BadInput(f"{path} can't be read ({error.strerror or error}); repair or remove it") from error
+            if _suspect(content):
+                decode(BytesIO(content), self.resize, self.crop, self.interpolation, str(path))
             digest.update(len(content).to_bytes(8, "little") + content + label.to_bytes(8, "little"))
         digest.update("\n".join(self.ids).encode())
         return digest.hexdigest()
@@ -179,9 +269,19 @@ class Images(ClassificationTask):
     def digest(self) -> str:
         """sha256 over interpolation and sizes, then the files as they lie on disk with their labels, then the ids.
 
-        The files and not the decoded pixels: decoding a whole validation set costs minutes.
+        The files and not the decoded pixels: decoding a whole validation set costs minutes. Files that look cut off are
+        decoded all the same, so that BadInput names them before a run begins and not after hours.
         """
         return self._digest
+
+
+def _suspect(content: bytes) -> bool:
+    """Whether an image file may be cut off: JPEG and PNG end with a mark of their own, other kinds do not tell."""
+    if content.startswith(b"\xff\xd8"):
+        return not content.rstrip(b"\0").endswith(b"\xff\xd9")
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" not in content[-16:]
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +295,10 @@ class Folder(Images):
     interpolation: of the scaling: bilinear or bicubic
     limit:         samples: the first so many in the order of the hashes of the file names; 0 for all
     train:         training samples, likewise
+    order:         labels: "number" in the order of the folders' numbers (7, class_7), "name" in that of their names as
+                   text, as ImageFolder has it, "auto" by number where all are numbered
+    classes:       how many there are; none takes as many as there are folders, or, where the folders are numbered from
+                   0, as many as the model has. With more classes than folders, folders' numbers are the labels
     """
 
     path: str
@@ -204,11 +308,43 @@ class Folder(Images):
     interpolation: Interpolation = "bilinear"
     limit: int = 0
     train: int = 0
+    order: Order = "auto"
+    classes: int | None = Counted()  # type: ignore[assignment]
 
     defaults = TaskDefaults(model="resnet18", threat_model="linf:eps=8/255")
 
     def __post_init__(self) -> None:
         self._check()
+        one_of(self, "order", ("auto", "number", "name"))
+
+    @property
+    def count_classes(self) -> int:
+        """One per folder."""
+        return len(self._held.classes)
+
+    @property
+    def counts_labels(self) -> bool:
+        """Where the folders are numbered a model may have classes that no folder shows."""
+        return vars(self)["classes"] is None and self.order != "name" and numbers_of(self._held.classes) is not None
+
+    def with_classes(self, classes: int) -> Self:
+        return replace(self, classes=classes)
+
+    def listing(self, split: str) -> Listing:
+        held = class_folders(self.place() / split, self.order)
+        classes = vars(self)["classes"]
+        if classes in (None, len(held.classes)):
+            return held
+        numbers = None if self.order == "name" else numbers_of(held.classes)
+        if numbers is None or max(numbers) >= classes:
+            raise UsageError(
+                f"{held.root} has {len(held.classes)} class folders and classes is {classes}: which of the classes "
+                f"they are is told by folders that are numbered from 0 to {classes - 1}; found "
+                f"{', '.join(held.classes[:3])}"
+            )
+        names = dict(zip(numbers, held.classes, strict=True))
+        files = tuple((path, numbers[label]) for path, label in held.files)
+        return Listing(held.root, files, tuple(names.get(label, str(label)) for label in range(classes)))
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -112,7 +112,7 @@ class ImageNet(Images):
             return _labelled(place, Path(self.labels).expanduser())
         if _images(place) and not any(each.is_dir() for each in place.iterdir()):
             raise UsageError(f"{place} holds images without class folders; say labels=FILE for what they show")
-        held = class_folders(place)
+        held = class_folders(place, "name")
         strange = [name for name in held.classes if name not in _places()]
         if strange:
             raise UsageError(
@@ -124,7 +124,7 @@ class ImageNet(Images):
             raise UsageError(f"{place} has two folders of one class, by its wnid and by its label; merge them")
         return replace(held, files=tuple((path, labels[row]) for path, row in held.files), classes=wnids())
 
-    def order(self, listing: Listing) -> list[int]:
+    def sequence(self, listing: Listing) -> list[int]:
         order = by_hash([path.name for path, _ in listing.files])
         if not self.balanced:
             return order

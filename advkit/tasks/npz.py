@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from torch import Tensor
 
-from advkit.core.errors import BadInput, UsageError
+from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
 from advkit.tasks.arrays import as_labels, as_rows
-from advkit.tasks.base import ArrayTask, Rows, row_ids
+from advkit.tasks.base import ArrayTask, Counted, Rows, default_ball, row_ids
+
+KEYS = ("x", "y", "x_train", "y_train")
+MEMORY = 16 * 2**30
+"""Bytes of arrays that are read into memory at most."""
+
+
+def _check_sizes(file: Path) -> None:
+    """ValueError where the arrays' headers speak of more than the archive holds, or of more than is read at all.
+
+    numpy takes the memory that a header asks for before it reads a byte.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
+        total = sum(each.file_size for key, each in members.items() if key in KEYS)
+        if total > MEMORY:
+            raise ValueError(f"its arrays take {total / 2**30:.0f} GiB, more than {MEMORY // 2**30}")
+        for key in KEYS:
+            if key not in members:
+                continue
+            with archive.open(members[key]) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+                wanted = member.tell() + math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or dtype.itemsize == 0 or wanted != members[key].file_size:
+                raise ValueError(f"the array {key} is said to be {dtype} {list(shape)}, which its bytes are not")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Npz(ArrayTask):
     """NumPy archive (.npz) of samples and labels: keys x and y, and x_train and y_train for a training set.
 
-    path:   the file. x: floats in [low, high], or 8-bit images, which become k/255. y: labels from 0. Never unpickled
-    layout: "rows": x as it is; "hwc": images with channels last; "hw": images without a channel
-    low:    smallest legal value
-    high:   largest legal value
+    path:    the file. x: floats in [low, high], or 8-bit images, whose 0 to 255 become low to high. y: labels from 0.
+             Never unpickled
+    layout:  "rows": x as it is; "hwc": images with channels last; "hw": images without a channel
+    low:     smallest legal value
+    high:    largest legal value
+    classes: how many there are; none takes the model's, or the largest label and one
     """
 
     path: str
     layout: Literal["rows", "hwc", "hw"] = "rows"
     low: float = 0.0
     high: float = 1.0
+    classes: int | None = Counted()  # type: ignore[assignment]
 
     version = "1"
     split = "test"
@@ -43,9 +72,8 @@ class Npz(ArrayTask):
         if not file.is_file():
             raise UsageError(f"there is no file {self.path}; npz:path= names an archive written by numpy.savez")
         try:
+            _check_sizes(file)
             with np.load(file, allow_pickle=False) as held:
-                if not hasattr(held, "files"):
-                    raise ValueError("it holds a single array")
                 missing = [key for key in ("x", "y") if key not in held.files]
                 if missing:
                     raise UsageError(
@@ -54,22 +82,33 @@ class Npz(ArrayTask):
                     )
                 if ("x_train" in held.files) != ("y_train" in held.files):
                     raise UsageError(f"{self.path} has only one of x_train and y_train; expected both or none")
-                return {key: held[key] for key in ("x", "y", "x_train", "y_train") if key in held.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadInput(f"{self.path} is no archive of plain numpy arrays ({error})") from error
+                return {key: held[key] for key in KEYS if key in held.files}
+        except AdvkitError:
+            raise
+        except Exception as error:  # a damaged archive makes zip, zlib and numpy raise nearly anything
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise BadInput(f"{self.path} is no archive of plain numpy arrays ({first})") from error
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return Path(self.path).stem
 
     @cached_property
-    def classes(self) -> int:  # type: ignore[override]
+    def count_classes(self) -> int:
+        """The largest label and one."""
         labels = [self._labels(key) for key in ("y", "y_train") if key in self._arrays]
-        return 1 + max(int(each.max()) for each in labels if each.numel())
+        return 1 + max((int(each.max()) for each in labels if each.numel()), default=0)
+
+    @property
+    def counts_labels(self) -> bool:
+        return vars(self)["classes"] is None
+
+    def with_classes(self, classes: int) -> Self:
+        return replace(self, classes=classes)
 
     @property
     def defaults(self) -> TaskDefaults:  # type: ignore[override]
-        return TaskDefaults(model="cnn" if len(self.shape) == 3 else "mlp", threat_model="linf:eps=8/255")
+        return TaskDefaults(model="cnn" if len(self.shape) == 3 else "mlp", threat_model=default_ball(self.space))
 
     @property
     def space(self) -> Box:
@@ -82,7 +121,7 @@ class Npz(ArrayTask):
 
     def _rows(self, key: str) -> Tensor:
         if key not in self._converted:
-            x = as_rows(self._arrays[key], f"{self.path}: {key}")
+            x = as_rows(self._arrays[key], f"{self.path}: {key}", Box(self.low, self.high))
             wanted = {"rows": None, "hwc": 4, "hw": 3}[self.layout]
             if wanted is not None and x.dim() != wanted:
                 raise BadInput(f"{self.path}: {key} is {list(x.shape)}; layout={self.layout} wants {wanted} axes")

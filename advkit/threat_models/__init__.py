@@ -26,6 +26,7 @@ THREAT_MODELS: Registry[ThreatModel[Any]] = Registry(
     },
     group="advkit.threat_models",
     contract=ThreatModel,
+    objects=True,
 )
 
 GOALS: Registry[Rule] = Registry(
@@ -40,6 +41,7 @@ GOALS: Registry[Rule] = Registry(
     },
     group="advkit.goals",
     contract=Rule,
+    objects=True,
 )
 
 JUDGES: Registry[Judge] = Registry(

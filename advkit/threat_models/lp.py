@@ -21,7 +21,7 @@ from typing_extensions import override
 from advkit.core.checks import check, fraction
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Descends, Rng
-from advkit.core.spaces import SLACK, Box
+from advkit.core.spaces import SLACK, Box, spacing
 from advkit.threat_models.capability import UNIT as UNIT
 from advkit.threat_models.capability import InBox, checked_shape
 
@@ -67,6 +67,13 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 def usable(gradient: Tensor) -> Tensor:
     """The gradient with zeros for what is not finite."""
     return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def beyond_spacing(x: Tensor, origin: Tensor) -> Tensor:
+    """x - origin, every value shortened by what floats of its size are apart; zero where it changed by no more."""
+    move = x.to(wide(x)) - origin.to(wide(origin))
+    slack = torch.maximum(spacing(x.to(origin.dtype)), spacing(origin))
+    return torch.where(move.abs() <= slack, torch.zeros_like(move), move - move.sign() * slack)
 
 
 def eps_text(eps: float) -> str:
@@ -189,10 +196,17 @@ class NormBall(InBox, Descends):
         return self._length(x.to(wide(x)) - origin.to(wide(origin)))
 
     def admits(self, x: Tensor, origin: Tensor) -> Tensor:
-        """Bool [B]: finite, in the box (slack 1e-6 of its width) and no further than eps * (1 + 1e-5) + 1e-7."""
+        """Bool [B]: finite, in the box and no further than eps * (1 + 1e-5) + 1e-7, each up to round-off.
+
+        Of every value's change as much as floats of its size are apart is round-off (`spacing`), in every norm: in a
+        box of 0 to 255 the nearest float to origin + eps may lie 1e-5 outside the ball.
+        """
         if x.shape != origin.shape:
             return torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
-        return self.box.contains(x) & (self.distance(x, origin) <= self._tolerated)
+        near = self.distance(x, origin) <= self._tolerated
+        if not bool(near.all()):
+            near |= self._length(beyond_spacing(x, origin)) <= self._tolerated
+        return self.box.contains(x) & near
 
     @property
     def _tolerated(self) -> float:
@@ -291,7 +305,7 @@ class Linf(NormBall):
         low, step = self._lattice_of(origin)
         x = origin.to(low.dtype)
         # Half the tolerance of `admits`: (k + 8) / 255 - k / 255 may be 8 / 255 and a bit in floats.
-        reach = self.eps * (1 + 5e-6) + 5e-8
+        reach = self.eps * (1 + 5e-6) + 5e-8 + spacing(origin) / 2
         first = lattice_index(x - reach, low, step).ceil().clamp_min(0)
         last = lattice_index(x + reach, low, step).floor().clamp_max(self.lattice)
         index = lattice_index(z.to(low.dtype), low, step).round()

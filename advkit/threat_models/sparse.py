@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.checks import check, one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Rng
 from advkit.core.spaces import Box
-from advkit.threat_models.lp import NormBall, lattice_index, lattice_value, row_sum, usable, wide
+from advkit.threat_models.capability import checked_shape
+from advkit.threat_models.lp import NormBall, beyond_spacing, lattice_index, lattice_value, row_sum, usable, wide
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class L0(NormBall):
         # NaN differs from everything, and the norm of something with a NaN in it is NaN
         changed = torch.where(move.isnan(), move, (move != 0).to(move.dtype))
         return row_sum(self._positions(changed).clamp_max(1))
+
+    @override
+    def distance(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Positions that changed by more than the round-off of their values, per row [B], in float64."""
+        checked_shape(x, origin)
+        return self._length(beyond_spacing(x, origin))
 
     def project(self, z: Tensor, origin: Tensor) -> Tensor:
         """Keep the positions whose undoing would cost most: (z - x)**2 - (z - clip(z))**2, summed over channels."""

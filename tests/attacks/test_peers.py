@@ -375,7 +375,8 @@ class TestART:
 def test_the_harness_judges_what_the_package_returns(digits, tmp_path, monkeypatch):
     """A package that leaves the ball gets no win, whatever it claims."""
     from advkit.evaluation.api import resolve
-    from advkit.evaluation.run.engine import open_store, run
+    from advkit.evaluation.execute import run
+    from advkit.evaluation.run.engine import open_store
 
     class Cheat:
         def __init__(self, model, eps=0.1):

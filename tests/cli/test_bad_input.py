@@ -93,7 +93,7 @@ def test_an_unknown_command_gets_its_nearest(advkit: Any) -> None:
     ("threat", "says"),
     [
         ("linf:eps=8", ("eps=8", "8/255")),
-        ("linf:eps=-0.1", ("eps=-0.1", ">= 0")),
+        ("linf:eps=-0.1", ("eps is -0.1", ">= 0")),
         ("linf:eps=nan", ("eps", "nan")),
         ("linf:eps=inf", ("eps", "inf")),
         ("l2:eps=9", ("eps=9", "8")),

@@ -123,7 +123,7 @@ def test_plots_are_drawn(advkit: Any, victim: str) -> None:
     drawn = {p.name: p.read_bytes() for p in Path("run/plots").iterdir()}
     assert {"per_class.png", "examples.png"} <= set(drawn)
     assert all(content.startswith(b"\x89PNG") for content in drawn.values())
-    assert said.out.splitlines()[-1] == "`advkit show run` shows all, plots in run/plots"
+    assert said.out.splitlines()[-1] == "`advkit show run` shows all; plots are beside the report"
     said = advkit(*EVALUATE[:-1], "--model", victim, "--out", "run", "--verbose")
     assert all(f"run/plots/{name}" in said.out for name in drawn)
 

@@ -226,6 +226,8 @@ def test_every_example_is_a_spec_that_builds_or_asks_for_a_file(capsys: pytest.C
     from advkit.core.registry import parse_spec
 
     for kind in REGISTRIES:
+        if kind == "scenarios":  # named by threat models, by no option
+            continue
         registry = registry_of(kind)
         for name in registry.table:
             command = example(registry.signature(name))

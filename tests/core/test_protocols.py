@@ -115,7 +115,7 @@ def test_the_type_checker_sees_a_misspelt_ability(tmp_path):
 
 def test_the_design_page_lists_every_ability_with_its_members():
     """And nothing that is none: the table is what one reads, so it must be true."""
-    nouns = {"Attack", "Model", "Perturb"}
+    nouns = {"Attack", "Ball", "Model", "Perturb"}
     abilities = {
         name: set(get_protocol_members(each))
         for name, each in vars(protocols).items()

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from advkit.attacks.gradient.pgd import PGD
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
 from advkit.core.protocols import Attack
 from advkit.core.registry import Argument, ParsedSpec, Registry, parse_spec
@@ -596,3 +597,23 @@ def test_every_registered_name_loads_and_explains_itself(kind: str, name: str) -
     assert signature.summary
     undocumented = [each.name for each in signature.fields if not each.doc]
     assert not undocumented
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("attack", PGD, ("is the class PGD", "PGD()")),
+        ("attack", ["pgd", "fgsm"], ("list", "needs", "such as fgsm")),
+        ("attack", lambda oracle, x, goal, threat, rng: x, ("function", "needs")),
+        ("threat_model", 0.1, ("0.1", "float", "such as linf")),
+        ("goal", 3, ("int", "kind")),
+        ("defense", object(), ("object", "needs_data", "protect")),
+    ],
+)
+def test_an_object_that_is_no_part_is_refused_by_what_it_lacks(setting, value, words):
+    import advkit
+
+    with pytest.raises(UsageError) as refused:
+        advkit.evaluate(**{"attack": "pgd", "task": "digits", "n": 4, "device": "cpu", setting: value})
+    for word in words:
+        assert word in str(refused.value)

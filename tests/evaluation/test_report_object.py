@@ -358,7 +358,7 @@ def test_old_reports_say_what_their_readers_said() -> None:
     assert "Successes lie 1.25 (L2) from their clean inputs" in far.verdict()
     told = one(task="text_generation", metrics={"refusal_asr_greedy": rate(4, 10, "prompts")})
     assert "target not said" in str(told)
-    assert "judge refusal: broken" in str(told)
+    assert "refusal judge says broken" in str(told)
     submitted = {
         "value": 0.5,
         "n": 100,
@@ -417,7 +417,7 @@ def test_reports_load_without_torch_and_scenarios() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     loaded = {".".join(name.split(".")[:3]) for name in done.stdout.split()}
-    assert loaded == {f"advkit.evaluation.{room}" for room in ("report", "run", "stats", "trust")}
+    assert loaded == {f"advkit.evaluation.{room}" for room in ("counts", "report", "run", "stats", "trust")}
 
 
 def test_html_and_table_show_hostile_names_and_obey_none() -> None:

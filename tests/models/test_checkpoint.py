@@ -6,7 +6,9 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,7 +18,7 @@ from advkit.core.errors import BadModel, CheckpointError
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models import MODELS
-from advkit.models.checkpoint import checkpoint_extra, load_checkpoint, save_checkpoint
+from advkit.models.checkpoint import checkpoint_extra, fill_from_file, load_checkpoint, save_checkpoint
 from advkit.models.torch import TorchModel
 
 RNG = RowRng.from_ids(5, ["a"])
@@ -185,3 +187,41 @@ def test_what_can_not_be_saved(model: TorchModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="can't write"):
         save_checkpoint(model, tmp_path / "file" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap", "prefix"),
+    [
+        ("net.pth", lambda state: {"net": state, "acc": 93.2, "epoch": 7}, ""),
+        ("compiled.pt", lambda state: state, "_orig_mod."),
+        ("both.pth", lambda state: {"model": state}, "_orig_mod.module."),
+        ("lightning.ckpt", lambda state: {"state_dict": state, "hyper_parameters": {}, "epoch": 3}, "model."),
+    ],
+)
+def test_weights_as_training_scripts_leave_them(name: str, wrap: Any, prefix: str, tmp_path: Path) -> None:
+    net, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    file = tmp_path / name
+    torch.save(wrap({prefix + key: value for key, value in net.state_dict().items()}), file)
+    fill_from_file(other, file)
+    assert torch.equal(net.weight, other.weight)
+    own = nn.ModuleDict({"net": nn.Linear(3, 2), "model": nn.Linear(3, 2)})
+    torch.save(own.state_dict(), file)
+    fill_from_file(nn.ModuleDict({"net": nn.Linear(3, 2), "model": nn.Linear(3, 2)}), file)
+    torch.save({f"other.{key}": value for key, value in net.state_dict().items()}, file)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        fill_from_file(other, file)
+
+
+def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path: Path) -> None:
+    state = nn.Linear(3, 2).state_dict()
+    file = tmp_path / "other.pth"
+    for content, said in (
+        ({"model_ema": state, "optimizer": {}}, r"model_ema \(\w+\), optimizer \(dict\)"),
+        ({"generator": state, "critic": state}, "generator"),
+        ({"state_dict": state, "best": np.float64(3.0)}, r"numpy.*scalar"),
+        ([1, 2], "a list"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(CheckpointError, match=said) as raised:
+            fill_from_file(nn.Linear(3, 2), file)
+        assert "\n" not in str(raised.value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import advkit
-from advkit.evaluation.api import plan
+from advkit.evaluation.plan import Request, plan
 from advkit.models import MODELS, zoo
 from advkit.models.spiking.model import SpikingModel, neurons
 from advkit.models.spiking.surrogates import ATan
@@ -30,7 +30,7 @@ def _nothing_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("task", FILMED)
 def test_filmed_tasks_have_an_embedded_victim_and_attack_a_hundred_rows(task: str) -> None:
-    resolved = plan("sda", task=task, device="cpu")
+    resolved = plan(Request(attack="sda", task=task, device="cpu"))
     assert resolved.victim.origin == f"zoo:{task}-snn"
     assert resolved.case.n == 100
     assert isinstance(resolved.victim.model, SpikingModel)
@@ -52,7 +52,8 @@ def test_still_victims_differ_in_the_surrogate_they_were_trained_with(task: str)
         assert isinstance(model, SpikingModel)
         assert {layer.surrogate for layer in neurons(model.module)} == {ATan(alpha=alpha)}
     plain = MODELS.spec(MODELS.build(wide.architecture))
-    assert plan("spiking:pgd", task=task, model=plain, device="cpu", n=1).victim.origin == f"zoo:{task}-snn"
+    resolved = plan(Request(attack="spiking:pgd", task=task, model=plain, device="cpu", n=1))
+    assert resolved.victim.origin == f"zoo:{task}-snn"
 
 
 @pytest.mark.parametrize(

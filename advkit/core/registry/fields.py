@@ -339,7 +339,8 @@ def write_fields(value: Any, start: Any = None, *, prefix: bool = False) -> list
     """The arguments that differ from the defaults (or from `start`), in the order of the fields."""
     parts = []
     for position, (name, (each, kind)) in enumerate(fields_of(type(value)).items()):
-        held = getattr(value, name)
+        # What was given, where a descriptor shows what was found in its place.
+        held = vars(value)[name] if name in getattr(value, "__dict__", ()) else getattr(value, name)
         default = default_of(each) if start is None else getattr(start, name)
         positional = prefix and position == 0
         if not positional and default is not dataclasses.MISSING and _same(held, default):

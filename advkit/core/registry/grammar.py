@@ -42,6 +42,11 @@ class ParsedSpec:
         return f"{self.name}:{','.join(parts)}" if parts else self.name
 
 
+def fold(name: str) -> str:
+    """Names differ neither by case nor by underscore against hyphen."""
+    return name.casefold().replace("_", "-")
+
+
 def parse_spec(text: str) -> ParsedSpec:
     """Take `name:key=value,...` apart; SpecError where it is not of that form."""
     name, colon, rest = text.partition(":")

@@ -28,7 +28,7 @@ from advkit.core.registry.fields import (
     told_of,
     write_fields,
 )
-from advkit.core.registry.grammar import nearest, parse_spec
+from advkit.core.registry.grammar import fold, nearest, parse_spec
 
 T = TypeVar("T")
 
@@ -72,11 +72,6 @@ def _imported(target: str) -> Any:
     return found
 
 
-def _fold(name: str) -> str:
-    """Names differ neither by case nor by underscore against hyphen."""
-    return name.casefold().replace("_", "-")
-
-
 class Registry(Generic[T]):
     """One kind of part by name: a table of lazy targets, and the entry points of other packages.
 
@@ -86,6 +81,7 @@ class Registry(Generic[T]):
     contract:   what every part has: a protocol, a base class, or "module:attribute" of one, which is imported when it
                 is needed. What an entry point names is refused (UsageError) where it lacks any; None: nothing is asked
     deprecated: old name -> new one; an old one builds what the new one does, with a DeprecationWarning
+    objects:    objects handed over in place of a spec have every member of the contract, too
     """
 
     def __init__(
@@ -96,14 +92,16 @@ class Registry(Generic[T]):
         *,
         contract: object = None,
         deprecated: Mapping[str, str] | None = None,
+        objects: bool = False,
     ) -> None:
         self.kind = kind
         self.table = dict(table)
         self.group = group
         self.deprecated = dict(deprecated or {})
         self._contract = contract
-        self._folded = {_fold(name): name for name in self.table}
-        self._older = {_fold(name): name for name in self.deprecated}
+        self._objects = objects
+        self._folded = {fold(name): name for name in self.table}
+        self._older = {fold(name): name for name in self.deprecated}
 
     def __repr__(self) -> str:
         return f"Registry({self.kind!r}, {len(self.table)} names, group={self.group!r})"
@@ -123,7 +121,7 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """Every name: the table's in their order, then those of other packages."""
-        return (*self.table, *sorted(name for name in self._entries() if _fold(name) not in self._folded))
+        return (*self.table, *sorted(name for name in self._entries() if fold(name) not in self._folded))
 
     def target(self, name: str) -> str:
         """The `module:attribute` behind a name; UnknownName where there is none."""
@@ -137,7 +135,7 @@ class Registry(Generic[T]):
             _warn(self.kind, old, self.deprecated[old])
             found = self._find(self.deprecated[old])
         if found is None:
-            near = nearest(_fold(name), self.names())
+            near = nearest(fold(name), self.names())
             raise UnknownName(f"unknown {self.kind} {name!r}{near or ';'} `advkit list {self.plural}` lists them all")
         return found
 
@@ -167,8 +165,12 @@ class Registry(Generic[T]):
             )
 
     def build(self, spec: str | T) -> T:
-        """The instance that a spec describes; an object that is no text is handed back as it is."""
+        """The instance that a spec describes; an object that is no text is handed back as it is.
+
+        Raises UsageError for a class, and for an object that can't be a part of this kind.
+        """
         if not isinstance(spec, str):
+            self._check_object(spec)
             return spec
         parsed = parse_spec(spec)
         known = self.known(parsed.name)
@@ -182,6 +184,19 @@ class Registry(Generic[T]):
             part = construct(cls, given, spec)
         self._held_to_contract(known, part, lacking_in)
         return part
+
+    def _check_object(self, part: object) -> None:
+        if not self._objects:
+            return
+        if isinstance(part, type):
+            raise UsageError(f"the {self.kind} is the class {part.__name__}; expected an object: {part.__name__}()")
+        contract = self.contract
+        if contract is not None and (names := lacking_in(part, contract)):
+            example = next(iter(self.table), "name")
+            raise UsageError(
+                f"{part!r:.80} ({type(part).__name__}) is no {self.kind}: it lacks {', '.join(names)}; expected a spec "
+                f"such as {example}, or an object with {members_text(contract)}"
+            )
 
     def name_of(self, part: object) -> str:
         """The name under which an object's class is registered; UnknownName where it is not."""
@@ -246,16 +261,16 @@ class Registry(Generic[T]):
 
     def _deprecated(self, name: str) -> str | None:
         """A deprecated name as the registry spells it."""
-        wanted = _fold(name.strip()).rstrip(":")
+        wanted = fold(name.strip()).rstrip(":")
         return self._older.get(wanted) or self._older.get(f"{wanted}:")
 
     def _find(self, name: str) -> str | None:
-        wanted = _fold(name.strip())
+        wanted = fold(name.strip())
         for each in (wanted, f"{wanted.rstrip(':')}:"):
             if each in self._folded:
                 return self._folded[each]
         for entry in self._entries():
-            if _fold(entry) in (wanted, f"{wanted.rstrip(':')}:"):
+            if fold(entry) in (wanted, f"{wanted.rstrip(':')}:"):
                 return entry
         return None
 

@@ -17,7 +17,7 @@ WORDING = {
     "success": "attack success rate",
     "figure": "accuracy",
 }
-_OF_TEXT = {
+_TEXT_WORDING = {
     "clean": "target not said, clean prompt",
     "robust": "target not said",
     "success": "exact target rate (greedy)",
@@ -61,19 +61,19 @@ def _of_transfer(data: Mapping[str, Any]) -> bool:
     return bool(data["threat_model"]["knowledge"] == "transfer")
 
 
-def _of_text(data: Mapping[str, Any]) -> bool:
+def _writes_text(data: Mapping[str, Any]) -> bool:
     return bool(data["task"] == "text_generation")
 
 
-def _other_goal(data: Mapping[str, Any]) -> bool:
+def _wants_more(data: Mapping[str, Any]) -> bool:
     return bool(data["threat_model"]["goal"] != "untargeted")
 
 
 def _section(data: Mapping[str, Any]) -> dict[str, Any]:
     wording = dict(WORDING)
-    if _of_text(data):
-        wording = _OF_TEXT
-    elif _other_goal(data):
+    if _writes_text(data):
+        wording = _TEXT_WORDING
+    elif _wants_more(data):
         wording["robust"] = "goal not reached"
     return {
         "scenario": _scenario(data),
@@ -112,7 +112,7 @@ def _table(data: Mapping[str, Any], wording: Mapping[str, str]) -> Iterator[tupl
         yield "accuracy, strongest cell", "tapm_acc_best_attack"
     for name in data["metrics"]:
         if name.endswith(_JUDGED):
-            yield f"judge {name.removesuffix(_JUDGED)}: broken", name
+            yield f"{name.removesuffix(_JUDGED)} judge says broken", name
 
 
 def _companions(data: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -139,9 +139,9 @@ def _sentence(data: Mapping[str, Any]) -> str:
             "Were every item submitted, robust accuracy would be {robust_accuracy}."
         )
     success = metrics.get("attack_success_rate")
-    if not _other_goal(data) or success is None or success["value"] is None:
+    if not _wants_more(data) or success is None or success["value"] is None:
         return "Robust accuracy {robust_accuracy} under {threat}; {attacks}."
-    name = "Exact target rate (greedy)" if _of_text(data) else "Attack success rate"
+    name = "Exact target rate (greedy)" if _writes_text(data) else "Attack success rate"
     words = f"{name} {{attack_success_rate}} under {{threat}}; {{attacks}}."
     norm = str(data["threat_model"].get("norm"))
     distance = metrics.get(f"{norm.lower()}_mean")
@@ -152,7 +152,7 @@ def _sentence(data: Mapping[str, Any]) -> str:
 
 def _figures(data: Mapping[str, Any]) -> Iterator[str]:
     """What was drawn of such a report: what of it there is to draw, the figures find out themselves."""
-    if not _other_goal(data):
+    if not _wants_more(data):
         yield "per_class"
     if data["threat_model"].get("eps") is None and data["threat_model"].get("norm"):
         yield "success_by_distance"

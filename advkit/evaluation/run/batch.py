@@ -64,15 +64,74 @@ def own_randomness(device: str, *names: object) -> Iterator[None]:
 @contextmanager
 def alone(case: Case, *names: object) -> Iterator[None]:
     """Every model frozen and torch's generators put aside: nothing outside can tell what ran inside."""
-    modules = [m for model in (case.victim, *(s for _, s in case.surrogates)) for m in model.modules()]
+    modules = [m for model in models_of(case) for m in model.modules()]
     with frozen(*modules), own_randomness(case.device, case.seed, *names):
         yield
 
 
+def models_of(case: Case) -> list[Model[Any, Any]]:
+    """The victim and the surrogates."""
+    return [case.victim, *(model for _, model in case.surrogates)]
+
+
 def run_alone(unit: Unit, case: Case, batch: Batch, lanes: Lanes) -> Round:
-    """One batch on the case's device, leaving no trace."""
-    with alone(case, case.label, batch.ids[0]):
-        return unit(case, on_device(batch, case.device), lanes)
+    """One batch on the case's device, leaving no trace.
+
+    Where a model or a judge raises on some row, the batch is halved until that row is found: its record says why, and
+    the others go on.
+    """
+    try:
+        with alone(case, case.label, batch.ids[0]):
+            return unit(case, on_device(batch, case.device), lanes)
+    except (AdvkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if len(batch.ids) == 1:
+            log.debug("row %s raised", batch.ids[0], exc_info=True)
+            return _raised(case, batch, f"{type(error).__name__}: {error}")
+    halves = [run_alone(unit, case, half, lanes) for half in halved(batch)]
+    return Round(
+        [record for half in halves for record in half.records],
+        _joined([half.clean for half in halves]),
+        _joined([half.adversarial for half in halves]),
+        sum(half.tokens for half in halves),
+    )
+
+
+def halved(batch: Batch) -> list[Batch]:
+    """The first and the second half of a batch's rows."""
+    return [
+        replace(
+            batch,
+            ids=tuple(batch.ids[row] for row in rows.tolist()),
+            x=batch.x[rows],
+            goal=batch.goal.take(rows),
+            labels=None if batch.labels is None else batch.labels[rows],
+            twins=None if batch.twins is None else batch.twins[rows],
+        )
+        for rows in torch.arange(len(batch.ids)).tensor_split(2)
+    ]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if len(found) == len(parts) else None
+
+
+def _raised(case: Case, batch: Batch, reason: str) -> Round:
+    """The record of a row on which the victim, the goal or a judge raised."""
+    label = None if batch.labels is None else int(batch.labels[0])
+    record = Record(
+        id=batch.ids[0],
+        attack=case.label.attack,
+        outcome=Outcome.ERROR,
+        label=label,
+        notes=("clean_raised",),
+        message=reason,
+        stage=case.label.stage,
+        source=case.label.source,
+    )
+    return Round([record], batch.x, batch.x)
 
 
 def models_attacked(case: Case) -> list[tuple[str, Any, bool]]:
@@ -170,8 +229,11 @@ class _Attempts:
             self.errors.update(dict.fromkeys(where.tolist(), reason))
             log.debug("row %s raised", self.batch.ids[int(where[0])], exc_info=True)
         else:
-            if out.shape == x[rows].shape:
-                self.returned[rows] = out.detach().to(x.dtype)
+            if not isinstance(out, Tensor):
+                reason = f"the attack returned {type(out).__name__}; expected a tensor of the shape of x"
+                self.errors.update(dict.fromkeys(where.tolist(), reason))
+            elif out.shape == x[rows].shape:
+                self.returned[rows] = out.detach().to(x)
             else:
                 self.outside[where] = True
         meter = oracle.meter

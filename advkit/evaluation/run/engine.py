@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkit.core.errors import UsageError
+from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch, Record, whole_batch
 from advkit.evaluation.run.batch import (
@@ -23,11 +23,13 @@ from advkit.evaluation.run.batch import (
     attacked,
     judged,
     models_attacked,
+    models_of,
     on_device,
     own_randomness,
     run_alone,
 )
 from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.guard import Guard, unchanged
 from advkit.evaluation.run.rehearsal import preflight
 from advkit.evaluation.run.scenario import Records, Scenario
 from advkit.evaluation.run.speed import FastViews, planned_passes
@@ -58,6 +60,7 @@ class LocalEngine:
     """Batches in this process, or shared between worker processes; see `scenario.Engine`."""
 
     workers: Workers | None = None
+    guard: Guard | None = None
     _lanes: dict[tuple[int, ...], tuple[Lanes, Any]] = field(default_factory=dict)
 
     def attack(self, cell: Case, done: Records, only: Container[str] | None = None) -> Iterator[Round]:
@@ -91,7 +94,13 @@ class LocalEngine:
         lanes = self.lanes(cell)
         if self.workers is not None:
             return self.workers.run(unit, cell, batches, lanes)
-        return (run_alone(unit, cell, batch, lanes) for batch in batches)
+        return (self._guarded(unit, cell, batch, lanes) for batch in batches)
+
+    def _guarded(self, unit: Unit, cell: Case, batch: Batch, lanes: Lanes) -> Round:
+        each = run_alone(unit, cell, batch, lanes)
+        if self.guard is not None:
+            self.guard.check(cell.label)
+        return each
 
     def lanes(self, cell: Case) -> Lanes:
         """Probed once per set of models."""
@@ -120,6 +129,7 @@ def run(
     workers: processes of one thread each that share the batches; 1 runs here, None takes one per core for long work on
              a CPU (a case that can't travel to other processes is then run here)
     """
+    _check_store(case, scenario, store)
     preflight(case, scenario)
     case = with_views(case, scenario.cells(case), speed_file(store.folder, store.name))
     asked = workers
@@ -134,8 +144,12 @@ def run(
             if asked is not None:
                 raise
             log.info("%s", error)
-    with crew or nullcontext():
-        return _run(case, scenario, store, progress, LocalEngine(crew))
+    try:
+        with crew or nullcontext(), unchanged(models_of(case), case.label) as guard:
+            return _run(case, scenario, store, progress, LocalEngine(crew, guard))
+    except ModelChanged:
+        store.reject()
+        raise
 
 
 def _run(case: Case, scenario: Scenario, store: Store, progress: Progress | None, engine: LocalEngine) -> list[Record]:
@@ -160,11 +174,27 @@ def within_memory(case: Case, rounds: Callable[[Case], Iterator[Round]]) -> Iter
         try:
             yield from rounds(case)
             return
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if case.batch_size == 1 or whole_batch(case.attack):
-                raise
+                rows = "all rows at once" if whole_batch(case.attack) else "one row at a time"
+                raise RunInterrupted(
+                    f"out of memory with {rows}; what is recorded is kept: take a smaller model or attack, or another "
+                    "--device"
+                ) from error
             case = replace(case, batch_size=case.batch_size // 2)
             log.warning("out of memory: going on with batches of %d rows", case.batch_size)
+
+
+def _check_store(case: Case, scenario: Scenario, store: Store) -> None:
+    """Raise StaleRun where a record is of a row or an attack that the case does not have."""
+    if not len(store):
+        return
+    rows = {row for batch in case.task.batches(1024, n=case.n) for row in batch.ids}
+    attacks = {case.label.attack, *(cell.label.attack for cell in scenario.cells(case))}
+    for record in store:
+        if record.id not in rows or record.attack not in attacks:
+            what = f"row {record.id}" if record.id not in rows else f"attack {record.attack}"
+            raise StaleRun(f"{store.path} holds a record of {what}, which this case does not have: name another --out")
 
 
 def available_cores() -> int:

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, UsageError
+from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Batch, Refuses
 from advkit.core.rng import RowRng
-from advkit.evaluation.run.batch import on_device, own_randomness
+from advkit.evaluation.run.batch import halved, on_device, own_randomness
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.judge import Judge
 from advkit.evaluation.run.scenario import Scenario
+from advkit.models.torch import check_mode, checked_logits
 
 log = logging.getLogger("advkit")
 
@@ -31,7 +32,7 @@ def preflight(case: Case, scenario: Scenario) -> None:
     first = on_device(next(iter(case.task.batches(min(case.batch_size, 64), n=case.n))), case.device)
     if complaint := case.victim.space.complaint(first.x):
         raise BadInput(complaint)
-    answer = _first_answer(case, first.x)
+    first, answer = _first_answer(case, first)
     with own_randomness(case.device, "rehearsal"):
         for cell in scenario.cells(case):
             rehearse(cell, first, answer)
@@ -45,32 +46,49 @@ def _check_models(case: Case) -> None:
             "choose a model trained for this task"
         )
     for name, model in (("the model", case.victim), *((f"surrogate {n}", s) for n, s in case.surrogates)):
-        if any(module.training for top in model.modules() for module in top.modules()):
-            raise BadModel(
-                f"{name} is in training mode (dropout and batch statistics would answer): call .eval() on it first"
-            )
+        check_mode(model, name)
 
 
-def _first_answer(case: Case, x: Tensor) -> Tensor:
-    """The victim's answer to the first rows, once its shape is right."""
-    with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
-        try:
-            answer = Judge(case.victim, Lanes.fitting(x)).answer(x)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise BadModel(
-                f"the model can't take inputs of shape {tuple(x.shape[1:])} of task {case.task.name}: {error}"
-            ) from error
+def _first_answer(case: Case, first: Batch) -> tuple[Batch, Tensor]:
+    """The first rows that the victim answers and its answer, once that has the right shape.
+
+    A row on which it raises is for that row's record; where it raises on all of them, the model does not fit.
+    """
+    batch, answer = answered(case, first)
     if answer.ndim == 2 and answer.shape[1] != case.task.classes:
         raise BadModel(
             f"the model answers {answer.shape[1]} classes, the task {case.task.name} has {case.task.classes}: "
             "choose a model trained for this task"
         )
-    if len(answer) != len(x) or answer.ndim not in (1, 2):
+    return batch, answer
+
+
+def answered(case: Case, batch: Batch) -> tuple[Batch, Tensor]:
+    """Rows of a batch on which the victim does not raise, and its answer to them.
+
+    Raises BadModel where it raises on every row, RunInterrupted where one row is too much memory.
+    """
+    try:
+        with frozen(*case.victim.modules()), own_randomness(case.device, "preflight"):
+            answer = Judge(case.victim, Lanes.fitting(batch.x)).answer(batch.x)
+    except AdvkitError:
+        raise
+    except torch.OutOfMemoryError as error:
+        if len(batch.ids) == 1:
+            raise RunInterrupted(
+                f"out of memory on one sample of shape {tuple(batch.x.shape[1:])}: take a smaller model, or another "
+                "--device"
+            ) from error
+        return answered(case, halved(batch)[0])
+    except Exception as error:  # code of the user's raises whatever it likes
+        for half in halved(batch) if len(batch.ids) > 1 else []:
+            with suppress(BadModel):
+                return answered(case, half)
         raise BadModel(
-            f"the model answers a tensor of shape {tuple(answer.shape)} for {len(x)} inputs; expected logits "
-            f"[{len(x)}, {case.task.classes}] or decisions [{len(x)}]"
-        )
-    return answer
+            f"the model can't take inputs of shape {tuple(batch.x.shape[1:])} of task {case.task.name}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return batch, checked_logits(answer, len(batch.x))
 
 
 class _SecondQuestion(Exception):

@@ -37,9 +37,25 @@ def to_line(record: Record) -> str:
     return json.dumps(said, separators=(",", ":"))
 
 
+_NUMBER = (int, float, type(None))
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "attack", "outcome", "message", "stage", "source"), (str,)),
+    **dict.fromkeys(("label", "clean", "adversarial"), (int, type(None))),
+    **dict.fromkeys(("distance", "margin", "closeness"), _NUMBER),
+    **dict.fromkeys(("forwards", "backwards", "queries"), (int,)),
+    **dict.fromkeys(("measures", "figures", "texts"), (dict,)),
+    **dict.fromkeys(("notes", "trace"), (list,)),
+    "reached": (bool,),
+    "eight_bit": (bool, type(None)),
+}
+
+
 def from_line(line: str) -> Record:
     """The record of one line; raises ValueError or TypeError when it is none."""
     values = json.loads(line)
+    for name, value in values.items():
+        if name in _TYPES and not isinstance(value, _TYPES[name]):
+            raise TypeError(f"{name} is {value!r:.40}")
     values["outcome"] = Outcome(values["outcome"])
     values["notes"] = tuple(values["notes"])
     values["trace"] = tuple(values.get("trace", ()))
@@ -62,15 +78,19 @@ def read_records(path: str | Path) -> list[Record]:
     Raises ReportError on a missing file or a broken line.
     """
     file = Path(path)
+    records: list[Record] = []
     try:
-        with file.open(encoding="utf-8") as lines:
-            return [from_line(line) for line in lines if line.endswith("\n")]
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            records += (from_line(line) for line in lines if line.endswith("\n"))
+        return records
     except FileNotFoundError:
         raise ReportError(f"no per-row records at {file}; expected {RECORDS_NAME} beside the run's report") from None
     except OSError as error:
         raise ReportError(f"{file} can't be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ReportError(f"{file} holds a line that is not a record: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ReportError(
+            f"{file}, line {len(records) + 1}: not a record ({error!s:.120}): remove the line to run its row again"
+        ) from None
 
 
 def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor, Tensor]]:
@@ -130,7 +150,13 @@ class Store:
             raise UsageError(
                 f"the run folder {folder} can't be written ({error.strerror or error}): name another with --out"
             ) from error
-        self.records: dict[str, Record] = {self.key(r.made_by, r.id): r for r in read_records(self.path)}
+        self.records: dict[str, Record] = {}
+        for record in read_records(self.path):
+            if self.records.setdefault(self.key(record.made_by, record.id), record) != record:
+                raise StaleRun(
+                    f"{self.path} holds two different records of row {record.id} under {record.made_by}: it was "
+                    "edited, or two runs wrote to it; remove both lines, or the folder"
+                )
 
     @staticmethod
     def key(label: Label, row: str) -> str:
@@ -138,13 +164,13 @@ class Store:
         return f"{label}|{row}"
 
     def _same(self, case: Path, text: str) -> None:
-        old = case.read_text(encoding="utf-8")
-        if old == text:
+        old = case.read_bytes()
+        if old == text.encode():
             return
         try:
             before, now = json.loads(old), json.loads(text)
             differ = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-        except json.JSONDecodeError:
+        except (ValueError, TypeError, AttributeError, RecursionError):
             differ = ["an unreadable case file"]
         raise StaleRun(
             f"the run folder {self.folder} belongs to another case (different: {', '.join(differ)}): "
@@ -221,13 +247,20 @@ class Store:
     def _spent(self, what: str) -> dict[str, float]:
         total: dict[str, float] = {}
         if self._timing.exists():
-            for line in self._timing.read_text(encoding="utf-8").splitlines():
+            for line in self._timing.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:  # a line cut short by a crash; times are no evidence
+                    total[entry["attack"]] = total.get(entry["attack"], 0.0) + float(entry.get(what, 0.0))
+                except (ValueError, TypeError, KeyError, AttributeError):  # cut short or damaged; times are no evidence
                     continue
-                total[entry["attack"]] = total.get(entry["attack"], 0.0) + entry.get(what, 0.0)
         return total
+
+    def reject(self) -> None:
+        """Put the records aside, as NAME.rejected: a run whose model was changed has none."""
+        self._handle.close()
+        if self.path.exists():
+            os.replace(self.path, self.path.with_suffix(".rejected"))
+        self.records.clear()
 
     def close(self) -> None:
         """Close the file; the store can be read on."""

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from multiprocessing import get_context, parent_process
 from types import TracebackType
@@ -19,11 +20,12 @@ from typing import Any, Self, cast
 
 import torch
 
-from advkit.core.errors import UsageError
+from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch
-from advkit.evaluation.run.batch import Round, Unit, run_alone
+from advkit.evaluation.run.batch import Round, Unit, models_of, run_alone
 from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.guard import Guard
 
 _STAYS = ("task", "surrogates", "defense", "views")
 """Fields of a case that are not sent with a batch: the rows travel by themselves, and models went ahead."""
@@ -44,12 +46,16 @@ def _begin(payload: bytes) -> None:
     case = torch.load(io.BytesIO(payload), weights_only=False)  # our own bytes, from the parent process
     _worker["case"] = case
     _worker["surrogates"] = dict(case.surrogates)
+    _worker["guard"] = Guard(models_of(case))
 
 
 def _run(unit: Unit, changes: dict[str, Any], sources: list[Any], batch: Batch, lanes: Lanes) -> Round:
     known = _worker["surrogates"]
     surrogates = tuple((one, known[one]) if isinstance(one, str) else one for one in sources)
-    return run_alone(unit, replace(_worker["case"], **changes, surrogates=surrogates), batch, lanes)
+    cell = replace(_worker["case"], **changes, surrogates=surrogates)
+    each = run_alone(unit, cell, batch, lanes)
+    _worker["guard"].check(cell.label)
+    return each
 
 
 class Workers:
@@ -92,9 +98,15 @@ class Workers:
         known = dict(base.surrogates)
         sources = [name if known.get(name) is model else (name, model) for name, model in cell.surrogates]
         waiting: deque[Future[Round]] = deque()
-        for batch in batches:
-            waiting.append(self._pool.submit(_run, unit, changes, sources, batch, lanes))
-            if len(waiting) > 2 * self.processes:
+        try:
+            for batch in batches:
+                waiting.append(self._pool.submit(_run, unit, changes, sources, batch, lanes))
+                if len(waiting) > 2 * self.processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise RunInterrupted(
+                "a worker process ended before its work was done (killed, perhaps for memory); what is recorded is "
+                "kept: resume with the same command, or with --workers 1"
+            ) from error

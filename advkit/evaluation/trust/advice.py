@@ -7,6 +7,9 @@ from collections.abc import Mapping
 ADVICE: Mapping[str, str] = {
     "training_mode": "call .eval() on it",
     "randomized_output": "average the attack's gradients over draws (eot=20); verdicts go by majority of draws",
+    "batch_dependence": "use running statistics, and no operation across samples, when the model predicts",
+    "state_between_calls": "reset the model's state at the start of every call",
+    "input_changed": "let the model work on a copy (x = x.clone(), no in-place operations on its argument)",
     "probability_output": "let it output logits",
     "inference_time_optimization": "attack the inner loop too (unroll it, or use an attacker view), and run square",
     "not_differentiable": "give the defense an attacker view (BPDA), or attack with scores alone (square)",

@@ -6,9 +6,10 @@ expensive checks are in `battery`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Ball, Label, Outcome, Record, Suite
+from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Suite, Wraps
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
 from advkit.evaluation.counts import UNKNOWN, by_label
@@ -25,11 +26,15 @@ from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
 from advkit.evaluation.stats import mcnemar_exact
 from advkit.evaluation.trust.findings import Finding, found, graded
+from advkit.models.torch import FunctionModel, TorchModel, misleading_mode
+
+log = logging.getLogger("advkit")
 
 FIRST_ROWS = 64
 REPEATS = 5
 SPREAD = 1e-4  # L2 distance between L2-normalised outputs from which a victim is randomised
 PROBABILITY = 1e-5
+REACH = 0.999  # in units of eps: a walk whose steps add up to less stays off the boundary
 BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead by chance
 
 
@@ -37,16 +42,16 @@ BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead b
 
 
 def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
-    """Checks on the first batch (at most 64 rows used) for at most 5 forwards and 2 forwards with backward.
+    """Checks on the first batch (at most 64 rows used) for at most 6 forwards and 2 forwards with backward.
 
     x: [B, ...] in the victim's space; labels: long [B]. Deterministic; the caller's randomness and the model are given
     back as they were. The gradient checks run where the threat model grants the victim's gradients.
     """
     tops = list(case.victim.modules())
-    training = sum(module.training for top in tops for module in top.modules())
+    training = len(misleading_mode(tops))
     if training:
         # The model is not queried: a forward in training mode would also move the batch statistics.
-        evidence = f"the model is in training mode ({training} modules): dropout and batch statistics change its output"
+        evidence = f"the model is in training mode ({training} layers): dropout and batch statistics change its output"
         return [found("training_mode", "unreliable", evidence, float(training), 0.0)]
     x, labels = x[:FIRST_ROWS], labels[:FIRST_ROWS]
     if not len(x):
@@ -54,14 +59,21 @@ def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
     with frozen(*tops), own_randomness(case.device, case.seed, "diagnostics"):
         oracle = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=Lanes.fitting(x))
         with _autograd_calls() as calls:
-            outputs = [oracle(x)]
-        outputs += [oracle(x) for _ in range(REPEATS - 1)]
-        findings = _randomized(case, outputs, labels) + _probabilities(outputs[0])
+            asked = x.clone()
+            outputs = [oracle(asked)]
+        changed = int((asked != x).flatten(1).any(1).sum())
+        outputs += [oracle(x.clone()) for _ in range(REPEATS - 2)]
+        parts = _asked_in_parts(case, x)
+        outputs.append(oracle(x.clone()))
+        findings = _changed_input(case, changed, len(x))
+        findings += _dependent(outputs, parts) or _randomized(case, outputs, labels)
+        findings += _probabilities(outputs[0])
         if calls:
             evidence = f"the model calls {', '.join(sorted(set(calls)))} in its forward pass"
             findings.append(found("inference_time_optimization", "warning", evidence, float(len(calls)), 0.0))
         if _gives_gradients(case):
             findings += _gradients(case, x, labels, outputs[0]) + _replaced(case)
+    findings += _short_walk(case)
     return findings + _precision(tops, outputs[0]) + _classes(case) + _preprocessing(case, outputs[0], labels)
 
 
@@ -90,6 +102,111 @@ def _autograd_calls() -> Iterator[list[str]]:
     finally:
         for (owner, attribute, _), original in zip(entries, originals, strict=True):
             setattr(owner, attribute, original)
+
+
+def _asked_in_parts(case: Case, x: Tensor) -> Tensor | str:
+    """The outputs for the rows in calls of half the size, the last rows first; what was raised where they failed."""
+    lanes = Lanes.own(case.victim) or Lanes.fitting(x)
+    half = (min(len(x), lanes.chunk) + 1) // 2
+    oracle = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=Lanes(half, lanes.multiple))
+    try:
+        parts = [
+            oracle(x[rows].clone(), rows) for rows in torch.split(torch.arange(len(x), device=x.device), half)[::-1]
+        ]
+    except (AdvkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    return torch.cat(parts[::-1])
+
+
+def _apart(one: Tensor, other: Tensor) -> tuple[int, float]:
+    """Rows whose outputs differ by more than round-off, and the largest L2 distance of the normalised outputs."""
+    if one.shape != other.shape:
+        return len(one), 1.0
+    if one.ndim < 2 or not one.is_floating_point():
+        different = int((one != other).sum())
+        return different, float(different > 0)
+    sane = finite(one) & finite(other)
+    units = [nn.functional.normalize(output[sane].double().flatten(1), dim=1) for output in (one, other)]
+    distance = (units[0] - units[1]).norm(dim=1)
+    return int((distance > SPREAD).sum()), float(distance.max()) if len(distance) else 0.0
+
+
+def _dependent(outputs: Sequence[Tensor], parts: Tensor | str) -> list[Finding]:
+    """That a row's output depends on the rows beside it, or on what was asked before; [] where it just varies."""
+    n = len(outputs[0])
+    *before, after = outputs
+    if any(_apart(before[0], other)[0] for other in before[1:]):
+        return []  # it varies without either
+    if isinstance(parts, str):
+        evidence = f"asked about {n} samples at once the model answers, in smaller batches it raises {parts}"
+        return [found("batch_dependence", "unreliable", evidence)]
+    moved, way = _apart(before[0], after)
+    if moved:
+        evidence = (
+            f"the output of {moved} of {n} samples changed after the model had been asked about others: it keeps state "
+            "between calls, and every query of an attack changes the victim"
+        )
+        return [found("state_between_calls", "unreliable", evidence, way, SPREAD)]
+    rows, far = _apart(before[0], parts)
+    if not rows or (before[0].dtype in (torch.float16, torch.bfloat16) and far < 100 * SPREAD):
+        return []
+    flips = int((decide(before[0]) != decide(parts)).sum())
+    evidence = (
+        f"the output of {rows} of {n} samples depends on the other samples of the batch ({flips} decisions differ "
+        "between the whole first batch and halves of it): accuracies change with the batch size"
+    )
+    return [found("batch_dependence", "unreliable", evidence, far, SPREAD)]
+
+
+def _changed_input(case: Case, rows: int, of: int) -> list[Finding]:
+    """That the model writes into its input; where its first call showed it, every call gets a copy."""
+    copies = _copies_input(case.victim)
+    if not rows and not copies:
+        return []
+    evidence = "the model changes its input in place"
+    if copies:
+        evidence += ": every call got a copy, so figures are those of the model itself"
+        return [found("input_changed", "info", evidence)]
+    evidence += f" ({rows} of {of} samples): attacks and verdicts work on what it leaves"
+    return [found("input_changed", "unreliable", evidence, rows / of, 0.0)]
+
+
+def _copies_input(model: Any) -> bool:
+    if isinstance(model, (TorchModel, FunctionModel)):
+        return model.calls.copies
+    return isinstance(model, Wraps) and _copies_input(model.model)
+
+
+def _short_walk(case: Case) -> list[Finding]:
+    """That an attack's steps, added up, can't leave the middle of the ball: step sizes are in units of eps."""
+    short = {}
+    suite: object = case.attack
+    attacks: dict[str, object] = {str(case.label): suite}
+    if isinstance(suite, Suite):
+        attacks = {stage.name: stage.attack for stage in suite.stages()}
+    for name, attack in attacks.items():
+        settings = parameters(attack)
+        steps, size = settings.get("steps"), settings.get("step_size")
+        if isinstance(steps, int) and isinstance(size, float) and steps * size < REACH:
+            short[name] = (steps, size, "info" if size == _usual(attack) else "warning")
+    if not isinstance(case.threat, Radius) or not short:
+        return []
+    name, (steps, size, severity) = min(short.items(), key=lambda each: each[1][2] == "info")
+    evidence = (
+        f"{steps} steps of {size:.4g} in units of eps add up to {steps * size:.2g} eps: {name} can't reach the "
+        "boundary of the ball"
+    )
+    advice = f"step_size is in units of eps: say step_size={2.5 / steps:.2g}, and divide one in pixels by eps"
+    if severity == "warning":
+        log.warning("%s (%s)", evidence, advice)  # said before hours are spent, and in the report
+    return [found("incomplete_optimization", severity, evidence, steps * size, 1.0, str(case.label), advice=advice)]
+
+
+def _usual(attack: Any) -> object:
+    """The attack's default step size: who leaves it and takes few steps meant few."""
+    return next((each.default for each in fields(attack) if each.name == "step_size"), None)
 
 
 def _randomized(case: Case, outputs: Sequence[Tensor], labels: Tensor) -> list[Finding]:
@@ -236,6 +353,11 @@ def _classes(case: Case) -> list[Finding]:
 
 def _preprocessing(case: Case, output: Tensor, labels: Tensor) -> list[Finding]:
     space = case.victim.space
+    data = case.task.space
+    boxes = isinstance(space, Box) and isinstance(data, Box) and space.bounded and data.bounded
+    if boxes and space.extent != data.extent:
+        evidence = f"the task's inputs lie in [{data.text()}], the model is said to take [{space.text()}]"
+        return [found("preprocessing_mismatch", "warning", evidence)]
     unit = isinstance(space, Box) and space.bounded and space.extent == (0.0, 1.0)
     correct = int((decide(output) == labels).sum())
     chance = 1 / case.task.classes

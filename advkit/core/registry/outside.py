@@ -1,0 +1,52 @@
+"""What a spec would load beyond advkit's own parts, read from its text alone: nothing is imported or built.
+
+Specs come from files, too: a checkpoint names its architecture, a report the parts of its evaluation. Whoever wrote the
+file would otherwise choose what runs on the reader's machine.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from advkit.core.registry.grammar import fold
+
+OUTSIDE = {
+    "python": "runs a Python module",
+    "hf": "loads from a folder or from the Hugging Face hub",
+    "timm": "loads from timm and its hub",
+    "torchvision": "loads from torchvision and its hub",
+    "robustbench": "fetches files and unpickles them",
+    "path": "opens a file",
+    "gguf": "opens a file or a package's weights",
+}
+"""Prefixes of parts that come from outside advkit, and what using one does."""
+_MARKS = re.compile(r"[\[\],=+]")
+
+
+def outside(spec: str) -> list[str]:
+    """What a spec names at any nesting that is not advkit's own, each with what it does; empty where all is.
+
+    Errs on the side of naming: a text that only looks like such a name is listed, too.
+    """
+    others = _installed_parts()
+    found = []
+    for piece in _MARKS.split(spec):
+        names = [fold(name.strip()) for name in piece.split(":")]
+        for position, name in enumerate(names):
+            if name in OUTSIDE and position + 1 < len(names):
+                found.append(f"{piece.strip()} ({OUTSIDE[name]})")
+            elif name in others:
+                found.append(f"{piece.strip()} (runs the installed {others[name].value})")
+    if re.search(r"download\s*=\s*(true|yes|1|on)\b", spec, re.IGNORECASE):
+        found.append("download=true (fetches from the network)")
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _installed_parts() -> dict[str, EntryPoint]:
+    """The parts of other packages, of every kind, by name."""
+    groups = entry_points()
+    found = [each for group in groups.groups if group.startswith("advkit.") for each in groups.select(group=group)]
+    return {fold(each.name).rstrip(":"): each for each in found}
