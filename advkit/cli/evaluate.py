@@ -55,9 +55,8 @@ def evaluate(
 
 
 def untrustworthy(report: Report) -> bool:
-    """Whether a flag or an errored row makes the number one not to be trusted."""
-    data = report.to_dict()
-    return any(flag["severity"] == "unreliable" for flag in data["diagnostics"]["flags"])
+    """Whether a flag or a sample without a verdict makes the number one not to be trusted."""
+    return not report.trustworthy
 
 
 def carry_out(

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from advkit import __version__
 from advkit.core.errors import AdvkitError, UnknownName
+from advkit.core.text import printable
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("advkit.cli.evaluate", "Attack a model under a defense and report its robust accuracy."),
@@ -76,6 +78,13 @@ class LazyGroup(TyperGroup):
                 raise
             _tell(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
+        except SystemExit as left:
+            # No command of ours leaves this way: a part that it ran did, and there is no result.
+            if _debugging(ctx):
+                traceback.print_exc()
+            _tell(f"error: a part that ran here left the program (exit {left.code}); there is no result")
+            code = left.code if isinstance(left.code, int) else 1
+            raise typer.Exit(code or 1) from left
         except KeyboardInterrupt as error:
             if _debugging(ctx):
                 raise
@@ -88,7 +97,7 @@ def _debugging(ctx: Any) -> bool:
 
 
 def _tell(line: str) -> None:
-    typer.echo(f"advkit: {' '.join(line.split())}", err=True)
+    typer.echo(f"advkit: {' '.join(printable(line).split())}", err=True)
 
 
 def _say_version(wanted: bool) -> None:

@@ -18,9 +18,20 @@ from torch import Tensor
 
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Averages, Batch, Goal, Lattice, Model, Outcome, Record, whole_batch
+from advkit.core.protocols import (
+    Access,
+    Averages,
+    Batch,
+    Goal,
+    Lattice,
+    Model,
+    Outcome,
+    Record,
+    ThreatModel,
+    whole_batch,
+)
 from advkit.core.rng import RowRng
-from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, Verdict, decide, finite
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
@@ -217,10 +228,11 @@ class _Attempts:
         )
         where = rows.cpu()
         try:
-            out = case.attack(oracle, x[rows], self.goal.take(rows), case.threat, self.rng.take(rows))
+            out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
+            _check_kept(oracle, case.threat)
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an attack that leaves the program has no verdict either
             if len(rows) > 1 and not whole_batch(case.attack):
                 for half in rows.tensor_split(2):
                     self.attack(half, model)
@@ -250,6 +262,14 @@ class _Attempts:
             self.errors.pop(row, None)
         self.returned[rows] = self.batch.x[rows]
         self.attack(rows, model)
+
+
+def _check_kept(oracle: MeteredOracle, threat: ThreatModel[Any]) -> None:
+    """Raise AdvkitError where the attack took more of its oracle than the case grants, whatever the oracle now says."""
+    if (oracle.access, oracle.queries) != (threat.access, threat.queries):
+        raise AdvkitError("the attack changed what its oracle grants")
+    if threat.queries is not None and bool((oracle.meter.queries > threat.queries).any()):
+        raise AdvkitError(f"the attack asked more of a sample than the {threat.queries} queries of the threat model")
 
 
 def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -100,6 +101,11 @@ class Case:
     def digest(self) -> str:
         """sha256 of the config; names the run folder."""
         return digest_of(self.config())
+
+
+def lent(threat: ThreatModel[Any]) -> ThreatModel[Any]:
+    """A copy of the threat model for an attack to hold: what it does to it reaches no verdict and no other batch."""
+    return copy.deepcopy(threat)
 
 
 def parameters(part: Any) -> dict[str, Any]:

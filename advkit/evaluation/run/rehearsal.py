@@ -14,7 +14,7 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Batch, Refuses
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import halved, on_device, own_randomness
-from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge
 from advkit.evaluation.run.scenario import Scenario
 from advkit.models.torch import check_mode, checked_logits
@@ -133,11 +133,11 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
     )
     with suppress(_SecondQuestion):
         try:
-            case.attack(oracle, batch.x[row], goal.take(row), case.threat, rng.take(row))
+            case.attack(oracle, batch.x[row], goal.take(row), lent(case.threat), rng.take(row))
         except BudgetExhausted:
             if model.left:
                 raise
         except (AdvkitError, _SecondQuestion):
             raise
-        except Exception:
+        except (Exception, SystemExit):
             log.debug("the rehearsal of %s raised", case.label, exc_info=True)
