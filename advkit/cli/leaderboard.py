@@ -16,7 +16,11 @@ def leaderboard(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print leaderboard.json and write nothing.")] = False,
 ) -> None:
-    """Rank every report under a folder: one self-contained HTML page, Markdown and JSON."""
+    """Rank every report under a folder: one self-contained HTML page, Markdown and JSON.
+
+    Every report is counted again from the records beside it; one that does not agree with them is marked.
+    """
+    from advkit.core.text import printable
     from advkit.evaluation.report import leaderboard as boards
 
     if json:
@@ -28,7 +32,10 @@ def leaderboard(
         typer.echo(f"  {path}")
     for heading, found in (("not ranked", board.unranked), ("invalid", board.invalid)):
         for name, reason in found:
-            typer.echo(f"{heading}: {name}: {reason}", err=True)
+            typer.echo(printable(f"{heading}: {name}: {reason}"), err=True)
+    for entry in (entry for group in board.groups for entry in group.entries):
+        if entry.verified.startswith("no:"):
+            typer.echo(printable(f"not verified: {entry.path}: {entry.verified.removeprefix('no: ')}"), err=True)
 
 
 def _many(count: int, word: str) -> str:

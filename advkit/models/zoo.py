@@ -120,7 +120,7 @@ def load(name: str, folder: Path | None = None) -> TorchModel:
 
 
 def _check_own(spec: str, source: str) -> None:
-    """Raise CheckpointError where a card names an architecture that is not advkit's own: cards come from others."""
+    """Raise CheckpointError where a card names an architecture that is not advkit's own; cards may be others'."""
     from advkit.models import own_architecture
 
     if not own_architecture(spec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -336,11 +337,11 @@ def test_rerun_finds_every_row_identical(advkit: Any, victim: str, options: tupl
     assert advkit(*EVALUATE, "--model", victim, *options, "--out", "run").code == 0
     rows = sum(len(read_records(file)) for file in Path("run").glob("*.jsonl") if "seconds" not in file.name)
     assert rows == (40 * (len(zoo.public("digits")) + 1) if "tapm" in str(options) else 40)
-    said = advkit("rerun", "run", "--batch-size", 7)
+    said = advkit("rerun", "run", "--batch-size", 7, "--trust")
     assert said.code == 0
     assert f"{rows} of {rows} records are identical" in said.out
     assert Path("run-rerun/records.jsonl").exists()
-    machine = advkit("rerun", "run/report.json", "--out", "third", "--json")
+    machine = advkit("rerun", "run/report.json", "--out", "third", "--json", "--trust")
     assert machine.code == 0
     assert machine.json == {"rows": rows, "differ": []}
 
@@ -360,8 +361,15 @@ def test_rerun_says_which_rows_differ(advkit: Any, victim: str) -> None:
     record = json.loads(lines[5])
     lines[5] = json.dumps({**record, "adversarial": (record["adversarial"] + 1) % 10}, separators=(",", ":")) + "\n"
     file.write_text("".join(lines))
-    said = advkit("rerun", "run")
+    refused = advkit("rerun", "run", "--trust", "--out", "not")
+    assert refused.code == 3
+    assert "not verified: records.jsonl is not the file" in refused.err
+    data = json.loads(Path("run/report.json").read_text())
+    data["per_sample"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    Path("run/report.json").write_text(json.dumps(data))
+    said = advkit("rerun", "run", "--trust")
     assert said.code == 3
+    assert "not verified" not in said.err
     assert "39 of 40 records are identical" in said.out
     assert record["id"] in said.out
 
@@ -372,7 +380,7 @@ def test_rerun_of_other_weights_is_refused(advkit: Any) -> None:
         assert advkit(*train, "--seed", seed, "--out", f"t{seed}").code == 0
     assert advkit(*EVALUATE, "--model", "path:t0/model.safetensors", "--out", "run").code in (0, 3)
     Path("t0/model.safetensors").write_bytes(Path("t1/model.safetensors").read_bytes())
-    said = advkit("rerun", "run")
+    said = advkit("rerun", "run", "--trust")
     assert said.code == 2
     assert "weights are not those of the report" in said.err
     assert not Path("run-rerun").exists()

@@ -1,4 +1,4 @@
-"""A stranger's checkpoint is data: it names advkit's own architectures, and takes no more memory than it holds."""
+"""A stranger's checkpoint is data: it names advkit's own architectures alone, and takes no memory beyond it."""
 
 from __future__ import annotations
 

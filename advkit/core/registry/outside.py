@@ -22,7 +22,8 @@ OUTSIDE = {
     "gguf": "opens a file or a package's weights",
 }
 """Prefixes of parts that come from outside advkit, and what using one does."""
-_MARKS = re.compile(r"[\[\],=+]")
+_SHOWN = 60
+_PIECE = re.compile(r"[^\[\],=+]+")
 
 
 def outside(spec: str) -> list[str]:
@@ -32,13 +33,16 @@ def outside(spec: str) -> list[str]:
     """
     others = _installed_parts()
     found = []
-    for piece in _MARKS.split(spec):
+    for match in _PIECE.finditer(spec):
+        piece = match[0].strip()
+        # What a prefix names may stand in brackets after it.
+        shown = spec[match.start() :].strip()[:_SHOWN] if piece.endswith(":") else piece
         names = [fold(name.strip()) for name in piece.split(":")]
         for position, name in enumerate(names):
             if name in OUTSIDE and position + 1 < len(names):
-                found.append(f"{piece.strip()} ({OUTSIDE[name]})")
+                found.append(f"{shown} ({OUTSIDE[name]})")
             elif name in others:
-                found.append(f"{piece.strip()} (runs the installed {others[name].value})")
+                found.append(f"{shown} (runs the installed {others[name].value})")
     if re.search(r"download\s*=\s*(true|yes|1|on)\b", spec, re.IGNORECASE):
         found.append("download=true (fetches from the network)")
     return list(dict.fromkeys(found))

@@ -243,7 +243,7 @@ def compare(a: str | Path, b: str | Path, level: float = 0.95, force: bool = Fal
     Raises ReportError when they are on different data, UsageError when their threat models differ and `force` is off.
     """
     runs = (Report.load(a), Report.load(b))
-    first, second = (run.to_dict() for run in runs)
+    first, second = (run.current for run in runs)
     for key in ("name", "version", "split", "sha256"):
         one, two = first["dataset"].get(key), second["dataset"].get(key)
         if one != two:

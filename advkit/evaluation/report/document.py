@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from advkit.core.errors import ReportError
+from advkit.core.text import printable_json, printable_values
 from advkit.evaluation.report import render
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.report.render import SEVERITIES, Finding, Row
@@ -91,12 +92,13 @@ class Report:
         return cast("dict[str, Any]", json.loads(self.text))
 
     def to_json(self) -> str:
-        """The document, indented; the same report gives the same bytes."""
-        return json.dumps(self._data, indent=2, allow_nan=False, ensure_ascii=False)
+        """The document, indented; the same report gives the same bytes, and none that a terminal would obey."""
+        return printable_json(json.dumps(self._data, indent=2, allow_nan=False, ensure_ascii=False))
 
     @cached_property
     def _whole(self) -> dict[str, Any]:
-        return completed(self._data)
+        """What is shown: every text in it printable, for reports come from strangers."""
+        return cast("dict[str, Any]", printable_values(completed(self._data)))
 
     def _rate(self, name: str) -> Mapping[str, Any] | None:
         return cast("Mapping[str, Any] | None", self._data["metrics"].get(name))
@@ -107,7 +109,10 @@ class Report:
 
     @property
     def current(self) -> dict[str, Any]:
-        """A copy as today's readers ask for it: an old document has section, companions and parts of labels added."""
+        """A copy to be shown: printable, and as today's readers ask for it.
+
+        An old document has section, companions and parts of labels added.
+        """
         return copy.deepcopy(self._whole)
 
     @property
@@ -145,7 +150,7 @@ class Report:
     @property
     def flags(self) -> list[dict[str, Any]]:
         """Findings about the evaluation itself, the most severe first."""
-        flags = cast("list[dict[str, Any]]", self.to_dict()["diagnostics"]["flags"])
+        flags = cast("list[dict[str, Any]]", self.current["diagnostics"]["flags"])
         return sorted(flags, key=lambda flag: -SEVERITIES.index(flag["severity"]))
 
     @property
@@ -161,12 +166,12 @@ class Report:
     @property
     def title(self) -> str:
         """The report's title, or model, defense and data."""
-        return render.title(self._data)
+        return render.title(self._whole)
 
     @property
     def threat(self) -> str:
         """The threat model in one line."""
-        return describe_threat(self._data["threat_model"])
+        return describe_threat(self._whole["threat_model"])
 
     def rows(self, full: bool = False) -> list[Row]:
         """The summary as data: what decides, or with `full` every attack, metric and class."""

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import ReportError, UsageError
+from advkit.core.text import printable, printable_json
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import REPORT_NAME, Report, write_atomic
 from advkit.evaluation.report.render import environment, lines_of, page
 from advkit.evaluation.report.text import is_fraction, level_text, percent, spell, value_text, words_of
+from advkit.evaluation.report.verify import verify
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _WHITE_BOX = "white_box"
@@ -61,6 +63,8 @@ class Entry:
     adaptive:  "adaptive", "oblivious", or "undeclared"
     beside:    figures no reader should miss: the companions', and those that the scenario shows beside its headline
     certified: (radius, value) where an empirical report also holds a certificate
+    verified:  whether its figures and hashes are those of the records beside it: "yes", "partly: ...", "no: why" or
+               "no records"
     """
 
     report: Report
@@ -74,11 +78,12 @@ class Entry:
     adaptive: str
     beside: tuple[Beside, ...]
     certified: tuple[float, float | None] | None
+    verified: str
 
     @property
     def data(self) -> dict[str, Any]:
-        """The report's document."""
-        return self.report.to_dict()
+        """The report's document, every text in it printable."""
+        return self.report.current
 
     @property
     def page(self) -> dict[str, Any]:
@@ -105,7 +110,7 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
-        data = self.report.to_dict()
+        data = self.report.current
         return {
             "rank": self.rank,
             "path": self.path,
@@ -126,6 +131,7 @@ class Entry:
             else {"radius": self.certified[0], "certified_accuracy": self.certified[1]},
             "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.report.flags],
             "undecided": self.report.undecided,
+            "verified": self.verified,
             "created_utc": data["created_utc"],
             "config_sha256": data["reproducibility"]["config_sha256"],
         }
@@ -211,7 +217,7 @@ class Board:
             "unranked": [{"path": path, "reason": reason} for path, reason in self.unranked],
             "invalid": [{"path": path, "fault": fault} for path, fault in self.invalid],
         }
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return printable_json(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
     def to_markdown(self) -> str:
         """leaderboard.md: one table per group."""
@@ -257,14 +263,14 @@ def _csp_hash(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    flat = " ".join(text.split())
+    flat = " ".join(printable(text).split())
     return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", flat)
 
 
 def _markdown_group(group: Group) -> list[str]:
     certified = ["Certified"] if group.has_certified else []
     first = ["#", "Model", "Defense", group.score_name, "Interval", "Clean"]
-    heads = [*first, *group.columns.values(), *certified, "n", "Attacks", "Attacker", "Flags"]
+    heads = [*first, *group.columns.values(), *certified, "n", "Attacks", "Attacker", "Verified", "Flags"]
     lines = [f"## {markdown(group.title)}", "", "| " + " | ".join(map(markdown, heads)) + " |"]
     lines.append("|" + " --- |" * len(heads))
     lines += ["| " + " | ".join(markdown(cell) for cell in _cells(group, entry)) + " |" for entry in group.entries]
@@ -287,6 +293,7 @@ def _cells(group: Group, entry: Entry) -> list[str]:
         str(data["dataset"]["n_evaluated"]),
         ", ".join(entry.attacks),
         entry.adaptive,
+        entry.verified,
         ", ".join(flag["id"] for flag in entry.report.flags if flag["severity"] != "info"),
     ]
 
@@ -494,6 +501,7 @@ def _entry(item: _Item, everyone: Sequence[_Item]) -> Entry:
         adaptive="undeclared" if declared is None else "adaptive" if declared else "oblivious",
         beside=tuple(_beside(item, everyone)),
         certified=certified,
+        verified=verify(item.report).mark,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from advkit.core.text import printable
 from advkit.evaluation.report.schema import HERE, PLACEHOLDER, undecided
 from advkit.evaluation.report.text import (
     counts_text,
@@ -93,6 +94,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     templates.filters["percent"] = percent
     return templates

@@ -1,0 +1,347 @@
+"""Whether a report is what its records say: every figure that records alone give is counted again, and every hash.
+
+A report lies beside the records it was made of (`records.jsonl`), those of its companion (`beside.jsonl`) and the case
+that they belong to (`records.case.json`). Whoever edits one of them is found out here, without a model or a data set.
+Whoever forges all of them alike is not: only a rerun tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advkit.core.errors import ReportError
+from advkit.core.protocols import Outcome, Record
+from advkit.core.text import printable
+from advkit.evaluation.counts import by_label, count, measured
+from advkit.evaluation.report.document import Report
+from advkit.evaluation.run.store import read_records
+
+BESIDE = "beside.jsonl"
+COUNTED = frozenset({"evasion", "grid", "stream"})
+"""Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
+_ROUND_OFF = 1e-9
+_CLASS = "robust_accuracy_class_"
+_KNOWN_OF_THREAT = ("name", "phase", "norm", "eps", "eps_string", "knowledge", "query_budget")
+_Figure = tuple[int, int] | float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of it.
+
+    faults:    what does not agree, one line each
+    unchecked: figures and hashes that nothing beside the report can confirm
+    records:   whether there are records at all; without them nothing is confirmed
+    headline:  whether the figure that ranks the report is among those confirmed
+    """
+
+    faults: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+    records: bool = True
+    headline: bool = True
+
+    @property
+    def mark(self) -> str:
+        """One word for a board, and why where it is not yes."""
+        if self.faults:
+            more = f" (+{len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
+            return f"no: {self.faults[0]}{more}"
+        if not self.records:
+            return "no records"
+        if not self.headline:
+            return "partly: the score can't be counted from records"
+        return f"partly: all but {len(self.unchecked)} figures" if self.unchecked else "yes"
+
+
+def records_file(report: Report) -> Path | None:
+    """The records beside a report, None where there are none; ReportError where it names a file elsewhere."""
+    if report.path is None:
+        return None
+    named = report.to_dict().get("per_sample", {}).get("path", "records.jsonl")
+    if Path(named).name != named or named in ("", ".", ".."):
+        raise ReportError(f"per_sample.path is {named!r}; expected the name of a file beside the report")
+    file = report.path.absolute().parent / named
+    return file if file.is_file() and not file.is_symlink() else None
+
+
+def verify(report: Report) -> Verification:
+    """Count a report again from what lies beside it."""
+    try:
+        file = records_file(report)
+        if file is None:
+            return Verification((), tuple(report.metrics), records=False, headline=False)
+        records = read_records(file)
+        beside_file = file.with_name(BESIDE)
+        beside = read_records(beside_file) if beside_file.is_file() else []
+    except ReportError as error:
+        return Verification((printable(str(error)),))
+    data = report.current
+    faults = [*_samples(data, file, records), *_attacks(data, records, beside)]
+    config, unread = _config(file)
+    faults += unread
+    if config is not None:
+        faults += _of_case(data, config)
+    faults += _of_request(data)
+    confirmed, wrong = _metrics(data, records, beside)
+    unchecked = [name for name in data["metrics"] if name not in confirmed]
+    unchecked += [] if config is not None or unread else ["reproducibility.config_sha256"]
+    headline = data["section"]["headline"]
+    return Verification(
+        tuple(dict.fromkeys([*faults, *wrong])),
+        tuple(unchecked),
+        headline=headline is None or headline["metric"] in confirmed,
+    )
+
+
+# Samples, records, hashes
+
+
+def _samples(data: Mapping[str, Any], file: Path, records: Sequence[Record]) -> Iterator[str]:
+    block = data.get("per_sample", {})
+    if "sha256" in block and block["sha256"] != hashlib.sha256(file.read_bytes()).hexdigest():
+        yield f"{file.name} is not the file whose sha256 the report has"
+    ids = sorted({record.id for record in records})
+    dataset = data["dataset"]
+    if dataset["n_evaluated"] != len(ids):
+        yield f"dataset.n_evaluated is {dataset['n_evaluated']}, the records are of {len(ids)} samples"
+    told = dataset["selection"].get("ids_sha256")
+    if told is not None and told != hashlib.sha256("\n".join(ids).encode()).hexdigest():
+        yield "dataset.selection.ids_sha256 is not that of the records' samples"
+
+
+def _config(file: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The case beside the records, None where there is none; and what is wrong with it."""
+    case = file.with_name(f"{file.stem}.case.json")
+    if not case.is_file():
+        return None, []
+    try:
+        config = json.loads(case.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        return None, [f"{case.name} is no case"]
+    return config, []
+
+
+def _of_case(data: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+    """What the report says of its case, against the case that the records belong to."""
+    from advkit.evaluation.run.case import digest_of  # brings torch, which reading a report does without
+
+    if digest_of(config) != data["reproducibility"]["config_sha256"]:
+        yield "reproducibility.config_sha256 is not that of the case beside the records"
+    specs, model = _mapping(config.get("specs")), data["model"]
+    pairs = [
+        ("dataset.sha256", data["dataset"]["sha256"], config.get("data")),
+        ("dataset.n_evaluated", data["dataset"]["n_evaluated"], config.get("n")),
+        ("model.state_sha256", model["state_sha256"], config.get("victim")),
+        ("model.architecture", model.get("architecture") or model["name"], specs.get("model")),
+        ("reproducibility.seed", data["reproducibility"]["seed"], config.get("seed")),
+        ("defense.name", data["defense"]["name"], _head(specs.get("defense"))),
+        ("protocol.name", data["protocol"].get("name"), specs.get("attack")),
+    ]
+    request = data.get("request", {})
+    pairs += [(f"request.{key}", request[key], specs.get(key)) for key in specs if key in request and key != "model"]
+    threat, told = _mapping(config.get("threat")), data["threat_model"]
+    pairs += [(f"threat_model.{key}", told.get(key), threat[key]) for key in _KNOWN_OF_THREAT if key in threat]
+    details = _mapping(told.get("details"))
+    other = {**threat, **_mapping(threat.get("details"))}
+    pairs += [(f"threat_model.details.{key}", details[key], other[key]) for key in details if key in other]
+    for where, here, there in pairs:
+        if there is not None and here != there:
+            yield f"{where} is {_short(here)}, the records were made under {_short(there)}"
+
+
+def _of_request(data: Mapping[str, Any]) -> Iterator[str]:
+    """The title repeats the request; a report whose two differ was edited."""
+    request = data.get("request")
+    if request is None:
+        return
+    for part in str(data.get("title", "")).split(" | "):
+        key, equals, spec = part.partition("=")
+        if equals and isinstance(request.get(key), str) and request[key] != spec:
+            yield f"the title says {key}={_short(spec)}, the request {_short(request[key])}"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _head(spec: Any) -> Any:
+    return spec.partition(":")[0] if isinstance(spec, str) else spec
+
+
+def _short(value: Any) -> str:
+    text = printable(str(value))
+    return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
+
+
+# Figures
+
+
+def _metrics(
+    data: Mapping[str, Any], records: Sequence[Record], beside: Sequence[Record]
+) -> tuple[set[str], list[str]]:
+    """Names of the metrics that were counted again, and what does not agree."""
+    metrics, confirmed, wrong = data["metrics"], set[str](), list[str]()
+    if data["section"]["scenario"] not in COUNTED:
+        return confirmed, wrong
+    counted = {name: (name, records) for name in metrics}
+    for companion in data["companions"]:
+        prefix = f"{companion['name']}_"
+        own = {name: (name.removeprefix(prefix), beside) for name in metrics if name.startswith(prefix)}
+        # `white_box_...` of a report that has no companion of that name is its own.
+        counted |= own
+    tables = {id(records): figures_of(records), id(beside): figures_of(beside)}
+    for name, (base, of) in counted.items():
+        entry, known = metrics[name], tables[id(of)]
+        figure = known.get(base, _within(base, of))
+        if figure is None or not isinstance(entry, Mapping):
+            continue
+        confirmed.add(name)
+        if not _agrees(entry, figure):
+            wrong.append(f"{name} is {_said(entry)}, the records say {_counted(figure)}")
+    classes = {name: entry for name, entry in metrics.items() if name.startswith(_CLASS)}
+    if classes:
+        confirmed |= classes.keys()
+        # Classes have names in the report and numbers in the records: both come in the order of the numbers.
+        found = [_pair(entry) for entry in classes.values()]
+        if found != per_class_of(records):
+            wrong.append("robust accuracy by class is not what the records say")
+    upper = metrics.get("robust_accuracy_upper")
+    if upper is None and "robust_accuracy" in metrics and (unknown := count(records).unknown):
+        wrong.append(f"robust_accuracy_upper is missing, though {unknown} samples are undecided")
+    return confirmed, wrong
+
+
+def figures_of(records: Sequence[Record]) -> dict[str, _Figure]:
+    """The metrics that follow from records alone, rates as (numerator, denominator)."""
+    c = count(records)
+    figures: dict[str, _Figure] = {
+        "clean_accuracy": (c.correct, c.n),
+        "robust_accuracy": (c.right_after, c.n),
+        "attack_success_rate": (c.broken, c.attackable),
+        "robust_accuracy_upper": (c.right_after + c.unknown, c.n),
+    }
+    if c.eight_bit is not None:
+        figures["robust_accuracy_8bit"] = (c.eight_bit + c.correct - c.attackable, c.n)
+    if len(by_label(records)) != 1:
+        return figures
+    values: dict[str, list[float | bool]] = defaultdict(list)
+    for record in records:
+        for name, value in record.figures.items():
+            values[name].append(value)
+    for name, found in values.items():
+        truths = all(isinstance(value, bool) for value in found)
+        figures[name] = (sum(map(bool, found)), len(found)) if truths else float(np.mean(found))
+    for name, block in measured(records).items():
+        figures |= {f"{name}_{kind}": block[kind] for kind in ("mean", "median")}
+    return figures
+
+
+def per_class_of(records: Sequence[Record]) -> list[tuple[int, int]]:
+    """Robust samples and samples of every class, in the order of their numbers."""
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.label is not None:
+            groups[record.label].append(record)
+    counts = [count(groups[label]) for label in sorted(groups)]
+    return [(c.right_after, c.n) for c in counts]
+
+
+def _within(name: str, records: Sequence[Record]) -> tuple[int, int] | None:
+    """`attack_success_rate_MEASURE_LEVEL`: samples broken within a threshold of what the threat model measures."""
+    prefix, rest = "attack_success_rate_", name.removeprefix("attack_success_rate_")
+    measure, _, level = rest.rpartition("_")
+    known = {each for record in records for each in record.measures}
+    if not name.startswith(prefix) or measure not in known:
+        return None
+    try:
+        most = float(level)
+    except ValueError:
+        return None
+    least: dict[str, float] = {}
+    for record in records:
+        if record.outcome == Outcome.BROKEN and measure in record.measures:
+            least[record.id] = min(record.measures[measure], least.get(record.id, math.inf))
+    return sum(value <= most for value in least.values()), count(records).attackable
+
+
+def _pair(entry: Any) -> tuple[Any, Any]:
+    return entry.get("numerator"), entry.get("denominator")
+
+
+def _agrees(entry: Mapping[str, Any], figure: _Figure) -> bool:
+    if isinstance(figure, tuple):
+        return _pair(entry) == figure
+    value = entry.get("value")
+    return isinstance(value, (int, float)) and math.isclose(value, figure, rel_tol=_ROUND_OFF, abs_tol=_ROUND_OFF)
+
+
+def _said(entry: Mapping[str, Any]) -> str:
+    return f"{entry['numerator']} / {entry['denominator']}" if "numerator" in entry else str(entry.get("value"))
+
+
+def _counted(figure: _Figure) -> str:
+    return f"{figure[0]} / {figure[1]}" if isinstance(figure, tuple) else f"{figure:.6g}"
+
+
+# Attacks
+
+
+def _attacks(data: Mapping[str, Any], records: Sequence[Record], beside: Sequence[Record]) -> Iterator[str]:
+    """Every entry of the list, against the records of its label."""
+    if data["section"]["scenario"] not in COUNTED:
+        return
+    for entries, of in (
+        ([entry for entry in data["attacks"] if not entry["beside"]], records),
+        ([entry for entry in data["attacks"] if entry["beside"]], beside),
+    ):
+        if entries and not of:
+            yield f"the attacks {_names(entries)} have no records"
+            continue
+        groups = {str(label): own for label, own in by_label(of).items()}
+        named = [entry["name"] for entry in entries]
+        if of and (sorted(named) != sorted(groups)):
+            other = sorted(set(named) ^ set(groups)) or named
+            yield f"the report's attacks and those of the records differ: {_short(', '.join(other))}"
+            continue
+        for entry in entries:
+            yield from _attack(entry, groups[entry["name"]])
+
+
+def _attack(entry: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
+    c = count(records)
+    attacked = [r for r in records if r.forwards or r.outcome in (Outcome.BROKEN, Outcome.INVALID, Outcome.ERROR)]
+    pairs: list[tuple[str, Any, Any]] = [
+        ("robust_accuracy", _pair(entry["robust_accuracy"]), (c.right_after, c.n)),
+        ("attack_success_rate", _pair(entry["attack_success_rate"]), (c.broken, c.attackable)),
+        ("undecided", entry.get("undecided", 0), c.unknown),
+        ("n_attacked", entry["n_attacked"], len(attacked)),
+        ("cost.forward", entry["cost"].get("forward"), sum(r.forwards for r in records)),
+        ("cost.backward", entry["cost"].get("backward"), sum(r.backwards for r in records)),
+    ]
+    distances = [r.distance for r in attacked if r.distance is not None]
+    far = _mapping(entry.get("perturbation"))
+    if distances and far:
+        for key, value in (("max", max(distances)), ("mean", np.mean(distances)), ("median", np.median(distances))):
+            if not _agrees({"value": far.get(key)}, float(value)):
+                said = f"{far.get(key)}, the records say {float(value):.6g}"
+                yield f"{_short(entry['name'])}: perturbation.{key} is {said}"
+        outside = sum(r.outcome == Outcome.INVALID for r in records)
+        pairs.append(("perturbation.n_outside_budget", far.get("n_outside_budget"), outside))
+    for key, here, there in pairs:
+        if here is not None and here != there:
+            yield f"{_short(entry['name'])}: {key} is {here}, the records say {there}"
+
+
+def _names(entries: Sequence[Mapping[str, Any]]) -> str:
+    return _short(", ".join(str(entry["name"]) for entry in entries))
