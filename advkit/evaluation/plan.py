@@ -18,7 +18,7 @@ from advkit.evaluation.run.case import Case, digest_of
 from advkit.evaluation.run.scenario import Companion, Parts, Scenario
 from advkit.evaluation.scenarios import SCENARIOS
 from advkit.evaluation.sources import surrogates_of, with_public_sources
-from advkit.evaluation.victims import Victim, bound, model_part, protected
+from advkit.evaluation.victims import Victim, bound, model_part, protected, with_classes_of
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, THREAT_MODELS
@@ -126,6 +126,7 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
         raise RunInterrupted(
             "out of memory before anything was attacked: take a smaller model, or another --device"
         ) from error
+    work = with_classes_of(work, victim.model)
     case = _case(request, parts, work, victim, n, device)
     wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
     case = replace(case, data=case.task.training() if wanted else None)

@@ -483,7 +483,7 @@ def fill_from_file(module: nn.Module, path: str | Path, sha256: str = "", name: 
     _fill(module, _without_prefix(tensors, module), path, name)
 
 
-def _without_prefix(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+def _without_prefix(tensors: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor]:
     """The tensors without what stands before every name and is no part of the module's own names."""
     wanted = _persistent(module)
     while tensors and not set(tensors) & set(wanted):

@@ -34,7 +34,8 @@ class Suffix(Capability, Measures, Examines, Slotted, Counted, InSpace):
     place:      "suffix" after the user's words, "prefix" before them, "infix" in their middle (after half of their
                 tokens), "placeholder" where the prompt itself has its room, after the words where it names no place
     forbid:     ids that may not be used: "special" (turn marks and the like, with which a suffix could forge another
-                turn), "special+nonascii" (also ids whose own text is not printable ASCII), "eos" (only those that end a
+                turn; one that spells the end of the user's turn in ordinary ids is submitted clean),
+                "special+nonascii" (also ids whose own text is not printable ASCII), "eos" (only those that end a
                 reply, as the published code of arXiv 2402.15570 has it), "none"
     retokenize: what counts is what arrives: the whole chat decoded to text and tokenized again. A sample whose ids
                 change by that is judged by the new ids; one that can't be told from them (the template does not
@@ -211,7 +212,17 @@ class Suffix(Capability, Measures, Examines, Slotted, Counted, InSpace):
             return False
         cut = self._before(origin[1])
         text, head, tail = (tokenizer.decode(part) for part in (ids, user[:cut], user[cut:]))
+        if self._forges(ids, user):
+            return False
         return len(text) >= len(head) + len(tail) and text.startswith(head) and text.endswith(tail)
+
+    def _forges(self, ids: list[int], user: list[int]) -> bool:
+        """Whether ids spell the end of the user's turn, where special ids are forbidden and the template has words."""
+        closing = self._tokenizer.closing
+        if not closing or not self.forbid.startswith("special"):
+            return False
+        text, words = (str(self._tokenizer.decode(each)) for each in (ids, user))
+        return text.count(closing) > words.count(closing)
 
     def finish(self, x: Tensor, origin: Tensor) -> Tensor:
         """The rows as they arrive: the whole chat written down as text and read anew; see `retokenize`."""
@@ -229,6 +240,8 @@ class Suffix(Capability, Measures, Examines, Slotted, Counted, InSpace):
         reading = (row[1] == USER) | (row[1] == SLOT)
         ids = row[0][reading].tolist()
         again = self._tokenizer.reread(ids)
+        if self._forges(ids, row[0][row[1] == USER].tolist()):
+            return origin
         if again == ids:
             return None
         for _ in range(REREADINGS):

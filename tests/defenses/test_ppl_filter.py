@@ -11,6 +11,7 @@ import torch
 
 from advkit.attacks.text.baselines import RandomSuffix
 from advkit.attacks.text.beast import BEAST
+from advkit.attacks.text.search import begins, turn_perplexity
 from advkit.core.errors import UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Data
@@ -20,6 +21,8 @@ from advkit.defenses.inputs.ppl_filter import HELD_BACK, REJECTION, Filtered, PP
 from advkit.evaluation.api import evaluate
 from advkit.evaluation.plan import Request, plan
 from advkit.models import MODELS
+from advkit.models.language.model import LanguageModel
+from advkit.models.language.tokenizers import WordTokenizer
 from advkit.models.torch import is_model
 from advkit.tasks import TASKS
 from advkit.testing.language import tiny_lm, transcript, transcripts
@@ -38,6 +41,36 @@ def by_hand(model, row):
     with torch.no_grad():
         logp = model.network.run(torch.tensor([whole[:-1]]), None, len(user))[0].log_softmax(-1)
     return math.exp(-float(logp[range(len(user)), user].mean()))
+
+
+def bare(model):
+    """The same network without a template: nothing stands before the user's turn."""
+    t = model.tokenizer
+    return LanguageModel(model.network, WordTokenizer(t.words, special=t.words[:3], ends=("<end>",)))
+
+
+def test_a_first_token_that_has_no_probability_is_not_counted():
+    model = bare(tiny_lm(0))
+    assert model.tokenizer.before == ()
+    row = transcripts(model.tokenizer, PAIRS[:1])
+    user = row[0][0][row[0][1] == 1].tolist()
+    with torch.no_grad():
+        logp = model.network.run(torch.tensor([user[:-1]]), None, len(user) - 1)[0].log_softmax(-1)
+    right = math.exp(-float(logp[range(len(user) - 1), user[1:]].mean()))
+    assert float(Filtered(model, 1.0).perplexity(row)) == pytest.approx(right, rel=1e-6)
+    assert PPLFilter().protect(model, Data(row, torch.zeros(1).long(), model.space, 2), RNG).max_perplexity == (
+        pytest.approx(right, rel=1e-6)
+    )
+    slotted = transcript(model.tokenizer, "w4 w5", "w6", slot=[4])[None]
+    with torch.no_grad():
+        loss = turn_perplexity(model.likelihood()(slotted)[:, None].double(), slotted, [begins(model)])
+        assert float(loss) == pytest.approx(by_hand_bare(model, slotted[0]), rel=1e-6)
+
+
+def by_hand_bare(model, row):
+    user = row[0][(row[1] == 1) | (row[1] == 2)].tolist()
+    logp = model.network.run(torch.tensor([user[:-1]]), None, len(user) - 1)[0].log_softmax(-1)
+    return math.exp(-float(logp[range(len(user) - 1), user[1:]].mean()))
 
 
 def test_the_threshold_is_the_largest_clean_perplexity_and_what_lies_above_is_held_back():

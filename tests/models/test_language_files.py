@@ -268,7 +268,7 @@ def write_gguf(path, model, quantised=False, **changed):
     if changed.pop("scaled", False):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(changed.pop("pre", "smollm"))
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in MARKS else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in merges])
@@ -352,6 +352,10 @@ def test_files_that_are_not_read_say_why(hf, tmp_path):
     (tmp_path / "d.gguf").write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match="GGUF"):
         files.read_decoder(tmp_path / "d.gguf")
+    odd = write_gguf(tmp_path / "e.gguf", model, pre="deepseek-llm")
+    with pytest.raises(BadModel, match="deepseek-llm"):
+        MODELS.build(f"gguf:{odd}")()
+    odd.unlink()
     with pytest.raises(UnknownName, match="4 GGUF files"):
         files.locate(str(tmp_path))
     with pytest.raises(UnknownName, match="neither"):

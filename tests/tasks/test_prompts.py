@@ -11,7 +11,7 @@ from advkit.core.errors import BadInput, UsageError
 from advkit.core.spaces import NOTHING, REPLY, USER, Box, Transcripts
 from advkit.models.language.toychat import FORBIDDEN, THINGS, compliance, question, tokenizer
 from advkit.tasks import TASKS
-from advkit.testing.language import words
+from advkit.testing.language import PieceTokenizer, words
 
 
 def file_of(tmp_path, *lines):
@@ -56,7 +56,7 @@ def test_the_toychat_set_is_what_the_model_was_made_for():
 def test_the_general_set_can_be_read():
     task = TASKS.build("prompts:set=general")
     assert len(task.ids) == len(set(task.ids)) >= 10
-    assert task.defaults.goal == "says"
+    assert task.defaults.goal == "says:judges=refusal+exact,max_tokens=150"
 
 
 def test_rows(tmp_path):
@@ -112,6 +112,79 @@ def test_twins_stand_beside_their_rows(tmp_path):
 def test_bad_lines_are_named(tmp_path, lines, seen):
     with pytest.raises(BadInput, match=seen):
         len(TASKS.build(file_of(tmp_path, *lines)))
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_lines_end_at_line_feeds_alone(tmp_path, sign):
+    file = tmp_path / "p.jsonl"
+    written = json.dumps(sign)[1:-1] if sign < " " else sign  # JSON wants control characters escaped
+    held = json.dumps({"prompt": "w4 . w5", "target": "w6"}).replace(".", written)
+    file.write_bytes(b"\xef\xbb\xbf" + (held + "\r\n\n" + held + "\n").encode())
+    task = TASKS.build(f"prompts:file={file}")
+    assert [each.prompt for each in task.prompts] == [f"w4 {sign} w5"] * 2
+    assert task.ids == ("line-0001", "line-0003")
+
+
+@pytest.mark.parametrize("key", ["prompt", "target", "id"])
+def test_half_a_character_is_named(tmp_path, key):
+    with pytest.raises(BadInput, match="line 1 holds half a character"):
+        len(TASKS.build(file_of(tmp_path, {"id": "a", "prompt": "w4", "target": "w5", key: "w4 \ud83d"})))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"prompt": ' + "9" * 5000 + "}", "{" * 9, "\x00", '{"prompt": NaN}'])
+def test_lines_that_parsers_choke_on_are_one_line(tmp_path, text):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(BadInput, match="line 1"):
+        len(TASKS.build(f"prompts:file={tmp_path / 'p.jsonl'}"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "prompts", "ids"),
+    [
+        ("goal,target\nw4 w5,w6\n", [("w4 w5", "w6")], ("row-0001",)),
+        ('\ufeffGoal,Target\n"w4, ""w5""\nw6",w7\n', [('w4, "w5"\nw6', "w7")], ("row-0001",)),
+        ("Index,Goal,Target,Behavior,Category\n0,w4,w6,w5,w7\n", [("w4", "w6")], ("row-0001",)),
+        (
+            "Behavior,ContextString,BehaviorID\nw4,,one\nw5,w9,two\n",
+            [("w4", "w8"), ("w9\n\n---\n\nw5", "w8")],
+            ("one", "two"),
+        ),
+    ],
+)
+def test_published_sets_of_behaviours(tmp_path, lines, prompts, ids):
+    (tmp_path / "p.csv").write_text(lines, encoding="utf-8")
+    task = TASKS.build(f"prompts:file={tmp_path / 'p.csv'},target=w8")
+    assert [(each.prompt, each.target) for each in task.prompts] == prompts
+    assert task.ids == ids
+    assert task.defaults.goal.startswith("says:judges=refusal+exact")
+
+
+@pytest.mark.parametrize(
+    ("lines", "seen"),
+    [
+        ("text,target\nw4,w5\n", "columns text, target"),
+        ("", "columns none"),
+        ("goal,target\nw4\n", "row 1 has another number"),
+        ("goal,target\nw4,w5,w6\n", "row 1 has another number"),
+        ("Behavior\nw4\n", "target=\\["),
+        ("goal,target\n ,w5\n", "row 1 has no goal"),
+        ('goal,target\n"w4,w5\n', "no CSV file"),
+        ("goal,target,id\nw4,w5,a\nw4,w5,a\n", "was there before"),
+        ("goal,target\n", "no prompts"),
+    ],
+)
+def test_tables_that_are_none_are_named(tmp_path, lines, seen):
+    (tmp_path / "p.csv").write_text(lines)
+    with pytest.raises(BadInput, match=seen):
+        len(TASKS.build(f"prompts:file={tmp_path / 'p.csv'}"))
+
+
+def test_toychat_s_language_is_for_toychat():
+    pieces = PieceTokenizer([chr(code) for code in range(32, 127)])
+    for kind in ("toychat", "toychat-clean"):
+        with pytest.raises(UsageError, match="prompts:file=FILE"):
+            TASKS.build(f"prompts:set={kind}").bind(Transcripts(pieces))
+    assert len(TASKS.build("prompts:set=general").bind(Transcripts(pieces))) >= 10
 
 
 def test_refusals(tmp_path):

@@ -284,7 +284,7 @@ class SuffixSearch:
         flat = rows.flatten(0, 1)
         self._count(rows.shape[1], int((rows[0, 0, 1] == SLOT).sum()), reads=True)
         logp = yield self._likelihood(flat)
-        worst = turn_perplexity(logp.double(), flat).amax(1)
+        worst = turn_perplexity(logp.double(), flat, self._begun).amax(1)
         return worst.view(rows.shape[:2]).amax(0).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def _likelihood(self, flat: Tensor) -> Question:
@@ -306,7 +306,7 @@ class SuffixSearch:
         else:
             if objective == "mia":
                 logp = yield self._likelihood(flat)
-                loss = turn_perplexity(logp.double(), flat).sum(1)
+                loss = turn_perplexity(logp.double(), flat, self._begun).sum(1)
             else:
                 answer = yield self._hallucinated(flat, of)
                 loss = answer[..., 0].sum(1)
@@ -440,6 +440,11 @@ class SuffixSearch:
         return sum(self._template[0] + len(head) for head, _ in self._ends)
 
     @cached_property
+    def _begun(self) -> tuple[bool, ...]:
+        """Of every model, whether something stands before the user's turn."""
+        return tuple(begins(model) for model in self._models) or (True,)
+
+    @cached_property
     def _template(self) -> tuple[int, int]:
         """Tokens of the template before and after the user's turn; of the first model, 0 where none may be seen."""
         for model in self._models:
@@ -454,11 +459,22 @@ class SuffixSearch:
         self.tokens += candidates * self.cost(length, reads)
 
 
-def turn_perplexity(logp: Tensor, rows: Tensor) -> Tensor:
-    """Perplexity [n, models] of the user's turn from log-probabilities [n, models, W] of transcripts [n, 2, W]."""
+def begins(model: Any) -> bool:
+    """Whether something stands before the user's turn: a template, or a beginning-of-text token."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return tokenizer is None or bool(tokenizer.before)
+
+
+def turn_perplexity(logp: Tensor, rows: Tensor, begun: Sequence[bool] = (True,)) -> Tensor:
+    """Perplexity [n, models] of the user's turn from log-probabilities [n, models, W] of transcripts [n, 2, W].
+
+    begun: for each model whether something stands before the turn; where nothing does, the first token has no
+           probability and is not counted
+    """
     counted = (rows[:, 1] == USER) | (rows[:, 1] == SLOT) | (rows[:, 1] == REREAD)
     total = torch.where(counted[:, None], logp, 0.0).sum(2)
-    return (-total / counted.sum(1, keepdim=True).clamp(min=1)).exp()
+    first = torch.tensor([not each for each in begun], device=logp.device)
+    return (-total / (counted.sum(1, keepdim=True) - first.long()).clamp(min=1)).exp()
 
 
 def normal(logits: Tensor) -> Tensor:

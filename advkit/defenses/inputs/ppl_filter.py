@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from advkit.attacks.text.search import turn_perplexity
+from advkit.attacks.text.search import begins, turn_perplexity
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import (
@@ -108,7 +108,7 @@ class Filtered(Undefended, Examines, Likelihood, Generates, CountsTokens, Shaped
 
     def perplexity(self, x: Tensor) -> Tensor:
         """Of the user's turn, attacker's tokens included, float64 [B]."""
-        return turn_perplexity(self.likelihood()(x).double()[:, None], x)[:, 0]
+        return turn_perplexity(self.likelihood()(x).double()[:, None], x, [begins(self)])[:, 0]
 
     def rejects(self, x: Tensor) -> Tensor:
         """Bool [B]; a turn whose likelihood is not a number is rejected."""

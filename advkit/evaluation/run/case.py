@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from advkit.core.protocols import Attack, Boxed, Data, Defense, Label, Model, Rule, Task, ThreatModel
+from advkit.core.protocols import Attack, Boxed, Data, Defense, Label, Model, Rule, Surrogates, Task, ThreatModel
 from advkit.core.speed import Speed
 
 if TYPE_CHECKING:
@@ -104,8 +104,12 @@ class Case:
 
 
 def lent(threat: ThreatModel[Any]) -> ThreatModel[Any]:
-    """A copy of the threat model for an attack to hold: what it does to it reaches no verdict and no other batch."""
-    return copy.deepcopy(threat)
+    """A copy of the threat model for an attack to hold: what it does to it reaches no verdict and no other batch.
+
+    Models that the threat model names are not copied: a guard watches them.
+    """
+    kept = list(threat.sources) if isinstance(threat, Surrogates) else []
+    return copy.deepcopy(threat, {id(each): each for each in kept})
 
 
 def parameters(part: Any) -> dict[str, Any]:

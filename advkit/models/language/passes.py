@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from advkit.core.errors import BadInput
 from advkit.core.protocols import CountsTokens
 from advkit.models.language.decoder import Network
 from advkit.models.torch import device_of
@@ -239,6 +240,7 @@ class Passes(CountsTokens):
 
         more: tokens that will follow each row's own
         """
+        self._fit(max((job.length for job in jobs), default=0) + max(0, more - 1), more)
         kept = self._remembered()
         for some in self._flights(jobs):
             known: Known | None = None
@@ -247,6 +249,18 @@ class Passes(CountsTokens):
                 known = dict(zip(many, self._prefixes(kept, many), strict=True))
             for bundle in self._bundles([jobs[index] for index in some], known is not None, more):
                 yield [some[index] for index in bundle], known
+
+    def _fit(self, length: int, more: int) -> None:
+        """BadInput where a sequence is longer than what the network was made for."""
+        window = self.network.window
+        if window is not None and length > window:
+            what = (
+                f"a chat and a reply of up to {more} tokens have" if more else "template, prompt, suffix and reply have"
+            )
+            raise BadInput(
+                f"{what} {length} tokens together, more than the model's context window of {window}: take shorter "
+                "prompts or replies (max_tokens=), or fewer tokens in the suffix (n=)"
+            )
 
     def _flights(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
         """Jobs whose prefixes may be made, and held, at the same time."""

@@ -66,6 +66,19 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def user_ids(self, text: str) -> list[int] | None:
+        """The user's ids where the chat is read as one text; None where the template does not survive."""
+        ...
+
+    def reply_ids(self, text: str) -> list[int]:
+        """Ids of a reply, read as one text with the chat before it."""
+        ...
+
+    @property
+    def closing(self) -> str:
+        """What ends the user's turn in the template where ordinary ids spell it; empty where special ids do."""
+        ...
+
 
 class Templated(ABC):
     """What tokenizers have in common once encode, decode and the template are known."""
@@ -74,6 +87,7 @@ class Templated(ABC):
     after: tuple[int, ...]
     ends: frozenset[int]
     special: frozenset[int]
+    closing: str = ""
 
     @property
     @abstractmethod
@@ -103,6 +117,14 @@ class Templated(ABC):
         if end < len(head) or ids[: len(head)] != head or ids[end:] != tail:
             return None
         return ids[len(head) : end]
+
+    def user_ids(self, text: str) -> list[int] | None:
+        """See `Tokenizer.user_ids`."""
+        return self.reread(self.encode(text))
+
+    def reply_ids(self, text: str) -> list[int]:
+        """See `Tokenizer.reply_ids`."""
+        return self.encode(text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Templated) and other.digest == self.digest

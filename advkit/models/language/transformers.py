@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import inspect
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from advkit.core.errors import BadModel, CheckpointError, MissingExtra
 from advkit.models.language.decoder import Network
@@ -27,6 +32,11 @@ log = logging.getLogger("advkit")
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SENTINEL = "ADVKITUSERWORDS7391"
+EDGES = (*(f"{sign}e{sign}" for sign in map(chr, range(33, 127))), SENTINEL, "Write a poem", "the sea.", "1 and 1")
+"""Words of all kinds of edges: which of a chat's ids the words change."""
+DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+TODAY = datetime(2024, 7, 26)
+"""The day of templates that ask for it; one of them has this day where nobody says one."""
 
 
 def needed(name: str, prefix: str) -> Any:
@@ -39,6 +49,19 @@ def needed(name: str, prefix: str) -> Any:
         ) from (error)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a chat template writes around the user's words.
+
+    before, after: its text
+    trim:          what it does to the words' ends
+    """
+
+    before: str = ""
+    after: str = ""
+    trim: Callable[[str], str] = str
+
+
 class ChatTokenizer(Templated):
     """A tokenizer of the transformers library with the chat template that it carries.
 
@@ -47,35 +70,101 @@ class ChatTokenizer(Templated):
     ends:   further ids that end a reply, beside the tokenizer's own
     begins: whether sequences start with the beginning-of-sequence id; None does what the tokenizer does
 
+    Chats are tokenized whole: the template's ids are those that no words of the user change, and what grows together
+    with the words belongs to them. Marks that the template uses are special, whatever the tokenizer calls them. Where a
+    template writes today's date it is 26 July 2024, so that a run can be repeated.
+
     A tokenizer without a template gives the model the user's words as they are. The beginning-of-sequence id comes
-    exactly once, whoever adds it. Raises BadModel where the template does not carry the user's words once and whole.
+    exactly once, whoever adds it. Raises BadModel where the template does not carry the system message, or the user's
+    words once and whole, blanks at their ends aside.
     """
 
     def __init__(self, inner: Any, *, system: str = "", ends: Iterable[int] = (), begins: bool | None = None) -> None:
         self.inner = inner
         self._begins = begins
+        self._turn = self._template(system)
         marked = {index for index, token in inner.added_tokens_decoder.items() if token.special}
-        self.special = frozenset(int(index) for index in marked | set(inner.all_special_ids))
+        self.special = frozenset(int(index) for index in marked | set(inner.all_special_ids) | self._marks())
         own = [] if inner.eos_token_id is None else [inner.eos_token_id]
         self.ends = frozenset(int(index) for index in (*own, *ends))
-        before, after = self._template(system)
-        self.before, self.after = self._begun(self.encode(before)), tuple(self.encode(after))
+        self._head, self.after = self._ends_of_chat()
+        self.before = self._begun(list(self._head))
+        spelt = not self.special & set(self.encode(self._turn.after))
+        self.closing = self._turn.after.strip() if spelt else ""
 
-    def _template(self, system: str) -> tuple[str, str]:
+    def _template(self, system: str) -> Turn:
         if not self.inner.chat_template:
             if system:
                 raise BadModel("a system message was given, and this model has no chat template to put it in")
-            return "", ""
+            return Turn()
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": SENTINEL})
-        try:
-            text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like
-            raise BadModel(f"the chat template does not take these messages: {error}") from error
-        parts = str(text).split(SENTINEL)
+        text = self._rendered([*messages, {"role": "user", "content": SENTINEL}])
+        parts = text.split(SENTINEL)
         if len(parts) != 2:
             raise BadModel(f"the chat template writes the user's words {len(parts) - 1} times; expected once")
-        return parts[0], parts[1]
+        if system.strip() and system.strip() not in text:
+            raise BadModel("the chat template drops the system message: leave system out, or put it into the prompts")
+        spaced, odd = f" \n{SENTINEL}\t ", f"{SENTINEL} <a> & 'b' \"c\" {{{{d}}}} \\n\n\n {SENTINEL}"
+        for trim in (str, str.strip, str.lstrip, str.rstrip):
+            if all(
+                self._rendered([*messages, {"role": "user", "content": words}]) == parts[0] + trim(words) + parts[1]
+                for words in (spaced, odd)
+            ):
+                return Turn(parts[0], parts[1], trim)
+        raise BadModel("the chat template changes the user's words by more than blanks at their ends")
+
+    def _rendered(self, messages: Sequence[Any]) -> str:
+        try:
+            text = self.inner.apply_chat_template(
+                messages, chat_template=self._dated, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates raise what they like
+            raise BadModel(f"the chat template does not take these messages: {error}") from error
+        return str(text)
+
+    @cached_property
+    def _dated(self) -> str | None:
+        """The template with its dates written out; None where it asks for none and stays as it is."""
+        held = self.inner.chat_template
+        source = self.inner.get_chat_template() if isinstance(held, dict) else str(held)
+        if not DATE.search(source):
+            return None
+        pinned = DATE.sub(lambda call: repr(TODAY.strftime(call[2])), source)
+        if "strftime_now(" in pinned:
+            raise BadModel("the chat template writes today's date in a format that is not plain to see; expected text")
+        return pinned
+
+    def _marks(self) -> set[int]:
+        """Ids that were added to the vocabulary, and that the template writes in a conversation."""
+        if not self.inner.chat_template:
+            return set()
+        asked, told = {"role": "user", "content": SENTINEL}, {"role": "assistant", "content": SENTINEL}
+        try:
+            text = self._rendered([asked, told, asked])
+        except BadModel:  # it takes one turn only
+            text = self._rendered([asked])
+        return set(self.encode(text)) & set(self.inner.added_tokens_decoder)
+
+    def _ends_of_chat(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that a chat begins and ends with, whatever the user's words are."""
+        if self._turn == Turn():
+            return (), ()
+        chats = [self.encode(f"{self._turn.before}{words}{self._turn.after}") for words in EDGES]
+
+        def shared(several: Sequence[Sequence[int]]) -> tuple[int, ...]:
+            alike = takewhile(lambda ids: len(set(ids)) == 1, zip(*several, strict=False))
+            return tuple(ids[0] for ids in alike)
+
+        return shared(chats), shared([ids[::-1] for ids in chats])[::-1]
+
+    @cached_property
+    def _written(self) -> tuple[str, str]:
+        """The template's text before and after the words, as `decode` writes it."""
+        if self._turn == Turn():
+            return "", ""
+        text = self.decode(self.encode(f"{self._turn.before}{SENTINEL}{self._turn.after}"))
+        before, _, after = text.partition(SENTINEL)
+        return before, after
 
     def _begun(self, ids: list[int]) -> tuple[int, ...]:
         """The template's first half with exactly one beginning-of-sequence id, where the tokenizer or it has one."""
@@ -89,6 +178,33 @@ class ChatTokenizer(Templated):
             adds = list(self.inner("")["input_ids"])[:1] == [begin]
         return (begin, *ids) if adds and ids[:1] != [begin] else tuple(ids)
 
+    @override
+    def user_ids(self, text: str) -> list[int] | None:
+        ids = self.encode(f"{self._turn.before}{self._turn.trim(text)}{self._turn.after}")
+        end = len(ids) - len(self.after)
+        if end < len(self._head) or tuple(ids[: len(self._head)]) != self._head or tuple(ids[end:]) != self.after:
+            return None
+        return ids[len(self._head) : end]
+
+    @override
+    def reread(self, user_ids: Sequence[int]) -> list[int] | None:
+        text = self.decode([*self._head, *user_ids, *self.after])
+        before, after = self._written
+        # an attacker's tokens may stand where the template has a blank between itself and the words
+        for start, end in product((before, before.rstrip()), (after, after.lstrip())):
+            if len(text) >= len(start) + len(end) and text.startswith(start) and text.endswith(end):
+                return self.user_ids(text[len(start) : len(text) - len(end)])
+        return None
+
+    @override
+    def reply_ids(self, text: str) -> list[int]:
+        if self._turn != Turn():
+            chat = f"{self._turn.before}{SENTINEL}{self._turn.after}"
+            asked, whole = self.encode(chat), self.encode(chat + text)
+            if whole[: len(asked)] == asked:
+                return whole[len(asked) :]
+        return self.encode(text)
+
     @property
     def vocabulary(self) -> int:
         return len(self.inner)
@@ -98,7 +214,9 @@ class ChatTokenizer(Templated):
         """sha256 of the tokenizer's own file and the template."""
         backend = getattr(self.inner, "backend_tokenizer", None)
         text = json.dumps(sorted(self.inner.get_vocab().items())) if backend is None else str(backend.to_str())
-        rest = [self.before, self.after, sorted(self.special), sorted(self.ends)]
+        rest: list[Any] = [self.before, self.after, sorted(self.special), sorted(self.ends)]
+        if self._turn.trim is not str:
+            rest.append(self._turn.trim.__name__)
         return hashlib.sha256(f"{text}|{json.dumps(rest)}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -110,7 +228,7 @@ class ChatTokenizer(Templated):
 
 
 class Held(NamedTuple):
-    """A past: the library's cache and how many sequences it holds."""
+    """A past: the library's cache and how many sequences it holds. Without a cache, what was sent so far."""
 
     cache: Any
     rows: int
@@ -119,12 +237,15 @@ class Held(NamedTuple):
 class TransformersNetwork(Network):
     """A causal language model of the transformers library as a network.
 
-    The library writes into the caches that it is handed: every call here works on a copy.
+    The library writes into the caches that it is handed: every call here works on a copy. A model that keeps a state in
+    place of keys and values (Mamba, RWKV, RecurrentGemma, Jamba) reads the whole sequence at every call.
     """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
+        self._takes = frozenset(inspect.signature(inner.forward).parameters)
+        self._cache_name = "cache" if "cache" in self._takes else "past_key_values"
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """The library's module: it is what is called."""
@@ -147,19 +268,51 @@ class TransformersNetwork(Network):
         looked: Tensor = self.inner.get_input_embeddings()(ids)  # type: ignore[operator]
         return looked
 
+    @property
+    @override
+    def window(self) -> int | None:
+        most = getattr(self._config, "max_position_embeddings", None)
+        return int(most) if most else None
+
+    @cached_property
+    def remembers(self) -> bool:
+        """Whether what was sent can be kept as keys and values."""
+        stateful = any(getattr(module, "_is_stateful", False) for module in self.inner.modules())
+        return not stateful and self._cache_name in self._takes
+
     def extend(self, inputs: Tensor, past: Held | None, keep: int, *, consume: bool = False) -> tuple[Tensor, Held]:
+        if not self.remembers:
+            whole = self._whole(inputs, past)
+            return self._call(whole, None, keep, use_cache=False).logits[:, -keep:], Held(whole, len(whole))
         cache = None if past is None else self._cache(past, len(inputs), consume)
         out = self._call(inputs, cache, keep, use_cache=True)
-        return out.logits[:, -keep:], Held(out.past_key_values, len(inputs))
+        return out.logits[:, -keep:], Held(out[self._cache_name], len(inputs))
 
     def run(self, inputs: Tensor, past: Held | None, keep: int) -> Tensor:
+        if not self.remembers:
+            return self.extend(inputs, past, keep)[0]
         cache = None if past is None else self._cache(past, len(inputs), False)
         logits: Tensor = self._call(inputs, cache, keep, use_cache=cache is not None).logits
         return logits[:, -keep:]
 
+    def _whole(self, inputs: Tensor, past: Held | None) -> Tensor:
+        """What was sent so far, and what comes now: ids [N, n] or embeddings [N, n, D]."""
+        if past is None:
+            return inputs
+        sent = past.cache
+        if past.rows not in (1, len(inputs)):
+            raise ValueError(f"a past of {past.rows} sequences can't be continued by {len(inputs)}")
+        if inputs.is_floating_point() != sent.is_floating_point():
+            sent, inputs = (each if each.is_floating_point() else self.embed(each) for each in (sent, inputs))
+        return torch.cat((sent.expand(len(inputs), *sent.shape[1:]), inputs), 1)
+
     def _call(self, inputs: Tensor, cache: Any, keep: int, use_cache: bool) -> Any:
-        named = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
-        return self.inner(**named, past_key_values=cache, use_cache=use_cache, logits_to_keep=keep, return_dict=True)
+        named: dict[str, Any] = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
+        if cache is not None:
+            named[self._cache_name] = cache
+        if "logits_to_keep" in self._takes:
+            named["logits_to_keep"] = keep
+        return self.inner(**named, use_cache=use_cache, return_dict=True)
 
     @staticmethod
     def _cache(past: Held, rows: int, consume: bool) -> Any:
@@ -174,9 +327,10 @@ class TransformersNetwork(Network):
     def gathers(self) -> bool:
         """Whether all layers keep keys and values of every token, and nothing else."""
         caches = importlib.import_module("transformers.cache_utils")
-        stateful = any(getattr(module, "_is_stateful", False) for module in self.inner.modules())
+        if not self.remembers:
+            return False
         layers = caches.DynamicCache(config=self.inner.config).layers
-        return not stateful and all(type(layer) is caches.DynamicLayer for layer in layers)
+        return all(type(layer) is caches.DynamicLayer for layer in layers)
 
     def _kept(self, caches: Sequence[Any], change: Callable[[list[Tensor]], Tensor]) -> Any:
         """A cache whose keys and values are made of those of others."""
@@ -197,20 +351,25 @@ class TransformersNetwork(Network):
     def select(self, past: Held, rows: Tensor) -> Held:
         if self.gathers:
             return Held(self._kept([past.cache], lambda each: each[0][rows]), len(rows))
+        if not self.remembers:
+            return Held(past.cache[rows], len(rows))
         cache = copy.deepcopy(past.cache)
         cache.batch_select_indices(rows)
         return Held(cache, len(rows))
 
     def past_bytes(self, past: Held) -> int:
+        if not self.remembers:
+            return int(past.cache.numel() * past.cache.element_size())
         held = [value for layer in past.cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
         return sum(value.numel() * value.element_size() for value in held)
 
     def row_bytes(self, new: int, past: int, keep: int) -> int:
         config, size = self._config, next(self.inner.parameters()).element_size()
-        width, heads = int(config.hidden_size), int(config.num_attention_heads)
+        width, heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", None) or 1)
         head = int(getattr(config, "head_dim", None) or width // heads)
         kv = int(getattr(config, "num_key_value_heads", None) or heads) * head
-        stream = new * (10 * width + 3 * int(getattr(config, "intermediate_size", None) or 4 * width))
+        hidden = getattr(config, "intermediate_size", None) or 4 * width
+        stream = new * (10 * width + 3 * int(max(hidden) if isinstance(hidden, list | tuple) else hidden))
         scores = 3 * heads * new * (past + new)
         # the library keeps no past that sequences share: each has a copy
         held = 4 * int(config.num_hidden_layers) * kv * (past + new)
@@ -233,6 +392,18 @@ def from_transformers(model: nn.Module, tokenizer: Any, *, system: str = "", **s
     return LanguageModel(
         TransformersNetwork(model).eval(), ChatTokenizer(tokenizer, system=system, ends=end_ids(model)), **settings
     )
+
+
+def _complete(told: Any, name: str) -> None:
+    """CheckpointError where the library has filled weights with random numbers, since the files do not have them."""
+    for what in ("missing_keys", "mismatched_keys"):
+        keys = sorted(each if isinstance(each, str) else str(each[0]) for each in told.get(what, ()))
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(
+                f"{name}: the weights do not fit its config.json: {len(keys)} {what.replace('_', ' ')} "
+                f"({', '.join(keys[:3])}{more}); fetch weights and configuration that belong together"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,14 +441,18 @@ class HuggingFace(Running, Stored):
         local = Path(self.name).exists()
         try:
             tokenizer = library.AutoTokenizer.from_pretrained(self.name, local_files_only=local)
-            model = library.AutoModelForCausalLM.from_pretrained(
-                self.name, dtype=DTYPES[self.dtype], local_files_only=local
+            model, told = library.AutoModelForCausalLM.from_pretrained(
+                self.name, dtype=DTYPES[self.dtype], local_files_only=local, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except ImportError as error:  # quantised weights want a package of their own
+            raise MissingExtra(f"hf:{self.name} needs a package that is not installed: {error}") from error
+        except Exception as error:  # each reader of weights raises its own
+            reason = str(error).strip() or type(error).__name__
             raise CheckpointError(
-                f"hf:{self.name} can't be loaded: {error}; name a folder with config, weights and tokenizer, or a "
+                f"hf:{self.name} can't be loaded: {reason}; name a folder with config, weights and tokenizer, or a "
                 "model that the hub knows (offline: one that is in its local cache)"
             ) from error
+        _complete(told, f"hf:{self.name}")
         return from_transformers(
             model.eval().requires_grad_(False),
             tokenizer,

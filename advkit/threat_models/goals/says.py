@@ -99,7 +99,9 @@ class Says(PerRow, Examines):
         if evidence.twins is not None:
             said["benign_accuracy"] = _answered(evidence)
         if isinstance(evidence.victim, Likelihood):
-            said["suffix_log_probability"] = _likely(evidence.victim.likelihood(), evidence.returned)
+            victim: Any = evidence.victim
+            bare = not victim.space.tokenizer.before
+            said["suffix_log_probability"] = _likely(victim.likelihood(), evidence.returned, bare)
         said |= _words(evidence)
         return said | self._heard(evidence) if self.judges else said
 
@@ -195,14 +197,21 @@ def _answered(evidence: Evidence) -> list[Figure]:
     return [next(fine) if known else None for known in there.tolist()]
 
 
-def _likely(likelihood: Any, returned: Tensor) -> list[Figure]:
-    """Mean log-probability of the attacker's tokens; None where there are none."""
+def _likely(likelihood: Any, returned: Tensor, bare: bool) -> list[Figure]:
+    """Mean log-probability of the attacker's tokens; None where there are none.
+
+    bare: nothing stands before the user's turn, so that its first token has no probability
+    """
     slot = returned[:, 1] == SLOT
     if not bool(slot.any()):
         return [None] * len(returned)
+    counted = slot
+    if bare:
+        spoken = slot | (returned[:, 1] == USER) | (returned[:, 1] == REREAD)
+        counted = slot & (spoken.long().cumsum(1) > 1)
     with torch.no_grad():
-        found = torch.where(slot, likelihood(returned), 0.0).double().sum(1) / slot.sum(1).clamp_min(1)
-    return [value if there else None for value, there in zip(found.tolist(), slot.any(1).tolist(), strict=True)]
+        found = torch.where(counted, likelihood(returned), 0.0).double().sum(1) / counted.sum(1).clamp_min(1)
+    return [value if there else None for value, there in zip(found.tolist(), counted.any(1).tolist(), strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
