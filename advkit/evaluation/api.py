@@ -7,10 +7,21 @@ from typing import Any
 
 from advkit.core.speed import Speed
 from advkit.evaluation.execute import Watch, execute, in_order
-from advkit.evaluation.plan import Plan, Request, plan
+from advkit.evaluation.plan import PARTS, Plan, Request
+from advkit.evaluation.plan import plan as plan_request
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import rate
+
+
+def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
+    """The plan of a `Request`, or of its fields: attack, defense, task, model, threat_model, goal, others by name.
+
+    progress: a progress bar while a model has to be trained first
+    """
+    if len(parts) == 1 and isinstance(parts[0], Request) and not settings:
+        return plan_request(parts[0], progress=progress)
+    return plan_request(Request(**dict(zip(PARTS, parts, strict=False)), **settings), progress=progress)
 
 
 def resolve(
@@ -39,7 +50,7 @@ def resolve(
         beside=False,
         **settings,
     )
-    return plan(asked, progress=progress).case
+    return plan_request(asked, progress=progress).case
 
 
 def evaluate(
@@ -109,7 +120,7 @@ def evaluate(
         speed=speed,
         beside=beside,
     )
-    return execute(plan(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
+    return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
 
 
 __all__ = ["Plan", "Request", "Watch", "evaluate", "execute", "in_order", "plan", "rate", "resolve"]

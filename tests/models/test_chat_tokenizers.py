@@ -218,11 +218,11 @@ def test_the_context_window_is_named():
     ("change", "seen"),
     [
         ({"num_hidden_layers": 3}, "missing keys"),
-        ({"hidden_size": 64, "head_dim": 8}, ""),
-        ({"intermediate_size": 50}, ""),
-        ("cut", ""),
-        ("pointer", ""),
-        ("config", ""),
+        ({"hidden_size": 64, "head_dim": 8}, "size mismatch|shape|fit|keys"),
+        ({"intermediate_size": 50}, "size mismatch|shape|fit|keys"),
+        ("cut", "hf:|safetensors|read|load"),
+        ("pointer", "hf:|safetensors|read|load"),
+        ("config", "config|JSON|read|load"),
     ],
     ids=str,
 )
