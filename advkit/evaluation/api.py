@@ -40,17 +40,8 @@ def resolve(
     progress: a progress bar while a model has to be trained first
     settings: the other fields of `Request`
     """
-    asked = Request(
-        attack=attack,
-        defense=defense,
-        task=task,
-        model=model,
-        threat_model=threat_model,
-        goal=goal,
-        beside=False,
-        **settings,
-    )
-    return plan_request(asked, progress=progress).case
+    made = plan(attack, defense, task, model, threat_model, goal, beside=False, progress=progress, **settings)
+    return made.case
 
 
 def evaluate(
