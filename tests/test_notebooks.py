@@ -199,7 +199,8 @@ def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert values("refusal_asr_any_of_5")["beast-k5"] > values("exact_asr_greedy")["beast-k5"] + 0.5
     said = "".join(outputs(notebook, "stream"))
     assert re.search(r"after +how do i .+\n +-> sure here is how to", said)
-    assert re.search(r"refusal:phrases=sorry +calls a success (?:1[0-9]|20) of 20", said)
+    wrongly, others = map(int, re.search(r"refusal:phrases=sorry +calls a success (\d+) of (\d+)", said).groups())
+    assert 2 * wrongly >= others >= 20
     assert re.search(r"oblivious .* rejected 8 of 8", said)
     assert re.search(r"adaptive .* rejected 0 of 8", said)
     filtered = reports["filter"].metrics
