@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MODEL, JUDGE, GOAL = "model", "judge", "goal"
+MODEL, BACKWARD, JUDGE, GOAL = "model", "backward", "judge", "goal"
 _MARK = "advkit: raised by the "
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from advkit.core.blame import GOAL, MODEL, blame
+from advkit.core.blame import BACKWARD, GOAL, MODEL, blame
 from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.protocols import Access, CountsTokens, Data, Headed, Modular, NeedsAccess, Shaped
 from advkit.core.rows import row_size
@@ -397,7 +397,7 @@ class MeteredOracle:
             try:
                 (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
             except (Exception, SystemExit) as error:
-                blame(error, MODEL)
+                blame(error, BACKWARD)
                 raise
         if gradient is None:
             self.meter.detached = True

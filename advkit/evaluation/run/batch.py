@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from advkit.core.blame import GOAL, MODEL, blamed
+from advkit.core.blame import BACKWARD, GOAL, MODEL, blamed
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import (
@@ -265,7 +265,7 @@ class _Attempts:
             reason = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
             self.errors.update(dict.fromkeys(where.tolist(), reason))
             if who := blamed(error):
-                who = SURROGATE if case.surrogates and who == MODEL else who
+                who = SURROGATE if case.surrogates and who in (MODEL, BACKWARD) else who
                 self.raised_by.update(dict.fromkeys(where.tolist(), who))
             log.debug("row %s raised", self.batch.ids[int(where[0])], exc_info=True)
         else:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advkit.core.blame import BACKWARD, MODEL, blamed
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Suite, Wraps
@@ -279,6 +280,32 @@ def _first_gradients(view: Any, start: Tensor, goal: Any) -> _FirstGradients:
     return _FirstGradients(non_finite, zero, detached)
 
 
+def _where_answered(view: Any, start: Tensor, goal: Any) -> _FirstGradients | None:
+    """The same of the rows on which the model does not raise; None where there are none.
+
+    That it raises on single rows is for their records, where the attack gets there.
+    """
+    try:
+        return _first_gradients(view, start, goal)
+    except (AdvkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if blamed(error) != MODEL:
+            raise
+    if len(start) == 1:
+        return None
+    halves = torch.arange(len(start), device=start.device).tensor_split(2)
+    tried = [_where_answered(view, start[rows], goal.take(rows)) for rows in halves]
+    parts = [part for part in tried if part is not None]
+    if not parts:
+        return None
+    return _FirstGradients(
+        torch.cat([part.non_finite for part in parts]),
+        {loss: torch.cat([part.zero[loss] for part in parts]) for loss in parts[0].zero},
+        any(part.detached for part in parts),
+    )
+
+
 def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Finding]:
     """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
@@ -286,13 +313,18 @@ def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Fin
     start = case.threat.sample(x, rng.at("start")) if radius and isinstance(case.threat, Ball) else x
     view, _ = attacked_model(case)
     try:
-        first = _first_gradients(view, start, case.rule(labels, clean, rng.at("goal")))
+        first = _where_answered(view, start, case.rule(labels, clean, rng.at("goal")))
     except AdvkitError:
         raise
     except Exception as error:
-        evidence = f"the backward pass raised {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-        return [found("not_differentiable", "unreliable", evidence)]
-    n = len(x)
+        said = f"raised {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        if blamed(error) in (MODEL, BACKWARD):
+            return [found("not_differentiable", "unreliable", f"the backward pass {said}")]
+        return [found("goal_error", "unreliable", f"the goal {said}")]
+    if first is None:
+        evidence = f"the model raised at a random point of the ball around each of {len(x)} samples"
+        return [found("model_error", "unreliable", evidence, 1.0, 0.0)]
+    n = len(first.non_finite)
     findings = []
     if first.detached:
         evidence = "the model's output carries no gradient (detached, or computed under no_grad)"
@@ -393,6 +425,7 @@ def _outside_threat_model(case: Case, label: str, rows: Sequence[Record]) -> lis
 
 _CULPRITS = {
     "model_error": ("model_raised", "the victim raised"),
+    "not_differentiable": ("backward_raised", "the victim's backward pass raised"),
     "surrogate_error": ("surrogate_raised", "a surrogate raised"),
     "judge_error": ("judge_raised", "a judge raised"),
     "goal_error": ("goal_raised", "the goal or the threat model raised"),
