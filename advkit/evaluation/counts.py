@@ -68,7 +68,7 @@ def clean_notes(
     untargeted is sought on rows that are wrong when clean, where a row that counts in no success rate ended in an
     error, and where a random victim's first answer is not that of the majority.
     """
-    notes = ()
+    notes: tuple[str, ...] = ()
     if right != _looks_right(outcome, label, clean):
         notes = (CLEAN_CORRECT if right else CLEAN_WRONG,)
     return notes if in_contest or outcome == Outcome.WRONG else (*notes, NOT_CONTESTED)
