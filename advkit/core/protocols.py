@@ -51,7 +51,7 @@ class Access(IntEnum):
 class Outcome(StrEnum):
     """How a row ended, as the harness judged it on the protected victim."""
 
-    WRONG = "wrong"  # the clean answer was already wrong
+    WRONG = "wrong"  # nothing to win: the clean answer was already wrong, or what the attacker wants
     ROBUST = "robust"  # the attack failed
     BROKEN = "broken"  # the goal was reached inside the threat model
     INVALID = "invalid"  # the attack left the threat model: never a win, always reported
@@ -439,7 +439,7 @@ class Wording:
     figure: str = "accuracy"
 
 
-NOT_REACHED = Wording(robust="goal not reached", figure="goal not reached")
+NOT_REACHED = Wording(robust="correct, goal not reached", figure="goal not reached")
 """Of goals that ask for more than a wrong answer: a sample on which they fail may be misclassified all the same."""
 
 

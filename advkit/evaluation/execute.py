@@ -24,7 +24,7 @@ from advkit.evaluation.run.speed import FastViews
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
-from advkit.evaluation.trust.findings import Finding
+from advkit.evaluation.trust.findings import Finding, found
 
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
@@ -120,23 +120,19 @@ def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
 
 def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
     """Whether a companion whose attacker knows less breaks more."""
-    found = [
+    breaks = [
         diagnostics.black_box_beats_white_box(
             run.records, other.records, str(other.case.label), randomized=run.case.randomized
         )
         for other in others
         if other.companion is not None and other.companion.knows_less
     ]
-    return [finding for finding in found if finding is not None]
+    return [finding for finding in breaks if finding is not None]
 
 
 def _left_out(companion: Companion) -> Finding:
-    return Finding(
-        id="transfer_failure",
-        severity="info",
-        message=f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}",
-        advice="name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
-    )
+    evidence = f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}"
+    return found("companion_missing", "info", evidence)
 
 
 def speed_finding(run: Run) -> Finding:

@@ -217,7 +217,7 @@ def _metrics(
         if found != per_class_of(records):
             wrong.append("robust accuracy by class is not what the records say")
     upper = metrics.get("robust_accuracy_upper")
-    if upper is None and "robust_accuracy" in metrics and (unknown := count(records).unknown):
+    if upper is None and "robust_accuracy" in metrics and (unknown := count(records).right_unknown):
         wrong.append(f"robust_accuracy_upper is missing, though {unknown} samples are undecided")
     return confirmed, wrong
 
@@ -229,10 +229,10 @@ def figures_of(records: Sequence[Record]) -> dict[str, _Figure]:
         "clean_accuracy": (c.correct, c.n),
         "robust_accuracy": (c.right_after, c.n),
         "attack_success_rate": (c.broken, c.attackable),
-        "robust_accuracy_upper": (c.right_after + c.unknown, c.n),
+        "robust_accuracy_upper": (c.right_after + c.right_unknown, c.n),
     }
     if c.eight_bit is not None:
-        figures["robust_accuracy_8bit"] = (c.eight_bit + c.correct - c.attackable, c.n)
+        figures["robust_accuracy_8bit"] = (c.eight_bit, c.n)
     if len(by_label(records)) != 1:
         return figures
     values: dict[str, list[float | bool]] = defaultdict(list)

@@ -24,6 +24,7 @@ from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Label, OnlineAttack, Outcome, PlansSubmissions, Submissions, WrapsBall, on_streams
 from advkit.core.rng import RowRng
+from advkit.evaluation.counts import ended, was_right
 from advkit.evaluation.run.batch import alone, attacked_model
 from advkit.evaluation.run.judge import Judge, submitted
 from advkit.evaluation.run.store import Store
@@ -91,7 +92,7 @@ class Items:
             np.array([r.measures.get(VALUE, -np.inf) for r in records], dtype=np.float64),
             np.array([r.measures.get(TRUE_VALUE, 0.0) for r in records], dtype=np.float64),
             np.array([r.reached and r.outcome not in (Outcome.ERROR, Outcome.INVALID) for r in records], dtype=bool),
-            np.array([r.clean == r.label and "clean_non_finite" not in r.notes for r in records], dtype=bool),
+            np.array([was_right(r) for r in records], dtype=bool),
         )
 
 
@@ -434,9 +435,8 @@ def _refused(
     for batch in case.task.batches(case.batch_size, skip=others, n=case.n):
         records = [
             replace(
-                done[Store.key(case.label, row)],
+                ended(done[Store.key(case.label, row)], Outcome.ERROR),
                 stage=label.stage,
-                outcome=Outcome.ERROR,
                 reached=False,
                 message=reason,
                 measures={POSITION: float(place[row])},
