@@ -29,6 +29,7 @@ from advkit.evaluation.report.verify import verify
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.store import read_examples, read_records
+from advkit.evaluation.trust.context import correct_rows, robust
 from advkit.models.torch import TorchModel
 from advkit.threat_models import GOALS
 from advkit.threat_models.goals.targeted import Targeted
@@ -491,3 +492,11 @@ def test_undecided_misread_samples_are_in_no_interval_of_robust_accuracy():
     c = count(rows)
     assert (c.correct, c.attackable, c.broken, c.unknown) == (2, 4, 1, 2)
     assert (c.right_after, c.right_unknown) == (0, 1)
+
+
+def test_the_battery_examines_samples_that_are_right_when_clean(tmp_path):
+    advkit.evaluate(**plane(out=tmp_path))
+    records = {r.id: r for r in read_records(tmp_path / "records.jsonl")}
+    names = dict(zip(POINTS, sorted(records), strict=True))
+    assert correct_rows(records) == {names[name] for name in ("right", "right, far", "nearly the target")}
+    assert robust(records) == {names["right"], names["right, far"]}
