@@ -15,12 +15,11 @@ from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.batch import on_device
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.run.engine import open_store, speed_file
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
 from advkit.evaluation.run.rehearsal import answered
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.speed import FastViews
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
@@ -104,8 +103,7 @@ def _run(
         records = in_order(case, run(case, store, progress, workers))
     finally:
         store.close()
-    kept = FastViews.load(speed_file(folder, title)).chosen if case.speed.switches else {}
-    return Run(case, records, scenario_of(case).summarize(case, records), store, companion, kept)
+    return Run(case, records, scenario_of(case).summarize(case, records), store, companion, store.kept)
 
 
 def in_order(case: Case, records: Sequence[Record]) -> list[Record]:

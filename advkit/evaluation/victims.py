@@ -288,7 +288,7 @@ def _claim(folder: Path, fingerprint: str) -> bool:
         fresh = not mark.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if not fresh:
-            if mark.read_text(encoding="utf-8").strip() != fingerprint:
+            if mark.read_bytes().strip() != fingerprint.encode():
                 raise StaleRun(f"{folder} holds another training (other settings, data or seed): name another --out")
         else:
             temporary = mark.with_suffix(".tmp")

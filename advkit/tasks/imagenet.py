@@ -257,11 +257,9 @@ class ImageNetSamples(ArrayTask):
         return Box(0.0, 1.0, (3, self.crop, self.crop), levels=255)
 
     def load(self) -> Rows:
-        from io import BytesIO
-
         held = _samples()
         x = torch.stack(
-            [decode(BytesIO(content), self.resize, self.crop, self.interpolation, name) for name, content in held]
+            [decode(content, self.resize, self.crop, self.interpolation, name) for name, content in held]
         )
         y = torch.tensor([int(Path(name).stem.split("_")[2]) for name, _ in held])
         return Rows(x, y, tuple(f"{self.name}/{name}" for name, _ in held))

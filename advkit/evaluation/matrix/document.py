@@ -247,5 +247,5 @@ def read_matrix(path: str | Path) -> Matrix:
     file = file / REPORT_NAME if file.is_dir() else file
     try:
         return Matrix.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} holds no matrix ({error})") from error

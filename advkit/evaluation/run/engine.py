@@ -132,6 +132,7 @@ def run(
     _check_store(case, scenario, store)
     preflight(case, scenario)
     case = with_views(case, scenario.cells(case), speed_file(store.folder, store.name))
+    store.kept = {} if case.views is None else dict(case.views.chosen)
     asked = workers
     if workers is None:
         ahead = scenario.expected(case, store.records) - len(store)
@@ -249,7 +250,7 @@ def with_views(case: Case, cells: Sequence[Case], file: Path | None = None) -> C
     if not case.speed.switches or case.views is not None:
         return case
     if file is not None and file.exists():
-        return replace(case, views=FastViews.load(file))
+        return replace(case, views=FastViews.load(file, case.speed, [name for name, _, _ in models_attacked(case)]))
     sources = {name for cell in cells for name, _ in cell.surrogates}
     apart = len(sources) if any(len(cell.surrogates) < len(case.surrogates) for cell in cells) else 1
     passes = sum(planned_passes(cell.attack) for cell in cells if cell.attack is not None) / apart

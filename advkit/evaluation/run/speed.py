@@ -76,13 +76,18 @@ class FastViews:
         return self._lanes[name]
 
     @classmethod
-    def load(cls, file: Path) -> Self:
-        """What an earlier start of the run settled; raises StaleRun where the file says nothing sensible."""
+    def load(cls, file: Path, asked: Speed, names: Iterable[str]) -> Self:
+        """What an earlier start of the run settled of the speed asked for, for the models of these names.
+
+        Raises StaleRun where the file says nothing sensible.
+        """
         try:
             chosen = json.loads(file.read_text(encoding="utf-8"))
-            for text in chosen.values():
-                Speed.parse(text)
-        except (ValueError, AttributeError, TypeError, SpecError) as error:
+            if set(chosen) != set(names):
+                raise ValueError("it speaks of other models")
+            if any(set(Speed.parse(text).switches) - set(asked.switches) for text in chosen.values()):
+                raise ValueError("it speaks of another speed")
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, SpecError) as error:
             raise StaleRun(f"{file} is damaged ({error}): name another --out, or remove the folder") from error
         return cls(chosen)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,24 +38,52 @@ def to_line(record: Record) -> str:
     return json.dumps(said, separators=(",", ":"))
 
 
-_NUMBER = (int, float, type(None))
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("id", "attack", "outcome", "message", "stage", "source"), (str,)),
-    **dict.fromkeys(("label", "clean", "adversarial"), (int, type(None))),
-    **dict.fromkeys(("distance", "margin", "closeness"), _NUMBER),
-    **dict.fromkeys(("forwards", "backwards", "queries"), (int,)),
-    **dict.fromkeys(("measures", "figures", "texts"), (dict,)),
-    **dict.fromkeys(("notes", "trace"), (list,)),
-    "reached": (bool,),
-    "eight_bit": (bool, type(None)),
+_MOST = 2**63  # of a whole number: arrays of such are made of records
+_TEXTS = ("id", "attack", "outcome", "message", "stage", "source")
+_CLASSES = ("label", "clean", "adversarial")
+_LENGTHS = ("distance", "margin", "closeness")
+_COUNTS = ("forwards", "backwards", "queries")
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < _MOST
+
+
+def _real(value: Any) -> bool:
+    return type(value) is float or _whole(value)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value of a trace is numbers and texts all the way down."""
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    return value is None or isinstance(value, str | bool) or _real(value)
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_TEXTS, lambda value: isinstance(value, str)),
+    **dict.fromkeys(_CLASSES, lambda value: value is None or _whole(value)),
+    **dict.fromkeys(_LENGTHS, lambda value: value is None or (_real(value) and math.isfinite(value))),
+    **dict.fromkeys(_COUNTS, lambda value: _whole(value) and value >= 0),
+    "reached": lambda value: isinstance(value, bool),
+    "eight_bit": lambda value: value is None or isinstance(value, bool),
+    "notes": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    "measures": lambda value: isinstance(value, dict) and all(map(_real, value.values())),
+    "figures": lambda value: isinstance(value, dict) and all(type(v) is bool or _real(v) for v in value.values()),
+    "texts": lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
+    "trace": lambda value: isinstance(value, list) and all(isinstance(each, dict) and _plain(each) for each in value),
 }
 
 
 def from_line(line: str) -> Record:
     """The record of one line; raises ValueError or TypeError when it is none."""
     values = json.loads(line)
+    if not isinstance(values, dict):
+        raise TypeError(f"it is a {type(values).__name__}")
     for name, value in values.items():
-        if name in _TYPES and not isinstance(value, _TYPES[name]):
+        if name in _FITS and not _FITS[name](value):
             raise TypeError(f"{name} is {value!r:.40}")
     values["outcome"] = Outcome(values["outcome"])
     values["notes"] = tuple(values["notes"])
