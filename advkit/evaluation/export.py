@@ -37,6 +37,11 @@ def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = Non
     finally:
         store.close()
     held = read_examples(folder)
+    missing = [r.id for r in records if Store.key(r.made_by, r.id) not in held]
+    if missing:
+        raise UsageError(
+            f"{folder} holds no example of {len(missing)} rows on record ({', '.join(missing[:3])}): name another --out"
+        )
     pairs = [held[Store.key(r.made_by, r.id)] for r in records]
     file = folder / "examples.safetensors"
     save_file(

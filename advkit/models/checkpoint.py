@@ -30,6 +30,7 @@ from advkit.core.errors import BadModel, CheckpointError, UsageError
 from advkit.core.protocols import Rng, Sized
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box
+from advkit.core.strict_json import read_object
 from advkit.core.text import first_line
 from advkit.models.pickles import check_pickled
 from advkit.models.torch import TorchModel
@@ -258,8 +259,8 @@ def checkpoint_extra(path: str | Path, *, sha256: str = "") -> dict[str, Any]:
     _, metadata = unpack(read_checked(path, sha256), path)
     _check_seal(metadata, path)
     try:
-        return dict(json.loads(metadata["extra"]))
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        return read_object(metadata["extra"])
+    except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint of this version ({first_line(error)})") from error
 
 

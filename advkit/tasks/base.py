@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -232,6 +232,13 @@ def default_ball(space: Any) -> str:
         return ""
     width = float(widths[0])
     return "linf:eps=8/255" if width == 1 else f"linf:eps={8 * width / 255:.6g}"
+
+
+def check_names(paths: Iterable[Path]) -> None:
+    """BadInput where a file's name is no text: its sample could have no id."""
+    for path in paths:
+        if any("\ud800" <= letter <= "\udfff" for letter in path.as_posix()):
+            raise BadInput(f"{path} has a name that is no UTF-8 text, and samples are known by their names: rename it")
 
 
 def row_ids(name: str, split: str, n: int) -> tuple[str, ...]:

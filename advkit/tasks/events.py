@@ -27,7 +27,7 @@ from advkit.core.protocols import Data, Rng, TaskDefaults
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary
 from advkit.tasks.archives import archive_keys, read_archive
-from advkit.tasks.base import ArrayTask, ClassificationTask, Rows, check_rows, data_folder
+from advkit.tasks.base import ArrayTask, ClassificationTask, Rows, check_names, check_rows, data_folder
 from advkit.tasks.digits import Digits
 from advkit.tasks.fashion_mnist import FashionMNIST
 
@@ -539,6 +539,7 @@ class EventFolder(ClassificationTask):
                 f"{root}: {len(left)} entries are left out ({', '.join(kinds)}; the first is "
                 f"{left[0].relative_to(root)}); recordings are CLASS/*.bin and CLASS/*.npz"
             )
+        check_names(file.relative_to(root) for file, _ in files)
         if most > len(files):
             raise UsageError(f"{most} samples were asked for, {root} has {len(files)} recordings; 0 takes all")
         files.sort(key=lambda each: hashlib.sha256(each[0].relative_to(root).as_posix().encode()).digest())

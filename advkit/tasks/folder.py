@@ -28,7 +28,7 @@ from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Data, TaskDefaults
 from advkit.core.spaces import Box
 from advkit.core.text import first_line
-from advkit.tasks.base import ClassificationTask, Counted, by_hash
+from advkit.tasks.base import ClassificationTask, Counted, by_hash, check_names
 
 log = logging.getLogger("advkit")
 
@@ -126,6 +126,7 @@ def class_folders(place: Path, order: Order = "auto") -> Listing:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
         log.warning("%s: %d files are no images by their names and are left out: %s", place, others.total(), kinds)
     files = tuple((path, label) for label, (images, _) in enumerate(listed) for path in images)
+    check_names(path.relative_to(place) for path, _ in files)
     return Listing(place, files, tuple(names))
 
 

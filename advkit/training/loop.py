@@ -28,6 +28,7 @@ from advkit.core.checks import at_least_one, check, fraction, not_negative, one_
 from advkit.core.errors import AdvkitError, BadInput, BadModel, CheckpointError, StaleRun, UsageError
 from advkit.core.protocols import Data, Rng
 from advkit.core.rng import RowRng
+from advkit.core.strict_json import read_object
 from advkit.core.text import first_line
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
@@ -513,7 +514,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _progress(text: str, epochs: int) -> dict[str, Any]:
     """How far a training is; ValueError and its kin where the text does not say it."""
-    read = json.loads(text)
+    read = read_object(text)
     found = [_entry(each) for each in read["log"]]
     if read["epochs"] != len(found) or not 1 <= len(found) <= epochs:
         raise ValueError(f"it is after {len(found)} of {epochs} epochs")
@@ -536,7 +537,7 @@ def _entry(written: Mapping[str, Any]) -> Epoch:
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float):
         raise ValueError(f"{value!r:.40} is no number")
     return float(value)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng, Task, ThreatModel
+from advkit.core.strict_json import read_json
 from advkit.core.text import first_line
 from advkit.evaluation.report import write_atomic
 from advkit.evaluation.run.batch import Round, attacked
@@ -304,9 +305,9 @@ class Images:
         }
         tensors, notes = read_tensors(path, kinds)
         try:
-            fits = notes["key"] == key and json.loads(notes["ids"]) == [*piece.ids]
+            fits = notes["key"] == key and read_json(notes["ids"]) == [*piece.ids]
             seconds = float(notes["seconds"])
-        except (KeyError, ValueError, RecursionError):
+        except (KeyError, ValueError):
             fits, seconds = False, 0.0
         if not fits or not math.isfinite(seconds) or not bool(torch.isfinite(tensors["distance"]).all()):
             raise UsageError(f"{path} does not hold the images it is named after; delete it, and it is made again")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from advkit.core.errors import ReportError
+from advkit.core.strict_json import read_object
 from advkit.core.text import printable_json, printable_values
 from advkit.evaluation.report import render
 from advkit.evaluation.report.legacy import completed
@@ -46,12 +47,9 @@ class Report:
     @cached_property
     def _data(self) -> dict[str, Any]:
         try:
-            data = json.loads(self.text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise ReportError(f"not a JSON document: {error}") from None
-        if not isinstance(data, dict):
-            raise ReportError(f"a report is a JSON object; this is a {type(data).__name__}")
-        return data
+            return read_object(self.text)
+        except ValueError as error:
+            raise ReportError(f"not a report's JSON document: {error}") from None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], path: Path | None = None) -> Report:
@@ -236,6 +234,3 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.unlink(temporary)
         raise ReportError(f"{path} can't be written: {error.strerror or error}; choose a writable folder") from None
 
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number; unknown values are null")

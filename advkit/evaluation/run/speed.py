@@ -19,6 +19,7 @@ from advkit.core.errors import SpecError, StaleRun
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Attack, Planned, Stepped, Suite, on_streams
 from advkit.core.speed import Speed
+from advkit.core.strict_json import read_object
 
 VICTIM = "victim"
 _settled: dict[tuple[object, ...], str] = {}  # what this process has measured: two runs of one case settle alike
@@ -82,12 +83,12 @@ class FastViews:
         Raises StaleRun where the file says nothing sensible.
         """
         try:
-            chosen = json.loads(file.read_text(encoding="utf-8"))
+            chosen = read_object(file.read_bytes())
             if set(chosen) != set(names):
                 raise ValueError("it speaks of other models")
             if any(set(Speed.parse(text).switches) - set(asked.switches) for text in chosen.values()):
                 raise ValueError("it speaks of another speed")
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError, SpecError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, SpecError) as error:
             raise StaleRun(f"{file} is damaged ({error}): name another --out, or remove the folder") from error
         return cls(chosen)
 

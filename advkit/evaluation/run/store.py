@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -14,9 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import ReportError, StaleRun, UsageError
 from advkit.core.protocols import Label, Outcome, Record
+from advkit.core.strict_json import read_json
+from advkit.core.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger("advkit")
 
 RECORDS_NAME = "records.jsonl"
 _EXAMPLES = ("origin", "adversarial")
@@ -39,7 +44,7 @@ def to_line(record: Record) -> str:
 
 
 _MOST = 2**63  # of a whole number: arrays of such are made of records
-_TEXTS = ("id", "attack", "outcome", "message", "stage", "source")
+_NAMES_OF = ("id", "attack", "stage", "source")
 _CLASSES = ("label", "clean", "adversarial")
 _LENGTHS = ("distance", "margin", "closeness")
 _COUNTS = ("forwards", "backwards", "queries")
@@ -63,7 +68,8 @@ def _plain(value: Any) -> bool:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_TEXTS, lambda value: isinstance(value, str)),
+    **dict.fromkeys(_NAMES_OF, lambda value: isinstance(value, str) and value == value.encode(errors="ignore").decode()),
+    **dict.fromkeys(("outcome", "message"), lambda value: isinstance(value, str)),
     **dict.fromkeys(_CLASSES, lambda value: value is None or _whole(value)),
     **dict.fromkeys(_LENGTHS, lambda value: value is None or (_real(value) and math.isfinite(value))),
     **dict.fromkeys(_COUNTS, lambda value: _whole(value) and value >= 0),
@@ -123,16 +129,24 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor, Tensor]]:
-    """Origin and returned input of the kept rows by record key, from a run folder."""
-    from safetensors import safe_open
+    """Origin and returned input of the kept rows by record key, from a run folder.
 
-    found = {}
+    A damaged file is left out, with a warning: the records do not depend on it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for file in sorted((folder / f"{name}.examples").glob("*.safetensors")):
-        with safe_open(file, framework="pt") as held:
-            data = held.metadata()
-            tensors = [held.get_tensor(each) for each in _EXAMPLES]
-        for i, row in enumerate(json.loads(data["ids"])):
-            found[f"{data['attack']}|{row}"] = (tensors[0][i], tensors[1][i])
+        try:
+            with safe_open(file, framework="pt") as held:
+                data = held.metadata() or {}
+                origin, adversarial = (held.get_tensor(each) for each in _EXAMPLES)
+            rows = read_json(data["ids"])
+            if not isinstance(rows, list) or not len(rows) == len(origin) or origin.shape != adversarial.shape:
+                raise ValueError("it does not hold the rows that it names")
+            found |= {f"{data['attack']}|{row}": (origin[i], adversarial[i]) for i, row in enumerate(rows)}
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
+            log.warning("%s holds no examples that can be read (%s): remove it", file, first_line(error))
     return found
 
 
