@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import ReportError, StaleRun, UsageError
 from advkit.core.protocols import Label, Outcome, Record
-from advkit.core.strict_json import read_json
+from advkit.core.strict_json import read_json, read_object
 from advkit.core.text import first_line
 
 if TYPE_CHECKING:
@@ -292,10 +292,11 @@ class Store:
         if self._timing.exists():
             for line in self._timing.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    entry = json.loads(line)
-                    total[entry["attack"]] = total.get(entry["attack"], 0.0) + float(entry.get(what, 0.0))
-                except (ValueError, TypeError, KeyError, AttributeError):  # cut short or damaged; times are no evidence
+                    entry = read_object(line)
+                    label, spent = str(entry["attack"]), float(entry.get(what, 0.0))
+                except (ValueError, TypeError, KeyError):  # cut short or damaged; times are no evidence
                     continue
+                total[label] = total.get(label, 0.0) + max(0.0, spent)
         return total
 
     def reject(self) -> None:
