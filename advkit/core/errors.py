@@ -50,6 +50,10 @@ class StaleRun(UsageError):
     """A run folder that belongs to another case."""
 
 
+class RunInUse(UsageError):
+    """A folder that another process is writing to."""
+
+
 class ModelChanged(AdvkitError):
     """An attack left a model other than it was: weights, modes or hooks."""
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from advkit.core.errors import BadModel, CheckpointError, UsageError
+from advkit.core.files import why, write_whole
 from advkit.core.protocols import Rng, Sized
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box
@@ -46,23 +45,10 @@ def canonical_json(value: Any) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """All of the content or, after a crash, what was there before; CheckpointError where it can't be written."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        write_whole(Path(path), content)
     except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror or error}; name a folder you may write") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp made it private
-        os.replace(name, path)
-    except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror or error}; is the disk full?") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+        raise CheckpointError(f"can't write {path} ({why(error)}); name a folder that you may write") from error
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

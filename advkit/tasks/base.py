@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Batch, Data, Hashed, TaskDefaults
+from advkit.core.protocols import Batch, Data, Hashed, KnowsIds, TaskDefaults
 from advkit.core.spaces import Box
 
 DATA_VARIABLE = "ADVKIT_DATA"
@@ -73,7 +73,7 @@ class Rows:
     ids: tuple[str, ...]
 
 
-class ClassificationTask(Hashed):
+class ClassificationTask(Hashed, KnowsIds):
     """What every labelled task shares; a subclass says `rows` or, where rows do not fit in memory, `fetch`.
 
     The goal of a batch is Untargeted. Batches of any size and any `skip` hand out the same rows under the same ids.
@@ -91,6 +91,7 @@ class ClassificationTask(Hashed):
         """Legal inputs."""
 
     @property
+    @override
     @abstractmethod
     def ids(self) -> tuple[str, ...]:
         """One per row, in order."""

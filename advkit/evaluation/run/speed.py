@@ -7,7 +7,6 @@ a resumed run and worker processes compute the same bits.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import SpecError, StaleRun
+from advkit.core.files import write_whole
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Attack, Planned, Stepped, Suite, on_streams
 from advkit.core.speed import Speed
@@ -94,9 +94,7 @@ class FastViews:
 
     def save(self, file: Path) -> None:
         """Written beside the target and renamed over it."""
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.chosen, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        write_whole(file, json.dumps(self.chosen, sort_keys=True) + "\n")
 
 
 def planned_passes(attack: Attack) -> float:
