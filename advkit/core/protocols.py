@@ -1037,6 +1037,23 @@ class Hashed(Protocol):
 
 
 @runtime_checkable
+class KnowsIds(Protocol):
+    """A task that knows the ids of its rows without loading them."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """One per row, in order."""
+
+
+def ids_of(task: Task, n: int) -> list[str]:
+    """The ids of a task's first n rows, in order."""
+    if isinstance(task, KnowsIds):
+        return list(task.ids[:n])
+    return [row for batch in task.batches(1024, n=n) for row in batch.ids]
+
+
+@runtime_checkable
 class OfKind(Protocol):
     """A task of something else than classification."""
 

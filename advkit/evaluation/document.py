@@ -100,7 +100,7 @@ def document(
     if lasting:
         content["per_sample"] = {
             "path": run.store.path.name,
-            "sha256": hashlib.sha256(run.store.path.read_bytes()).hexdigest(),
+            "sha256": run.store.sha256,
             "format": "jsonl",
             "fields": list(written(run.records)),
         }

@@ -8,7 +8,6 @@ Whoever forges all of them alike is not: only a rerun tells.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from advkit.core.errors import ReportError
 from advkit.core.protocols import Outcome, Record
+from advkit.core.strict_json import read_object
 from advkit.core.text import printable
 from advkit.evaluation.counts import by_label, count, measured
 from advkit.evaluation.report.document import Report
@@ -124,12 +124,9 @@ def _config(file: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if not case.is_file():
         return None, []
     try:
-        config = json.loads(case.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
+        return read_object(case.read_bytes()), []
+    except (OSError, ValueError):
         return None, [f"{case.name} is no case"]
-    return config, []
 
 
 def _of_case(data: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:

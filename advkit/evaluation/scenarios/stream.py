@@ -22,7 +22,16 @@ from advkit.attacks.stream.online import Online
 from advkit.attacks.stream.selectors import SELECTORS, Rule, selector
 from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Label, OnlineAttack, Outcome, PlansSubmissions, Submissions, WrapsBall, on_streams
+from advkit.core.protocols import (
+    Label,
+    OnlineAttack,
+    Outcome,
+    PlansSubmissions,
+    Submissions,
+    WrapsBall,
+    ids_of,
+    on_streams,
+)
 from advkit.core.rng import RowRng
 from advkit.evaluation.counts import ended, was_right
 from advkit.evaluation.run.batch import alone, attacked_model
@@ -431,7 +440,7 @@ def _refused(
     case: Case, label: Label, new: frozenset[str], done: Records, place: Mapping[str, int], reason: str
 ) -> Iterator[Round]:
     """Error records for the items that a selector outside the rules asked for; nothing of them was submitted."""
-    others = frozenset(row for batch in case.task.batches(1024, n=case.n) for row in batch.ids) - new
+    others = frozenset(ids_of(case.task, case.n)) - new
     for batch in case.task.batches(case.batch_size, skip=others, n=case.n):
         records = [
             replace(
@@ -465,7 +474,7 @@ def _loss(model: Any, lanes: Lanes, x: Tensor, labels: Tensor) -> Tensor:
 def candidates_of(case: Case, records: Iterable[Record]) -> list[Record]:
     """The candidates' records in the task's order; raises UsageError where some are missing."""
     held = {record.id: record for record in records if record.made_by == case.label}
-    ids = [row for batch in case.task.batches(1024, n=case.n) for row in batch.ids]
+    ids = ids_of(case.task, case.n)
     if missing := [row for row in ids if row not in held]:
         raise UsageError(f"{len(missing)} of {len(ids)} items have no record (the first: {missing[0]}); run the rest")
     return [held[row] for row in ids]
