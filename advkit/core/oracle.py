@@ -386,7 +386,7 @@ class MeteredOracle:
             answer = answer if len(leaf) == len(x) else answer[: len(x)]
             try:
                 loss = goal.loss(answer)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 blame(error, GOAL)
                 raise
         gradient = None
@@ -396,7 +396,7 @@ class MeteredOracle:
                 self._ones = torch.ones_like(loss, requires_grad=False)
             try:
                 (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 blame(error, BACKWARD)
                 raise
         if gradient is None:
@@ -480,7 +480,7 @@ class MeteredOracle:
         x = x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes)
         try:
             answer: Tensor = self.model(x)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             blame(error, MODEL)
             raise
         if self._counting is not None:
