@@ -55,6 +55,9 @@ class Round:
     tokens: int = 0
 
 
+ASKED_NON_FINITE = "the attack asked the victim about an input with NaN or infinity"
+"""The message of a row on which the attack failed by that."""
+
 Unit = Callable[[Case, Batch, Lanes], Round]
 """What a scenario may have done with a batch; a function of a module's top level, so that processes can share it."""
 
@@ -209,6 +212,7 @@ class _Attempts:
         self.cost = torch.zeros(3, n, dtype=torch.long)  # forwards, backwards, queries
         self.met_non_finite = torch.zeros(n, dtype=torch.bool)
         self.no_gradient = torch.zeros(n, dtype=torch.bool)
+        self.asked_non_finite = torch.zeros(n, dtype=torch.bool)
         self.outside = torch.zeros(n, dtype=torch.bool)
         self.refuted = torch.zeros(n, dtype=torch.bool)
         self.unsure = torch.zeros(n, dtype=torch.bool)
@@ -253,6 +257,7 @@ class _Attempts:
         self.cost[2, where] = self.calls * meter.queries
         self.met_non_finite[where] = meter.non_finite
         self.no_gradient[where] = meter.zero_gradient
+        self.asked_non_finite[where] = meter.asked_non_finite
         self.trace.update((row, meter.noted(i)) for i, row in enumerate(where.tolist()))
         self.tokens += meter.tokens
 
@@ -359,7 +364,10 @@ def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, attackable: T
         # The attacker's goal holds on the clean row although the answer is right (a target that is its own class).
         return Outcome.WRONG
     knows_victim = not attempts.case.surrogates
-    return verdict.outcome(row, bool(clean.correct[row]), knows_victim and bool(attempts.met_non_finite[row]))
+    outcome = verdict.outcome(row, bool(clean.correct[row]), knows_victim and bool(attempts.met_non_finite[row]))
+    # An attack that lost itself in NaN has not tried: its failure says nothing of the victim.
+    lost = attempts.asked_non_finite[row] and outcome in (Outcome.ROBUST, Outcome.INVALID)
+    return Outcome.ERROR if lost else outcome
 
 
 def _records(
@@ -378,15 +386,19 @@ def _records(
             ("clean_non_finite", not clean.finite[i]),
             ("met_non_finite", attempts.met_non_finite[i]),
             ("zero_gradient", attempts.no_gradient[i]),
+            ("asked_non_finite", attempts.asked_non_finite[i]),
             ("outside_threat_model", attempts.outside[i] or not verdict.admitted[i]),
             (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", attempts.refuted[i]),
             ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
         )
+        outcome = _outcome(attempts, clean, verdict, attackable, i)
+        if outcome == Outcome.ERROR:
+            attempts.errors.setdefault(i, ASKED_NON_FINITE)
         records.append(
             Record(
                 id=row,
                 attack=case.label.attack,
-                outcome=_outcome(attempts, clean, verdict, attackable, i),
+                outcome=outcome,
                 label=None if labels is None else int(labels[i]),
                 clean=int(before[i]),
                 adversarial=int(verdict.decision[i]),
