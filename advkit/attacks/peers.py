@@ -26,6 +26,7 @@ from advkit.core.errors import MissingExtra, UnknownName, UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.registry import parse_arguments
+from advkit.core.rows import finite_rows
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import NormBall
@@ -39,10 +40,13 @@ def peer_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        extra = "torchattacks" if package == "torchattacks" else "peers"
         raise MissingExtra(
-            f"the package {package} does not import ({error}): pip install 'advkit[{extra}]' brings it"
+            f"the package {package} does not import ({error}): pip install 'advkit[{_extra(package)}]' brings it"
         ) from error
+
+
+def _extra(package: str) -> str:
+    return "torchattacks" if package == "torchattacks" else "peers"
 
 
 def read_settings(text: str) -> dict[str, Any]:
@@ -118,8 +122,8 @@ class Peer(ABC):
               eps, norm, goal and model come from the evaluation
     access:   what the attack asks of the victim; say scores or labels for black-box attacks
 
-    A package's attack that searches the nearest adversarial point and takes no eps is judged by its points inside
-    the ball: elsewhere the row comes back unchanged. Points outside the ball from an attack that
+    A package's attack that searches the nearest adversarial point and takes no eps is judged inside the ball: a point
+    beyond it comes back as the nearest one of the ball. Points outside the ball from an attack that
     was given eps stay as they are, for the harness to call invalid.
 
     Default step sizes that are lengths, of attacks that take eps, follow it: they keep their ratio to the class's own
@@ -169,9 +173,18 @@ class Peer(ABC):
                 oracle.differentiable(x), x.clone(), classes, targeted, inner.norm, inner.eps, float(low), float(high),
                 seed,
             )  # fmt: skip
-            z, bounded = self._run(package, request)
+            try:
+                z, bounded = self._run(package, request)
+            except ImportError as error:  # what one attack of the package needs besides
+                raise MissingExtra(
+                    f"{self} needs a package more ({_first_line(error)}): pip install 'advkit[{_extra(self.package)}]'"
+                ) from error
         z = z.detach().to(x)
-        return z if bounded else torch.where(per_row(ball.admits(z, x), x), z, x)
+        if bounded or z.shape != x.shape:
+            return z
+        # A point beyond the ball is no find, but it is where the attack came to: the way back may still cross.
+        sane = per_row(finite_rows(z), x)
+        return torch.where(sane, ball.project(torch.where(sane, z, x), x), x)
 
     def __str__(self) -> str:
         return f"{self.package}:{self.name}"
@@ -235,8 +248,8 @@ class Foolbox(Peer):
     """Foolbox: an attack of that package by class name, run and judged here (arXiv 1707.04131).
 
     Foolbox clips every point to the ball itself before it hands it back, those of attacks that search the nearest
-    adversarial point included; L0 has no such clipping, there only points inside the ball count. Attacks with a free
-    distance get the ball's norm, HopSkipJumpAttack its constraint; DatasetAttack draws from the batch that it attacks.
+    adversarial point included, but not in L0. Attacks with a free distance get the ball's norm, HopSkipJumpAttack its
+    constraint; DatasetAttack draws from the batch that it attacks.
     """
 
     package: ClassVar[str] = "foolbox"
@@ -245,34 +258,29 @@ class Foolbox(Peer):
     }
 
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
-        cls = self._class(package.attacks)
-        constraint = {"L2": "l2", "Linf": "linf"}.get(request.norm)
-        known = {} if constraint is None else {"constraint": constraint}
+        cls, kinds = self._class(package.attacks), package.attacks.base
         distance = package.distances.LpDistance(_POWERS[request.norm])
+        known = {"constraint": request.norm.casefold()} if request.norm in ("L2", "Linf") else {}
         attack, took = self._make(cls, distance=distance, **known)
-        if issubclass(cls, package.attacks.base.FlexibleDistanceMinimizationAttack) and "distance" not in took:
+        if issubclass(cls, kinds.FlexibleDistanceMinimizationAttack) and "distance" not in took:
             attack._distance = distance  # PointwiseAttack has no argument for what it is asked for
         power = getattr(getattr(attack, "distance", None), "p", None)
         if power is not None and power != _POWERS[request.norm]:
             raise UsageError(f"{self} works in L{power:g}, this ball is {request.norm}")
         model = package.PyTorchModel(request.module, bounds=(request.low, request.high), device=request.x.device)
-        kind = package.TargetedMisclassification if request.targeted else package.Misclassification
+        criterion = package.TargetedMisclassification if request.targeted else package.Misclassification
         if issubclass(cls, package.attacks.DatasetAttack):
             attack.feed(model, request.x)
-        searches = power is None or (request.norm == "L0" and not self._fixed(package, cls))
+        searches = power is None or (request.norm == "L0" and issubclass(cls, kinds.MinimizationAttack))
         radius = {} if power is None else {"epsilons": None if searches else request.eps}
         try:
-            _, points, _ = attack(model, request.x, kind(request.classes), **radius)
+            _, points, _ = attack(model, request.x, criterion(request.classes), **radius)
         except ValueError as error:
             if "criterion" not in str(error):
                 raise
             served = "untargeted" if request.targeted else "targeted"
             raise UsageError(f"{self} serves the goal {served} alone") from error
         return points, not searches
-
-    @staticmethod
-    def _fixed(package: Any, cls: Any) -> bool:
-        return issubclass(cls, package.attacks.base.FixedEpsilonAttack)
 
 
 class _Unit(nn.Module):
@@ -366,7 +374,7 @@ class ART(Peer):
 
     One answer more than the attack's own is asked per batch, to learn the number of classes. SimBA and
     VirtualAdversarialMethod are given probabilities and one row at a time. SaliencyMapMethod reaches for classes:
-    without targets it draws them. Wasserstein enlarges its ball as it goes, so only its points inside ours count.
+    without targets it draws them. Wasserstein enlarges its ball as it goes; its points are taken back into ours.
     """
 
     package: ClassVar[str] = "art"
@@ -402,9 +410,9 @@ class ART(Peer):
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
         home = peer_package("art.attacks.evasion")
         estimators = peer_package("art.estimators.classification")
-        if request.norm == "L0":
-            raise UsageError(f"{self} knows no L0 ball")
         cls = self._class(home)
+        if request.norm == "L0" and {"eps", "norm"} & set(inspect.signature(cls).parameters):
+            raise UsageError(f"{self} knows no L0 ball")
         classes = _classes(request)
         probable = self.name in self.probabilities
         estimator = estimators.PyTorchClassifier(

@@ -144,6 +144,7 @@ def test_compositions_work_as_their_presets_do() -> None:
     [
         ("foolbox", {"linf": "LinfPGD", "l2": "L2PGD", "l1": "SparseL1DescentAttack"}),
         ("torchattacks", {"linf": "PGD", "l2": "PGDL2", "l0": "OnePixel"}),
+        ("art", {"linf": "SquareAttack", "l2": "DeepFool", "l1": "BrendelBethgeAttack", "l0": "CarliniL0Method"}),
     ],
 )
 def test_peers_take_balls_and_labels_or_targets(package: str, attacks: dict[str, str]) -> None:
@@ -155,14 +156,6 @@ def test_peers_take_balls_and_labels_or_targets(package: str, attacks: dict[str,
     first = ATTACKS.build(f"{package}:{attacks['linf']}")
     assert {goal for goal in ON_CLASSES if refusal(first, victim(""), "linf", goal) is None} == {*known["goals"]}
     assert refusal(first, victim(""), "minimum-l2", "untargeted") is not None
-
-
-def test_art_has_no_l0(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert facts("attacks", ATTACKS.target("art"))["norms"] == ("linf", "l2", "l1")
-    monkeypatch.setattr("advkit.attacks.peers.peer_package", lambda name: None)  # refused before it is needed
-    refused = refusal(ATTACKS.build("art:PixelAttack"), victim(""), "l0", "untargeted")
-    assert refused is not None
-    assert "knows no L0 ball" in refused
 
 
 # --- of other parts
