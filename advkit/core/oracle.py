@@ -581,6 +581,8 @@ class _Differentiable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Answers [n, ...]; with gradient where x requires one and the threat model grants it."""
         oracle = self._oracle
+        if x.is_floating_point():
+            x = x.to(self._origin.dtype)  # some packages compute in float64 and hand that over
         follows = x.requires_grad and torch.is_grad_enabled()
         if oracle.access < (Access.GRADIENTS if follows else Access.LABELS):
             raise AccessDenied(

@@ -29,6 +29,8 @@ ADVICE: Mapping[str, str] = {
     "unstable_predictions": "average gradients over draws or over noise (eot=20 or more)",
     "silent_success": "let the attack return its best point so far (keep=best)",
     "incomplete_optimization": "take more steps, or another step size, until the loss stops falling",
+    "returned_unchanged": "ask why it gave up (its settings, its gradient), and compare with pgd; robust is unproven",
+    "far_inside_the_ball": "take larger or more steps, or another attack (pgd); robust is unproven",
     "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
     "unconstrained_attack_failure": "change the attacker's loss (margin in place of ce); look for hidden gradients",
 }
