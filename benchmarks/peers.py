@@ -57,7 +57,7 @@ PACKAGES: dict[str, tuple[str, str, type[Peer], str]] = {
 # Settings that make a class affordable here, the same on both sides; and those without which it does not start.
 SETTINGS = {
     "foolbox:BoundaryAttack": "steps=300",
-    "foolbox:EADAttack": "steps=200,binary_search_steps=3",
+    "foolbox:EADAttack": "steps=200,binary_search_steps=3,initial_const=10,initial_stepsize=0.05",
     "foolbox:GenAttack": "steps=100",
     "foolbox:HopSkipJumpAttack": "steps=5,initial_gradient_eval_steps=50,max_gradient_eval_steps=200",
     "foolbox:L0BrendelBethgeAttack": "steps=50",
@@ -70,6 +70,8 @@ SETTINGS = {
     "foolbox:LinearSearchContrastReductionAttack": "steps=100",
     "foolbox:SaltAndPepperNoiseAttack": "steps=50,across_channels=false",
     "foolbox:VirtualAdversarialAttack": "steps=10",
+    "torchattacks:EADEN": "initial_const=10,lr=0.05,binary_search_steps=3",
+    "torchattacks:EADL1": "initial_const=10,lr=0.05,binary_search_steps=3",
     "torchattacks:LGV": "epochs=1,nb_models_epoch=1,verbose=false",
     "torchattacks:OnePixel": "pixels=10",
     "torchattacks:Square": "n_queries=300",
@@ -132,7 +134,7 @@ NORMS = {
 }
 # Classes that take pictures of three channels alone: the same digits, grey in three channels of 16 by 16.
 COLOURED = {
-    "torchattacks:PIFGSM", "torchattacks:PIFGSMPP", "art:CompositeAdversarialAttackPyTorch",
+    "torchattacks:PIFGSM", "torchattacks:PIFGSMPP", "torchattacks:TIFGSM", "art:CompositeAdversarialAttackPyTorch",
     "art:AdversarialPatchPyTorch",
 }  # fmt: skip
 # Classes that reach for classes alone.
@@ -382,7 +384,8 @@ def follows(package: str, name: str) -> list[str]:
     if radius not in takes:
         return []
     following = adapter._following(takes, radius, 1.0)
-    return [f"{setting} = {ratio:.3g} eps" for setting, ratio in following.items()]
+    renamed = [] if radius == "eps" else [f"{radius} = eps"]
+    return renamed + [f"{setting} = {ratio:.3g} eps" for setting, ratio in following.items()]
 
 
 # One class in one process.

@@ -329,8 +329,9 @@ class TorchAttacks(Peer):
     lengths: ClassVar[Mapping[str, str]] = {"": "alpha", "SPSA": "lr"}
     refused: ClassVar[Mapping[str, str]] = {
         "LGV": "trains copies of the model on a loader of training data; the threat model transfer attacks surrogates",
-        "MultiAttack": "is made of attack objects; run them one by one, or as stages of `suite`",
+        "MultiAttack": "is made of attack objects; run them one by one",
     }
+    coloured: ClassVar[frozenset[str]] = frozenset({"PIFGSM", "PIFGSMPP", "TIFGSM"})
 
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
         unit = (request.low, request.high) == (0.0, 1.0)
@@ -346,8 +347,8 @@ class TorchAttacks(Peer):
         fixed = "L2" if "L2" in self.name else "Linf"
         if bounded and "norm" not in took and fixed != request.norm:
             raise UsageError(f"{self} works in {fixed}, this ball is {request.norm}")
-        if self.name in self.radius and request.x.ndim == 4 and request.x.shape[1] != 3:
-            raise UsageError(f"{self} takes images of three channels alone, not of {request.x.shape[1]}")
+        if self.name in self.coloured and request.x.shape[1:2] != (3,):
+            raise UsageError(f"{self} takes images of three channels alone, not {list(request.x.shape[1:])}")
         if request.targeted:
             if self.name == "FAB":
                 # It says that it has the mode, and aims by the rank of a class where it is given one.
