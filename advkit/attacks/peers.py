@@ -374,8 +374,9 @@ class ART(Peer):
     """Adversarial Robustness Toolbox (ART): an evasion attack of that package by class name (arXiv 1807.01069).
 
     One answer more than the attack's own is asked per batch, to learn the number of classes. SimBA and
-    VirtualAdversarialMethod are given probabilities and one row at a time. SaliencyMapMethod reaches for classes:
-    without targets it draws them. Wasserstein enlarges its ball as it goes; its points are taken back into ours.
+    VirtualAdversarialMethod are given probabilities and one row at a time, ShadowAttack one row at a time.
+    SaliencyMapMethod reaches for classes: without targets it draws them. Wasserstein enlarges its ball as it goes; its
+    points are taken back into ours.
     """
 
     package: ClassVar[str] = "art"
@@ -385,6 +386,8 @@ class ART(Peer):
     draws_targets: ClassVar[frozenset[str]] = frozenset({"SaliencyMapMethod"})
     aims_only: ClassVar[frozenset[str]] = frozenset({"TargetedUniversalPerturbation"})
     enlarges: ClassVar[frozenset[str]] = frozenset({"Wasserstein"})
+    singly: ClassVar[frozenset[str]] = frozenset({"ShadowAttack"})
+    needs_starts: ClassVar[frozenset[str]] = frozenset({"SignOPTAttack"})
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("AdversarialPatch", "AdversarialPatchNumpy", "AdversarialPatchPyTorch"), _PATCH),
         **dict.fromkeys(("FeatureAdversariesNumpy", "FeatureAdversariesPyTorch"), _GUIDES),
@@ -441,6 +444,8 @@ class ART(Peer):
         aims = self.name in self.aims_only | self.draws_targets
         if request.targeted and "targeted" not in took and not aims:
             raise self._without_targets()
+        if request.targeted and self.name in self.needs_starts:
+            raise UsageError(f"{self} wants samples of the target class to start from; use the goal untargeted")
         if not request.targeted and self.name in self.aims_only:
             raise UsageError(f"{self} wants classes to reach; use the goal targeted")
         fixed = self.fixed.get(self.name, "Linf")
@@ -449,5 +454,9 @@ class ART(Peer):
         y: Any = np.eye(classes, dtype=np.float32)[request.classes.cpu().numpy()]
         if self.name in self.draws_targets and not request.targeted:
             y = None  # labels to leave would be taken for classes to reach
-        z = attack.generate(x=request.x.cpu().numpy(), y=y)
+        x: Any = request.x.cpu().numpy()
+        if self.name in self.singly:
+            z = np.concatenate([attack.generate(x=x[i : i + 1], y=y[i : i + 1]) for i in range(len(x))])
+        else:
+            z = attack.generate(x=x, y=y)
         return torch.as_tensor(z), "eps" in took and self.name not in self.enlarges
