@@ -2,7 +2,8 @@
 
 python benchmarks/peers.py [--packages foolbox torchattacks art] [--only NAME ...] [--limit 120] [--out docs]
 
-Writes OUT/peers.json and the tables of OUT/peers.md between its two marks. Each class runs in a process of its own:
+Writes OUT/peers.json and the tables of OUT/peers.md between its two marks; with --only, or where a package is left out,
+the other lines of the file stay. Each class runs in a process of its own:
 one that crashes or hangs costs its line. Packages that are not installed are named and left out.
 """
 
@@ -333,7 +334,7 @@ def _native_art(cls: Any, given: dict[str, Any], bench: Bench, norm: str, target
         "ball": str(POWERS[norm]),
         "targeted": targeted,
         "verbose": False,
-        "batch_size": 1 if probable else N,
+        "batch_size": 1 if probable or name == "ZooAttack" else N,
     }
     known |= {key: value for key, value in wanted.items() if key in takes}
     if name == "FrameSaliencyAttack":
@@ -384,9 +385,11 @@ def adapted(package: str, name: str, bench: Bench, norm: str, targeted: bool) ->
     for record in records:
         outcomes[record["outcome"]] = outcomes.get(record["outcome"], 0) + 1
     messages = [record["message"] for record in records if record.get("message")]
+    held = [record["distance"] for record in records if record["outcome"] == "robust"]
     return {
         "outcomes": outcomes,
-        "distances": [None if r["distance"] is None else round(r["distance"], 4) for r in records],
+        "unchanged": sum(distance == 0 for distance in held),
+        "near": sum(0 < distance < 0.5 * eps for distance in held),
         "message": messages[0] if messages else "",
         "flags": {flag["id"]: flag["severity"] for flag in report.flags},
     }
@@ -538,21 +541,33 @@ def robust(found: dict[str, Any] | None) -> int:
     return int(found["value"]["outcomes"].get("robust", 0) + found["value"]["outcomes"].get("invalid", 0))
 
 
+def unfinished(found: dict[str, Any] | None) -> bool:
+    """Whether one side was cut short by the clock."""
+    return found is not None and found.get("error", "").startswith("not done")
+
+
 def faults(entry: dict[str, Any]) -> list[str]:
     """What must not be: an adapter behind its class, or one that calls samples robust where the class does not run."""
     seen = []
     for goal in ("", "-targeted"):
         own, ours = entry.get(f"native{goal}"), entry.get(f"adapter{goal}")
         theirs = successes(own)
-        if ours is not None and "error" in ours and theirs is not None:
+        if ours is not None and theirs is not None and "error" in ours and not unfinished(ours):
             seen.append(f"{entry['name']}{goal}: {ours['error']}, natively {theirs} of {N}")
         if ours is None or "value" not in ours:
             continue
-        if own is not None and theirs is None and robust(ours):
+        if own is not None and theirs is None and robust(ours) and not unfinished(own):
             seen.append(f"{entry['name']}{goal}: {robust(ours)} robust where the class does not run")
         elif theirs is not None and robust(ours) and (successes(ours) or 0) < theirs - TOLERANCE:
             seen.append(f"{entry['name']}{goal}: {successes(ours)} of {N} broken, natively {theirs}")
+        value = ours["value"]
+        for count, flag in (("unchanged", "returned_unchanged"), ("near", "far_inside_the_ball")):
+            if value[count] and flag not in value["flags"]:
+                seen.append(f"{entry['name']}{goal}: {value[count]} robust samples without the flag {flag}")
     return seen
+
+
+CANNOT = "can't be run here: "
 
 
 def said(found: dict[str, Any] | None) -> str:
@@ -560,7 +575,7 @@ def said(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     if "refused" in found:
-        return f"refused: {found['refused']}"
+        return f"refused: {found['refused'].partition(' ')[2].removeprefix(CANNOT)}"
     if "error" in found:
         return f"fails: {found['error']}"
     value = found["value"]
@@ -570,6 +585,9 @@ def said(found: dict[str, Any] | None) -> str:
     if set(outcomes) == {"error"}:
         return f"error records: {value['message'][:140]}"
     more = [f"{count} {outcome}" for outcome, count in outcomes.items() if outcome not in ("broken", "robust")]
+    more += [
+        f"{value[count]} {word}" for count, word in (("unchanged", "unchanged"), ("near", "inside")) if value[count]
+    ]
     return f"{outcomes.get('broken', 0)}/{N}" + (f" ({', '.join(more)})" if more else "")
 
 
@@ -603,22 +621,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    entries, versions = [], {}
+    path = asked.out / "peers.json"
+    old = json.loads(path.read_text()) if path.exists() else {"versions": {}, "classes": []}
+    kept = {(entry["package"], entry["name"]): entry for entry in old["classes"]}
+    entries, versions = [], dict(old["versions"])
     for package in asked.packages:
         version = installed(package)
         if version is None:
             print(f"{package} is not installed: left out", file=sys.stderr)
             continue
+        if not asked.only or versions.get(package) != version:
+            kept = {key: entry for key, entry in kept.items() if key[0] != package}
         versions[package] = version
         entries += list(lines(package, asked.only, asked.limit))
     asked.out.mkdir(parents=True, exist_ok=True)
-    document = {"samples": N, "radii": RADII, "versions": versions, "tolerance": TOLERANCE, "classes": entries}
-    (asked.out / "peers.json").write_text(json.dumps(document, indent=1) + "\n")
+    kept |= {(entry["package"], entry["name"]): entry for entry in entries}
+    every = [kept[key] for key in sorted(kept, key=lambda key: (list(PACKAGES).index(key[0]), key[1]))]
+    versions = {package: versions[package] for package in PACKAGES if package in versions}
+    document = {"samples": N, "radii": RADII, "versions": versions, "tolerance": TOLERANCE, "classes": every}
+    path.write_text(json.dumps(document, indent=1) + "\n")
     text = asked.out / "peers.md"
     before, after = "", "\n"
-    if text.exists() and MARKS[0] in (old := text.read_text()):
-        before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
-    text.write_text(f"{before}{MARKS[0]}\n\n{page(entries, versions)}\n{MARKS[1]}{after}")
+    if text.exists() and MARKS[0] in (written := text.read_text()):
+        before, after = written.split(MARKS[0])[0], written.split(MARKS[1])[1]
+    text.write_text(f"{before}{MARKS[0]}\n\n{page(every, versions)}\n{MARKS[1]}{after}")
     bad = [fault for entry in entries for fault in faults(entry)]
     print("\n".join(bad) or "no adapter falls behind", file=sys.stderr)
     return int(bool(bad))

@@ -374,7 +374,7 @@ class ART(Peer):
     """Adversarial Robustness Toolbox (ART): an evasion attack of that package by class name (arXiv 1807.01069).
 
     One answer more than the attack's own is asked per batch, to learn the number of classes. SimBA and
-    VirtualAdversarialMethod are given probabilities and one row at a time, ShadowAttack one row at a time.
+    VirtualAdversarialMethod are given probabilities; they, ZooAttack and ShadowAttack work row by row.
     SaliencyMapMethod reaches for classes: without targets it draws them. Wasserstein enlarges its ball as it goes; its
     points are taken back into ours.
     """
@@ -386,6 +386,7 @@ class ART(Peer):
     draws_targets: ClassVar[frozenset[str]] = frozenset({"SaliencyMapMethod"})
     aims_only: ClassVar[frozenset[str]] = frozenset({"TargetedUniversalPerturbation"})
     enlarges: ClassVar[frozenset[str]] = frozenset({"Wasserstein"})
+    batches_of_one: ClassVar[frozenset[str]] = frozenset({"SimBA", "VirtualAdversarialMethod", "ZooAttack"})
     singly: ClassVar[frozenset[str]] = frozenset({"ShadowAttack"})
     needs_starts: ClassVar[frozenset[str]] = frozenset({"SignOPTAttack"})
     refused: ClassVar[Mapping[str, str]] = {
@@ -437,7 +438,7 @@ class ART(Peer):
             estimator,
             eps=request.eps,
             targeted=request.targeted,
-            batch_size=1 if probable else len(request.x),
+            batch_size=1 if self.name in self.batches_of_one else len(request.x),
             verbose=False,
             **known,
         )
