@@ -86,7 +86,7 @@ SETTINGS = {
     "art:BoundaryAttack": "max_iter=100",
     "art:BrendelBethgeAttack": "steps=50",
     "art:CarliniL0Method": "max_iter=100,binary_search_steps=3,learning_rate=0.1",
-    "art:CarliniLInfMethod": "max_iter=100,learning_rate=0.1",
+    "art:CarliniLInfMethod": "max_iter=10,learning_rate=0.1",
     "art:GeoDA": "max_iter=1000,sub_dim=8",
     "art:HopSkipJump": "max_iter=3,max_eval=200,init_eval=20",
     "art:PixelAttack": "th=10,max_iter=10",
