@@ -191,6 +191,7 @@ def classes(package: str) -> dict[str, Any]:
     """The public classes by the name in the package; aliases stand under the class's own name alone."""
     home = importlib.import_module(PACKAGES[package][1])
     named = {name: value for name, value in vars(home).items() if inspect.isclass(value)}
+    named = {name: value for name, value in named.items() if not inspect.isabstract(value)}  # foolbox's base class
     found = {value.__name__: value for value in named.values()}
     return {name: found[name] for name in sorted(found)}
 

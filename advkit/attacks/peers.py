@@ -199,7 +199,8 @@ class Peer(ABC):
         if self.name in self.refused:
             raise UsageError(f"{self} can't be run here: it {self.refused[self.name]}")
         if not inspect.isclass(attack) or inspect.isabstract(attack):
-            names = {each.casefold(): each for each, value in vars(home).items() if inspect.isclass(value)}
+            classes = {each: value for each, value in vars(home).items() if inspect.isclass(value)}
+            names = {each.casefold(): each for each, value in classes.items() if not inspect.isabstract(value)}
             near = difflib.get_close_matches(self.name.casefold(), names, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(repr(names[one]) for one in near)}?" if near else ""
             raise UnknownName(f"{self.package} has no attack {self.name!r}{hint}")

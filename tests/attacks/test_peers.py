@@ -264,6 +264,8 @@ class TestFoolbox:
 
         with pytest.raises(UnknownName, match="LinfPGD"):
             run(Foolbox(name="LinfPDG"))
+        with pytest.raises(UnknownName, match="has no attack 'Attack'; did you mean 'GenAttack'"):
+            run(Foolbox(name="Attack"))
         with pytest.raises(UsageError, match="L2"):
             run(Foolbox(name="LinfPGD"), ball=L2(0.5))
         with pytest.raises(UsageError, match="rel_stepsize"):

@@ -144,13 +144,13 @@ def test_compositions_work_as_their_presets_do() -> None:
     [
         ("foolbox", {"linf": "LinfPGD", "l2": "L2PGD", "l1": "SparseL1DescentAttack"}),
         ("torchattacks", {"linf": "PGD", "l2": "PGDL2", "l0": "OnePixel"}),
-        ("art", {"linf": "SquareAttack", "l2": "DeepFool", "l1": "ProjectedGradientDescent", "l0": "CarliniL0Method"}),
+        ("art", {"linf": "BasicIterativeMethod", "l2": "DeepFool", "l0": "CarliniL0Method"}),
     ],
 )
 def test_peers_take_balls_and_labels_or_targets(package: str, attacks: dict[str, str]) -> None:
     pytest.importorskip(package)
     known = facts("attacks", ATTACKS.target(package))
-    assert {*attacks} <= {*known["norms"]}
+    assert {*attacks} < {*known["norms"]}
     for norm, name in attacks.items():
         assert refusal(ATTACKS.build(f"{package}:{name}"), victim(name), norm, "untargeted") is None
     first = ATTACKS.build(f"{package}:{attacks['linf']}")
