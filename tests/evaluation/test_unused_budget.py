@@ -191,7 +191,26 @@ def test_the_report_says_whose_fault_it_was() -> None:
         Lost(), "none", "digits", "zoo:digits-mlp", "linf:eps=0.1", n=8, device="cpu", beside=False
     )
     (flag,) = (flag for flag in report.flags if flag["severity"] == "unreliable")
-    assert flag["id"] == "incomplete_optimization"
-    assert "failed on 3 of 8 samples (the attack asked the victim about an input with NaN" in flag["message"]
-    assert "victim is not at fault" in flag["message"]
+    assert flag["id"] == "attack_error"
+    assert "on 3 of 8 samples (the attack asked the victim about an input with NaN" in flag["message"]
     assert "nonfinite_gradient" not in {flag["id"] for flag in report.flags}
+
+
+class Strict(torch.nn.Module):
+    """A victim that raises on NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MODELS.build("zoo:digits-mlp")((1, 8, 8), 10, None).module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("NaN in the input")
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_victim_that_raises_on_nan_is_not_blamed(module: bool) -> None:
+    report = advkit.evaluate(Lost(module=module), "none", "digits", Strict().eval(), "linf:eps=0.1", n=4, device="cpu")
+    assert "attack_error" in {flag["id"] for flag in report.flags}
+    assert "model_error" not in {flag["id"] for flag in report.flags}

@@ -31,6 +31,12 @@ ADVICE: Mapping[str, str] = {
     "incomplete_optimization": "take more steps, or another step size, until the loss stops falling",
     "returned_unchanged": "ask why it gave up (its settings, its gradient), and compare with pgd; robust is unproven",
     "far_inside_the_ball": "take larger or more steps, or another attack (pgd); robust is unproven",
+    "attack_error": "fix the attack, or its settings, and run again with another --out",
+    "model_error": "let the model answer every input of its space, and run again with another --out",
+    "surrogate_error": "let the surrogate answer every input of its space, and run again with another --out",
+    "judge_error": "let the judge answer every reply, the empty one too, and run again with another --out",
+    "goal_error": "fix the goal or the threat model, and run again with another --out",
+    "companion_missing": "name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
     "unconstrained_attack_failure": "change the attacker's loss (margin in place of ce); look for hidden gradients",
 }
