@@ -29,6 +29,8 @@ ADVICE: Mapping[str, str] = {
     "unstable_predictions": "average gradients over draws or over noise (eot=20 or more)",
     "silent_success": "let the attack return its best point so far (keep=best)",
     "incomplete_optimization": "take more steps, or another step size, until the loss stops falling",
+    "returned_unchanged": "ask why it gave up (its settings, its gradient), and compare with pgd; robust is unproven",
+    "far_inside_the_ball": "take larger or more steps, or another attack (pgd); robust is unproven",
     "attack_error": "fix the attack, or its settings, and run again with another --out",
     "model_error": "let the model answer every input of its space, and run again with another --out",
     "surrogate_error": "let the surrogate answer every input of its space, and run again with another --out",

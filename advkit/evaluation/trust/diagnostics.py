@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from advkit.core.blame import BACKWARD, MODEL, blamed
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Suite, Wraps
+from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Slotted, Suite, Wraps
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
 from advkit.evaluation.counts import by_label, count
@@ -36,6 +36,8 @@ REPEATS = 5
 SPREAD = 1e-4  # L2 distance between L2-normalised outputs from which a victim is randomised
 PROBABILITY = 1e-5
 REACH = 0.999  # in units of eps: a walk whose steps add up to less stays off the boundary
+NEAR = 0.5  # in units of eps: an attack that failed no further out than this left most of its budget unused
+IDLE = 0.05  # fraction of the robust samples up to which that is a matter of single samples
 BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead by chance
 
 
@@ -408,7 +410,7 @@ def _preprocessing(case: Case, output: Tensor, labels: Tensor) -> list[Finding]:
 def after(case: Case, records: Sequence[Record]) -> list[Finding]:
     """What the records of a finished case say, attack by attack."""
     groups = by_label(records)
-    checks = (_outside_threat_model, _raised, _non_finite, _no_gradient, _lost_to_rounding)
+    checks = (_outside_threat_model, _raised, _non_finite, _no_gradient, _unused_budget, _lost_to_rounding)
     findings = [
         finding for label, rows in groups.items() for check in checks for finding in check(case, str(label), rows)
     ]
@@ -472,6 +474,31 @@ def _no_gradient(case: Case, label: str, rows: Sequence[Record]) -> list[Finding
         return [_saturated(case, len(dead), n)]
     evidence = f"every gradient was exactly zero on {len(dead)} of {n} samples"
     return [found("zero_gradient", graded(len(dead) / n), evidence, len(dead) / n, 0.0, label)]
+
+
+def _unused_budget(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
+    """That samples count as robust on which the attack changed nothing, or used less than half of its budget.
+
+    Where nothing bounds the change but a number of flips, or nothing at all, a search that found nothing hands the
+    input back; within a radius and a slot of tokens an attack has something better to return.
+    """
+    robust = [r.distance for r in rows if r.outcome == Outcome.ROBUST and r.distance is not None]
+    eps = float(case.threat.eps) if isinstance(case.threat, Radius) else None
+    if case.attack is None or not robust or eps == 0:
+        return []
+    n, findings = len(robust), []
+    same = sum(distance == 0 for distance in robust)
+    if same:
+        evidence = f"the attack returned {same} of {n} robust samples unchanged"
+        expected = eps is None and not isinstance(case.threat, Slotted)
+        severity = "info" if expected or same / n < IDLE else "warning"
+        findings.append(found("returned_unchanged", severity, evidence, same / n, 0.0, label))
+    near = sum(0 < distance < NEAR * eps for distance in robust) if eps is not None else 0
+    if near:
+        evidence = f"the attack moved {near} of {n} robust samples by less than {NEAR:g} eps"
+        severity = "info" if near / n < IDLE else "warning"
+        findings.append(found("far_inside_the_ball", severity, evidence, near / n, 0.0, label))
+    return findings
 
 
 def _lost_to_rounding(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
