@@ -173,7 +173,10 @@ def by_judges(records: Iterable[Record], names: Sequence[str] | None = None) -> 
         rows[record.id].append(record)
     heard = [name for found in rows.values() for record in found for name in record.figures]
     if names is None:
-        names = [name for name in dict.fromkeys(heard) if name.endswith(SAYS) and not name.endswith(SAYS_CLEAN)]
+        # Where nothing is refused, judges have spoken of untouched prompts alone.
+        bare = (f"{name.removesuffix(SAYS_CLEAN)}{SAYS}" if name.endswith(SAYS_CLEAN) else name for name in heard)
+        said = dict.fromkeys(bare)
+        names = [name for name in said if name.endswith(SAYS)]
     if not names or REFUSED not in heard:
         return None
     broken = dict.fromkeys([*names, TARGET], 0)

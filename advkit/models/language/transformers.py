@@ -74,9 +74,9 @@ class ChatTokenizer(Templated):
     with the words belongs to them. Marks that the template uses are special, whatever the tokenizer calls them. Where a
     template writes today's date it is 26 July 2024, so that a run can be repeated.
 
-    A tokenizer without a template gives the model the user's words as they are; it says so (`templated`) and warns.
-    The beginning-of-sequence id comes exactly once, whoever adds it. Raises BadModel where the template does not carry the system message, or the user's
-    words once and whole, blanks at their ends aside.
+    A tokenizer without a template gives the model the user's words as they are; it says so (`templated`) and warns. The
+    beginning-of-sequence id comes exactly once, whoever adds it. Raises BadModel where the template does not carry the
+    system message, or the user's words once and whole, blanks at their ends aside.
     """
 
     def __init__(self, inner: Any, *, system: str = "", ends: Iterable[int] = (), begins: bool | None = None) -> None:
