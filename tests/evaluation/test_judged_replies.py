@@ -96,7 +96,7 @@ def test_success_counts_over_prompts_refused_when_clean_alone(monkeypatch: pytes
         "metric": STRICTEST, "name": "Success rate by the strictest judge", "better": "lower",
     }  # fmt: skip
     labels = [line["label"] for line in section["table"]]
-    assert "success rate by the strictest judge (refusal)" in labels
+    assert "strictest judge (refusal)" in labels
     assert "refused when clean" in labels
 
 

@@ -234,7 +234,7 @@ def test_words_and_cards_of_the_report(task, lm, tmp_path):
         "refusal ASR at 1", "refusal ASR any of 4", "refusal ASR mean", "forward passes per attacked sample",
         "tokens per attacked sample",
         "suffix tokens", "retokenizing share", "suffix log probability", "empty replies", "suffix of 3 tokens",
-        "success rate by the strictest judge", "exact judge says broken", "robust accuracy all judges",
+        "strictest judge", "exact judge says broken", "robust accuracy all judges",
     ):  # fmt: skip
         assert words in text, words
     for words in ("class held", "8 bits", "DLR"):

@@ -102,7 +102,7 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             sentence += f" The mean distance of broken samples is {{{distance}}}."
     if least := least_metrics(case, records):
         (name,) = least
-        headline = Headline(name, f"Median {case.threat.unit} to break a sample")
+        headline = Headline(name, f"Median {case.threat.unit} to break")
         table = [(words.clean, "clean_accuracy"), (headline.name.lower(), name), *table[1:]]
         sentence = (
             f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean: {how}. "
@@ -120,12 +120,12 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
     strictest = judges[counted.strictest]
     lines = [
         (words.clean, "clean_accuracy"),
-        (f"success rate by the strictest judge ({strictest})", STRICTEST_JUDGE),
+        (f"strictest judge ({strictest})", STRICTEST_JUDGE),
         *((f"{label} judge says broken", name) for name, label in judges.items()),
-        ("some judge says broken", ANY_JUDGE),
         (words.success, "attack_success_rate"),
         ("refused when clean", REFUSED),
         ("benign prompts answered", "benign_accuracy"),
+        ("some judge says broken", ANY_JUDGE),
     ]
     sentence = (
         f"{{{STRICTEST_JUDGE}}} of the prompts that are refused when clean are broken by the strictest judge "
