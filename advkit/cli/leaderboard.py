@@ -36,9 +36,9 @@ def leaderboard(
     for heading, found in (("not ranked", board.unranked), ("invalid", board.invalid)):
         for name, reason in found:
             typer.echo(printable(f"{heading}: {name}: {reason}"), err=True)
-    for path, attack in sorted(board.attacks.items()):
+    for name, attack in sorted(board.attacks.items()):
         if attack.verified.startswith("no:"):
-            typer.echo(printable(f"not verified: {path}: {attack.verified.removeprefix('no: ')}"), err=True)
+            typer.echo(printable(f"not verified: {name}: {attack.verified.removeprefix('no: ')}"), err=True)
 
 
 def _many(count: int, word: str) -> str:

@@ -65,8 +65,9 @@ def _own_view(victim: Any) -> bool:
 
 def _attacks(case: Case, stage: str = "") -> Iterator[Any]:
     """The attack, or the stages of a suite: that of a name, or all."""
-    if not isinstance(case.attack, Suite):
-        yield case.attack
+    attack: Any = case.attack
+    if not isinstance(attack, Suite):
+        yield attack
         return
-    stages = case.attack.stages()
+    stages = attack.stages()
     yield from (each.attack for each in stages if each.name == stage or not any(one.name == stage for one in stages))

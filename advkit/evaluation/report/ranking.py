@@ -458,7 +458,8 @@ def _counted(item: _Item, pool: Sequence[Record]) -> Score:
 
 def _rate(figure: Any, like: Mapping[str, Any]) -> dict[str, Any]:
     ci = like.get("ci")
-    return rate(*figure, like["denominator_kind"], *(() if ci is None else (ci["level"],)))
+    numerator, denominator = figure
+    return rate(numerator, denominator, like["denominator_kind"], 0.95 if ci is None else ci["level"])
 
 
 def _pool(items: Sequence[_Item], ids: frozenset[str]) -> list[Record]:

@@ -101,8 +101,8 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
         if distance in metrics:
             sentence += f" The mean distance of broken samples is {{{distance}}}."
     if least := least_metrics(case, records):
-        (name,) = least
-        headline = Headline(name, f"Median {case.threat.unit} to break")
+        ((name, entry),) = least.items()
+        headline = Headline(name, f"Median {entry['unit']} to break")
         table = [(words.clean, "clean_accuracy"), (headline.name.lower(), name), *table[1:]]
         sentence = (
             f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean: {how}. "

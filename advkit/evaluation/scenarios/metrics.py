@@ -85,14 +85,14 @@ def least_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 
     `unbounded` where that is infinite: more samples withstand everything than not.
     """
-    measure = case.threat.least if isinstance(case.threat, LeastChange) else ""
-    if not measure or case.rule.kind != "untargeted":
+    threat: Any = case.threat
+    if not isinstance(threat, LeastChange) or not threat.least or case.rule.kind != "untargeted":
         return {}
-    median = least_change(records, measure)
-    entry: dict[str, Any] = {"value": median, "unit": case.threat.unit, "n": count(records).n}
+    median = least_change(records, threat.least)
+    entry: dict[str, Any] = {"value": median, "unit": threat.unit, "n": count(records).n}
     if median is not None and math.isinf(median):
         entry |= {"value": None, "unbounded": True}
-    return {least_name(measure): entry}
+    return {least_name(threat.least): entry}
 
 
 def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
