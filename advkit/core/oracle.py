@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from advkit.core.blame import BACKWARD, GOAL, MODEL, blame
 from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.protocols import Access, CountsTokens, Data, Headed, Modular, NeedsAccess, Shaped
 from advkit.core.rows import row_size
@@ -383,13 +384,21 @@ class MeteredOracle:
             leaf = self._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
             answer = self._forward(leaf, None)
             answer = answer if len(leaf) == len(x) else answer[: len(x)]
-            loss = goal.loss(answer)
+            try:
+                loss = goal.loss(answer)
+            except (Exception, SystemExit) as error:
+                blame(error, GOAL)
+                raise
         gradient = None
         if loss.requires_grad:
             # Every row's own gradient, as that of the sum would be, without a sum and what its backward makes.
             if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
                 self._ones = torch.ones_like(loss, requires_grad=False)
-            (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+            try:
+                (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+            except (Exception, SystemExit) as error:
+                blame(error, BACKWARD)
+                raise
         if gradient is None:
             self.meter.detached = True
             gradient = torch.zeros_like(leaf, requires_grad=False)
@@ -468,7 +477,12 @@ class MeteredOracle:
 
     def _forward(self, x: Tensor, lanes: Lanes | None) -> Tensor:
         before = 0 if self._counting is None else self._counting.tokens
-        answer: Tensor = self.model(x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes))
+        x = x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes)
+        try:
+            answer: Tensor = self.model(x)
+        except (Exception, SystemExit) as error:
+            blame(error, MODEL)
+            raise
         if self._counting is not None:
             self.meter.tokens += self._counting.tokens - before
         return answer

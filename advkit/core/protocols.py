@@ -51,7 +51,7 @@ class Access(IntEnum):
 class Outcome(StrEnum):
     """How a row ended, as the harness judged it on the protected victim."""
 
-    WRONG = "wrong"  # the clean answer was already wrong
+    WRONG = "wrong"  # nothing to win: the clean answer was already wrong, or what the attacker wants
     ROBUST = "robust"  # the attack failed
     BROKEN = "broken"  # the goal was reached inside the threat model
     INVALID = "invalid"  # the attack left the threat model: never a win, always reported
@@ -439,7 +439,7 @@ class Wording:
     figure: str = "accuracy"
 
 
-NOT_REACHED = Wording(robust="goal not reached", figure="goal not reached")
+NOT_REACHED = Wording(robust="correct, goal not reached", figure="goal not reached")
 """Of goals that ask for more than a wrong answer: a sample on which they fail may be misclassified all the same."""
 
 
@@ -1071,6 +1071,23 @@ class Hashed(Protocol):
     @abstractmethod
     def digest(self) -> str:
         """sha256 of rows, labels and ids."""
+
+
+@runtime_checkable
+class KnowsIds(Protocol):
+    """A task that knows the ids of its rows without loading them."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """One per row, in order."""
+
+
+def ids_of(task: Task, n: int) -> list[str]:
+    """The ids of a task's first n rows, in order."""
+    if isinstance(task, KnowsIds):
+        return list(task.ids[:n])
+    return [row for batch in task.batches(1024, n=n) for row in batch.ids]
 
 
 @runtime_checkable

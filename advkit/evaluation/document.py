@@ -22,7 +22,7 @@ from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import SCHEMA_VERSION
-from advkit.evaluation.run.case import Case, parameters, space_range
+from advkit.evaluation.run.case import NOT_TARGET, Case, parameters, space_range
 from advkit.evaluation.run.scenario import Companion, Section
 from advkit.evaluation.run.store import Store, written
 from advkit.evaluation.scenarios.metrics import attack_entries, cumulative, task_kind
@@ -106,7 +106,7 @@ def document(
     if lasting:
         content["per_sample"] = {
             "path": run.store.path.name,
-            "sha256": hashlib.sha256(run.store.path.read_bytes()).hexdigest(),
+            "sha256": run.store.sha256,
             "format": "jsonl",
             "fields": list(written(run.records)),
         }
@@ -172,6 +172,8 @@ def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "n_eval_repeats": case.draws if case.randomized else 1,
         "stopping": "a row leaves once its goal is reached on the victim; survivors spend the whole budget",
     }
+    if case.aimed:
+        block["attacked"] = NOT_TARGET
     if isinstance(case.rule, Judged) and (cards := case.rule.cards()):
         block |= {"search": case.rule.search, "judges": cards}
     return block

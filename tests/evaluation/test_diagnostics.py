@@ -490,7 +490,7 @@ def test_errors_rounding_and_survived_nan_are_told(plain: TorchModel) -> None:
     ]
     findings = diagnostics.after(case(plain), rows)
     assert {(f.id, f.severity) for f in findings} == {
-        ("incomplete_optimization", "unreliable"),
+        ("attack_error", "unreliable"),
         ("low_precision", "info"),
         ("nonfinite_gradient", "info"),
     }

@@ -29,7 +29,7 @@ class RowVerdict:
     label:     class of the row, None where the task has none
     clean:     answered right before any attack
     robust:    right before and after every attack
-    undecided: some attack ended without a verdict (error, NaN answer) and none broke the row
+    undecided: right before any attack; some ended without a verdict (error, NaN answer) and none broke the row
     """
 
     label: int | None
@@ -181,8 +181,7 @@ def _verdict(row: str, group: Sequence[Record]) -> RowVerdict:
     if len(labels) > 1:
         raise ReportError(f"row {row} has several labels in one run: {sorted(map(str, labels))}")
     ended = count(group)
-    robust = ended.right_after
-    return RowVerdict(labels.pop(), bool(ended.correct), bool(robust), bool(ended.unknown))
+    return RowVerdict(labels.pop(), bool(ended.correct), bool(ended.right_after), bool(ended.right_unknown))
 
 
 def paired(a: Sequence[bool], b: Sequence[bool], level: float = 0.95) -> PairedTest:

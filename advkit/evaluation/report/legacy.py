@@ -99,7 +99,7 @@ def _section(data: Mapping[str, Any]) -> dict[str, Any]:
     if _writes_text(data):
         wording = _TEXT_WORDING
     elif _wants_more(data):
-        wording["robust"] = "goal not reached"
+        wording["robust"] = "correct, goal not reached"
     return {
         "scenario": _scenario(data),
         "headline": _headline(data, wording),

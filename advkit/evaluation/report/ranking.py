@@ -14,7 +14,7 @@ from typing import Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.counts import clean_state, count
+from advkit.evaluation.counts import contested, count, was_right
 from advkit.evaluation.report.board import LADDER, WHITE_BOX, Attack, Beside, Board, Group, Score, Victim, heading
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import REPORT_NAME, Report
@@ -479,7 +479,9 @@ def _pool(items: Sequence[_Item], ids: frozenset[str]) -> list[Record]:
     pool: list[Record] = []
     for groups in by_id.values():
         decided = [records for records in groups if not count(records).unknown] or groups
-        pool += sorted((record for records in decided for record in records), key=lambda r: clean_state(r) != "wrong")
+        # The first record says how the sample was when clean.
+        found = [record for records in decided for record in records]
+        pool += sorted(found, key=lambda record: (was_right(record), not contested(record)))
     return pool
 
 

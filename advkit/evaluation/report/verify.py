@@ -8,7 +8,6 @@ Whoever forges all of them alike is not: only a rerun tells.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -21,6 +20,7 @@ import numpy as np
 
 from advkit.core.errors import ReportError
 from advkit.core.protocols import Outcome, Record
+from advkit.core.strict_json import read_object
 from advkit.core.text import printable
 from advkit.evaluation.counts import (
     ALL_JUDGES,
@@ -146,12 +146,9 @@ def _config(file: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if not case.is_file():
         return None, []
     try:
-        config = json.loads(case.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
+        return read_object(case.read_bytes()), []
+    except (OSError, ValueError):
         return None, [f"{case.name} is no case"]
-    return config, []
 
 
 def _of_case(data: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
@@ -242,7 +239,7 @@ def _metrics(
         if found != per_class_of(records):
             wrong.append("robust accuracy by class is not what the records say")
     upper = metrics.get("robust_accuracy_upper")
-    if upper is None and "robust_accuracy" in metrics and (unknown := count(records).unknown):
+    if upper is None and "robust_accuracy" in metrics and (unknown := count(records).right_unknown):
         wrong.append(f"robust_accuracy_upper is missing, though {unknown} samples are undecided")
     return confirmed, wrong
 
@@ -258,7 +255,7 @@ def _worst_cases(records: Sequence[Record]) -> dict[str, Figure]:
         "clean_accuracy": (c.correct, c.n),
         "robust_accuracy": (c.right_after, c.n),
         "attack_success_rate": (c.broken, c.attackable),
-        "robust_accuracy_upper": (c.right_after + c.unknown, c.n),
+        "robust_accuracy_upper": (c.right_after + c.right_unknown, c.n),
         **({} if judged is None else judge_rates(judged) | judged.each),
     }
 
@@ -267,7 +264,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
     """The metrics that follow from records alone, rates as (numerator, denominator)."""
     c, figures = count(records), _worst_cases(records)
     if c.eight_bit is not None:
-        figures["robust_accuracy_8bit"] = (c.eight_bit + c.correct - c.attackable, c.n)
+        figures["robust_accuracy_8bit"] = (c.eight_bit, c.n)
     if len(by_label(records)) != 1:
         return figures
     values: dict[str, list[float | bool]] = defaultdict(list)

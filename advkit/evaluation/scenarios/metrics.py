@@ -40,7 +40,11 @@ MOST_CLASSES_LISTED = 20
 
 
 def success_kind(case: Case) -> DenominatorKind:
-    """What the attack success rate of the case counts over."""
+    """What the attack success rate of the case counts over.
+
+    Of an untargeted goal, the samples that are right when clean. Of another, the samples of which neither the label nor
+    the clean answer is what the attacker wants: those wrong when clean are attacked and counted, too.
+    """
     return "clean_correct" if case.rule.kind == "untargeted" else "clean_not_target"
 
 
@@ -52,10 +56,10 @@ def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "robust_accuracy": rate(c.right_after, c.n, "all_samples"),
         "attack_success_rate": rate(c.broken, c.attackable, success_kind(case)),
     }
-    if c.unknown:
-        metrics["robust_accuracy_upper"] = rate(c.right_after + c.unknown, c.n, "all_samples")
+    if c.right_unknown:
+        metrics["robust_accuracy_upper"] = rate(c.right_after + c.right_unknown, c.n, "all_samples")
     if c.eight_bit is not None and not (isinstance(case.threat, Lattice) and case.threat.lattice):
-        metrics["robust_accuracy_8bit"] = rate(c.eight_bit + c.correct - c.attackable, c.n, "all_samples")
+        metrics["robust_accuracy_8bit"] = rate(c.eight_bit, c.n, "all_samples")
     metrics |= judged_by_all(case, records) | least_metrics(case, records)
     if len(by_label(records)) == 1:
         metrics |= figured(case, records)

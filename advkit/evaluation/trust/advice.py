@@ -29,6 +29,12 @@ ADVICE: Mapping[str, str] = {
     "unstable_predictions": "average gradients over draws or over noise (eot=20 or more)",
     "silent_success": "let the attack return its best point so far (keep=best)",
     "incomplete_optimization": "take more steps, or another step size, until the loss stops falling",
+    "attack_error": "fix the attack, or its settings, and run again with another --out",
+    "model_error": "let the model answer every input of its space, and run again with another --out",
+    "surrogate_error": "let the surrogate answer every input of its space, and run again with another --out",
+    "judge_error": "let the judge answer every reply, the empty one too, and run again with another --out",
+    "goal_error": "fix the goal or the threat model, and run again with another --out",
+    "companion_missing": "name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
     "not_refused_clean": "take prompts that the model refuses, or judges that know its words of refusal "
     "(judges=[refusal:phrases=...])",

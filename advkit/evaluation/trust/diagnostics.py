@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advkit.core.blame import BACKWARD, MODEL, blamed
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Suite, Wraps
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
-from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, UNKNOWN, by_label
+from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
 from advkit.evaluation.run.batch import attacked_model, own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
@@ -281,6 +282,32 @@ def _first_gradients(view: Any, start: Tensor, goal: Any) -> _FirstGradients:
     return _FirstGradients(non_finite, zero, detached)
 
 
+def _where_answered(view: Any, start: Tensor, goal: Any) -> _FirstGradients | None:
+    """The same of the rows on which the model does not raise; None where there are none.
+
+    That it raises on single rows is for their records, where the attack gets there.
+    """
+    try:
+        return _first_gradients(view, start, goal)
+    except (AdvkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if blamed(error) != MODEL:
+            raise
+    if len(start) == 1:
+        return None
+    halves = torch.arange(len(start), device=start.device).tensor_split(2)
+    tried = [_where_answered(view, start[rows], goal.take(rows)) for rows in halves]
+    parts = [part for part in tried if part is not None]
+    if not parts:
+        return None
+    return _FirstGradients(
+        torch.cat([part.non_finite for part in parts]),
+        {loss: torch.cat([part.zero[loss] for part in parts]) for loss in parts[0].zero},
+        any(part.detached for part in parts),
+    )
+
+
 def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Finding]:
     """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
@@ -288,13 +315,18 @@ def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Fin
     start = case.threat.sample(x, rng.at("start")) if radius and isinstance(case.threat, Ball) else x
     view, _ = attacked_model(case)
     try:
-        first = _first_gradients(view, start, case.rule(labels, clean, rng.at("goal")))
+        first = _where_answered(view, start, case.rule(labels, clean, rng.at("goal")))
     except AdvkitError:
         raise
     except Exception as error:
-        evidence = f"the backward pass raised {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-        return [found("not_differentiable", "unreliable", evidence)]
-    n = len(x)
+        said = f"raised {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        if blamed(error) in (MODEL, BACKWARD):
+            return [found("not_differentiable", "unreliable", f"the backward pass {said}")]
+        return [found("goal_error", "unreliable", f"the goal {said}")]
+    if first is None:
+        evidence = f"the model raised at a random point of the ball around each of {len(x)} samples"
+        return [found("model_error", "unreliable", evidence, 1.0, 0.0)]
+    n = len(first.non_finite)
     findings = []
     if first.detached:
         evidence = "the model's output carries no gradient (detached, or computed under no_grad)"
@@ -443,15 +475,28 @@ def _outside_threat_model(case: Case, label: str, rows: Sequence[Record]) -> lis
     return [found("budget_violation", "unreliable", evidence, invalid / n, 0.0, label)]
 
 
+_CULPRITS = {
+    "model_error": ("model_raised", "the victim raised"),
+    "not_differentiable": ("backward_raised", "the victim's backward pass raised"),
+    "surrogate_error": ("surrogate_raised", "a surrogate raised"),
+    "judge_error": ("judge_raised", "a judge raised"),
+    "goal_error": ("goal_raised", "the goal or the threat model raised"),
+}
+"""Flag by note of a record, with the words for it; what nobody else raised is the attack's."""
+
+
 def _raised(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
-    n, errors = len(rows), [r for r in rows if r.outcome == Outcome.ERROR]
-    if not errors:
-        return []
-    evidence = (
-        f"the attack raised on {len(errors)} of {n} samples ({errors[0].message or 'no message'}); {_interval(rows)}"
-    )
-    advice = "fix what raised and run the same command again"
-    return [found("incomplete_optimization", "unreliable", evidence, len(errors) / n, 0.0, label, advice=advice)]
+    n, errors, findings = len(rows), [r for r in rows if r.outcome == Outcome.ERROR], []
+    notes = {note for note, _ in _CULPRITS.values()}
+    attack = [r for r in errors if notes.isdisjoint(r.notes)]
+    groups = [("attack_error", "the attack ended in an error", attack)]
+    groups += [(name, words, [r for r in errors if note in r.notes]) for name, (note, words) in _CULPRITS.items()]
+    for name, words, own in groups:
+        if not own:
+            continue
+        evidence = f"{words} on {len(own)} of {n} samples ({own[0].message or 'no message'}); {_interval(rows)}"
+        findings.append(found(name, "unreliable", evidence, len(own) / n, 0.0, label))
+    return findings
 
 
 def _non_finite(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
@@ -493,10 +538,11 @@ def _lost_to_rounding(case: Case, label: str, rows: Sequence[Record]) -> list[Fi
 
 def _interval(rows: Sequence[Record]) -> str:
     """Robust accuracy as far as it is known: with all unknown rows broken, and with none."""
-    robust = sum(r.outcome in (Outcome.ROBUST, Outcome.INVALID) for r in rows)
-    # A row whose clean output was NaN is wrong whatever comes, so the interval does not contain it.
-    unknown = sum(r.outcome in UNKNOWN and "clean_non_finite" not in r.notes for r in rows)
-    return f"robust accuracy is in the interval [{robust / len(rows):.4f}, {(robust + unknown) / len(rows):.4f}]"
+    c = count(rows)
+    if not c.right_unknown:
+        return f"robust accuracy is {c.right_after / c.n:.4f} all the same: these samples are not classified correctly"
+    low, high = c.right_after, c.right_after + c.right_unknown
+    return f"robust accuracy is in the interval [{low / c.n:.4f}, {high / c.n:.4f}]"
 
 
 def _has_margin_gradient(case: Case, ids: set[str]) -> bool:
@@ -573,10 +619,11 @@ def _black_box_stages(case: Case, groups: Mapping[Label, Sequence[Record]]) -> l
         return []
     white = [count.name for count in counts[: counts.index(late[0])] if count.gradients]
     n, lost = counts[-1].met, sum(count.broken for count in late)
+    standing = "unbroken" if case.aimed else "robust"
     evidence = (
         f"scores alone broke {lost} samples that the gradients of {', '.join(white)} had not "
         f"({', '.join(f'{count.name} {count.broken} of {count.rows}' for count in late)}): of {n} samples "
-        f"{late[0].robust} were robust before, {counts[-1].robust - counts[-1].broken} after the whole suite"
+        f"{late[0].robust} were {standing} before, {counts[-1].robust - counts[-1].broken} after the whole suite"
     )
     severity = "info" if lost / n <= BETTER else "warning" if case.randomized else graded(lost / n)
     advice = (

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from advkit.core.errors import BadModel, CheckpointError, MissingExtra
+from advkit.core.errors import AdvkitError, BadModel, CheckpointError, MissingExtra
+from advkit.core.text import first_line
 from advkit.models.language.decoder import Network
 from advkit.models.language.model import LanguageModel
 from advkit.models.language.passes import Running
@@ -460,12 +461,17 @@ class HuggingFace(Running, Stored):
                 "model that the hub knows (offline: one that is in its local cache)"
             ) from error
         _complete(told, f"hf:{self.name}")
-        return from_transformers(
-            model.eval().requires_grad_(False),
-            tokenizer,
-            system=self.system,
-            name=f"hf:{self.name}",
-            source="transformers",
-            architecture=f"hf:{type(model).__name__},dtype={self.dtype}",
-            **self.running,
-        )
+        try:
+            return from_transformers(
+                model.eval().requires_grad_(False),
+                tokenizer,
+                system=self.system,
+                name=f"hf:{self.name}",
+                source="transformers",
+                architecture=f"hf:{type(model).__name__},dtype={self.dtype}",
+                **self.running,
+            )
+        except AdvkitError:
+            raise
+        except Exception as error:  # settings of a tokenizer or a template that are not what the library takes
+            raise CheckpointError(f"hf:{self.name} can't be used: {first_line(error)}; fetch it again") from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.blame import MODEL, code_of
 from advkit.core.checks import at_least_one, fraction, positive
 from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import (
@@ -157,16 +158,17 @@ class Says(PerRow, Examines):
         return said
 
     def _replies(self, victim: Any, x: Tensor, rng: Rng, greedy: bool) -> list[list[str]]:
-        replies: list[list[str]] = victim.generate(
-            x,
-            1 if greedy else self.samples,
-            rng.at("greedy" if greedy else "samples"),
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_new_tokens=self.max_tokens,
-            min_new_tokens=self.min_tokens,
-            greedy=greedy,
-        )
+        with code_of(MODEL):
+            replies: list[list[str]] = victim.generate(
+                x,
+                1 if greedy else self.samples,
+                rng.at("greedy" if greedy else "samples"),
+                temperature=self.temperature,
+                top_p=self.top_p,
+                max_new_tokens=self.max_tokens,
+                min_new_tokens=self.min_tokens,
+                greedy=greedy,
+            )
         return replies
 
 
