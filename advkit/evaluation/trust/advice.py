@@ -38,5 +38,10 @@ ADVICE: Mapping[str, str] = {
     "goal_error": "fix the goal or the threat model, and run again with another --out",
     "companion_missing": "name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
+    "not_refused_clean": "take prompts that the model refuses, or judges that know its words of refusal "
+    "(judges=[refusal:phrases=...])",
+    "garbled_replies": "read the replies (transcripts.md): an untrained model, a wrong template or half precision",
+    "benign_failure": "check the template, the weights and the twins' targets before anything is read off",
+    "no_chat_template": "load a model with its chat template; base models have none and refuse nothing",
     "unconstrained_attack_failure": "change the attacker's loss (margin in place of ce); look for hidden gradients",
 }
