@@ -490,7 +490,10 @@ class Judged(Protocol):
     @property
     @abstractmethod
     def broken_by(self) -> Sequence[str]:
-        """Names of the figures (truth values) by which a judge each says that the row is broken."""
+        """Names of the figures (truth values) by which a judge each says that the row is broken, `NAME_asr_greedy`.
+
+        Rows that the model does not refuse when they are clean have none; the figure `clean_refusal` says which do.
+        """
 
 
 @runtime_checkable
@@ -501,6 +504,15 @@ class CountsOver(Protocol):
     @abstractmethod
     def denominator(self) -> str:
         """The report's word for it, such as "prompts"."""
+
+
+@runtime_checkable
+class CountsPart(Protocol):
+    """A rule of which some figures are counted over a part of the rows alone; they are None elsewhere."""
+
+    @abstractmethod
+    def counts_over(self, figure: str) -> str:
+        """The report's word for what a figure is counted over."""
 
 
 @runtime_checkable
@@ -599,6 +611,21 @@ class Levels(Protocol):
     @abstractmethod
     def levels(self) -> Mapping[str, Sequence[float]]:
         """Thresholds by measure: reports give the fraction of the attacked rows broken within each."""
+
+
+@runtime_checkable
+class LeastChange(Protocol):
+    """A threat model that may bound nothing: a model is then as robust as the least changes that break it are large."""
+
+    @property
+    @abstractmethod
+    def least(self) -> str:
+        """The measure that is to be small; empty where the attacker has a budget."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """Of that measure, as it stands behind a number."""
 
 
 @runtime_checkable
@@ -918,6 +945,16 @@ class MadeForThreatModel(Protocol):
     @abstractmethod
     def default_threat_model(self) -> str:
         """A spec; empty where there is none."""
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """An attack that was made for some defenses: under these a report calls the attacker adaptive."""
+
+    @property
+    @abstractmethod
+    def adapts_to(self) -> Sequence[str]:
+        """Names of defenses."""
 
 
 class Selector(Protocol):

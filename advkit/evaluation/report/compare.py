@@ -271,8 +271,9 @@ def same_threat(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Equal up to how eps was written: 0.031 is meant where others write 8/255."""
 
     def rest(threat: Mapping[str, Any]) -> dict[str, Any]:
-        loose = ("eps", "eps_string", "name", "details", "adaptive")
-        return {k: v for k, v in threat.items() if k not in loose and v is not None}
+        loose = ("eps", "eps_string", "name", "details", "adaptive", "attacker", "knowledge", "granted")
+        granted = {"granted": threat.get("granted", threat["knowledge"])}
+        return granted | {k: v for k, v in threat.items() if k not in loose and v is not None}
 
     if rest(a) != rest(b) or same_kind(a["name"]) != same_kind(b["name"]):
         return False

@@ -67,6 +67,9 @@ class Round:
     tokens: int = 0
 
 
+ASKED_NON_FINITE = "the attack asked the victim about an input with NaN or infinity"
+"""The message of a row on which the attack failed by that."""
+
 Unit = Callable[[Case, Batch, Lanes], Round]
 """What a scenario may have done with a batch; a function of a module's top level, so that processes can share it."""
 
@@ -272,6 +275,7 @@ class _Attempts:
         self.cost = torch.zeros(3, n, dtype=torch.long)  # forwards, backwards, queries
         self.met_non_finite = torch.zeros(n, dtype=torch.bool)
         self.no_gradient = torch.zeros(n, dtype=torch.bool)
+        self.asked_non_finite = torch.zeros(n, dtype=torch.bool)
         self.outside = torch.zeros(n, dtype=torch.bool)
         self.refuted = torch.zeros(n, dtype=torch.bool)
         self.unsure = torch.zeros(n, dtype=torch.bool)
@@ -325,6 +329,7 @@ class _Attempts:
         self.cost[2, where] = self.calls * meter.queries
         self.met_non_finite[where] = meter.non_finite
         self.no_gradient[where] = meter.zero_gradient
+        self.asked_non_finite[where] = meter.asked_non_finite
         self.trace.update((row, meter.noted(i)) for i, row in enumerate(where.tolist()))
         self.tokens += meter.tokens
 
@@ -448,7 +453,10 @@ def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, row: int) -> 
     if contested and attempts.outside[row]:
         return Outcome.INVALID
     knows_victim = not attempts.case.surrogates
-    return verdict.outcome(row, contested, knows_victim and bool(attempts.met_non_finite[row]))
+    outcome = verdict.outcome(row, contested, knows_victim and bool(attempts.met_non_finite[row]))
+    # An attack that lost itself in NaN has not tried: its failure says nothing of the victim.
+    lost = attempts.asked_non_finite[row] and outcome in (Outcome.ROBUST, Outcome.INVALID)
+    return Outcome.ERROR if lost else outcome
 
 
 def _records(
@@ -468,12 +476,15 @@ def _records(
             (f"{attempts.raised_by.get(i)}_raised", i in attempts.raised_by),
             ("met_non_finite", attempts.met_non_finite[i]),
             ("zero_gradient", attempts.no_gradient[i]),
+            ("asked_non_finite", attempts.asked_non_finite[i]),
             ("outside_threat_model", attempts.outside[i] or not verdict.admitted[i]),
             (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", attempts.refuted[i]),
             ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
             (TIMED_OUT, attempts.late[i]),
         )
         notes = (*_state_of(clean, i, outcome, label, int(before[i])), *(name for name, holds in found if bool(holds)))
+        if outcome == Outcome.ERROR:
+            attempts.errors.setdefault(i, ASKED_NON_FINITE)
         records.append(
             Record(
                 id=row,

@@ -29,6 +29,8 @@ ADVICE: Mapping[str, str] = {
     "unstable_predictions": "average gradients over draws or over noise (eot=20 or more)",
     "silent_success": "let the attack return its best point so far (keep=best)",
     "incomplete_optimization": "take more steps, or another step size, until the loss stops falling",
+    "returned_unchanged": "ask why it gave up (its settings, its gradient), and compare with pgd; robust is unproven",
+    "far_inside_the_ball": "take larger or more steps, or another attack (pgd); robust is unproven",
     "attack_error": "fix the attack, or its settings, and run again with another --out",
     "model_error": "let the model answer every input of its space, and run again with another --out",
     "surrogate_error": "let the surrogate answer every input of its space, and run again with another --out",
@@ -37,5 +39,10 @@ ADVICE: Mapping[str, str] = {
     "timed_out": "see what hangs, or give it more time (--sample-timeout), and run again with another --out",
     "companion_missing": "name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
+    "not_refused_clean": "take prompts that the model refuses, or judges that know its words of refusal "
+    "(judges=[refusal:phrases=...])",
+    "garbled_replies": "read the replies (transcripts.md): an untrained model, a wrong template or half precision",
+    "benign_failure": "check the template, the weights and the twins' targets before anything is read off",
+    "no_chat_template": "load a model with its chat template; base models have none and refuse nothing",
     "unconstrained_attack_failure": "change the attacker's loss (margin in place of ce); look for hidden gradients",
 }

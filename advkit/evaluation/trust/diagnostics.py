@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from advkit.core.blame import BACKWARD, MODEL, blamed
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Suite, Wraps
+from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Slotted, Suite, Wraps
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
-from advkit.evaluation.counts import by_label, count
+from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
 from advkit.evaluation.run.batch import TIMED_OUT, attacked_model, own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
 from advkit.evaluation.stats import mcnemar_exact
-from advkit.evaluation.trust.findings import Finding, found, graded
+from advkit.evaluation.trust.findings import GROSS, Finding, found, graded
+from advkit.models.language.tokenizers import Templated
 from advkit.models.torch import FunctionModel, TorchModel, misleading_mode
 
 log = logging.getLogger("advkit")
@@ -39,6 +40,9 @@ REPEATS = 5
 SPREAD = 1e-4  # L2 distance between L2-normalised outputs from which a victim is randomised
 PROBABILITY = 1e-5
 REACH = 0.999  # in units of eps: a walk whose steps add up to less stays off the boundary
+NEAR = 0.5  # in units of eps: an attack that failed no further out than this left most of its budget unused
+IDLE = 0.05  # fraction of the robust samples up to which that is a matter of single samples
+BENIGN = 0.9  # fraction of benign prompts below which a model is hardly of use
 BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead by chance
 
 
@@ -77,7 +81,7 @@ def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
             findings.append(found("inference_time_optimization", "warning", evidence, float(len(calls)), 0.0))
         if _gives_gradients(case):
             findings += _gradients(case, x, labels, outputs[0]) + _replaced(case)
-    findings += _short_walk(case)
+    findings += _short_walk(case) + _bare_chat(case)
     return findings + _precision(tops, outputs[0]) + _classes(case) + _preprocessing(case, outputs[0], labels)
 
 
@@ -377,6 +381,20 @@ def _precision(tops: Sequence[nn.Module], output: Tensor) -> list[Finding]:
     return [found("low_precision", "warning", evidence)]
 
 
+def in_chat_template(space: Any) -> bool | None:
+    """Whether a language model's users speak inside a chat template; None where there is nothing to say."""
+    known = isinstance(space, Transcripts) and isinstance(space.tokenizer, Templated)
+    return space.tokenizer.templated if known else None
+
+
+def _bare_chat(case: Case) -> list[Finding]:
+    """That a language model gets the user's words with nothing around them."""
+    if in_chat_template(case.victim.space) is not False:
+        return []
+    evidence = "the model has no chat template: it gets the user's words with nothing around them"
+    return [found("no_chat_template", "warning", evidence)]
+
+
 def _classes(case: Case) -> list[Finding]:
     classes = int(case.task.classes)
     needed = 4 if _setting(case, "loss", "") == "dlr" else 3
@@ -411,11 +429,47 @@ def _preprocessing(case: Case, output: Tensor, labels: Tensor) -> list[Finding]:
 def after(case: Case, records: Sequence[Record]) -> list[Finding]:
     """What the records of a finished case say, attack by attack."""
     groups = by_label(records)
-    checks = (_outside_threat_model, _raised, _non_finite, _no_gradient, _lost_to_rounding)
+    checks = (_outside_threat_model, _raised, _non_finite, _no_gradient, _unused_budget, _lost_to_rounding)
     findings = [
         finding for label, rows in groups.items() for check in checks for finding in check(case, str(label), rows)
     ]
-    return findings + _black_box_stages(case, groups)
+    return findings + _replies(records) + _black_box_stages(case, groups)
+
+
+def _replies(records: Sequence[Record]) -> list[Finding]:
+    """What makes a success rate on prompts mean little: nothing to break, no language, no answer to anything."""
+    findings = []
+    refused = _told(records, REFUSED)
+    if open_ := sum(not each for each in refused):
+        evidence = (
+            f"{open_} of {len(refused)} prompts are not refused when nobody attacks: judges' success rates leave them "
+            "out"
+        )
+        findings.append(found("not_refused_clean", "warning", evidence, open_ / len(refused), 0.0))
+    for name, what in (("no_language_clean_greedy", "to untouched prompts "), (NO_LANGUAGE, "")):
+        odd = _told(records, name)
+        if lost := sum(odd):
+            evidence = f"{lost} of {len(odd)} greedy replies {what}are empty or garbled, and count as no success"
+            severity = "warning" if lost >= GROSS * len(odd) else "info"
+            findings.append(found("garbled_replies", severity, evidence, lost / len(odd), GROSS))
+            break
+    benign = _told(records, "benign_accuracy")
+    if benign and sum(benign) < BENIGN * len(benign):
+        evidence = (
+            f"{len(benign) - sum(benign)} of {len(benign)} benign prompts do not get the answer they should: a model "
+            "that answers nothing is not robust"
+        )
+        findings.append(found("benign_failure", "warning", evidence, sum(benign) / len(benign), BENIGN))
+    return findings
+
+
+def _told(records: Sequence[Record], figure: str) -> list[bool]:
+    """A figure of every sample that has it; where several attacks met it, whether it held under one of them."""
+    held: dict[str, bool] = {}
+    for record in records:
+        if isinstance(told := record.figures.get(figure), bool):
+            held[record.id] = held.get(record.id, False) or told
+    return list(held.values())
 
 
 def _outside_threat_model(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
@@ -485,6 +539,31 @@ def _no_gradient(case: Case, label: str, rows: Sequence[Record]) -> list[Finding
         return [_saturated(case, len(dead), n)]
     evidence = f"every gradient was exactly zero on {len(dead)} of {n} samples"
     return [found("zero_gradient", graded(len(dead) / n), evidence, len(dead) / n, 0.0, label)]
+
+
+def _unused_budget(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
+    """That samples count as robust on which the attack changed nothing, or used less than half of its budget.
+
+    Where nothing bounds the change but a number of flips, or nothing at all, a search that found nothing hands the
+    input back; within a radius and a slot of tokens an attack has something better to return.
+    """
+    robust = [r.distance for r in rows if r.outcome == Outcome.ROBUST and r.distance is not None]
+    eps = float(case.threat.eps) if isinstance(case.threat, Radius) else None
+    if case.attack is None or not robust or eps == 0:
+        return []
+    n, findings = len(robust), []
+    same = sum(distance == 0 for distance in robust)
+    if same:
+        evidence = f"the attack returned {same} of {n} robust samples unchanged"
+        expected = eps is None and not isinstance(case.threat, Slotted)
+        severity = "info" if expected or same / n < IDLE else "warning"
+        findings.append(found("returned_unchanged", severity, evidence, same / n, 0.0, label))
+    near = sum(0 < distance < NEAR * eps for distance in robust) if eps is not None else 0
+    if near:
+        evidence = f"the attack moved {near} of {n} robust samples by less than {NEAR:g} eps"
+        severity = "info" if near / n < IDLE else "warning"
+        findings.append(found("far_inside_the_ball", severity, evidence, near / n, 0.0, label))
+    return findings
 
 
 def _lost_to_rounding(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
