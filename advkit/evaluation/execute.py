@@ -103,7 +103,9 @@ def _first_look(case: Case) -> tuple[list[Finding], bool]:
         with limited(seconds):
             findings = diagnostics.cheap(case, first.x, first.labels)
     except TimedOut as error:
-        evidence = f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
+        evidence = (
+            f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
+        )
         return [found("timed_out", "unreliable", evidence)], case.randomized
     varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
     return findings, case.randomized or varies

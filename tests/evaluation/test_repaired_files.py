@@ -61,7 +61,12 @@ def run(place: Path, out: str = "run", attack: Any = "pgd:steps=3", **more: Any)
     task = Folder(path=str(place / "data"), resize=16, crop=16)
     asked = {"threat_model": "linf:eps=0.01", "batch_size": 4, "device": "cpu", **more}
     report = advkit.evaluate(
-        attack, task=task, model=Net().eval(), out=place / out, watch=lambda t, c, new, n: seen.append(len(new)), **asked
+        attack,
+        task=task,
+        model=Net().eval(),
+        out=place / out,
+        watch=lambda t, c, new, n: seen.append(len(new)),
+        **asked,
     )
     return seen, report
 
@@ -130,8 +135,16 @@ def test_a_file_that_breaks_and_is_restored_while_a_run_goes_on(place):
 
     task = Folder(path=str(place / "data"), resize=16, crop=16)
     with pytest.raises(BadInput, match=last.name):
-        advkit.evaluate("pgd:steps=3", task=task, model=Net().eval(), threat_model="linf:eps=0.01", batch_size=4, device="cpu",
-                        out=place / "run", watch=breaks)  # fmt: skip
+        advkit.evaluate(
+            "pgd:steps=3",
+            task=task,
+            model=Net().eval(),
+            threat_model="linf:eps=0.01",
+            batch_size=4,
+            device="cpu",
+            out=place / "run",
+            watch=breaks,
+        )
     last.write_bytes(whole)
     seen, report = run(place)
     assert seen == [16, 4]

@@ -198,15 +198,16 @@ def _check_store(case: Case, scenario: Scenario, store: Store) -> None:
         "source": {label.source for label in labels},
         "label": {None, *range(case.task.classes)},
     }
-    if isinstance(case.attack, Suite):
-        known["stage"] = {"", *(stage.name for stage in case.attack.stages())}
+    attack: object = case.attack
+    if isinstance(attack, Suite):
+        known["stage"] = {"", *(stage.name for stage in attack.stages())}
     for record in store:
         for name, values in known.items():
             if (value := getattr(record, name)) not in values:
                 word = {"id": "row", "label": "class"}.get(name, name)
                 raise StaleRun(
-                    f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name another "
-                    "--out"
+                    f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name "
+                    "another --out"
                 )
 
 
@@ -227,7 +228,7 @@ def first_ids(case: Case, n: int) -> frozenset[str]:
     return frozenset(ids_of(case.task, min(n, case.n)))
 
 
-def open_store(case: Case, folder: Path, name: str = "records", scenario: Scenario | None = None) -> Store:
+def open_store(case: Case, folder: Path, name: str = "records", scenario: object = None) -> Store:
     """The case's store in a run folder.
 
     scenario: of the case, where records of rows whose files did not change are to outlive a change of others
@@ -253,7 +254,8 @@ def lanes_of(case: Case) -> Lanes:
 
 
 def _first_rows(case: Case) -> Tensor:
-    return first_rows(replace(case, batch_size=64, n=min(64, len(case.task)))).x
+    first: Tensor = first_rows(replace(case, batch_size=64, n=min(64, len(case.task)))).x
+    return first
 
 
 def with_views(case: Case, cells: Sequence[Case], file: Path | None = None) -> Case:

@@ -70,7 +70,9 @@ def _plain(value: Any) -> bool:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_NAMES_OF, lambda value: isinstance(value, str) and value == value.encode(errors="ignore").decode()),
+    **dict.fromkeys(
+        _NAMES_OF, lambda value: isinstance(value, str) and value == value.encode(errors="ignore").decode()
+    ),
     **dict.fromkeys(("outcome", "message"), lambda value: isinstance(value, str)),
     **dict.fromkeys(_CLASSES, lambda value: value is None or _whole(value)),
     **dict.fromkeys(_LENGTHS, lambda value: value is None or (_real(value) and math.isfinite(value))),
@@ -236,8 +238,8 @@ class Store:
         for number, record in enumerate(read_records(self.path) if raw else (), 1):
             if self.records.setdefault(self.key(record.made_by, record.id), record) != record:
                 raise StaleRun(
-                    f"{self.path}, line {number}: another record of row {record.id} under {record.made_by} stands above "
-                    "it: it was edited, or two runs wrote to it; remove both lines, or the folder"
+                    f"{self.path}, line {number}: another record of row {record.id} under {record.made_by} stands "
+                    "above it: it was edited, or two runs wrote to it; remove both lines, or the folder"
                 )
         self._check_written(raw)
         self._begin(raw)
@@ -279,7 +281,8 @@ class Store:
         raw, aside = self._mended(), ""
         lines = raw.splitlines(keepends=True)
         kept = [
-            line for line, record in zip(lines, read_records(self.path) if raw else (), strict=True)
+            line
+            for line, record in zip(lines, read_records(self.path) if raw else (), strict=True)
             if record.id not in changed
         ]
         if len(kept) < len(lines):
