@@ -423,6 +423,22 @@ class Rule(Protocol):
         ...
 
 
+@runtime_checkable
+class PerSample(Protocol):
+    """A rule with something of its own for every sample of a task, such as a class to reach."""
+
+    @abstractmethod
+    def over(self, ids: Sequence[str]) -> Self:
+        """The same rule, once it knows the samples that are evaluated, in their order.
+
+        Raises UsageError where it has not one entry for each.
+        """
+
+    @abstractmethod
+    def of(self, ids: Sequence[str]) -> Rule:
+        """The rule of a batch of these samples; only after `over`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wording:
     """What a report calls a goal's figures: column headings and names of rows.

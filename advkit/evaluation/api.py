@@ -7,6 +7,7 @@ from typing import Any
 
 from advkit.core.speed import Speed
 from advkit.evaluation.execute import Watch, execute, in_order
+from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
 from advkit.evaluation.report import Report
@@ -14,6 +15,7 @@ from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import rate
 
 
+@explained(Request)
 def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
     """The plan of a `Request`, or of its fields: attack, defense, task, model, threat_model, goal, others by name.
 
@@ -24,6 +26,7 @@ def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
     return plan_request(Request(**dict(zip(PARTS, parts, strict=False)), **settings), progress=progress)
 
 
+@explained(Request)
 def resolve(
     attack: Any = "pgd",
     defense: Any = "none",
@@ -44,6 +47,7 @@ def resolve(
     return made.case
 
 
+@explained()
 def evaluate(
     attack: Any = "pgd",
     defense: Any = "none",

@@ -89,7 +89,7 @@ def _first_look(case: Case) -> tuple[list[Finding], bool]:
         return [], case.randomized
     first, _ = answered(case, first)
     assert first.labels is not None
-    findings = diagnostics.cheap(case, first.x, first.labels)
+    findings = diagnostics.cheap(case, first.x, first.labels, first.ids)
     varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
     return findings, case.randomized or varies
 

@@ -61,7 +61,7 @@ def _named_attack(given: Any) -> NamedAttack:
     text = given.strip()
     head = text.partition(":")[0]
     attack: Any = ATTACKS.build(f"transfer:{text}" if "+" in head and head not in ATTACKS else text)
-    return NamedAttack(text, attack, ATTACKS.label(attack))
+    return NamedAttack(text, attack, ATTACKS.label(attack, text))
 
 
 def participants(given: Sequence[Any] | str, task: Task, device: str, *, attacked: bool) -> tuple[Participant, ...]:
@@ -91,7 +91,7 @@ def _participant(given: Any, task: Task, device: str, attacked: bool) -> Partici
 def _member(given: Any, task: Task, device: str, attacked: bool) -> Member:
     text = given if isinstance(given, str) else ""
     defense, at, spec = text.partition("@")
-    if not at or defense.partition(":")[0] not in DEFENSES:
+    if not at or not (DEFENSES.names_part(defense) and MODELS.names_part(spec)):
         defense, spec = "none", text
     victim = protected(spec if text else given, defense, task, device=device)
     model = victim.model.attacker_view() if attacked else victim.model

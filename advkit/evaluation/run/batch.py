@@ -320,7 +320,7 @@ def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
     """The rows before any attack, and what the attacker wants of them."""
     wrong, answer = judge.reached(batch.x, batch.goal)
     sane = finite(answer)
-    goal = case.rule(batch.labels, answer, rng) if batch.labels is not None else batch.goal
+    goal = case.goal(batch.labels, answer, rng, batch.ids) if batch.labels is not None else batch.goal
     # A grid counts every image; elsewhere a row that is wrong when clean has nothing left to lose.
     attackable = sane if case.attack_misclassified else ~wrong & sane & ~goal.reached(answer)
     return _Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), attackable)

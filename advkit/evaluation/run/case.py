@@ -6,12 +6,25 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from advkit.core.protocols import Attack, Boxed, Data, Defense, Label, Model, Rule, Surrogates, Task, ThreatModel
+from advkit.core.protocols import (
+    Attack,
+    Boxed,
+    Data,
+    Defense,
+    Label,
+    Model,
+    PerSample,
+    Rule,
+    Surrogates,
+    Task,
+    ThreatModel,
+)
 from advkit.core.speed import Speed
 
 if TYPE_CHECKING:
@@ -97,6 +110,11 @@ class Case:
             "seed": self.seed,
             "draws": self.draws if self.randomized else 1,
         }
+
+    def goal(self, labels: Any, answer: Any, rng: Any, ids: Sequence[str]) -> Any:
+        """What the attacker wants of a batch of these samples; see `protocols.Rule`."""
+        rule = self.rule.of(ids) if isinstance(self.rule, PerSample) else self.rule
+        return rule(labels, answer, rng)
 
     def digest(self) -> str:
         """sha256 of the config; names the run folder."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _begin(payload: bytes) -> None:
+def _begin(payload: bytes, places: list[str]) -> None:
+    sys.path += [place for place in places if place not in sys.path]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     case = torch.load(io.BytesIO(payload), weights_only=False)  # our own bytes, from the parent process
@@ -75,8 +77,10 @@ class Workers:
                 f"this case can't be sent to worker processes ({type(error).__name__}: {error}): use --workers 1, or "
                 "define the model at the top level of a module"
             ) from error
+        # Modules of the user's may lie in the working directory, which is on no path: `core.registry.own`.
+        places = [os.getcwd()]
         self._pool = ProcessPoolExecutor(
-            processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(payload.getvalue(),)
+            processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(payload.getvalue(), places)
         )
 
     def __enter__(self) -> Self:
