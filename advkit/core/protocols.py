@@ -898,6 +898,16 @@ class Stepped(Protocol):
 
 
 @runtime_checkable
+class AddsTokens(Protocol):
+    """An attack that adds tokens to a prompt."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """The most that its settings ask for; a threat model may admit fewer."""
+
+
+@runtime_checkable
 class Serves(Protocol):
     """An attack for some goals only; others work towards every goal."""
 

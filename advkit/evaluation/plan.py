@@ -11,6 +11,7 @@ import torch
 from advkit.attacks import ATTACKS
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
 from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, WantsData
+from advkit.core.registry import Registry
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
 from advkit.evaluation.inputs import pick_device, rule_over, task_of
@@ -25,6 +26,11 @@ from advkit.tasks.base import ClassificationTask
 from advkit.threat_models import GOALS, THREAT_MODELS
 
 PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
+
+
+def registries() -> dict[str, Registry[Any]]:
+    """Where the parts of a request are found by name."""
+    return dict(zip(PARTS, (ATTACKS, DEFENSES, TASKS, MODELS, THREAT_MODELS, GOALS), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.text.questions import Batcher, Steps, side_by_side
 from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
+from advkit.core.protocols import Access, AddsTokens, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
 
 Keep = Literal["lowest", "reached"]
 
@@ -54,7 +55,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, ABC):
+class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, AddsTokens, ABC):
     """A search for tokens to put into the slot of a prompt.
 
     length:       most tokens of a suffix; the threat model's n caps it
@@ -122,6 +123,7 @@ class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, ABC):
         """Candidates that a row is scored with at most, about."""
 
     @property
+    @override
     def longest(self) -> int:
         """Most tokens of a suffix that the settings ask for."""
         return self.length

@@ -195,7 +195,7 @@ class Registry(Generic[T]):
         if not isinstance(spec, str):
             return self._object(spec)
         parsed = parse_spec(spec)
-        if self._is_own(parsed):
+        if self._is_own(parsed.name):
             return self._own(parsed, spec)
         known = self.known(parsed.name)
         cls = self.load(known)
@@ -213,10 +213,10 @@ class Registry(Generic[T]):
     def names_part(self, spec: str) -> bool:
         """Whether a spec begins with a name of this registry, or with `python:`."""
         name = spec.partition(":")[0]
-        return name in self or fold(name.strip()) == PYTHON
+        return name in self or self._is_own(name)
 
-    def _is_own(self, parsed: ParsedSpec) -> bool:
-        return fold(parsed.name) == PYTHON and self._find(PYTHON) is None
+    def _is_own(self, name: str) -> bool:
+        return fold(name.strip()) == PYTHON and self._find(PYTHON) is None
 
     def _own(self, parsed: ParsedSpec, spec: str) -> T:
         """The part of the user's own that a `python:` spec describes."""
@@ -237,7 +237,11 @@ class Registry(Generic[T]):
         contract = self.contract
         if contract is None or not (names := lacking_in(part, contract)):
             return cast(T, part)
-        other = self.familiar.other(part)
+        try:
+            other = self.familiar.other(part)
+        except UsageError as error:
+            error.args = (f"{shown}: {error}" if shown else str(error),)
+            raise
         if other is not None:
             return cast(T, other)
         raise UsageError(self._lacks(shown or f"{_short(part)} ({type(part).__name__})", names, contract))
@@ -279,8 +283,8 @@ class Registry(Generic[T]):
 
         asked: what the part was built from; a `python:` spec names it again
         """
-        if isinstance(asked, str) and self._is_own(parsed := parse_spec(asked)):
-            return self._own_label(part, target_of(parsed))
+        if isinstance(asked, str) and self._is_own(asked.partition(":")[0]):
+            return self._own_label(part, target_of(parse_spec(asked)))
         try:
             return self.spec(part)
         except SpecError:
@@ -288,7 +292,7 @@ class Registry(Generic[T]):
         except UnknownName:
             name = getattr(part, "__name__", type(part).__name__)
         settings = settings_text(part)
-        return f"{name}:{settings}" if settings else name
+        return f"{name.rstrip(':')}:{settings}" if settings else name
 
     def _own_label(self, part: object, target: str) -> str:
         """`python:MODULE:NAME`, with the settings of a dataclass."""

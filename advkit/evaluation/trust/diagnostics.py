@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Suite, Wraps
+from advkit.core.protocols import Access, AddsTokens, Ball, Counted, Label, Outcome, Radius, Record, Suite, Wraps
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
 from advkit.evaluation.counts import UNKNOWN, by_label
@@ -73,7 +73,7 @@ def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> lis
             findings.append(found("inference_time_optimization", "warning", evidence, float(len(calls)), 0.0))
         if _gives_gradients(case):
             findings += _gradients(case, x, labels, outputs[0], ids) + _replaced(case)
-    findings += _short_walk(case)
+    findings += _short_walk(case) + _long_suffix(case)
     return findings + _precision(tops, outputs[0]) + _classes(case) + _preprocessing(case, outputs[0], labels)
 
 
@@ -202,6 +202,20 @@ def _short_walk(case: Case) -> list[Finding]:
     if severity == "warning":
         log.warning("%s (%s)", evidence, advice)  # said before hours are spent, and in the report
     return [found("incomplete_optimization", severity, evidence, steps * size, 1.0, str(case.label), advice=advice)]
+
+
+def _long_suffix(case: Case) -> list[Finding]:
+    """That the threat model admits fewer tokens than the attack's settings ask for: the search ends there."""
+    attack, threat = case.attack, case.threat
+    if not isinstance(attack, AddsTokens) or not isinstance(threat, Counted) or threat.n is None:
+        return []
+    if attack.longest <= threat.n:
+        return []
+    evidence = f"{case.label} asks for up to {attack.longest} tokens, the threat model admits {threat.n}: it ends there"
+    advice = f"say n={attack.longest} in the threat model (suffix:n={attack.longest}), or fewer in the attack"
+    log.warning("%s (%s)", evidence, advice)
+    longest, most = float(attack.longest), float(threat.n)
+    return [found("incomplete_optimization", "info", evidence, longest, most, str(case.label), advice=advice)]
 
 
 def _usual(attack: Any) -> object:
