@@ -908,6 +908,16 @@ class AddsTokens(Protocol):
 
 
 @runtime_checkable
+class MadeOf(Protocol):
+    """An attack under a name of its own that another spec says in full."""
+
+    @property
+    @abstractmethod
+    def made_of(self) -> str:
+        """That spec; empty where the name says it all."""
+
+
+@runtime_checkable
 class Serves(Protocol):
     """An attack for some goals only; others work towards every goal."""
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from advkit.attacks import ATTACKS
 from advkit.attacks.base import Best, TensorGoal, TensorOracle, descended, lp_ball
 from advkit.attacks.gradient.pgd import Start, starting_point
 from advkit.attacks.transfer import PARTS
 from advkit.attacks.wrappers import accumulated, normalised
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BudgetExhausted, SpecError, UnknownName, UsageError
-from advkit.core.protocols import Access, Ball, Rng, Stepped, WantsData
+from advkit.core.protocols import Access, Ball, MadeOf, Rng, Stepped, WantsData
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import L1, L2, Linf
 
@@ -240,7 +242,7 @@ def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composed(Stepped, WantsData):
+class Composed(Stepped, WantsData, MadeOf):
     """Transfer attack from parts: iterative FGSM on a surrogate with any parts, such as transfer:mi+di+ti.
 
     Nothing is kept but the last point and no row stops early: the surrogate's verdict says little about the victim.
@@ -291,6 +293,16 @@ class Composed(Stepped, WantsData):
     def wants_data(self) -> bool:
         """Whether a part mixes in images of the attacker's own."""
         return any(part.wants_data for part in self.built)
+
+    @property
+    @override
+    def made_of(self) -> str:
+        """What a preset is as a composition: `ti` is transfer:ti,start=random,path=2.5 and not transfer:ti."""
+        if type(self) is Composed:
+            return ""
+        plain = Composed(**{each.name: getattr(self, each.name) for each in fields(Composed)})
+        spec = ATTACKS.label(plain) if self.parts else ATTACKS.label(plain).replace("transfer:[]", "transfer:bim")
+        return "" if spec == f"transfer:{ATTACKS.label(self)}" else spec
 
     @property
     def built(self) -> tuple[Part, ...]:

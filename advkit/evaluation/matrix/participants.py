@@ -42,7 +42,10 @@ class NamedAttack:
 
     def to_dict(self) -> dict[str, Any]:
         """As the report names it."""
-        return {"name": self.name, "spec": self.spec, "params": parameters(self.attack), "note": self.note}
+        params = parameters(self.attack)
+        made_of = params.pop("made_of", "")
+        entry = {"name": self.name, "spec": self.spec, "params": params, "note": self.note}
+        return entry | ({"made_of": made_of} if made_of else {})
 
 
 def named_attacks(attacks: Sequence[Any] | str) -> tuple[NamedAttack, ...]:

@@ -18,6 +18,7 @@ from advkit.core.protocols import (
     Data,
     Defense,
     Label,
+    MadeOf,
     Model,
     PerSample,
     Rule,
@@ -134,7 +135,8 @@ def parameters(part: Any) -> dict[str, Any]:
     """An attack's or a defense's settings as JSON values."""
     if not is_dataclass(part) or isinstance(part, type):
         return {}
-    return {name: _plain(value) for name, value in asdict(part).items()}
+    made_of = {"made_of": part.made_of} if isinstance(part, MadeOf) and part.made_of else {}
+    return {**{name: _plain(value) for name, value in asdict(part).items()}, **made_of}
 
 
 def _plain(value: Any) -> Any:
