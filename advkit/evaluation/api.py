@@ -84,7 +84,8 @@ def evaluate(
     batch_size:   samples in flight, recorded together; changes no figure. None takes 256, and of models that go through
                   samples one by one, as language models do on a CPU, just as many as are worth it
     draws:        verdict draws of a randomised victim
-    keep:         how many samples' adversarial examples are written into the run folder
+    keep:         how many samples' adversarial examples are kept for `report.adversarial()`: in the run folder, or with
+                  the report where nothing is kept on disk
     speed:        how the attacker's oracle computes: fp32, or bf16, fp16, channels_last, compile joined by "+";
                   verdicts stay full precision, and samples that only the fast model believed broken are attacked again
     beside:       also evaluate companions: transfer from public models where the defense claims to hold against it

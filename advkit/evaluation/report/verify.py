@@ -23,6 +23,7 @@ from advkit.core.protocols import Outcome, Record
 from advkit.core.text import printable
 from advkit.evaluation.counts import by_label, count, measured
 from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.examples import records_beside
 from advkit.evaluation.run.store import read_records
 
 BESIDE = "beside.jsonl"
@@ -64,13 +65,7 @@ class Verification:
 
 def records_file(report: Report) -> Path | None:
     """The records beside a report, None where there are none; ReportError where it names a file elsewhere."""
-    if report.path is None:
-        return None
-    named = report.to_dict().get("per_sample", {}).get("path", "records.jsonl")
-    if Path(named).name != named or named in ("", ".", ".."):
-        raise ReportError(f"per_sample.path is {named!r}; expected the name of a file beside the report")
-    file = report.path.absolute().parent / named
-    return file if file.is_file() and not file.is_symlink() else None
+    return records_beside(report.path, report.to_dict())
 
 
 def verify(report: Report) -> Verification:

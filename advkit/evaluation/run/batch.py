@@ -45,7 +45,8 @@ class Round:
 
     records:     one per row, in the batch's order
     clean:       inputs that may be kept as examples, rows first; None where no input was changed
-    adversarial: what the attack returned for them
+    adversarial: what the victim was shown of what the attack returned for them; what was returned where the threat
+                 model does not admit it
     tokens:      sent through models that count them
     """
 
@@ -300,7 +301,9 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     said = judge.examine(
         verdict, attempts.returned, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
     )
-    return Round(_records(attempts, clean, verdict, said), batch.x, attempts.returned, attempts.tokens)
+    admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
+    shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.returned)
+    return Round(_records(attempts, clean, verdict, said), batch.x, shown, attempts.tokens)
 
 
 def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
