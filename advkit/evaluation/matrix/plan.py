@@ -15,7 +15,13 @@ from advkit.core.rng import RowRng
 from advkit.defenses.adversarial.transfer_set import check_space
 from advkit.evaluation.inputs import pick_device, rule_over, task_of
 from advkit.evaluation.matrix.images import LEVELS, NoVictim, Rows, SignNoise, digest_of_tensors
-from advkit.evaluation.matrix.participants import VICTIMS, NamedAttack, named_attacks, participants
+from advkit.evaluation.matrix.participants import (
+    VICTIMS,
+    NamedAttack,
+    named_attacks,
+    of_these_classes,
+    participants,
+)
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.rehearsal import preflight
 from advkit.evaluation.scenarios.evasion import Evasion
@@ -141,6 +147,7 @@ def resolve(request: MatrixRequest) -> MatrixPlan:
         raise UsageError(f"n must be between 1 and {len(task)}, got {request.n}")
     sources = participants(request.sources, task, device, attacked=True)
     targets = participants(request.targets, task, device, attacked=False)
+    task = of_these_classes(task, (*sources, *targets))
     attacks = named_attacks(request.attacks)
     rows = Rows.of(task, n)
     case = _case(request, task, device, n)
