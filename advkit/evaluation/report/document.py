@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -49,7 +50,9 @@ class Report:
     @cached_property
     def _data(self) -> dict[str, Any]:
         try:
-            data = json.loads(self.text, parse_constant=_refuse_constant)
+            data = json.loads(
+                self.text, parse_constant=_refuse_constant, parse_int=_counted, parse_float=_measured
+            )
         except (ValueError, RecursionError) as error:
             raise ReportError(f"not a JSON document: {error}") from None
         if not isinstance(data, dict):
@@ -251,6 +254,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
         raise ReportError(f"{path} can't be written: {error.strerror or error}; choose a writable folder") from None
+
+
+def _counted(text: str) -> int:
+    """A whole number; no count is longer than 18 digits, and arithmetic with one that is goes wrong elsewhere."""
+    if len(text) > 18:
+        raise ValueError(f"{text[:20]}... is too large for a number of a report")
+    return int(text)
+
+
+def _measured(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large for a number of a report")
+    return value
 
 
 def _refuse_constant(text: str) -> float:

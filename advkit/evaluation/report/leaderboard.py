@@ -383,10 +383,27 @@ def scan(folder: str | os.PathLike[str]) -> Board:
     for file in files:
         path = file.relative_to(root).as_posix()
         try:
-            reports.append((path, Report.load(file)))
+            reports.append((path, _shown(file)))
         except ReportError as error:
             invalid.append((path, str(error).removeprefix(f"{file}: ")))
     return _board(reports, invalid)
+
+
+def _shown(file: Path) -> Report:
+    """The report of a file, once a board of it alone could be made; ReportError where it could not.
+
+    Reports come from other tools and from strangers: one that no check foresaw must not take the others with it.
+    """
+    if not file.is_file():
+        raise ReportError("no regular file")
+    report = Report.load(file)
+    try:
+        alone = _board([(REPORT_NAME, report)], [])
+        _ = alone.to_html(), alone.to_markdown(), alone.to_json()
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ReportError(f"it can't be shown ({type(error).__name__}: {first[:120]})") from error
+    return report
 
 
 def board(reports: Iterable[tuple[str, Report]]) -> Board:

@@ -208,7 +208,7 @@ def _metrics(
     if classes:
         confirmed |= classes.keys()
         # Classes have names in the report and numbers in the records: both come in the order of the numbers.
-        found = [_pair(entry) for entry in classes.values()]
+        found = [_pair(entry) if isinstance(entry, Mapping) else (None, None) for entry in classes.values()]
         if found != per_class_of(records):
             wrong.append("robust accuracy by class is not what the records say")
     upper = metrics.get("robust_accuracy_upper")
