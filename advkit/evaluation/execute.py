@@ -16,13 +16,16 @@ from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
+from advkit.evaluation.report.document import REPORT_NAME
+from advkit.evaluation.report.examples import Kept
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
 from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.store import Store
+from advkit.evaluation.run.speed import FastViews
+from advkit.evaluation.run.store import Store, read_examples
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.trust.findings import Finding, found
@@ -58,8 +61,7 @@ def execute(
     if out is not None:
         check_unclaimed(Path(out))
         report = _execute(plan, Path(out), watch, command, workers, lasting=True)
-        report.save(Path(out) / "report.json")
-        return report
+        return replace(report, path=report.save(Path(out) / REPORT_NAME))
     with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
         return _execute(plan, Path(folder), watch, command, workers, lasting=False)
 
@@ -85,7 +87,8 @@ def _execute(
     findings += _compared(runs[0], runs[1:])
     findings += [_left_out(each) for each in plan.companions if each.case is None]
     flags = [finding.to_dict() for finding in findings]
-    return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting))
+    kept = None if lasting else Kept(runs[0].records, read_examples(folder))
+    return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting), kept=kept)
 
 
 def _first_look(case: Case) -> tuple[list[Finding], bool]:
@@ -99,7 +102,7 @@ def _first_look(case: Case) -> tuple[list[Finding], bool]:
     seconds = None if case.sample_timeout is None else case.sample_timeout * len(first.x) * diagnostics.CALLS
     try:
         with limited(seconds):
-            findings = diagnostics.cheap(case, first.x, first.labels)
+            findings = diagnostics.cheap(case, first.x, first.labels, first.ids)
     except TimedOut as error:
         evidence = f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
         return [found("timed_out", "unreliable", evidence)], case.randomized

@@ -14,6 +14,7 @@ from typing import Any
 from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
+from advkit.core.registry import outside
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
@@ -155,7 +156,7 @@ def protected(
 
     asked = model if model is not None else task.defaults.model
     guard = DEFENSES.build(defense)
-    spec = DEFENSES.label(guard)
+    spec = DEFENSES.label(guard, defense)
     part, _ = model_part(asked)
     if not isinstance(part, Architecture):
         given = ready(part, task, sample_timeout).to(device)
@@ -164,12 +165,15 @@ def protected(
         if not guard.needs_data:
             return Victim(guard.protect(given, None, training_rng(seed)), origin)
         told = _trained_with(asked)
-        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
+        # A file tells this; where it is more than what was asked for, it may name advkit's own parts alone.
+        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec and not outside(told))):
             return Victim(given, origin, told)
-        return _trained(given, guard, task, seed, device, progress, name=origin)
+        return _trained(given, guard, task, seed, device, progress, name=origin, spec=spec)
 
     shape = _row_shape(task)
     for card in zoo.find(task.name, MODELS.spec(part), spec, role="victim"):
+        if card.defense != spec and outside(card.defense):
+            continue
         held = zoo.load(card.name)
         if held.space.shape is None or tuple(held.space.shape) == shape:
             return Victim(
@@ -179,7 +183,8 @@ def protected(
         # What trains nothing goes around the task's undefended model of that architecture.
         plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
         return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
-    return _trained(blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part))
+    start, name = blank(part, task, seed).to(device), MODELS.spec(part)
+    return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)
 
 
 def _trained_with(asked: Any) -> str:
@@ -195,9 +200,10 @@ def _trained_with(asked: Any) -> str:
     return ""
 
 
-def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, name: str) -> Victim:
+def _trained(
+    start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, *, name: str, spec: str
+) -> Victim:
     data = task.training()
-    spec = DEFENSES.label(guard)
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
@@ -259,7 +265,7 @@ def train_victim(
         defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
     guard: Any = DEFENSES.build(defense)
     if not isinstance(guard, Trains):
-        raise UsageError(f"the defense {DEFENSES.name_of(guard)} trains nothing: apply it with `advkit evaluate`")
+        raise UsageError(f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`")
     asked = model if model is not None else work.defaults.model
     part, _ = model_part(asked)
     start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
@@ -270,8 +276,8 @@ def train_victim(
         )
     out = Path(out)
     file = out / "model.safetensors"
-    spec = DEFENSES.label(guard)
-    extra = {"task": TASKS.label(work), "defense": spec, "seed": seed, "data": _data_digest(data)}
+    spec = DEFENSES.label(guard, defense)
+    extra = {"task": TASKS.label(work, task), "defense": spec, "seed": seed, "data": _data_digest(data)}
     fresh = False
     try:
         with claimed(out):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from torch import nn
 
 from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Rng
+from advkit.core.registry import imported
 from advkit.core.spaces import Box
 from advkit.models.checkpoint import fill_from_file
 from advkit.models.torch import FunctionModel, TorchModel, as_model, checked_logits, seeded
@@ -255,33 +252,7 @@ class PythonFactory:
         )
 
     def _factory(self) -> Any:
-        name, colon, attribute = self.target.partition(":")
-        if not colon or not name or not attribute:
-            raise UsageError(f"python:{self.target} is incomplete; expected python:module:factory")
-        found: Any = _import(name)
-        for part in attribute.split("."):
-            if not hasattr(found, part):
-                raise UnknownName(f"{name} has no {attribute!r}; expected a function or class that returns a model")
-            found = getattr(found, part)
+        found = imported(self.target, "a function or class that returns a model")
         if not callable(found):
             raise BadModel(f"python:{self.target} is a {type(found).__name__}; expected a function or class")
         return found
-
-
-def _import(name: str) -> ModuleType:
-    """A module by name, the working directory searched last; sys.path is given back as it was."""
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UnknownName(f"there is no Python module {name!r}, neither installed nor in {here}") from error
-        raise UsageError(f"{name} does not import: {error}; install what it needs") from error
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(f"{name} does not import: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(here)

@@ -469,9 +469,12 @@ def as_model(thing: Any, task: Task | Data | None = None) -> Model[Any, Any]:
         return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionModel(thing, space=space, classes=classes)
+    from advkit.models.familiar import what_it_is
+
+    advice = what_it_is(thing)
     raise BadModel(
         f"a model, a torch module or a function from samples to logits was expected, got {type(thing).__name__}"
-        + (" (a class: call it first)" if isinstance(thing, type) else "")
+        + (f" ({advice})" if advice else "")
     )
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from advkit.evaluation.keywords import explained
 from advkit.evaluation.matrix.answers import Answers
 from advkit.evaluation.matrix.budget import scaled
 from advkit.evaluation.matrix.document import Matrix, Results, document, read_matrix
@@ -27,6 +28,7 @@ from advkit.threat_models.tapm import PUBLIC
 log = logging.getLogger("advkit")
 
 
+@explained()
 def matrix(
     sources: Sequence[Any] | str = (PUBLIC,),
     attacks: Sequence[Any] | str = ("pgd:steps=10,step_size=0.25", "mifgsm"),

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -212,8 +212,11 @@ def _score(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], float | None]:
 # From reports to a board
 
 
-def scan(folder: str | os.PathLike[str]) -> Board:
-    """Read every report.json under a folder; raises UsageError when there is no such folder."""
+def scan(folder: str | os.PathLike[str], draw: Callable[[Board], object] | None = None) -> Board:
+    """Read every report.json under a folder; raises UsageError when there is no such folder.
+
+    draw: what will be made of the board; a report of which it can't be made is listed as invalid
+    """
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; expected one that holds run folders with {REPORT_NAME}")
@@ -222,10 +225,42 @@ def scan(folder: str | os.PathLike[str]) -> Board:
     for file in files:
         path = file.relative_to(root).as_posix()
         try:
+            if not file.is_file():
+                raise ReportError("no regular file")
             reports.append((path, Report.load(file)))
         except ReportError as error:
             invalid.append((path, str(error).removeprefix(f"{file}: ")))
-    return _board(reports, invalid)
+    try:
+        return _drawn(reports, invalid, draw)
+    except Exception:
+        # Reports come from other tools and from strangers: one that no check foresaw must not take the others with it.
+        alone = [(path, report, _odd(path, report, draw)) for path, report in reports]
+        odd = [(path, why) for path, _, why in alone if why]
+        if not odd:
+            raise
+        return _drawn([(path, report) for path, report, why in alone if not why], sorted(invalid + odd), draw)
+
+
+def _drawn(
+    reports: Sequence[tuple[str, Report]],
+    invalid: Sequence[tuple[str, str]],
+    draw: Callable[[Board], object] | None,
+) -> Board:
+    made = _board(reports, invalid)
+    made.to_json()
+    if draw is not None:
+        draw(made)
+    return made
+
+
+def _odd(path: str, report: Report, draw: Callable[[Board], object] | None) -> str:
+    """Why no board of this report alone can be made, "" where one can."""
+    try:
+        _drawn([(path, report)], [], draw)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return f"it can't be shown ({type(error).__name__}: {first[:120]})"
+    return ""
 
 
 def board(reports: Iterable[tuple[str, Report]]) -> Board:

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -50,7 +51,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _begin(payload: bytes, number: Any, slots: Any) -> None:
+def _begin(payload: bytes, number: Any, slots: Any, places: list[str]) -> None:
+    sys.path += [place for place in places if place not in sys.path]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     case = torch.load(io.BytesIO(payload), weights_only=False)  # our own bytes, from the parent process
@@ -114,7 +116,8 @@ class Workers:
         context = get_context("spawn")
         # A pool replaces no worker that ends, so that there are as many slots as processes.
         self._slots = context.Array("d", _SLOT * self.processes)
-        arguments = (self._payload, context.Value("i", 0), self._slots)
+        # Modules of the user's may lie in the working directory, which is on no path: `core.registry.own`.
+        arguments = (self._payload, context.Value("i", 0), self._slots, [os.getcwd()])
         self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_begin, initargs=arguments)
 
     def __enter__(self) -> Self:
