@@ -10,16 +10,16 @@ from typing import Any
 
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
+from advkit.core.limits import TimedOut, limited
 from advkit.core.protocols import Outcome, Record, ids_of
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
-from advkit.evaluation.run.batch import on_device
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
-from advkit.evaluation.run.rehearsal import answered
+from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
 from advkit.evaluation.run.store import Store
@@ -90,12 +90,19 @@ def _execute(
 
 def _first_look(case: Case) -> tuple[list[Finding], bool]:
     """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
-    first = on_device(next(iter(case.task.batches(min(64, case.batch_size), n=case.n))), case.device)
+    first = first_rows(case)
     if first.labels is None:
         return [], case.randomized
     first, _ = answered(case, first)
     assert first.labels is not None
-    findings = diagnostics.cheap(case, first.x, first.labels)
+    # Long enough for any model that answers single samples in time: what is found here decides how verdicts are made.
+    seconds = None if case.sample_timeout is None else case.sample_timeout * len(first.x) * diagnostics.CALLS
+    try:
+        with limited(seconds):
+            findings = diagnostics.cheap(case, first.x, first.labels)
+    except TimedOut as error:
+        evidence = f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
+        return [found("timed_out", "unreliable", evidence)], case.randomized
     varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
     return findings, case.randomized or varies
 

@@ -72,8 +72,11 @@ def model_part(spec: Any) -> tuple[Any, bool]:
     return part, True
 
 
-def ready(spec: Any, task: Any) -> Any:
-    """A trained model from a spec or an object; raises BadModel for an architecture without weights."""
+def ready(spec: Any, task: Any, sample_timeout: float | None = None) -> Any:
+    """A trained model from a spec or an object; raises BadModel for an architecture without weights.
+
+    sample_timeout: seconds that its first call may take per sample; None sets no limit
+    """
     from advkit.evaluation.first_call import introduced
     from advkit.models.torch import Architecture, as_model, is_model
 
@@ -81,7 +84,7 @@ def ready(spec: Any, task: Any) -> Any:
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
     made = part(_row_shape(task), task.classes, training_rng(0), space=task.space) if builder else part
-    model = introduced(as_model(made, task), task, wrapped=not is_model(made))
+    model = introduced(as_model(made, task), task, wrapped=not is_model(made), sample_timeout=sample_timeout)
     return agreeing(model, task)
 
 
@@ -130,7 +133,14 @@ def bound(task: Task, space: Any) -> Task:
 
 
 def protected(
-    model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False
+    model: Any,
+    defense: Any,
+    task: Any,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+    sample_timeout: float | None = None,
 ) -> Victim:
     """The protected model that names or objects ask for.
 
@@ -148,7 +158,7 @@ def protected(
     spec = DEFENSES.label(guard)
     part, _ = model_part(asked)
     if not isinstance(part, Architecture):
-        given = ready(part, task).to(device)
+        given = ready(part, task, sample_timeout).to(device)
         task = with_classes_of(task, given)
         origin = asked if isinstance(asked, str) else "given"
         if not guard.needs_data:

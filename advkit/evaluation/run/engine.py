@@ -24,13 +24,12 @@ from advkit.evaluation.run.batch import (
     judged,
     models_attacked,
     models_of,
-    on_device,
     own_randomness,
     run_alone,
 )
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard, unchanged
-from advkit.evaluation.run.rehearsal import preflight
+from advkit.evaluation.run.rehearsal import first_rows, preflight
 from advkit.evaluation.run.scenario import Records, Scenario
 from advkit.evaluation.run.speed import FastViews, planned_passes
 from advkit.evaluation.run.store import Stopwatch, Store
@@ -249,8 +248,7 @@ def lanes_of(case: Case) -> Lanes:
 
 
 def _first_rows(case: Case) -> Tensor:
-    first: Tensor = on_device(next(iter(case.task.batches(64, n=min(64, len(case.task))))), case.device).x
-    return first
+    return first_rows(replace(case, batch_size=64, n=min(64, len(case.task)))).x
 
 
 def with_views(case: Case, cells: Sequence[Case], file: Path | None = None) -> Case:

@@ -7,6 +7,7 @@ expensive checks are in `battery`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,7 @@ from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, 
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
 from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
-from advkit.evaluation.run.batch import attacked_model, own_randomness
+from advkit.evaluation.run.batch import TIMED_OUT, attacked_model, own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
 from advkit.evaluation.stats import mcnemar_exact
@@ -33,6 +34,8 @@ from advkit.models.torch import FunctionModel, TorchModel, misleading_mode
 log = logging.getLogger("advkit")
 
 FIRST_ROWS = 64
+CALLS = 10
+"""Calls of the model that `cheap` makes at most; one with a backward pass counts as two."""
 REPEATS = 5
 SPREAD = 1e-4  # L2 distance between L2-normalised outputs from which a victim is randomised
 PROBABILITY = 1e-5
@@ -493,12 +496,22 @@ def _raised(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
     attack = [r for r in errors if notes.isdisjoint(r.notes)]
     groups = [("attack_error", "the attack ended in an error", attack)]
     groups += [(name, words, [r for r in errors if note in r.notes]) for name, (note, words) in _CULPRITS.items()]
+    late = [r for r in errors if TIMED_OUT in r.notes]
+    groups = [(name, words, [r for r in own if TIMED_OUT not in r.notes]) for name, words, own in groups]
+    groups.append(("timed_out", _too_late(late), late))
     for name, words, own in groups:
         if not own:
             continue
         evidence = f"{words} on {len(own)} of {n} samples ({own[0].message or 'no message'}); {_interval(rows)}"
         findings.append(found(name, "unreliable", evidence, len(own) / n, 0.0, label))
     return findings
+
+
+def _too_late(late: Sequence[Record]) -> str:
+    """Whose code did not come back in time, in words."""
+    whose = {note: words.removesuffix(" raised") for note, words in _CULPRITS.values()}
+    who = Counter(next((whose[note] for note in r.notes if note in whose), "the attack") for r in late)
+    return f"{' or '.join(who)} did not come back in time"
 
 
 def _non_finite(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
