@@ -258,8 +258,8 @@ def fit(
     _check(model, data, held)
     if _single_rows(len(data) - held, recipe.batch_size) and _batch_statistics(model.module):
         raise BadModel(
-            f"a batch of a single row (batch_size={recipe.batch_size}, {len(data) - held} training rows) and a model with "
-            "batch normalisation, which has no statistics of one row: choose a batch_size of at least 2"
+            f"a batch of a single row (batch_size={recipe.batch_size}, {len(data) - held} training rows) and a model "
+            "with batch normalisation, which has no statistics of one row: choose a batch_size of at least 2"
         )
     place = model.device if device is None else torch.device(device)
     run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held)
@@ -592,7 +592,7 @@ def _mean(parts: Sequence[Tensor]) -> float:
 
 
 class _Finite:
-    """The first step whose loss was not finite; on an accelerator asked only now and then, since asking means waiting."""
+    """The first step whose loss was not finite; on an accelerator asked now and then, since asking means waiting."""
 
     EVERY = 32
 

@@ -35,9 +35,9 @@ class Look:
 def collapsed(looks: Sequence[Look]) -> str:
     """Why the last look shows catastrophic overfitting, in words; empty where it does not, or where there is none.
 
-    Either sign is enough: PGD accuracy below half of its best so far and more than 0.25 below FGSM accuracy; or more than
-    0.15 abnormal adversarial examples and PGD accuracy more than 0.2 below FGSM accuracy. One signal alone is not: a
-    model that is still weak has a low PGD accuracy, and batch statistics make some abnormal examples by themselves.
+    Either sign is enough: PGD accuracy below half of its best so far and more than 0.25 below FGSM accuracy; or more
+    than 0.15 abnormal adversarial examples and PGD accuracy more than 0.2 below FGSM accuracy. One signal alone is not:
+    a model that is still weak has a low PGD accuracy, and batch statistics make some abnormal examples by themselves.
     """
     if not looks:
         return ""

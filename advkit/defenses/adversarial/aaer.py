@@ -83,7 +83,7 @@ def terms(
     moved = torch.where(lowered, distances, nothing).sum() / count.clamp(min=1)
     normal = torch.where(lowered, nothing, distances.detach()).sum() / others.clamp(min=1)
     applies = (count > 0) & ((others > 0) | torch.tensor(when_all == "apply", device=count.device))
-    share = count / max(1, len(y)) * applies
+    share = count.to(wide.dtype) / max(1, len(y)) * applies
     regulariser = l1 * share * (l2 * drop + l3 * functional.relu(moved - normal))
     return Terms(functional.cross_entropy(after, y), lowered, drop, moved, normal, regulariser)
 
@@ -140,7 +140,9 @@ class AAER(OneStepTraining):
         if not isinstance(base, SingleStep):  # never, by the line before; for the type checker
             raise UsageError(f"base is {self.base!r}; expected a single-step method")
         if replace(base, noise=0.0, step_size=1.0) != replace(type(base)(), noise=0.0, step_size=1.0):
-            raise UsageError(f"base is {self.base!r}; only noise and step_size are settings of a base, set others in aaer")
+            raise UsageError(
+                f"base is {self.base!r}; only noise and step_size are settings of a base, set others in aaer"
+            )
         return base.step
 
     @override

@@ -19,7 +19,7 @@ from advkit.training.loop import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class FreeAT(WatchedTraining):
-    """Free adversarial training: every batch is trained on several times in a row, and each backward pass also moves the
+    """Free adversarial training: several steps in a row on every batch, and each backward pass also moves the
     perturbation.
 
     The perturbation belongs to places in the batch, not to images: it lives on from batch to batch, and a smaller batch

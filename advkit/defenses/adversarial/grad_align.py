@@ -1,4 +1,4 @@
-"""GradAlign: input gradients at two points of the ball are made to agree (Andriushchenko & Flammarion, arXiv 2007.02617)."""
+"""GradAlign: input gradients that agree within the ball (Andriushchenko & Flammarion, arXiv 2007.02617)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def misalignment(first: Tensor, second: Tensor) -> Tensor:
     used = (one != 0).any(1) & (two != 0).any(1)
     # a norm has no derivative at zero: rows that are left out get a harmless vector before it is taken
     one, two = (torch.where(used.unsqueeze(1), each, torch.ones_like(each)) for each in (one, two))
-    cosines = functional.normalize(one, eps=0.0) * functional.normalize(two, eps=0.0)
-    lost = (1 - cosines.sum(1)) * used
+    # where the model is sure, gradients are so small that their squares are zero; a cosine does not change with scale
+    one, two = (functional.normalize(each / each.detach().abs().amax(1, keepdim=True), eps=0.0) for each in (one, two))
+    lost = (1 - (one * two).sum(1)) * used
     return lost.sum() / used.sum().clamp(min=1)
 
 
@@ -35,8 +36,8 @@ def misalignment(first: Tensor, second: Tensor) -> Tensor:
 class GradAlign(FGSMRS):
     """GradAlign: FGSM-RS plus weight * (1 - mean cosine of the input gradients at two random points of the ball).
 
-    The first gradient is the one that the step follows, held constant; the second is differentiated once more with respect
-    to the weights, about twice the cost of FGSM-RS. Works on models whose layers are differentiable twice.
+    The first gradient is the one that the step follows, held constant; the second is differentiated once more with
+    respect to the weights, about twice the cost of FGSM-RS. Works on models whose layers are differentiable twice.
 
     weight: of the penalty, >= 0; the paper's 0.2 is for eps 8/255 on CIFAR-10, 2.0 for 16/255
     """

@@ -1,5 +1,5 @@
-"""Single-step adversarial training: FGSM-AT (Goodfellow et al., arXiv 1412.6572), FGSM-RS (Wong et al., arXiv 2001.03994)
-and N-FGSM (de Jorge et al., arXiv 2202.01181) as one step with other settings."""
+"""Single-step adversarial training: FGSM-AT (Goodfellow et al., arXiv 1412.6572), FGSM-RS (Wong et al., arXiv
+2001.03994) and N-FGSM (de Jorge et al., arXiv 2202.01181) as one step with other settings."""
 
 from __future__ import annotations
 

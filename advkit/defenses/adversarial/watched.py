@@ -63,8 +63,8 @@ class WatchedTraining(TrainingDefense):
 class WatchedObjective(Objective):
     """A training loss under the detector; its checkpoints are judged by correctness under PGD-10.
 
-    The log gets `fgsm_accuracy` of the validation rows, `abnormal_share` over the epoch's last 50 steps where the method
-    notes it, and `overfitting`, 1 where the detector fires; the PGD accuracy is the score.
+    The log gets `fgsm_accuracy` of the validation rows, `abnormal_share` over the epoch's last 50 steps where the
+    method notes it, and `overfitting`, 1 where the detector fires; the PGD accuracy is the score.
     """
 
     judge: ClassVar[PGD] = PGD(steps=10, step_size=0.25)
