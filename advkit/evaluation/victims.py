@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,16 +225,21 @@ def train_victim(
     out: Path,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train an architecture under a defense and save OUT/model.safetensors; returns what was made, as JSON values.
+    """Train an architecture under a defense and save OUT/model.safetensors with a report; returns what was made.
+
+    The report is OUT/training.json, with the log of every epoch, and OUT/plots/training.png. What is returned are JSON
+    values.
 
     recipe: changes to the defense's recipe, `key=value,...`
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError.
     """
     from advkit.evaluation.inputs import pick_device, task_of
+    from advkit.evaluation.training_report import write_training_report
     from advkit.models.checkpoint import save_checkpoint
     from advkit.models.torch import Architecture
     from advkit.tasks import TASKS
+    from advkit.training.loop import log_entries
 
     device = pick_device(device)
     work = task_of(task)
@@ -265,7 +270,7 @@ def train_victim(
     spec = DEFENSES.label(guard)
     extra = {"task": TASKS.label(work), "defense": spec, "seed": seed, "data": _data_digest(data)}
     sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
-    return {
+    made: dict[str, Any] = {
         "file": str(file),
         "sha256": sha256,
         "model": fitted.model.describe().architecture,
@@ -275,7 +280,10 @@ def train_victim(
         "epochs": len(fitted.log),
         "best_epoch": fitted.best_epoch,
         "score": None if math.isnan(fitted.best.score) else fitted.best.score,
+        "halted": fitted.halted,
     }
+    report, curves = write_training_report(out, made, asdict(guard.recipe), log_entries(fitted.log))
+    return {**made, "report": str(report), "curves": str(curves)}
 
 
 def _claim(folder: Path, fingerprint: str) -> bool:

@@ -16,7 +16,7 @@ ABNORMAL_GAP = 0.2
 class Look:
     """What was measured at one time on held-out rows, as fractions.
 
-    fgsm:     accuracy under one step of length eps from the clean row
+    fgsm:     accuracy at the end of one step of length eps from the clean row, for all rows
     pgd:      accuracy under PGD
     abnormal: share of abnormal adversarial examples among the latest training rows: those whose loss the training
               step lowered (arXiv 2404.08154); NaN where the method has no such step

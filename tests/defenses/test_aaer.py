@@ -15,7 +15,8 @@ from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.aaer import AAER, terms
-from advkit.defenses.adversarial.single_step import FGSMAT, FGSMRS, NFGSM, take
+from advkit.defenses.adversarial.one_step import take
+from advkit.defenses.adversarial.single_step import FGSMAT, FGSMRS, NFGSM
 from advkit.models.torch import TorchModel
 from advkit.training.loop import Recipe, fit
 

@@ -17,7 +17,8 @@ from advkit.core.spaces import Box
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.free_at import FreeAT
 from advkit.defenses.adversarial.grad_align import GradAlign, misalignment
-from advkit.defenses.adversarial.single_step import FGSMAT, FGSMRS, NFGSM, take
+from advkit.defenses.adversarial.one_step import correct_after, take
+from advkit.defenses.adversarial.single_step import FGSMAT, FGSMRS, NFGSM
 from advkit.models.torch import TorchModel
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.training.loop import Recipe, fit
@@ -46,6 +47,7 @@ def linear(inputs=6, classes=3, seed=4):
     layer = nn.Linear(inputs, classes)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(classes, inputs, generator=generator(seed)))
+        layer.bias.zero_()
     return TorchModel(layer, Box(0.0, 1.0), classes)
 
 
@@ -73,8 +75,11 @@ def moved(defense, model, x, y, seed=0):
 
 
 def many(n=4_000):
-    """Interior rows, so that the walls of the space bend no law."""
-    return 0.4 + 0.2 * torch.rand(n, 6, generator=generator(7)), torch.randint(3, (n,), generator=generator(8))
+    """Interior rows, so that the walls of the space bend no law, of two classes.
+
+    The sign of a linear model's gradient is then the same everywhere, and so independent of the noise.
+    """
+    return 0.4 + 0.2 * torch.rand(n, 6, generator=generator(7)), torch.randint(2, (n,), generator=generator(8))
 
 
 def test_fgsm_at_is_the_sign_of_the_gradient(batch):
@@ -107,10 +112,10 @@ def test_fgsm_rs_starts_uniformly_in_the_ball():
 
 def test_fgsm_rs_ends_where_its_formula_says():
     x, y = many()
-    model = linear()
+    model = linear(classes=2)
     found = moved(FGSMRS(eps=EPS), model, x, y)
     start = found.start - x
-    probabilities = model(found.start).softmax(1) - functional.one_hot(y, 3)
+    probabilities = model(found.start).softmax(1) - functional.one_hot(y, 2)
     sign = (probabilities @ model.module.weight).sign()
     expected = (start + 1.25 * EPS * sign).clamp(-EPS, EPS)
     assert torch.allclose(found.end - x, expected, atol=1e-6)
@@ -121,7 +126,7 @@ def test_fgsm_rs_ends_where_its_formula_says():
 
 def test_n_fgsm_leaves_the_ball_and_stays_within_three_radii():
     x, y = many()
-    found = moved(NFGSM(eps=EPS), linear(), x, y)
+    found = moved(NFGSM(eps=EPS), linear(classes=2), x, y)
     start, end = (found.start - x).abs(), (found.end - x).abs()
     assert start.max() <= 2 * EPS + 1e-6
     assert end.max() <= 3 * EPS + 1e-6
@@ -198,6 +203,39 @@ def test_no_abnormal_example_on_a_linear_model_inside_the_space():
         objective = defense.objective()
         objective.loss(linear(), x, y, torch.arange(500), streams(500))
         assert objective.noted() == {"abnormal_share": 0.0}
+
+
+def test_fgsm_accuracy_counts_every_row_after_its_step(batch):
+    x, y = batch
+    model = smooth()
+    with torch.no_grad():
+        model.module[3].weight.mul_(20)
+    model.module.eval()
+    before = weights(model)
+    model.module.train()
+    found = correct_after(model, x, y, Linf(0.3), streams())
+    assert same(weights(model), before)
+    model.module.eval()
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    assert torch.equal(found, model((x + 0.3 * gradient.sign()).clamp(0, 1)).argmax(1) == y)
+    # A step that overshoots a dip of the loss: wrong before, right after it. The attack leaves such rows alone.
+    bumpy = TorchModel(Bump(), Box(0.0, 1.0), 2)
+    row, label = torch.tensor([[0.5]]), torch.tensor([0])
+    assert bumpy(row).argmax(1).item() == 1
+    assert correct_after(bumpy, row, label, Linf(0.4), streams(1)).tolist() == [True]
+
+
+class Bump(nn.Module):
+    """Class 1 within 0.2 of 0.52, class 0 further away."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, x):
+        far = (x - 0.52).abs().squeeze(1)
+        return torch.stack((far - self.width, self.width - far), 1)
 
 
 # ---- GradAlign

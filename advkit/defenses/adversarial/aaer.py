@@ -15,7 +15,8 @@ from typing_extensions import override
 from advkit.core.checks import at_least, not_negative, one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Rng
-from advkit.defenses.adversarial.single_step import Move, OneStepObjective, OneStepTraining, SingleStep, Step
+from advkit.defenses.adversarial.one_step import Move, Step
+from advkit.defenses.adversarial.single_step import OneStepObjective, OneStepTraining, SingleStep
 from advkit.defenses.adversarial.watched import abnormal, row_losses
 from advkit.training.loop import Epoch, Objective, Review
 

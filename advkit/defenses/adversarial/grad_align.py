@@ -13,7 +13,8 @@ from typing_extensions import override
 from advkit.core.checks import not_negative
 from advkit.core.protocols import Rng
 from advkit.defenses.adversarial.base import in_mode
-from advkit.defenses.adversarial.single_step import FGSMRS, Move, OneStepObjective
+from advkit.defenses.adversarial.one_step import Move
+from advkit.defenses.adversarial.single_step import FGSMRS, OneStepObjective
 from advkit.training.loop import Objective
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from advkit.attacks.gradient.fgsm import FGSM
 from advkit.attacks.gradient.pgd import PGD
 from advkit.core.checks import one_of
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Data, Rng
 from advkit.defenses.adversarial.base import TrainingDefense, correct_under
+from advkit.defenses.adversarial.one_step import correct_after
 from advkit.training.loop import Epoch, Objective, Review
 from advkit.training.overfitting import Look, collapsed
 
@@ -87,15 +87,13 @@ class WatchedObjective(Objective):
     @override
     def score(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         """1.0 where a row is still right after PGD-10 from a random start, else 0.0."""
-        return self._right(model, self.judge, x, y, rng.at("judge")).to(torch.float32)
+        ball = self.defense.ball(model.space)
+        return correct_under(model, self.judge, x, y, ball, rng.at("judge")).to(torch.float32)
 
     @override
     def measures(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Mapping[str, Tensor]:
         """Correctness after one step of length eps from the clean row."""
-        return {FGSM_ACCURACY: self._right(model, FGSM(), x, y, rng.at("fgsm"))}
-
-    def _right(self, model: Any, attack: Any, x: Tensor, y: Tensor, rng: Rng) -> Tensor:
-        return correct_under(model, attack, x, y, self.defense.ball(model.space), rng)
+        return {FGSM_ACCURACY: correct_after(model, x, y, self.defense.ball(model.space), rng)}
 
     @override
     def review(self, entry: Epoch, log: Sequence[Epoch]) -> Review:
