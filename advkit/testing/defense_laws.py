@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from advkit.core.protocols import Data, ModelInfo, Trains
+from advkit.core.protocols import Data, ModelInfo
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel, is_model
 from advkit.testing.play import require
 from advkit.testing.victims import network, normal, uniform
-from advkit.training.loop import fit
 
 
 def stripes(rows: int = 96, shape: tuple[int, ...] = (2, 6, 6), classes: int = 3) -> Data:
@@ -106,51 +103,8 @@ def _gradient(model: Any, x: Tensor) -> float:
     return 0.0 if gradient is None else float(gradient.abs().max())
 
 
-class _Cut(Exception):
-    """Ends a training in the middle."""
-
-
-def resumes(case: Protected) -> None:
-    """A training that was cut off after its first pass over the data goes on and ends with the same weights."""
-    if not isinstance(case.defense, Trains):
-        return
-    passes = 2
-    recipe = replace(case.defense.recipe, epochs=passes * case.defense.objective().replays)
-
-    def trained(folder: str | None, cut_at: int = -1) -> tuple[Any, int]:
-        objective, calls = case.defense.objective(), 0
-        loss = objective.loss
-
-        def counted(*given: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
-            if calls == cut_at:
-                raise _Cut
-            found: Tensor = loss(*given)
-            return found
-
-        objective.loss = counted
-        rng = RowRng.from_ids(0, ["kit"])
-        return fit(case.model, case.data, objective, recipe, rng, out=folder, progress=False), calls
-
-    whole, steps = trained(None)
-    require(len(whole.log) == passes, f"{recipe.epochs} epochs made {len(whole.log)} passes, expected {passes}")
-    with tempfile.TemporaryDirectory() as folder:
-        with suppress(_Cut):
-            trained(folder, steps // passes + 1)
-        again, rest = trained(folder)
-    require(rest == steps - steps // passes, f"resumed, it made {rest} steps; expected {steps - steps // passes}")
-    for name, one, other in (("last", whole.last, again.last), ("selected", whole.model, again.model)):
-        require(one.state_sha256() == other.state_sha256(), f"cut off and resumed, the {name} weights are others")
-    one_log, other_log = (
-        [(each.loss, each.score, each.clean, sorted(each.figures.items())) for each in done.log]
-        for done in (whole, again)
-    )
-    require(repr(one_log) == repr(other_log), "cut off and resumed, the log is another")
-
-
 DEFENSE_LAWS: dict[str, Callable[[Protected], None]] = {
-    law.__name__: law for law in (is_a_model, leaves_the_model_alone, same_seed_same_model, honest_view, resumes)
+    law.__name__: law for law in (is_a_model, leaves_the_model_alone, same_seed_same_model, honest_view)
 }
 
 
