@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,29 @@ def by_label(records: Iterable[Record]) -> dict[Label, list[Record]]:
     for record in records:
         groups.setdefault(record.made_by, []).append(record)
     return groups
+
+
+def by_class(records: Iterable[Record]) -> dict[int, Counts]:
+    """Counts of every class that occurs, by its number, in their order; rows without a label belong to none."""
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.label is not None:
+            groups[record.label].append(record)
+    return {label: count(groups[label]) for label in sorted(groups)}
+
+
+def weakest(classes: Mapping[int, Counts]) -> list[int]:
+    """The 30 % of the classes, rounded up, of lowest robust accuracy, the lowest first; of equals the first by number.
+
+    They are ranked by their own robust accuracy, as in arXiv 2308.00311 ("RA-Tail-30").
+    """
+    order = sorted(classes, key=lambda label: (classes[label].right_after / classes[label].n, label))
+    return order[: (3 * len(order) + 9) // 10]
+
+
+def tail_accuracy(classes: Mapping[int, Counts]) -> float:
+    """Mean over the weakest 30 % of the classes of their robust accuracies, every class with the same weight."""
+    return float(np.mean([classes[label].right_after / classes[label].n for label in weakest(classes)]))
 
 
 def measured(records: Iterable[Record]) -> dict[str, dict[str, float]]:

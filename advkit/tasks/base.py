@@ -269,8 +269,8 @@ class ImbalancedTask(ArrayTask):
             chosen = [i * up // down > (i - 1) * up // down for i in range(1, len(rows) + 1)]
             if len(rows) and not any(chosen):
                 raise UsageError(
-                    f"imbalance={self.imbalance:g} leaves no training sample of class {label} of {self.name}, which has "
-                    f"{len(rows)}; expected a share of at least 1/{len(rows)}"
+                    f"imbalance={self.imbalance:g} leaves no training sample of class {label} of {self.name}, which "
+                    f"has {len(rows)}; expected a share of at least 1/{len(rows)}"
                 )
             stays[rows] = torch.tensor(chosen, dtype=torch.bool)
         return stays.nonzero().squeeze(1)
