@@ -14,9 +14,9 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +108,14 @@ class Objective:
 
     A defense makes a fresh one for every run. Rows are given by their place in the training data, validation rows
     included, as a long tensor on the device of x; rng holds one stream per row of the batch.
+
+    replays:    optimiser steps in a row on every batch, each with a loss of its own. The recipe's epochs count steps:
+                the loop makes max(1, ceil(epochs / replays)) passes over the data, and each is an epoch of the log
+    rolls_back: whether a run that `review` ends hands back its best-scored weights, whatever the recipe selects
     """
+
+    replays: int = 1
+    rolls_back: bool = False
 
     def prepare(self, model: TorchModel, data: Data, rng: Rng) -> None:
         """Called once before the first epoch with the initial weights, and again when a run is resumed.
@@ -129,6 +136,21 @@ class Objective:
         The streams are the same at every scoring.
         """
         return correct(model, x, y)
+
+    def measures(self, model: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Mapping[str, Tensor]:
+        """Further figures of validation rows, float or bool [B] by name, beside the score; the log has their means.
+
+        The streams are those of `score`.
+        """
+        return {}
+
+    def review(self, entry: Epoch, log: Sequence[Epoch]) -> Review:
+        """What there is to say of the epoch just trained and scored; `log` has the epochs before it.
+
+        The place for figures that were noted step by step, and to end a run. An error raised here leaves the
+        checkpoint of the epoch before.
+        """
+        return Review()
 
     def state(self) -> dict[str, Tensor]:
         """What must survive an interruption, as tensors by name."""
@@ -158,6 +180,7 @@ class Epoch:
     clean:   accuracy on the validation rows as they are, NaN likewise
     seconds: training and scoring
     lr:      learning rate of the last step
+    figures: what the objective measured beside them, by name
     """
 
     epoch: int
@@ -166,6 +189,19 @@ class Epoch:
     clean: float
     seconds: float
     lr: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Review:
+    """What an objective says of an epoch.
+
+    figures: for the log, by name; NaN where something was not measured
+    halt:    why training ends here, in words; empty where it goes on
+    """
+
+    figures: Mapping[str, float] = field(default_factory=dict)
+    halt: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,12 +212,14 @@ class Fit:
     last:       the weights after the last epoch
     log:        one entry per epoch
     best_epoch: the epoch whose weights `model` holds
+    halted:     why the objective ended the run before its last epoch; empty where it did not
     """
 
     model: TorchModel
     last: TorchModel
     log: tuple[Epoch, ...]
     best_epoch: int
+    halted: str = ""
 
     @property
     def best(self) -> Epoch:
@@ -218,6 +256,11 @@ def fit(
         raise BadModel(f"only torch models are trained here, got {type(model).__name__}")
     held = validation_rows(len(data), recipe.validation)
     _check(model, data, held)
+    if _single_rows(len(data) - held, recipe.batch_size) and _batch_statistics(model.module):
+        raise BadModel(
+            f"a batch of a single row (batch_size={recipe.batch_size}, {len(data) - held} training rows) and a model with "
+            "batch normalisation, which has no statistics of one row: choose a batch_size of at least 2"
+        )
     place = model.device if device is None else torch.device(device)
     run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held)
     with _own_randomness(place):
@@ -240,6 +283,15 @@ def _check(model: TorchModel, data: Data, held: int) -> None:
         raise BadInput(f"training data: {complaint}")
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise BadModel(f"{model.name} has no parameter that requires a gradient; nothing can be trained")
+
+
+def _single_rows(rows: int, batch_size: int) -> bool:
+    """Whether there is a batch of one row; one that is left over joins the batch before."""
+    return rows == 1 or batch_size == 1
+
+
+def _batch_statistics(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 @contextmanager
@@ -291,7 +343,9 @@ class _Run:
         self.y = data.y.to(device) if whole else data.y
         seed = rng.at("rows").generator().initial_seed()
         self.streams = RowRng.from_ids(seed, [str(row) for row in range(len(data))], device)
+        self.passes = max(1, math.ceil(recipe.epochs / objective.replays))
         self.log: list[Epoch] = []
+        self.halted = ""
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
         self.best_score = -math.inf
@@ -304,26 +358,27 @@ class _Run:
     def play(self, progress: bool) -> Fit:
         recipe = self.recipe
         saved = self._saved()
-        if saved is None or saved[1]["epochs"] < recipe.epochs:
+        if saved is None or (saved[1]["epochs"] < self.passes and not saved[1].get("halted")):
             _seed(self.rng.at("torch", "prepare").generator(), self.device)
             self.model.module.eval()
             self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
         if saved is not None:
             self._restore(*saved)
-        with _bar(progress, recipe.epochs, self._batches_per_epoch()) as bar:
+        with _bar(progress, self.passes, self._batches_per_epoch()) as bar:
             bar.start(len(self.log))
-            for epoch in range(len(self.log) + 1, recipe.epochs + 1):
-                self._epoch(epoch, bar)
+            while len(self.log) < self.passes and not self.halted:
+                self._epoch(len(self.log) + 1, bar)
                 self._save()
         last = self.scored.copy()
         last.module.eval()
-        best = last
-        if self.best is not None and self.best_epoch != recipe.epochs:
-            best = last.copy()
+        best, chosen = last, len(self.log)
+        returns = recipe.select == "best" or (self.halted and self.objective.rolls_back)
+        if self.best is not None and returns and self.best_epoch != chosen:
+            best, chosen = last.copy(), self.best_epoch
             _fill(best.module, self.best)
         for one in (last, best):
             one.source = f"trained on {self.data.name}" if self.data.name else "trained by advkit"
-        return Fit(best, last, tuple(self.log), self.best_epoch)
+        return Fit(best, last, tuple(self.log), chosen, self.halted)
 
     def _batches(self, epoch: int) -> list[Tensor]:
         generator = self.rng.at("shuffle", epoch).generator()
@@ -351,64 +406,85 @@ class _Run:
         streams = self.streams.at("epoch", epoch)
         augment = AUGMENTATIONS[recipe.augment]
         batches = self._batches(epoch)
-        steps = recipe.epochs * len(batches)
+        replays = self.objective.replays
+        steps = self.passes * len(batches) * replays
         total = torch.zeros((), device=self.device)
         rate = recipe.lr
+        finite = _Finite(self.device)
         for number, chosen in enumerate(batches):
-            step = (epoch - 1) * len(batches) + number
-            rate = recipe.lr_at(step, steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
             x, y, rows = self._rows(chosen)
             own = streams.take(rows)
             if augment is not None:
                 x = augment(x, own.at("augment"))
-            module.train()
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
-                loss = self.objective.loss(self.model, x, y, rows, own.at("objective"))
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self.objective.stepped(self.model)
-            if self.average is not None:
-                _average(self.average.module, module, min(recipe.ema, (1 + step) / (10 + step)))
-            total += loss.detach() * len(rows)
+            for replay in range(replays):
+                step = ((epoch - 1) * len(batches) + number) * replays + replay
+                rate = recipe.lr_at(step, steps)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                module.train()
+                self.optimizer.zero_grad(set_to_none=True)
+                names = ("objective", replay) if replay else ("objective",)
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
+                    loss = self.objective.loss(self.model, x, y, rows, own.at(*names))
+                bad = finite.look(step, loss)
+                if bad is not None:
+                    self._diverged(bad, steps, epoch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+                self.objective.stepped(self.model)
+                if self.average is not None:
+                    _average(self.average.module, module, min(recipe.ema, (1 + step) / (10 + step)))
+                total += loss.detach() * len(rows)
             bar.advance()
-        mean = float(total) / (len(self.data) - self.held)
-        if not math.isfinite(mean):
-            raise UsageError(
-                f"training diverged: the mean loss of epoch {epoch} is {mean} at learning rate {rate:.3g}; lower lr"
-            )
-        score, clean = math.nan, math.nan
-        if self.held and (epoch % recipe.select_every == 0 or epoch == recipe.epochs):
-            score, clean = self._score()
+        bad = finite.first()
+        if bad is not None:
+            self._diverged(bad, steps, epoch)
+        mean = float(total) / (replays * (len(self.data) - self.held))
+        score, clean, figures = math.nan, math.nan, {}
+        if self.held and (epoch % recipe.select_every == 0 or epoch == self.passes):
+            score, clean, figures = self._score()
             if not math.isfinite(score):
                 raise UsageError(f"the validation score of epoch {epoch} is {score}; expected finite scores")
-        self.log.append(Epoch(epoch, mean, score, clean, time.perf_counter() - started, rate))
-        self._select(epoch, score)
+        entry = Epoch(epoch, mean, score, clean, time.perf_counter() - started, rate, figures)
+        review = self.objective.review(entry, tuple(self.log))
+        self.log.append(replace(entry, figures={**figures, **review.figures}))
+        self._select(epoch, score, review)
+        self.halted = review.halt
         bar.report(self.log[-1])
         log.debug("epoch %d: loss %.4f, score %.4f, clean %.4f", epoch, mean, score, clean)
 
-    def _select(self, epoch: int, score: float) -> None:
-        if self.recipe.select == "last" or not self.held:
+    def _diverged(self, step: int, steps: int, epoch: int) -> None:
+        rate = self.recipe.lr_at(step, steps)
+        kept = f"; the checkpoint of epoch {epoch - 1} stays in {self.out}" if self.out and epoch > 1 else ""
+        raise UsageError(
+            f"training diverged: the loss of step {step + 1} of {steps} (epoch {epoch}) is not finite at learning rate "
+            f"{rate:.3g}; lower lr{kept}"
+        )
+
+    def _select(self, epoch: int, score: float, review: Review) -> None:
+        if not self.held or (self.recipe.select == "last" and not self.objective.rolls_back):
             self.best_epoch = epoch
-        elif score > self.best_score:
+        elif score > self.best_score and (self.best is None or not review.halt):
+            # an epoch that ends the run is none to go back to, unless it is the first one
             self.best_score, self.best_epoch = score, epoch
             state = named_tensors(self.scored.module)
             self.best = {name: tensor.detach().clone() for name, tensor in state.items()}
 
-    def _score(self) -> tuple[float, float]:
-        """Mean score and clean accuracy over the validation rows."""
+    def _score(self) -> tuple[float, float, dict[str, float]]:
+        """Mean score, clean accuracy and further figures over the validation rows."""
         model, objective = self.scored, self.objective
         model.module.eval()
         streams = self.streams.at("validation")
         plain = type(objective).score is Objective.score
         scores, cleans = [], []
+        further: dict[str, list[Tensor]] = {}
         for chosen in torch.split(torch.arange(self.held), max(256, self.recipe.batch_size)):
             x, y, rows = self._rows(chosen)
             scores.append(objective.score(model, x, y, rows, streams.take(rows)).detach().float().cpu())
             cleans.append(scores[-1] if plain else correct(model, x, y).cpu())
-        return float(torch.cat(scores).double().mean()), float(torch.cat(cleans).double().mean())
+            for name, each in objective.measures(model, x, y, rows, streams.take(rows)).items():
+                further.setdefault(name, []).append(each.detach().float().cpu())
+        return _mean(scores), _mean(cleans), {name: _mean(each) for name, each in further.items()}
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -459,8 +535,9 @@ class _Run:
         self.best_epoch = int(progress["best_epoch"])
         self.best_score = -math.inf if progress["best_score"] is None else float(progress["best_score"])
         self.log = [_entry(each) for each in progress["log"]]
+        self.halted = str(progress.get("halted", ""))
         self.objective.load({name: tensor.to(self.device) for name, tensor in groups.get("objective", {}).items()})
-        log.info("training goes on after epoch %d of %d", len(self.log), self.recipe.epochs)
+        log.info("training goes on after epoch %d of %d", len(self.log), self.passes)
 
     def _save(self) -> None:
         if self.out is None:
@@ -473,16 +550,14 @@ class _Run:
             "objective": self.objective.state(),
         }
         tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
-        entries = [
-            {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(epoch).items()}
-            for epoch in self.log
-        ]
+        entries = log_entries(self.log)
         progress = canonical_json(
             {
                 "epochs": len(self.log),
                 "best_epoch": self.best_epoch,
                 "best_score": self.best_score if math.isfinite(self.best_score) else None,
                 "log": entries,
+                "halted": self.halted,
             }
         )
         metadata = {"format": FORMAT, "fingerprint": self.mark, "progress": progress, "seal": _seal(tensors, progress)}
@@ -490,10 +565,55 @@ class _Run:
         write_atomically(self.out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
 
 
+def log_entries(log: Sequence[Epoch]) -> list[dict[str, Any]]:
+    """The log as JSON values: null for what was not measured, since JSON has no NaN."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(each) for key, each in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [plain(asdict(epoch)) for epoch in log]
+
+
 def _entry(written: Mapping[str, Any]) -> Epoch:
-    """JSON has no NaN: what was not measured is null there."""
-    values: dict[str, Any] = {key: math.nan if value is None else value for key, value in written.items()}
+    """The inverse of `log_entries`, for one epoch."""
+
+    def full(value: Any) -> Any:
+        return math.nan if value is None else value
+
+    values = {key: full(value) for key, value in written.items()}
+    values["figures"] = {key: full(value) for key, value in written.get("figures", {}).items()}
     return Epoch(**values)
+
+
+def _mean(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).double().mean())
+
+
+class _Finite:
+    """The first step whose loss was not finite; on an accelerator asked only now and then, since asking means waiting."""
+
+    EVERY = 32
+
+    def __init__(self, device: torch.device) -> None:
+        self.every = 1 if device.type == "cpu" else self.EVERY
+        self.steps: list[int] = []
+        self.losses: list[Tensor] = []
+
+    def look(self, step: int, loss: Tensor) -> int | None:
+        """The first bad step where it is time to ask, else None."""
+        self.steps.append(step)
+        self.losses.append(loss.detach())
+        return self.first() if len(self.steps) >= self.every else None
+
+    def first(self) -> int | None:
+        """The first bad step among those not asked for yet."""
+        if not self.steps:
+            return None
+        bad = (~torch.isfinite(torch.stack(self.losses))).tolist()
+        steps, self.steps, self.losses = self.steps, [], []
+        return next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
 
 
 def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.gradient.pgd import PGD, Start
-from advkit.core.checks import check, one_of
+from advkit.core.checks import check, one_of, positive
 from advkit.core.errors import NoTrainingData
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Ball, Data, Goal, Rng, Trains
@@ -64,7 +64,7 @@ def correct_under(model: Any, attack: Any, x: Tensor, y: Tensor, ball: Ball[Tens
 class TrainingDefense(Trains, ABC):
     """A defense that is a way to train.
 
-    eps:    radius of the ball trained for, in units of the model's space
+    eps:    radius of the ball trained for, > 0, in units of the model's space
     norm:   linf | l2 | l1 | l0
     recipe: epochs, optimizer, schedule...
     """
@@ -77,6 +77,7 @@ class TrainingDefense(Trains, ABC):
 
     def __post_init__(self) -> None:
         one_of(self, "norm", tuple(BALLS))
+        positive(self, "eps", what="radius")
         _ = self.ball(None)
 
     def ball(self, space: Any) -> Ball[Tensor]:
