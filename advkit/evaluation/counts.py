@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from advkit.core.protocols import Label, Outcome, Record
+from advkit.core.tail import weakest
 
 UNKNOWN = frozenset({Outcome.NON_FINITE, Outcome.ERROR})
 
@@ -92,18 +93,14 @@ def by_class(records: Iterable[Record]) -> dict[int, Counts]:
     return {label: count(groups[label]) for label in sorted(groups)}
 
 
-def weakest(classes: Mapping[int, Counts]) -> list[int]:
-    """The 30 % of the classes, rounded up, of lowest robust accuracy, the lowest first; of equals the first by number.
-
-    They are ranked by their own robust accuracy, as in arXiv 2308.00311 ("RA-Tail-30").
-    """
-    order = sorted(classes, key=lambda label: (classes[label].right_after / classes[label].n, label))
-    return order[: (3 * len(order) + 9) // 10]
+def weakest_classes(classes: Mapping[int, Counts]) -> list[int]:
+    """The 30 % of the classes, rounded up, of lowest robust accuracy, the lowest first."""
+    return weakest({label: c.right_after / c.n for label, c in classes.items()})
 
 
 def tail_accuracy(classes: Mapping[int, Counts]) -> float:
     """Mean over the weakest 30 % of the classes of their robust accuracies, every class with the same weight."""
-    return float(np.mean([classes[label].right_after / classes[label].n for label in weakest(classes)]))
+    return float(np.mean([classes[label].right_after / classes[label].n for label in weakest_classes(classes)]))
 
 
 def measured(records: Iterable[Record]) -> dict[str, dict[str, float]]:

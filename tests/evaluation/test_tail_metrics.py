@@ -13,7 +13,7 @@ import torch
 
 import advkit
 from advkit.core.protocols import Outcome, Record
-from advkit.evaluation.counts import by_class, tail_accuracy, weakest
+from advkit.evaluation.counts import by_class, tail_accuracy, weakest_classes
 from advkit.evaluation.report import Report
 from advkit.evaluation.report.verify import verify
 from advkit.tasks.arrays import Arrays
@@ -44,15 +44,15 @@ def test_the_tail_is_the_weakest_three_tenths_rounded_up(classes: int) -> None:
     assert list(found) == sorted(rates)
     shares = sorted(robust / rows for robust, rows in rates.values())
     size = math.ceil(classes * 3 / 10 - 1e-9)
-    assert len(weakest(found)) == size
+    assert len(weakest_classes(found)) == size
     assert tail_accuracy(found) == pytest.approx(sum(shares[:size]) / size)
-    worst = rates[weakest(found)[0]]
+    worst = rates[weakest_classes(found)[0]]
     assert worst[0] / worst[1] == shares[0]
 
 
 def test_classes_count_alike_whatever_their_size() -> None:
     found = by_class(records({0: (1, 2), 1: (0, 50), 2: (9, 10), 3: (10, 10)}))
-    assert weakest(found) == [1, 0]
+    assert weakest_classes(found) == [1, 0]
     assert tail_accuracy(found) == 0.25
 
 

@@ -136,6 +136,25 @@ class AdversarialTraining(TrainingDefense):
         return PGD(steps=self.steps, step_size=length, start=self.start, keep="last", stop=False)
 
 
+class OnExamples(Objective, ABC):
+    """A loss in two parts: examples are made on the model as it stands, then there is a loss on them.
+
+    So a loss may be taken twice on the same examples (`awp`).
+    """
+
+    @abstractmethod
+    def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Any:
+        """What the loss is taken on, constant: mostly adversarial rows [B, ...]."""
+
+    @abstractmethod
+    def loss_on(self, made: Any, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        """The scalar to descend, on what `examples` made of the same batch."""
+
+    @override
+    def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        return self.loss_on(self.examples(model, x, y, rows, rng), model, x, y, rows, rng)
+
+
 class RobustObjective(Objective):
     """A training loss whose checkpoints are judged by correctness under PGD on the validation split."""
 

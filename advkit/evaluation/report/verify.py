@@ -21,7 +21,7 @@ import numpy as np
 from advkit.core.errors import ReportError
 from advkit.core.protocols import Outcome, Record
 from advkit.core.text import printable
-from advkit.evaluation.counts import by_class, by_label, count, measured, tail_accuracy, weakest
+from advkit.evaluation.counts import by_class, by_label, count, measured, tail_accuracy, weakest_classes
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.run.store import read_records
 
@@ -234,7 +234,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, _Figure]:
     if c.eight_bit is not None:
         figures["robust_accuracy_8bit"] = (c.eight_bit + c.correct - c.attackable, c.n)
     if classes := by_class(records):
-        worst = classes[weakest(classes)[0]]
+        worst = classes[weakest_classes(classes)[0]]
         figures["tail_30_accuracy"] = tail_accuracy(classes)
         figures["worst_class_accuracy"] = (worst.right_after, worst.n)
     if len(by_label(records)) != 1:

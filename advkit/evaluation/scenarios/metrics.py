@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from advkit.core.protocols import CountsOver, Judged, Label, Lattice, Levels, OfKind, Outcome, Record
-from advkit.evaluation.counts import Counts, by_class, by_label, count, measured, tail_accuracy, weakest
+from advkit.evaluation.counts import Counts, by_class, by_label, count, measured, tail_accuracy, weakest_classes
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import DenominatorKind, rate
 
@@ -124,12 +124,12 @@ def per_class(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     classes = by_class(records)
     if not classes:
         return {}
-    worst = classes[weakest(classes)[0]]
+    worst = classes[weakest_classes(classes)[0]]
     metrics: dict[str, Any] = {
         "tail_30_accuracy": {
             "value": tail_accuracy(classes),
             "unit": "fraction",
-            "n": sum(classes[label].n for label in weakest(classes)),
+            "n": sum(classes[label].n for label in weakest_classes(classes)),
         },
         "worst_class_accuracy": {**rate(worst.right_after, worst.n, "samples_of_class"), "ci": None},
     }
