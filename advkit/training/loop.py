@@ -390,7 +390,7 @@ class _Run:
             _seed(self.rng.at("torch", "prepare").generator(), self.device)
             self.model.module.eval()
             self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
-        self.optimizer = _optimizer(self.model.module, self.objective.parameters(), recipe)
+            self.optimizer = _optimizer(self.model.module, self.objective.parameters(), recipe)
         if saved is not None:
             self._restore(*saved)
         with _bar(progress, self.passes, self._batches_per_epoch()) as bar:

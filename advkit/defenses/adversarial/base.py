@@ -43,10 +43,11 @@ def attacked(
 ) -> Tensor:
     """Adversarial rows on a model that is being trained: parameters frozen, mode given back.
 
-    The whole batch goes through at once: a training step depends on its batch anyway.
+    The whole batch goes through at once: a training step depends on its batch anyway. No row stops early: a loss is
+    taken on rows that are wrong already, too.
     """
     with in_mode(model, mode == "train"), frozen(*model.modules()):
-        oracle = MeteredOracle(model, rows=len(x), lanes=Lanes(chunk=max(1, len(x)), multiple=1))
+        oracle = MeteredOracle(model, rows=len(x), decides=False, lanes=Lanes(chunk=max(1, len(x)), multiple=1))
         found: Tensor = attack(oracle, x, goal, ball, rng)
     return found.detach()
 

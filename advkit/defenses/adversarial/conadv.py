@@ -100,8 +100,7 @@ class ConAdv(TrainingDefense):
     weight:  of the adversarial loss, in [0, 1]; the clean one gets the rest
     dual_bn: adversarial images have batch normalisation of their own (AdvProp): statistics, scale and shift. The attack
              goes through it; evaluation and checkpoints have the clean one alone
-    attack:  spec of the attack: fgsm, one step to the boundary, or any other, such as
-             [pgd:steps=3,keep=last,stop=false]
+    attack:  spec of the attack: fgsm, one step to the boundary, or any other, such as [pgd:steps=3,keep=last]
     mode:    "eval": the attack sees the model as it is evaluated; "train": as it is trained
     watch:   every so many steps, measure the cosine between the input gradients of the old and of the present weights
              (`stale_cosine` in the log); two more passes each time, 0 never

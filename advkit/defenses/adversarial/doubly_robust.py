@@ -16,7 +16,7 @@ from typing_extensions import override
 from advkit.attacks.gradient.pgd import PGD, Start
 from advkit.core.checks import check, fraction, not_negative, one_of, positive
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.protocols import Rng
+from advkit.core.protocols import Data, Rng
 from advkit.defenses.adversarial.barrier import BarrierAttack, Walls, give
 from advkit.defenses.adversarial.base import AdversarialTraining, OnExamples, RobustObjective, attacked
 from advkit.defenses.adversarial.trades import diverging
@@ -80,6 +80,8 @@ def ball(losses: Tensor, rho: float) -> float:
     spread = float(held.amax() - held.amin())
     if rho == 0 or spread == 0 or not math.isfinite(spread):
         return math.inf
+    if rho >= math.log(len(held) / int((held == held.amax()).sum())) - 1e-12:
+        return 0.0
 
     def beyond(log_r: float) -> float:
         return float(kl(weights(held, math.exp(log_r)))) - rho
@@ -88,7 +90,7 @@ def ball(losses: Tensor, rho: float) -> float:
     low, high = middle - 1, middle + 1
     while beyond(low) < 0:
         low -= 2
-        if low < middle - farthest:
+        if low < middle - farthest:  # losses that float64 hardly tells apart
             return 0.0
     while beyond(high) > 0:
         high += 2
@@ -197,6 +199,12 @@ class DoublyRobustObjective(OnExamples, RobustObjective):
         self.log_price = torch.full((), math.nan, dtype=torch.float64)
         self.sums = torch.zeros(len(FIGURES), dtype=torch.float64)
         self.summed = 0
+
+    @override
+    def prepare(self, model: Any, data: Data, rng: Rng) -> None:
+        """Raises BadModel for a model that can't be differentiated twice where that is needed."""
+        if self.settings.implicit:
+            check_twice_differentiable(model, data.x[:2].to(model.device))
 
     @override
     def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
@@ -325,20 +333,28 @@ def implicit_term(lower: Tensor, upper: Tensor, z: Tensor, x: Tensor, around: An
     <grad_z lower, v> with v = H^-1 grad_z upper constant, H the barrier's second derivative at z: the loss's own second
     derivative in z is left out, which is exact for losses that are linear in z.
     """
-    try:
-        (push,) = torch.autograd.grad(lower.sum(), z, create_graph=True)
-        if upper is lower:
-            pull = push.detach()
-        else:
-            (pull,) = torch.autograd.grad(upper.sum(), z, retain_graph=True)
-    except RuntimeError as error:
-        raise BadModel(
-            f"implicit=true needs a model that can be differentiated twice, and this one: {error}"
-        ) from error
-    if not push.requires_grad:
-        raise BadModel(
-            "implicit=true needs a model that can be differentiated twice; this one's input gradient is constant"
-        )
+    (push,) = torch.autograd.grad(lower.sum(), z, create_graph=True)
+    pull = push.detach() if upper is lower else torch.autograd.grad(upper.sum(), z, retain_graph=True)[0]
     walls = Walls.around(x, around)
     v = give(z.detach() - walls.middle, walls.half, c) * pull
     return (push * v).flatten(1).sum(1)
+
+
+def check_twice_differentiable(model: Any, x: Tensor) -> None:
+    """Raise BadModel where the gradient of an input gradient can't be had on these rows; leaves no gradients.
+
+    A whole backward pass: asked for some weights' gradients alone, torch leaves out what it can't differentiate twice
+    and says nothing.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        try:
+            (push,) = torch.autograd.grad(model(leaf).logsumexp(1).sum(), leaf, create_graph=True)
+            push.sum().backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise BadModel(
+                f"implicit=true differentiates the model twice, and {model.name} can't be ({error}); leave implicit out"
+            ) from error
+        finally:
+            for top in model.modules():
+                top.zero_grad(set_to_none=True)
