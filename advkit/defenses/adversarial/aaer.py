@@ -140,9 +140,7 @@ class AAER(OneStepTraining):
         if not isinstance(base, SingleStep):  # never, by the line before; for the type checker
             raise UsageError(f"base is {self.base!r}; expected a single-step method")
         if replace(base, noise=0.0, step_size=1.0) != replace(type(base)(), noise=0.0, step_size=1.0):
-            raise UsageError(
-                f"base is {self.base!r}; only noise and step_size are settings of a base, set others in aaer"
-            )
+            raise UsageError(f"base is {self.base!r}; only noise and step_size are settings of a base, set others in aaer")
         return base.step
 
     @override
