@@ -473,7 +473,8 @@ class _Run:
         if bad is not None:
             self._diverged(bad, steps, epoch)
         mean = float(total) / (replays * (len(self.data) - self.held))
-        score, clean, figures = math.nan, math.nan, {}
+        score, clean = math.nan, math.nan
+        figures: dict[str, float] = {}
         if self.held and (epoch % recipe.select_every == 0 or epoch == self.passes):
             score, clean, figures = self._score()
             if not math.isfinite(score):
@@ -630,7 +631,7 @@ def _mean(parts: Sequence[Tensor]) -> float:
 
 def _tail(scores: Tensor, y: Tensor) -> float:
     """Mean over the weakest 30 % of the classes of their mean scores."""
-    means = {int(label): float(scores[y == label].double().mean()) for label in y.unique()}
+    means = {label: float(scores[y == label].double().mean()) for label in sorted(set(y.tolist()))}
     weak = weakest(means)
     return sum(means[label] for label in weak) / len(weak)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 class SecondNorm:
     """Running statistics, scale and shift of every batch normalisation layer of a module once more.
 
-    They begin as copies and are used in place of the module's own inside `active()`. The module itself never changes its
-    form: its checkpoint is that of the first set, by which it is evaluated. Where there is no such layer, nothing is
-    swapped.
+    They begin as copies and are used in place of the module's own inside `active()`. The module itself never changes
+    its form: its checkpoint is that of the first set, by which it is evaluated. Where there is no such layer, nothing
+    is swapped.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -233,11 +233,16 @@ def test_a_second_set_swaps_in_and_out() -> None:
     second = SecondNorm(module)
     assert len(second) == 2
     own = dict(module.named_parameters())
-    with pytest.raises(ZeroDivisionError), second.active():
-        assert module[1].weight is not own["1.weight"]
-        assert sum(p is own["1.weight"] for p in module.parameters()) == 0
-        module(torch.rand(3, 1, 5, 5))
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with second.active():
+            assert module[1].weight is not own["1.weight"]
+            assert sum(p is own["1.weight"] for p in module.parameters()) == 0
+            module(torch.rand(3, 1, 5, 5))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert dict(module.named_parameters()) == own
     assert module[1].num_batches_tracked == 0
     assert second.tensors()["1.num_batches_tracked"] == 1

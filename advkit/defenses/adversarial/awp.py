@@ -29,7 +29,8 @@ def perturbed_names(module: nn.Module) -> list[str]:
 
 def perturbation(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
     """gamma |w| d / (|d| + 1e-20): up the gradient d of the loss, as long as gamma times the weight's own 2-norm."""
-    return gamma * weight.norm() * gradient / (gradient.norm() + _TINY)
+    length = gamma * torch.linalg.vector_norm(weight)
+    return length * gradient / (torch.linalg.vector_norm(gradient) + _TINY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,8 @@ class AWP(Trains):
     for one step to get the direction; here it is one gradient. Batch statistics move only in the second pass.
 
     base:    the defense it goes around: pgd_at, trades, mart..., with its settings in brackets: [trades:beta=6]
-    gamma:   length of the move in units of each weight tensor's 2-norm, >= 0; 0.01 for pgd_at and 0.005 for trades in the
-             paper; 0 is the base defense
+    gamma:   length of the move in units of each weight tensor's 2-norm, >= 0; 0.01 for pgd_at and 0.005 for trades in
+             the paper; 0 is the base defense
     warm_up: epochs of the base defense before the first move
     recipe:  epochs, optimizer, schedule...; the base's own is not used
     """
@@ -66,9 +67,9 @@ class AWP(Trains):
         from advkit.defenses import DEFENSES
 
         given = cast(Any, self.base)
-        built = DEFENSES.build(given)
-        if not isinstance(built, Trains) or isinstance(built, AWP):
-            kind = "is awp itself" if isinstance(built, AWP) else "trains nothing"
+        built: Any = DEFENSES.build(given)
+        if not isinstance(built, Trains) or type(built) is AWP:
+            kind = "is awp itself" if type(built) is AWP else "trains nothing"
             raise UsageError(f"base={given} {kind}; expected a training defense such as pgd_at or [trades:beta=6]")
         if isinstance(given, str) and any(each.key == "recipe" for each in parse_spec(given).arguments):
             raise UsageError(f"base={given} has a recipe; set it outside of the brackets: recipe=[...]")

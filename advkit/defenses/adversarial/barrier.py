@@ -1,4 +1,4 @@
-"""The inner problem with a log barrier, whose solution can be differentiated (as in arXiv 2308.00311 and 2112.12376)."""
+"""The inner problem with a log barrier, whose solution can be differentiated (arXiv 2308.00311, 2112.12376)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _START = 0.99
 
 
 class Walls(NamedTuple):
-    """What each value may be: within `half` of `middle`, both [B, ...]. Ball and box together, their nearer wall each."""
+    """What each value may be: within `half` of `middle`, both [B, ...]. On each side the nearer wall of ball and box."""
 
     middle: Tensor
     half: Tensor
@@ -50,9 +50,9 @@ def give(e: Tensor, half: Tensor, c: float) -> Tensor:
 class BarrierAttack:
     """Ascent of the attacker's loss plus c times the logarithms of the distances to the walls.
 
-    Every step goes part of the way to where the loss, taken as linear at the present point, and the barrier balance; the
-    last step goes all of it. So every point is strictly inside, and on a linear loss the end is the exact solution. A
-    projection has nothing to do. The start is uniform in 0.99 of the ball. Linf alone.
+    Every step goes part of the way to where the loss, taken as linear at the present point, and the barrier balance;
+    the last step goes all of it. So every point is strictly inside, and on a linear loss the end is the exact solution.
+    A projection has nothing to do. The start is uniform in 0.99 of the ball. Linf alone.
 
     steps: gradients, >= 1
     size:  part of the way, in (0, 1]

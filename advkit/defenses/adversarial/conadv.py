@@ -92,9 +92,9 @@ class ConAdv(TrainingDefense):
     images were made with the weights of tau steps before.
 
     Made for very large batches, in which adversarial images are an augmentation and can be made on other machines while
-    the step before is still running. No robustness is claimed; the default radius is small. One process makes both streams
-    one after the other: the same mathematics, no gain of time. LARS, which the paper trains with, is not among the
-    recipe's optimizers.
+    the step before is still running. No robustness is claimed; the default radius is small. One process makes both
+    streams one after the other: the same mathematics, no gain of time. LARS, which the paper trains with, is not among
+    the recipe's optimizers.
 
     tau:     age of the weights that the attack sees, in steps, >= 0; 0 is the sequential method (DisAdv)
     weight:  of the adversarial loss, in [0, 1]; the clean one gets the rest
@@ -172,7 +172,8 @@ class ConAdvObjective(OnExamples):
         for branches in (seen, self.live):
             with branches.adversarial():
                 pair.append(input_gradient(branches.model, x, y, "eval")[0].flatten(1))
-        cosine = functional.cosine_similarity(*pair).double().mean()
+        old, present = pair
+        cosine = functional.cosine_similarity(old, present).double().mean()
         self.cosines = self.cosines.to(cosine) + torch.stack((cosine, torch.ones_like(cosine)))
 
     @override

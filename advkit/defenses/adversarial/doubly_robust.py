@@ -70,9 +70,9 @@ def kl(p: Tensor) -> Tensor:
 def ball(losses: Tensor, rho: float) -> float:
     """The price r at which the weights of these losses [n] are exactly KL(p || uniform) = rho from uniform, in nats.
 
-    inf for rho = 0 and for losses that are all equal; 0 where rho is log(n / number of largest losses) or more: then all
-    weight is on the largest. The value at this price is that of the worst weights within the KL ball of radius rho
-    after adding r * rho. Raises UsageError for rho < 0.
+    inf for rho = 0 and for losses that are all equal; 0 where rho is log(n / number of largest losses) or more: then
+    all weight is on the largest. The value at this price, plus r * rho, is the most that weights within the KL ball
+    make of the losses. Raises UsageError for rho < 0.
     """
     if not rho >= 0:
         raise UsageError(f"the radius rho is {rho}; expected a number of at least 0, in nats")
@@ -112,9 +112,9 @@ class DoublyRobust(AdversarialTraining):
     """Doubly robust instance-reweighted adversarial training: every sample's adversarial loss is weighted by the worst
     reweighting of the training set that a KL price allows, in closed form.
 
-    The defaults are the minimal version: PGD inside, softmax weights within the batch, no implicit term. The full version
-    of the paper is `eta=0.1,barrier=0.01,implicit=true`. Judge it by `tail_30_accuracy`: it lifts weak and rare classes,
-    and there is little to gain on balanced data.
+    The defaults are the minimal version: PGD inside, softmax weights within the batch, no implicit term. The full
+    version of the paper is `eta=0.1,barrier=0.01,implicit=true`. Judge it by `tail_30_accuracy`: it lifts weak and rare
+    classes, and there is little to gain on balanced data.
 
     r:        price of leaving uniform weights, in nats, > 0; inf is the method without weights (pgd_at, trades); small
               values look at the worst sample alone. 1 where rho is not given
@@ -124,8 +124,9 @@ class DoublyRobust(AdversarialTraining):
     barrier:  weight of a log barrier in the inner problem, in units of the loss, >= 0; 0 is PGD. Linf alone
     implicit: add the gradient through the solution of the inner problem; needs a barrier and a model that can be
               differentiated twice
-    outer:    ce: cross-entropy; trades: clean cross-entropy plus beta times the weighted divergence, whose inner attack is
-              TRADES' own; alp: cross-entropy plus beta times the mean squared difference of clean and adversarial logits
+    outer:    ce: cross-entropy; trades: clean cross-entropy plus beta times the weighted divergence, with the inner
+              attack of TRADES; alp: cross-entropy plus beta times the mean squared difference of clean and adversarial
+              logits
     beta:     weight of the second term, >= 0; by default 6 for trades, 0.5 for alp
     q_max:    most that one sample weighs in a batch, in units of the uniform weight; none for no limit
     weight_clean: let the weights act on the clean term of trades, too

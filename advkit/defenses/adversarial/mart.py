@@ -41,8 +41,8 @@ def loss(nat: Tensor, adv: Tensor, y: Tensor, beta: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MART(AdversarialTraining):
-    """MART: a boosted cross-entropy on adversarial images, plus beta times the divergence from the clean output, weighted
-    by how wrong the model is about the clean image.
+    """MART: a boosted cross-entropy on adversarial images, plus beta times the divergence from the clean output,
+    weighted by how wrong the model is about the clean image.
 
     The inner attack maximises the cross-entropy and starts at the image plus 0.001 N(0, 1), kept inside the space.
 
