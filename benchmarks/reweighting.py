@@ -47,6 +47,8 @@ ROWS = (
     "r=0.5,eta=0.1",
     "r=0.5,eta=0.1,barrier=0.01",
     "r=0.5,eta=0.1,barrier=0.01,implicit=true",
+    "r=0.5,eta=0.1,barrier=0.001",
+    "r=0.5,eta=0.1,barrier=0.001,implicit=true",
     "rho=0.3",
 )
 
@@ -86,6 +88,7 @@ def played(protocol: Protocol, task: Any, row: str, seed: int) -> dict[str, Any]
     return {
         "row": row,
         "seed": seed,
+        "commit": commit(),
         **{name: metrics[key]["value"] for name, key in FIGURES.items()},
         "effective_sample_size": last["effective_sample_size"],
         "clipped_weights": last["clipped_weights"],
@@ -160,7 +163,7 @@ def write(out: Path, settings: dict[str, Any], runs: list[dict[str, Any]]) -> No
     """The file, whole after every run."""
     rows = list(dict.fromkeys(each["row"] for each in runs))
     document = {
-        "commit": commit(),
+        "commits": list(dict.fromkeys(each["commit"] for each in runs)),
         "settings": settings,
         "summary": [summary(runs, row) for row in rows],
         "runs": runs,
