@@ -3,8 +3,8 @@
     python benchmarks/reweighting.py --task digits --seeds 0 1 2 3 4 --out FILE.json
     python benchmarks/reweighting.py --task fashion-mnist --root FOLDER --seeds 0 1 2 3 4 --out FILE.json
 
-Classes 1, 3, 5, 8 and 9 keep a fifth of their training samples (`imbalance=0.2`); the test set is whole. Every model of a
-seed starts from the same weights and sees the same batches and random starts; weights of the last epoch. The harness
+Classes 1, 3, 5, 8 and 9 keep a fifth of their training samples (`imbalance=0.2`); the test set is whole. Every model of
+a seed starts from the same weights and sees the same batches and random starts; weights of the last epoch. The harness
 evaluates them with PGD-20 from a random start. Compared with r=inf, which is PGD adversarial training to the bit:
 differences by seed, and a paired sign test over the seeds. Runs that are in FILE.json already are not repeated.
 """
