@@ -113,6 +113,11 @@ def _may_have_more(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and type(task).with_classes is not ClassificationTask.with_classes
 
 
+def _trains_on_all(task: Task) -> bool:
+    """Whether the task's training set is the one that the zoo's models were trained on."""
+    return not isinstance(task, ClassificationTask) or task.trains_on_all
+
+
 def _counts_labels(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and task.counts_labels
 
@@ -135,7 +140,8 @@ def protected(
 
     A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
     come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
-    now, which needs the task's training data.
+    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
+    nothing from the zoo, whose models saw another.
 
     Raises NoTrainingData, BadModel, CheckpointError.
     """
@@ -158,7 +164,8 @@ def protected(
         return _trained(given, guard, task, seed, device, progress, name=origin)
 
     shape = _row_shape(task)
-    for card in zoo.find(task.name, MODELS.spec(part), spec, role="victim"):
+    cards = zoo.find(task.name, MODELS.spec(part), spec, role="victim") if _trains_on_all(task) else ()
+    for card in cards:
         held = zoo.load(card.name)
         if held.space.shape is None or tuple(held.space.shape) == shape:
             return Victim(

@@ -7,6 +7,7 @@ ends with the same bits (on the same device and library versions).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,7 @@ import logging
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +30,7 @@ from advkit.core.checks import at_least_one, check, fraction, not_negative, one_
 from advkit.core.errors import BadInput, BadModel, CheckpointError, StaleRun, UsageError
 from advkit.core.protocols import Data, Rng
 from advkit.core.rng import RowRng
+from advkit.core.tail import weakest
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
 from advkit.training.augment import AUGMENTATIONS
@@ -36,6 +39,8 @@ log = logging.getLogger("advkit")
 
 CHECKPOINT = "training.safetensors"
 FORMAT = "advkit-training-1"
+TAIL_SCORE = "tail_30_score"
+"""In the log's figures: the mean score of the weakest 30 % of the classes, on the validation rows."""
 RESIDENT = 4 * 2**30
 """Bytes of training rows that are kept on an accelerator as a whole; larger sets travel batch by batch."""
 
@@ -127,6 +132,29 @@ class Objective:
         """The scalar to descend on a batch of augmented clean rows; the model's module is in training mode."""
         return F.cross_entropy(model(x), y)
 
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Weights of the objective's own that are trained with the model's; asked for after `prepare`.
+
+        They are no part of the model that comes out. `state` must return them, as everything else that lives on.
+        """
+        return ()
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """A loss taken inside is no step of training: the objective is afterwards as it was before.
+
+        What `state` returns is given back, and so is every attribute, lists, dicts and deques with what they held.
+        """
+        state = {name: tensor.detach().clone() for name, tensor in self.state().items()}
+        containers = (list, dict, set, deque)
+        held = {name: copy.copy(v) if isinstance(v, containers) else v for name, v in vars(self).items()}
+        try:
+            yield
+        finally:
+            vars(self).clear()
+            vars(self).update(held)
+            self.load(state)
+
     def stepped(self, model: TorchModel) -> None:
         """Called after every optimiser step: the place to take back a perturbation of the weights."""
 
@@ -180,7 +208,8 @@ class Epoch:
     clean:   accuracy on the validation rows as they are, NaN likewise
     seconds: training and scoring
     lr:      learning rate of the last step
-    figures: what the objective measured beside them, by name
+    figures: what was measured beside them, by name: `tail_30_score`, the mean score of the weakest 30 % of the classes,
+             and what the objective adds
     """
 
     epoch: int
@@ -337,7 +366,6 @@ class _Run:
         self.model = model.copy()
         self.model.module.to(device)
         self.average = self.model.copy() if recipe.ema else None
-        self.optimizer = _optimizer(self.model.module, recipe)
         whole = data.x.numel() * data.x.element_size() <= RESIDENT
         self.x = data.x.to(device) if whole else data.x
         self.y = data.y.to(device) if whole else data.y
@@ -358,10 +386,11 @@ class _Run:
     def play(self, progress: bool) -> Fit:
         recipe = self.recipe
         saved = self._saved()
-        if saved is None or (saved[1]["epochs"] < self.passes and not saved[1].get("halted")):
+        if saved is None or not self._finished(saved[1]):
             _seed(self.rng.at("torch", "prepare").generator(), self.device)
             self.model.module.eval()
             self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
+            self.optimizer = _optimizer(self.model.module, self.objective.parameters(), recipe)
         if saved is not None:
             self._restore(*saved)
         with _bar(progress, self.passes, self._batches_per_epoch()) as bar:
@@ -379,6 +408,10 @@ class _Run:
         for one in (last, best):
             one.source = f"trained on {self.data.name}" if self.data.name else "trained by advkit"
         return Fit(best, last, tuple(self.log), chosen, self.halted)
+
+    def _finished(self, progress: Mapping[str, Any]) -> bool:
+        """Whether a saved run has nothing left to train."""
+        return progress["epochs"] >= self.passes or bool(progress.get("halted"))
 
     def _batches(self, epoch: int) -> list[Tensor]:
         generator = self.rng.at("shuffle", epoch).generator()
@@ -440,7 +473,8 @@ class _Run:
         if bad is not None:
             self._diverged(bad, steps, epoch)
         mean = float(total) / (replays * (len(self.data) - self.held))
-        score, clean, figures = math.nan, math.nan, {}
+        score, clean = math.nan, math.nan
+        figures: dict[str, float] = {}
         if self.held and (epoch % recipe.select_every == 0 or epoch == self.passes):
             score, clean, figures = self._score()
             if not math.isfinite(score):
@@ -476,15 +510,18 @@ class _Run:
         model.module.eval()
         streams = self.streams.at("validation")
         plain = type(objective).score is Objective.score
-        scores, cleans = [], []
+        scores, cleans, labels = [], [], []
         further: dict[str, list[Tensor]] = {}
         for chosen in torch.split(torch.arange(self.held), max(256, self.recipe.batch_size)):
             x, y, rows = self._rows(chosen)
+            labels.append(y.cpu())
             scores.append(objective.score(model, x, y, rows, streams.take(rows)).detach().float().cpu())
             cleans.append(scores[-1] if plain else correct(model, x, y).cpu())
             for name, each in objective.measures(model, x, y, rows, streams.take(rows)).items():
                 further.setdefault(name, []).append(each.detach().float().cpu())
-        return _mean(scores), _mean(cleans), {name: _mean(each) for name, each in further.items()}
+        figures = {name: _mean(each) for name, each in further.items()}
+        figures[TAIL_SCORE] = _tail(torch.cat(scores), torch.cat(labels))
+        return _mean(scores), _mean(cleans), figures
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -529,7 +566,8 @@ class _Run:
         _fill(self.model.module, groups["model"])
         if self.average is not None:
             _fill(self.average.module, groups["average"])
-        _load_optimizer(self.optimizer, groups.get("optimizer", {}))
+        if not self._finished(progress):  # else there was no need to prepare, and nothing steps any more
+            _load_optimizer(self.optimizer, groups.get("optimizer", {}))
         best = groups.get("best")
         self.best = None if best is None else {name: tensor.to(self.device) for name, tensor in best.items()}
         self.best_epoch = int(progress["best_epoch"])
@@ -591,6 +629,13 @@ def _mean(parts: Sequence[Tensor]) -> float:
     return float(torch.cat(list(parts)).double().mean())
 
 
+def _tail(scores: Tensor, y: Tensor) -> float:
+    """Mean over the weakest 30 % of the classes of their mean scores."""
+    means = {label: float(scores[y == label].double().mean()) for label in sorted(set(y.tolist()))}
+    weak = weakest(means)
+    return sum(means[label] for label in weak) / len(weak)
+
+
 class _Finite:
     """The first step whose loss was not finite; on an accelerator asked now and then, since asking means waiting."""
 
@@ -620,12 +665,12 @@ def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:
     return hashlib.sha256(f"{tensors_sha256(tensors.items())}|{progress}".encode()).hexdigest()
 
 
-def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    live = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in live if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in live if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def _optimizer(module: nn.Module, further: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = []
+    for parameters in (module.parameters(), further):
+        live = [parameter for parameter in parameters if parameter.requires_grad]
+        groups.append({"params": [p for p in live if p.dim() > 1], "weight_decay": recipe.weight_decay})
+        groups.append({"params": [p for p in live if p.dim() <= 1], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)

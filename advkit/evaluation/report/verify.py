@@ -21,7 +21,7 @@ import numpy as np
 from advkit.core.errors import ReportError
 from advkit.core.protocols import Outcome, Record
 from advkit.core.text import printable
-from advkit.evaluation.counts import by_label, count, measured
+from advkit.evaluation.counts import by_class, by_label, count, measured, tail_accuracy, weakest_classes
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.run.store import read_records
 
@@ -233,6 +233,10 @@ def figures_of(records: Sequence[Record]) -> dict[str, _Figure]:
     }
     if c.eight_bit is not None:
         figures["robust_accuracy_8bit"] = (c.eight_bit + c.correct - c.attackable, c.n)
+    if classes := by_class(records):
+        worst = classes[weakest_classes(classes)[0]]
+        figures["tail_30_accuracy"] = tail_accuracy(classes)
+        figures["worst_class_accuracy"] = (worst.right_after, worst.n)
     if len(by_label(records)) != 1:
         return figures
     values: dict[str, list[float | bool]] = defaultdict(list)
@@ -249,12 +253,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, _Figure]:
 
 def per_class_of(records: Sequence[Record]) -> list[tuple[int, int]]:
     """Robust samples and samples of every class, in the order of their numbers."""
-    groups: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.label is not None:
-            groups[record.label].append(record)
-    counts = [count(groups[label]) for label in sorted(groups)]
-    return [(c.right_after, c.n) for c in counts]
+    return [(c.right_after, c.n) for c in by_class(records).values()]
 
 
 def _within(name: str, records: Sequence[Record]) -> tuple[int, int] | None:
