@@ -8,7 +8,8 @@ stop: the collapse has to be seen.
 
 python benchmarks/catastrophic_overfitting.py --root FOLDER [--seeds 11,12,13] [--methods fgsm_rs,aaer] [--out FILE]
 
-`--task digits` repeats it on the embedded 8x8 digits, which needs no download.
+`--task digits` repeats it on the embedded 8x8 digits, which needs no download. A file that is there is continued:
+what it holds is not run again.
 """
 
 from __future__ import annotations
@@ -153,17 +154,20 @@ def main() -> None:
         data = Data(data.x[order], data.y[order], data.space, data.classes, data.name)
     test = next(iter(task.batches(1_000)))
     names = given.methods.split(",")
-    made: dict[str, Any] = {
-        "commit": commit(),
-        "task": given.task,
-        "eps": given.eps,
-        "epochs": given.epochs,
-        "forwards_per_image": {name: forwards(name, data, given.eps) for name in names},
-        "runs": [],
-    }
+    made: dict[str, Any] = {"task": given.task, "eps": given.eps, "epochs": given.epochs, "runs": []}
+    if given.out and given.out.exists():
+        held = json.loads(given.out.read_text())
+        if any(held[key] != made[key] for key in ("task", "eps", "epochs")):
+            raise SystemExit(f"{given.out} holds other settings: name another file")
+        made["runs"] = held["runs"]
+    done = {(run["method"], run["seed"]) for run in made["runs"]}
+    now = commit()
     for name in names:
         for seed in map(int, given.seeds.split(",")):
-            run = played(name, seed, data, test, given.eps, given.epochs)
+            if (name, seed) in done:
+                continue
+            run = {"commit": now, **played(name, seed, data, test, given.eps, given.epochs)}
+            run["forwards_per_image"] = forwards(name, data, given.eps)
             made["runs"].append(run)
             shown = {key: value for key, value in run.items() if key not in ("log", "defense")}
             print(json.dumps(shown), flush=True)
