@@ -17,7 +17,7 @@ from advkit.attacks import ATTACKS
 from advkit.core.checks import at_least, fraction, one_of
 from advkit.core.protocols import Data, Rng
 from advkit.defenses.adversarial.base import Mode, OnExamples, TrainingDefense, attacked
-from advkit.defenses.adversarial.single_step import input_gradient
+from advkit.defenses.adversarial.one_step import input_gradient
 from advkit.models.torch import named_tensors
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.training.loop import Epoch, Objective, Review
