@@ -30,7 +30,8 @@ def perturbed_names(module: nn.Module) -> list[str]:
 def perturbation(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
     """gamma |w| d / (|d| + 1e-20): up the gradient d of the loss, as long as gamma times the weight's own 2-norm."""
     length = gamma * torch.linalg.vector_norm(weight)
-    return length * gradient / (torch.linalg.vector_norm(gradient) + _TINY)
+    move: Tensor = length * gradient / (torch.linalg.vector_norm(gradient) + _TINY)
+    return move
 
 
 @dataclass(frozen=True, kw_only=True)
