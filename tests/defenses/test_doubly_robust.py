@@ -555,7 +555,7 @@ def test_the_log_says_how_many_samples_count(tmp_path: Path) -> None:
         ("eta=1.5", "eta is 1.5"),
         ("barrier=-1", "barrier is -1.0"),
         ("barrier=inf", "barrier is inf"),
-        ("implicit=true", "say barrier=0.01"),
+        ("implicit=true", "say barrier=0.001"),
         ("barrier=0.01,norm=l2", "linf alone"),
         ("outer=mart", "outer expects"),
         ("beta=2", "outer=ce has none"),
