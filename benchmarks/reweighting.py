@@ -67,7 +67,7 @@ class Protocol:
 PROTOCOLS = {
     "digits": Protocol("digits", "mlp:hidden=128+128", 0.15, 4, "epochs=25,batch_size=64,validation=0,select=last"),
     "fashion-mnist": Protocol(
-        "fashion-mnist:size=14,train=8000,root={root}", "cnn", 0.1, 5, "epochs=10,validation=0,select=last"
+        "fashion-mnist:size=14,train=8000,test=1000,root={root}", "cnn", 0.1, 5, "epochs=10,validation=0,select=last"
     ),
 }
 

@@ -30,7 +30,7 @@ from advkit.training.loop import fit
 EPS = 0.03
 ROWS = ("none", "tau=0", "tau=1", "tau=2", "tau=4")
 TASKS_BY_NAME = {
-    "fashion-mnist": ("fashion-mnist:size=14,train=10000,root={root}", "cnn", 2_000, 25, 0.3),
+    "fashion-mnist": ("fashion-mnist:size=14,train=10000,test=1000,root={root}", "cnn", 2_000, 25, 0.3),
     "digits": ("digits", "mlp:hidden=64", 480, 40, 0.3),
 }
 

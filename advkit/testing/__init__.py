@@ -1,8 +1,8 @@
 """The public contract kit: analytic victims, laws, and one check per kind of part.
 
-`check_attack(attack)`, `check_threat_model(threat)`, `check_defense(defense)`, `check_training(defense)` of a defense that
-trains, and `check_scenario(scenario)` raise AssertionError at the first law that is broken, naming it; ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of tokens),
-DEFENSE_LAWS and SCENARIO_LAWS hold the laws one by one.
+`check_attack(attack)`, `check_threat_model(threat)`, `check_defense(defense)`, `check_training(defense)` of a defense
+that trains, and `check_scenario(scenario)` raise AssertionError at the first law that is broken, naming it;
+ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of tokens), DEFENSE_LAWS and SCENARIO_LAWS hold the laws one by one.
 """
 
 from __future__ import annotations

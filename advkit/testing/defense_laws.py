@@ -147,9 +147,9 @@ def forgetful(shape: tuple[int, ...] = (2, 6, 6), classes: int = 3) -> TorchMode
 def check_training(defense: Any, model: TorchModel | None = None, data: Data | None = None) -> None:
     """The laws of a defense that trains, on `model` (default: a small net with batch statistics and dropout).
 
-    A run that is cut off in the middle of its last epoch, and taken up by a fresh objective, ends with the same weights,
-    to the bit; a loss inside `Objective.trial()` leaves no trace. Give it a recipe of a few epochs of a few steps each.
-    Raises AssertionError naming the law that is broken.
+    A run that is cut off in the middle of its last epoch, and taken up by a fresh objective, ends with the same weights
+    and the same log, to the bit; a loss inside `Objective.trial()` leaves no trace. Give it a recipe of a few epochs of
+    a few steps each. Raises AssertionError naming the law that is broken.
     """
     require(isinstance(defense, Trains), f"{defense!r} is no defense that trains")
     data = stripes() if data is None else data
@@ -172,9 +172,10 @@ def check_training(defense: Any, model: TorchModel | None = None, data: Data | N
         objective.loss = one
         return objective
 
-    def run(objective: Any, out: str | None = None) -> str:
+    def run(objective: Any, out: str | None = None) -> tuple[str, str]:
         done = fit(model, data, objective, defense.recipe, rng, out=out, progress=False)
-        return done.last.state_sha256() + done.model.state_sha256()
+        log = [(each.loss, each.score, each.clean, sorted(each.figures.items())) for each in done.log]
+        return done.last.state_sha256() + done.model.state_sha256(), repr(log)
 
     whole = run(counted())
     steps = asked[0]
@@ -190,7 +191,8 @@ def check_training(defense: Any, model: TorchModel | None = None, data: Data | N
     require(
         1 < again < steps, f"law resumes_exactly: {defense!r}: {again} of {steps} steps were made anew; expected some"
     )
-    require(resumed == whole, f"law resumes_exactly: {defense!r}: a resumed run ends with other weights")
+    for part, one, other in zip(("weights", "figures in its log"), whole, resumed, strict=True):
+        require(one == other, f"law resumes_exactly: {defense!r}: a resumed run ends with other {part}")
     _trial_leaves_no_trace(defense, model.copy(), data, rng)
 
 

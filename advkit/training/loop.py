@@ -34,6 +34,7 @@ from advkit.core.tail import weakest
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
 from advkit.training.augment import AUGMENTATIONS
+from advkit.training.lars import LARS
 
 log = logging.getLogger("advkit")
 
@@ -51,9 +52,9 @@ class Recipe:
 
     epochs:       passes over the training rows
     batch_size:   rows per step; a last batch of a single row joins the one before
-    optimizer:    "adam" or "sgd"
+    optimizer:    "adam", "sgd", or "lars" for very large batches (`advkit.training.lars`)
     lr:           peak learning rate
-    momentum:     of sgd
+    momentum:     of sgd and lars
     weight_decay: L2 coefficient on weights with two axes or more; biases and normalisation parameters are spared
     schedule:     "none"; "cosine" to zero; "onecycle": linearly up from zero, and down again from half time; "steps": a
                   tenth at half time, a hundredth at three quarters
@@ -68,7 +69,7 @@ class Recipe:
 
     epochs: int = 10
     batch_size: int = 128
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "lars"] = "adam"
     lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -85,7 +86,7 @@ class Recipe:
         check(self, "lr", self.lr > 0 and math.isfinite(self.lr), "a positive number")
         not_negative(self, "weight_decay")
         fraction(self, "momentum", "ema", "validation", ends="[)")
-        one_of(self, "optimizer", ("adam", "sgd"))
+        one_of(self, "optimizer", ("adam", "sgd", "lars"))
         one_of(self, "schedule", ("none", "cosine", "onecycle", "steps"))
         one_of(self, "augment", tuple(AUGMENTATIONS))
         one_of(self, "select", ("best", "last"))
@@ -674,6 +675,8 @@ def _optimizer(module: nn.Module, further: Sequence[nn.Parameter], recipe: Recip
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    if recipe.optimizer == "lars":
+        return LARS(groups, lr=recipe.lr, momentum=recipe.momentum)
     return torch.optim.Adam(groups, lr=recipe.lr)
 
 

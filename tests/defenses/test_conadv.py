@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from advkit.attacks.gradient.pgd import PGD
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.defenses import DEFENSES
+from advkit.defenses.adversarial.base import correct_under
 from advkit.defenses.adversarial.conadv import ConAdv, ConAdvObjective
 from advkit.models import MODELS
 from advkit.models.torch import TorchModel
@@ -302,3 +304,34 @@ def test_nonsense_is_refused(spec: str, said: str) -> None:
     with pytest.raises(UsageError) as refused:
         DEFENSES.build(spec)
     assert said in str(refused.value)
+
+
+@pytest.mark.slow
+def test_weights_one_step_old_cost_nothing_in_large_batches_of_digits() -> None:
+    """Three steps per epoch. benchmarks/stale_attacks.py has the protocol on Fashion-MNIST."""
+    data = TASKS.build("digits").training()
+    test = next(iter(TASKS.build("digits").batches(360)))
+    recipe = Recipe(
+        epochs=40, batch_size=480, optimizer="sgd", lr=0.3, schedule="onecycle", validation=0.0, select="last"
+    )
+    found: dict[str, list[tuple[float, float]]] = {}
+    cosines = []
+    for seed in (0, 1, 2):
+        for name in ("none", "conadv:eps=0.1,tau=0", "conadv:eps=0.1,tau=1,watch=1"):
+            rng = RowRng.from_ids(seed, ["training"]).at("train")
+            model = MODELS.build("mlp:hidden=64")((1, 8, 8), 10, rng.at("init"), space=data.space)
+            objective: Any = DEFENSES.build(name).objective()
+            done = fit(model, data, objective, recipe, rng, progress=False)
+            clean = float((done.last(test.x).argmax(1) == test.labels).float().mean())
+            attack = PGD(steps=10, step_size=0.25)
+            right = correct_under(done.last, attack, test.x, test.labels, Linf(0.1), streams(360))
+            found.setdefault(name, []).append((clean, float(right.float().mean())))
+            cosines += [each.figures["stale_cosine"] for each in done.log[30:] if "stale_cosine" in each.figures]
+    (plain, plain_pgd), (fresh, fresh_pgd), (old, old_pgd) = (
+        [sum(values) / 3 for values in zip(*runs, strict=True)] for runs in found.values()
+    )
+    assert abs(old - fresh) <= 0.015
+    assert abs(old_pgd - fresh_pgd) <= 0.03
+    assert min(old_pgd, fresh_pgd) >= plain_pgd + 0.1
+    assert plain > 0.9
+    assert min(cosines) >= 0.95

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from advkit.attacks.gradient.pgd import PGD
 from advkit.cli.main import run
 from advkit.core.errors import BadModel, UsageError
 from advkit.core.oracle import Lanes, MeteredOracle
@@ -23,7 +24,7 @@ from advkit.core.spaces import Box
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial import doubly_robust
 from advkit.defenses.adversarial.barrier import INSIDE, BarrierAttack, Walls, central, give
-from advkit.defenses.adversarial.base import attacked
+from advkit.defenses.adversarial.base import attacked, correct_under
 from advkit.defenses.adversarial.doubly_robust import DoublyRobust, divergences, implicit_term, kl, tracked, value
 from advkit.defenses.adversarial.pgd_at import PGDAT
 from advkit.defenses.adversarial.trades import TRADES, divergence
@@ -554,7 +555,7 @@ def test_the_log_says_how_many_samples_count(tmp_path: Path) -> None:
         ("eta=1.5", "eta is 1.5"),
         ("barrier=-1", "barrier is -1.0"),
         ("barrier=inf", "barrier is inf"),
-        ("implicit=true", "say barrier=0.01"),
+        ("implicit=true", "say barrier=0.001"),
         ("barrier=0.01,norm=l2", "linf alone"),
         ("outer=mart", "outer expects"),
         ("beta=2", "outer=ce has none"),
@@ -570,3 +571,32 @@ def test_nonsense_ends_with_one_line_and_status_2(
     assert status == 2
     assert said in shown
     assert "Traceback" not in shown
+
+
+def shares_right(model: TorchModel, eps: float) -> tuple[float, float]:
+    """Accuracy under PGD-20 on the test digits, and its mean over the three weakest classes."""
+    test = next(iter(TASKS.build("digits").batches(360)))
+    right = correct_under(model, PGD(steps=20, step_size=0.25), test.x, test.labels, Linf(eps), streams(360))
+    by_class = sorted(float(right[test.labels == label].float().mean()) for label in range(10))
+    return float(right.float().mean()), sum(by_class[:3]) / 3
+
+
+@pytest.mark.slow
+def test_the_weakest_classes_of_imbalanced_digits_gain() -> None:
+    """benchmarks/reweighting.py has five seeds and more settings; docs/doubly_robust.json its figures."""
+    data = TASKS.build("digits:imbalance=0.2").training()
+    recipe = Recipe(epochs=25, batch_size=64, validation=0.0, select="last")
+    tails, means = [], []
+    for seed in (0, 1, 2):
+        figures = []
+        for r in (math.inf, 0.5):
+            defense = DoublyRobust(eps=0.15, steps=4, r=r, recipe=recipe)
+            rng = RowRng.from_ids(seed, ["training"]).at("train")
+            model = MODELS.build("mlp:hidden=128+128")((1, 8, 8), 10, rng.at("init"), space=data.space)
+            done = fit(model, data, defense.objective(), recipe, rng, progress=False)
+            figures.append(shares_right(done.last, 0.15))
+        means.append(figures[1][0] - figures[0][0])
+        tails.append(figures[1][1] - figures[0][1])
+    assert all(gain > 0 for gain in tails)
+    assert sum(tails) / 3 >= 0.05
+    assert sum(means) / 3 >= -0.01

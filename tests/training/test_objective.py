@@ -60,9 +60,9 @@ class Scaled(Objective):
                 self.scale.copy_(state["scale"])
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lars"])
 def test_weights_of_the_objective_are_trained_and_survive(optimizer: str, tmp_path: Path) -> None:
-    recipe = Recipe(epochs=3, batch_size=16, optimizer=optimizer, lr=0.05, weight_decay=0.1)
+    recipe = Recipe(epochs=3, batch_size=16, optimizer=optimizer, lr=0.5, weight_decay=0.1)
     whole = Scaled()
     done = fit(small(), blobs(), whole, recipe, RNG, progress=False)
     assert not torch.equal(whole.scale, torch.ones(1, 4))

@@ -30,17 +30,19 @@ def perturbed_names(module: nn.Module) -> list[str]:
 def perturbation(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
     """gamma |w| d / (|d| + 1e-20): up the gradient d of the loss, as long as gamma times the weight's own 2-norm."""
     length = gamma * torch.linalg.vector_norm(weight)
-    return length * gradient / (torch.linalg.vector_norm(gradient) + _TINY)
+    move: Tensor = length * gradient / (torch.linalg.vector_norm(gradient) + _TINY)
+    return move
 
 
 @dataclass(frozen=True, kw_only=True)
 class AWP(Trains):
-    """AWP: before every step the weights move a little up the loss of the same batch, the gradient is taken there, the
-    optimiser steps, and the move is taken back.
+    """AWP, adversarial weight perturbation: any training defense, its gradients taken at slightly worse weights.
 
-    Goes around any training defense. The move of each weight tensor is gamma times as long as the tensor. Where the
-    defense makes adversarial examples, they are made once, on the unperturbed weights. The authors' code trains a copy
-    for one step to get the direction; here it is one gradient. Batch statistics move only in the second pass.
+    Before every step the weights move a little up the loss of the same batch, the gradient is taken there, the
+    optimiser steps, and the move is taken back. The move of each weight tensor is gamma times as long as the tensor.
+    Where the defense makes adversarial examples, they are made once, on the unperturbed weights. The authors' code
+    trains a copy for one step to get the direction; here it is one gradient. Batch statistics move only in the second
+    pass.
 
     base:    the defense it goes around: pgd_at, trades, mart..., with its settings in brackets: [trades:beta=6]
     gamma:   length of the move in units of each weight tensor's 2-norm, >= 0; 0.01 for pgd_at and 0.005 for trades in

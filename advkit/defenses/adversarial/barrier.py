@@ -18,7 +18,7 @@ _START = 0.99
 
 
 class Walls(NamedTuple):
-    """What each value may be: within `half` of `middle`, both [B, ...]. On each side the nearer wall of ball and box."""
+    """What each value may be: within `half` of `middle`, both [B, ...], up to the nearer walls of ball and box."""
 
     middle: Tensor
     half: Tensor

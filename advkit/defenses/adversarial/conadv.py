@@ -88,13 +88,12 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class ConAdv(TrainingDefense):
-    """ConAdv, concurrent adversarial learning: clean and adversarial cross-entropy in one step, where the adversarial
-    images were made with the weights of tau steps before.
+    """ConAdv: cross-entropy on clean images and on adversarial ones made with the weights of some steps before.
 
-    Made for very large batches, in which adversarial images are an augmentation and can be made on other machines while
-    the step before is still running. No robustness is claimed; the default radius is small. One process makes both
-    streams one after the other: the same mathematics, no gain of time. LARS, which the paper trains with, is not among
-    the recipe's optimizers.
+    Concurrent adversarial learning, made for very large batches, in which adversarial images are an augmentation and
+    can be made on other machines while the step before is still running. No robustness is claimed; the default radius
+    is small. One process makes both streams one after the other: the same mathematics, no gain of time. The paper
+    trains with LARS (`optimizer=lars`).
 
     tau:     age of the weights that the attack sees, in steps, >= 0; 0 is the sequential method (DisAdv)
     weight:  of the adversarial loss, in [0, 1]; the clean one gets the rest

@@ -109,12 +109,12 @@ def tracked(log_u: Tensor, losses: Tensor, r: float, rate: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DoublyRobust(AdversarialTraining):
-    """Doubly robust instance-reweighted adversarial training: every sample's adversarial loss is weighted by the worst
-    reweighting of the training set that a KL price allows, in closed form.
+    """Doubly robust training: PGD adversarial training under the worst reweighting of the samples at a KL price.
 
-    The defaults are the minimal version: PGD inside, softmax weights within the batch, no implicit term. The full
-    version of the paper is `eta=0.1,barrier=0.01,implicit=true`. Judge it by `tail_30_accuracy`: it lifts weak and rare
-    classes, and there is little to gain on balanced data.
+    The weights have a closed form, the softmax of the adversarial losses over the price. The defaults are the minimal
+    version: PGD inside, softmax weights within the batch, no implicit term. The full version of the paper is
+    `eta=0.1,barrier=0.001,implicit=true`. Judge it by `tail_30_accuracy`: it lifts weak and rare classes, and there
+    is little to gain on balanced data.
 
     r:        price of leaving uniform weights, in nats, > 0; inf is the method without weights (pgd_at, trades); small
               values look at the worst sample alone. 1 where rho is not given
@@ -163,7 +163,7 @@ class DoublyRobust(AdversarialTraining):
         if self.barrier and self.norm != "linf":
             raise UsageError(f"barrier={self.barrier:g} with norm={self.norm}: the barrier is written for linf alone")
         if self.implicit and not self.barrier:
-            raise UsageError("implicit=true differentiates the solution under a barrier: say barrier=0.01, for example")
+            raise UsageError("implicit=true differentiates the solution under a barrier: say barrier=0.001")
         if self.beta is not None and self.outer == "ce":
             raise UsageError(
                 f"beta={self.beta:g} weighs the second term of outer=trades and outer=alp; outer=ce has none"

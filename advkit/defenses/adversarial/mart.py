@@ -41,10 +41,11 @@ def loss(nat: Tensor, adv: Tensor, y: Tensor, beta: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MART(AdversarialTraining):
-    """MART: a boosted cross-entropy on adversarial images, plus beta times the divergence from the clean output,
-    weighted by how wrong the model is about the clean image.
+    """MART: boosted cross-entropy on adversarial images, plus a divergence that counts more for misclassified ones.
 
-    The inner attack maximises the cross-entropy and starts at the image plus 0.001 N(0, 1), kept inside the space.
+    The divergence is that of the adversarial output from the clean one, weighted by 1 - the clean image's probability
+    of its label. The inner attack maximises the cross-entropy and starts at the image plus 0.001 N(0, 1), kept inside
+    the space.
 
     beta: weight of the divergence, >= 0; 5 in the paper, 6 in the released code
     """
