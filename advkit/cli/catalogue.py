@@ -64,7 +64,6 @@ _NORMS: dict[str, Words] = {
     "advkit.attacks.stream": (*_LP, "l0"),
     "advkit.attacks.events.spiking": (*_LP, "l0"),
     "advkit.attacks.peers": (*_LP, "l0"),
-    "advkit.attacks.peers:ART": _LP,
 }
 _ADMIX: Words = ("untargeted", "targeted", "ordered-topk", "topk")  # it tells other classes by the goal's kind
 _GOALS: dict[str, Words] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
@@ -204,7 +205,11 @@ def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress
         raise BadModel(f"model {name} has no trained weights, and the defense {spec} does not train any")
     folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
     log.info("training %s with %s on %s (kept in %s)", name, spec, task.name, folder)
-    fitted = _fit(start, guard, data, seed, device, folder, progress)
+    try:
+        with claimed(folder, wait=True):  # another process may be training the same
+            fitted = _fit(start, guard, data, seed, device, folder, progress)
+    except OSError as error:
+        raise UsageError(f"the cache {folder} can't be written ({why(error)}): set ADVKIT_CACHE to a folder") from error
     return Victim(fitted.model, f"trained here, seed {seed}")
 
 
@@ -266,61 +271,55 @@ def train_victim(
             f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
         )
     out = Path(out)
-    fresh = _claim(out, _fingerprint(start, guard, data, seed))
+    file = out / "model.safetensors"
+    spec = DEFENSES.label(guard)
+    extra = {"task": TASKS.label(work), "defense": spec, "seed": seed, "data": _data_digest(data)}
+    fresh = False
     try:
-        fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
+        with claimed(out):
+            fresh = _claim(out, _fingerprint(start, guard, data, seed))
+            fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
+            sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
+            made: dict[str, Any] = {
+                "file": str(file),
+                "sha256": sha256,
+                "model": fitted.model.describe().architecture,
+                "defense": spec,
+                "task": extra["task"],
+                "seed": seed,
+                "epochs": len(fitted.log),
+                "best_epoch": fitted.best_epoch,
+                "score": None if math.isnan(fitted.best.score) else fitted.best.score,
+                "halted": fitted.halted,
+            }
+            report, curves = write_training_report(out, made, asdict(guard.recipe), log_entries(fitted.log))
+    except OSError as error:
+        raise UsageError(f"the folder {out} can't be written ({why(error)}): name another --out") from error
     except UsageError:
         if fresh and not (out / "training").exists():
             _unclaim(out)
         raise
-    file = out / "model.safetensors"
-    spec = DEFENSES.label(guard)
-    extra = {"task": TASKS.label(work), "defense": spec, "seed": seed, "data": _data_digest(data)}
-    sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
-    made: dict[str, Any] = {
-        "file": str(file),
-        "sha256": sha256,
-        "model": fitted.model.describe().architecture,
-        "defense": spec,
-        "task": extra["task"],
-        "seed": seed,
-        "epochs": len(fitted.log),
-        "best_epoch": fitted.best_epoch,
-        "score": None if math.isnan(fitted.best.score) else fitted.best.score,
-        "halted": fitted.halted,
-    }
-    report, curves = write_training_report(out, made, asdict(guard.recipe), log_entries(fitted.log))
     return {**made, "report": str(report), "curves": str(curves)}
 
 
 def _claim(folder: Path, fingerprint: str) -> bool:
-    """Mark a folder as this training's and say whether it is new to it.
-
-    Raises StaleRun for another's folder, UsageError where it can't be written.
-    """
+    """Mark a folder as this training's and say whether it is new to it; raises StaleRun for another's, or OSError."""
     mark = folder / MARK
-    try:
-        fresh = not mark.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not fresh:
-            if mark.read_text(encoding="utf-8").strip() != fingerprint:
-                raise StaleRun(f"{folder} holds another training (other settings, data or seed): name another --out")
-        else:
-            temporary = mark.with_suffix(".tmp")
-            temporary.write_text(fingerprint + "\n", encoding="utf-8")
-            os.replace(temporary, mark)
-    except OSError as error:
-        raise UsageError(
-            f"the folder {folder} can't be written ({error.strerror or error}): name another --out"
-        ) from error
+    fresh = not mark.exists()
+    if fresh:
+        write_whole(mark, fingerprint + "\n")
+    elif mark.read_bytes().strip() != fingerprint.encode():
+        raise StaleRun(f"{folder} holds another training (other settings, data or seed): name another --out")
     return fresh
 
 
 def _unclaim(folder: Path) -> None:
-    """Take the mark away again, and the folder where nothing else is in it."""
+    """Take the folder away again where nothing was trained in it."""
     with suppress(OSError):
-        (folder / MARK).unlink()
-        folder.rmdir()
+        if {each.name for each in folder.iterdir()} <= {MARK, LOCK}:
+            for each in folder.iterdir():
+                each.unlink()
+            folder.rmdir()
 
 
 def _data_digest(data: Any) -> str:

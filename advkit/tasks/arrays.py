@@ -68,9 +68,13 @@ def as_labels(value: Any, what: str) -> Tensor:
     tensor = _tensor(value, what)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise BadInput(f"{what} is of type {tensor.dtype}; expected whole numbers, one label per sample")
-    if tensor.numel() and int(tensor.max()) > MOST_CLASSES:
-        raise BadInput(f"{what} has a label {int(tensor.max())}; expected 0 to {MOST_CLASSES}")
-    return tensor.long()
+    labels = tensor.long()
+    wrapped = not tensor.dtype.is_signed and bool((labels < 0).any())  # 64 bits without a sign
+    if wrapped or (labels.numel() and int(labels.max()) > MOST_CLASSES):
+        raise BadInput(
+            f"{what} has a label {'beyond 2**63' if wrapped else int(labels.max())}; expected 0 to {MOST_CLASSES}"
+        )
+    return labels
 
 
 def _tensor(value: Any, what: str) -> Tensor:

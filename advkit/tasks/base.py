@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from advkit.core.checks import fraction
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Batch, Data, Hashed, TaskDefaults
+from advkit.core.protocols import Batch, Data, Hashed, KnowsIds, TaskDefaults
 from advkit.core.spaces import Box
 
 DATA_VARIABLE = "ADVKIT_DATA"
@@ -75,7 +75,7 @@ class Rows:
     ids: tuple[str, ...]
 
 
-class ClassificationTask(Hashed):
+class ClassificationTask(Hashed, KnowsIds):
     """What every labelled task shares; a subclass says `rows` or, where rows do not fit in memory, `fetch`.
 
     The goal of a batch is Untargeted. Batches of any size and any `skip` hand out the same rows under the same ids.
@@ -93,6 +93,7 @@ class ClassificationTask(Hashed):
         """Legal inputs."""
 
     @property
+    @override
     @abstractmethod
     def ids(self) -> tuple[str, ...]:
         """One per row, in order."""
@@ -304,6 +305,13 @@ def default_ball(space: Any) -> str:
         return ""
     width = float(widths[0])
     return "linf:eps=8/255" if width == 1 else f"linf:eps={8 * width / 255:.6g}"
+
+
+def check_names(paths: Iterable[Path]) -> None:
+    """BadInput where a file's name is no text: its sample could have no id."""
+    for path in paths:
+        if any("\ud800" <= letter <= "\udfff" for letter in path.as_posix()):
+            raise BadInput(f"{path} has a name that is no UTF-8 text, and samples are known by their names: rename it")
 
 
 def row_ids(name: str, split: str, n: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from advkit.tasks.base import DATA_VARIABLE, ImbalancedTask, Rows, data_folder, 
 EMBEDDED = 1_000
 EMBEDDED_SHA256 = "99324003f90225ff171e1aec72f674b69ec6865868cc89648a79ce554830d86d"  # image bytes, label bytes
 SIDE = 28
+AXES = 3
+LARGEST = 1 << 28
+"""Bytes of one file that are read at most; the largest published one has 47 million."""
 FILES = {"test": "t10k", "train": "train"}
 NAMES = (
     "T-shirt/top",
@@ -47,19 +50,26 @@ HOW = "download the four .gz files from https://github.com/zalandoresearch/fashi
 def read_idx(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """The array in an idx file of unsigned bytes, gzipped or not; BadInput where it is damaged or another kind."""
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        with path.open("rb") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"
+            stream = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if packed else raw
+            shape = _idx_shape(stream.read(4 + 4 * AXES), path)
+            size = math.prod(shape)
+            if size > LARGEST:
+                raise BadInput(f"{path} says {list(shape)}; at most {LARGEST:,} bytes are read: {HOW} again")
+            stream.seek(4 + 4 * len(shape))
+            content = stream.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} can't be read ({error}); {HOW} again") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+    if len(content) != size:
+        raise BadInput(f"{path} says {list(shape)} and holds other than {size:,} bytes; it is damaged: {HOW} again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def _idx_shape(head: bytes, path: Path) -> tuple[int, ...]:
+    if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= AXES or len(head) < 4 + 4 * head[3]:
         raise BadInput(f"{path} is no idx file of bytes; expected one of the four files: {HOW}")
-    dimensions = content[3]
-    start = 4 + 4 * dimensions
-    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
-    if len(content) != start + math.prod(shape):
-        raise BadInput(f"{path} says {list(shape)} and holds {len(content) - start} bytes; it is cut off: {HOW} again")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    return tuple(int.from_bytes(head[4 + 4 * i : 8 + 4 * i], "big") for i in range(head[3]))
 
 
 def find_idx(folder: Path, stem: str) -> Path | None:

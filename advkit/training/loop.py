@@ -27,10 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advkit.core.checks import at_least_one, check, fraction, not_negative, one_of
-from advkit.core.errors import BadInput, BadModel, CheckpointError, StaleRun, UsageError
+from advkit.core.errors import AdvkitError, BadInput, BadModel, CheckpointError, StaleRun, UsageError
 from advkit.core.protocols import Data, Rng
 from advkit.core.rng import RowRng
+from advkit.core.strict_json import read_object
 from advkit.core.tail import weakest
+from advkit.core.text import first_line
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
 from advkit.training.augment import AUGMENTATIONS
@@ -412,7 +414,7 @@ class _Run:
 
     def _finished(self, progress: Mapping[str, Any]) -> bool:
         """Whether a saved run has nothing left to train."""
-        return progress["epochs"] >= self.passes or bool(progress.get("halted"))
+        return progress["epochs"] >= self.passes or bool(progress["halted"])
 
     def _batches(self, epoch: int) -> list[Tensor]:
         generator = self.rng.at("shuffle", epoch).generator()
@@ -557,9 +559,16 @@ class _Run:
             )
         if metadata.get("seal") != _seal(tensors, metadata.get("progress", "")):
             raise CheckpointError(f"{path} is damaged; remove it and train again")
-        return tensors, json.loads(metadata["progress"])
+        with _readable(path):
+            return tensors, _progress(metadata["progress"], self.passes)
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        assert self.out is not None
+        with _readable(self.out / CHECKPOINT):
+            self._take(tensors, progress)
+        log.info("training goes on after epoch %d of %d", len(self.log), self.passes)
+
+    def _take(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
@@ -570,13 +579,12 @@ class _Run:
         if not self._finished(progress):  # else there was no need to prepare, and nothing steps any more
             _load_optimizer(self.optimizer, groups.get("optimizer", {}))
         best = groups.get("best")
-        self.best = None if best is None else {name: tensor.to(self.device) for name, tensor in best.items()}
-        self.best_epoch = int(progress["best_epoch"])
-        self.best_score = -math.inf if progress["best_score"] is None else float(progress["best_score"])
-        self.log = [_entry(each) for each in progress["log"]]
-        self.halted = str(progress.get("halted", ""))
+        if best is not None:
+            _check_weights(self.scored.module, best)
+            self.best = {name: tensor.to(self.device) for name, tensor in best.items()}
+        self.best_epoch, self.log, self.halted = progress["best_epoch"], progress["log"], progress["halted"]
+        self.best_score = -math.inf if progress["best_score"] is None else progress["best_score"]
         self.objective.load({name: tensor.to(self.device) for name, tensor in groups.get("objective", {}).items()})
-        log.info("training goes on after epoch %d of %d", len(self.log), self.passes)
 
     def _save(self) -> None:
         if self.out is None:
@@ -604,6 +612,55 @@ class _Run:
         write_atomically(self.out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """CheckpointError where a training checkpoint does not hold the state of this training: a seal is no signature."""
+    try:
+        yield
+    except AdvkitError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} holds no state of this training ({first_line(error)}): remove it and train again"
+        ) from error
+
+
+def _progress(text: str, epochs: int) -> dict[str, Any]:
+    """How far a training is; ValueError and its kin where the text does not say it."""
+    read = read_object(text)
+    found = [_entry(each) for each in read["log"]]
+    if read["epochs"] != len(found) or not 1 <= len(found) <= epochs:
+        raise ValueError(f"it is after {len(found)} of {epochs} epochs")
+    if [each.epoch for each in found] != list(range(1, len(found) + 1)):
+        raise ValueError("its epochs are not in order")
+    best, score = read["best_epoch"], read["best_score"]
+    if type(best) is not int or not len(found) // epochs <= best <= len(found):  # the last epoch is always scored
+        raise ValueError(f"its best epoch is {best!r:.40}")
+    best_score = None if score is None else _number(score)
+    halted = read.get("halted", "")
+    if type(halted) is not str:
+        raise ValueError(f"it says {halted!r:.40} of why it ended")
+    return {"epochs": len(found), "log": found, "best_epoch": best, "best_score": best_score, "halted": halted}
+
+
+def _entry(written: Mapping[str, Any]) -> Epoch:
+    """The inverse of `log_entries`, for one epoch; figures came later than the rest."""
+    values: dict[str, Any] = {
+        key: value if key == "epoch" else _number(value) for key, value in written.items() if key != "figures"
+    }
+    figures = {key: _number(value) for key, value in dict(written.get("figures", {})).items()}
+    return Epoch(**values, figures=figures)
+
+
+def _number(value: Any) -> float:
+    """A number of the log; NaN for null, which is what was not measured."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r:.40} is no number")
+    return float(value)
+
+
 def log_entries(log: Sequence[Epoch]) -> list[dict[str, Any]]:
     """The log as JSON values: null for what was not measured, since JSON has no NaN."""
 
@@ -613,17 +670,6 @@ def log_entries(log: Sequence[Epoch]) -> list[dict[str, Any]]:
         return None if isinstance(value, float) and math.isnan(value) else value
 
     return [plain(asdict(epoch)) for epoch in log]
-
-
-def _entry(written: Mapping[str, Any]) -> Epoch:
-    """The inverse of `log_entries`, for one epoch."""
-
-    def full(value: Any) -> Any:
-        return math.nan if value is None else value
-
-    values = {key: full(value) for key, value in written.items()}
-    values["figures"] = {key: full(value) for key, value in written.get("figures", {}).items()}
-    return Epoch(**values)
 
 
 def _mean(parts: Sequence[Tensor]) -> float:
@@ -696,13 +742,25 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     for name, tensor in tensors.items():
         place, _, key = name.partition("/")
         state.setdefault(int(place), {})[key] = tensor
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    kinds = {frozenset(held) for held in state.values()}
+    if not set(state) <= set(range(len(parameters))) or len(kinds) > 1:
+        raise ValueError("the optimiser's state is not that of these parameters")
+    for place, held in state.items():
+        if any(tensor.ndim and tensor.shape != parameters[place].shape for tensor in held.values()):
+            raise ValueError("the optimiser's state has other shapes than the parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    wanted = named_tensors(module)
-    if set(wanted) != set(tensors):
+def _check_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in named_tensors(module).items()}
+    if wanted != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
         raise CheckpointError("the training checkpoint's weights are not this model's; remove it and train again")
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    _check_weights(module, tensors)
+    wanted = named_tensors(module)
     with torch.no_grad():
         for name, tensor in tensors.items():
             wanted[name].copy_(tensor)

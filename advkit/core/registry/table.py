@@ -172,6 +172,14 @@ class Registry(Generic[T]):
         if not isinstance(spec, str):
             self._check_object(spec)
             return spec
+        try:
+            return self._built(spec)
+        except RecursionError:
+            if _inside.get():
+                raise
+            raise SpecError(f"{spec!r} is nested too deeply: a part in a part in a part is enough") from None
+
+    def _built(self, spec: str) -> T:
         parsed = parse_spec(spec)
         known = self.known(parsed.name)
         cls = self.load(known)

@@ -21,6 +21,7 @@ from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.oracle import MeteredOracle, frozen
 from advkit.core.protocols import Ball, Boxed, Data, Rng
 from advkit.core.rng import RowRng
+from advkit.core.text import first_line
 from advkit.defenses.adversarial.base import in_mode
 from advkit.models.torch import tensors_sha256
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -125,10 +126,20 @@ def stored_copies(
         if not path.is_file():
             log.info("making transfer images on %s, copy %d of %d", maker.key[:12], copy + 1, copies)
             _write(path, maker, data, copy)
-        parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        if parts[-1].shape != data.x.shape or parts[-1].dtype != np.uint8:
-            raise UsageError(f"{path} does not hold the transfer images it is named after; delete it")
+        parts.append(_stored(path, tuple(data.x.shape)))
     return tuple(parts)
+
+
+def _stored(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a header is Python text that numpy reads: what it raises is not to be listed
+        raise UsageError(
+            f"{path} holds no transfer images ({first_line(error)}): delete it, and they are made again"
+        ) from error
+    if found.shape != shape or found.dtype != np.uint8:
+        raise UsageError(f"{path} does not hold the transfer images it is named after: delete it")
+    return found
 
 
 def _write(path: Path, maker: Maker, data: Data, copy: int) -> None:

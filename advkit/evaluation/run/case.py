@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from advkit.core.protocols import Attack, Boxed, Data, Defense, Label, Model, Rule, Surrogates, Task, ThreatModel
+from advkit.core.protocols import (
+    Attack,
+    Boxed,
+    Data,
+    Defense,
+    Judged,
+    Label,
+    Model,
+    Rule,
+    Surrogates,
+    Task,
+    ThreatModel,
+)
 from advkit.core.speed import Speed
 
 if TYPE_CHECKING:
@@ -19,6 +31,9 @@ if TYPE_CHECKING:
 
 Surrogate = tuple[str, Model[Any, Any]]
 """A model that the attacker owns, by the name that records use."""
+
+NOT_TARGET = "samples whose label and clean answer are not the target"
+"""What a goal other than untargeted is sought on, right or wrong when clean."""
 
 
 def digest_of(value: Any) -> str:
@@ -77,6 +92,14 @@ class Case:
     views: FastViews | None = field(default=None, compare=False, repr=False)
     exact: frozenset[str] = field(default=frozenset(), repr=False)
 
+    @property
+    def aimed(self) -> bool:
+        """Whether rows that are wrong when clean are attacked too, because the attacker wants a certain answer.
+
+        A language model has two answers here, and the wrong one is what the attacker wants: there is no third.
+        """
+        return self.rule.kind != "untargeted" and not isinstance(self.rule, Judged)
+
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.
 
@@ -86,6 +109,9 @@ class Case:
         # Named only where it changes anything, so that runs in full precision keep the digests they always had.
         named = {name: spec for name, spec in self.specs.items() if name != "speed"}
         speed = {"speed": str(self.speed)} if self.speed.switches else {}
+        # Records of version 0.1 left these rows out, or went by a random victim's first answer to the clean row.
+        counted = {"attacked": NOT_TARGET} if self.aimed else {}
+        counted |= {"clean": "majority of draws"} if self.randomized else {}
         return {
             "specs": {**named, "model": info.architecture or info.name, **speed},
             "label": str(self.label),
@@ -96,6 +122,7 @@ class Case:
             "n": self.n,
             "seed": self.seed,
             "draws": self.draws if self.randomized else 1,
+            **counted,
         }
 
     def digest(self) -> str:

@@ -22,6 +22,7 @@ from advkit.core.protocols import (
     Stage,
     Suite,
     Undefended,
+    ids_of,
     on_streams,
 )
 from advkit.defenses import DEFENSES
@@ -114,7 +115,7 @@ class Evasion(BaseScenario):
         Which rows a stage takes follows from the records alone, so a resumed run takes the same.
         """
         done = dict(records)
-        order = [row for batch in case.task.batches(1024, n=case.n) for row in batch.ids]
+        order = ids_of(case.task, case.n)
         closeness = dict.fromkeys(order, math.inf)  # of the rows that are still robust
         escalated = False
         for stage in schedule(case.attack):

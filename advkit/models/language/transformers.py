@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from advkit.core.errors import BadModel, CheckpointError, MissingExtra
+from advkit.core.errors import AdvkitError, BadModel, CheckpointError, MissingExtra
+from advkit.core.text import first_line
 from advkit.models.language.decoder import Network
 from advkit.models.language.model import LanguageModel
 from advkit.models.language.passes import Running
@@ -74,9 +75,9 @@ class ChatTokenizer(Templated):
     with the words belongs to them. Marks that the template uses are special, whatever the tokenizer calls them. Where a
     template writes today's date it is 26 July 2024, so that a run can be repeated.
 
-    A tokenizer without a template gives the model the user's words as they are. The beginning-of-sequence id comes
-    exactly once, whoever adds it. Raises BadModel where the template does not carry the system message, or the user's
-    words once and whole, blanks at their ends aside.
+    A tokenizer without a template gives the model the user's words as they are; it says so (`templated`) and warns. The
+    beginning-of-sequence id comes exactly once, whoever adds it. Raises BadModel where the template does not carry the
+    system message, or the user's words once and whole, blanks at their ends aside.
     """
 
     def __init__(self, inner: Any, *, system: str = "", ends: Iterable[int] = (), begins: bool | None = None) -> None:
@@ -96,6 +97,7 @@ class ChatTokenizer(Templated):
         if not self.inner.chat_template:
             if system:
                 raise BadModel("a system message was given, and this model has no chat template to put it in")
+            log.warning("the tokenizer has no chat template: the model gets the user's words with nothing around them")
             return Turn()
         messages = [{"role": "system", "content": system}] if system else []
         text = self._rendered([*messages, {"role": "user", "content": SENTINEL}])
@@ -177,6 +179,12 @@ class ChatTokenizer(Templated):
         if adds is None:
             adds = list(self.inner("")["input_ids"])[:1] == [begin]
         return (begin, *ids) if adds and ids[:1] != [begin] else tuple(ids)
+
+    @property
+    @override
+    def templated(self) -> bool:
+        # without one a beginning-of-sequence id may stand before the words all the same
+        return self._turn != Turn()
 
     @override
     def user_ids(self, text: str) -> list[int] | None:
@@ -453,12 +461,17 @@ class HuggingFace(Running, Stored):
                 "model that the hub knows (offline: one that is in its local cache)"
             ) from error
         _complete(told, f"hf:{self.name}")
-        return from_transformers(
-            model.eval().requires_grad_(False),
-            tokenizer,
-            system=self.system,
-            name=f"hf:{self.name}",
-            source="transformers",
-            architecture=f"hf:{type(model).__name__},dtype={self.dtype}",
-            **self.running,
-        )
+        try:
+            return from_transformers(
+                model.eval().requires_grad_(False),
+                tokenizer,
+                system=self.system,
+                name=f"hf:{self.name}",
+                source="transformers",
+                architecture=f"hf:{type(model).__name__},dtype={self.dtype}",
+                **self.running,
+            )
+        except AdvkitError:
+            raise
+        except Exception as error:  # settings of a tokenizer or a template that are not what the library takes
+            raise CheckpointError(f"hf:{self.name} can't be used: {first_line(error)}; fetch it again") from error

@@ -75,7 +75,9 @@ class TargetedRule(Worded):
 
     how:    "next" the class after the true one, cyclically; "random" any class but the true one, drawn per sample;
             "least_likely" the class other than the true one with the lowest clean score; "class" always the same one
-    target: that class, for how=class; samples whose true class it is are left out of the success rate
+    target: that class, for how=class
+
+    Success is counted over the samples whose true class and clean answer are not the target, right or wrong when clean.
 
     Raises UsageError where `how` and `target` do not fit, BadInput for classes that the model lacks.
     """
