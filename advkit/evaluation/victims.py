@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,11 @@ def _may_have_more(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and type(task).with_classes is not ClassificationTask.with_classes
 
 
+def _trains_on_all(task: Task) -> bool:
+    """Whether the task's training set is the one that the zoo's models were trained on."""
+    return not isinstance(task, ClassificationTask) or task.trains_on_all
+
+
 def _counts_labels(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and task.counts_labels
 
@@ -147,7 +152,8 @@ def protected(
 
     A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
     come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
-    now, which needs the task's training data.
+    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
+    nothing from the zoo, whose models saw another.
 
     Raises NoTrainingData, BadModel, CheckpointError.
     """
@@ -171,7 +177,8 @@ def protected(
         return _trained(given, guard, task, seed, device, progress, name=origin, spec=spec)
 
     shape = _row_shape(task)
-    for card in zoo.find(task.name, MODELS.spec(part), spec, role="victim"):
+    cards = zoo.find(task.name, MODELS.spec(part), spec, role="victim") if _trains_on_all(task) else ()
+    for card in cards:
         if card.defense != spec and outside(card.defense):
             continue
         held = zoo.load(card.name)
@@ -246,16 +253,21 @@ def train_victim(
     out: Path,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train an architecture under a defense and save OUT/model.safetensors; returns what was made, as JSON values.
+    """Train an architecture under a defense and save OUT/model.safetensors with a report; returns what was made.
+
+    The report is OUT/training.json, with the log of every epoch, and OUT/plots/training.png. What is returned are JSON
+    values.
 
     recipe: changes to the defense's recipe, `key=value,...`
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError.
     """
     from advkit.evaluation.inputs import pick_device, task_of
+    from advkit.evaluation.training_report import write_training_report
     from advkit.models.checkpoint import save_checkpoint
     from advkit.models.torch import Architecture
     from advkit.tasks import TASKS
+    from advkit.training.loop import log_entries
 
     device = pick_device(device)
     work = task_of(task)
@@ -284,23 +296,26 @@ def train_victim(
             fresh = _claim(out, _fingerprint(start, guard, data, seed))
             fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
             sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
+            made: dict[str, Any] = {
+                "file": str(file),
+                "sha256": sha256,
+                "model": fitted.model.describe().architecture,
+                "defense": spec,
+                "task": extra["task"],
+                "seed": seed,
+                "epochs": len(fitted.log),
+                "best_epoch": fitted.best_epoch,
+                "score": None if math.isnan(fitted.best.score) else fitted.best.score,
+                "halted": fitted.halted,
+            }
+            report, curves = write_training_report(out, made, asdict(guard.recipe), log_entries(fitted.log))
     except OSError as error:
         raise UsageError(f"the folder {out} can't be written ({why(error)}): name another --out") from error
     except UsageError:
         if fresh and not (out / "training").exists():
             _unclaim(out)
         raise
-    return {
-        "file": str(file),
-        "sha256": sha256,
-        "model": fitted.model.describe().architecture,
-        "defense": spec,
-        "task": extra["task"],
-        "seed": seed,
-        "epochs": len(fitted.log),
-        "best_epoch": fitted.best_epoch,
-        "score": None if math.isnan(fitted.best.score) else fitted.best.score,
-    }
+    return {**made, "report": str(report), "curves": str(curves)}
 
 
 def _claim(folder: Path, fingerprint: str) -> bool:

@@ -411,6 +411,10 @@ class FashionMNISTDVS(Filmed):
     defaults = TaskDefaults(model="snn:widths=12+24,down=stride,hidden=0", threat_model="flips", n=100)
 
     @property
+    def trains_on_all(self) -> bool:
+        return self.train == type(self).train
+
+    @property
     def _still(self) -> FashionMNIST:
         return FashionMNIST(split=self.split, root=self.root, train=self.train, test=self.test)
 

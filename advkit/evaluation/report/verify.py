@@ -27,6 +27,7 @@ from advkit.evaluation.counts import (
     ANY_JUDGE,
     REFUSED_WHEN_CLEAN,
     STRICTEST_JUDGE,
+    by_class,
     by_judges,
     by_label,
     count,
@@ -34,6 +35,8 @@ from advkit.evaluation.counts import (
     least_change,
     least_name,
     measured,
+    tail_accuracy,
+    weakest_classes,
 )
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.examples import records_beside
@@ -260,6 +263,10 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
     c, figures = count(records), _worst_cases(records)
     if c.eight_bit is not None:
         figures["robust_accuracy_8bit"] = (c.eight_bit, c.n)
+    if classes := by_class(records):
+        worst = classes[weakest_classes(classes)[0]]
+        figures["tail_30_accuracy"] = tail_accuracy(classes)
+        figures["worst_class_accuracy"] = (worst.right_after, worst.n)
     if len(by_label(records)) != 1:
         return figures
     values: dict[str, list[float | bool]] = defaultdict(list)
@@ -276,12 +283,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
 
 def per_class_of(records: Sequence[Record]) -> list[tuple[int, int]]:
     """Robust samples and samples of every class, in the order of their numbers."""
-    groups: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.label is not None:
-            groups[record.label].append(record)
-    counts = [count(groups[label]) for label in sorted(groups)]
-    return [(c.right_after, c.n) for c in counts]
+    return [(c.right_after, c.n) for c in by_class(records).values()]
 
 
 def _of_measure(name: str, records: Sequence[Record]) -> Figure | None:
