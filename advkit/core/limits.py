@@ -29,7 +29,7 @@ _IMPORTING = 0.25  # seconds that an import in progress is given at a time
 _AGAIN = 1.0  # seconds until what swallowed the interruption is interrupted again
 
 observer: Callable[[float], None] | None = None
-"""Is told the moment (`time.time`) at which the running code has to be back, and 0 when it is: a worker's parent looks."""
+"""Told the moment (`time.time`) at which the running code has to be back, and 0 when it is: a worker's parent looks."""
 
 
 class TimedOut(Exception):

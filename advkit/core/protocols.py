@@ -1119,6 +1119,19 @@ class KnowsIds(Protocol):
         """One per row, in order."""
 
 
+@runtime_checkable
+class OfFiles(Protocol):
+    """A task with a file for every row, which may be damaged, repaired or replaced."""
+
+    @abstractmethod
+    def look(self, n: int) -> None:
+        """Decode the files of the first n rows once; raises BadInput that names one that is damaged."""
+
+    @abstractmethod
+    def marks(self, n: int) -> Mapping[str, str]:
+        """A short hash of each of the first n rows' files and labels, by id, in order."""
+
+
 def ids_of(task: Task, n: int) -> list[str]:
     """The ids of a task's first n rows, in order."""
     if isinstance(task, KnowsIds):

@@ -11,7 +11,7 @@ from typing import Any
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
-from advkit.core.protocols import Outcome, Record, ids_of
+from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
@@ -73,11 +73,13 @@ def _execute(
     asked += [("beside", each.case, each) for each in plan.companions if each.case is not None]
     for _, case, _ in asked:
         preflight(case)
+    if isinstance(plan.case.task, OfFiles):
+        plan.case.task.look(plan.case.n)  # a damaged file is met now, and not after hours
     findings, randomized = _first_look(plan.case)
     with ExitStack() as stores:
         runs = []
         for title, case, companion in asked:
-            store = open_store(case := replace(case, randomized=randomized), folder, title)
+            store = open_store(case := replace(case, randomized=randomized), folder, title, scenario_of(case))
             stores.callback(store.close)
             runs.append(_run(case, companion, store, watch, workers))
         for each in runs:
@@ -104,7 +106,9 @@ def _first_look(case: Case) -> tuple[list[Finding], bool]:
         with limited(seconds):
             findings = diagnostics.cheap(case, first.x, first.labels, first.ids)
     except TimedOut as error:
-        evidence = f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
+        evidence = (
+            f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
+        )
         return [found("timed_out", "unreliable", evidence)], case.randomized
     varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
     return findings, case.randomized or varies

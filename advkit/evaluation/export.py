@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Outcome
+from advkit.core.protocols import OfFiles, Outcome
 from advkit.evaluation.counts import count
 from advkit.evaluation.execute import Watch, in_order, preflight, run
 from advkit.evaluation.figures.pictures import strip
@@ -31,6 +31,8 @@ def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = Non
         raise UsageError("a grid has examples for every cell: name one with --threat-model transfer:sources=zoo:NAME")
     case = replace(case, keep=case.n)
     preflight(case)
+    if isinstance(case.task, OfFiles):
+        case.task.look(case.n)
     store = open_store(case, folder)
     try:
         watcher = None if watch is None else (lambda new, total: watch("records", case, new, total))

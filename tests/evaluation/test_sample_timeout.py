@@ -135,7 +135,7 @@ def test_a_victim_that_hangs_costs_its_sample(row, plain, tmp_path):
 
 def test_a_victim_that_hangs_on_what_the_attack_makes(plain, tmp_path):
     row = next(i for i, r in enumerate(plain.values()) if r.outcome != Outcome.WRONG and i > 3)
-    report, found = run(tmp_path, model=Net(row, near=True))
+    _, found = run(tmp_path, model=Net(row, near=True))
     one = others_stand(found, plain, row)
     assert one.outcome == Outcome.ERROR
     assert one.clean is not None
@@ -249,13 +249,17 @@ def test_the_command_line_and_its_exit_status(tmp_path, monkeypatch, capsys):
         "        while bool((x == BAD).flatten(1).all(1).any()):\n            time.sleep(0.01)\n"
         "        return self.inner(x)\n"
     )
-    asked = ["evaluate", "--task", "digits", "--model", "python:a_victim_that_hangs:Net", "--attack", "fgsm", "--n", "12", "--device", "cpu",
-             "--no-plots", "--out", "run"]  # fmt: skip
+    asked = [
+        "evaluate", "--task", "digits", "--model", "python:a_victim_that_hangs:Net", "--attack", "fgsm", "--n", "12",
+        "--device", "cpu", "--no-plots", "--out", "run",
+    ]  # fmt: skip
     assert advkit_command([*asked, "--sample-timeout", "0.3"]) == 3
     assert "timed_out" in capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["request"]["sample_timeout"] == 0.3
-    assert any("did not come back in time on 1 of 12 samples" in flag["message"] for flag in report["diagnostics"]["flags"])
+    assert any(
+        "did not come back in time on 1 of 12 samples" in flag["message"] for flag in report["diagnostics"]["flags"]
+    )
     assert advkit_command([*asked, "--sample-timeout", "0"]) == 2
     assert "sample_timeout is 0" in capsys.readouterr().err
     sys.modules.pop("a_victim_that_hangs", None)

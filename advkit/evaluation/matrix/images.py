@@ -311,7 +311,8 @@ class Images:
         if not fits or not math.isfinite(seconds) or not bool(torch.isfinite(tensors["distance"]).all()):
             raise UsageError(f"{path} does not hold the images it is named after; delete it, and it is made again")
         usable = torch.ones(len(piece.ids), dtype=torch.bool)
-        return ImageSet(key=key, usable=usable, seconds=seconds, messages={}, **tensors)
+        held: dict[str, Any] = {**tensors}
+        return ImageSet(key=key, usable=usable, seconds=seconds, messages={}, **held)
 
     def _save(self, part: ImageSet, piece: Batch) -> None:
         tensors = {name: getattr(part, name).contiguous() for name in _TENSORS}

@@ -69,8 +69,8 @@ class Case:
     keep:       rows whose adversarial examples are written beside the records
     speed:      how the attack's oracle computes; verdicts are always full precision
     views:      the models under that speed, once a run has settled them; part of no digest
-    sample_timeout: seconds after which a row that is attacked, or judged, alone is an error; None sets no limit; part of
-                no digest
+    sample_timeout: seconds after which a row that is attacked, or judged, alone is an error; None sets no limit; part
+                of no digest
     exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
                 for the speed's precision; part of no digest
     """

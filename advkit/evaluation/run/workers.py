@@ -158,8 +158,8 @@ class Workers:
             except BrokenProcessPool as error:
                 if self._stuck is None:
                     raise RunInterrupted(
-                        "a worker process ended before its work was done (killed, perhaps for memory); what is recorded "
-                        "is kept: resume with the same command, or with --workers 1"
+                        "a worker process ended before its work was done (killed, perhaps for memory); what is "
+                        "recorded is kept: resume with the same command, or with --workers 1"
                     ) from error
                 self._pool.shutdown(wait=True, cancel_futures=True)
                 self._open()
@@ -179,14 +179,14 @@ class Workers:
                 process, job, moment = self._slots[slot : slot + _SLOT]
                 if moment and time.time() > moment + limits.GRACE and self._stuck is None:
                     self._stuck = int(job)
-                    log.warning("a worker does not come back from compiled code: it is ended, and its batch tried again")
+                    log.warning(
+                        "a worker does not come back from compiled code: it is ended, and its batch tried again"
+                    )
                     with suppress(OSError):
                         os.kill(int(process), getattr(signal, "SIGKILL", signal.SIGTERM))
         return future.result()
 
-    def _again(
-        self, cell: Case, waiting: Iterable[_Job], submit: Callable[[Unit, Batch], _Job]
-    ) -> Iterator[_Job]:
+    def _again(self, cell: Case, waiting: Iterable[_Job], submit: Callable[[Unit, Batch], _Job]) -> Iterator[_Job]:
         """The jobs that are left, in their order: what was done, the others anew, the stuck one in halves."""
         for job in waiting:
             if job.future.done() and not job.future.cancelled() and job.future.exception() is None:
@@ -200,5 +200,5 @@ class Workers:
             elif len(job.batch.ids) > 1 and not whole_batch(cell.attack):
                 yield from (submit(job.unit, half) for half in halved(job.batch))
             else:
-                for row in torch.arange(len(job.batch.ids)).split(1):
-                    yield submit(given_up, rows_of(job.batch, row))
+                for row in range(len(job.batch.ids)):
+                    yield submit(given_up, rows_of(job.batch, torch.tensor([row])))
