@@ -24,6 +24,7 @@ import torch
 from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch
+from advkit.core.state import Settings, callers_settings, remember
 from advkit.evaluation.run.batch import Round, Unit, models_of, run_alone
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard
@@ -41,7 +42,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _begin(payload: bytes, places: list[str]) -> None:
+def _begin(payload: bytes, places: list[str], settings: Settings) -> None:
+    remember(settings)
     sys.path += [place for place in places if place not in sys.path]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -78,9 +80,9 @@ class Workers:
                 "define the model at the top level of a module"
             ) from error
         # Modules of the user's may lie in the working directory, which is on no path: `core.registry.own`.
-        places = [os.getcwd()]
+        told = (payload.getvalue(), [os.getcwd()], callers_settings())
         self._pool = ProcessPoolExecutor(
-            processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(payload.getvalue(), places)
+            processes, mp_context=get_context("spawn"), initializer=_begin, initargs=told
         )
 
     def __enter__(self) -> Self:
