@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.speed import Speed
+from advkit.core.state import plainly
 from advkit.evaluation.execute import Watch, execute, in_order
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import PARTS, Plan, Request
@@ -16,6 +17,7 @@ from advkit.evaluation.stats import rate
 
 
 @explained(Request)
+@plainly
 def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
     """The plan of a `Request`, or of its fields: attack, defense, task, model, threat_model, goal, others by name.
 
@@ -27,6 +29,7 @@ def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
 
 
 @explained(Request)
+@plainly
 def resolve(
     attack: Any = "pgd",
     defense: Any = "none",
@@ -48,6 +51,7 @@ def resolve(
 
 
 @explained()
+@plainly
 def evaluate(
     attack: Any = "pgd",
     defense: Any = "none",

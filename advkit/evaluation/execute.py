@@ -12,6 +12,7 @@ from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
 from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
+from advkit.core.state import plainly
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
@@ -33,11 +34,13 @@ from advkit.evaluation.trust.findings import Finding, found
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
 
+@plainly
 def preflight(case: Case) -> None:
     """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
     preflight_scenario(case, scenario_of(case))
 
 
+@plainly
 def run(
     case: Case, store: Store, progress: Callable[[list[Record], int], None] | None = None, workers: int | None = 1
 ) -> list[Record]:
@@ -45,6 +48,7 @@ def run(
     return run_scenario(case, scenario_of(case), store, progress, workers)
 
 
+@plainly
 def execute(
     plan: Plan,
     *,

@@ -16,6 +16,7 @@ from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
 from advkit.core.registry import outside
 from advkit.core.rng import RowRng
+from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.tasks.base import ClassificationTask
@@ -242,6 +243,7 @@ def _fit(start: Any, guard: Any, data: Any, seed: int, device: str, folder: Path
     )
 
 
+@plainly
 def train_victim(
     model: Any,
     defense: Any,

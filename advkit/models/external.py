@@ -15,6 +15,7 @@ from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Rng
 from advkit.core.registry import imported
 from advkit.core.spaces import Box
+from advkit.core.state import as_caller
 from advkit.models.checkpoint import fill_from_file
 from advkit.models.torch import FunctionModel, TorchModel, as_model, checked_logits, seeded
 
@@ -26,8 +27,9 @@ def _space(space: Any, shape: tuple[int, ...]) -> Any:
 def _probed(module: nn.Module, shape: tuple[int, ...], name: str, hint: str) -> int:
     """How many logits the module answers to one sample of zeros; BadModel where it does not take this shape."""
     try:
+        floating = next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.float32)
         with torch.no_grad():
-            answer = module(torch.zeros(1, *shape))
+            answer = as_caller(module, torch.zeros(1, *shape, dtype=floating, device="cpu"))
     except Exception as error:  # code of others raises whatever it likes
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise BadModel(
@@ -221,11 +223,11 @@ class PythonFactory:
         made: list[Any] = []
 
         def build() -> nn.Module:
-            made.append(factory(**given))
+            made.append(as_caller(factory, **given))
             return made[0] if isinstance(made[0], nn.Module) else nn.Identity()
 
         try:
-            seeded(build, rng)
+            seeded(build, rng, dtype=None)
         except TypeError as error:
             raise BadModel(f"{spec} can't be called with {', '.join(given) or 'no arguments'}: {error}") from error
         thing = made[0]

@@ -16,6 +16,7 @@ from typing import Any
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
 from advkit.core.registry.fields import construct, read_fields
 from advkit.core.registry.grammar import ParsedSpec, ungroup
+from advkit.core.state import as_caller
 
 PYTHON = "python"
 
@@ -91,7 +92,7 @@ def part_of(parsed: ParsedSpec, complete: bool) -> Any:
 
 def _called(make: Any, spec: str) -> Any:
     try:
-        return make()
+        return as_caller(make)
     except AdvkitError:
         raise
     except Exception as error:  # code of the user's own

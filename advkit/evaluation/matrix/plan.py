@@ -219,7 +219,7 @@ def _wanted(rule: Rule, rows: Rows, task: Task, seeds: Sequence[int]) -> Tensor 
             f"the goal {GOALS.label(rule)} depends on a victim's answers; in a matrix, whose images are made before "
             "any target is queried, use untargeted or targeted:how=next, how=random, how=class,target=K or how=each,targets=..."
         )
-    answers = torch.zeros(len(rows.ids), task.classes)
+    answers = torch.zeros(len(rows.ids), task.classes, dtype=torch.float32)
     whole = rule.of(rows.ids)
     goals = [whole(rows.labels, answers, RowRng.from_ids(seed, rows.ids).at("goal")) for seed in seeds]
     return torch.stack([goal.targets for goal in goals])

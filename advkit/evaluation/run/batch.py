@@ -539,7 +539,7 @@ def _believed(
     """
     rows = among.nonzero().squeeze(1).to(returned.device)
     reached = torch.zeros(len(among), dtype=torch.bool)
-    margin = torch.full((len(among),), torch.nan)
+    margin = torch.full((len(among),), torch.nan, dtype=torch.float32)
     if len(rows):
         aim, answer = goal.take(rows), MeteredOracle(model, len(rows), Access.SCORES, lanes=lanes)(returned[rows])
         reached[rows.cpu()] = (aim.reached(answer) & finite(answer)).cpu()
