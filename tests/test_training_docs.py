@@ -18,7 +18,8 @@ from advkit.training.loop import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "adversarial_training.md").read_text(encoding="utf-8")
-LINES = [line for block in re.findall(r"^```console\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+BLOCKS = re.findall(r"^```console\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
 TRAINED = [line for line in LINES if line.startswith("advkit train")]
 
 
@@ -63,7 +64,7 @@ def test_the_tables_of_reweighting_are_the_measured_figures(file: str) -> None:
     assert held["commits"]
     assert not any("dirty" in commit for commit in held["commits"])
     by_row = {each["row"]: each for each in held["summary"]}
-    (head, _, *rows) = tables(file)[0]
+    _, _, *rows = tables(file)[0]
     seen = set()
     for cells in rows:
         name = re.sub(r" \(.*?\)", "", cells[0]).replace(", implicit", ",implicit=true").replace(" ", "")
