@@ -129,8 +129,8 @@ def _refuse_objects(file: Path, asked: Request) -> None:
         spec = getattr(asked, name)
         if not registry.names_part(spec):
             raise ReportError(
-                f"{file}: {name}={spec} is no name that can be run again here: an object that was handed over in Python "
-                "has none (python:MODULE:NAME has), and a part of another package needs that package"
+                f"{file}: {name}={spec} is no name that can be run again here: an object that was handed over in "
+                "Python has none (python:MODULE:NAME has), and a part of another package needs that package"
             )
 
 

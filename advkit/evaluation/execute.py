@@ -25,7 +25,6 @@ from advkit.evaluation.run.engine import run as run_scenario
 from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.speed import FastViews
 from advkit.evaluation.run.store import Store, read_examples
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics

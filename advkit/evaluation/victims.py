@@ -279,7 +279,9 @@ def train_victim(
         defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
     guard: Any = DEFENSES.build(defense)
     if not isinstance(guard, Trains):
-        raise UsageError(f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`")
+        raise UsageError(
+            f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
+        )
     asked = model if model is not None else work.defaults.model
     part, _ = model_part(asked)
     start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)

@@ -159,7 +159,8 @@ class Registry(Generic[T]):
     def _unknown(self, name: str) -> str:
         every = f"`advkit list {self.plural}` lists them all"
         if advice := self.familiar.named(name):
-            return f"unknown {self.kind} {name!r}; {advice}{'' if advice.endswith('?') else '.' if '? ' in advice else ';'} {every}"
+            end = "" if advice.endswith("?") else "." if "? " in advice else ";"
+            return f"unknown {self.kind} {name!r}; {advice}{end} {every}"
         return f"unknown {self.kind} {name!r}{nearest(fold(name), self.names()) or ';'} {every}"
 
     def load(self, name: str) -> type[T]:

@@ -64,8 +64,9 @@ BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead b
 def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> list[Finding]:
     """Checks on the first batch (at most 64 rows used) for at most 6 forwards and 2 forwards with backward.
 
-    x: [B, ...] in the victim's space; labels: long [B]; ids: of the samples, for goals that differ by sample. Deterministic; the caller's randomness and the model are given
-    back as they were. The gradient checks run where the threat model grants the victim's gradients.
+    x: [B, ...] in the victim's space; labels: long [B]; ids: of the samples, for goals that differ by sample.
+    Deterministic; the caller's randomness and the model are given back as they were. The gradient checks run where the
+    threat model grants the victim's gradients.
     """
     tops = list(case.victim.modules())
     training = len(misleading_mode(tops))
@@ -226,7 +227,8 @@ def _short_walk(case: Case) -> list[Finding]:
 
 def _long_suffix(case: Case) -> list[Finding]:
     """That the threat model admits fewer tokens than the attack's settings ask for: the search ends there."""
-    attack, threat = case.attack, case.threat
+    attack: object = case.attack
+    threat: object = case.threat
     if not isinstance(attack, AddsTokens) or not isinstance(threat, Counted) or threat.n is None:
         return []
     if attack.longest <= threat.n:
