@@ -746,8 +746,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     kinds = {frozenset(held) for held in state.values()}
     if not set(state) <= set(range(len(parameters))) or len(kinds) > 1:
         raise ValueError("the optimiser's state is not that of these parameters")
-    for place, held in state.items():
-        if any(tensor.ndim and tensor.shape != parameters[place].shape for tensor in held.values()):
+    for number, held in state.items():
+        if any(tensor.ndim and tensor.shape != parameters[number].shape for tensor in held.values()):
             raise ValueError("the optimiser's state has other shapes than the parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
