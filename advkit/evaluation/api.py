@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.speed import Speed
+from advkit.core.state import plainly
 from advkit.evaluation.execute import Watch, execute, in_order
+from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
 from advkit.evaluation.report import Report
@@ -14,6 +16,8 @@ from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import rate
 
 
+@explained(Request)
+@plainly
 def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
     """The plan of a `Request`, or of its fields: attack, defense, task, model, threat_model, goal, others by name.
 
@@ -24,6 +28,8 @@ def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
     return plan_request(Request(**dict(zip(PARTS, parts, strict=False)), **settings), progress=progress)
 
 
+@explained(Request)
+@plainly
 def resolve(
     attack: Any = "pgd",
     defense: Any = "none",
@@ -44,6 +50,8 @@ def resolve(
     return made.case
 
 
+@explained()
+@plainly
 def evaluate(
     attack: Any = "pgd",
     defense: Any = "none",
@@ -81,7 +89,8 @@ def evaluate(
     batch_size:   samples in flight, recorded together; changes no figure. None takes 256, and of models that go through
                   samples one by one, as language models do on a CPU, just as many as are worth it
     draws:        verdict draws of a randomised victim
-    keep:         how many samples' adversarial examples are written into the run folder
+    keep:         how many samples' adversarial examples are kept for `report.adversarial()`: in the run folder, or with
+                  the report where nothing is kept on disk
     speed:        how the attacker's oracle computes: fp32, or bf16, fp16, channels_last, compile joined by "+";
                   verdicts stay full precision, and samples that only the fast model believed broken are attacked again
     beside:       also evaluate companions: transfer from public models where the defense claims to hold against it

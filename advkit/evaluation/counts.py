@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from advkit.core.protocols import Label, Outcome, Record
+from advkit.core.tail import weakest
 
 UNKNOWN = frozenset({Outcome.NON_FINITE, Outcome.ERROR})
 STRICTEST_JUDGE = "attack_success_rate_strictest_judge"
@@ -135,6 +136,25 @@ def by_label(records: Iterable[Record]) -> dict[Label, list[Record]]:
     for record in records:
         groups.setdefault(record.made_by, []).append(record)
     return groups
+
+
+def by_class(records: Iterable[Record]) -> dict[int, Counts]:
+    """Counts of every class that occurs, by its number, in their order; rows without a label belong to none."""
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.label is not None:
+            groups[record.label].append(record)
+    return {label: count(groups[label]) for label in sorted(groups)}
+
+
+def weakest_classes(classes: Mapping[int, Counts]) -> list[int]:
+    """The 30 % of the classes, rounded up, of lowest robust accuracy, the lowest first."""
+    return weakest({label: c.right_after / c.n for label, c in classes.items()})
+
+
+def tail_accuracy(classes: Mapping[int, Counts]) -> float:
+    """Mean over the weakest 30 % of the classes of their robust accuracies, every class with the same weight."""
+    return float(np.mean([classes[label].right_after / classes[label].n for label in weakest_classes(classes)]))
 
 
 def measured(records: Iterable[Record]) -> dict[str, dict[str, float]]:

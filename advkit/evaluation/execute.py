@@ -12,17 +12,20 @@ from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
 from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
+from advkit.core.state import plainly
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
+from advkit.evaluation.report.document import REPORT_NAME
+from advkit.evaluation.report.examples import Kept
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
 from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.store import Store
+from advkit.evaluation.run.store import Store, read_examples
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.trust.findings import Finding, found
@@ -30,11 +33,13 @@ from advkit.evaluation.trust.findings import Finding, found
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
 
+@plainly
 def preflight(case: Case) -> None:
     """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
     preflight_scenario(case, scenario_of(case))
 
 
+@plainly
 def run(
     case: Case, store: Store, progress: Callable[[list[Record], int], None] | None = None, workers: int | None = 1
 ) -> list[Record]:
@@ -42,6 +47,7 @@ def run(
     return run_scenario(case, scenario_of(case), store, progress, workers)
 
 
+@plainly
 def execute(
     plan: Plan,
     *,
@@ -58,8 +64,7 @@ def execute(
     if out is not None:
         check_unclaimed(Path(out))
         report = _execute(plan, Path(out), watch, command, workers, lasting=True)
-        report.save(Path(out) / "report.json")
-        return report
+        return replace(report, path=report.save(Path(out) / REPORT_NAME))
     with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
         return _execute(plan, Path(folder), watch, command, workers, lasting=False)
 
@@ -87,7 +92,8 @@ def _execute(
     findings += _compared(runs[0], runs[1:])
     findings += [_left_out(each) for each in plan.companions if each.case is None]
     flags = [finding.to_dict() for finding in findings]
-    return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting))
+    kept = None if lasting else Kept(runs[0].records, read_examples(folder))
+    return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting), kept=kept)
 
 
 def _first_look(case: Case) -> tuple[list[Finding], bool]:
@@ -101,7 +107,7 @@ def _first_look(case: Case) -> tuple[list[Finding], bool]:
     seconds = None if case.sample_timeout is None else case.sample_timeout * len(first.x) * diagnostics.CALLS
     try:
         with limited(seconds):
-            findings = diagnostics.cheap(case, first.x, first.labels)
+            findings = diagnostics.cheap(case, first.x, first.labels, first.ids)
     except TimedOut as error:
         evidence = (
             f"the model did not come back while it was looked at before the run ({error}): its checks are missing"

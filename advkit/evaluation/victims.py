@@ -7,14 +7,16 @@ import logging
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
+from advkit.core.registry import outside
 from advkit.core.rng import RowRng
+from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.tasks.base import ClassificationTask
@@ -117,6 +119,11 @@ def _may_have_more(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and type(task).with_classes is not ClassificationTask.with_classes
 
 
+def _trains_on_all(task: Task) -> bool:
+    """Whether the task's training set is the one that the zoo's models were trained on."""
+    return not isinstance(task, ClassificationTask) or task.trains_on_all
+
+
 def _counts_labels(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and task.counts_labels
 
@@ -146,7 +153,8 @@ def protected(
 
     A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
     come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
-    now, which needs the task's training data.
+    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
+    nothing from the zoo, whose models saw another.
 
     Raises NoTrainingData, BadModel, CheckpointError.
     """
@@ -155,7 +163,7 @@ def protected(
 
     asked = model if model is not None else task.defaults.model
     guard = DEFENSES.build(defense)
-    spec = DEFENSES.label(guard)
+    spec = DEFENSES.label(guard, defense)
     part, _ = model_part(asked)
     if not isinstance(part, Architecture):
         given = ready(part, task, sample_timeout).to(device)
@@ -164,12 +172,16 @@ def protected(
         if not guard.needs_data:
             return Victim(guard.protect(given, None, training_rng(seed)), origin)
         told = _trained_with(asked)
-        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
+        # A file tells this; where it is more than what was asked for, it may name advkit's own parts alone.
+        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec and not outside(told))):
             return Victim(given, origin, told)
-        return _trained(given, guard, task, seed, device, progress, name=origin)
+        return _trained(given, guard, task, seed, device, progress, name=origin, spec=spec)
 
     shape = _row_shape(task)
-    for card in zoo.find(task.name, MODELS.spec(part), spec, role="victim"):
+    cards = zoo.find(task.name, MODELS.spec(part), spec, role="victim") if _trains_on_all(task) else ()
+    for card in cards:
+        if card.defense != spec and outside(card.defense):
+            continue
         held = zoo.load(card.name)
         if held.space.shape is None or tuple(held.space.shape) == shape:
             return Victim(
@@ -179,7 +191,8 @@ def protected(
         # What trains nothing goes around the task's undefended model of that architecture.
         plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
         return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
-    return _trained(blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part))
+    start, name = blank(part, task, seed).to(device), MODELS.spec(part)
+    return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)
 
 
 def _trained_with(asked: Any) -> str:
@@ -195,9 +208,10 @@ def _trained_with(asked: Any) -> str:
     return ""
 
 
-def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, name: str) -> Victim:
+def _trained(
+    start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, *, name: str, spec: str
+) -> Victim:
     data = task.training()
-    spec = DEFENSES.label(guard)
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
@@ -229,6 +243,7 @@ def _fit(start: Any, guard: Any, data: Any, seed: int, device: str, folder: Path
     )
 
 
+@plainly
 def train_victim(
     model: Any,
     defense: Any,
@@ -240,16 +255,21 @@ def train_victim(
     out: Path,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train an architecture under a defense and save OUT/model.safetensors; returns what was made, as JSON values.
+    """Train an architecture under a defense and save OUT/model.safetensors with a report; returns what was made.
+
+    The report is OUT/training.json, with the log of every epoch, and OUT/plots/training.png. What is returned are JSON
+    values.
 
     recipe: changes to the defense's recipe, `key=value,...`
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError.
     """
     from advkit.evaluation.inputs import pick_device, task_of
+    from advkit.evaluation.training_report import write_training_report
     from advkit.models.checkpoint import save_checkpoint
     from advkit.models.torch import Architecture
     from advkit.tasks import TASKS
+    from advkit.training.loop import log_entries
 
     device = pick_device(device)
     work = task_of(task)
@@ -259,7 +279,9 @@ def train_victim(
         defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
     guard: Any = DEFENSES.build(defense)
     if not isinstance(guard, Trains):
-        raise UsageError(f"the defense {DEFENSES.name_of(guard)} trains nothing: apply it with `advkit evaluate`")
+        raise UsageError(
+            f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
+        )
     asked = model if model is not None else work.defaults.model
     part, _ = model_part(asked)
     start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
@@ -270,31 +292,34 @@ def train_victim(
         )
     out = Path(out)
     file = out / "model.safetensors"
-    spec = DEFENSES.label(guard)
-    extra = {"task": TASKS.label(work), "defense": spec, "seed": seed, "data": _data_digest(data)}
+    spec = DEFENSES.label(guard, defense)
+    extra = {"task": TASKS.label(work, task), "defense": spec, "seed": seed, "data": _data_digest(data)}
     fresh = False
     try:
         with claimed(out):
             fresh = _claim(out, _fingerprint(start, guard, data, seed))
             fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
             sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
+            made: dict[str, Any] = {
+                "file": str(file),
+                "sha256": sha256,
+                "model": fitted.model.describe().architecture,
+                "defense": spec,
+                "task": extra["task"],
+                "seed": seed,
+                "epochs": len(fitted.log),
+                "best_epoch": fitted.best_epoch,
+                "score": None if math.isnan(fitted.best.score) else fitted.best.score,
+                "halted": fitted.halted,
+            }
+            report, curves = write_training_report(out, made, asdict(guard.recipe), log_entries(fitted.log))
     except OSError as error:
         raise UsageError(f"the folder {out} can't be written ({why(error)}): name another --out") from error
     except UsageError:
         if fresh and not (out / "training").exists():
             _unclaim(out)
         raise
-    return {
-        "file": str(file),
-        "sha256": sha256,
-        "model": fitted.model.describe().architecture,
-        "defense": spec,
-        "task": extra["task"],
-        "seed": seed,
-        "epochs": len(fitted.log),
-        "best_epoch": fitted.best_epoch,
-        "score": None if math.isnan(fitted.best.score) else fitted.best.score,
-    }
+    return {**made, "report": str(report), "curves": str(curves)}
 
 
 def _claim(folder: Path, fingerprint: str) -> bool:

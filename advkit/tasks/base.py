@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import fraction
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import Batch, Data, Hashed, KnowsIds, TaskDefaults
 from advkit.core.spaces import Box
@@ -115,6 +117,11 @@ class ClassificationTask(Hashed, KnowsIds):
         """In the order of the labels."""
 
     @property
+    def trains_on_all(self) -> bool:
+        """Whether the training set is the one of the task's defaults, which the zoo's models were trained on."""
+        return True
+
+    @property
     def counts_labels(self) -> bool:
         """Whether `classes` is no more than what the labels show: a model may then know of more."""
         return False
@@ -204,6 +211,71 @@ class ArrayTask(ClassificationTask):
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(str(label) for label in range(self.classes))
+
+
+ENDINGS = (1, 3, 5, 8, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImbalancedTask(ArrayTask):
+    """A task whose training set can be made imbalanced; a subclass applies `kept` where it loads training samples.
+
+    imbalance:         share of their training samples that some classes keep, in (0, 1]; 1 keeps every sample. Test
+                       samples are never dropped
+    imbalance_classes: numbers of these classes, joined by +; by default all whose number ends in 1, 3, 5, 8 or 9
+
+    Which samples are dropped: the training samples of one such class are numbered 1, 2, 3... in the order of the
+    training set (after `train=` where there is one), and number i stays where floor(i * imbalance) is larger than
+    floor((i - 1) * imbalance). At 0.2 that is every fifth. Of n samples floor(n * imbalance) stay. Ids do not change.
+
+    Raises UsageError for values out of range and, when the training set is loaded, where a class would be absent.
+    """
+
+    imbalance: float = 1.0
+    imbalance_classes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        fraction(self, "imbalance", what="share")
+        named = self.imbalance_classes
+        if named and self.imbalance == 1:
+            raise UsageError(
+                "imbalance_classes names classes that keep a share of their training samples; say which: imbalance=0.2"
+            )
+        if len(set(named)) < len(named) or any(not 0 <= label < self.classes for label in named):
+            raise UsageError(
+                f"imbalance_classes is {'+'.join(map(str, named))}; expected different numbers from 0 to "
+                f"{self.classes - 1}, joined by +"
+            )
+
+    @property
+    def trains_on_all(self) -> bool:
+        return self.imbalance == 1
+
+    @property
+    def thinned_classes(self) -> tuple[int, ...]:
+        """The classes that keep a share of their training samples."""
+        if self.imbalance == 1:
+            return ()
+        return self.imbalance_classes or tuple(c for c in range(self.classes) if c % 10 in ENDINGS)
+
+    def kept(self, y: Tensor) -> Tensor:
+        """Places, long, of the training samples that stay, in order; y long [N] has the labels of all.
+
+        Raises UsageError where a class loses its last sample.
+        """
+        stays = torch.ones(len(y), dtype=torch.bool)
+        share = Fraction(self.imbalance).limit_denominator(10**6)  # 0.29 is meant, not the float below it
+        up, down = share.numerator, share.denominator
+        for label in self.thinned_classes:
+            rows = (y == label).nonzero().squeeze(1)
+            chosen = [i * up // down > (i - 1) * up // down for i in range(1, len(rows) + 1)]
+            if len(rows) and not any(chosen):
+                raise UsageError(
+                    f"imbalance={self.imbalance:g} leaves no training sample of class {label} of {self.name}, which "
+                    f"has {len(rows)}; expected a share of at least 1/{len(rows)}"
+                )
+            stays[rows] = torch.tensor(chosen, dtype=torch.bool)
+        return stays.nonzero().squeeze(1)
 
 
 class Counted:

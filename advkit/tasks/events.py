@@ -146,7 +146,7 @@ def simulate_dvs(
     if (noise_rate or jitter) and rng is None:
         raise UsageError("noise and jitter are drawn per sample: pass rng with a stream for every image")
     height, width = images.shape[1] + 2 * pad, images.shape[2] + 2 * pad
-    made = torch.zeros(len(images), frames, 2, height, width)
+    made = torch.zeros(len(images), frames, 2, height, width, dtype=torch.float32)
     for rows in torch.split(torch.arange(len(images)), max(1, AT_ONCE // (height * width))):
         pixels: float | Tensor = threshold
         if jitter and rng is not None:
@@ -419,6 +419,10 @@ class FashionMNISTDVS(Filmed):
     name = "fashion-mnist-dvs"
     side = 28
     defaults = TaskDefaults(model="snn:widths=12+24,down=stride,hidden=0", threat_model="flips", n=100)
+
+    @property
+    def trains_on_all(self) -> bool:
+        return self.train == type(self).train
 
     @property
     def _still(self) -> FashionMNIST:

@@ -23,7 +23,7 @@ from torch import Tensor
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.base import DATA_VARIABLE, ArrayTask, Rows, data_folder, row_ids
+from advkit.tasks.base import DATA_VARIABLE, ImbalancedTask, Rows, data_folder, row_ids
 
 EMBEDDED = 1_000
 EMBEDDED_SHA256 = "99324003f90225ff171e1aec72f674b69ec6865868cc89648a79ce554830d86d"  # image bytes, label bytes
@@ -116,7 +116,7 @@ def averaged(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], size: int)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FashionMNIST(ArrayTask):
+class FashionMNIST(ImbalancedTask):
     """Fashion-MNIST: ten kinds of clothing, 28x28 grey images; the first 1,000 test images need no download.
 
     split: "test", or "train" to attack training images (needs root)
@@ -141,6 +141,7 @@ class FashionMNIST(ArrayTask):
     defaults = TaskDefaults(model="cnn", threat_model="linf:eps=0.1", n=1_000)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 < self.size <= SIDE or SIDE % self.size:
             raise UsageError(f"size={self.size} does not divide {SIDE}; expected 28, 14, 7, 4 or 2")
         if self.train < 0 or self.test < 0:
@@ -151,15 +152,21 @@ class FashionMNIST(ArrayTask):
         return Box(0.0, 1.0, (1, self.size, self.size), levels=255 if self.size == SIDE else None)
 
     @property
+    def trains_on_all(self) -> bool:
+        return super().trains_on_all and not self.train
+
+    @property
     def _folder(self) -> Path | None:
         return data_folder(self.root, self.name)
 
     def load(self) -> Rows:
         if self.split == "train":
-            found = self.load_training()
+            found = self._training_arrays()
             if found is None:
                 raise UsageError(f"the training images are not inside the package; {HOW} and say root=FOLDER")
-            return Rows(*found, row_ids(self.name, "train", len(found[1])))
+            x, y, rows = found
+            ids = row_ids(self.name, "train", int(rows[-1]) + 1)
+            return Rows(x, y, tuple(ids[row] for row in rows.tolist()))
         images, labels = self._test_arrays()
         x, y = averaged(images, self.size), torch.from_numpy(labels.astype(np.int64))
         return Rows(x, y, row_ids(self.name, "test", len(y)))
@@ -180,15 +187,21 @@ class FashionMNIST(ArrayTask):
         rows = self.test or len(labels)
         return images[:rows], labels[:rows]
 
-    def load_training(self) -> tuple[Tensor, Tensor] | None:
+    def _training_arrays(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x, y and their places in the file; None where the file is not at hand."""
         folder = self._folder
         if folder is None:
             return None
         images, labels = read_pair(folder, "train")
         if self.train > len(labels):
             raise UsageError(f"train={self.train} asks for more samples than the training file's {len(labels)}")
-        rows = self.train or len(labels)
-        return averaged(images[:rows], self.size), torch.from_numpy(labels[:rows].astype(np.int64))
+        y = torch.from_numpy(labels[: self.train or len(labels)].astype(np.int64))
+        rows = self.kept(y)
+        return averaged(images[rows.numpy()], self.size), y[rows], rows
+
+    def load_training(self) -> tuple[Tensor, Tensor] | None:
+        found = self._training_arrays()
+        return None if found is None else found[:2]
 
     def class_names(self) -> tuple[str, ...]:
         return NAMES

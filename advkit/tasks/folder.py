@@ -277,7 +277,7 @@ class Images(ClassificationTask, OfFiles):
                 f"{len(samples)} training images of {self.crop}x{self.crop} take {size / 2**30:.0f} GiB of memory; "
                 f"say train=N with N up to {MEMORY // (3 * self.crop * self.crop * 4)}"
             )
-        x = torch.empty(len(samples), 3, self.crop, self.crop)
+        x = torch.empty(len(samples), 3, self.crop, self.crop, dtype=torch.float32)
         for row, (path, _) in enumerate(samples):
             x[row] = self._decode(path)
         y = torch.tensor([label for _, label in samples])

@@ -90,6 +90,8 @@ def _swap_classes(data: dict[str, Any]) -> None:
 EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "accuracy": _raise,
     "classes": _swap_classes,
+    "tail": lambda d: d["metrics"]["tail_30_accuracy"].update(value=0.5),
+    "worst class": lambda d: d["metrics"]["worst_class_accuracy"].update(value=1.0, numerator=3, denominator=3),
     "eps": lambda d: d["threat_model"].update(eps=0.3),
     "norm": lambda d: d["threat_model"].update(norm="L2"),
     "knowledge": lambda d: d["threat_model"].update(knowledge="black_box"),

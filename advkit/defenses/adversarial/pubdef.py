@@ -127,7 +127,7 @@ class PubDef(TrainingDefense):
         """The attack that makes the stored images."""
         if self.attack == AUTO:
             steps = 10
-            length = max(0.001, self.eps / 4 / (steps / 10)) / self.eps if self.eps else 1.0
+            length = max(0.001, self.eps / 4 / (steps / 10)) / self.eps
             return PGD(steps=steps, step_size=length, stop=False)
         return ATTACKS.build(self.attack)
 
@@ -278,7 +278,7 @@ class PubDefObjective(Objective):
         self.average = start_average(len(self.sources) + 1).to(device)
         augment = defense.recipe.augment
         recorded = {
-            "attack": ATTACKS.spec(attack),
+            "attack": ATTACKS.label(attack, defense.attack),
             "eps": defense.eps,
             "norm": defense.norm,
             "augment": augment,

@@ -27,6 +27,7 @@ from advkit.evaluation.counts import (
     ANY_JUDGE,
     REFUSED_WHEN_CLEAN,
     STRICTEST_JUDGE,
+    by_class,
     by_judges,
     by_label,
     count,
@@ -34,8 +35,11 @@ from advkit.evaluation.counts import (
     least_change,
     least_name,
     measured,
+    tail_accuracy,
+    weakest_classes,
 )
 from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.examples import records_beside
 from advkit.evaluation.run.store import read_records
 
 BESIDE = "beside.jsonl"
@@ -80,13 +84,7 @@ class Verification:
 
 def records_file(report: Report) -> Path | None:
     """The records beside a report, None where there are none; ReportError where it names a file elsewhere."""
-    if report.path is None:
-        return None
-    named = report.to_dict().get("per_sample", {}).get("path", "records.jsonl")
-    if Path(named).name != named or named in ("", ".", ".."):
-        raise ReportError(f"per_sample.path is {named!r}; expected the name of a file beside the report")
-    file = report.path.absolute().parent / named
-    return file if file.is_file() and not file.is_symlink() else None
+    return records_beside(report.path, report.to_dict())
 
 
 def verify(report: Report) -> Verification:
@@ -235,7 +233,7 @@ def _metrics(
     if classes:
         confirmed |= classes.keys()
         # Classes have names in the report and numbers in the records: both come in the order of the numbers.
-        found = [_pair(entry) for entry in classes.values()]
+        found = [_pair(entry) if isinstance(entry, Mapping) else (None, None) for entry in classes.values()]
         if found != per_class_of(records):
             wrong.append("robust accuracy by class is not what the records say")
     upper = metrics.get("robust_accuracy_upper")
@@ -265,6 +263,10 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
     c, figures = count(records), _worst_cases(records)
     if c.eight_bit is not None:
         figures["robust_accuracy_8bit"] = (c.eight_bit, c.n)
+    if classes := by_class(records):
+        worst = classes[weakest_classes(classes)[0]]
+        figures["tail_30_accuracy"] = tail_accuracy(classes)
+        figures["worst_class_accuracy"] = (worst.right_after, worst.n)
     if len(by_label(records)) != 1:
         return figures
     values: dict[str, list[float | bool]] = defaultdict(list)
@@ -281,12 +283,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
 
 def per_class_of(records: Sequence[Record]) -> list[tuple[int, int]]:
     """Robust samples and samples of every class, in the order of their numbers."""
-    groups: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.label is not None:
-            groups[record.label].append(record)
-    counts = [count(groups[label]) for label in sorted(groups)]
-    return [(c.right_after, c.n) for c in counts]
+    return [(c.right_after, c.n) for c in by_class(records).values()]
 
 
 def _of_measure(name: str, records: Sequence[Record]) -> Figure | None:

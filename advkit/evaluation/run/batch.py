@@ -57,7 +57,8 @@ class Round:
 
     records:     one per row, in the batch's order
     clean:       inputs that may be kept as examples, rows first; None where no input was changed
-    adversarial: what the attack returned for them
+    adversarial: what the victim was shown of what the attack returned for them; what was returned where the threat
+                 model does not admit it
     tokens:      sent through models that count them
     """
 
@@ -379,7 +380,9 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     said = judge.examine(
         verdict, attempts.returned, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
     )
-    return Round(_records(attempts, clean, verdict, said), batch.x, attempts.returned, attempts.tokens)
+    admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
+    shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.returned)
+    return Round(_records(attempts, clean, verdict, said), batch.x, shown, attempts.tokens)
 
 
 def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
@@ -403,7 +406,7 @@ def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
     if batch.labels is None:
         goal, contested = batch.goal, ~wrong & sane
     else:
-        goal = case.rule(batch.labels, answer, rng)
+        goal = case.goal(batch.labels, answer, rng, batch.ids)
         # An untargeted attacker has nothing left to win on a row that is wrong when clean; another one has, unless the
         # row meets the goal already, or would were the victim right about it.
         lost = wrong if case.rule.kind == "untargeted" else _met_by_truth(goal, batch.labels, answer)
@@ -536,7 +539,7 @@ def _believed(
     """
     rows = among.nonzero().squeeze(1).to(returned.device)
     reached = torch.zeros(len(among), dtype=torch.bool)
-    margin = torch.full((len(among),), torch.nan)
+    margin = torch.full((len(among),), torch.nan, dtype=torch.float32)
     if len(rows):
         aim, answer = goal.take(rows), MeteredOracle(model, len(rows), Access.SCORES, lanes=lanes)(returned[rows])
         reached[rows.cpu()] = (aim.reached(answer) & finite(answer)).cpu()

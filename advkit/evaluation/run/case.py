@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from advkit.core.protocols import (
     Defense,
     Judged,
     Label,
+    MadeOf,
     Model,
+    PerSample,
     Rule,
     Surrogates,
     Task,
@@ -128,6 +131,11 @@ class Case:
             **counted,
         }
 
+    def goal(self, labels: Any, answer: Any, rng: Any, ids: Sequence[str]) -> Any:
+        """What the attacker wants of a batch of these samples; see `protocols.Rule`."""
+        rule = self.rule.of(ids) if isinstance(self.rule, PerSample) else self.rule
+        return rule(labels, answer, rng)
+
     def digest(self) -> str:
         """sha256 of the config; names the run folder."""
         return digest_of(self.config())
@@ -146,7 +154,8 @@ def parameters(part: Any) -> dict[str, Any]:
     """An attack's or a defense's settings as JSON values."""
     if not is_dataclass(part) or isinstance(part, type):
         return {}
-    return {name: _plain(value) for name, value in asdict(part).items()}
+    made_of = {"made_of": part.made_of} if isinstance(part, MadeOf) and part.made_of else {}
+    return {**{name: _plain(value) for name, value in asdict(part).items()}, **made_of}
 
 
 def _plain(value: Any) -> Any:

@@ -172,7 +172,7 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
         return
     row = torch.zeros(1, dtype=torch.long, device=batch.x.device)
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device).at("rehearsal")
-    goal = case.rule(batch.labels, clean, rng.at("goal")) if batch.labels is not None else batch.goal
+    goal = case.goal(batch.labels, clean, rng.at("goal"), batch.ids) if batch.labels is not None else batch.goal
     model = _StubModel(clean[:1])
     oracle = MeteredOracle(
         model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data

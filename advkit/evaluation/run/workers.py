@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from advkit.core import limits
 from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch, whole_batch
+from advkit.core.state import Settings, callers_settings, remember
 from advkit.evaluation.run.batch import Round, Unit, given_up, halved, lost, models_of, rows_of, run_alone
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard
@@ -50,7 +52,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _begin(payload: bytes, number: Any, slots: Any) -> None:
+def _begin(payload: bytes, number: Any, slots: Any, places: list[str], settings: Settings) -> None:
+    remember(settings)
+    sys.path += [place for place in places if place not in sys.path]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     case = torch.load(io.BytesIO(payload), weights_only=False)  # our own bytes, from the parent process
@@ -114,7 +118,8 @@ class Workers:
         context = get_context("spawn")
         # A pool replaces no worker that ends, so that there are as many slots as processes.
         self._slots = context.Array("d", _SLOT * self.processes)
-        arguments = (self._payload, context.Value("i", 0), self._slots)
+        # Modules of the user's may lie in the working directory, which is on no path: `core.registry.own`.
+        arguments = (self._payload, context.Value("i", 0), self._slots, [os.getcwd()], callers_settings())
         self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_begin, initargs=arguments)
 
     def __enter__(self) -> Self:

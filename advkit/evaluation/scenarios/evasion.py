@@ -149,7 +149,7 @@ class Evasion(BaseScenario, RowsApart):
         claim = case.defense.claims if case.defense is not None else ""
         if not claim or not isinstance(THREAT_MODELS.build(claim), BringsAttacks):
             return ()
-        name = DEFENSES.name_of(case.defense)
+        name = DEFENSES.label(case.defense).partition(":")[0]
         try:
             other = claimed(case, claim, name)
             return [Companion("tapm", "best transfer attack (TAPM)", other, ("tapm_*",), "tapm_acc_best_attack")]
@@ -196,7 +196,7 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
     A suite follows rows by the verdicts of the model it attacks, so what stands in for it takes its place.
     """
     attack = case.attack.stand_in if isinstance(case.attack, Suite) else case.attack
-    label = ATTACKS.label(attack)
+    label = ATTACKS.label(attack) if isinstance(case.attack, Suite) else case.label.attack
     other = replace(
         case,
         attack=attack,

@@ -25,6 +25,7 @@ from advkit.evaluation.counts import (
     REFUSED_WHEN_CLEAN,
     Counts,
     JudgeCounts,
+    by_class,
     by_judges,
     by_label,
     count,
@@ -32,6 +33,8 @@ from advkit.evaluation.counts import (
     least_change,
     least_name,
     measured,
+    tail_accuracy,
+    weakest_classes,
 )
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import DenominatorKind, rate
@@ -148,17 +151,28 @@ def task_kind(case: Case) -> str:
 
 
 def per_class(case: Case, records: Sequence[Record]) -> dict[str, Any]:
-    """Robust accuracy of every class, for tasks with few classes."""
-    if case.task.classes > MOST_CLASSES_LISTED or task_kind(case) != "classification":
+    """Robust accuracy of the weakest classes, and of every class for tasks with few of them.
+
+    `worst_class_accuracy` has no interval: the class was chosen by its result.
+    """
+    if task_kind(case) != "classification":
         return {}
+    classes = by_class(records)
+    if not classes:
+        return {}
+    worst = classes[weakest_classes(classes)[0]]
+    metrics: dict[str, Any] = {
+        "tail_30_accuracy": {
+            "value": tail_accuracy(classes),
+            "unit": "fraction",
+            "n": sum(classes[label].n for label in weakest_classes(classes)),
+        },
+        "worst_class_accuracy": {**rate(worst.right_after, worst.n, "samples_of_class"), "ci": None},
+    }
+    if case.task.classes > MOST_CLASSES_LISTED:
+        return metrics
     names = case.task.class_names()
-    groups: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.label is not None:
-            groups[record.label].append(record)
-    metrics = {}
-    for label in sorted(groups):
-        c = count(groups[label])
+    for label, c in classes.items():
         word = names[label].lower().replace(" ", "_").replace("/", "_")
         metrics[f"robust_accuracy_class_{word}"] = rate(c.right_after, c.n, "all_samples")
     return metrics
@@ -175,7 +189,9 @@ def attack_entries(
     entries = []
     for order, (label, own) in enumerate(by_label(records).items()):
         entry = _attack_entry(case, label, own)
-        entry |= {"params": dict(settings.get(label, {})), "order": order}
+        params = dict(settings.get(label, {}))
+        made_of = params.pop("made_of", "")  # no setting: reports are compared by those
+        entry |= {"params": params, "order": order} | ({"made_of": made_of} if made_of else {})
         entry["cost"] = {"seconds": round(seconds.get(str(label), 0.0), 3), **entry["cost"]}
         if counted := tokens.get(str(label), 0):
             entry["cost"]["tokens"] = counted
