@@ -58,7 +58,9 @@ def tables(file: str) -> list[list[list[str]]]:
     return [[[cell.strip(" *") for cell in row.strip("|").split("|")] for row in table.splitlines()] for table in found]
 
 
-@pytest.mark.parametrize("file", ["doubly_robust.json", "doubly_robust_fashion_mnist.json"])
+@pytest.mark.parametrize(
+    "file", ["doubly_robust.json", "doubly_robust_balanced.json", "doubly_robust_fashion_mnist.json"]
+)
 def test_the_tables_of_reweighting_are_the_measured_figures(file: str) -> None:
     held = json.loads((DOCS / file).read_text(encoding="utf-8"))
     assert held["commits"]
