@@ -20,7 +20,7 @@ from advkit.tasks import TASKS
 from advkit.training.loop import Recipe, fit
 
 RECIPE = Recipe(
-    epochs=60, batch_size=128, optimizer="sgd", lr=0.2, weight_decay=5e-4, schedule="onecycle", validation=0.2,
+    epochs=60, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="onecycle", validation=0.2,
     select="last", select_every=10,
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ def trained(spec, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [5, 6])
+@pytest.mark.parametrize("seed", [5, 7])
 def test_fgsm_rs_overfits_to_its_step_and_aaer_does_not(seed, caplog):
     caplog.set_level(logging.ERROR, logger="advkit")
     plain = trained("fgsm_rs:overfitting=warn", seed).log
@@ -50,10 +50,10 @@ def test_fgsm_rs_overfits_to_its_step_and_aaer_does_not(seed, caplog):
     last, kept = plain[-1], regularised[-1]
     assert last.figures["overfitting"] == 1
     assert kept.figures["overfitting"] == 0
-    assert last.figures["abnormal_share"] > 0.1
-    assert kept.figures["abnormal_share"] < 0.06
+    assert last.figures["abnormal_share"] > 0.08
+    assert kept.figures["abnormal_share"] < 0.05
     assert last.score < 0.08
-    assert kept.score > last.score
+    assert kept.score > last.score + 0.03
     assert last.figures["fgsm_accuracy"] > kept.figures["fgsm_accuracy"]
     # stopped, the run ends where the detector first fired, with the best weights before it
     first = next(entry.epoch for entry in plain if entry.figures.get("overfitting"))
