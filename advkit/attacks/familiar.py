@@ -125,7 +125,8 @@ SETTINGS: Final = settings(
         ),
     ),
     (
-        "restarts n_restarts num_restarts nb_restarts random_restarts restart num_random_init nb_random_init n_random_init",
+        "restarts n_restarts num_restarts nb_restarts random_restarts restart num_random_init nb_random_init "
+        "n_random_init",
         Setting(here=("restarts",), otherwise="it has no restarts"),
     ),
     (
