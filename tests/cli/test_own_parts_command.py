@@ -137,7 +137,8 @@ def test_a_matrix_of_ones_own_parts(mine: Any) -> None:
     )
     asked = ("matrix", "--task", "python:own_parts:rows", "--n", 12, "--seeds", 1, "--budget", "none", "--device",
              "cpu", "--eps", 0.2, "--sources", "zoo:digits-public-mlp", "--attacks", attacks, "--cache", "kept",
-             "--out", "matrix", "--json", "--targets", "python:own_parts:Levels@zoo:digits-mlp,zoo:digits-mlp")  # fmt: skip
+             "--out", "matrix", "--json",
+             "--targets", "python:own_parts:Levels@zoo:digits-mlp,zoo:digits-mlp")  # fmt: skip
     said = mine(*asked)
     assert said.code == 0, said.err
     table = said.json
