@@ -501,11 +501,11 @@ def _read_report(folder: Path) -> None:
     from advkit.evaluation.figures import write_plots
     from advkit.evaluation.plan import Request
     from advkit.evaluation.report import Report
-    from advkit.evaluation.report.leaderboard import scan
+    from advkit.evaluation.report.leaderboard import html_of, markdown_of, scan
     from advkit.evaluation.report.verify import verify
 
     board = scan(folder)
-    board.to_html(folder), board.to_markdown(), board.to_json()
+    html_of(board, folder), markdown_of(board), board.to_json()
     file = folder / "run" / "report.json"
     report = Report.load(file)
     (

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import advkit
 from advkit.core.errors import AdvkitError
 
 SPARE = 900 << 20
@@ -32,7 +33,7 @@ _FORBIDDEN = (
 )  # fmt: skip
 _INSTALLED = tuple(
     {str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    | {str(Path(__file__).resolve().parents[2])}
+    | {str(Path(each).resolve().parents[up]) for each, up in ((__file__, 2), (advkit.__file__, 1))}
 )
 
 
