@@ -82,4 +82,5 @@ ATTACKS: Registry[Attack] = Registry(
     group="advkit.attacks",
     contract=Attack,
     objects=True,
+    familiar="advkit.attacks.familiar:FAMILIAR",
 )

@@ -65,10 +65,7 @@ _NORMS: dict[str, Words] = {
     "advkit.attacks.events.spiking": (*_LP, "l0"),
     "advkit.attacks.peers": (*_LP, "l0"),
 }
-_ADMIX: Words = ("untargeted", "targeted", "ordered-topk", "topk")  # it tells other classes by the goal's kind
 _GOALS: dict[str, Words] = {
-    "advkit.attacks.transfer.presets:Admix": _ADMIX,
-    "advkit.attacks.transfer.presets:NIAdmixTIDIM": _ADMIX,
     "advkit.attacks.text": ("says",),
     "advkit.attacks.peers": ("untargeted", "targeted"),
 }

@@ -39,6 +39,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "zoo": ("advkit.cli.zoo", "List the embedded models and verify their hashes."),
 }
 INTERRUPTED = 130
+# Newer versions of typer bring a click of their own: what its parser raises is found through what typer shows of it.
+_MISUSE: type[Exception] = typer.BadParameter.__mro__[1]
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -85,6 +87,12 @@ class LazyGroup(TyperGroup):
             where = f" ({error.filename})" if error.filename else ""
             _tell(f"error: the disk is full{where}; what is done is kept: make room and resume with the same command")
             raise typer.Exit(AdvkitError.exit_code) from error
+        except _MISUSE as error:
+            said = _advice(error)
+            if not said:
+                raise
+            _tell(f"error: {said}")
+            raise typer.Exit(AdvkitError.exit_code) from error
         except SystemExit as left:
             # No command of ours leaves this way: a part that it ran did, and there is no result.
             if _debugging(ctx):
@@ -97,6 +105,16 @@ class LazyGroup(TyperGroup):
                 raise
             _tell("interrupted; what is done is kept, resume with the same command")
             raise typer.Exit(INTERRUPTED) from error
+
+
+def _advice(error: Any) -> str:
+    """What to write in place of an option that other tools have; "" where nothing is known of it."""
+    from advkit.evaluation.keywords import advice
+
+    option = str(getattr(error, "option_name", "")) if type(error).__name__ == "NoSuchOption" else ""
+    command = error.ctx.info_name if error.ctx is not None else ""
+    said = advice(option.lstrip("-"), option=True) if option else ""
+    return f"advkit {command} has no option {option}; {said}" if said else ""
 
 
 def _debugging(ctx: Any) -> bool:

@@ -81,6 +81,7 @@ def rerun(
     for fault in faults:
         typer.echo(printable(f"not verified: {fault}"), err=True)
     beside = (home / BESIDE).is_file()
+    _refuse_objects(file, asked)
     _check_data(asked, old)
     resolved = plan(replace(asked, device=device, batch_size=batch_size, beside=beside))
     before, now = old.to_dict()["model"]["state_sha256"], resolved.case.victim.describe().state_sha256
@@ -117,6 +118,20 @@ def _refuse_outside(file: Path, asked: Request) -> None:
             f"{file} would load what is not advkit's own: {'; '.join(found)}. A report may come from anybody: where "
             "you trust these, run it with --trust"
         )
+
+
+def _refuse_objects(file: Path, asked: Request) -> None:
+    """Raise ReportError where a part of the report has no name by which it can be made again."""
+    from advkit.core.errors import ReportError
+    from advkit.evaluation.plan import registries
+
+    for name, registry in registries().items():
+        spec = getattr(asked, name)
+        if not registry.names_part(spec):
+            raise ReportError(
+                f"{file}: {name}={spec} is no name that can be run again here: an object that was handed over in "
+                "Python has none (python:MODULE:NAME has), and a part of another package needs that package"
+            )
 
 
 def _check_data(asked: Request, old: Report) -> None:

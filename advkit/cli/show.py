@@ -136,10 +136,22 @@ def show(
                 default = "required" if field.default is None else field.default or "(empty)"
                 table.add_row(*map(Text, (field.name, field.type, default, field.doc)))
             console.print(table)
+        if made_of := _made_of(signature):
+            console.print(Text(f"made of: {made_of}"), soft_wrap=True)
         for paper in signature.papers:
             console.print(Text(f"paper:   https://arxiv.org/abs/{paper.removeprefix('arXiv:')}"))
         console.print(Text(f"example: {example(signature)}"), soft_wrap=True)
         console.print()
+
+
+def _made_of(signature: Signature) -> str:
+    """The spec that says in full what a preset is; "" for what is none."""
+    from advkit.core.protocols import MadeOf
+
+    if signature.kind != "attack" or signature.name.endswith(":"):
+        return ""
+    attack: object = registry_of("attacks").build(signature.name)
+    return attack.made_of if isinstance(attack, MadeOf) else ""
 
 
 def _report_path(name: str) -> Path | None:

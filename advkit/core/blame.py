@@ -33,6 +33,6 @@ def code_of(who: str) -> Iterator[None]:
     """What is raised inside comes out of this part's code, unless another says so already."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         blame(error, who)
         raise

@@ -64,6 +64,9 @@ def _content(value: Any) -> str:
     if isinstance(value, torch.nn.Module):
         held = {name: _content(tensor) for name, tensor in sorted(value.state_dict().items())}
         return hashlib.sha256(f"{value!r}|{held}".encode()).hexdigest()
+    if any(isinstance(each, torch.Tensor) for each in getattr(value, "__dict__", {}).values()):
+        held = {name: _content(each) for name, each in sorted(vars(value).items())}
+        return hashlib.sha256(f"{type(value).__qualname__}|{held}".encode()).hexdigest()
     if isinstance(value, torch.Tensor):  # a pickled tensor names its memory, which differs from object to object
         value = (str(value.dtype), tuple(value.shape), value.detach().cpu().reshape(-1).tolist())
     try:

@@ -401,7 +401,7 @@ class MeteredOracle:
             answer = answer if len(leaf) == len(x) else answer[: len(x)]
             try:
                 loss = goal.loss(answer)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 blame(error, GOAL)
                 raise
         gradient = None
@@ -411,7 +411,7 @@ class MeteredOracle:
                 self._ones = torch.ones_like(loss, requires_grad=False)
             try:
                 (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 blame(error, BACKWARD)
                 raise
         if gradient is None:
@@ -495,7 +495,7 @@ class MeteredOracle:
         x = x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes)
         try:
             answer: Tensor = self.model(x)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             if not x.is_floating_point() or bool(finite_rows(x.detach()).all()):
                 blame(error, MODEL)  # about NaN nobody should have asked
             raise

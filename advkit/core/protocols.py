@@ -423,6 +423,22 @@ class Rule(Protocol):
         ...
 
 
+@runtime_checkable
+class PerSample(Protocol):
+    """A rule with something of its own for every sample of a task, such as a class to reach."""
+
+    @abstractmethod
+    def over(self, ids: Sequence[str]) -> Self:
+        """The same rule, once it knows the samples that are evaluated, in their order.
+
+        Raises UsageError where it has not one entry for each.
+        """
+
+    @abstractmethod
+    def of(self, ids: Sequence[str]) -> Rule:
+        """The rule of a batch of these samples; only after `over`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wording:
     """What a report calls a goal's figures: column headings and names of rows.
@@ -909,6 +925,26 @@ class Stepped(Protocol):
 
 
 @runtime_checkable
+class AddsTokens(Protocol):
+    """An attack that adds tokens to a prompt."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """The most that its settings ask for; a threat model may admit fewer."""
+
+
+@runtime_checkable
+class MadeOf(Protocol):
+    """An attack under a name of its own that another spec says in full."""
+
+    @property
+    @abstractmethod
+    def made_of(self) -> str:
+        """That spec; empty where the name says it all."""
+
+
+@runtime_checkable
 class Serves(Protocol):
     """An attack for some goals only; others work towards every goal."""
 
@@ -1081,6 +1117,19 @@ class KnowsIds(Protocol):
     @abstractmethod
     def ids(self) -> Sequence[str]:
         """One per row, in order."""
+
+
+@runtime_checkable
+class OfFiles(Protocol):
+    """A task with a file for every row, which may be damaged, repaired or replaced."""
+
+    @abstractmethod
+    def look(self, n: int) -> None:
+        """Decode the files of the first n rows once; raises BadInput that names one that is damaged."""
+
+    @abstractmethod
+    def marks(self, n: int) -> Mapping[str, str]:
+        """A short hash of each of the first n rows' files and labels, by id, in order."""
 
 
 def ids_of(task: Task, n: int) -> list[str]:

@@ -29,4 +29,5 @@ DEFENSES: Registry[Defense] = Registry(
     group="advkit.defenses",
     contract=Defense,
     objects=True,
+    familiar="advkit.defenses.familiar:FAMILIAR",
 )

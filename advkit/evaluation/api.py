@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from advkit.core.speed import Speed
+from advkit.core.state import plainly
 from advkit.evaluation.execute import Watch, execute, in_order
+from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
 from advkit.evaluation.report import Report
@@ -14,6 +16,8 @@ from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import rate
 
 
+@explained(Request)
+@plainly
 def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
     """The plan of a `Request`, or of its fields: attack, defense, task, model, threat_model, goal, others by name.
 
@@ -24,6 +28,8 @@ def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
     return plan_request(Request(**dict(zip(PARTS, parts, strict=False)), **settings), progress=progress)
 
 
+@explained(Request)
+@plainly
 def resolve(
     attack: Any = "pgd",
     defense: Any = "none",
@@ -44,6 +50,8 @@ def resolve(
     return made.case
 
 
+@explained()
+@plainly
 def evaluate(
     attack: Any = "pgd",
     defense: Any = "none",
@@ -60,6 +68,7 @@ def evaluate(
     keep: int = 64,
     speed: str | Speed = "fp32",
     beside: bool = True,
+    sample_timeout: float | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
     progress: bool = False,
@@ -80,12 +89,16 @@ def evaluate(
     batch_size:   samples in flight, recorded together; changes no figure. None takes 256, and of models that go through
                   samples one by one, as language models do on a CPU, just as many as are worth it
     draws:        verdict draws of a randomised victim
-    keep:         how many samples' adversarial examples are written into the run folder
+    keep:         how many samples' adversarial examples are kept for `report.adversarial()`: in the run folder, or with
+                  the report where nothing is kept on disk
     speed:        how the attacker's oracle computes: fp32, or bf16, fp16, channels_last, compile joined by "+";
                   verdicts stay full precision, and samples that only the fast model believed broken are attacked again
     beside:       also evaluate companions: transfer from public models where the defense claims to hold against it
                   (PubDef), the attack made without knowing of the defense where it can be taken off (transformations
                   and filters of the input), the attack in white box where the threat model is a transfer grid
+    sample_timeout: seconds after which a sample that is attacked, or judged, alone is given up as an error; None waits
+                  for ever. Batches that take longer are halved, down to single samples. What hangs in compiled code
+                  can be stopped with `workers` alone, where its process is ended
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
@@ -110,6 +123,7 @@ def evaluate(
         keep=keep,
         speed=speed,
         beside=beside,
+        sample_timeout=sample_timeout,
     )
     return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
 

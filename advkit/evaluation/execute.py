@@ -10,19 +10,22 @@ from typing import Any
 
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
-from advkit.core.protocols import Outcome, Record, ids_of
+from advkit.core.limits import TimedOut, limited
+from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
+from advkit.core.state import plainly
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
-from advkit.evaluation.run.batch import on_device
+from advkit.evaluation.report.document import REPORT_NAME
+from advkit.evaluation.report.examples import Kept
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
-from advkit.evaluation.run.rehearsal import answered
+from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.store import Store
+from advkit.evaluation.run.store import Store, read_examples
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.trust.findings import Finding, found
@@ -30,11 +33,13 @@ from advkit.evaluation.trust.findings import Finding, found
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
 
+@plainly
 def preflight(case: Case) -> None:
     """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
     preflight_scenario(case, scenario_of(case))
 
 
+@plainly
 def run(
     case: Case, store: Store, progress: Callable[[list[Record], int], None] | None = None, workers: int | None = 1
 ) -> list[Record]:
@@ -42,6 +47,7 @@ def run(
     return run_scenario(case, scenario_of(case), store, progress, workers)
 
 
+@plainly
 def execute(
     plan: Plan,
     *,
@@ -58,8 +64,7 @@ def execute(
     if out is not None:
         check_unclaimed(Path(out))
         report = _execute(plan, Path(out), watch, command, workers, lasting=True)
-        report.save(Path(out) / "report.json")
-        return report
+        return replace(report, path=report.save(Path(out) / REPORT_NAME))
     with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
         return _execute(plan, Path(folder), watch, command, workers, lasting=False)
 
@@ -71,11 +76,13 @@ def _execute(
     asked += [("beside", each.case, each) for each in plan.companions if each.case is not None]
     for _, case, _ in asked:
         preflight(case)
+    if isinstance(plan.case.task, OfFiles):
+        plan.case.task.look(plan.case.n)  # a damaged file is met now, and not after hours
     findings, randomized = _first_look(plan.case)
     with ExitStack() as stores:
         runs = []
         for title, case, companion in asked:
-            store = open_store(case := replace(case, randomized=randomized), folder, title)
+            store = open_store(case := replace(case, randomized=randomized), folder, title, scenario_of(case))
             stores.callback(store.close)
             runs.append(_run(case, companion, store, watch, workers))
         for each in runs:
@@ -85,17 +92,27 @@ def _execute(
     findings += _compared(runs[0], runs[1:])
     findings += [_left_out(each) for each in plan.companions if each.case is None]
     flags = [finding.to_dict() for finding in findings]
-    return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting))
+    kept = None if lasting else Kept(runs[0].records, read_examples(folder))
+    return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting), kept=kept)
 
 
 def _first_look(case: Case) -> tuple[list[Finding], bool]:
     """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
-    first = on_device(next(iter(case.task.batches(min(64, case.batch_size), n=case.n))), case.device)
+    first = first_rows(case)
     if first.labels is None:
         return [], case.randomized
     first, _ = answered(case, first)
     assert first.labels is not None
-    findings = diagnostics.cheap(case, first.x, first.labels)
+    # Long enough for any model that answers single samples in time: what is found here decides how verdicts are made.
+    seconds = None if case.sample_timeout is None else case.sample_timeout * len(first.x) * diagnostics.CALLS
+    try:
+        with limited(seconds):
+            findings = diagnostics.cheap(case, first.x, first.labels, first.ids)
+    except TimedOut as error:
+        evidence = (
+            f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
+        )
+        return [found("timed_out", "unreliable", evidence)], case.randomized
     varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
     return findings, case.randomized or varies
 

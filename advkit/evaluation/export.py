@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Outcome
+from advkit.core.protocols import OfFiles, Outcome
+from advkit.core.state import plainly
 from advkit.evaluation.counts import count
 from advkit.evaluation.execute import Watch, in_order, preflight, run
 from advkit.evaluation.figures.pictures import strip
@@ -22,6 +23,7 @@ from advkit.evaluation.run.store import Store, read_examples
 from advkit.evaluation.scenarios import scenario_of
 
 
+@plainly
 def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = None) -> dict[str, Any]:
     """Attack a case and write examples.safetensors, records.jsonl, and PNG files of the first broken rows.
 
@@ -31,6 +33,8 @@ def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = Non
         raise UsageError("a grid has examples for every cell: name one with --threat-model transfer:sources=zoo:NAME")
     case = replace(case, keep=case.n)
     preflight(case)
+    if isinstance(case.task, OfFiles):
+        case.task.look(case.n)
     store = open_store(case, folder)
     try:
         watcher = None if watch is None else (lambda new, total: watch("records", case, new, total))

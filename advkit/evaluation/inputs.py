@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from advkit.core.errors import BadInput, UsageError
+from advkit.core.errors import UsageError
+from advkit.core.protocols import PerSample, Rule, Task
 from advkit.tasks import TASKS
 
 
@@ -31,24 +33,11 @@ def pick_device(name: str) -> str:
     return name
 
 
-def task_of(task: Any) -> Any:
+def task_of(task: Any) -> Task:
     """A task from a spec, a task, or a pair (x, y) of tensors or arrays."""
-    if _loads(task):
-        raise BadInput(
-            f"a task is a spec, a Task, or a pair (x, y), not a {type(task).__name__}; collect its samples first: "
-            "x, y = (torch.cat(part) for part in zip(*DataLoader(dataset, batch_size=256)))"
-        )
-    if not isinstance(task, (tuple, list)):
-        return TASKS.build(task)
-    if len(task) != 2:
-        raise BadInput(f"a task of {len(task)} parts; expected a spec, a Task, or a pair (x, y)")
-    from advkit.tasks.arrays import Arrays
-
-    return Arrays(*task)
+    return TASKS.build(task)
 
 
-def _loads(task: object) -> bool:
-    """Whether this is torch's data set or data loader."""
-    from torch.utils.data import DataLoader, Dataset
-
-    return isinstance(task, (DataLoader, Dataset))
+def rule_over(rule: Rule, ids: Sequence[str]) -> Rule:
+    """The rule for these samples, in their order; UsageError where it does not have an entry for each."""
+    return rule.over(ids) if isinstance(rule, PerSample) else rule

@@ -9,11 +9,13 @@ from typing import Any, Self
 import torch
 
 from advkit.attacks import ATTACKS
+from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
-from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, Task, WantsData
+from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, WantsData
+from advkit.core.registry import Registry
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
-from advkit.evaluation.inputs import pick_device, task_of
+from advkit.evaluation.inputs import pick_device, rule_over, task_of
 from advkit.evaluation.run.case import Case, digest_of
 from advkit.evaluation.run.scenario import Companion, Parts, Scenario
 from advkit.evaluation.scenarios import SCENARIOS
@@ -21,9 +23,15 @@ from advkit.evaluation.sources import surrogates_of, with_public_sources
 from advkit.evaluation.victims import Victim, bound, model_part, protected, with_classes_of
 from advkit.models import MODELS
 from advkit.tasks import TASKS
+from advkit.tasks.base import ClassificationTask
 from advkit.threat_models import GOALS, THREAT_MODELS
 
 PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
+
+
+def registries() -> dict[str, Registry[Any]]:
+    """Where the parts of a request are found by name."""
+    return dict(zip(PARTS, (ATTACKS, DEFENSES, TASKS, MODELS, THREAT_MODELS, GOALS), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +55,12 @@ class Request:
     keep: int = 64
     speed: str | Speed = "fp32"
     beside: bool = True
+    sample_timeout: float | None = None
 
     def check(self) -> None:
         """Raise UsageError where a number is out of its range."""
+        seconds = self.sample_timeout
+        check(self, "sample_timeout", seconds is None or 0 < seconds < 1e8, "a number of seconds above 0")
         for name in ("batch_size", "draws"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -116,18 +127,26 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     request.check()
     device = pick_device(request.device)
     work = task_of(request.task)
-    parts = _built(request, work)
+    parts, asked = _built(request, work)
     scenario = SCENARIOS.build(parts.threat.scenario)
     parts = scenario.resolve(parts)
     n = _rows(request, work)
     try:
-        victim = protected(request.model, parts.defense, work, seed=request.seed, device=device, progress=progress)
+        victim = protected(
+            request.model,
+            parts.defense,
+            work,
+            seed=request.seed,
+            device=device,
+            progress=progress,
+            sample_timeout=request.sample_timeout,
+        )
     except torch.OutOfMemoryError as error:
         raise RunInterrupted(
             "out of memory before anything was attacked: take a smaller model, or another --device"
         ) from error
     work = with_classes_of(work, victim.model)
-    case = _case(request, parts, work, victim, n, device)
+    case = _case(request, parts, asked, work, victim, n, device)
     wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
     case = replace(case, data=case.task.training() if wanted else None)
     companions = tuple(scenario.companions(case)) if request.beside else ()
@@ -147,8 +166,15 @@ def _rows(request: Request, work: Task) -> int:
     return rows
 
 
-def _built(request: Request, work: Task) -> Parts:
-    """The parts that are asked for; what is not said, the attack or the task says."""
+def _ids(task: Task, n: int) -> tuple[str, ...]:
+    """The samples that are evaluated, in the task's order."""
+    if isinstance(task, ClassificationTask):
+        return task.ids[:n]  # without a look at the samples
+    return tuple(row for batch in task.batches(1024, n=n) for row in batch.ids)
+
+
+def _built(request: Request, work: Task) -> tuple[Parts, dict[str, Any]]:
+    """The parts that are asked for, and what each was made of; what is not said, the attack or the task says."""
     attack: Any = ATTACKS.build(request.attack)
     defense: Any = DEFENSES.build(request.defense)
     made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
@@ -160,9 +186,11 @@ def _built(request: Request, work: Task) -> Parts:
         )
     threat = THREAT_MODELS.build(threat_model)
     made_for = attack.default_goal if isinstance(attack, MadeForGoal) else ""
-    rule = GOALS.build(_said(request.goal, made_for, work.defaults.goal))
+    goal = _said(request.goal, made_for, work.defaults.goal)
+    rule = GOALS.build(goal)
     threat = with_public_sources(threat, work, DEFENSES.label(defense).partition(":")[0])
-    return Parts(attack, defense, work, threat, rule)
+    asked = {"attack": request.attack, "defense": request.defense, "threat_model": threat_model, "goal": goal}
+    return Parts(attack, defense, work, threat, rule), {**asked, "task": request.task}
 
 
 def _said(given: Any, made_for: str, usual: str) -> Any:
@@ -175,17 +203,19 @@ def _said(given: Any, made_for: str, usual: str) -> Any:
     return usual if made_for in ("", usual.partition(":")[0]) else made_for
 
 
-def _case(request: Request, parts: Parts, work: Task, victim: Victim, n: int, device: str) -> Case:
-    asked, task = work, bound(work, victim.model.space)
+def _case(
+    request: Request, parts: Parts, asked: Mapping[str, Any], work: Task, victim: Victim, n: int, device: str
+) -> Case:
+    task = bound(work, victim.model.space)
     speed = Speed.parse(request.speed)
     model = request.model if request.model is not None else task.defaults.model
     specs = {
-        "attack": ATTACKS.label(parts.attack),
-        "defense": DEFENSES.label(parts.defense),
-        "task": TASKS.label(asked),
+        "attack": ATTACKS.label(parts.attack, asked["attack"]),
+        "defense": DEFENSES.label(parts.defense, asked["defense"]),
+        "task": TASKS.label(work, asked["task"]),
         "model": spec_of_model(model, victim.model),
-        "threat_model": THREAT_MODELS.label(parts.threat),
-        "goal": GOALS.label(parts.rule),
+        "threat_model": THREAT_MODELS.label(parts.threat, asked["threat_model"]),
+        "goal": GOALS.label(parts.rule, asked["goal"]),
         **({"speed": str(speed)} if speed.switches else {}),
     }
     return Case(
@@ -193,7 +223,7 @@ def _case(request: Request, parts: Parts, work: Task, victim: Victim, n: int, de
         victim=victim.model,
         attack=parts.attack,
         threat=parts.threat.bind(victim.model.space),
-        rule=parts.rule,
+        rule=rule_over(parts.rule, _ids(task, n)) if isinstance(parts.rule, PerSample) else parts.rule,
         label=Label(specs["attack"]),
         n=n,
         specs=specs,
@@ -206,6 +236,7 @@ def _case(request: Request, parts: Parts, work: Task, victim: Victim, n: int, de
         device=device,
         keep=request.keep,
         speed=speed,
+        sample_timeout=request.sample_timeout,
     )
 
 

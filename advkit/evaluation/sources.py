@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
+from advkit.core.code import own_code
 from advkit.core.errors import UsageError
 from advkit.core.protocols import (
     Attack,
@@ -26,10 +27,10 @@ from advkit.core.protocols import (
 )
 from advkit.evaluation.run.case import Case, Surrogate, digest_of
 from advkit.evaluation.victims import ready
-from advkit.models import zoo
+from advkit.models import MODELS, zoo
 from advkit.models.ensemble import Ensemble
 from advkit.threat_models.tapm import PUBLIC, TransferGrid
-from advkit.threat_models.transfer import source_name
+from advkit.threat_models.transfer import source_names
 
 ZOO = "zoo:"
 
@@ -84,8 +85,21 @@ class Member:
         if card is not None and not defense:
             defense = defense_name(card.defense)
         info = model.describe()
-        key = hashlib.sha256(f"{info.state_sha256}|{info.architecture}".encode()).hexdigest()
+        key = hashlib.sha256(f"{info.state_sha256}|{info.architecture}{_computes(model)}".encode()).hexdigest()
         return cls(key, model, weights_of(model), card, defense)
+
+
+def _computes(model: Any) -> str:
+    """What weights and a name do not tell of a model: layers and code of the user's own; empty for advkit's."""
+    around, inside = [model], model
+    while isinstance(inside, Wraps):
+        inside = inside.model
+        around.append(inside)
+    tops = list(model.modules())
+    layers = {type(each) for top in tops for each in top.modules()}
+    code = own_code(*(type(each) for each in around), *sorted(layers, key=repr))
+    named = MODELS.names_part(inside.describe().architecture)
+    return "" if named and not code else f"|{[repr(top) for top in tops]}|{code}"
 
 
 @dataclass(frozen=True)
@@ -189,4 +203,5 @@ def with_public_sources(threat: ThreatModel[Any], task: Task, defense: str) -> T
 def surrogates_of(threat: ThreatModel[Any], task: Task, device: str) -> tuple[Surrogate, ...]:
     """The models a transfer threat model speaks of, by the names that records use."""
     sources = threat.surrogates if isinstance(threat, Surrogates) else ()
-    return tuple((source_name(source), ready(source, task).to(device)) for source in sources)
+    names = source_names(sources)
+    return tuple((name, ready(source, task).to(device)) for name, source in zip(names, sources, strict=True))

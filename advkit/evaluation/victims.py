@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.errors import BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
+from advkit.core.registry import outside
 from advkit.core.rng import RowRng
+from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.tasks.base import ClassificationTask
@@ -72,8 +74,11 @@ def model_part(spec: Any) -> tuple[Any, bool]:
     return part, True
 
 
-def ready(spec: Any, task: Any) -> Any:
-    """A trained model from a spec or an object; raises BadModel for an architecture without weights."""
+def ready(spec: Any, task: Any, sample_timeout: float | None = None) -> Any:
+    """A trained model from a spec or an object; raises BadModel for an architecture without weights.
+
+    sample_timeout: seconds that its first call may take per sample; None sets no limit
+    """
     from advkit.evaluation.first_call import introduced
     from advkit.models.torch import Architecture, as_model, is_model
 
@@ -81,7 +86,7 @@ def ready(spec: Any, task: Any) -> Any:
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
     made = part(_row_shape(task), task.classes, training_rng(0), space=task.space) if builder else part
-    model = introduced(as_model(made, task), task, wrapped=not is_model(made))
+    model = introduced(as_model(made, task), task, wrapped=not is_model(made), sample_timeout=sample_timeout)
     return agreeing(model, task)
 
 
@@ -135,7 +140,14 @@ def bound(task: Task, space: Any) -> Task:
 
 
 def protected(
-    model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False
+    model: Any,
+    defense: Any,
+    task: Any,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+    sample_timeout: float | None = None,
 ) -> Victim:
     """The protected model that names or objects ask for.
 
@@ -151,22 +163,30 @@ def protected(
 
     asked = model if model is not None else task.defaults.model
     guard = DEFENSES.build(defense)
-    spec = DEFENSES.label(guard)
+    spec = DEFENSES.label(guard, defense)
     part, _ = model_part(asked)
     if not isinstance(part, Architecture):
-        given = ready(part, task).to(device)
+        given = ready(part, task, sample_timeout).to(device)
         task = with_classes_of(task, given)
         origin = asked if isinstance(asked, str) else "given"
         if not guard.needs_data:
             return Victim(guard.protect(given, None, training_rng(seed)), origin)
         told = _trained_with(asked)
         if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
+            if told != spec and (found := outside(told)):
+                raise CheckpointError(
+                    f"{origin} says that it was trained with {told}, which names what is not advkit's own "
+                    f"({'; '.join(found)}): a file may not choose what code runs here; where you trust it, name that "
+                    "defense yourself"
+                )
             return Victim(given, origin, told)
-        return _trained(given, guard, task, seed, device, progress, name=origin)
+        return _trained(given, guard, task, seed, device, progress, name=origin, spec=spec)
 
     shape = _row_shape(task)
     cards = zoo.find(task.name, MODELS.spec(part), spec, role="victim") if _trains_on_all(task) else ()
     for card in cards:
+        if card.defense != spec and outside(card.defense):
+            continue
         held = zoo.load(card.name)
         if held.space.shape is None or tuple(held.space.shape) == shape:
             return Victim(
@@ -176,7 +196,8 @@ def protected(
         # What trains nothing goes around the task's undefended model of that architecture.
         plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
         return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
-    return _trained(blank(part, task, seed).to(device), guard, task, seed, device, progress, name=MODELS.spec(part))
+    start, name = blank(part, task, seed).to(device), MODELS.spec(part)
+    return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)
 
 
 def _trained_with(asked: Any) -> str:
@@ -192,9 +213,10 @@ def _trained_with(asked: Any) -> str:
     return ""
 
 
-def _trained(start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, name: str) -> Victim:
+def _trained(
+    start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, *, name: str, spec: str
+) -> Victim:
     data = task.training()
-    spec = DEFENSES.label(guard)
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
@@ -226,6 +248,7 @@ def _fit(start: Any, guard: Any, data: Any, seed: int, device: str, folder: Path
     )
 
 
+@plainly
 def train_victim(
     model: Any,
     defense: Any,
@@ -261,7 +284,9 @@ def train_victim(
         defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
     guard: Any = DEFENSES.build(defense)
     if not isinstance(guard, Trains):
-        raise UsageError(f"the defense {DEFENSES.name_of(guard)} trains nothing: apply it with `advkit evaluate`")
+        raise UsageError(
+            f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
+        )
     asked = model if model is not None else work.defaults.model
     part, _ = model_part(asked)
     start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
@@ -272,8 +297,8 @@ def train_victim(
         )
     out = Path(out)
     file = out / "model.safetensors"
-    spec = DEFENSES.label(guard)
-    extra = {"task": TASKS.label(work), "defense": spec, "seed": seed, "data": _data_digest(data)}
+    spec = DEFENSES.label(guard, defense)
+    extra = {"task": TASKS.label(work, task), "defense": spec, "seed": seed, "data": _data_digest(data)}
     fresh = False
     try:
         with claimed(out):

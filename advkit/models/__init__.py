@@ -32,6 +32,7 @@ MODELS: Registry[Any] = Registry(
     },
     group="advkit.models",
     contract=ModelBuilder,
+    familiar="advkit.models.familiar:FAMILIAR",
 )
 
 

@@ -76,7 +76,8 @@ def unpack(content: bytes, path: str | Path) -> tuple[dict[str, Tensor], dict[st
         tensors = safetensors.torch.load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         raise CheckpointError(
-            f"{path} is no intact safetensors file ({first_line(error)}); it is damaged or of another kind: fetch it again"
+            f"{path} is no intact safetensors file ({first_line(error)}); it is damaged or of another kind: fetch it "
+            "again"
         ) from error
     return tensors, {str(key): str(value) for key, value in metadata.items()}
 
@@ -386,7 +387,9 @@ def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
         raise CheckpointError(f"{path} does not fit {spec}: it {' and '.join(said)}")
     for name, tensor in tensors.items():
         if not _is_plain(tensor):
-            raise CheckpointError(f"{path} does not fit {spec}: {name} is a {_layout(tensor)}, no plain array of numbers")
+            raise CheckpointError(
+                f"{path} does not fit {spec}: {name} is a {_layout(tensor)}, no plain array of numbers"
+            )
         if tensor.shape != wanted[name].shape or tensor.is_floating_point() != wanted[name].is_floating_point():
             raise CheckpointError(
                 f"{path} does not fit {spec}: {name} is {_kind(tensor)}, the model's is {_kind(wanted[name])}"

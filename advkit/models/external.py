@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +13,9 @@ from torch import nn
 
 from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Rng
+from advkit.core.registry import imported
 from advkit.core.spaces import Box
+from advkit.core.state import as_caller
 from advkit.models.checkpoint import fill_from_file
 from advkit.models.torch import FunctionModel, TorchModel, as_model, checked_logits, seeded
 
@@ -29,8 +27,9 @@ def _space(space: Any, shape: tuple[int, ...]) -> Any:
 def _probed(module: nn.Module, shape: tuple[int, ...], name: str, hint: str) -> int:
     """How many logits the module answers to one sample of zeros; BadModel where it does not take this shape."""
     try:
+        floating = next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.float32)
         with torch.no_grad():
-            answer = module(torch.zeros(1, *shape))
+            answer = as_caller(module, torch.zeros(1, *shape, dtype=floating, device="cpu"))
     except Exception as error:  # code of others raises whatever it likes
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise BadModel(
@@ -224,11 +223,11 @@ class PythonFactory:
         made: list[Any] = []
 
         def build() -> nn.Module:
-            made.append(factory(**given))
+            made.append(as_caller(factory, **given))
             return made[0] if isinstance(made[0], nn.Module) else nn.Identity()
 
         try:
-            seeded(build, rng)
+            seeded(build, rng, dtype=None)
         except TypeError as error:
             raise BadModel(f"{spec} can't be called with {', '.join(given) or 'no arguments'}: {error}") from error
         thing = made[0]
@@ -255,33 +254,7 @@ class PythonFactory:
         )
 
     def _factory(self) -> Any:
-        name, colon, attribute = self.target.partition(":")
-        if not colon or not name or not attribute:
-            raise UsageError(f"python:{self.target} is incomplete; expected python:module:factory")
-        found: Any = _import(name)
-        for part in attribute.split("."):
-            if not hasattr(found, part):
-                raise UnknownName(f"{name} has no {attribute!r}; expected a function or class that returns a model")
-            found = getattr(found, part)
+        found = imported(self.target, "a function or class that returns a model")
         if not callable(found):
             raise BadModel(f"python:{self.target} is a {type(found).__name__}; expected a function or class")
         return found
-
-
-def _import(name: str) -> ModuleType:
-    """A module by name, the working directory searched last; sys.path is given back as it was."""
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UnknownName(f"there is no Python module {name!r}, neither installed nor in {here}") from error
-        raise UsageError(f"{name} does not import: {error}; install what it needs") from error
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(f"{name} does not import: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(here)

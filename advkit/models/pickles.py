@@ -37,6 +37,8 @@ _PLAIN = frozenset(
 _TYPES = re.compile(r"torch\.(\w+Storage|(b?float|q?u?int|complex)\d+\w*|bool|half|double|long|short)")
 """Words that take no more memory than the file has; also those of what training scripts keep beside the weights."""
 _HEADS = 3  # pickles before the one that is meant, in files of torch before 1.6
+_MODULES = {"__builtin__": "builtins"}
+"""Names of modules in pickles that Python 2 could read, as torch's are."""
 _WIDEST = 16  # bytes of the largest number
 _NAMES = {"Char": "int8", "Byte": "uint8", "ComplexFloat": "cfloat", "ComplexDouble": "cdouble"}
 """Storages that are not called after torch's name of their numbers in small letters."""
@@ -100,7 +102,7 @@ class _Dry(pickle._Unpickler):
         self.storages: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        word = f"{module}.{name}"
+        word = f"{_MODULES.get(module, module)}.{name}"
         if word not in _PLAIN and not _TYPES.fullmatch(word):
             raise pickle.UnpicklingError(f"GLOBAL {word} was not expected in weights")
         # a class of its own for each: a storage's says how wide its numbers are

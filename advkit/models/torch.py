@@ -24,6 +24,7 @@ from advkit.core.errors import BadModel, UnknownName
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Copies, Data, Headed, KnowsClasses, Model, ModelInfo, Rng, Task
 from advkit.core.spaces import Box
+from advkit.core.state import as_caller
 
 BIG_ENDIAN: bool = sys.byteorder == "big"
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -270,7 +271,11 @@ class TorchModel(Headed, KnowsClasses, Copies):
         dtype = self.dtype
         if dtype is not None and x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
-        answer: Tensor = self.calls.output(self.module(self.calls.input(x)))
+        given = self.calls.input(x)
+        # A network of the caller's own may rely on what he has set in torch; those that a name builds know nothing of
+        # it.
+        named = self.architecture and not self.architecture.startswith("python:")
+        answer: Tensor = self.calls.output(self.module(given) if named else as_caller(self.module, given))
         if answer.dtype in (torch.float16, torch.bfloat16):
             answer = answer.float()
         return answer
@@ -421,7 +426,7 @@ class FunctionModel(KnowsClasses):
         return f"FunctionModel({self.name}, classes={self.classes}, space={self.space})"
 
     def __call__(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.calls.output(self.function(self.calls.input(x)))
+        answer: Tensor = self.calls.output(as_caller(self.function, self.calls.input(x)))
         return answer
 
     @property
@@ -469,9 +474,12 @@ def as_model(thing: Any, task: Task | Data | None = None) -> Model[Any, Any]:
         return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionModel(thing, space=space, classes=classes)
+    from advkit.models.familiar import what_it_is
+
+    advice = what_it_is(thing)
     raise BadModel(
         f"a model, a torch module or a function from samples to logits was expected, got {type(thing).__name__}"
-        + (" (a class: call it first)" if isinstance(thing, type) else "")
+        + (f" ({advice})" if advice else "")
     )
 
 
@@ -536,9 +544,23 @@ def shapes_alone() -> Iterator[None]:
         _place.reset(token)
 
 
-def seeded(build: Callable[[], nn.Module], rng: Rng) -> nn.Module:
-    """A module built on the CPU with weights drawn from rng; the global generators are given back as they were."""
-    seed = int(torch.randint(2**62, (), generator=rng.generator("cpu")))
-    with torch.random.fork_rng(devices=[]), torch.device(_place.get()):
+@contextmanager
+def floats_of(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors without a dtype of their own are of this one inside the block; None leaves the caller's."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if dtype is None else dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def seeded(build: Callable[[], nn.Module], rng: Rng, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    """A module built on the CPU with weights drawn from rng; the global generators are given back as they were.
+
+    dtype: of its weights, whatever the caller's default is; None leaves it to that default, for code of the caller's
+    """
+    seed = int(torch.randint(2**62, (), generator=rng.generator("cpu"), device="cpu"))
+    with torch.random.fork_rng(devices=[]), torch.device(_place.get()), floats_of(dtype):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator's too
         return build()

@@ -23,4 +23,6 @@ TASKS: Registry[Task] = Registry(
     },
     group="advkit.tasks",
     contract=Task,
+    objects=True,
+    familiar="advkit.tasks.familiar:FAMILIAR",
 )

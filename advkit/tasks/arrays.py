@@ -67,7 +67,8 @@ def as_labels(value: Any, what: str) -> Tensor:
     """Whole-number labels, long [N], on the CPU, in memory of their own."""
     tensor = _tensor(value, what)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise BadInput(f"{what} is of type {tensor.dtype}; expected whole numbers, one label per sample")
+        one_hot = ": one-hot labels become numbers by y.argmax(1)" if tensor.ndim == 2 else ""
+        raise BadInput(f"{what} is of type {tensor.dtype}; expected whole numbers, one label per sample{one_hot}")
     labels = tensor.long()
     wrapped = not tensor.dtype.is_signed and bool((labels < 0).any())  # 64 bits without a sign
     if wrapped or (labels.numel() and int(labels.max()) > MOST_CLASSES):

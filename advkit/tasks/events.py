@@ -21,13 +21,23 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, MissingExtra, UsageError
-from advkit.core.protocols import Data, Rng, TaskDefaults
+from advkit.core.protocols import Data, OfFiles, Rng, TaskDefaults
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary
 from advkit.tasks.archives import archive_keys, read_archive
-from advkit.tasks.base import ArrayTask, ClassificationTask, Rows, check_names, check_rows, data_folder
+from advkit.tasks.base import (
+    ArrayTask,
+    ClassificationTask,
+    Rows,
+    all_of,
+    check_names,
+    check_rows,
+    data_folder,
+    mark_of,
+)
 from advkit.tasks.digits import Digits
 from advkit.tasks.fashion_mnist import FashionMNIST
 
@@ -136,7 +146,7 @@ def simulate_dvs(
     if (noise_rate or jitter) and rng is None:
         raise UsageError("noise and jitter are drawn per sample: pass rng with a stream for every image")
     height, width = images.shape[1] + 2 * pad, images.shape[2] + 2 * pad
-    made = torch.zeros(len(images), frames, 2, height, width)
+    made = torch.zeros(len(images), frames, 2, height, width, dtype=torch.float32)
     for rows in torch.split(torch.arange(len(images)), max(1, AT_ONCE // (height * width))):
         pixels: float | Tensor = threshold
         if jitter and rng is not None:
@@ -466,7 +476,7 @@ SUFFIXES = (".bin", ".npz")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EventFolder(ClassificationTask):
+class EventFolder(ClassificationTask, OfFiles):
     """Event recordings in a folder of the user's: path/SPLIT/CLASS/*.bin (N-MNIST) or *.npz (events t, x, y, p, or
     frames).
 
@@ -582,6 +592,15 @@ class EventFolder(ClassificationTask):
         if not bool(bits.any()):
             raise BadInput(f"{file} holds no event; take the empty recording away")
         return bits
+
+    @override
+    def look(self, n: int) -> None:
+        all_of(self.decode, [file for file, _ in self._listing[1][:n]])
+
+    @override
+    def marks(self, n: int) -> dict[str, str]:
+        samples = self._listing[1][:n]
+        return {row: mark_of(_bytes(file), label) for row, (file, label) in zip(self.ids[:n], samples, strict=True)}
 
     def fetch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = [self._listing[1][row] for row in rows]

@@ -22,13 +22,14 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.checks import one_of
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Data, TaskDefaults
+from advkit.core.protocols import Data, OfFiles, TaskDefaults
 from advkit.core.spaces import Box
 from advkit.core.text import first_line
-from advkit.tasks.base import ClassificationTask, Counted, by_hash, check_names
+from advkit.tasks.base import ClassificationTask, Counted, all_of, by_hash, check_names, mark_of
 
 log = logging.getLogger("advkit")
 
@@ -183,7 +184,7 @@ def label_order(names: Sequence[str], order: Order = "auto", place: str = "") ->
     return counted
 
 
-class Images(ClassificationTask):
+class Images(ClassificationTask, OfFiles):
     """What folders share: scaled so that the shorter side is `resize`, then the middle `crop` x `crop` pixels."""
 
     resize: int
@@ -249,6 +250,15 @@ class Images(ClassificationTask):
     def _decode(self, path: Path) -> Tensor:
         return decode(content_of(path), self.resize, self.crop, self.interpolation, str(path))
 
+    @override
+    def look(self, n: int) -> None:
+        all_of(self._decode, [path for path, _ in self._samples[:n]])
+
+    @override
+    def marks(self, n: int) -> dict[str, str]:
+        samples = self._samples[:n]
+        return {row: mark_of(content_of(path), label) for row, (path, label) in zip(self.ids[:n], samples, strict=True)}
+
     def fetch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = [self._samples[row] for row in rows]
         return torch.stack([self._decode(path) for path, _ in chosen]), torch.tensor([label for _, label in chosen])
@@ -267,7 +277,7 @@ class Images(ClassificationTask):
                 f"{len(samples)} training images of {self.crop}x{self.crop} take {size / 2**30:.0f} GiB of memory; "
                 f"say train=N with N up to {MEMORY // (3 * self.crop * self.crop * 4)}"
             )
-        x = torch.empty(len(samples), 3, self.crop, self.crop)
+        x = torch.empty(len(samples), 3, self.crop, self.crop, dtype=torch.float32)
         for row, (path, _) in enumerate(samples):
             x[row] = self._decode(path)
         y = torch.tensor([label for _, label in samples])

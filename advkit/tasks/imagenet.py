@@ -260,9 +260,7 @@ class ImageNetSamples(ArrayTask):
 
     def load(self) -> Rows:
         held = _samples()
-        x = torch.stack(
-            [decode(content, self.resize, self.crop, self.interpolation, name) for name, content in held]
-        )
+        x = torch.stack([decode(content, self.resize, self.crop, self.interpolation, name) for name, content in held])
         y = torch.tensor([int(Path(name).stem.split("_")[2]) for name, _ in held])
         return Rows(x, y, tuple(f"{self.name}/{name}" for name, _ in held))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from advkit.core.errors import AccessDenied, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Access, SeeksMinimum, Serves
+from advkit.core.protocols import Access, Attack, SeeksMinimum, Serves
+from advkit.core.registry.contract import lacking_in
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.testing.play import (
@@ -24,6 +25,7 @@ from advkit.testing.play import (
     BallMaker,
     accepts,
     aimed,
+    failure,
     fields_of,
     legal,
     names,
@@ -133,13 +135,15 @@ def stays_admitted(subject: Subject) -> None:
 
 
 def one_step_moves(subject: Subject) -> None:
-    """One step is enough to leave the origin and, where nothing is drawn, to lower the margin of a linear victim."""
+    """One step is enough to leave the origin and, where nothing is drawn, to lower the margin of a linear victim.
+
+    An attack that takes no gradients searches: it may hand back the row where its first questions found nothing better.
+    """
     if not subject.bounded:  # a row that falls short of the goal has no nearest point to return
         return
     attack = subject.attack
-    attack = replace(
-        attack, **{n: v for n, v in (("steps", 1), ("queries", 60), ("restarts", 1)) if n in fields_of(attack)}
-    )
+    effort = {n: v for n, v in (("steps", 1), ("queries", 60), ("restarts", 1)) if n in fields_of(attack)}
+    attack = replace(attack, **effort) if effort else attack
     if "start" in fields_of(attack):
         attack = replace(attack, start="origin")
     victim = linear(space=WIDE)
@@ -148,12 +152,16 @@ def one_step_moves(subject: Subject) -> None:
     drawn: list[str] = []
     rng = _Spy(RowRng.from_ids(0, names(len(x))), drawn)
     played = play(attack, victim, x, goal, subject.at(box=WIDE), rng=rng)
-    require(bool(_differ(played.z, x).all()), "some rows were returned untouched")
+    moved = _differ(played.z, x)
+    searches = Access(subject.attack.needs) < Access.GRADIENTS
+    untouched = (~moved).nonzero().flatten().tolist()
+    require(searches or not untouched, f"rows {untouched} were returned untouched")
     if drawn:
         return
     with torch.no_grad():
         before = goal.margin(victim(x))
-    require(bool((played.margin < before).all()), "the step did not lower the margin")
+    lower = played.margin < before
+    require(bool((lower | ~moved).all() if searches else lower.all()), "the step did not lower the margin")
 
 
 def zero_eps_is_identity(subject: Subject) -> None:
@@ -595,12 +603,39 @@ def subjects(attack: Any, balls: dict[str, BallMaker] | None = None) -> dict[str
     return {norm: Subject(shortened(attack), norm, ball) for norm, ball in accepted.items()}
 
 
+USUALLY: dict[str, str] = {
+    "stays_admitted": "the last point was not projected (ball.project(z, x)), or came back with a graph (z.detach())",
+    "leaves_no_trace": "torch.rand or torch.manual_seed in place of rng.at(...).uniform(x), or x changed in place",
+    "one_step_moves": "the step goes up: descend the goal's loss (ball.steepest(-gradient, x)), or eps is not used",
+    "zero_eps_is_identity": "points are clamped with a radius of the attack's own, not by ball.project",
+    "more_restarts_never_help": "the best point is not kept over restarts: attacks.base.Best does it",
+    "more_effort_never_helps": "the last point is returned and not the best one: attacks.base.Best does it",
+    "more_eps_never_helps": "a radius or a step size is absolute; lengths are in units of eps",
+    "closed_form": "the attack is too weak for a linear victim (more steps or queries), or steps beyond the ball",
+    "agrees_with_exhaustive_search": "the attack is too weak: more steps or queries, or smaller steps at the end",
+    "batch_of_one": "something is shared by the rows: a mean, a maximum, one draw for all, a loop that ends for all",
+    "all_wrong_batch": "a mean over no rows, or an index of none",
+    "one_survivor": "rows that leave the batch change what the others get: keep state by row",
+    "same_seed_same_bits": "draws that do not come from rng, or rng taken without names (rng.at('start', restart))",
+    "metered_is_counted": "the model was asked beside the oracle",
+    "every_goal_accepted": "the attack reads labels off the goal: use goal.loss, goal.reached, or say serves = (...)",
+    "keeps_the_query_budget": "BudgetExhausted is not caught: attacks.base.affords(oracle) says whether one is left",
+    "refuses_without_access": "`needs` asks for more than is used, or AccessDenied is caught",
+    "survives_nan": "NaN wins a comparison: take answers with torch.isfinite alone",
+    "survives_zero_gradients": "a gradient is divided by its norm of 0",
+    "survives_saturation": "exp or a quotient overflows",
+    "does_not_stop_under_transfer": "rows stop once the oracle's answer reaches the goal: only where oracle.decides",
+}
+"""What breaks a law most often."""
+
+
 def check_law(name: str, subject: Subject) -> None:
-    """One law; its AssertionError starts with the law's name, the attack and the ball."""
+    """One law; its AssertionError starts with the law's name, the attack and the ball, and says what the law means."""
     try:
         ATTACK_LAWS[name](subject)
-    except AssertionError as broken:
-        raise AssertionError(f"law {name}: {subject.attack!r} in {subject.norm}: {broken}") from broken
+    except Exception as broken:  # an attack raises whatever it likes
+        shown = f"{subject.attack!r} in {subject.norm}"
+        raise failure(name, ATTACK_LAWS[name], shown, broken, USUALLY.get(name, "")) from broken
 
 
 def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None:
@@ -609,13 +644,25 @@ def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None
     balls: norm -> maker of a ball from eps and box; the norms are keys of BALLS and MINIMA. Raises AssertionError at
     the first law that is broken, naming it. Attacks made for text have laws of their own (`TEXT_LAWS`) instead.
     """
-    require(isinstance(attack.needs, Access), "law declares_its_access: `needs` is no Access")
+    if isinstance(attack, type):
+        raise AssertionError(f"law is_an_object: {attack.__name__} is a class; check an object: {attack.__name__}()")
+    missing = lacking_in(attack, Attack)
+    require(not missing, f"law has_the_members_of_an_attack: {attack!r} lacks {', '.join(missing)}")
+    require(
+        isinstance(attack.needs, Access),
+        f"law declares_its_access: `needs` is {attack.needs!r}; expected core.protocols.Access, such as GRADIENTS",
+    )
     if on_text(attack):
         for name in TEXT_LAWS:
             check_text_law(name, attack)
         return
     found = subjects(attack, balls)
-    require(found, f"law accepts_a_ball: {attack!r} refuses every ball of {', '.join(balls or BALLS | MINIMA)}")
+    if not found:
+        said = {refusal for norm, ball in (balls or BALLS | MINIMA).items() if (refusal := accepts(attack, ball, norm))}
+        raise AssertionError(
+            f"law accepts_a_ball: {attack!r} refuses every ball of {', '.join(balls or BALLS | MINIMA)}: "
+            f"{'; '.join(sorted(said))}"
+        )
     for subject in found.values():
         for name in ATTACK_LAWS:
             check_law(name, subject)

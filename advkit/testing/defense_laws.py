@@ -14,7 +14,7 @@ from advkit.core.protocols import Data, ModelInfo, Trains
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel, is_model
-from advkit.testing.play import require
+from advkit.testing.play import failure, require
 from advkit.testing.victims import network, normal, uniform
 from advkit.training.loop import fit
 
@@ -124,8 +124,8 @@ def check_defense(defense: Any, model: TorchModel | None = None, data: Data | No
     for name, law in DEFENSE_LAWS.items():
         try:
             law(case)
-        except AssertionError as broken:
-            raise AssertionError(f"law {name}: {defense!r}: {broken}") from broken
+        except Exception as broken:  # code of the user's own raises whatever it likes
+            raise failure(name, law, repr(defense), broken) from broken
 
 
 class _CutOff(Exception):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +61,17 @@ def require(holds: Any, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
+def failure(
+    name: str, law: Callable[..., None], shown: str, broken: BaseException, usually: str = ""
+) -> AssertionError:
+    """What to raise where a law does not hold: its name, what was seen, what the law says, and the usual cause."""
+    seen = str(broken) if isinstance(broken, AssertionError) else f"{type(broken).__name__}: {broken}"
+    says = " ".join((inspect.getdoc(law) or "").split("\n\n", 1)[0].split())
+    return AssertionError(
+        f"law {name}: {shown}: {seen}\nThe law: {says}" + (f"\nUsually: {usually}" if usually else "")
+    )
+
+
 def legal(x: Tensor, norm: str) -> Tensor:
     """Rows in [0, 1] as such a threat model knows them: the nearest corner of the box where rows are bits."""
     return x.round() if norm in BITS else x
@@ -102,7 +114,8 @@ def aimed(attack: Any, labels: Tensor, classes: int) -> Any:
 
 
 def fields_of(attack: Any) -> set[str]:
-    return {each.name for each in fields(attack)}
+    """The settings that can be changed in a copy; none where the part is no dataclass."""
+    return {each.name for each in fields(attack)} if is_dataclass(attack) else set()
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,8 @@ def shortened(attack: Any, steps: int = 40, queries: int = 200) -> Any:
         return ShortSuite(attack, steps, queries)
     have = fields_of(attack)
     most = {"steps": steps, "queries": queries}
-    return replace(attack, **{name: n for name, n in most.items() if name in have and getattr(attack, name) > n})
+    changes = {name: n for name, n in most.items() if name in have and getattr(attack, name) > n}
+    return replace(attack, **changes) if changes else attack
 
 
 def accepts(attack: Any, ball: BallMaker, norm: str) -> str | None:

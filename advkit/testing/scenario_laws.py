@@ -14,7 +14,7 @@ from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.run.rehearsal import preflight
 from advkit.evaluation.run.scenario import Scenario, Section
 from advkit.evaluation.run.store import Store
-from advkit.testing.play import require
+from advkit.testing.play import failure, require
 
 
 @dataclass(frozen=True)
@@ -134,5 +134,5 @@ def check_scenario(scenario: Any, case: Case | None = None, laws: Sequence[str] 
     for name in laws or SCENARIO_LAWS:
         try:
             SCENARIO_LAWS[name](run)
-        except AssertionError as broken:
-            raise AssertionError(f"law {name}: {scenario!r}: {broken}") from broken
+        except Exception as broken:  # code of the user's own raises whatever it likes
+            raise failure(name, SCENARIO_LAWS[name], repr(scenario), broken) from broken

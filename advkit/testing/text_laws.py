@@ -21,7 +21,7 @@ from advkit.core.spaces import SLOT
 from advkit.core.wrapper import Wrapper
 from advkit.models.language.model import LanguageModel
 from advkit.testing.language import tiny_lm, transcripts
-from advkit.testing.play import fields_of, names, require
+from advkit.testing.play import failure, fields_of, names, require
 from advkit.testing.victims import linear, uniform
 from advkit.threat_models.goals.says import Says
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -232,5 +232,5 @@ def check_text_law(name: str, attack: Any) -> None:
     """One law; its AssertionError starts with the law's name and the attack."""
     try:
         TEXT_LAWS[name](brief(attack))
-    except AssertionError as broken:
-        raise AssertionError(f"law {name}: {attack!r}: {broken}") from broken
+    except Exception as broken:  # an attack raises whatever it likes
+        raise failure(name, TEXT_LAWS[name], repr(attack), broken) from broken

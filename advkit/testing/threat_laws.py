@@ -14,7 +14,7 @@ from advkit.core.protocols import Counted, InSpace, Radius, Slotted
 from advkit.core.rng import RowRng
 from advkit.core.spaces import REPLY, USER, Binary, Box, Transcripts
 from advkit.testing.language import PieceTokenizer, transcripts
-from advkit.testing.play import names, require
+from advkit.testing.play import failure, names, require
 from advkit.testing.victims import normal, uniform
 
 
@@ -297,10 +297,11 @@ TOKEN_LAWS: dict[str, Callable[[Any], None]] = {
 
 def check_threat_law(name: str, threat: Any) -> None:
     """One law; its AssertionError starts with the law's name and the threat model."""
+    law = (THREAT_LAWS | TOKEN_LAWS)[name]
     try:
-        (THREAT_LAWS | TOKEN_LAWS)[name](threat)
-    except AssertionError as broken:
-        raise AssertionError(f"law {name}: {threat!r}: {broken}") from broken
+        law(threat)
+    except Exception as broken:  # code of the user's own raises whatever it likes
+        raise failure(name, law, repr(threat), broken) from broken
 
 
 def check_threat_model(threat: Any) -> None:

@@ -27,6 +27,7 @@ THREAT_MODELS: Registry[ThreatModel[Any]] = Registry(
     group="advkit.threat_models",
     contract=ThreatModel,
     objects=True,
+    familiar="advkit.threat_models.familiar:BALLS",
 )
 
 GOALS: Registry[Rule] = Registry(
@@ -42,6 +43,7 @@ GOALS: Registry[Rule] = Registry(
     group="advkit.goals",
     contract=Rule,
     objects=True,
+    familiar="advkit.threat_models.familiar:GOALS",
 )
 
 JUDGES: Registry[Judge] = Registry(

@@ -9,7 +9,6 @@ replies labelled by hand.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import unicodedata
@@ -22,6 +21,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from advkit.core.checks import check, fraction
 from advkit.core.errors import BadInput, MissingExtra, UsageError
+from advkit.core.registry import imported
 from advkit.threat_models import JUDGES
 
 REFUSALS = (
@@ -211,12 +211,9 @@ class PythonJudge:
 
 
 def _function(path: str) -> Callable[[str, str, str], object]:
-    module, _, name = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = imported(path, "a function")
+    except UsageError as error:
         raise UsageError(f"judge python:{path} can't be found ({error}); expected python:MODULE:FUNCTION") from error
     if not callable(found):
         raise UsageError(f"judge python:{path} is a {type(found).__name__}; expected a function")

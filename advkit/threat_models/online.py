@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 from typing_extensions import override
@@ -13,7 +13,7 @@ from typing_extensions import override
 from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Lattice, Submissions, Surrogates, ThreatModel, WrapsBall
-from advkit.threat_models.transfer import source_name
+from advkit.threat_models.transfer import checked_sources, source_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,7 @@ class Online(Submissions, Surrogates, WrapsBall, Lattice):
     permutations: int = 1000
 
     def __post_init__(self) -> None:
-        if isinstance(cast(Any, self.sources), str):
-            raise UsageError(f"sources {self.sources!r} is one text; expected a tuple of specs such as ('zoo:NAME',)")
+        checked_sources(self.sources)
         at_least_one(self, "k", "permutations")
         if self.ball.scenario != "evasion":
             raise UsageError(f"inner={self.inner} is a {self.ball.scenario}; name what bounds one item: linf:eps=0.1")
@@ -122,9 +121,5 @@ class Online(Submissions, Surrogates, WrapsBall, Lattice):
             "inner": inner["name"],
             "k": self.k,
             "permutations": self.permutations,
-            **(
-                {"sources": [source_name(source) for source in self.sources], "knowledge": "transfer"}
-                if self.sources
-                else {}
-            ),
+            **({"sources": list(source_names(self.sources)), "knowledge": "transfer"} if self.sources else {}),
         }

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import BringsAttacks, Surrogates
-from advkit.threat_models.transfer import SurrogateBall, Transfer, source_name
+from advkit.threat_models.transfer import SurrogateBall, Transfer, checked_sources, source_names
 
 PUBLIC = "public"
 
@@ -39,7 +39,8 @@ class Tapm(SurrogateBall, Surrogates, BringsAttacks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sources", "attacks", "seen"):
+        checked_sources(self.sources)
+        for name in ("attacks", "seen"):
             if isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} {getattr(self, name)!r} is one text; expected a tuple of texts")
         if not self.sources or not self.attacks:
@@ -58,7 +59,7 @@ class Tapm(SurrogateBall, Surrogates, BringsAttacks):
     @property
     def source_names(self) -> tuple[str, ...]:
         """Sources as records name them."""
-        return tuple(source_name(source) for source in self.sources)
+        return source_names(self.sources)
 
     @property
     @override

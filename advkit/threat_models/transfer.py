@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 from typing_extensions import override
@@ -22,10 +22,30 @@ BALLS: dict[str, type] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
 
 
 def source_name(source: Any) -> str:
-    """How a surrogate is called in records and tables: its spec, or the name it describes itself by."""
+    """How a surrogate is called in records and tables: its spec, or the name it describes itself by, or its class."""
     if isinstance(source, str):
         return source
-    return str(source.describe().name)
+    if isinstance(source, Describes) and not isinstance(source, type):
+        return str(source.describe().name)
+    return str(getattr(source, "__name__", type(source).__name__))
+
+
+def source_names(sources: Iterable[Any]) -> tuple[str, ...]:
+    """The names of several surrogates; models that share one are numbered: Sequential, Sequential-2."""
+    found: list[str] = []
+    for source in sources:
+        name, number = source_name(source), 2
+        while not isinstance(source, str) and name in found:
+            name, number = f"{source_name(source)}-{number}", number + 1
+        found.append(name)
+    return tuple(found)
+
+
+def checked_sources(sources: Any) -> None:
+    """UsageError for what is no tuple of sources; a network of torch is a sequence of its layers, too."""
+    if not isinstance(sources, (tuple, list)):
+        shown = f"{sources!r} is one text" if isinstance(sources, str) else f"is one {type(sources).__name__}"
+        raise UsageError(f"sources {shown}; expected a tuple of specs or models, such as ('zoo:NAME',)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +111,8 @@ class SurrogateBall(Lattice, WrapsBall):
         """Plain JSON values that say what this threat model is."""
         inner: Any = self.ball
         own = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name not in ("box", "norm")}
+        if isinstance(self, Surrogates):
+            own["sources"] = list(source_names(self.sources))
         return {
             **inner.describe(),
             **own,
@@ -125,8 +147,7 @@ class Transfer(SurrogateBall, Surrogates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(cast(Any, self.sources), str):
-            raise UsageError(f"sources {self.sources!r} is one text; expected a tuple of specs such as ('zoo:NAME',)")
+        checked_sources(self.sources)
         if not self.sources:
             raise UsageError("transfer needs at least one surrogate; name it with sources=zoo:NAME (joined by +)")
 

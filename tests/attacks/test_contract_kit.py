@@ -8,11 +8,19 @@ from typing import ClassVar
 import pytest
 import torch
 
+from advkit.attacks.base import Best, affords
 from advkit.attacks.gradient.pgd import PGD
+from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
 from advkit.models.torch import TorchModel
 from advkit.testing import (
+    ATTACK_LAWS,
     BALLS,
+    DEFENSE_LAWS,
+    SCENARIO_LAWS,
+    TEXT_LAWS,
+    THREAT_LAWS,
+    TOKEN_LAWS,
     Leaver,
     Quadratic,
     check_attack,
@@ -25,6 +33,7 @@ from advkit.testing import (
     noisy,
     quantised,
 )
+from advkit.testing.attack_laws import USUALLY
 from advkit.testing.victims import uniform
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L2, Linf
@@ -216,3 +225,91 @@ def test_broken_victims_break_as_announced():
     with torch.random.fork_rng(devices=[]):
         assert not torch.equal(noisy(model)(x), noisy(model)(x))
     assert torch.equal(model(x), answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinates:
+    """Searches: tries a step up and down along every coordinate, and keeps what lowers the loss."""
+
+    needs: ClassVar[Access] = Access.SCORES
+    queries: int = 200
+
+    def __call__(self, oracle, x, goal, ball, rng, /):
+        best = Best(x, goal)
+        if not affords(oracle):
+            return best.x
+        best.offer(x, oracle(x))
+        for question in range(min(self.queries, oracle.left if oracle.left is not None else self.queries) - 1):
+            if not affords(oracle):
+                break
+            place, sign = (question // 2) % x[0].numel(), 1 - 2 * (question % 2)
+            step = torch.zeros_like(x)
+            step.flatten(1)[:, place] = sign
+            z = ball.project(best.x + ball.steepest(step, best.x), x)
+            best.offer(z, oracle(z))
+        return best.x
+
+
+class NoDataclass:
+    """An attack without a line more than it needs."""
+
+    needs = Access.GRADIENTS
+
+    def __call__(self, oracle, x, goal, ball, rng, /):
+        return PGD(steps=40, step_size=0.1)(oracle, x, goal, ball, rng)
+
+
+def test_a_search_may_hand_back_the_input():
+    """Its first question about a row may find nothing better; a white-box step always moves."""
+    check_attack(Coordinates(), LINF)
+
+
+def test_an_attack_need_not_be_a_dataclass():
+    check_attack(NoDataclass(), LINF)
+
+
+def test_a_broken_law_says_what_it_means_and_what_breaks_it_most_often():
+    with pytest.raises(AssertionError) as said:
+        check_attack(Broken(wrong="untouched"), LINF)
+    lines = str(said.value).splitlines()
+    assert lines[0].startswith("law one_step_moves: Broken(")
+    assert "returned untouched" in lines[0]
+    assert lines[1].startswith("The law: One step is enough to leave the origin")
+    assert lines[2].startswith("Usually: ")
+    assert set(USUALLY) == set(ATTACK_LAWS)
+    laws = ATTACK_LAWS | TEXT_LAWS | THREAT_LAWS | TOKEN_LAWS | DEFENSE_LAWS | SCENARIO_LAWS
+    assert all((law.__doc__ or "").strip() for law in laws.values()), "a law without a meaning"
+
+
+def test_an_attack_that_raises_is_a_broken_law_with_its_name():
+    @dataclass(frozen=True)
+    class Raises(Coordinates):
+        def __call__(self, oracle, x, goal, ball, rng, /):
+            raise IndexError("out of rows") if len(x) > 2 else UsageError("only pairs")
+
+    with pytest.raises(AssertionError, match=r"law accepts_a_ball.*only pairs"):
+        check_attack(Raises(), LINF)
+
+    @dataclass(frozen=True)
+    class RaisesLater(Coordinates):
+        def __call__(self, oracle, x, goal, ball, rng, /):
+            if len(x) > 2:
+                raise IndexError("out of rows")
+            return super().__call__(oracle, x, goal, ball, rng)
+
+    with pytest.raises(AssertionError, match=r"(?s)law stays_admitted.*IndexError: out of rows.*The law: "):
+        check_attack(RaisesLater(), LINF)
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        (PGD, "is a class"),
+        (lambda oracle, x, goal, ball, rng: x, "lacks needs"),
+        (object(), "lacks needs, __call__"),
+        (type("Words", (NoDataclass,), {"needs": "gradients"})(), "Access, such as GRADIENTS"),
+    ],
+)
+def test_what_is_no_attack_is_said_at_once(attack, words):
+    with pytest.raises(AssertionError, match=words):
+        check_attack(attack)

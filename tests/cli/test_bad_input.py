@@ -206,7 +206,7 @@ def test_a_model_of_another_task(advkit: Any, victim: str) -> None:
 
 def test_a_module_that_is_not_there(advkit: Any) -> None:
     refused(advkit, *QUICK, "--model", "python:no_such_module:make", says=("no Python module", "no_such_module"))
-    refused(advkit, *QUICK, "--model", "python:no_such_module", says=("python:module:factory",))
+    refused(advkit, *QUICK, "--model", "python:no_such_module", says=("python:MODULE:NAME",))
 
 
 def checkpoint(victim: str) -> Path:

@@ -603,10 +603,11 @@ def test_every_registered_name_loads_and_explains_itself(kind: str, name: str) -
     ("setting", "value", "words"),
     [
         ("attack", PGD, ("is the class PGD", "PGD()")),
-        ("attack", ["pgd", "fgsm"], ("list", "needs", "such as fgsm")),
+        ("attack", ["pgd", "fgsm"], ("2 attacks at once", "pgd and fgsm", "autoattack")),
+        ("attack", 3.5, ("3.5", "float", "needs", "such as fgsm")),
         ("attack", lambda oracle, x, goal, threat, rng: x, ("function", "needs")),
-        ("threat_model", 0.1, ("0.1", "float", "such as linf")),
-        ("goal", 3, ("int", "kind")),
+        ("threat_model", 0.1, ("0.1", "radius", "linf:eps=0.1")),
+        ("goal", object(), ("object", "kind")),
         ("defense", object(), ("object", "needs_data", "protect")),
     ],
 )

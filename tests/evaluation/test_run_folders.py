@@ -1,4 +1,4 @@
-"""Run folders that break while they are written to: one line, nothing lost, and a resume that ends in the same bytes."""
+"""Run folders that break while they are written to: one line, nothing lost, a resume that ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ from advkit.core.files import Claimed, check_unclaimed, claimed
 from advkit.evaluation.run import store as stores
 from advkit.evaluation.run.store import read_records
 
-ASKED: dict[str, Any] = {"attack": "pgd:steps=3", "task": "digits", "model": "zoo:digits-mlp", "n": 24, "device": "cpu", "batch_size": 4}
+ASKED: dict[str, Any] = {
+    "attack": "pgd:steps=3",
+    "task": "digits",
+    "model": "zoo:digits-mlp",
+    "n": 24,
+    "device": "cpu",
+    "batch_size": 4,
+}
 SUITE: dict[str, Any] = {**ASKED, "attack": "lean", "model": "zoo:digits-mlp-trades", "n": 8}
 GRID: dict[str, Any] = {**ASKED, "threat_model": "tapm", "n": 4, "beside": False}
 
@@ -99,7 +106,14 @@ def test_a_claim_is_given_back_after_a_run_and_after_a_refusal(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-HOLDS = "import sys, time\nfrom pathlib import Path\nfrom advkit.core.files import Claimed\nright = Claimed(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)\n"
+HOLDS = """
+import sys, time
+from pathlib import Path
+from advkit.core.files import Claimed
+right = Claimed(Path(sys.argv[1]))
+print('held', flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -142,7 +156,7 @@ def test_a_folder_without_locks_is_written_all_the_same(tmp_path, monkeypatch, c
 
 
 class Full:
-    """The file of records on a disk that ends: takes so many bytes, then says so, having taken part of the last ones."""
+    """The file of records on a disk that ends: takes so many bytes and a part of the last ones, then says so."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room
@@ -167,7 +181,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_resume_is_exact(room, wh
         self._file = Full(self._file, room)
 
     monkeypatch.setattr(stores.Store, "_begin", limited)
-    with pytest.raises(RunInterrupted, match="the disk is full: make room.*resume with the same command") as told:
+    with pytest.raises(RunInterrupted, match=r"the disk is full: make room.*resume with the same command") as told:
         advkit.evaluate(out=tmp_path, **ASKED)
     assert "\n" not in str(told.value)
     kept = lines(tmp_path)
@@ -283,7 +297,9 @@ def edited_in_place(folder: Path) -> None:
         file.write(text.replace(b'"forwards":4', b'"forwards":0').replace(b'"clean":0', b'"clean":9'))
 
 
-@pytest.mark.parametrize("act", [gone, moved, file_gone, case_gone, lock_gone, cut, emptied, longer, edited, edited_in_place])
+@pytest.mark.parametrize(
+    "act", [gone, moved, file_gone, case_gone, lock_gone, cut, emptied, longer, edited, edited_in_place]
+)
 def test_what_happens_to_a_folder_while_a_run_goes_on_loses_nothing(act, whole, tmp_path, caplog):
     folder = tmp_path / "run"
     with caplog.at_level(logging.WARNING, "advkit"):
@@ -333,7 +349,7 @@ def test_a_folder_that_another_case_has_taken_over(whole, tmp_path):
         (folder / "records.case.json").write_text("{}\n")
         (folder / "records.jsonl").write_text("")
 
-    with pytest.raises(RunInterrupted, match="12 records of this run are in .*run-rescued") as told:
+    with pytest.raises(RunInterrupted, match=r"12 records of this run are in .*run-rescued") as told:
         advkit.evaluate(out=folder, watch=during(replaced), **ASKED)
     assert "\n" not in str(told.value)
     assert (folder / "records.jsonl").read_text() == ""
@@ -397,7 +413,9 @@ def left(folder: Path, into: Path, change: Callable[[list[bytes]], list[bytes]])
 
 def test_a_line_that_was_edited_is_named_and_can_be_taken_out(whole, tmp_path):
     at = next(i for i, line in enumerate(lines(whole)[:8]) if b'"outcome":"broken"' in line)
-    left(whole, tmp_path / "run", lambda held: [*held[:at], held[at].replace(b'"broken"', b'"robust"'), *held[at + 1 :]])
+    left(
+        whole, tmp_path / "run", lambda held: [*held[:at], held[at].replace(b'"broken"', b'"robust"'), *held[at + 1 :]]
+    )
     with pytest.raises(StaleRun, match=rf"records.jsonl, line {at + 1} is not what was written"):
         advkit.evaluate(out=tmp_path / "run", **ASKED)
     rest = lines(tmp_path / "run")
@@ -410,9 +428,16 @@ def test_a_line_that_was_edited_is_named_and_can_be_taken_out(whole, tmp_path):
 def test_without_the_file_of_times_lines_are_taken_as_they_stand(times, whole, tmp_path):
     left(whole, tmp_path / "run", lambda held: held)
     file = tmp_path / "run" / "records.seconds.jsonl"
-    old = [{key: value for key, value in json.loads(line).items() if key != "lines"} for line in file.read_text().splitlines()]
-    content = {"lost": None, "of an earlier version": "".join(json.dumps(each) + "\n" for each in old), "garbage": "[" * 9999,
-               "cut short": file.read_text()[:250]}[times]  # fmt: skip
+    old = [
+        {key: value for key, value in json.loads(line).items() if key != "lines"}
+        for line in file.read_text().splitlines()
+    ]
+    content = {
+        "lost": None,
+        "of an earlier version": "".join(json.dumps(each) + "\n" for each in old),
+        "garbage": "[" * 9999,
+        "cut short": file.read_text()[:250],
+    }[times]
     file.unlink() if content is None else file.write_text(content)
     for _ in range(2):  # what was taken is known from then on
         advkit.evaluate(out=tmp_path / "run", **ASKED)
@@ -511,8 +536,9 @@ def test_a_killed_worker_is_one_line_and_the_resume_is_exact(tmp_path):
 @pytest.mark.slow
 def test_a_second_command_gets_one_line_and_a_killed_one_leaves_no_lock(tmp_path):
     command = [
-        sys.executable, "-m", "advkit", "evaluate", "--task", "digits", "--model", "zoo:digits-mlp", "--no-plots", "--device",
-        "cpu", "--attack", "pgd:steps=400,stop=false", "--n", "100", "--batch-size", "2", "--workers", "1", "--out", str(tmp_path / "run"),
+        sys.executable, "-m", "advkit", "evaluate", "--task", "digits", "--model", "zoo:digits-mlp", "--no-plots",
+        "--device", "cpu", "--attack", "pgd:steps=400,stop=false", "--n", "100", "--batch-size", "2", "--workers", "1",
+        "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     records = tmp_path / "run" / "records.jsonl"

@@ -206,7 +206,21 @@ def by_words(raw: bytes, rng: Random) -> bytes:
     at = rng.randrange(len(lines))
     cells = lines[at].split(",")
     cell = rng.randrange(len(cells))
-    words = ("", '"', "\0", "-1", "1e9", "9" * 5000, "\u2028", "\ud800", "\x1b[2J", "=cmd()", "a b c", "\r", "x" * 200_000)
+    words = (
+        "",
+        '"',
+        "\0",
+        "-1",
+        "1e9",
+        "9" * 5000,
+        "\u2028",
+        "\ud800",
+        "\x1b[2J",
+        "=cmd()",
+        "a b c",
+        "\r",
+        "x" * 200_000,
+    )
     what = rng.randrange(6)
     if what == 0:
         del lines[at]
@@ -241,11 +255,45 @@ def zipped(parts: dict[str, bytes], how: int = zipfile.ZIP_STORED) -> bytes:
     return out.getvalue()
 
 
-DESCRIPTIONS = ("|O", "<f2", "<f4", ">f8", "<f16", "|i1", "|u1", ">i4", "<u8", "|b1", "<c8", "|V8", "<U7", "|S3", "<M8[s]", "<U0")
+DESCRIPTIONS = (
+    "|O",
+    "<f2",
+    "<f4",
+    ">f8",
+    "<f16",
+    "|i1",
+    "|u1",
+    ">i4",
+    "<u8",
+    "|b1",
+    "<c8",
+    "|V8",
+    "<U7",
+    "|S3",
+    "<M8[s]",
+    "<U0",
+)
 SHAPES = (
-    "()", "(0,)", "(0, 1, 4, 4)", "(6,)", "(6, 0)", "(-1,)", "(1 << 40,)", f"({1 << 40},)", f"({1 << 62}, 4)", f"({1 << 63}, 2)",
-    f"(0, {1 << 62})", f"({10**30},)", "(6, 1, 4, 4.0)", "('a',)", "[6]", "6", "(True, 6)", "((6,),)", "(6,) * 9",
-)  # fmt: skip
+    "()",
+    "(0,)",
+    "(0, 1, 4, 4)",
+    "(6,)",
+    "(6, 0)",
+    "(-1,)",
+    "(1 << 40,)",
+    f"({1 << 40},)",
+    f"({1 << 62}, 4)",
+    f"({1 << 63}, 2)",
+    f"(0, {1 << 62})",
+    f"({10**30},)",
+    "(6, 1, 4, 4.0)",
+    "('a',)",
+    "[6]",
+    "6",
+    "(True, 6)",
+    "((6,),)",
+    "(6,) * 9",
+)
 
 
 def npy_header(raw: bytes, rng: Random) -> bytes:
@@ -260,7 +308,9 @@ def npy_header(raw: bytes, rng: Random) -> bytes:
     elif what in (2, 3, 4):
         shape = rng.choice(SHAPES)
     elif what == 5:
-        descr = rng.choice(("[('a', '<i4')]", "('<f4', (1 << 20,))", f"('<f4', ({1 << 30},))", "'x'", "7", "open('x')", "'|O8'"))
+        descr = rng.choice(
+            ("[('a', '<i4')]", "('<f4', (1 << 20,))", f"('<f4', ({1 << 30},))", "'x'", "7", "open('x')", "'|O8'")
+        )
     elif what == 6:
         fortran = rng.choice(("True", "2", "'no'", "None"))
     elif what == 7:
@@ -269,7 +319,9 @@ def npy_header(raw: bytes, rng: Random) -> bytes:
         declared = rng.choice(INTEGERS) & 0xFFFF
     text = f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}"
     if rng.random() < 0.05:
-        text = rng.choice((text[:-1], "{" * 500, "()" * 3000, "__import__('os').system('true')", "{}", text + " " * 70_000))
+        text = rng.choice(
+            (text[:-1], "{" * 500, "()" * 3000, "__import__('os').system('true')", "{}", text + " " * 70_000)
+        )
     body = text.encode() + b"\n"
     width = 2 if version == b"\x01\x00" else 4
     said = len(body) if declared is None else declared
@@ -318,7 +370,9 @@ def by_safetensors(raw: bytes, rng: Random) -> bytes:
         key = rng.choice(("dtype", "shape", "data_offsets"))
         entry[key] = {
             "dtype": rng.choice(("F64", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "C64", "X", "")),
-            "shape": rng.choice(([], [0], [1 << 40], [1 << 62, 4], [1 << 33, 1 << 33], [-1], [0, 1 << 62], entry["shape"] * 2)),
+            "shape": rng.choice(
+                ([], [0], [1 << 40], [1 << 62, 4], [1 << 33, 1 << 33], [-1], [0, 1 << 62], entry["shape"] * 2)
+            ),
             "data_offsets": rng.choice(([0, 0], [0, 1 << 40], [8, 4], [-4, 4], [0], entry["data_offsets"] * 2)),
         }[key]
         changed = {**header, name: entry}
@@ -334,7 +388,9 @@ def png_header(raw: bytes, rng: Random) -> bytes:
     """A PNG whose first part says another size or kind, with a checksum that fits."""
     body = bytearray(raw[12:29])  # IHDR and its thirteen bytes
     if rng.random() < 0.7:
-        width, height = rng.choice(((1 << 31, 1), (1, 1 << 30), (30_000, 30_000), (16_000, 9_000), (0, 8), (8, 0), (1 << 16, 1 << 16)))
+        width, height = rng.choice(
+            ((1 << 31, 1), (1, 1 << 30), (30_000, 30_000), (16_000, 9_000), (0, 8), (8, 0), (1 << 16, 1 << 16))
+        )
         body[4:12] = struct.pack(">II", width & 0xFFFFFFFF, height & 0xFFFFFFFF)
     else:
         body[rng.randrange(12, 17)] = rng.randrange(256)

@@ -255,8 +255,25 @@ def _own_change(name: str, raw: bytes, rng: Random) -> bytes:
     if what == 2 and key in ("shape", "mean", "std", "space", "dtypes", "extra", "classes"):
         metadata[key] = json.dumps(mutations.odd_value(json.loads(metadata[key]), rng))
     else:
-        words = ("", "[]", "null", "-1", "0", "1e9", "[" * 3000, "9" * 30, "nan", "\u2028", "cnn", "mlp:hidden=1000000000",
-                 "resnet18", "mlp:hidden=" + "+".join(["8"] * 3000), "float64", "path:x", "mlp:hidden=8,norm=x")  # fmt: skip
+        words = (
+            "",
+            "[]",
+            "null",
+            "-1",
+            "0",
+            "1e9",
+            "[" * 3000,
+            "9" * 30,
+            "nan",
+            "\u2028",
+            "cnn",
+            "mlp:hidden=1000000000",
+            "resnet18",
+            "mlp:hidden=" + "+".join(["8"] * 3000),
+            "float64",
+            "path:x",
+            "mlp:hidden=8,norm=x",
+        )
         metadata[key] = rng.choice(words)
     if rng.random() < 0.3:
         odd = (torch.zeros(()), torch.zeros(0, 8), torch.full((8,), torch.nan), torch.zeros(8, dtype=torch.int64))
@@ -304,10 +321,21 @@ def _foreign_change(name: str, raw: bytes, rng: Random) -> bytes:
         one = rng.choice(list(state))
         state[one] = rng.choice(
             (
-                None, "x", 3, [1], torch.zeros(3), torch.zeros(8, 16).to_sparse(), torch.zeros(1).expand(8, 16), state[one].half(),
-                torch.empty(8, 16, device="meta"), torch.zeros(8, 16, dtype=torch.complex64), state[one].to(torch.int64), Path("x"),
-                torch.nested.nested_tensor([torch.zeros(2)]), torch.quantize_per_tensor(torch.zeros(8, 16), 0.1, 0, torch.qint8),
-            )  # fmt: skip
+                None,
+                "x",
+                3,
+                [1],
+                torch.zeros(3),
+                torch.zeros(8, 16).to_sparse(),
+                torch.zeros(1).expand(8, 16),
+                state[one].half(),
+                torch.empty(8, 16, device="meta"),
+                torch.zeros(8, 16, dtype=torch.complex64),
+                state[one].to(torch.int64),
+                Path("x"),
+                torch.nested.nested_tensor([torch.zeros(2)]),
+                torch.quantize_per_tensor(torch.zeros(8, 16), 0.1, 0, torch.qint8),
+            )
         )
         return _pickled(rng.choice((state, {"net": state}, [state], {"model": {"net": state}}, {1: state[one]})))
     if what == 1 and name.endswith(".pt"):
@@ -337,7 +365,9 @@ def pickle_bomb(rng: Random) -> bytes:
         )
     )
     if rng.random() < 0.5:
-        return mutations.zipped({"a/data.pkl": body, "a/version": b"3\n", "a/data/0": b"\0" * 32, "a/byteorder": b"little"})
+        return mutations.zipped(
+            {"a/data.pkl": body, "a/version": b"3\n", "a/data/0": b"\0" * 32, "a/byteorder": b"little"}
+        )
     old = torch.serialization
     head = b"".join(b"\x80\x02" + _plain(each) for each in (old.MAGIC_NUMBER, old.PROTOCOL_VERSION, {}))
     return head + body + b"\x80\x02]q\x00X\x01\0\0\0" + b"0a." + number
@@ -424,8 +454,15 @@ def _training_change(name: str, raw: bytes, rng: Random) -> bytes:
         what = rng.randrange(3)
         if what:
             held = tensors.pop(one)
-            tensors[rng.choice((one, "x", "model/x", "optimizer/x/step", "optimizer/99/exp_avg", "best/x"))] = rng.choice(
-                (held, torch.zeros(3), held.double(), torch.full_like(held, torch.nan) if held.is_floating_point() else held)
+            tensors[rng.choice((one, "x", "model/x", "optimizer/x/step", "optimizer/99/exp_avg", "best/x"))] = (
+                rng.choice(
+                    (
+                        held,
+                        torch.zeros(3),
+                        held.double(),
+                        torch.full_like(held, torch.nan) if held.is_floating_point() else held,
+                    )
+                )
             )
         else:
             del tensors[one]
@@ -471,7 +508,15 @@ def _read_report(folder: Path) -> None:
     board.to_html(folder), board.to_markdown(), board.to_json()
     file = folder / "run" / "report.json"
     report = Report.load(file)
-    str(report), repr(report), report.full(), report.brief(80), report.to_json(), report.interval(), report.summary_table()
+    (
+        str(report),
+        repr(report),
+        report.full(),
+        report.brief(80),
+        report.to_json(),
+        report.interval(),
+        report.summary_table(),
+    )
     verify(report)
     try:
         _refuse_outside(file, Request.from_report(report.to_dict()))
@@ -529,9 +574,16 @@ def _side_change(name: str, raw: bytes, rng: Random) -> bytes:
 
 PARSERS["side files of a run"] = Parser(
     _cut_short,
-    ("run/records.case.json", "run/records.seconds.jsonl", "run/records.speed.json", "run/records.examples/first.safetensors"),
-    _read_run, _side_change, 80,
-)  # fmt: skip
+    (
+        "run/records.case.json",
+        "run/records.seconds.jsonl",
+        "run/records.speed.json",
+        "run/records.examples/first.safetensors",
+    ),
+    _read_run,
+    _side_change,
+    80,
+)
 
 MATRIX: dict[str, Any] = {
     "sources": ["zoo:digits-public-mlp"], "attacks": ["fgsm"], "targets": ["zoo:digits-mlp"], "task": "digits", "n": 4,
@@ -631,7 +683,7 @@ def _read_gguf(folder: Path) -> None:
 
 def _said(language: Any) -> None:
     ids = language.space.tokenizer.user_ids("the cat")
-    assert ids is None or all(0 <= each for each in ids)
+    assert ids is None or all(each >= 0 for each in ids)
     str(language.describe())
 
 
@@ -648,6 +700,14 @@ def _hf_change(name: str, raw: bytes, rng: Random) -> bytes:
 
 PARSERS["folder of a language model"] = Parser(
     _tiny_language,
-    ("hf/config.json", "hf/tokenizer.json", "hf/tokenizer_config.json", "hf/generation_config.json", "hf/model.safetensors"),
-    _read_hf, _hf_change, 100,
-)  # fmt: skip
+    (
+        "hf/config.json",
+        "hf/tokenizer.json",
+        "hf/tokenizer_config.json",
+        "hf/generation_config.json",
+        "hf/model.safetensors",
+    ),
+    _read_hf,
+    _hf_change,
+    100,
+)

@@ -44,7 +44,9 @@ def files(out: TextIO, seed: int, only: str) -> None:
 
 
 def _damaged(out: TextIO, seed: int, name: str, parser: Any, whole: Path, copy: Path, watch: Any) -> None:
-    targets = [each.read_text() for each in sorted(whole.glob("*.name"))] if parser.targets == ("*.name",) else parser.targets
+    targets = (
+        [each.read_text() for each in sorted(whole.glob("*.name"))] if parser.targets == ("*.name",) else parser.targets
+    )
     for turn in range(parser.rounds):
         rng = Random(f"{seed}|{name}|{turn}")
         target = targets[turn % len(targets)]

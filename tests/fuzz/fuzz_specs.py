@@ -19,31 +19,72 @@ from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, JUDGES, THREAT_MODELS
 
 REGISTRIES: dict[str, Registry[Any]] = {
-    "attack": ATTACKS, "defense": DEFENSES, "model": MODELS, "task": TASKS, "threat model": THREAT_MODELS, "goal": GOALS,
-    "judge": JUDGES,
+    "attack": ATTACKS, "defense": DEFENSES, "model": MODELS, "task": TASKS, "threat model": THREAT_MODELS,
+    "goal": GOALS, "judge": JUDGES,
 }  # fmt: skip
 ROUNDS = 560
 FETCH = ("hf:", "timm:", "torchvision:", "robustbench:", "python:", "classifier:")
 """Names that load what is not here: how the rest of their spec reads is the same grammar."""
 WHOLE = {
-    "attack": ("spiking:pgd,surrogate=pdsg", "transfer:ni+si+ti+di", "foolbox:LinfPGD,settings=[steps=3]", "online:inner=[pgd:steps=3],k=10",
-               "thorough", "pgd:steps=20,restarts=2,loss=margin,stop=false", "quadattack:k=5,budget=1x30", "beast:k=15,length=8"),
-    "defense": ("trades:eps=0.1,beta=6,recipe=[epochs=3,lr=0.1]", "pubdef:sources=zoo:digits-public-cnn+zoo:digits-public-mlp",
-                "bit-depth:bits=3", "random-resize"),
-    "model": ("cnn:width=16", "mlp:hidden=64+32", "snn:widths=12+24,down=stride,hidden=0", "zoo:digits-mlp",
-              "path:a.safetensors,architecture=[cnn:width=8]", "gguf:x.gguf,dtype=bfloat16"),
-    "task": ("digits", "fashion-mnist:size=14,test=20", "npz:path=a.npz,low=0,high=255", "folder:path=x,resize=32,crop=28,order=name",
-             "prompts:set=general,room=20", "digits-dvs:frames=4,noise_rate=0.1", "events:path=x,frames=3"),
-    "threat model": ("linf:eps=8/255", "l2:eps=0.5,lattice=255", "l0:eps=10", "linf:eps=0.1,access=scores,queries=100", "flips:n=20",
-                     "transfer:sources=zoo:digits-public-cnn,eps=0.1", "tapm:eps=0.1", "minimum-l2", "online:k=5,ball=[linf:eps=0.1]",
-                     "suffix:length=20"),
-    "goal": ("untargeted", "targeted:how=next", "targeted:how=class,target=3", "ordered-topk:k=5", "says:judges=refusal+exact,max_tokens=30"),
-    "judge": ("refusal:phrases=[I am sorry]+[no]", "exact"),
-}  # fmt: skip
+    kind: tuple(filter(None, map(str.strip, lines.splitlines())))
+    for kind, lines in {
+        "attack": """
+            spiking:pgd,surrogate=pdsg
+            transfer:ni+si+ti+di
+            foolbox:LinfPGD,settings=[steps=3]
+            online:inner=[pgd:steps=3],k=10
+            thorough
+            pgd:steps=20,restarts=2,loss=margin,stop=false
+            quadattack:k=5,budget=1x30
+            beast:k=15,length=8""",
+        "defense": """
+            trades:eps=0.1,beta=6,recipe=[epochs=3,lr=0.1]
+            pubdef:sources=zoo:digits-public-cnn+zoo:digits-public-mlp
+            bit-depth:bits=3
+            random-resize""",
+        "model": """
+            cnn:width=16
+            mlp:hidden=64+32
+            snn:widths=12+24,down=stride,hidden=0
+            zoo:digits-mlp
+            path:a.safetensors,architecture=[cnn:width=8]
+            gguf:x.gguf,dtype=bfloat16""",
+        "task": """
+            digits
+            fashion-mnist:size=14,test=20
+            npz:path=a.npz,low=0,high=255
+            folder:path=x,resize=32,crop=28,order=name
+            prompts:set=general,room=20
+            digits-dvs:frames=4,noise_rate=0.1
+            events:path=x,frames=3""",
+        "threat model": """
+            linf:eps=8/255
+            l2:eps=0.5,lattice=255
+            l0:eps=10
+            linf:eps=0.1,access=scores,queries=100
+            flips:n=20
+            transfer:sources=zoo:digits-public-cnn,eps=0.1
+            tapm:eps=0.1
+            minimum-l2
+            online:k=5,ball=[linf:eps=0.1]
+            suffix:length=20""",
+        "goal": """
+            untargeted
+            targeted:how=next
+            targeted:how=class,target=3
+            ordered-topk:k=5
+            says:judges=refusal+exact,max_tokens=30""",
+        "judge": """
+            refusal:phrases=[I am sorry]+[no]
+            exact""",
+    }.items()
+}
 ODD = (
-    "", " ", "nan", "-nan", "inf", "-inf", "1e400", "-1", "0", "-0.0", "1/0", "8/", "/8", "1/2/3", "0x10", "1_000", "5.5", "1e3", "true",
-    "none", "None", "[]", "[", "]", "[[1]]", "+", "1+2", "=", ",", ":", "\u0661\u0662", "9" * 5000, "1" + "0" * 30, "x" * 100_000,
-    "\x1b[2J", "\u2028", "\ud800", "\0", "../../x", "pgd", "eps", "{}", "__class__", "%s" * 50, "[" * 4000, "[a=" * 3000,
+    "", " ", "nan", "-nan", "inf", "-inf", "1e400", "-1", "0", "-0.0", "1/0", "8/", "/8", "1/2/3", "0x10", "1_000",
+    "5.5", "1e3", "true", "none", "None", "[]", "[", "]", "[[1]]", "+", "1+2", "=", ",", ":", "\u0661\u0662",
+    "9" * 5000, "1" + "0" * 30, "x" * 100_000,
+    "\x1b[2J", "\u2028", "\ud800", "\0", "../../x", "pgd", "eps", "{}", "__class__", "%s" * 50, "[" * 4000,
+    "[a=" * 3000,
 )  # fmt: skip
 
 
@@ -77,7 +118,12 @@ def _value(text: str, kind: str, rng: Random) -> str:
 @cache
 def _keys(kind: str) -> tuple[str, ...]:
     registry = REGISTRIES[kind]
-    names = {field.name for name in registry.names() if not name.startswith(FETCH) for field in registry.signature(name).fields}
+    names = {
+        field.name
+        for name in registry.names()
+        if not name.startswith(FETCH)
+        for field in registry.signature(name).fields
+    }
     return (*sorted(names), "x", "Steps", "")
 
 
@@ -91,7 +137,9 @@ def _argument(text: str, kind: str, rng: Random) -> str:
 
 def _likely(text: str, kind: str, rng: Random) -> str:
     """A number in place of another, or a setting with a number that it may well have."""
-    number = rng.choice(("0", "1", "2", "3", "7", "0.01", "0.3", "1.0", "12", "60", "8/255", "1e-3", "-2", "1000000000000"))
+    number = rng.choice(
+        ("0", "1", "2", "3", "7", "0.01", "0.3", "1.0", "12", "60", "8/255", "1e-3", "-2", "1000000000000")
+    )
     places = [match.span() for match in re.finditer(r"(?<==)[0-9./e-]+(?=[,\]]|$)", text)]
     if places and rng.random() < 0.5:
         start, end = rng.choice(places)
@@ -122,7 +170,14 @@ def _other_kind(text: str, kind: str, rng: Random) -> str:
 
 def _nested(text: str, kind: str, rng: Random) -> str:
     outer = rng.choice(
-        ("online:inner=[{}]", "spiking:[{}]", "online:ball=[{}]", "path:x,architecture=[{}]", "pubdef:sources=[{}]+[{}]", "trades:recipe=[{}]")
+        (
+            "online:inner=[{}]",
+            "spiking:[{}]",
+            "online:ball=[{}]",
+            "path:x,architecture=[{}]",
+            "pubdef:sources=[{}]+[{}]",
+            "trades:recipe=[{}]",
+        )
     )
     for _ in range(rng.choice((1, 2, 12))):
         text = outer.replace("{}", text)[:300_000]
@@ -134,7 +189,22 @@ def _deep(text: str, kind: str, rng: Random) -> str:
     return "online:inner=[" * 600 + text + "]" * 600 if rng.random() < 0.3 else text
 
 
-_CHANGES = (_value, _value, _likely, _likely, _likely, _likely, _likely, _argument, _character, _dropped, _twice, _other_kind, _nested, _deep)
+_CHANGES = (
+    _value,
+    _value,
+    _likely,
+    _likely,
+    _likely,
+    _likely,
+    _likely,
+    _argument,
+    _character,
+    _dropped,
+    _twice,
+    _other_kind,
+    _nested,
+    _deep,
+)
 
 
 def build(kind: str, spec: str) -> None:

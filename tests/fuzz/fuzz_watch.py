@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,9 @@ def _in_time(seconds: int) -> Iterator[None]:
 
 
 def outcome(watch: Watch, parse: Callable[[], object]) -> str:
-    """"taken", "refused: LINE", or "FAULT: what": never raises."""
-    try:
+    """ "taken", "refused: LINE", or "FAULT: what": never raises."""
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    except OSError:
-        pass
     before = _status("VmRSS:")
     del watch.seen[:]
     said = "taken"

@@ -26,7 +26,9 @@ def run(mode: str, folder: Path) -> list[dict[str, Any]]:
     """What became of every case, in a process of its own; a case that ended the process is the last."""
     out = folder / f"{mode}.jsonl"
     command = [sys.executable, str(HERE / "fuzz_run.py"), mode, str(out), str(SEED)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     asked = [line for line in lines if "what" in line]
     told = {(line["name"], line["turn"]): line["said"] for line in lines if "said" in line}
@@ -45,7 +47,11 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def faults(cases: list[dict[str, Any]]) -> list[str]:
-    return [f"{case['name']} {case['turn']} ({case['what'][:100]}): {case['said']}" for case in cases if case["said"].startswith("FAULT")]
+    return [
+        f"{case['name']} {case['turn']} ({case['what'][:100]}): {case['said']}"
+        for case in cases
+        if case["said"].startswith("FAULT")
+    ]
 
 
 def test_no_damaged_file_gives_a_traceback_runs_code_or_takes_memory(files: list[dict[str, Any]]) -> None:
@@ -97,7 +103,9 @@ print(fuzz_watch.outcome(watch, parse))
     assert seen in done.stdout
 
 
-@pytest.mark.parametrize("source", ["pass", "import colorsys", "from dataclasses import make_dataclass; make_dataclass('A', ['x'])"])
+@pytest.mark.parametrize(
+    "source", ["pass", "import colorsys", "from dataclasses import make_dataclass; make_dataclass('A', ['x'])"]
+)
 def test_the_watch_lets_pass(source: str) -> None:
     script = f"""
 import fuzz_watch

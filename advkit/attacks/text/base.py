@@ -22,7 +22,7 @@ from advkit.attacks.text.questions import Batcher, Steps, side_by_side
 from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Adapts, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
+from advkit.core.protocols import Access, Adapts, AddsTokens, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
 
 Keep = Literal["lowest", "reached"]
 
@@ -56,7 +56,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts, ABC):
+class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts, AddsTokens, ABC):
     """A search for tokens to put into the slot of a prompt.
 
     length:       most tokens of a suffix; the threat model's n caps it
@@ -130,6 +130,7 @@ class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts,
         """Candidates that a row is scored with at most, about."""
 
     @property
+    @override
     def longest(self) -> int:
         """Most tokens of a suffix that the settings ask for."""
         return self.length

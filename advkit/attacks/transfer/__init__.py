@@ -1,4 +1,7 @@
-"""Attacks composed of parts, for models that are never asked. A part is one class below and one line here."""
+"""Attacks composed of parts, for models that are never asked. A part is one class below and one line here.
+
+Parts of the user's own are objects, or `python:MODULE:NAME`: subclasses of the roles in `engine`.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,8 @@ PARTS: Registry[Any] = Registry(
         "cwa": "advkit.attacks.transfer.ensembles:CWA",
         "lgv": "advkit.attacks.transfer.ensembles:LGV",
     },
+    contract="advkit.attacks.transfer.engine:Part",
+    objects=True,
 )
 
 # The attacks of PubDef (arXiv 2310.17645) by its names, with the settings of its training sets.

@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from advkit.attacks import ATTACKS
 from advkit.attacks.base import Best, TensorGoal, TensorOracle, descended, lp_ball
 from advkit.attacks.gradient.pgd import Start, starting_point
 from advkit.attacks.transfer import PARTS
 from advkit.attacks.wrappers import accumulated, normalised
 from advkit.core.checks import at_least_one, one_of, positive
-from advkit.core.errors import BudgetExhausted, UsageError
-from advkit.core.protocols import Access, Ball, Rng, Stepped, WantsData
+from advkit.core.errors import BudgetExhausted, SpecError, UnknownName, UsageError
+from advkit.core.protocols import Access, Ball, MadeOf, Rng, Stepped, WantsData
 from advkit.core.spaces import Box
 from advkit.threat_models.lp import L1, L2, Linf
 
@@ -240,13 +242,14 @@ def reach_of(ball: Ball[Tensor], x: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composed(Stepped, WantsData):
+class Composed(Stepped, WantsData, MadeOf):
     """Transfer attack from parts: iterative FGSM on a surrogate with any parts, such as transfer:mi+di+ti.
 
     Nothing is kept but the last point and no row stops early: the surrogate's verdict says little about the victim.
     Draws are per row, step and copy. Costs one gradient per step, times what the parts say.
 
-    parts:     names joined by +, each with settings in brackets: ni+si+ti+[di:p=0.5,copies=3]. Transforms apply in the
+    parts:     names joined by +, each with settings in brackets: ni+si+ti+[di:p=0.5,copies=3]. One's own are
+               [python:MODULE:NAME], or objects in Python: parts=("mi", MyTransform()). Transforms apply in the
                order given, the order of the others does not matter. The parts: mi (momentum); ni, emi1 (probes); emi,
                vmi, gra, pgn, mef, mig, svre, cwa (gradient rules); di, si, admix, ssa, sia, bsr (transforms of the
                input); ti (smoothing); gi, pi (steps); naa, fia, bfa, ila, ilpd, logit, lgv (objectives); sgm, linbp,
@@ -282,7 +285,8 @@ class Composed(Stepped, WantsData):
         given: Any = self.parts
         names = _split(given) if isinstance(given, str) else [_bare(each) for each in given]
         built = [PARTS.build(each) for each in names if each != "bim"]
-        object.__setattr__(self, "parts", tuple(PARTS.spec(each) for each in built))
+        asked = [each for each in names if each != "bim"]
+        object.__setattr__(self, "parts", tuple(map(_kept, built, asked)))
         self._check(built)
 
     @property
@@ -291,12 +295,22 @@ class Composed(Stepped, WantsData):
         return any(part.wants_data for part in self.built)
 
     @property
+    @override
+    def made_of(self) -> str:
+        """What a preset is as a composition: `ti` is transfer:ti,start=random,path=2.5 and not transfer:ti."""
+        if type(self) is Composed:
+            return ""
+        plain = Composed(**{each.name: getattr(self, each.name) for each in fields(Composed)})
+        spec = ATTACKS.label(plain) if self.parts else ATTACKS.label(plain).replace("transfer:[]", "transfer:bim")
+        return "" if spec == f"transfer:{ATTACKS.label(self)}" else spec
+
+    @property
     def built(self) -> tuple[Part, ...]:
         """The parts themselves."""
         return tuple(PARTS.build(each) for each in self.parts)
 
     def _check(self, built: list[Part]) -> None:
-        names = [PARTS.name_of(each) for each in built]
+        names = [_name(each) for each in built]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UsageError(f"{'+'.join(names)} names {', '.join(twice)} more than once; once is enough")
@@ -382,6 +396,23 @@ def _one(parts: tuple[Part, ...], role: Callable[..., P]) -> P | None:
     # roles are abstract, and no abstract class is a type[P]
     found = [part for part in parts if isinstance(part, cast(type[Part], role))]
     return cast(P, found[0]) if found else None
+
+
+def _kept(part: Part, asked: Any) -> Any:
+    """A part as a composition keeps it: its canonical spec, or the object itself where it has none."""
+    if isinstance(asked, str):
+        return PARTS.label(part, asked)
+    try:
+        return PARTS.spec(part)
+    except (SpecError, UnknownName):
+        return part
+
+
+def _name(part: Part) -> str:
+    try:
+        return PARTS.name_of(part)
+    except UnknownName:
+        return type(part).__name__
 
 
 def _split(text: str) -> list[str]:

@@ -20,6 +20,8 @@ from advkit.attacks.transfer.engine import Draw, Run, Transform
 from advkit.attacks.transfer.gradients import images
 from advkit.core.checks import at_least_one, fraction, not_negative, one_of
 from advkit.core.errors import UsageError
+from advkit.threat_models.goals.diverge import Diverge
+from advkit.threat_models.goals.untargeted import Untargeted
 
 
 def below(uniform: Tensor, high: Tensor | int) -> Tensor:
@@ -110,7 +112,7 @@ class Admix(Transform):
     eta:    their weight, >= 0
 
     The images come from the attacker's own labelled data (`oracle.data`), never from the batch, on which a row's result
-    must not depend; those of the row's own class are left out. An attack knows no labels: an untargeted goal says
+    must not depend; those of the row's own class are left out. An attack knows no labels: the goal `untargeted` says
     whether a class is another one; for other goals that is any class but the surrogate's decision on the row, for one
     answer. Raises UsageError where there are no data, or none of another class.
     """
@@ -181,7 +183,7 @@ def _made_pool(run: Run) -> _Pool:
     order = labels.argsort(stable=True)
     classes, counts = labels.unique(return_counts=True)
     rows = len(run.x)
-    if run.goal.kind == "untargeted":
+    if isinstance(run.goal, (Untargeted, Diverge)):  # what else is untargeted may need scores to be judged
         other = torch.stack([run.goal.reached(each.expand(rows)) for each in classes], 1)
     else:
         other = run.oracle(run.x).argmax(1)[:, None] != classes

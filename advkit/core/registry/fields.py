@@ -7,7 +7,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -272,9 +272,18 @@ def default_of(each: dataclasses.Field[Any]) -> Any:
 
 
 def read_fields(
-    arguments: Sequence[Argument], cls: type, owner: str, *, prefix: bool = False, default: Any = None
+    arguments: Sequence[Argument],
+    cls: type,
+    owner: str,
+    *,
+    prefix: bool = False,
+    default: Any = None,
+    advice: Callable[[str, Collection[str]], str] | None = None,
 ) -> dict[str, Any]:
-    """The constructor's keywords that the arguments spell."""
+    """The constructor's keywords that the arguments spell.
+
+    advice: what to say of a key that is no field, of these fields; "" for nothing
+    """
     fields = fields_of(cls)
     has = f"{owner} has {', '.join(fields)}" if fields else f"{owner} has no fields"
     given: dict[str, Any] = {}
@@ -283,9 +292,12 @@ def read_fields(
         if prefix and position == 0 and fields and key not in fields:
             key, text = next(iter(fields)), argument.text
         if key is None:
-            raise SpecError(f"{owner}: {argument.text!r} is not of the form key=value; {has}")
+            raise SpecError(
+                f"{owner}: {argument.text!r} is not of the form key=value{_meant(text, fields, owner)}; {has}"
+            )
         if key not in fields:
-            raise SpecError(f"{owner} has no field {key!r}{nearest(key, fields)}; {has}")
+            said = advice(key, fields) if advice is not None else ""
+            raise SpecError(f"{owner} has no field {key!r}{f'; {said}' if said else nearest(key, fields)}; {has}")
         if key in given:
             raise SpecError(f"{owner}: {key} is given twice; once is enough")
         each, kind = fields[key]
@@ -298,6 +310,18 @@ def read_fields(
             told_of(f"{key}={text}", error)
             raise
     return given
+
+
+def _meant(text: str, fields: Mapping[str, tuple[dataclasses.Field[Any], Any]], owner: str) -> str:
+    """`; did you mean linf:eps=8/255?` where one field has to be given and could be this, else nothing."""
+    needed = [name for name, (each, _) in fields.items() if default_of(each) is dataclasses.MISSING]
+    if len(needed) != 1:
+        return ""
+    try:
+        read(text, fields[needed[0]][1])
+    except (Misfit, AdvkitError):
+        return ""
+    return f"; did you mean {f'{owner}:{needed[0]}={text}'!r}?"
 
 
 def told_of(part: str, error: AdvkitError) -> None:

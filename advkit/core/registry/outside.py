@@ -37,7 +37,8 @@ def outside(spec: str) -> list[str]:
         piece = match[0].strip()
         # What a prefix names may stand in brackets after it.
         shown = spec[match.start() :].strip()[:_SHOWN] if piece.endswith(":") else piece
-        names = [fold(name.strip()) for name in piece.split(":")]
+        # A matrix names a model behind a defense as DEFENSE@MODEL.
+        names = [fold(name.strip()) for name in re.split("[:@]", piece)]
         for position, name in enumerate(names):
             if name in OUTSIDE and position + 1 < len(names):
                 found.append(f"{shown} ({OUTSIDE[name]})")

@@ -18,6 +18,7 @@ from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
 from advkit.core.labels import settings_text
 from advkit.core.registry.contract import lacking, lacking_in, members_text
 from advkit.core.registry.docs import FieldInfo, Signature, docstrings, field_docs, glimpse
+from advkit.core.registry.familiar import Familiar
 from advkit.core.registry.fields import (
     construct,
     default_of,
@@ -28,7 +29,8 @@ from advkit.core.registry.fields import (
     told_of,
     write_fields,
 )
-from advkit.core.registry.grammar import fold, nearest, parse_spec
+from advkit.core.registry.grammar import ParsedSpec, fold, nearest, parse_spec
+from advkit.core.registry.own import PYTHON, imported, part_of, target_of
 
 T = TypeVar("T")
 
@@ -72,6 +74,12 @@ def _imported(target: str) -> Any:
     return found
 
 
+def _short(part: object) -> str:
+    """What an object looks like, on one line."""
+    text = " ".join(repr(part).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 class Registry(Generic[T]):
     """One kind of part by name: a table of lazy targets, and the entry points of other packages.
 
@@ -82,6 +90,9 @@ class Registry(Generic[T]):
                 is needed. What an entry point names is refused (UsageError) where it lacks any; None: nothing is asked
     deprecated: old name -> new one; an old one builds what the new one does, with a DeprecationWarning
     objects:    objects handed over in place of a spec have every member of the contract, too
+    familiar:   "module:attribute" of what users of other packages write (`Familiar`); "" for none
+
+    `python:MODULE:NAME` names a part of the user's own in every registry that has no prefix of that name itself.
     """
 
     def __init__(
@@ -93,6 +104,7 @@ class Registry(Generic[T]):
         contract: object = None,
         deprecated: Mapping[str, str] | None = None,
         objects: bool = False,
+        familiar: str = "",
     ) -> None:
         self.kind = kind
         self.table = dict(table)
@@ -100,6 +112,7 @@ class Registry(Generic[T]):
         self.deprecated = dict(deprecated or {})
         self._contract = contract
         self._objects = objects
+        self._familiar = familiar
         self._folded = {fold(name): name for name in self.table}
         self._older = {fold(name): name for name in self.deprecated}
 
@@ -113,6 +126,11 @@ class Registry(Generic[T]):
     def contract(self) -> type | None:
         """The protocol or base class of the parts."""
         return _imported(self._contract) if isinstance(self._contract, str) else cast("type | None", self._contract)
+
+    @property
+    def familiar(self) -> Familiar:
+        """What users of other packages write."""
+        return cast(Familiar, _imported(self._familiar)) if self._familiar else Familiar()
 
     @property
     def plural(self) -> str:
@@ -135,9 +153,15 @@ class Registry(Generic[T]):
             _warn(self.kind, old, self.deprecated[old])
             found = self._find(self.deprecated[old])
         if found is None:
-            near = nearest(fold(name), self.names())
-            raise UnknownName(f"unknown {self.kind} {name!r}{near or ';'} `advkit list {self.plural}` lists them all")
+            raise UnknownName(self._unknown(name))
         return found
+
+    def _unknown(self, name: str) -> str:
+        every = f"`advkit list {self.plural}` lists them all"
+        if advice := self.familiar.named(name):
+            end = "" if advice.endswith("?") else "." if "? " in advice else ";"
+            return f"unknown {self.kind} {name!r}; {advice}{end} {every}"
+        return f"unknown {self.kind} {name!r}{nearest(fold(name), self.names()) or ';'} {every}"
 
     def load(self, name: str) -> type[T]:
         """The class behind a name, imported now."""
@@ -170,8 +194,7 @@ class Registry(Generic[T]):
         Raises UsageError for a class, and for an object that can't be a part of this kind.
         """
         if not isinstance(spec, str):
-            self._check_object(spec)
-            return spec
+            return self._object(spec)
         try:
             return self._built(spec)
         except RecursionError:
@@ -181,30 +204,63 @@ class Registry(Generic[T]):
 
     def _built(self, spec: str) -> T:
         parsed = parse_spec(spec)
+        if self._is_own(parsed.name):
+            return self._own(parsed, spec)
         known = self.known(parsed.name)
         cls = self.load(known)
         prefix = known.endswith(":")
         if prefix and not parsed.arguments:
             first = next(iter(fields_of(cls)), "a value")
             raise SpecError(f"{spec!r} does not say which; expected {known}{first.upper()}")
-        given = read_fields(parsed.arguments, cls, known.rstrip(":"), prefix=prefix)
+        advice = None if not self._familiar else self.familiar.set
+        given = read_fields(parsed.arguments, cls, known.rstrip(":"), prefix=prefix, advice=advice)
         with _building(spec):
             part = construct(cls, given, spec)
         self._held_to_contract(known, part, lacking_in)
         return part
 
-    def _check_object(self, part: object) -> None:
-        if not self._objects:
-            return
+    def names_part(self, spec: str) -> bool:
+        """Whether a spec begins with a name of this registry, or with `python:`."""
+        name = spec.partition(":")[0]
+        return name in self or self._is_own(name)
+
+    def _is_own(self, name: str) -> bool:
+        return fold(name.strip()) == PYTHON and self._find(PYTHON) is None
+
+    def _own(self, parsed: ParsedSpec, spec: str) -> T:
+        """The part of the user's own that a `python:` spec describes."""
+        contract, target = self.contract, target_of(parsed)
+        with _building(spec):
+            found = imported(target)
+            complete = contract is not None and not lacking_in(found, contract)
+            if contract is not None and isinstance(found, type) and (names := lacking(found, contract)):
+                raise UsageError(self._lacks(f"python:{target}", names, contract))
+            return self._object(part_of(parsed, complete), f"python:{target}")
+
+    def _object(self, part: Any, shown: str = "") -> T:
+        """An object handed over or made by a module of the user's, once it is a part of this kind."""
+        if not self._objects and not shown:
+            return cast(T, part)
         if isinstance(part, type):
             raise UsageError(f"the {self.kind} is the class {part.__name__}; expected an object: {part.__name__}()")
         contract = self.contract
-        if contract is not None and (names := lacking_in(part, contract)):
-            example = next(iter(self.table), "name")
-            raise UsageError(
-                f"{part!r:.80} ({type(part).__name__}) is no {self.kind}: it lacks {', '.join(names)}; expected a spec "
-                f"such as {example}, or an object with {members_text(contract)}"
-            )
+        if contract is None or not (names := lacking_in(part, contract)):
+            return cast(T, part)
+        try:
+            other = self.familiar.other(part)
+        except UsageError as error:
+            error.args = (f"{shown}: {error}" if shown else str(error),)
+            raise
+        if other is not None:
+            return cast(T, other)
+        raise UsageError(self._lacks(shown or f"{_short(part)} ({type(part).__name__})", names, contract))
+
+    def _lacks(self, shown: str, names: list[str], contract: type) -> str:
+        example = next(iter(self.table), "name")
+        return (
+            f"{shown} is no {self.kind}: it lacks {', '.join(names)}; expected a spec such as {example}, or an object "
+            f"with {members_text(contract)}"
+        )
 
     def name_of(self, part: object) -> str:
         """The name under which an object's class is registered; UnknownName where it is not."""
@@ -229,11 +285,15 @@ class Registry(Generic[T]):
         parts = write_fields(part, prefix=prefix) if dataclasses.is_dataclass(part) else []
         return f"{name.rstrip(':')}:{','.join(parts)}" if parts else name
 
-    def label(self, part: object) -> str:
+    def label(self, part: object, asked: object = None) -> str:
         """The canonical spec; a name and settings for a part that holds objects or that no registry holds.
 
         Parts with other settings get other labels: records and run folders are known by them.
+
+        asked: what the part was built from; a `python:` spec names it again
         """
+        if isinstance(asked, str) and self._is_own(asked.partition(":")[0]):
+            return self._own_label(part, target_of(parse_spec(asked)))
         try:
             return self.spec(part)
         except SpecError:
@@ -241,7 +301,17 @@ class Registry(Generic[T]):
         except UnknownName:
             name = getattr(part, "__name__", type(part).__name__)
         settings = settings_text(part)
-        return f"{name}:{settings}" if settings else name
+        return f"{name.rstrip(':')}:{settings}" if settings else name
+
+    def _own_label(self, part: object, target: str) -> str:
+        """`python:MODULE:NAME`, with the settings of a dataclass."""
+        name, settings = f"{PYTHON}:{target}", ""
+        if dataclasses.is_dataclass(part) and imported(target) is type(part):
+            try:
+                settings = ",".join(write_fields(part))
+            except SpecError:
+                settings = settings_text(part)
+        return f"{name},{settings}" if settings else name
 
     def summary(self, name: str) -> str:
         """What a name stands for: the first paragraph of its docstring, read without importing the module."""

@@ -132,8 +132,8 @@ class DoublyRobust(AdversarialTraining):
     weight_clean: let the weights act on the clean term of trades, too
 
     Weights are those of the losses that are differentiated (training mode), and constant for the gradient. The implicit
-    term takes the network as locally linear, as the paper's experiments do. The box of legal inputs counts among the
-    inequalities of the barrier; of ball and box the nearer wall alone does. With rho and eta < 1, log r moves
+    term takes the network as locally linear (arXiv 2112.12376). The box of legal inputs counts among the inequalities
+    of the barrier; of ball and box the nearer wall alone does. With rho and eta < 1, log r moves
     at rate eta, too, and the average is carried over from one price to the next as r log u. The log has the means over
     the epoch's steps of `effective_sample_size`, 1 / (n sum p^2), 1 for uniform weights; `weight_kl`, KL(p || uniform);
     `clipped_weights`, the share that q_max held back; and `price`, r (null where it is inf).

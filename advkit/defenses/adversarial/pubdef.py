@@ -278,7 +278,7 @@ class PubDefObjective(Objective):
         self.average = start_average(len(self.sources) + 1).to(device)
         augment = defense.recipe.augment
         recorded = {
-            "attack": ATTACKS.spec(attack),
+            "attack": ATTACKS.label(attack, defense.attack),
             "eps": defense.eps,
             "norm": defense.norm,
             "augment": augment,

@@ -62,7 +62,7 @@ def topk_loss(losses: Tensor, weights: Tensor, k: int) -> Tensor:
 
 def start_average(streams: int) -> Tensor:
     """The moving average before the first step: 1 / (S + 1) for every stream."""
-    return torch.full((streams,), 1.0 / streams)
+    return torch.full((streams,), 1.0 / streams, dtype=torch.float32)
 
 
 def moved_average(average: Tensor, current: Tensor, rate: float) -> Tensor:

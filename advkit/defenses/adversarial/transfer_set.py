@@ -19,7 +19,7 @@ from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.oracle import MeteredOracle, frozen
-from advkit.core.protocols import Ball, Boxed, Data, Rng
+from advkit.core.protocols import Ball, Boxed, Data, Rng, Task
 from advkit.core.rng import RowRng
 from advkit.core.text import first_line
 from advkit.defenses.adversarial.base import in_mode
@@ -100,7 +100,7 @@ class TransferSet:
         return torch.from_numpy(found).to(rows.device).float() / 255
 
 
-def check_space(data: Data) -> None:
+def check_space(data: Data | Task) -> None:
     """BadInput unless the rows live in [0, 1]: stored images have 8 bits."""
     bounds = (data.space.low, data.space.high) if isinstance(data.space, Boxed) else None
     if bounds != (0.0, 1.0):

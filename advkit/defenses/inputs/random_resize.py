@@ -43,7 +43,7 @@ class RandomResize(InputDefense, Draws):
         if x.ndim != 4:
             raise BadModel(f"random-resize takes images [B, C, H, W], got {list(x.shape)}")
         height, width = x.shape[2:]
-        draw = torch.rand(3, len(x), device=x.device)
+        draw = torch.rand(3, len(x), dtype=torch.float32, device=x.device)
         fewest = max(1, min(round(self.smallest * height), height))
         tall = fewest + (draw[0] * (height - fewest + 1)).floor().clamp(max=height - fewest)
         wide = (tall * width / height).round().clamp(1, width)

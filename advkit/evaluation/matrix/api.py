@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from advkit.core.state import plainly
+from advkit.evaluation.keywords import explained
 from advkit.evaluation.matrix.answers import Answers
 from advkit.evaluation.matrix.budget import scaled
 from advkit.evaluation.matrix.document import Matrix, Results, document, read_matrix
@@ -27,6 +29,8 @@ from advkit.threat_models.tapm import PUBLIC
 log = logging.getLogger("advkit")
 
 
+@explained()
+@plainly
 def matrix(
     sources: Sequence[Any] | str = (PUBLIC,),
     attacks: Sequence[Any] | str = ("pgd:steps=10,step_size=0.25", "mifgsm"),
@@ -83,6 +87,7 @@ def matrix(
     return execute(request, workers=workers, cache=cache, out=out, watch=watch, command=command)
 
 
+@plainly
 def execute(
     request: MatrixRequest,
     *,

@@ -73,7 +73,7 @@ def _fitted(named: NamedAttack, cost: Cost | None, budget: int) -> NamedAttack:
         attack = _changed(named.attack, **change)
     except AdvkitError as error:
         return replace(named, note=f"as it is: {error}")
-    return NamedAttack(named.name, attack, ATTACKS.label(attack), note)
+    return NamedAttack(named.name, attack, ATTACKS.label(attack, named.spec), note)
 
 
 def _changed(attack: Any, **settings: Any) -> Any:
@@ -104,7 +104,7 @@ def _asked(plan: MatrixPlan, source: Participant, attack: Any) -> float:
     n = min(2, len(rows.ids))
     x, labels = rows.x[:n].to(case.device), rows.labels[:n].to(case.device)
     rng = RowRng.from_ids(0, rows.ids[:n], device=case.device).at("cost")
-    goal = case.rule(labels, case.victim(x), rng.at("goal"))
+    goal = case.goal(labels, case.victim(x), rng.at("goal"), rows.ids[:n])
     model = source.model
     with frozen(*model.modules()), own_randomness(case.device, "cost"):
         oracle = MeteredOracle(model, n, Access.GRADIENTS, decides=False, data=case.data)

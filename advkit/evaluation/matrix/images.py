@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from advkit.core.code import own_code
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng, Task, ThreatModel
 from advkit.core.strict_json import read_json
@@ -82,18 +83,14 @@ class NoVictim:
 
 
 @cache
-def code_digest(module: str = "") -> str:
-    """sha256 over the sources that decide what attacks make and models answer, and over somebody else's module."""
-    import sys
-
+def code_digest() -> str:
+    """sha256 over the sources that decide what attacks make and models answer."""
     import advkit
 
     root = Path(advkit.__file__).parent
     files = [
         path for part in ("core", "threat_models", "models", "attacks") for path in sorted((root / part).rglob("*.py"))
     ]
-    if module and not module.startswith("advkit."):
-        files += [Path(file) for file in [getattr(sys.modules.get(module), "__file__", None)] if file]
     digest = hashlib.sha256()
     for path in files:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -207,6 +204,7 @@ def as_seen(images: Tensor) -> Tensor:
 def set_config(case: Case) -> dict[str, Any]:
     """All that decides the images that a cell's attack makes, besides the rows."""
     threat = case.threat.describe()
+    own = own_code(case.attack, str(case.label), case.rule)
     return {
         "format": FORMAT,
         "source": [name for name, _ in case.surrogates],
@@ -216,7 +214,8 @@ def set_config(case: Case) -> dict[str, Any]:
         "goal": case.specs["goal"],
         "data": case.specs["data"],
         "seed": case.seed,
-        "code": code_digest(type(case.attack).__module__),
+        "code": code_digest(),
+        **({"own_code": own} if own else {}),
     }
 
 
@@ -312,7 +311,8 @@ class Images:
         if not fits or not math.isfinite(seconds) or not bool(torch.isfinite(tensors["distance"]).all()):
             raise UsageError(f"{path} does not hold the images it is named after; delete it, and it is made again")
         usable = torch.ones(len(piece.ids), dtype=torch.bool)
-        return ImageSet(key=key, usable=usable, seconds=seconds, messages={}, **tensors)
+        held: dict[str, Any] = {**tensors}
+        return ImageSet(key=key, usable=usable, seconds=seconds, messages={}, **held)
 
     def _save(self, part: ImageSet, piece: Batch) -> None:
         tensors = {name: getattr(part, name).contiguous() for name in _TENSORS}

@@ -12,10 +12,10 @@ from advkit.core.protocols import Attack, Task, WantsData
 from advkit.defenses import DEFENSES
 from advkit.evaluation.run.case import parameters
 from advkit.evaluation.sources import Member, Participant, card_of, defense_name, zoo_specs
-from advkit.evaluation.victims import protected
+from advkit.evaluation.victims import protected, with_classes_of
 from advkit.models import MODELS
 from advkit.threat_models.tapm import PUBLIC
-from advkit.threat_models.transfer import source_name
+from advkit.threat_models.transfer import source_names
 
 VICTIMS = "victims"
 _ROLES = {PUBLIC: "public", VICTIMS: "victim"}
@@ -42,12 +42,15 @@ class NamedAttack:
 
     def to_dict(self) -> dict[str, Any]:
         """As the report names it."""
-        return {"name": self.name, "spec": self.spec, "params": parameters(self.attack), "note": self.note}
+        params = parameters(self.attack)
+        made_of = params.pop("made_of", "")
+        entry = {"name": self.name, "spec": self.spec, "params": params, "note": self.note}
+        return entry | ({"made_of": made_of} if made_of else {})
 
 
 def named_attacks(attacks: Sequence[Any] | str) -> tuple[NamedAttack, ...]:
     """The attacks that specs or objects stand for; a sum of parts (`ni+ti`) is the composition `transfer:ni+ti`."""
-    named = [_named_attack(one) for one in ([attacks] if isinstance(attacks, str) else attacks)]
+    named = [_named_attack(one) for one in several(attacks)]
     if not named:
         raise UsageError("a matrix needs at least one attack")
     _all_different("attacks", [one.name for one in named])
@@ -61,7 +64,7 @@ def _named_attack(given: Any) -> NamedAttack:
     text = given.strip()
     head = text.partition(":")[0]
     attack: Any = ATTACKS.build(f"transfer:{text}" if "+" in head and head not in ATTACKS else text)
-    return NamedAttack(text, attack, ATTACKS.label(attack))
+    return NamedAttack(text, attack, ATTACKS.label(attack, text))
 
 
 def participants(given: Sequence[Any] | str, task: Task, device: str, *, attacked: bool) -> tuple[Participant, ...]:
@@ -70,35 +73,67 @@ def participants(given: Sequence[Any] | str, task: Task, device: str, *, attacke
     Raises UsageError, BadModel.
     """
     asked: list[Any] = []
-    for one in [given] if isinstance(given, str) else given:
+    for one in several(given):
         role = _ROLES.get(one) if isinstance(one, str) else None
         asked += [one] if role is None else zoo_specs(task, role, "path:FILE")
     if not asked:
         raise UsageError(f"a matrix needs at least one {'source' if attacked else 'target'}")
-    named = tuple(_participant(one, task, device, attacked) for one in asked)
+    names = _names(asked)
+    named = tuple(_participant(one, name, task, device, attacked) for one, name in zip(asked, names, strict=True))
     _all_different("sources" if attacked else "targets", [one.name for one in named])
     return named
 
 
-def _participant(given: Any, task: Task, device: str, attacked: bool) -> Participant:
-    models = split_sum(given) if isinstance(given, str) else given if isinstance(given, (tuple, list)) else (given,)
+def several(given: Any) -> list[Any]:
+    """The parts of a list; a single one (a network of torch, too, which is a sequence of its layers) stands for one."""
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _names(asked: Sequence[Any]) -> list[str]:
+    """What participants are called; models that share a name are numbered: Sequential, Sequential-2."""
+    found: list[str] = []
+    for one in asked:
+        if isinstance(one, str):
+            found.append(one.strip())
+            continue
+        name = plain = "+".join(source_names(several(one)))
+        number = 2
+        while name in found:
+            name, number = f"{plain}-{number}", number + 1
+        found.append(name)
+    return found
+
+
+def _participant(given: Any, name: str, task: Task, device: str, attacked: bool) -> Participant:
+    models = split_sum(given) if isinstance(given, str) else several(given)
     if len(models) > 1 and not attacked:
         raise UsageError(f"{given} is several targets; name them one by one")
-    name = given.strip() if isinstance(given, str) else "+".join(source_name(one) for one in models)
     return Participant(name, tuple(_member(one, task, device, attacked) for one in models))
 
 
 def _member(given: Any, task: Task, device: str, attacked: bool) -> Member:
     text = given if isinstance(given, str) else ""
     defense, at, spec = text.partition("@")
-    if not at or defense.partition(":")[0] not in DEFENSES:
+    if not at or not (DEFENSES.names_part(defense) and MODELS.names_part(spec)):
         defense, spec = "none", text
     victim = protected(spec if text else given, defense, task, device=device)
     model = victim.model.attacker_view() if attacked else victim.model
-    info = model.describe()
-    if info.classes is not None and info.classes != task.classes:
-        raise BadModel(f"{text or info.name} answers {info.classes} classes, the task has {task.classes}")
     return Member.of(model, card_of(spec) or card_of(victim.origin), defense_name(defense))
+
+
+def of_these_classes(task: Task, groups: Sequence[Participant]) -> Task:
+    """The task with the models' number of classes, where it knows no more than the labels that occur.
+
+    Raises BadModel where a model answers others.
+    """
+    known = [(one.name, member.model) for one in groups for member in one.members]
+    for _, model in known:
+        task = with_classes_of(task, model)
+    for name, model in known:
+        classes = model.describe().classes
+        if classes is not None and classes != task.classes:
+            raise BadModel(f"{name} answers {classes} classes, the task {task.name} has {task.classes}")
+    return task
 
 
 def split_sum(text: str) -> tuple[str, ...]:

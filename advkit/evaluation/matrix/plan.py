@@ -13,9 +13,15 @@ from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Label, Rule, Task
 from advkit.core.rng import RowRng
 from advkit.defenses.adversarial.transfer_set import check_space
-from advkit.evaluation.inputs import pick_device, task_of
+from advkit.evaluation.inputs import pick_device, rule_over, task_of
 from advkit.evaluation.matrix.images import LEVELS, NoVictim, Rows, SignNoise, digest_of_tensors
-from advkit.evaluation.matrix.participants import VICTIMS, NamedAttack, named_attacks, participants
+from advkit.evaluation.matrix.participants import (
+    VICTIMS,
+    NamedAttack,
+    named_attacks,
+    of_these_classes,
+    participants,
+)
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.rehearsal import preflight
 from advkit.evaluation.scenarios.evasion import Evasion
@@ -118,7 +124,7 @@ class MatrixPlan:
             "sources": [source.name for source in self.sources],
             "attacks": [attack.name for attack in self.attacks],
             "targets": [target.name for target in self.targets],
-            "task": TASKS.label(self.case.task),
+            "task": TASKS.label(self.case.task, self.request.task),
             "threat_model": self.case.specs["threat_model"],
             "eps": None,
             "goal": self.case.specs["goal"],
@@ -141,9 +147,11 @@ def resolve(request: MatrixRequest) -> MatrixPlan:
         raise UsageError(f"n must be between 1 and {len(task)}, got {request.n}")
     sources = participants(request.sources, task, device, attacked=True)
     targets = participants(request.targets, task, device, attacked=False)
+    task = of_these_classes(task, (*sources, *targets))
     attacks = named_attacks(request.attacks)
     rows = Rows.of(task, n)
     case = _case(request, task, device, n)
+    case = replace(case, rule=rule_over(case.rule, rows.ids))
     data = task.training() if any(attack.wants_data for attack in attacks) else None
     models = {member.key: member.model for source in sources for member in source.members}
     case = replace(case, data=data, surrogates=tuple(models.items()))
@@ -174,7 +182,7 @@ def _case(request: MatrixRequest, task: Task, device: str, n: int) -> Case:
         rule=rule,
         label=Label(NOISE.spec),
         n=n,
-        specs={"goal": GOALS.label(rule), "threat_model": spec},
+        specs={"goal": GOALS.label(rule, request.goal), "threat_model": spec},
         device=device,
         attack_misclassified=True,
     )
@@ -206,13 +214,15 @@ def _wanted(rule: Rule, rows: Rows, task: Task, seeds: Sequence[int]) -> Tensor 
     """The classes that a targeted attacker wants, long [K, N]; None for an untargeted one."""
     if rule.kind == "untargeted":
         return None
-    if not isinstance(rule, TargetedRule) or rule.how not in ("next", "random", "class"):
+    if not isinstance(rule, TargetedRule) or rule.how not in ("next", "random", "class", "each"):
         raise UsageError(
             f"the goal {GOALS.label(rule)} depends on a victim's answers; in a matrix, whose images are made before "
-            "any target is queried, use untargeted or targeted:how=next, how=random, or how=class,target=K"
+            "any target is queried, use untargeted or targeted:how=next, how=random, how=class,target=K or "
+            "how=each,targets=..."
         )
-    answers = torch.zeros(len(rows.ids), task.classes)
-    goals: list[Any] = [rule(rows.labels, answers, RowRng.from_ids(seed, rows.ids).at("goal")) for seed in seeds]
+    answers = torch.zeros(len(rows.ids), task.classes, dtype=torch.float32)
+    whole = rule.of(rows.ids)
+    goals = [whole(rows.labels, answers, RowRng.from_ids(seed, rows.ids).at("goal")) for seed in seeds]
     return torch.stack([goal.targets for goal in goals])
 
 

@@ -16,6 +16,7 @@ from advkit.core.files import why, write_whole
 from advkit.core.strict_json import read_object
 from advkit.core.text import printable_json, printable_values
 from advkit.evaluation.report import render
+from advkit.evaluation.report.examples import Examples, Kept, examples_of, kept_beside
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.report.render import SEVERITIES, Finding, Row
 from advkit.evaluation.report.robustbench import robustbench_block
@@ -35,11 +36,13 @@ class Report:
 
     text: canonical JSON of the document
     path: the file it came from, None for one made in memory; its folder may hold records.jsonl and plots/
+    kept: records and examples of a run that left nothing on disk; None elsewhere
     Raises ReportError when the document does not validate or does not agree with itself.
     """
 
     text: str
     path: Path | None = field(default=None, compare=False, repr=False)
+    kept: Kept | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         validate(self._data)
@@ -52,7 +55,7 @@ class Report:
             raise ReportError(f"not a report's JSON document: {error}") from None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], path: Path | None = None) -> Report:
+    def from_dict(cls, data: Mapping[str, Any], path: Path | None = None, kept: Kept | None = None) -> Report:
         """Check a document and wrap it; raises ReportError."""
         try:
             text = json.dumps(data, allow_nan=False)
@@ -60,7 +63,7 @@ class Report:
             raise ReportError(
                 f"report can't be written as JSON ({error}); expected plain finite numbers, texts, lists and mappings"
             ) from None
-        return cls(text, path)
+        return cls(text, path, kept)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -160,6 +163,19 @@ class Report:
     def undecided(self) -> int:
         """Samples right before the attack that ended neither robust nor broken (errors, NaN answers)."""
         return undecided(self._data["metrics"])
+
+    def adversarial(self, attack: str | None = None) -> Examples:
+        """The adversarial examples that were kept, one per sample, with ids, labels and verdicts.
+
+        An evaluation keeps those of its first `keep` samples: with the report, or in its run folder, where a report
+        that was loaded finds them. Of a suite or a grid each sample's example is the one that broke it, else the one
+        that came nearest; of a stream, every item's, submitted or not.
+
+        attack: label of one attack, as in `attacks`; None takes the best of all
+
+        Raises ReportError where nothing was kept, and says what there is.
+        """
+        return examples_of(self.kept or kept_beside(self.path, self._data), attack)
 
     @property
     def title(self) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from advkit.core.text import printable
 from advkit.evaluation.report.board import Attack, Beside, Board, Group, Score, Victim
 from advkit.evaluation.report.document import write_atomic
-from advkit.evaluation.report.ranking import board, scan
+from advkit.evaluation.report.ranking import board
+from advkit.evaluation.report.ranking import scan as ranked
 from advkit.evaluation.report.render import environment, page
 from advkit.evaluation.report.text import level_text, percent
 
@@ -33,6 +34,11 @@ def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = N
         paths.append(target / f"leaderboard.{suffix}")
         write_atomic(paths[-1], text)
     return found, paths
+
+
+def scan(folder: str | os.PathLike[str]) -> Board:
+    """The board of every report under a folder; one that can't be shown is listed as invalid. Raises UsageError."""
+    return ranked(folder, lambda found: (html_of(found), markdown_of(found)))
 
 
 # Cells, the same in every form

@@ -221,7 +221,8 @@ def _targets_table(content: Mapping[str, Any], part: Mapping[str, Any], brief: b
 
 def _attacks_table(content: Mapping[str, Any], part: Mapping[str, Any]) -> list[str]:
     summary = part["summary"]
-    noted = any(attack["note"] for attack in part["attacks"])
+    how = {attack["name"]: _how(attack) for attack in part["attacks"]}
+    noted = any(how.values())
     heads = ["attack", "gradients", *(["how"] if noted else []), *map(shortened(content), summary)]
     rows = [[NOISE, "0", *([""] if noted else []), *(_noise(content)[name] for name in summary)]]
     for attack in part["attacks"]:
@@ -230,11 +231,17 @@ def _attacks_table(content: Mapping[str, Any], part: Mapping[str, Any]) -> list[
             [
                 attack["name"],
                 _gradients(attack["grads_per_image"]),
-                *([attack["note"]] if noted else []),
+                *([how[attack["name"]]] if noted else []),
                 *(percents((block or {}).get("avg")) for block in blocks),
             ]
         )
     return _table(heads, rows)
+
+
+def _how(attack: Mapping[str, Any]) -> str:
+    """What a preset is made of, and how an attack was changed to fit a budget."""
+    made_of = attack.get("made_of")
+    return "; ".join(filter(None, (f"= {made_of}" if made_of else "", attack["note"])))
 
 
 def _gradients(value: float | None) -> str:

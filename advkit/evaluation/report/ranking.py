@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -212,8 +212,11 @@ def _score(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], float | None]:
 # From reports to a board
 
 
-def scan(folder: str | os.PathLike[str]) -> Board:
-    """Read every report.json under a folder; raises UsageError when there is no such folder."""
+def scan(folder: str | os.PathLike[str], draw: Callable[[Board], object] | None = None) -> Board:
+    """Read every report.json under a folder; raises UsageError when there is no such folder.
+
+    draw: what will be made of the board; a report of which it can't be made is listed as invalid
+    """
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; expected one that holds run folders with {REPORT_NAME}")
@@ -222,10 +225,42 @@ def scan(folder: str | os.PathLike[str]) -> Board:
     for file in files:
         path = file.relative_to(root).as_posix()
         try:
+            if not file.is_file():
+                raise ReportError("no regular file")
             reports.append((path, Report.load(file)))
         except ReportError as error:
             invalid.append((path, str(error).removeprefix(f"{file}: ")))
-    return _board(reports, invalid)
+    try:
+        return _drawn(reports, invalid, draw)
+    except Exception:
+        # Reports come from other tools and from strangers: one that no check foresaw must not take the others with it.
+        alone = [(path, report, _odd(path, report, draw)) for path, report in reports]
+        odd = [(path, why) for path, _, why in alone if why]
+        if not odd:
+            raise
+        return _drawn([(path, report) for path, report, why in alone if not why], sorted(invalid + odd), draw)
+
+
+def _drawn(
+    reports: Sequence[tuple[str, Report]],
+    invalid: Sequence[tuple[str, str]],
+    draw: Callable[[Board], object] | None,
+) -> Board:
+    made = _board(reports, invalid)
+    made.to_json()
+    if draw is not None:
+        draw(made)
+    return made
+
+
+def _odd(path: str, report: Report, draw: Callable[[Board], object] | None) -> str:
+    """Why no board of this report alone can be made, "" where one can."""
+    try:
+        _drawn([(path, report)], [], draw)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return f"it can't be shown ({type(error).__name__}: {first[:120]})"
+    return ""
 
 
 def board(reports: Iterable[tuple[str, Report]]) -> Board:
@@ -266,9 +301,14 @@ def _items(ranked: Sequence[tuple[str, Report, dict[str, Any]]]) -> Iterator[_It
     reports = Counter(_victim_of(data) for _, _, data in ranked)
     for path, report, data in ranked:
         found, records = verified(report)
-        kept = [replace(record, texts={}, trace=()) for record in records] if reports[_victim_of(data)] > 1 else []
+        kept = [_lean(record) for record in records] if reports[_victim_of(data)] > 1 else []
         samples = _Samples.of(data, path, {record.id for record in records})
         yield _Item(path, report, data, radii.get(data["threat_model"].get("eps")), samples, found, kept)
+
+
+def _lean(record: Record) -> Record:
+    """Without what no score is made of."""
+    return replace(record, texts={}, trace=()) if record.texts or record.trace else record
 
 
 def _victim_of(data: Mapping[str, Any]) -> _Key:
@@ -331,10 +371,12 @@ def _threat_words(threat: Mapping[str, Any]) -> str:
 
 def _told_apart(groups: Sequence[tuple[_Terms, Group]]) -> Iterator[Group]:
     """Titles that several groups share get what tells them apart."""
+    titled: dict[str, list[dict[str, str]]] = defaultdict(list)
     for terms, group in groups:
-        twins = [other for other, made in groups if made.title == group.title]
-        own, all_ = terms.words, [other.words for other in twins]
-        more = [f"{name} {text}" for name, text in own.items() if any(text != other.get(name) for other in all_)]
+        titled[group.title].append(terms.words)
+    for terms, group in groups:
+        twins = titled[group.title]
+        more = [f"{name} {text}" for name, text in terms.words.items() if any(text != each.get(name) for each in twins)]
         yield replace(group, title=", ".join([group.title, *more]))
 
 
@@ -372,14 +414,19 @@ def _victim(own: Sequence[_Item], others: Sequence[_Item], samples: _Samples, ev
         others = []  # attackers with less access do not stand in for what does not verify
     same = [*own, *(item for item in others if item.samples == samples)]
     sound = [item for item in same if not item.refuted]
-    ids = _agreed([item for item in sound if item.counted])
+    alone = len(own) + len(others) == 1  # then there is nothing to count again
+    ids = frozenset() if alone else _agreed([item for item in sound if item.counted])
     elsewhere = [item for item in others if item.samples != samples and item.counted and ids & item.ids]
     better = own[0].data["section"]["headline"]["better"]
-    score, how, clean = _worst(sound or same, elsewhere, ids, better)
+    by_sample = [item for item in sound if item.counted] if ids else []
+    pooled = [*by_sample, *elsewhere]
+    pool = _pool(pooled, ids) if len(pooled) > 1 else []
+    rest = [item for item in sound or same if item not in by_sample]
+    score, clean = _worst(by_sample, rest, pool, better)
+    how = _how(by_sample, elsewhere, rest)
     counts = {item.path for item in (*sound, *elsewhere)}
     attacks = _attacks([*same, *elsewhere], counts, samples, better)
     first = next(item for item in (*same, *elsewhere) if item.path == attacks[0].path)
-    pool = _pool([item for item in (*sound, *elsewhere) if item.counted], ids)
     # Of attackers with less access the score takes what they broke, not the figures beside theirs.
     mine = sorted((item for item in own if not item.refuted), key=lambda item: _rank_key(item, better))
     beside = tuple(_beside(mine or own, everyone, pool))
@@ -403,25 +450,21 @@ def _worse(scores: Iterable[Score], better: str) -> Score:
 
 
 def _worst(
-    items: Sequence[_Item], elsewhere: Sequence[_Item], ids: frozenset[str], better: str
-) -> tuple[Score, str, Score]:
-    """Score of a line, how it was made, and clean accuracy: per sample where records allow it, else of one report."""
-    by_sample = [item for item in items if item.counted] if ids else []
-    rest = [item for item in items if item not in by_sample]
-    scores = [item.score for item in rest]
-    clean = _clean(min(items, key=lambda item: _rank_key(item, better)))
-    if by_sample:
-        pool = _pool([*by_sample, *elsewhere], ids)
-        if len(by_sample) + len(elsewhere) > 1:
-            scores.append(_counted(by_sample[0], pool))
-            clean = Score.of(_rate(worst_case("clean_accuracy", pool), by_sample[0].data["metrics"]["clean_accuracy"]))
-        else:
-            scores.append(by_sample[0].score)
-    return _worse(scores, better), _how(items, by_sample, elsewhere, rest), clean
+    by_sample: Sequence[_Item], rest: Sequence[_Item], pool: Sequence[Record], better: str
+) -> tuple[Score, Score]:
+    """Score and clean accuracy of a line: counted over the pool where there is one, else those of single reports."""
+    items = [*by_sample, *rest]
+    scores = [item.score for item in (rest if pool else items)]
+    clean = min(items, key=lambda item: _rank_key(item, better)).data["metrics"]["clean_accuracy"]
+    if pool:
+        scores.append(_counted(by_sample[0], pool))
+        clean = _rate(worst_case("clean_accuracy", pool), clean)
+    return _worse(scores, better), Score.of(clean)
 
 
-def _how(items: Sequence[_Item], by_sample: Sequence[_Item], elsewhere: Sequence[_Item], rest: Sequence[_Item]) -> str:
-    if len(items) + len(elsewhere) == 1:
+def _how(by_sample: Sequence[_Item], elsewhere: Sequence[_Item], rest: Sequence[_Item]) -> str:
+    """How the score was made, for readers."""
+    if len(by_sample) + len(elsewhere) + len(rest) == 1:
         return "one report"
     if not rest:
         more = f", {len(elsewhere)} of them on other samples" if elsewhere else ""
@@ -432,11 +475,7 @@ def _how(items: Sequence[_Item], by_sample: Sequence[_Item], elsewhere: Sequence
         why = "the score is no count of samples"
     else:
         why = f"no records beside {', '.join(item.path for item in rest if not item.found.records)}"
-    return f"worst of {len(items)} reports: {why}"
-
-
-def _clean(item: _Item) -> Score:
-    return Score.of(item.data["metrics"]["clean_accuracy"])
+    return f"worst of {len(by_sample) + len(rest)} reports: {why}"
 
 
 def _rank_key(item: _Item, better: str) -> tuple[bool, float, str]:
@@ -478,7 +517,9 @@ def _pool(items: Sequence[_Item], ids: frozenset[str]) -> list[Record]:
             by_id[row].append(records)
     pool: list[Record] = []
     for groups in by_id.values():
-        decided = [records for records in groups if not count(records).unknown] or groups
+        decided = groups
+        if len(groups) > 1:
+            decided = [records for records in groups if not count(records).unknown] or groups
         # The first record says how the sample was when clean.
         found = [record for records in decided for record in records]
         pool += sorted(found, key=lambda record: (was_right(record), not contested(record)))

@@ -142,6 +142,8 @@ def _attack_rows(data: Data, chosen: Sequence[Data], section: str) -> Iterator[R
     names = Counter(attack["name"] for attack in data["attacks"])
     for attack in chosen:
         label = spell(attack["name"], attack["params"]) if names[attack["name"]] > 1 else attack["name"]
+        made_of = attack.get("made_of")
+        label += f" = {made_of}" if made_of else ""
         label += " (on survivors)" if attack.get("conditional") else ""
         label = f"beside: {label}" if section == "beside" else label
         yield _row(label, attack["robust_accuracy"], section, attack["attack_success_rate"])

@@ -83,7 +83,7 @@ def _rates(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(entry, list):
             yield from ((f"metrics.{name}.{i}", point["certified_accuracy"]) for i, point in enumerate(entry))
         # The schema takes a rate that lacks its denominator's kind for a scalar; counts give it away.
-        elif {"numerator", "denominator", "denominator_kind"} & entry.keys():
+        elif isinstance(entry, Mapping) and {"numerator", "denominator", "denominator_kind"} & entry.keys():
             yield f"metrics.{name}", entry
     for i, attack in enumerate(data["attacks"]):
         for name, entry in attack.items():
@@ -95,11 +95,17 @@ def _check_rate(where: str, rate: Mapping[str, Any]) -> None:
     missing = sorted(_RATE_KEYS - rate.keys())
     if missing:
         raise ReportError(f"{where}: a rate without {', '.join(missing)}; every rate names its counts and denominator")
-    kinds = {"value": (int, float, type(None)), "numerator": int, "denominator": int, "denominator_kind": str}
+    kinds: dict[str, Any] = {
+        "value": (int, float, type(None)),
+        "numerator": int,
+        "denominator": int,
+        "denominator_kind": str,
+    }
     if not all(isinstance(rate[name], kind) for name, kind in kinds.items()) or rate["numerator"] < 0:
         # The schema takes what it can't read as a rate for a scalar, and says nothing.
         validate_part(rate, schema()["$defs"]["rate"], where)
     k, n, value, ci = rate["numerator"], rate["denominator"], rate["value"], rate["ci"]
+    _check_kinds(where, rate)
     if k > n:
         raise ReportError(f"{where}: numerator {k} exceeds denominator {n}")
     if n == 0:
@@ -119,6 +125,37 @@ def _check_rate(where: str, rate: Mapping[str, Any]) -> None:
                 f"{where}: [{ci['low']:.6g}, {ci['high']:.6g}] is not the Wilson interval of {k} / {n}, "
                 f"[{expected.low:.6g}, {expected.high:.6g}]"
             )
+
+
+def _check_kinds(where: str, rate: Mapping[str, Any]) -> None:
+    """What the schema leaves open where a metric's name is not one of its own."""
+    ci = rate["ci"]
+    for name, fine, expected in (
+        ("numerator", _whole(rate["numerator"]), "a whole number of at least 0"),
+        ("denominator", _whole(rate["denominator"]), "a whole number of at least 0"),
+        ("denominator_kind", isinstance(rate["denominator_kind"], str), "a text"),
+        ("value", rate["value"] is None or _number(rate["value"]), "a number or null"),
+        (
+            "ci",
+            ci is None
+            or (
+                isinstance(ci, Mapping)
+                and all(_number(ci.get(part)) for part in ("low", "high", "level"))
+                and isinstance(ci.get("method"), str)
+            ),
+            "null, or low, high and level with a method",
+        ),
+    ):
+        if not fine:
+            raise ReportError(f"{where}.{name}: {str(rate[name])[:60]!r}; expected {expected}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _named(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
@@ -181,6 +218,8 @@ def _check_accuracies(data: Mapping[str, Any]) -> None:
         unknown = attack.get("undecided", 0)
         if not isinstance(unknown, int) or unknown < 0:
             raise ReportError(f"attacks.{i}.undecided: {unknown!r}; expected a whole count")
+        if attack["beside"] and data["defense"].get("is_randomized"):
+            continue  # what stands beside has clean answers of its own, and a random victim's differ
         where = f"attacks.{i} ({attack['name']})"
         _check_identity(where, clean, attack["robust_accuracy"], attack["attack_success_rate"], unknown)
     robust, upper = metrics.get("robust_accuracy"), metrics.get("robust_accuracy_upper")

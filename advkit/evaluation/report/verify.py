@@ -39,6 +39,7 @@ from advkit.evaluation.counts import (
     weakest_classes,
 )
 from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.examples import records_beside
 from advkit.evaluation.run.store import read_records
 
 BESIDE = "beside.jsonl"
@@ -83,13 +84,7 @@ class Verification:
 
 def records_file(report: Report) -> Path | None:
     """The records beside a report, None where there are none; ReportError where it names a file elsewhere."""
-    if report.path is None:
-        return None
-    named = report.to_dict().get("per_sample", {}).get("path", "records.jsonl")
-    if Path(named).name != named or named in ("", ".", ".."):
-        raise ReportError(f"per_sample.path is {named!r}; expected the name of a file beside the report")
-    file = report.path.absolute().parent / named
-    return file if file.is_file() and not file.is_symlink() else None
+    return records_beside(report.path, report.to_dict())
 
 
 def verify(report: Report) -> Verification:
@@ -238,7 +233,7 @@ def _metrics(
     if classes:
         confirmed |= classes.keys()
         # Classes have names in the report and numbers in the records: both come in the order of the numbers.
-        found = [_pair(entry) for entry in classes.values()]
+        found = [_pair(entry) if isinstance(entry, Mapping) else (None, None) for entry in classes.values()]
         if found != per_class_of(records):
             wrong.append("robust accuracy by class is not what the records say")
     upper = metrics.get("robust_accuracy_upper")

@@ -19,6 +19,7 @@ from torch.nn.functional import one_hot
 
 from advkit.core.blame import BACKWARD, GOAL, MODEL, blamed
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
+from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import (
     Access,
@@ -41,6 +42,9 @@ from advkit.models.ensemble import Ensemble
 
 log = logging.getLogger("advkit")
 
+TIMED_OUT = "timed_out"
+"""Note of a record whose row was given up because somebody's code was not back in time."""
+
 CERTAIN = 100.0
 """Lead of a class in logits that no goal takes for doubtful."""
 SURROGATE = "surrogate"
@@ -53,7 +57,8 @@ class Round:
 
     records:     one per row, in the batch's order
     clean:       inputs that may be kept as examples, rows first; None where no input was changed
-    adversarial: what the attack returned for them
+    adversarial: what the victim was shown of what the attack returned for them; what was returned where the threat
+                 model does not admit it
     tokens:      sent through models that count them
     """
 
@@ -103,14 +108,14 @@ def run_alone(unit: Unit, case: Case, batch: Batch, lanes: Lanes) -> Round:
     why, and the others go on.
     """
     try:
-        with alone(case, case.label, batch.ids[0]):
+        with alone(case, case.label, batch.ids[0]), limited(case.sample_timeout):
             return unit(case, on_device(batch, case.device), lanes)
     except (AdvkitError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if len(batch.ids) == 1:
             log.debug("row %s raised", batch.ids[0], exc_info=True)
-            return _raised(case, on_device(batch, case.device), lanes, error)
+            return _raised(case, on_device(batch, case.device), lanes, error, blamed(error) or GOAL)
     halves = [run_alone(unit, case, half, lanes) for half in halved(batch)]
     return Round(
         [record for half in halves for record in half.records],
@@ -120,19 +125,26 @@ def run_alone(unit: Unit, case: Case, batch: Batch, lanes: Lanes) -> Round:
     )
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a row ended in an error, for its record."""
+    return str(error) if isinstance(error, AdvkitError | TimedOut) else f"{type(error).__name__}: {error}"
+
+
 def halved(batch: Batch) -> list[Batch]:
     """The first and the second half of a batch's rows."""
-    return [
-        replace(
-            batch,
-            ids=tuple(batch.ids[row] for row in rows.tolist()),
-            x=batch.x[rows],
-            goal=batch.goal.take(rows),
-            labels=None if batch.labels is None else batch.labels[rows],
-            twins=None if batch.twins is None else batch.twins[rows],
-        )
-        for rows in torch.arange(len(batch.ids)).tensor_split(2)
-    ]
+    return [rows_of(batch, rows) for rows in torch.arange(len(batch.ids)).tensor_split(2)]
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch, long."""
+    return replace(
+        batch,
+        ids=tuple(batch.ids[row] for row in rows.tolist()),
+        x=batch.x[rows],
+        goal=batch.goal.take(rows),
+        labels=None if batch.labels is None else batch.labels[rows],
+        twins=None if batch.twins is None else batch.twins[rows],
+    )
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -140,13 +152,17 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(found) if len(found) == len(parts) else None
 
 
-def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception) -> Round:
-    """The record of a row on which the victim, the goal or a judge raised, and how it was when clean, where known."""
+def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception, who: str) -> Round:
+    """The record of a row on which the victim, the goal or a judge raised, and how it was when clean, where known.
+
+    who: raised; empty where it is the attack, or not known
+    """
     label = None if batch.labels is None else int(batch.labels[0])
-    notes: tuple[str, ...] = (f"{blamed(error) or GOAL}_raised",)
+    notes: tuple[str, ...] = (f"{who}_raised",) if who else ()
+    notes += (TIMED_OUT,) if isinstance(error, TimedOut) else ()
     before: int | None = None
     try:
-        with alone(case, case.label, batch.ids[0]):
+        with alone(case, case.label, batch.ids[0]), limited(case.sample_timeout):
             judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
             clean = _clean(case, batch, judge, RowRng.from_ids(case.seed, batch.ids, device=case.device).at("goal"))
     except torch.OutOfMemoryError:
@@ -163,11 +179,35 @@ def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception) -> Round:
         label=label,
         clean=before,
         notes=notes,
-        message=f"{type(error).__name__}: {error}",
+        message=reason_of(error),
         stage=case.label.stage,
         source=case.label.source,
     )
     return Round([record], batch.x, batch.x)
+
+
+def given_up(case: Case, batch: Batch, lanes: Lanes) -> Round:
+    """The record of a row whose attack or judges did not come back from compiled code, and were ended."""
+    return _raised(case, batch, lanes, _late(case), "")
+
+
+def lost(case: Case, batch: Batch) -> Round:
+    """The record of a row from which the victim does not come back even when it is clean."""
+    record = Record(
+        id=batch.ids[0],
+        attack=case.label.attack,
+        outcome=Outcome.ERROR,
+        label=None if batch.labels is None else int(batch.labels[0]),
+        notes=("clean_raised", f"{MODEL}_raised", TIMED_OUT),
+        message=str(_late(case)),
+        stage=case.label.stage,
+        source=case.label.source,
+    )
+    return Round([record], batch.x, batch.x)
+
+
+def _late(case: Case) -> TimedOut:
+    return TimedOut(f"timed out after {case.sample_timeout:g} s")
 
 
 def models_attacked(case: Case) -> list[tuple[str, Any, bool]]:
@@ -242,6 +282,7 @@ class _Attempts:
         self.unsure = torch.zeros(n, dtype=torch.bool)
         self.errors: dict[int, str] = {}
         self.raised_by: dict[int, str] = {}  # other than the attack itself
+        self.late = torch.zeros(n, dtype=torch.bool)
         self.trace: dict[int, tuple[dict[str, Any], ...]] = {}
         self.tokens = 0
         model, self.decides = attacked_model(case)
@@ -256,18 +297,22 @@ class _Attempts:
             model, len(rows), case.threat.access, case.threat.queries, self.decides, self.lanes, data=case.data
         )
         where = rows.cpu()
+        together = whole_batch(case.attack)
+        seconds = None if case.sample_timeout is None else case.sample_timeout * (len(rows) if together else 1)
         try:
-            out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
+            with limited(seconds):
+                out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
             _check_kept(oracle, case.threat)
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
         except (Exception, SystemExit) as error:  # an attack that leaves the program has no verdict either
-            if len(rows) > 1 and not whole_batch(case.attack):
+            if len(rows) > 1 and not together:
                 for half in rows.tensor_split(2):
                     self.attack(half, model)
                 return
-            reason = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
-            self.errors.update(dict.fromkeys(where.tolist(), reason))
+            self.errors.update(dict.fromkeys(where.tolist(), reason_of(error)))
+            if isinstance(error, TimedOut):
+                self.late[where] = True
             if who := blamed(error):
                 who = SURROGATE if case.surrogates and who in (MODEL, BACKWARD) else who
                 self.raised_by.update(dict.fromkeys(where.tolist(), who))
@@ -294,6 +339,7 @@ class _Attempts:
         for row in rows.tolist():
             self.errors.pop(row, None)
             self.raised_by.pop(row, None)
+        self.late[rows.cpu()] = False
         self.returned[rows] = self.batch.x[rows]
         self.attack(rows, model)
 
@@ -334,7 +380,9 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     said = judge.examine(
         verdict, attempts.returned, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
     )
-    return Round(_records(attempts, clean, verdict, said), batch.x, attempts.returned, attempts.tokens)
+    admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
+    shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.returned)
+    return Round(_records(attempts, clean, verdict, said), batch.x, shown, attempts.tokens)
 
 
 def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
@@ -358,7 +406,7 @@ def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
     if batch.labels is None:
         goal, contested = batch.goal, ~wrong & sane
     else:
-        goal = case.rule(batch.labels, answer, rng)
+        goal = case.goal(batch.labels, answer, rng, batch.ids)
         # An untargeted attacker has nothing left to win on a row that is wrong when clean; another one has, unless the
         # row meets the goal already, or would were the victim right about it.
         lost = wrong if case.rule.kind == "untargeted" else _met_by_truth(goal, batch.labels, answer)
@@ -435,6 +483,7 @@ def _records(
             ("outside_threat_model", attempts.outside[i] or not verdict.admitted[i]),
             (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", attempts.refuted[i]),
             ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
+            (TIMED_OUT, attempts.late[i]),
         )
         notes = (*_state_of(clean, i, outcome, label, int(before[i])), *(name for name, holds in found if bool(holds)))
         if outcome == Outcome.ERROR:
@@ -490,7 +539,7 @@ def _believed(
     """
     rows = among.nonzero().squeeze(1).to(returned.device)
     reached = torch.zeros(len(among), dtype=torch.bool)
-    margin = torch.full((len(among),), torch.nan)
+    margin = torch.full((len(among),), torch.nan, dtype=torch.float32)
     if len(rows):
         aim, answer = goal.take(rows), MeteredOracle(model, len(rows), Access.SCORES, lanes=lanes)(returned[rows])
         reached[rows.cpu()] = (aim.reached(answer) & finite(answer)).cpu()

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from advkit.core.protocols import (
     Defense,
     Judged,
     Label,
+    MadeOf,
     Model,
+    PerSample,
     Rule,
     Surrogates,
     Task,
@@ -66,6 +69,8 @@ class Case:
     keep:       rows whose adversarial examples are written beside the records
     speed:      how the attack's oracle computes; verdicts are always full precision
     views:      the models under that speed, once a run has settled them; part of no digest
+    sample_timeout: seconds after which a row that is attacked, or judged, alone is an error; None sets no limit; part
+                of no digest
     exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
                 for the speed's precision; part of no digest
     """
@@ -90,6 +95,7 @@ class Case:
     keep: int = 64
     speed: Speed = field(default_factory=Speed)
     views: FastViews | None = field(default=None, compare=False, repr=False)
+    sample_timeout: float | None = None
     exact: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
@@ -125,6 +131,11 @@ class Case:
             **counted,
         }
 
+    def goal(self, labels: Any, answer: Any, rng: Any, ids: Sequence[str]) -> Any:
+        """What the attacker wants of a batch of these samples; see `protocols.Rule`."""
+        rule = self.rule.of(ids) if isinstance(self.rule, PerSample) else self.rule
+        return rule(labels, answer, rng)
+
     def digest(self) -> str:
         """sha256 of the config; names the run folder."""
         return digest_of(self.config())
@@ -143,7 +154,8 @@ def parameters(part: Any) -> dict[str, Any]:
     """An attack's or a defense's settings as JSON values."""
     if not is_dataclass(part) or isinstance(part, type):
         return {}
-    return {name: _plain(value) for name, value in asdict(part).items()}
+    made_of = {"made_of": part.made_of} if isinstance(part, MadeOf) and part.made_of else {}
+    return {**{name: _plain(value) for name, value in asdict(part).items()}, **made_of}
 
 
 def _plain(value: Any) -> Any:

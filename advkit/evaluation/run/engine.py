@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, Record, Suite, ids_of, whole_batch
+from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of, whole_batch
 from advkit.evaluation.run.batch import (
     Round,
     Unit,
@@ -24,14 +24,13 @@ from advkit.evaluation.run.batch import (
     judged,
     models_attacked,
     models_of,
-    on_device,
     own_randomness,
     run_alone,
 )
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard, unchanged
-from advkit.evaluation.run.rehearsal import preflight
-from advkit.evaluation.run.scenario import Records, Scenario
+from advkit.evaluation.run.rehearsal import first_rows, preflight
+from advkit.evaluation.run.scenario import Records, RowsApart, Scenario
 from advkit.evaluation.run.speed import FastViews, planned_passes
 from advkit.evaluation.run.store import Stopwatch, Store
 from advkit.evaluation.run.workers import Workers
@@ -199,15 +198,16 @@ def _check_store(case: Case, scenario: Scenario, store: Store) -> None:
         "source": {label.source for label in labels},
         "label": {None, *range(case.task.classes)},
     }
-    if isinstance(case.attack, Suite):
-        known["stage"] = {"", *(stage.name for stage in case.attack.stages())}
+    attack: object = case.attack
+    if isinstance(attack, Suite):
+        known["stage"] = {"", *(stage.name for stage in attack.stages())}
     for record in store:
         for name, values in known.items():
             if (value := getattr(record, name)) not in values:
                 word = {"id": "row", "label": "class"}.get(name, name)
                 raise StaleRun(
-                    f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name another "
-                    "--out"
+                    f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name "
+                    "another --out"
                 )
 
 
@@ -228,9 +228,14 @@ def first_ids(case: Case, n: int) -> frozenset[str]:
     return frozenset(ids_of(case.task, min(n, case.n)))
 
 
-def open_store(case: Case, folder: Path, name: str = "records") -> Store:
-    """The case's store in a run folder."""
-    return Store(folder, case.config(), name)
+def open_store(case: Case, folder: Path, name: str = "records", scenario: object = None) -> Store:
+    """The case's store in a run folder.
+
+    scenario: of the case, where records of rows whose files did not change are to outlive a change of others
+    """
+    apart = isinstance(scenario, RowsApart) and scenario.rows_apart(case)
+    rows = case.task.marks(case.n) if apart and isinstance(case.task, OfFiles) else None
+    return Store(folder, case.config(), name, rows)
 
 
 def lanes_of(case: Case) -> Lanes:
@@ -249,7 +254,7 @@ def lanes_of(case: Case) -> Lanes:
 
 
 def _first_rows(case: Case) -> Tensor:
-    first: Tensor = on_device(next(iter(case.task.batches(64, n=min(64, len(case.task))))), case.device).x
+    first: Tensor = first_rows(replace(case, batch_size=64, n=min(64, len(case.task)))).x
     return first
 
 

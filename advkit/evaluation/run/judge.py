@@ -131,8 +131,8 @@ class Judge:
         if origin.ndim == 4 and origin.is_floating_point() and isinstance(space, Quantizes):
             eight_bit = self.reached(space.quantize(seen), goal)[0]
         scores = answer.is_floating_point() and answer.ndim > 1
-        margin = goal.margin(answer) if scores else torch.zeros(len(answer))
-        spread = answer.amax(1) - answer.amin(1) if scores else torch.ones(len(answer))
+        margin = goal.margin(answer) if scores else torch.zeros(len(answer), dtype=torch.float32)
+        spread = answer.amax(1) - answer.amin(1) if scores else torch.ones(len(answer), dtype=torch.float32)
         measured = threat.measures(seen, origin) if isinstance(threat, Measures) else {}
         return Verdict(
             admitted=admitted.cpu(),

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -70,7 +70,9 @@ def _plain(value: Any) -> bool:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_NAMES_OF, lambda value: isinstance(value, str) and value == value.encode(errors="ignore").decode()),
+    **dict.fromkeys(
+        _NAMES_OF, lambda value: isinstance(value, str) and value == value.encode(errors="ignore").decode()
+    ),
     **dict.fromkeys(("outcome", "message"), lambda value: isinstance(value, str)),
     **dict.fromkeys(_CLASSES, lambda value: value is None or _whole(value)),
     **dict.fromkeys(_LENGTHS, lambda value: value is None or (_real(value) and math.isfinite(value))),
@@ -135,21 +137,30 @@ def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor
 
     A damaged file is left out, with a warning: the records do not depend on it.
     """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for _, data, (origin, adversarial) in _example_files(folder / f"{name}.examples"):
+        found |= {f"{data['attack']}|{row}": (origin[i], adversarial[i]) for i, row in enumerate(data["ids"])}
+    return found
+
+
+def _example_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any], tuple[Tensor, Tensor]]]:
+    """The files of examples, in the order of their names: attack and ids, origins and returned inputs."""
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for file in sorted((folder / f"{name}.examples").glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as held:
-                data = held.metadata() or {}
+                data = dict(held.metadata() or {})
                 origin, adversarial = (held.get_tensor(each) for each in _EXAMPLES)
-            rows = read_json(data["ids"])
-            if not isinstance(rows, list) or not len(rows) == len(origin) or origin.shape != adversarial.shape:
+            data["ids"] = read_json(data["ids"])
+            if not isinstance(data["ids"], list) or not len(data["ids"]) == len(origin):
                 raise ValueError("it does not hold the rows that it names")
-            found |= {f"{data['attack']}|{row}": (origin[i], adversarial[i]) for i, row in enumerate(rows)}
+            if origin.shape != adversarial.shape or not isinstance(data["attack"], str):
+                raise ValueError("it does not hold pairs of inputs")
         except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
             log.warning("%s holds no examples that can be read (%s): remove it", file, first_line(error))
-    return found
+            continue
+        yield file, data, (origin, adversarial)
 
 
 def check_folder(folder: Path) -> None:
@@ -178,11 +189,16 @@ class Store:
     Where the folder or its records are removed or changed while the run goes on, they are written anew from memory, and
     what was found in their place is put aside; where another case lies there by then, beside it.
 
+    rows: a hash of each row's file, by id, where a row's records depend on that row alone: then a folder whose case
+          differs in nothing but some files is taken up, and the records of those rows are put aside
+
     Raises StaleRun when the folder holds another case or records that are not what was written, RunInUse while another
     process writes to it, UsageError when it can't be written.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], name: str = "records") -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], name: str = "records", rows: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.name = name
         self.path = folder / f"{name}.jsonl"
@@ -191,6 +207,7 @@ class Store:
         self._timing = folder / f"{name}.seconds.jsonl"
         self._case = folder / f"{name}.case.json"
         self._text = json.dumps(config, sort_keys=True, indent=1) + "\n"
+        self._rows = None if rows is None else dict(rows)
         self._sides: dict[str, bytes] = {}
         self._times: list[dict[str, Any]] = []
         try:
@@ -206,18 +223,23 @@ class Store:
             )
 
     def _open(self) -> None:
+        file = self.folder / f"{self.name}.rows.json"
         if self._case.exists():
-            self._same(self._case)
+            self._same(self._case, file)
         elif self.path.exists() and self.path.stat().st_size:
             raise StaleRun(f"{self.folder} holds records without the case they belong to; name another --out")
         else:
             write_whole(self._case, self._text)
+        if self._rows is not None:
+            if not file.exists():
+                write_whole(file, json.dumps(self._rows) + "\n")
+            self.remember(file)
         raw = self._mended()
         for number, record in enumerate(read_records(self.path) if raw else (), 1):
             if self.records.setdefault(self.key(record.made_by, record.id), record) != record:
                 raise StaleRun(
-                    f"{self.path}, line {number}: another record of row {record.id} under {record.made_by} stands above "
-                    "it: it was edited, or two runs wrote to it; remove both lines, or the folder"
+                    f"{self.path}, line {number}: another record of row {record.id} under {record.made_by} stands "
+                    "above it: it was edited, or two runs wrote to it; remove both lines, or the folder"
                 )
         self._check_written(raw)
         self._begin(raw)
@@ -232,7 +254,7 @@ class Store:
         """Names a record within a case."""
         return f"{label}|{row}"
 
-    def _same(self, case: Path) -> None:
+    def _same(self, case: Path, rows: Path | None = None) -> None:
         old = case.read_bytes()
         if old == self._text.encode():
             return
@@ -241,9 +263,42 @@ class Store:
             differ = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
         except ValueError:
             differ = ["an unreadable case file"]
+        if rows is not None and self._rows is not None and differ in (["data"], ["data", "n"]) and rows.exists():
+            self._without_changed(rows, self._rows)
+            return
         raise StaleRun(
             f"the run folder {self.folder} belongs to another case (different: {', '.join(differ)}): "
             "name another with --out, or remove it"
+        )
+
+    def _without_changed(self, file: Path, now: Mapping[str, str]) -> None:
+        """Put aside the records of rows whose files are not those that the folder knows, and know the new ones."""
+        try:
+            before = read_object(file.read_bytes())
+        except ValueError as error:
+            raise StaleRun(f"{file} is damaged ({error}): name another --out, or remove the folder") from None
+        changed = {row for row in {*before, *now} if before.get(row) != now.get(row)}
+        raw, aside = self._mended(), ""
+        lines = raw.splitlines(keepends=True)
+        kept = [
+            line
+            for line, record in zip(lines, read_records(self.path) if raw else (), strict=True)
+            if record.id not in changed
+        ]
+        if len(kept) < len(lines):
+            place = _free(self.path.with_suffix(".changed"))
+            write_whole(place, raw)
+            write_whole(self.path, b"".join(kept))
+            aside = f"; {len(lines) - len(kept)} records are put aside in {place}"
+        _forget_examples(self.folder / f"{self.name}.examples", changed)
+        write_whole(file, json.dumps(dict(now)) + "\n")
+        write_whole(self._case, self._text)
+        log.warning(
+            "%d files of %s are not those that the run began with (%s): their samples are run again%s",
+            len(changed),
+            self.folder,
+            ", ".join(sorted(changed)[:3]),
+            aside,
         )
 
     def _mended(self) -> bytes:
@@ -457,6 +512,21 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def _forget_examples(folder: Path, rows: Container[str]) -> None:
+    """Take the examples of some rows out of the files that hold them."""
+    from safetensors.torch import save
+
+    for file, data, tensors in _example_files(folder):
+        left = [i for i, row in enumerate(data["ids"]) if row not in rows]
+        if len(left) < len(data["ids"]):
+            ids = json.dumps([data["ids"][i] for i in left])
+            if left:
+                kept = {name: tensor[left].contiguous() for name, tensor in zip(_EXAMPLES, tensors, strict=True)}
+                write_whole(file, save(kept, metadata={"attack": data["attack"], "ids": ids}))
+            else:
+                file.unlink()
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:

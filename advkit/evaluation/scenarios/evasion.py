@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from advkit.attacks import ATTACKS
 from advkit.core.errors import UsageError
 from advkit.core.protocols import (
@@ -24,8 +26,10 @@ from advkit.core.protocols import (
     Undefended,
     ids_of,
     on_streams,
+    whole_batch,
 )
 from advkit.defenses import DEFENSES
+from advkit.evaluation.run.scenario import RowsApart
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
@@ -73,7 +77,7 @@ def labelled(case: Case, stage: Stage) -> Label:
     return replace(case.label, stage=stage.name or case.label.stage)
 
 
-class Evasion(BaseScenario):
+class Evasion(BaseScenario, RowsApart):
     """The attacker changes inputs of a finished model; one attack or a suite of them, judged row by row."""
 
     name: ClassVar[str] = "evasion"
@@ -89,6 +93,11 @@ class Evasion(BaseScenario):
                 f"the suite {case.label} follows rows by the victim's verdicts; under transfer name one of its attacks"
             )
         return lacks_access(case)
+
+    @override
+    def rows_apart(self, case: Case) -> bool:
+        """Not where a suite's stages take some of the rows that are left, nor where calls are shared."""
+        return not isinstance(case.attack, Suite) and not case.randomized and not whole_batch(case.attack)
 
     def expected(self, case: Case, records: Records) -> int:
         """How many records the finished case has: a suite's stages take what the last ones left.
@@ -140,7 +149,7 @@ class Evasion(BaseScenario):
         claim = case.defense.claims if case.defense is not None else ""
         if not claim or not isinstance(THREAT_MODELS.build(claim), BringsAttacks):
             return ()
-        name = DEFENSES.name_of(case.defense)
+        name = DEFENSES.label(case.defense).partition(":")[0]
         try:
             other = claimed(case, claim, name)
             return [Companion("tapm", "best transfer attack (TAPM)", other, ("tapm_*",), "tapm_acc_best_attack")]
@@ -187,7 +196,7 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
     A suite follows rows by the verdicts of the model it attacks, so what stands in for it takes its place.
     """
     attack = case.attack.stand_in if isinstance(case.attack, Suite) else case.attack
-    label = ATTACKS.label(attack)
+    label = ATTACKS.label(attack) if isinstance(case.attack, Suite) else case.label.attack
     other = replace(
         case,
         attack=attack,

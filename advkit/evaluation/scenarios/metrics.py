@@ -189,7 +189,9 @@ def attack_entries(
     entries = []
     for order, (label, own) in enumerate(by_label(records).items()):
         entry = _attack_entry(case, label, own)
-        entry |= {"params": dict(settings.get(label, {})), "order": order}
+        params = dict(settings.get(label, {}))
+        made_of = params.pop("made_of", "")  # no setting: reports are compared by those
+        entry |= {"params": params, "order": order} | ({"made_of": made_of} if made_of else {})
         entry["cost"] = {"seconds": round(seconds.get(str(label), 0.0), 3), **entry["cost"]}
         if counted := tokens.get(str(label), 0):
             entry["cost"]["tokens"] = counted

@@ -36,6 +36,7 @@ ADVICE: Mapping[str, str] = {
     "surrogate_error": "let the surrogate answer every input of its space, and run again with another --out",
     "judge_error": "let the judge answer every reply, the empty one too, and run again with another --out",
     "goal_error": "fix the goal or the threat model, and run again with another --out",
+    "timed_out": "see what hangs, or give it more time (--sample-timeout), and run again with another --out",
     "companion_missing": "name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
     "not_refused_clean": "take prompts that the model refuses, or judges that know its words of refusal "

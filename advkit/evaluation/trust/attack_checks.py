@@ -119,6 +119,7 @@ def unlimited_budget(context: Context) -> Result:
         "attack_error",
         "model_error",
         "goal_error",
+        "timed_out",
         "zero_gradient_ce_only",
         "budget_violation",
     )

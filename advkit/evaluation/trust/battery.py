@@ -15,6 +15,7 @@ from typing import Any
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Model
+from advkit.core.state import plainly
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.trust import attack_checks, gradient_checks
 from advkit.evaluation.trust.context import Context, Progress, Result, examined
@@ -47,6 +48,7 @@ CHECKS: Sequence[tuple[str, Sequence[Check]]] = (
 """The steps in order, by the name that progress shows; a check may use the results of those before it."""
 
 
+@plainly
 def battery(
     case: Case,
     *,

@@ -7,6 +7,7 @@ expensive checks are in `battery`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,11 +19,23 @@ from torch import Tensor, nn
 from advkit.core.blame import BACKWARD, MODEL, blamed
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, Ball, Label, Outcome, Radius, Record, Slotted, Suite, Wraps
+from advkit.core.protocols import (
+    Access,
+    AddsTokens,
+    Ball,
+    Counted,
+    Label,
+    Outcome,
+    Radius,
+    Record,
+    Slotted,
+    Suite,
+    Wraps,
+)
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
 from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
-from advkit.evaluation.run.batch import attacked_model, own_randomness
+from advkit.evaluation.run.batch import TIMED_OUT, attacked_model, own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
 from advkit.evaluation.stats import mcnemar_exact
@@ -33,6 +46,8 @@ from advkit.models.torch import FunctionModel, TorchModel, misleading_mode
 log = logging.getLogger("advkit")
 
 FIRST_ROWS = 64
+CALLS = 10
+"""Calls of the model that `cheap` makes at most; one with a backward pass counts as two."""
 REPEATS = 5
 SPREAD = 1e-4  # L2 distance between L2-normalised outputs from which a victim is randomised
 PROBABILITY = 1e-5
@@ -46,11 +61,12 @@ BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead b
 # Before the run
 
 
-def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
+def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> list[Finding]:
     """Checks on the first batch (at most 64 rows used) for at most 6 forwards and 2 forwards with backward.
 
-    x: [B, ...] in the victim's space; labels: long [B]. Deterministic; the caller's randomness and the model are given
-    back as they were. The gradient checks run where the threat model grants the victim's gradients.
+    x: [B, ...] in the victim's space; labels: long [B]; ids: of the samples, for goals that differ by sample.
+    Deterministic; the caller's randomness and the model are given back as they were. The gradient checks run where the
+    threat model grants the victim's gradients.
     """
     tops = list(case.victim.modules())
     training = len(misleading_mode(tops))
@@ -58,7 +74,7 @@ def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
         # The model is not queried: a forward in training mode would also move the batch statistics.
         evidence = f"the model is in training mode ({training} layers): dropout and batch statistics change its output"
         return [found("training_mode", "unreliable", evidence, float(training), 0.0)]
-    x, labels = x[:FIRST_ROWS], labels[:FIRST_ROWS]
+    x, labels, ids = x[:FIRST_ROWS], labels[:FIRST_ROWS], ids[:FIRST_ROWS]
     if not len(x):
         return []
     with frozen(*tops), own_randomness(case.device, case.seed, "diagnostics"):
@@ -77,8 +93,8 @@ def cheap(case: Case, x: Tensor, labels: Tensor) -> list[Finding]:
             evidence = f"the model calls {', '.join(sorted(set(calls)))} in its forward pass"
             findings.append(found("inference_time_optimization", "warning", evidence, float(len(calls)), 0.0))
         if _gives_gradients(case):
-            findings += _gradients(case, x, labels, outputs[0]) + _replaced(case)
-    findings += _short_walk(case) + _bare_chat(case)
+            findings += _gradients(case, x, labels, outputs[0], ids) + _replaced(case)
+    findings += _short_walk(case) + _bare_chat(case) + _long_suffix(case)
     return findings + _precision(tops, outputs[0]) + _classes(case) + _preprocessing(case, outputs[0], labels)
 
 
@@ -209,6 +225,21 @@ def _short_walk(case: Case) -> list[Finding]:
     return [found("incomplete_optimization", severity, evidence, steps * size, 1.0, str(case.label), advice=advice)]
 
 
+def _long_suffix(case: Case) -> list[Finding]:
+    """That the threat model admits fewer tokens than the attack's settings ask for: the search ends there."""
+    attack: object = case.attack
+    threat: object = case.threat
+    if not isinstance(attack, AddsTokens) or not isinstance(threat, Counted) or threat.n is None:
+        return []
+    if attack.longest <= threat.n:
+        return []
+    evidence = f"{case.label} asks for up to {attack.longest} tokens, the threat model admits {threat.n}: it ends there"
+    advice = f"say n={attack.longest} in the threat model (suffix:n={attack.longest}), or fewer in the attack"
+    log.warning("%s (%s)", evidence, advice)
+    longest, most = float(attack.longest), float(threat.n)
+    return [found("incomplete_optimization", "info", evidence, longest, most, str(case.label), advice=advice)]
+
+
 def _usual(attack: Any) -> object:
     """The attack's default step size: who leaves it and takes few steps meant few."""
     return next((each.default for each in fields(attack) if each.name == "step_size"), None)
@@ -310,14 +341,14 @@ def _where_answered(view: Any, start: Tensor, goal: Any) -> _FirstGradients | No
     )
 
 
-def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor) -> list[Finding]:
+def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor, ids: Sequence[str]) -> list[Finding]:
     """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
     radius = case.threat.describe().get("eps")
     start = case.threat.sample(x, rng.at("start")) if radius and isinstance(case.threat, Ball) else x
     view, _ = attacked_model(case)
     try:
-        first = _where_answered(view, start, case.rule(labels, clean, rng.at("goal")))
+        first = _where_answered(view, start, case.goal(labels, clean, rng.at("goal"), ids))
     except AdvkitError:
         raise
     except Exception as error:
@@ -493,12 +524,22 @@ def _raised(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
     attack = [r for r in errors if notes.isdisjoint(r.notes)]
     groups = [("attack_error", "the attack ended in an error", attack)]
     groups += [(name, words, [r for r in errors if note in r.notes]) for name, (note, words) in _CULPRITS.items()]
+    late = [r for r in errors if TIMED_OUT in r.notes]
+    groups = [(name, words, [r for r in own if TIMED_OUT not in r.notes]) for name, words, own in groups]
+    groups.append(("timed_out", _too_late(late), late))
     for name, words, own in groups:
         if not own:
             continue
         evidence = f"{words} on {len(own)} of {n} samples ({own[0].message or 'no message'}); {_interval(rows)}"
         findings.append(found(name, "unreliable", evidence, len(own) / n, 0.0, label))
     return findings
+
+
+def _too_late(late: Sequence[Record]) -> str:
+    """Whose code did not come back in time, in words."""
+    whose = {note: words.removesuffix(" raised") for note, words in _CULPRITS.values()}
+    who = Counter(next((whose[note] for note in r.notes if note in whose), "the attack") for r in late)
+    return f"{' or '.join(who)} did not come back in time"
 
 
 def _non_finite(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
@@ -583,7 +624,8 @@ def _has_margin_gradient(case: Case, ids: set[str]) -> bool:
     lanes = Lanes.fitting(x)
     with frozen(*case.victim.modules()), own_randomness(case.device, case.seed, "diagnostics"):
         clean = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=lanes)(x)
-        goal = case.rule(labels, clean, RowRng.from_ids(case.seed, [batch.ids[i] for i in where], device=x.device))
+        rows = [batch.ids[i] for i in where]
+        goal = case.goal(labels, clean, RowRng.from_ids(case.seed, rows, device=x.device), rows)
         _, gradient, _ = MeteredOracle(view, len(x), lanes=lanes).gradient(x, goal.under("margin"))
     return bool((gradient != 0).any())
 

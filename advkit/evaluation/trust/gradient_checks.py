@@ -63,7 +63,7 @@ def first_look(context: Context) -> Result:
         raise UsageError(f"the battery needs labels and the task {case.task.name} gives none")
     # The reference attack uses the victim's gradients, so they are checked whatever the case's attacker knows.
     probed = replace(case, threat=context.ball, surrogates=())
-    result = Result(findings=cheap(probed, first.x.to(case.device), first.labels.to(case.device)))
+    result = Result(findings=cheap(probed, first.x.to(case.device), first.labels.to(case.device), first.ids))
     known = context.plus(result)
     return replace(
         result,
@@ -302,7 +302,7 @@ def _probe(context: Context, most: int) -> _Probe | None:
     x, y = torch.cat(xs).to(case.device), torch.cat(labels).to(case.device)
     rng = RowRng.from_ids(case.seed, ids, device=case.device).at("diagnostics")
     clean = MeteredOracle(case.victim, len(x), Access.SCORES, lanes=Lanes.fitting(x))(x)
-    return _Probe(x, case.rule(y, clean, rng.at("goal")).under("margin"), rng)
+    return _Probe(x, case.goal(y, clean, rng.at("goal"), ids).under("margin"), rng)
 
 
 def finite_differences(context: Context) -> Result:

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from advkit.core.errors import CheckpointError
@@ -75,8 +76,10 @@ class ToyChat(Running):
         found = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
         if found != card["sha256"]:
             raise CheckpointError(f"{WEIGHTS} has sha256 {found}; its card says {card['sha256']}: fetch it again")
-        network = Decoder(SHAPE)
-        network.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}, strict=True)
+        with torch.device("meta"):  # weights that would be drawn, from the caller's generator, only to be replaced
+            network = Decoder(SHAPE)
+        weights = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
+        network.load_state_dict(weights, strict=True, assign=True)
         return LanguageModel(
             network.eval().requires_grad_(False),
             tokenizer(),

@@ -72,8 +72,9 @@ class ChatTokenizer(Templated):
     begins: whether sequences start with the beginning-of-sequence id; None does what the tokenizer does
 
     Chats are tokenized whole: the template's ids are those that no words of the user change, and what grows together
-    with the words belongs to them. Marks that the template uses are special, whatever the tokenizer calls them. Where a
-    template writes today's date it is 26 July 2024, so that a run can be repeated.
+    with the words belongs to them. Marks that the template uses are special, whatever the tokenizer calls them, and so
+    are ids below the largest that stand for no token. Where a template writes today's date it is 26 July 2024, so that
+    a run can be repeated.
 
     A tokenizer without a template gives the model the user's words as they are; it says so (`templated`) and warns. The
     beginning-of-sequence id comes exactly once, whoever adds it. Raises BadModel where the template does not carry the
@@ -86,6 +87,7 @@ class ChatTokenizer(Templated):
         self._turn = self._template(system)
         marked = {index for index, token in inner.added_tokens_decoder.items() if token.special}
         self.special = frozenset(int(index) for index in marked | set(inner.all_special_ids) | self._marks())
+        self.special |= frozenset(range(self.vocabulary)) - self._ids
         own = [] if inner.eos_token_id is None else [inner.eos_token_id]
         self.ends = frozenset(int(index) for index in (*own, *ends))
         self._head, self.after = self._ends_of_chat()
@@ -213,9 +215,14 @@ class ChatTokenizer(Templated):
                 return whole[len(asked) :]
         return self.encode(text)
 
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        """Those that stand for a token: their numbers may have gaps."""
+        return frozenset(int(index) for index in self.inner.get_vocab().values())
+
     @property
     def vocabulary(self) -> int:
-        return len(self.inner)
+        return 1 + max(self._ids, default=-1)
 
     @cached_property
     def digest(self) -> str:

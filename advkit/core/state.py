@@ -1,0 +1,97 @@
+"""The caller's settings of torch: put aside while advkit works, in force again for modules and functions of his own.
+
+A default dtype of float64, a default device, inference mode or autocast would otherwise change what is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a caller has set: the dtype and the device of new tensors, by their names in torch."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @classmethod
+    def current(cls) -> Settings:
+        """Those in force now."""
+        import torch
+
+        return cls(str(torch.get_default_dtype()).removeprefix("torch."), str(torch.get_default_device()))
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """These settings inside the block, and those of before after it."""
+        import torch
+
+        now = Settings.current()
+        with ExitStack() as stack:
+            if now.device != self.device:
+                stack.enter_context(torch.device(self.device))
+            if now.dtype != self.dtype:
+                stack.callback(torch.set_default_dtype, getattr(torch, now.dtype))
+                torch.set_default_dtype(getattr(torch, self.dtype))
+            yield
+
+
+PLAIN = Settings()
+_callers: ContextVar[Settings] = ContextVar("what the caller has set", default=PLAIN)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Torch as advkit's code takes it to be: float32, the CPU, no inference mode, no autocast."""
+    import torch
+
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        now = Settings.current()
+        if now != PLAIN:
+            stack.callback(_callers.reset, _callers.set(now))
+            stack.enter_context(PLAIN.in_force())
+        yield
+
+
+def as_caller(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """A call of code of the caller's own, under his settings; they differ inside `plain_torch` alone."""
+    asked = _callers.get()
+    if asked == PLAIN:
+        return function(*args, **kwargs)
+    with asked.in_force():
+        return function(*args, **kwargs)
+
+
+def callers_settings() -> Settings:
+    """What the caller of `plain_torch` has set."""
+    return _callers.get()
+
+
+def remember(settings: Settings) -> None:
+    """Take these for the caller's settings: a worker process has none of its own."""
+    _callers.set(settings)
+
+
+def plainly(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs in `plain_torch`."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with plain_torch():
+            return function(*args, **kwargs)
+
+    return called
