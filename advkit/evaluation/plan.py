@@ -24,6 +24,7 @@ from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.tasks.base import ClassificationTask
 from advkit.threat_models import GOALS, THREAT_MODELS
+from advkit.threat_models.transfer import Transfer
 
 PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
 
@@ -224,6 +225,7 @@ def _case(
         device=device,
         keep=request.keep,
         speed=speed,
+        attack_misclassified=isinstance(parts.threat, Transfer) and parts.threat.attacks_all,
     )
 
 
