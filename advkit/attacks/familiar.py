@@ -67,7 +67,6 @@ PEERS: Final[dict[str, tuple[str, ...]]] = {
     "signopt": ("art:SignOPTAttack",),
     "universalperturbation": ("art:UniversalPerturbation",),
     "saltandpeppernoise": ("foolbox:SaltAndPepperNoiseAttack",),
-    "pointwise": ("foolbox:PointwiseAttack",),
     "spatial": ("foolbox:SpatialAttack",),
     "sparsel1descent": ("foolbox:SparseL1DescentAttack",),
 }
