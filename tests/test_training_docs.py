@@ -58,7 +58,9 @@ def tables(file: str) -> list[list[list[str]]]:
     return [[[cell.strip(" *") for cell in row.strip("|").split("|")] for row in table.splitlines()] for table in found]
 
 
-@pytest.mark.parametrize("file", ["doubly_robust.json", "doubly_robust_fashion_mnist.json"])
+@pytest.mark.parametrize(
+    "file", ["doubly_robust.json", "doubly_robust_balanced.json", "doubly_robust_fashion_mnist.json"]
+)
 def test_the_tables_of_reweighting_are_the_measured_figures(file: str) -> None:
     held = json.loads((DOCS / file).read_text(encoding="utf-8"))
     assert held["commits"]
@@ -78,6 +80,19 @@ def test_the_tables_of_reweighting_are_the_measured_figures(file: str) -> None:
             assert float(cells[6]) == round(found["sign_test_tail_30"], 3)
         assert float(cells[7]) == round(found["mean"]["effective_sample_size"], 2)
     assert seen == set(by_row)
+
+
+def test_the_table_of_old_weights_is_the_measured_figures() -> None:
+    held = json.loads((DOCS / "stale_attacks_digits.json").read_text(encoding="utf-8"))
+    assert not any("dirty" in commit for commit in held["commits"])
+    _, _, *rows = tables("stale_attacks_digits.json")[0]
+    assert [cells[0] for cells in rows] == list(dict.fromkeys(each["row"] for each in held["runs"]))
+    for cells in rows:
+        own = [each for each in held["runs"] if each["row"] == cells[0]]
+        for key, cell in zip(("clean", "pgd", "cosine_first_sixth", "cosine_last_quarter"), cells[1:], strict=True):
+            values = [each[key] for each in own]
+            assert (cell == "") == (None in values)
+            assert not cell or float(cell) == round(sum(values) / len(values), 3)
 
 
 def test_the_acceptance_of_the_protocol_on_digits() -> None:

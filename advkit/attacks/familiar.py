@@ -67,7 +67,6 @@ PEERS: Final[dict[str, tuple[str, ...]]] = {
     "signopt": ("art:SignOPTAttack",),
     "universalperturbation": ("art:UniversalPerturbation",),
     "saltandpeppernoise": ("foolbox:SaltAndPepperNoiseAttack",),
-    "pointwise": ("foolbox:PointwiseAttack",),
     "spatial": ("foolbox:SpatialAttack",),
     "sparsel1descent": ("foolbox:SparseL1DescentAttack",),
 }
@@ -125,7 +124,8 @@ SETTINGS: Final = settings(
         ),
     ),
     (
-        "n_restarts num_restarts nb_restarts random_restarts restart num_random_init nb_random_init n_random_init",
+        "restarts n_restarts num_restarts nb_restarts random_restarts restart num_random_init nb_random_init "
+        "n_random_init",
         Setting(here=("restarts",), otherwise="it has no restarts"),
     ),
     (

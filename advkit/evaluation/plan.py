@@ -25,6 +25,7 @@ from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.tasks.base import ClassificationTask
 from advkit.threat_models import GOALS, THREAT_MODELS
+from advkit.threat_models.transfer import Transfer
 
 PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
 
@@ -237,6 +238,7 @@ def _case(
         keep=request.keep,
         speed=speed,
         sample_timeout=request.sample_timeout,
+        attack_misclassified=isinstance(parts.threat, Transfer) and parts.threat.attacks_all,
     )
 
 

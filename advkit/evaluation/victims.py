@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from advkit.core.errors import BadModel, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.errors import BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
 from advkit.core.registry import outside
@@ -172,8 +172,13 @@ def protected(
         if not guard.needs_data:
             return Victim(guard.protect(given, None, training_rng(seed)), origin)
         told = _trained_with(asked)
-        # A file tells this; where it is more than what was asked for, it may name advkit's own parts alone.
-        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec and not outside(told))):
+        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
+            if told != spec and (found := outside(told)):
+                raise CheckpointError(
+                    f"{origin} says that it was trained with {told}, which names what is not advkit's own "
+                    f"({'; '.join(found)}): a file may not choose what code runs here; where you trust it, name that "
+                    "defense yourself"
+                )
             return Victim(given, origin, told)
         return _trained(given, guard, task, seed, device, progress, name=origin, spec=spec)
 

@@ -36,6 +36,15 @@ def stranger(advkit: Any) -> Any:
     [
         ("model", "python:leaves_a_mark:make", "python:leaves_a_mark:make"),
         ("model", "PYTHON:[leaves_a_mark:make]", "PYTHON:[leaves_a_mark:make]"),
+        ("attack", "python:leaves_a_mark:make", "attack=python:leaves_a_mark:make"),
+        ("attack", "online:inner=[python:leaves_a_mark:make],k=2", "attack=python:leaves_a_mark:make"),
+        ("attack", "transfer:mi+[python:leaves_a_mark:make]", "attack=python:leaves_a_mark:make"),
+        ("defense", "python:leaves_a_mark:make,bits=3", "defense=python:leaves_a_mark:make"),
+        ("defense", "pubdef:attack=[python:leaves_a_mark:make]", "defense=python:leaves_a_mark:make"),
+        ("threat_model", "Python:leaves_a_mark:make", "threat_model=Python:leaves_a_mark:make"),
+        ("goal", "python:leaves_a_mark:make", "goal=python:leaves_a_mark:make"),
+        ("goal", "says:judges=[python:leaves_a_mark:make]", "goal=python:leaves_a_mark:make"),
+        ("task", "python:leaves_a_mark:make", "task=python:leaves_a_mark:make"),
         ("attack", "suite:attacks=[fgsm]+[python:leaves_a_mark:make]", "attack=python:leaves_a_mark:make"),
         (
             "threat_model",

@@ -185,3 +185,18 @@ def test_an_archive_that_unpacks_to_more_than_it_holds_is_not_opened(
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(CheckpointError, match="10000000 bytes"):
         load_checkpoint(tmp_path / "bomb.pt", architecture="mlp", shape=SHAPE, classes=3)
+
+
+def test_the_defense_that_a_file_tells_runs_no_code(genuine: Path) -> None:
+    """A checkpoint says which defense trained it; asked for by its name alone, its settings are not built unseen."""
+    from advkit.evaluation.victims import protected
+    from advkit.tasks.arrays import Arrays
+
+    told = {"seed": 1, "defense": "pubdef:attack=[python:leaves_a_mark:make]"}
+    file = forged(genuine, extra=json.dumps(told))
+    task = Arrays(torch.rand(6, *SHAPE), torch.arange(6) % 3)
+    with pytest.raises(CheckpointError, match=r"python:leaves_a_mark:make.*name that defense yourself"):
+        protected(f"path:{file}", "pubdef", task)
+    assert not Path("MARK").exists()
+    honest = forged(genuine, extra=json.dumps({"seed": 1, "defense": "pgd_at:eps=0.1"}))
+    assert protected(f"path:{honest}", "pgd_at", task).defense == "pgd_at:eps=0.1"

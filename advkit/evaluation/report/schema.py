@@ -218,6 +218,8 @@ def _check_accuracies(data: Mapping[str, Any]) -> None:
         unknown = attack.get("undecided", 0)
         if not isinstance(unknown, int) or unknown < 0:
             raise ReportError(f"attacks.{i}.undecided: {unknown!r}; expected a whole count")
+        if attack["beside"] and data["defense"].get("is_randomized"):
+            continue  # what stands beside has clean answers of its own, and a random victim's differ
         where = f"attacks.{i} ({attack['name']})"
         _check_identity(where, clean, attack["robust_accuracy"], attack["attack_success_rate"], unknown)
     robust, upper = metrics.get("robust_accuracy"), metrics.get("robust_accuracy_upper")

@@ -1,0 +1,313 @@
+"""What users of foolbox, torchattacks, ART and AutoAttack write leads to what it is here."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import advkit
+from advkit.attacks import ATTACKS
+from advkit.attacks.familiar import OURS, PEERS
+from advkit.core.errors import BadInput, UsageError
+from advkit.core.protocols import Access
+from advkit.core.registry import Registry
+from advkit.defenses import DEFENSES
+from advkit.models import MODELS
+from advkit.tasks import TASKS
+from advkit.threat_models import GOALS, THREAT_MODELS
+
+X, Y = torch.rand(6, 1, 8, 8), torch.arange(6)
+QUICK: dict[str, Any] = {"task": "digits", "n": 4, "device": "cpu"}
+
+
+def refusal(registry: Registry[Any], spec: Any) -> str:
+    with pytest.raises(UsageError) as refused:
+        registry.build(spec)
+    said = str(refused.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("DeepFool", "foolbox:L2DeepFoolAttack"),
+        ("deep_fool", "foolbox:L2DeepFoolAttack"),
+        ("CW", "foolbox:L2CarliniWagnerAttack"),
+        ("C&W", "torchattacks:CW"),
+        ("carlini_wagner", "art:CarliniL2Method"),
+        ("CarliniL2Method", "foolbox:L2CarliniWagnerAttack"),
+        ("pgd_l2", "--attack pgd --threat-model l2:eps=0.5"),
+        ("PGDL2", "--attack pgd --threat-model l2:eps=0.5"),
+        ("pgd_linf", "--attack pgd --threat-model linf:eps=8/255"),
+        ("LinfPGD", "--attack pgd --threat-model linf:eps=8/255"),
+        ("L1PGD", "--attack pgd --threat-model l1:eps=12"),
+        ("LinfProjectedGradientDescentAttack", "--attack pgd --threat-model linf"),
+        ("ProjectedGradientDescent", "did you mean 'pgd'?"),
+        ("FastGradientMethod", "did you mean 'fgsm'?"),
+        ("L2FastGradientAttack", "--attack fgsm --threat-model l2"),
+        ("BasicIterativeMethod", "did you mean 'bim'?"),
+        ("I-FGSM", "did you mean 'bim'?"),
+        ("MI-FGSM", "did you mean 'mifgsm'?"),
+        ("MomentumIterativeMethod", "did you mean 'mifgsm'?"),
+        ("DI-FGSM", "did you mean 'dim'?"),
+        ("SINIFGSM", "did you mean 'transfer:ni+si'?"),
+        ("AutoProjectedGradientDescent", "did you mean 'apgd-ce'?"),
+        ("apgdce", "did you mean 'apgd-ce'?"),
+        ("APGDT", "did you mean 'apgd-t'?"),
+        ("auto_attack", "did you mean 'autoattack'?"),
+        ("AA", "did you mean 'autoattack'?"),
+        ("SquareAttack", "did you mean 'square'?"),
+        ("EOTPGD", "did you mean 'pgd:eot=10'?"),
+        ("HopSkipJump", "foolbox:HopSkipJumpAttack"),
+        ("BoundaryAttack", "art:BoundaryAttack"),
+        ("OnePixel", "torchattacks:OnePixel"),
+        ("JSMA", "torchattacks:JSMA"),
+        ("SimBA", "art:SimBA"),
+        ("L2BrendelBethgeAttack", "foolbox:L2BrendelBethgeAttack"),
+        ("ElasticNet", "foolbox:EADAttack"),
+        ("DDN", "foolbox:DDNAttack"),
+        ("TPGD", "torchattacks:TPGD"),
+    ],
+)
+def test_a_familiar_attack_leads_to_its_name_here(name: str, words: str) -> None:
+    assert words in refusal(ATTACKS, name)
+
+
+def test_what_is_recommended_is_there() -> None:
+    for spec in OURS.values():
+        ATTACKS.build(spec)
+    named = [spec for specs in PEERS.values() for spec in specs]
+    assert len(named) == len(set(named))
+    for spec in named:
+        ATTACKS.build(spec)
+    for package, home in (
+        ("foolbox", "foolbox.attacks"),
+        ("torchattacks", "torchattacks"),
+        ("art", "art.attacks.evasion"),
+    ):
+        try:
+            module = __import__(home, fromlist=["attacks"])
+        except ImportError:
+            continue
+        for spec in named:
+            if spec.startswith(f"{package}:"):
+                assert inspect.isclass(getattr(module, spec.partition(":")[2], None)), spec
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("pgd:eps=8/255", "--threat-model linf:eps=8/255"),
+        ("pgd:epsilon=0.1", "the radius belongs to the threat model"),
+        ("autoattack:eps=0.1", "the radius belongs to the threat model"),
+        ("pgd:norm=l2", "--threat-model l2:eps=0.5"),
+        ("pgd:iterations=10", "did you mean 'steps'?"),
+        ("pgd:num_steps=10", "did you mean 'steps'?"),
+        ("pgd:nb_iter=10", "did you mean 'steps'?"),
+        ("pgd:max_iter=10", "did you mean 'steps'?"),
+        ("fab:n_iter=10", "did you mean 'steps'?"),
+        ("square:max_iter=10", "did you mean 'queries'?"),
+        ("square:n_queries=10", "did you mean 'queries'?"),
+        ("beast:steps=10", "did you mean 'length'?"),
+        ("pgd:alpha=2/255", "did you mean 'step_size'? It is in units of eps"),
+        ("bim:alpha=2/255", "did you mean 'step_size'?"),
+        ("pgd:eps_step=0.1", "did you mean 'step_size'?"),
+        ("pgd:rel_stepsize=0.1", "did you mean 'step_size'?"),
+        ("apgd-ce:alpha=0.1", "chooses the length of its steps itself"),
+        ("pgd:n_restarts=3", "did you mean 'restarts'?"),
+        ("pgd:num_random_init=3", "did you mean 'restarts'?"),
+        ("fgsm:restarts=3", "it has no restarts"),
+        ("pgd:random_start=true", "did you mean 'start'?"),
+        ("pgd:eot_iter=3", "did you mean 'eot'?"),
+        ("pgd:loss_fn=ce", "did you mean 'loss'?"),
+        ("mifgsm:momentum=1", "did you mean 'decay'?"),
+        ("pgd:targeted=true", "--goal targeted:how=next"),
+        ("pgd:batch_size=64", "--batch-size 64"),
+        ("pgd:step=10", "did you mean 'steps'"),
+        ("pgd:pionts=10", "pgd has no field 'pionts'"),
+    ],
+)
+def test_a_familiar_setting_leads_to_its_name_here(spec: str, words: str) -> None:
+    assert words in refusal(ATTACKS, spec)
+
+
+@pytest.mark.parametrize(
+    ("registry", "spec", "words"),
+    [
+        (THREAT_MODELS, "linf:8/255", "did you mean 'linf:eps=8/255'?"),
+        (THREAT_MODELS, "linf:epsilon=0.1", "did you mean 'eps'?"),
+        (THREAT_MODELS, "l0:pixels=3", "number of features that may change"),
+        (THREAT_MODELS, "0.1", "linf:eps=0.1"),
+        (THREAT_MODELS, "linf 8/255", "expected linf:eps=8/255"),
+        (THREAT_MODELS, "inf", "did you mean 'linf:eps=8/255'?"),
+        (THREAT_MODELS, "lp", "linf, l2, l1 or l0"),
+        (THREAT_MODELS, "blackbox", "access=scores"),
+        (GOALS, "targeted:label=3", "how=class,target=3"),
+        (GOALS, "3", "targeted:how=class,target=3"),
+        (GOALS, "least_likely", "targeted:how=least_likely"),
+        (GOALS, "Misclassification", "'untargeted'"),
+        (DEFENSES, "adversarial_training", "pgd_at"),
+        (DEFENSES, "feature_squeezing", "'bit-depth'"),
+        (DEFENSES, "randomized_smoothing", "python:MODULE:NAME"),
+        (DEFENSES, "pgd_at:epochs=3", "recipe=[epochs=10]"),
+        (TASKS, "mnist", "npz:path=FILE"),
+        (TASKS, "data/rows.npz", "npz:path=data/rows.npz"),
+        (TASKS, "digits:n=100", "--n 100"),
+        (MODELS, "net.pt", "path:net.pt"),
+        (MODELS, "resnet50", "torchvision:resnet50"),
+        (MODELS, "my_package.nets", "python:my_package.nets:NAME"),
+        (MODELS, "my_net.py", "python:my_net:NAME"),
+        (MODELS, "HuggingFaceTB/SmolLM2-135M", "hf:HuggingFaceTB/SmolLM2-135M"),
+        (MODELS, "Carmon2019Unlabeled", "robustbench:Carmon2019Unlabeled"),
+    ],
+)
+def test_other_familiar_words(registry: Registry[Any], spec: str, words: str) -> None:
+    assert words in refusal(registry, spec)
+
+
+def needless(oracle, x, goal, threat, rng):  # type: ignore[no-untyped-def]
+    """All that an attack does, and not what it asks for."""
+    return threat.project(x + threat.steepest(-oracle.gradient(x, goal)[1], x), x)
+
+
+class Guard:
+    def protect(self, model: Any, data: Any, rng: Any) -> Any:
+        return model
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("attack", needless, ("a function (needless)", "needless.needs = ", "Access.GRADIENTS")),
+        ("attack", lambda model, x, y: x, ("does not take (oracle, x, goal, threat, rng)", "no labels")),
+        ("attack", ["pgd", "fgsm"], ("2 attacks at once", "call evaluate for each", "autoattack")),
+        ("attack", None, ("None", "pgd:steps=20")),
+        ("defense", Guard(), ("Guard lacks claims and needs_data", "needs_data = False")),
+        ("defense", nn.Linear(2, 2), ("a torch module", "model=")),
+        ("defense", lambda model: model, ("protect(model, data, rng)", "InputDefense")),
+        ("defense", None, ("the spec none",)),
+        ("threat_model", 0.1, ("a radius", "linf:eps=0.1")),
+        ("threat_model", {"norm": "L2", "eps": 0.5}, ("a dict", "'l2:eps=0.5'")),
+        ("goal", 3, ("a class", "targeted:how=class,target=3")),
+        ("goal", lambda labels, answer, rng: labels, ("its kind", "goal=classes")),
+        ("goal", torch.rand(4), ("[4]", "whole numbers [N]")),
+        ("model", nn.Linear(64, 10).state_dict(), ("a state dict", "load_state_dict")),
+        ("model", nn.Linear, ("a class", "call it first")),
+        ("model", [nn.Linear(2, 2)], ("Ensemble",)),
+    ],
+)
+def test_objects_are_refused_with_what_is_missing(setting: str, value: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as refused:
+        advkit.evaluate(**{"attack": "fgsm", **QUICK, setting: value})
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_two_lines_make_a_function_an_attack() -> None:
+    """What the message says is true."""
+    with pytest.raises(UsageError):
+        advkit.evaluate(needless, **QUICK)
+    needless.needs = Access.GRADIENTS
+    try:
+        found = advkit.evaluate(needless, **QUICK)
+    finally:
+        del needless.needs
+    assert found.robust_accuracy == advkit.evaluate("fgsm", **QUICK).robust_accuracy
+
+    class Whole(Guard):
+        needs_data = False
+        claims = ""
+
+    assert advkit.evaluate("fgsm", Whole(), **QUICK).robust_accuracy is not None
+
+
+def test_attacks_of_other_packages_name_their_adapter() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    foolbox, torchattacks = pytest.importorskip("foolbox"), pytest.importorskip("torchattacks")
+    for attack, spec in (
+        (foolbox.attacks.LinfPGD(), "foolbox:LinfProjectedGradientDescentAttack"),
+        (foolbox.attacks.L2DeepFoolAttack(), "foolbox:L2DeepFoolAttack"),
+        (torchattacks.PGD(net), "torchattacks:PGD"),
+    ):
+        with pytest.raises(UsageError, match=f"attack='{spec}'"):
+            advkit.evaluate(attack, **QUICK)
+        ATTACKS.build(spec)
+
+
+PAIRS = TensorDataset(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (DataLoader(PAIRS), "zip(*loader)"),
+        (PAIRS, "zip(*DataLoader(dataset, batch_size=256))"),
+        (list(PAIRS), "torch.stack("),
+        (list(PAIRS)[:2], "torch.stack("),
+        (list(DataLoader(PAIRS, batch_size=2)), "zip(*pairs)"),
+        ((pair for pair in DataLoader(PAIRS)), "zip(*batches)"),
+        (X, "the labels are missing"),
+        (X.numpy(), "the labels are missing"),
+        ({"x": X, "y": Y}, "with x, y"),
+        ((Y, X), "the other way round"),
+        ((X, nn.functional.one_hot(Y).float()), "y.argmax(1)"),
+        ((X, Y, Y), "a task of 3 parts"),
+        ((PAIRS, Y), "neither"),
+        (Path("rows.npz"), "npz:path=rows.npz"),
+        (None, "not None"),
+        (3, "not 3"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_data_in_other_forms_say_how_to_collect_them(task: Any, words: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        advkit.evaluate("fgsm", task=task, model=lambda x: x.flatten(1)[:, :6], device="cpu")
+    assert words in str(refused.value)
+
+
+def test_the_lines_that_collect_data_do_so() -> None:
+    loader, pairs = DataLoader(PAIRS, batch_size=4), list(PAIRS)
+    x, y = (torch.cat(part) for part in zip(*loader, strict=True))
+    assert torch.equal(x, X)
+    assert torch.equal(y, Y)
+    x, y = torch.stack([sample for sample, _ in pairs]), torch.tensor([label for _, label in pairs])
+    assert torch.equal(x, X)
+    assert torch.equal(y, Y)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "words"),
+    [
+        ("epsilon", "--threat-model linf:eps=8/255"),
+        ("eps", "the radius belongs to the threat model"),
+        ("norm", "l2:eps=0.5"),
+        ("iterations", "attack='pgd:steps=...'"),
+        ("alpha", "attack='pgd:step_size=...'"),
+        ("dataset", "did you mean 'task'?"),
+        ("gpu", "did you mean 'device'?"),
+        ("seeed", "did you mean 'seed"),
+        ("frobnicate", "no keyword 'frobnicate'"),
+    ],
+)
+def test_a_keyword_that_there_is_not(keyword: str, words: str) -> None:
+    for function in (advkit.evaluate, advkit.matrix):
+        if keyword == "eps" and function is advkit.matrix:
+            continue  # it has that one
+        with pytest.raises(UsageError) as refused:
+            function(**{keyword: 1})  # type: ignore[operator]
+        assert words in str(refused.value)
+
+
+def test_numpy_arrays_are_a_task_as_before() -> None:
+    task = (np.asarray(X), np.asarray(Y))
+    assert (
+        advkit.evaluate("fgsm", task=task, model=lambda x: x.flatten(1)[:, :6], device="cpu").clean_accuracy is not None
+    )
