@@ -20,7 +20,7 @@ from advkit.core.errors import RunInUse
 log = logging.getLogger("advkit")
 
 LOCK = ".lock"
-"""File of a folder that its writer holds; it is empty, and stays."""
+"""File of a folder that its writer holds; it is empty, and goes with it."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK)
 _POLL = 0.2  # seconds
@@ -148,6 +148,9 @@ class Claimed:
         with _guard:
             self._claim.count -= 1
             if self._claim.count == 0:
+                if self._claim.current():  # whoever opened it before looks whether it is still there
+                    with suppress(OSError):
+                        self._claim.path.unlink()
                 self._claim.file.close()
 
 

@@ -97,13 +97,71 @@ def test_two_threads_do_not_write_to_one_folder(tmp_path):
 
 def test_a_claim_is_given_back_after_a_run_and_after_a_refusal(tmp_path):
     advkit.evaluate(out=tmp_path, **ASKED)
+    assert not (tmp_path / files.LOCK).exists()
     check_unclaimed(tmp_path)
     with pytest.raises(StaleRun):
         advkit.evaluate(out=tmp_path, **{**ASKED, "seed": 3})
+    assert not (tmp_path / files.LOCK).exists()
     right = Claimed(tmp_path)
     right.release()
     check_unclaimed(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_many_who_want_one_folder_have_it_one_by_one(tmp_path):
+    """The file of the lock goes and comes: nobody holds one that is no longer there."""
+    inside, most, turns = [], [], []
+
+    def work():
+        for _ in range(60):
+            try:
+                with claimed(tmp_path):
+                    inside.append(1)
+                    most.append(len(inside))
+                    time.sleep(0.0005)
+                    inside.pop()
+                    turns.append(1)
+            except RunInUse:
+                time.sleep(0.0002)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert max(most) == 1
+    assert len(turns) > 20
+
+
+CROWD = """
+import sys, time
+from pathlib import Path
+from advkit.core.errors import RunInUse
+from advkit.core.files import claimed
+folder, end = Path(sys.argv[1]), time.monotonic() + 3
+turns = 0
+while time.monotonic() < end:
+    try:
+        with claimed(folder):
+            (folder / "inside").touch(exist_ok=False)
+            (folder / "inside").unlink()
+            turns += 1
+    except RunInUse:
+        pass
+print(turns)
+"""
+
+
+def test_so_do_processes(tmp_path):
+    crowd = [
+        subprocess.Popen(
+            [sys.executable, "-c", CROWD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    said = [each.communicate() for each in crowd]
+    assert all(each.returncode == 0 for each in crowd), said
+    assert all(int(out) > 0 for out, _ in said)
 
 
 HOLDS = """

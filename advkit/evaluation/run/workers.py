@@ -116,8 +116,9 @@ class Workers:
 
     def _open(self) -> None:
         context = get_context("spawn")
-        # A pool replaces no worker that ends, so that there are as many slots as processes.
-        self._slots = context.Array("d", _SLOT * self.processes)
+        # A pool replaces no worker that ends, so that there are as many slots as processes. Without a lock: a worker
+        # that was killed would keep it.
+        self._slots = context.Array("d", _SLOT * self.processes, lock=False)
         # Modules of the user's may lie in the working directory, which is on no path: `core.registry.own`.
         arguments = (self._payload, context.Value("i", 0), self._slots, [os.getcwd()], callers_settings())
         self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_begin, initargs=arguments)
@@ -143,7 +144,12 @@ class Workers:
 
         def submit(unit: Unit, batch: Batch) -> _Job:
             number = next(self._jobs)
-            return _Job(number, unit, batch, self._pool.submit(_run, unit, changes, sources, batch, lanes, number))
+            try:
+                future = self._pool.submit(_run, unit, changes, sources, batch, lanes, number)
+            except BrokenProcessPool as error:  # told by its result, when that is its turn
+                future = Future()
+                future.set_exception(error)
+            return _Job(number, unit, batch, future)
 
         waiting: deque[_Job] = deque()
         more = True
