@@ -27,13 +27,13 @@ import numpy as np
 
 import advkit
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.counts import contested, was_right
 from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.run.store import read_records
 from advkit.evaluation.victims import protected
 
 METHODS = ("quadattack", "cw_topk", "ad_topk")
 NORMS = ("l1", "l2", "linf")
-LOST = (Outcome.WRONG, Outcome.NON_FINITE)  # rows that are no victims: misread untouched, or without an answer
 DIGITS = {
     "model": "mlp:hidden=64+64",
     "defense": "none:recipe=[epochs=60,lr=0.003,validation=0,select=last]",
@@ -101,7 +101,8 @@ def cell(given: argparse.Namespace, method: str, k: int, budget: str, seed: int,
     words = [f"budget={budget}", f"k={k}", *(f"{name}={value}" for name, value in settings.items() if value != "")]
     attack = f"{method}:{','.join([*words, *given.settings])}"
     records, seconds = evaluated(given, attack, k, seed)
-    rows = [record for record in records if record.outcome not in LOST]
+    # Reports count the rows that are misread untouched, too; the published tables do not.
+    rows = [r for r in records if was_right(r) and contested(r) and r.outcome != Outcome.NON_FINITE]
     fell = {record.id: record.measures for record in rows if record.outcome == Outcome.BROKEN}
     cost = float(np.mean([record.backwards for record in rows])) if rows else 0.0
     return Cell(method, k, budget, seed, attack, len(rows), fell, cost, seconds)

@@ -9,6 +9,7 @@ import pytest
 from advkit.attacks import ATTACKS
 from advkit.attacks.suites import Suite
 from advkit.core.errors import UsageError
+from advkit.core.protocols import Trains
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
@@ -24,6 +25,7 @@ from advkit.testing import (
     check_law,
     check_text_law,
     check_threat_law,
+    check_training,
     on_text,
     subjects,
 )
@@ -140,3 +142,27 @@ def test_defense(name, digits, tmp_path, monkeypatch):
     model = MODELS.build("mlp:hidden=16")((1, 8, 8), 10, RowRng.from_ids(0, ["defense"]), space=data.space)
     trains = hasattr(DEFENSES.load(name), "objective")
     check_defense(DEFENSES.build(f"{name}:recipe=[epochs=1,batch_size=64]" if trains else name), model, short)
+
+
+# Those that train, and settings under which a run keeps more than weights.
+TRAINING = [name for name in DEFENSES.names() if isinstance(DEFENSES.build(name), Trains)]
+TRAINING += [
+    "awp:base=[trades:steps=2],warm_up=1",
+    "awp:base=[fgsm_rs],gamma=0.02",
+    "awp:base=conadv",
+    "awp:base=[doubly_robust:eta=0.1]",
+    "awp:base=free_at",
+    "doubly_robust:eta=0.1,barrier=0.01,implicit=true",
+    "doubly_robust:eta=0.2,rho=0.3,outer=trades",
+    "doubly_robust:outer=alp,r=0.5",
+    "conadv:tau=3,watch=2",
+    "conadv:tau=0,dual_bn=false",
+]
+
+
+@pytest.mark.parametrize("spec", TRAINING)
+def test_training(spec, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path))
+    data, defense = digits.training(), DEFENSES.build(spec)
+    recipe = replace(defense.recipe, epochs=3 * defense.objective().replays, batch_size=64, ema=0.9, schedule="cosine")
+    check_training(replace(defense, recipe=recipe), data=replace(data, x=data.x[:160], y=data.y[:160]))

@@ -111,7 +111,9 @@ SETTINGS: Final = settings(
     ),
     (
         "queries n_queries num_queries max_queries query_limit query_budget",
-        Setting(here=("queries",), otherwise="a budget of queries belongs to the threat model: linf:eps=0.1,queries=1000"),
+        Setting(
+            here=("queries",), otherwise="a budget of queries belongs to the threat model: linf:eps=0.1,queries=1000"
+        ),
     ),
     (
         "alpha stepsize step_size eps_step eps_iter rel_stepsize abs_stepsize",
@@ -122,15 +124,22 @@ SETTINGS: Final = settings(
         ),
     ),
     (
-        "restarts n_restarts num_restarts nb_restarts random_restarts restart num_random_init nb_random_init n_random_init",
+        "restarts n_restarts num_restarts nb_restarts random_restarts restart num_random_init nb_random_init "
+        "n_random_init",
         Setting(here=("restarts",), otherwise="it has no restarts"),
     ),
-    ("random_start rand_init random_init rand_start random_eps", Setting(here=("start",), words="It is random or origin")),
+    (
+        "random_start rand_init random_init rand_start random_eps",
+        Setting(here=("start",), words="It is random or origin"),
+    ),
     ("loss_fn loss_func loss_type loss_function criterion", Setting(here=("loss",), words="It is ce, margin or dlr")),
     ("eot_iter eot_iters num_eot eot_samples eot_steps", Setting(here=("eot",))),
     ("momentum decay_factor mu", Setting(here=("decay",))),
     ("batch_size bs", Setting(otherwise="samples in flight are an option of the run: --batch-size 64")),
-    ("model estimator classifier net", Setting(otherwise="the model is an option of its own: --model (model= in Python)")),
+    (
+        "model estimator classifier net",
+        Setting(otherwise="the model is an option of its own: --model (model= in Python)"),
+    ),
     ("n_classes num_classes nb_classes", Setting(otherwise="the model knows its number of classes")),
     (
         "clip_min clip_max clip_values bounds x_min x_max",
@@ -184,8 +193,8 @@ def _other(part: object) -> None:
     if package in ("torchattacks", "foolbox", "art"):
         raise UsageError(
             f"this is {package}'s {type(part).__name__}; its adapter takes it by name: attack="
-            f"'{package}:{type(part).__name__}', with settings as {package}:NAME,settings=[key=value]; model, eps, norm "
-            "and goal come from the evaluation"
+            f"'{package}:{type(part).__name__}', with settings as {package}:NAME,settings=[key=value]; model, eps, "
+            "norm and goal come from the evaluation"
         )
     if callable(part):
         raise UsageError(_callable(part))
@@ -206,7 +215,8 @@ def _callable(part: Any) -> str:
         pass
     return (
         f"the attack is {shown} ({name}) that does not say what it asks of the model: it needs a member `needs`, such "
-        f"as {name if name.isidentifier() else 'attack'}.needs = advkit.core.protocols.Access.GRADIENTS (NOTHING, LABELS or SCORES for less)"
+        f"as {name if name.isidentifier() else 'attack'}.needs = "
+        "advkit.core.protocols.Access.GRADIENTS (NOTHING, LABELS or SCORES for less)"
     )
 
 

@@ -12,7 +12,7 @@ import inspect
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from advkit.core.errors import MissingExtra, UnknownName, UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.registry import parse_arguments
+from advkit.core.rows import finite_rows
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import NormBall
@@ -39,10 +40,13 @@ def peer_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        extra = "torchattacks" if package == "torchattacks" else "peers"
         raise MissingExtra(
-            f"the package {package} does not import ({error}): pip install 'advkit[{extra}]' brings it"
+            f"the package {package} does not import ({error}): pip install 'advkit[{_extra(package)}]' brings it"
         ) from error
+
+
+def _extra(package: str) -> str:
+    return "torchattacks" if package == "torchattacks" else "peers"
 
 
 def read_settings(text: str) -> dict[str, Any]:
@@ -118,15 +122,23 @@ class Peer(ABC):
               eps, norm, goal and model come from the evaluation
     access:   what the attack asks of the victim; say scores or labels for black-box attacks
 
-    A package's attack that searches the nearest adversarial point and takes no eps is judged by its points inside
-    the ball: elsewhere the row comes back unchanged. Points outside the ball from an attack that
+    A package's attack that searches the nearest adversarial point and takes no eps is judged inside the ball: a point
+    beyond it comes back as the nearest one of the ball. Points outside the ball from an attack that
     was given eps stay as they are, for the harness to call invalid.
+
+    Default step sizes that are lengths, of attacks that take eps, follow it: they keep their ratio to the class's own
+    default eps. Those in `settings` are taken as they are. docs/peers.md has every class of each package.
 
     Raises MissingExtra without the package, UnknownName for a class that it lacks, UsageError for settings, goals,
     norms or spaces that the attack can't take. Answers beyond the threat model's budget end the row in an error.
     """
 
     package: ClassVar[str]
+    radius: ClassVar[Mapping[str, str]] = {}  # classes that call their eps otherwise
+    lengths: ClassVar[Mapping[str, str]] = {}  # what follows eps: settings by class, "" for every other one
+    fixed: ClassVar[Mapping[str, str]] = {}  # the norm of classes that take eps and no norm, where it is not Linf
+    refused: ClassVar[Mapping[str, str]] = {}  # classes that no setting makes an attack on these rows, and why
+
     name: str
     settings: str = ""
     access: Access = Access.GRADIENTS
@@ -161,9 +173,18 @@ class Peer(ABC):
                 oracle.differentiable(x), x.clone(), classes, targeted, inner.norm, inner.eps, float(low), float(high),
                 seed,
             )  # fmt: skip
-            z, bounded = self._run(package, request)
+            try:
+                z, bounded = self._run(package, request)
+            except ImportError as error:  # what one attack of the package needs besides
+                raise MissingExtra(
+                    f"{self} needs a package more ({_first_line(error)}): pip install 'advkit[{_extra(self.package)}]'"
+                ) from error
         z = z.detach().to(x)
-        return z if bounded else torch.where(per_row(ball.admits(z, x), x), z, x)
+        if bounded or z.shape != x.shape:
+            return z
+        # A point beyond the ball is no find, but it is where the attack came to: the way back may still cross.
+        sane = per_row(finite_rows(z), x)
+        return torch.where(sane, ball.project(torch.where(sane, z, x), x), x)
 
     def __str__(self) -> str:
         return f"{self.package}:{self.name}"
@@ -175,8 +196,11 @@ class Peer(ABC):
     def _class(self, home: Any) -> Any:
         """The attack class in a module of the package."""
         attack = getattr(home, self.name, None)
-        if not inspect.isclass(attack):
-            names = {each.casefold(): each for each, value in vars(home).items() if inspect.isclass(value)}
+        if self.name in self.refused:
+            raise UsageError(f"{self} can't be run here: it {self.refused[self.name]}")
+        if not inspect.isclass(attack) or inspect.isabstract(attack):
+            classes = {each: value for each, value in vars(home).items() if inspect.isclass(value)}
+            names = {each.casefold(): each for each, value in classes.items() if not inspect.isabstract(value)}
             near = difflib.get_close_matches(self.name.casefold(), names, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(repr(names[one]) for one in near)}?" if near else ""
             raise UnknownName(f"{self.package} has no attack {self.name!r}{hint}")
@@ -186,9 +210,13 @@ class Peer(ABC):
         """The attack, and which of the known arguments its constructor took."""
         takes = inspect.signature(cls).parameters
         free = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
-        taken = {key: value for key, value in known.items() if key in takes}
+        radius = self.radius.get(self.name, "eps")
         given = read_settings(self.settings)
-        if ours := sorted({"eps", "norm", "targeted"} & set(taken) & set(given)):
+        if "eps" in known and radius in takes:
+            known[radius] = known.pop("eps")
+            known = {**self._following(takes, radius, known[radius]), **known}
+        taken = {key: value for key, value in known.items() if key in takes}
+        if ours := sorted({radius, "norm", "targeted", "distance"} & set(taken) & set(given)):
             raise UsageError(f"{self}: {', '.join(ours)} come from the threat model and the goal; leave them out")
         unknown = sorted(set(given) - set(takes)) if not free else []
         if unknown:
@@ -196,29 +224,64 @@ class Peer(ABC):
                 f"{self} has no setting {', '.join(unknown)}; it has {', '.join(list(takes)[len(leading) :])}"
             )
         try:
-            return cls(*leading, **{**taken, **given}), set(taken)
+            return cls(*leading, **{**taken, **given}), {"eps" if key == radius else key for key in taken}
         except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
-            raise UsageError(f"{self} refuses its settings: {error}") from error
+            raise UsageError(f"{self} refuses its settings: {_first_line(error)}") from error
+
+    def _following(self, takes: Mapping[str, inspect.Parameter], radius: str, eps: float) -> dict[str, float]:
+        """The default lengths, in the ratio that they have to the class's own default eps."""
+        names = self.lengths.get(self.name, self.lengths.get("", "")).split()
+        usual = {name: takes[name].default for name in (radius, *names) if name in takes}
+        if not all(isinstance(value, (int, float)) for value in usual.values()) or not usual[radius]:
+            return {}
+        return {name: usual[name] * eps / usual[radius] for name in names if name in usual}
+
+    def _without_targets(self) -> UsageError:
+        return UsageError(f"{self} has no targeted mode; use the goal untargeted")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Foolbox(Peer):
     """Foolbox: an attack of that package by class name, run and judged here (arXiv 1707.04131).
 
-    Foolbox clips every point to the ball itself before it hands it back.
+    Foolbox clips every point to the ball itself before it hands it back, those of attacks that search the nearest
+    adversarial point included, but not in L0. Attacks with a free distance get the ball's norm, HopSkipJumpAttack its
+    constraint; DatasetAttack draws from the batch that it attacks.
     """
 
     package: ClassVar[str] = "foolbox"
+    refused: ClassVar[Mapping[str, str]] = {
+        "BinarizationRefinementAttack": "refines adversarial points of other attacks, and starts from none of its own"
+    }
 
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
-        attack, _ = self._make(self._class(package.attacks))
+        cls, kinds = self._class(package.attacks), package.attacks.base
+        distance = package.distances.LpDistance(_POWERS[request.norm])
+        known = {"constraint": request.norm.casefold()} if request.norm in ("L2", "Linf") else {}
+        attack, took = self._make(cls, distance=distance, **known)
+        if issubclass(cls, kinds.FlexibleDistanceMinimizationAttack) and "distance" not in took:
+            attack._distance = distance  # PointwiseAttack has no argument for what it is asked for
         power = getattr(getattr(attack, "distance", None), "p", None)
         if power is not None and power != _POWERS[request.norm]:
             raise UsageError(f"{self} works in L{power:g}, this ball is {request.norm}")
         model = package.PyTorchModel(request.module, bounds=(request.low, request.high), device=request.x.device)
-        kind = package.TargetedMisclassification if request.targeted else package.Misclassification
-        _, clipped, _ = attack(model, request.x, kind(request.classes), epsilons=request.eps)
-        return clipped, True
+        criterion = package.TargetedMisclassification if request.targeted else package.Misclassification
+        if issubclass(cls, package.attacks.DatasetAttack):
+            attack.feed(model, request.x)
+        searches = power is None or (request.norm == "L0" and issubclass(cls, kinds.MinimizationAttack))
+        radius = {} if power is None else {"epsilons": None if searches else request.eps}
+        try:
+            _, points, _ = attack(model, request.x, criterion(request.classes), **radius)
+        except ValueError as error:
+            if "criterion" not in str(error):
+                raise
+            served = "untargeted" if request.targeted else "targeted"
+            raise UsageError(f"{self} serves the goal {served} alone") from error
+        return points, not searches
 
 
 class _Unit(nn.Module):
@@ -234,55 +297,132 @@ class _Unit(nn.Module):
         return answer
 
 
+class _Probabilities(nn.Module):
+    """A module that answers softmax probabilities, for attacks written for these."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.module(x)
+        return answer.softmax(1)
+
+
+def _classes(request: Request) -> int:
+    """How many classes there are, for one answer per row."""
+    with torch.no_grad():
+        return int(request.module(request.x).shape[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class TorchAttacks(Peer):
     """Torchattacks: an attack of that package by class name, run and judged here (arXiv 2010.01950).
 
     The package knows the box [0, 1] alone; rows of another box are stretched to it and back. Attacks with eps and
     without a norm of their own are taken for Linf, those with L2 in their names for L2. Its AutoAttack runs 10 steps
-    per attack where AutoAttack standard has 100.
+    per attack where AutoAttack standard has 100. Attacks that want the number of classes (FAB, APGDT, AutoAttack) cost
+    one answer more per batch.
     """
 
     package: ClassVar[str] = "torchattacks"
+    radius: ClassVar[Mapping[str, str]] = {"PIFGSM": "max_epsilon", "PIFGSMPP": "max_epsilon"}
+    lengths: ClassVar[Mapping[str, str]] = {"": "alpha", "SPSA": "lr"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "LGV": "trains copies of the model on a loader of training data; the threat model transfer attacks surrogates",
+        "MultiAttack": "is made of attack objects; run them one by one",
+    }
+    coloured: ClassVar[frozenset[str]] = frozenset({"PIFGSM", "PIFGSMPP", "TIFGSM"})
 
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
         unit = (request.low, request.high) == (0.0, 1.0)
         width = request.high - request.low
         module = request.module if unit else _Unit(request.module, request.low, request.high).eval()
         eps = request.eps if request.norm == "L0" else request.eps / width
-        attack, took = self._make(self._class(package), module, eps=eps, norm=request.norm, seed=request.seed)
+        cls = self._class(package)
+        known: dict[str, Any] = {"eps": eps, "norm": request.norm, "seed": request.seed}
+        if "n_classes" in inspect.signature(cls).parameters:
+            known["n_classes"] = _classes(request)
+        attack, took = self._make(cls, module, **known)
         bounded = "eps" in took
         fixed = "L2" if "L2" in self.name else "Linf"
         if bounded and "norm" not in took and fixed != request.norm:
             raise UsageError(f"{self} works in {fixed}, this ball is {request.norm}")
+        if self.name in self.coloured and request.x.shape[1:2] != (3,):
+            raise UsageError(f"{self} takes images of three channels alone, not {list(request.x.shape[1:])}")
         if request.targeted:
+            if self.name == "FAB":
+                # It says that it has the mode, and aims by the rank of a class where it is given one.
+                raise UsageError(f"{self} does not aim at a class; use the goal untargeted, or advkit's own fab-t")
             try:
                 attack.set_mode_targeted_by_label(quiet=True)
             except ValueError as error:
-                raise UsageError(f"{self} has no targeted mode; use the goal untargeted") from error
+                raise self._without_targets() from error
         z = attack(request.x if unit else ((request.x - request.low) / width).clamp(0, 1), request.classes)
         return (z if unit else z * width + request.low), bounded
+
+
+_TABLES = "works on rows of a table, not on images"
+_PATCH = "returns a patch and its mask, not samples"
+_GUIDES = "steers the features of a layer towards those of guide images, which no goal of ours has"
+_OBJECTS = "attacks object detectors"
+_SPEECH = "attacks speech recognisers"
+_TENSORFLOW = "needs a TensorFlow model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ART(Peer):
     """Adversarial Robustness Toolbox (ART): an evasion attack of that package by class name (arXiv 1807.01069).
 
-    Its step sizes are absolute and do not follow eps: settings=[eps_step=0.01]. One answer more than the attack's own
-    is asked per batch, to learn the number of classes.
+    One answer more than the attack's own is asked per batch, to learn the number of classes. SimBA and
+    VirtualAdversarialMethod are given probabilities; they, ZooAttack and ShadowAttack work row by row.
+    SaliencyMapMethod reaches for classes: without targets it draws them. Wasserstein enlarges its ball as it goes; its
+    points are taken back into ours.
     """
 
     package: ClassVar[str] = "art"
+    lengths: ClassVar[Mapping[str, str]] = {"": "eps_step"}
+    fixed: ClassVar[Mapping[str, str]] = {"VirtualAdversarialMethod": "L2"}
+    probabilities: ClassVar[frozenset[str]] = frozenset({"SimBA", "VirtualAdversarialMethod"})
+    draws_targets: ClassVar[frozenset[str]] = frozenset({"SaliencyMapMethod"})
+    aims_only: ClassVar[frozenset[str]] = frozenset({"TargetedUniversalPerturbation"})
+    enlarges: ClassVar[frozenset[str]] = frozenset({"Wasserstein"})
+    batches_of_one: ClassVar[frozenset[str]] = frozenset({"SimBA", "VirtualAdversarialMethod", "ZooAttack"})
+    singly: ClassVar[frozenset[str]] = frozenset({"ShadowAttack"})
+    needs_starts: ClassVar[frozenset[str]] = frozenset({"SignOPTAttack"})
+    refused: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("AdversarialPatch", "AdversarialPatchNumpy", "AdversarialPatchPyTorch"), _PATCH),
+        **dict.fromkeys(("FeatureAdversariesNumpy", "FeatureAdversariesPyTorch"), _GUIDES),
+        **dict.fromkeys(("DPatch", "RobustDPatch", "OverloadPyTorch", "SNAL"), _OBJECTS),
+        **dict.fromkeys(("CarliniWagnerASR", "ImperceptibleASR", "ImperceptibleASRPyTorch"), _SPEECH),
+        **dict.fromkeys(
+            (
+                "AdversarialPatchTensorFlowV2", "FeatureAdversariesTensorFlowV2", "MalwareGDTensorFlow",
+                "ProjectedGradientDescentTensorFlowV2",
+            ),
+            _TENSORFLOW,
+        ),
+        "AdversarialTexturePyTorch": "attacks object trackers",
+        "DecisionTreeAttack": "attacks decision trees of scikit-learn",
+        "HighConfidenceLowUncertainty": "attacks Gaussian processes",
+        "LowProFool": _TABLES,
+        "FrameSaliencyAttack": "is made of another attack object, and works on frames of films",
+        "OverTheAirFlickeringPyTorch": "works on frames of films",
+        "GRAPHITEBlackbox": "wants a mask and the points of an object in every picture",
+        "GRAPHITEWhiteboxPyTorch": "wants a mask and the points of an object in every picture",
+        "LaserAttack": "is made of a generator object of laser beams",
+    }  # fmt: skip
 
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
         home = peer_package("art.attacks.evasion")
         estimators = peer_package("art.estimators.classification")
-        if request.norm == "L0":
+        cls = self._class(home)
+        if request.norm == "L0" and {"eps", "norm"} & set(inspect.signature(cls).parameters):
             raise UsageError(f"{self} knows no L0 ball")
-        with torch.no_grad():
-            classes = request.module(request.x).shape[1]
+        classes = _classes(request)
+        probable = self.name in self.probabilities
         estimator = estimators.PyTorchClassifier(
-            model=request.module,
+            model=_Probabilities(request.module).eval() if probable else request.module,
             loss=nn.CrossEntropyLoss(),
             input_shape=tuple(request.x.shape[1:]),
             nb_classes=classes,
@@ -290,18 +430,35 @@ class ART(Peer):
             device_type="gpu" if request.x.is_cuda else "cpu",
         )
         power = _POWERS[request.norm]
+        norm: Any = power if math.isinf(power) else int(power)
+        known: dict[str, Any] = {"norm": norm}
+        if self.name in self.enlarges:
+            known = {"norm": str(norm), "ball": str(norm)}
         attack, took = self._make(
-            self._class(home),
+            cls,
             estimator,
             eps=request.eps,
-            norm=power if math.isinf(power) else int(power),
             targeted=request.targeted,
-            batch_size=len(request.x),
+            batch_size=1 if self.name in self.batches_of_one else len(request.x),
             verbose=False,
+            **known,
         )
-        if request.targeted and "targeted" not in took:
-            raise UsageError(f"{self} has no targeted mode; use the goal untargeted")
-        if "eps" in took and "norm" not in took and request.norm != "Linf":
-            raise UsageError(f"{self} works in Linf, this ball is {request.norm}")
-        z = attack.generate(x=request.x.cpu().numpy(), y=request.classes.cpu().numpy())
-        return torch.as_tensor(z), "eps" in took
+        aims = self.name in self.aims_only | self.draws_targets
+        if request.targeted and "targeted" not in took and not aims:
+            raise self._without_targets()
+        if request.targeted and self.name in self.needs_starts:
+            raise UsageError(f"{self} wants samples of the target class to start from; use the goal untargeted")
+        if not request.targeted and self.name in self.aims_only:
+            raise UsageError(f"{self} wants classes to reach; use the goal targeted")
+        fixed = self.fixed.get(self.name, "Linf")
+        if "eps" in took and "norm" not in took and request.norm != fixed:
+            raise UsageError(f"{self} works in {fixed}, this ball is {request.norm}")
+        y: Any = np.eye(classes, dtype=np.float32)[request.classes.cpu().numpy()]
+        if self.name in self.draws_targets and not request.targeted:
+            y = None  # labels to leave would be taken for classes to reach
+        x: Any = request.x.cpu().numpy()
+        if self.name in self.singly:
+            z = np.concatenate([attack.generate(x=x[i : i + 1], y=y[i : i + 1]) for i in range(len(x))])
+        else:
+            z = attack.generate(x=x, y=y)
+        return torch.as_tensor(z), "eps" in took and self.name not in self.enlarges

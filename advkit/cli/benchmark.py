@@ -125,11 +125,7 @@ def _command(given: dict[str, Any]) -> str:
 
 
 def _write(results: dict[str, Any], page: str, out: Path) -> None:
-    from advkit.core.errors import UsageError
+    from advkit.evaluation.report import write_atomic
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "benchmarks.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (out / "benchmarks.md").write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{out} can't be written ({error.strerror or error}): name another --out") from error
+    write_atomic(out / "benchmarks.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(out / "benchmarks.md", page)

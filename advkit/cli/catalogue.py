@@ -64,7 +64,6 @@ _NORMS: dict[str, Words] = {
     "advkit.attacks.stream": (*_LP, "l0"),
     "advkit.attacks.events.spiking": (*_LP, "l0"),
     "advkit.attacks.peers": (*_LP, "l0"),
-    "advkit.attacks.peers:ART": _LP,
 }
 _GOALS: dict[str, Words] = {
     "advkit.attacks.text": ("says",),

@@ -21,7 +21,7 @@ LINE = "#0072B2"
 STYLES = {"info": "dim", "warning": "yellow", "unreliable": "bold red"}
 
 
-@takes_request("goal", "n", "batch_size", "speed")
+@takes_request("goal", "n", "batch_size", "speed", "sample_timeout")
 def doctor(
     asked: Asked,
     rows: Annotated[int, typer.Option(min=1, help="Samples for the expensive checks, the task's first ones.")] = 100,
@@ -236,15 +236,11 @@ def _measured(curves: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _write(document: dict[str, Any], curves: dict[str, Any], out: Path) -> list[Path]:
     """doctor.json and a figure per curve."""
-    from advkit.core.errors import UsageError
     from advkit.evaluation.figures.plots import save
+    from advkit.evaluation.report import write_atomic
 
     target = out / "doctor.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{out} can't be written ({error.strerror or error}): name another --out") from error
+    write_atomic(target, json.dumps(document, indent=2) + "\n")
     figures = {"eps": _eps_figure(curves), "iterations": _steps_figure(curves), "loss": _margin_figure(curves)}
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     return [target, *(save(figure, out / f"{name}.png") for name, figure in drawn.items())]

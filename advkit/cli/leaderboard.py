@@ -1,4 +1,4 @@
-"""`advkit leaderboard`: every report under a folder, ranked within its task and threat model."""
+"""`advkit leaderboard`: the victims of all reports under a folder, ranked within task, samples and threat model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def leaderboard(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print leaderboard.json and write nothing.")] = False,
 ) -> None:
-    """Rank every report under a folder: one self-contained HTML page, Markdown and JSON.
+    """Rank the victims of all reports under a folder: one self-contained HTML page, Markdown and JSON.
 
-    Every report is counted again from the records beside it; one that does not agree with them is marked.
+    A victim (weights and defense) has one line per threat model, goal and set of samples. Its score is the worst case
+    per sample over its reports. Every report is counted again from the records beside it; one that does not agree with
+    them is marked and counts for nothing.
     """
     from advkit.core.text import printable
     from advkit.evaluation.report import leaderboard as boards
@@ -27,15 +29,16 @@ def leaderboard(
         typer.echo(boards.scan(folder).to_json(), nl=False)
         return
     board, paths = boards.write(folder, out)
-    typer.echo(f"{_many(len(board), 'report')} in {_many(len(board.groups), 'ranking')}:")
+    reports = _many(len(board.attacks), "report")
+    typer.echo(f"{_many(len(board), 'line')} in {_many(len(board.groups), 'ranking')}, of {reports}:")
     for path in paths:
         typer.echo(f"  {path}")
     for heading, found in (("not ranked", board.unranked), ("invalid", board.invalid)):
         for name, reason in found:
             typer.echo(printable(f"{heading}: {name}: {reason}"), err=True)
-    for entry in (entry for group in board.groups for entry in group.entries):
-        if entry.verified.startswith("no:"):
-            typer.echo(printable(f"not verified: {entry.path}: {entry.verified.removeprefix('no: ')}"), err=True)
+    for name, attack in sorted(board.attacks.items()):
+        if attack.verified.startswith("no:"):
+            typer.echo(printable(f"not verified: {name}: {attack.verified.removeprefix('no: ')}"), err=True)
 
 
 def _many(count: int, word: str) -> str:

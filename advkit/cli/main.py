@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from advkit import __version__
 from advkit.core.errors import AdvkitError, UnknownName
+from advkit.core.files import disk_full
 from advkit.core.text import printable
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -80,6 +81,12 @@ class LazyGroup(TyperGroup):
                 raise
             _tell(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            if _debugging(ctx) or not disk_full(error):
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            _tell(f"error: the disk is full{where}; what is done is kept: make room and resume with the same command")
+            raise typer.Exit(AdvkitError.exit_code) from error
         except _MISUSE as error:
             said = _advice(error)
             if not said:

@@ -59,6 +59,13 @@ Workers = Annotated[
         show_default="one per core for long work",
     ),
 ]
+SampleTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds after which a sample whose attack or victim does not come back is given up as an error.",
+        show_default="none",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]
 
 
@@ -75,6 +82,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "device": (Device, "auto"),
     "batch_size": (BatchSize, None),
     "speed": (SpeedSpec, "fp32"),
+    "sample_timeout": (SampleTimeout, None),
 }
 
 

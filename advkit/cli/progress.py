@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.counts import contested, was_right
 from advkit.evaluation.report.text import shorten
 
 
@@ -50,7 +51,7 @@ class Bars:
         robust = self._robust[title]
         for record in records:
             # A sample is robust as long as no attack has broken it.
-            good = record.outcome in (Outcome.ROBUST, Outcome.INVALID)
+            good = was_right(record) and (record.outcome in (Outcome.ROBUST, Outcome.INVALID) or not contested(record))
             robust[record.id] = good and robust.get(record.id, True)
         percentage = 100 * sum(robust.values()) / max(1, len(robust))
         text = f"robust accuracy so far {percentage:.1f} %"

@@ -129,8 +129,8 @@ def _refuse_objects(file: Path, asked: Request) -> None:
         spec = getattr(asked, name)
         if not registry.names_part(spec):
             raise ReportError(
-                f"{file}: {name}={spec} is no name that can be run again here: an object that was handed over in Python "
-                "has none (python:MODULE:NAME has), and a part of another package needs that package"
+                f"{file}: {name}={spec} is no name that can be run again here: an object that was handed over in "
+                "Python has none (python:MODULE:NAME has), and a part of another package needs that package"
             )
 
 
@@ -150,14 +150,16 @@ def _check_data(asked: Request, old: Report) -> None:
 
 def _check_case(records: Path, now: Mapping[str, Any]) -> None:
     """Raise ReportError where the request resolves to another case than the one the records belong to."""
-    import json
-
     from advkit.core.errors import ReportError
+    from advkit.core.strict_json import read_object
 
     file = records.with_name(f"{records.stem}.case.json")
     if not file.is_file():
         return
-    then = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        then = read_object(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{file} is no case ({error}): remove it, and the records are compared without it") from None
     # How often a randomised victim is asked is found out during the run.
     differ = [name for name in now if name in then and name != "draws" and then[name] != now[name]]
     if differ:

@@ -13,7 +13,9 @@ from advkit.cli.options import Device, Json, ModelSpec, Seed, TaskSpec
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; resumed when it holds the same training.")],
-    defense: Annotated[str, typer.Option(help="Training defense, e.g. none, pgd_at:eps=0.1, trades, pubdef.")] = "none",
+    defense: Annotated[
+        str, typer.Option(help="Training defense, e.g. none, pgd_at:eps=0.1, trades, aaer, pubdef.")
+    ] = "none",
     task: TaskSpec = "digits",
     model: ModelSpec = None,
     recipe: Annotated[
@@ -24,6 +26,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model under a defense and save the checkpoint as OUT/model.safetensors.
+
+    Every run has a report, OUT/training.json, and its curves in OUT/plots/training.png: loss, validation score, clean
+    accuracy, learning rate, and the detector of catastrophic overfitting where the defense has one.
 
     Killed and started again, it goes on from the last finished epoch and ends with the same weights.
     """
@@ -57,6 +62,9 @@ def train(
         highlight=False,
         markup=False,
     )
+    if done["halted"]:
+        console.print(f"stopped: {done['halted']}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"report: {done['report']}, {done['curves']}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"checkpoint: {done['file']}", soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"evaluate it: advkit evaluate --task {done['task']} --model path:{done['file']}",

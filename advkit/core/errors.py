@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from advkit.core.text import printable
+from advkit.core.text import one_line
 
 
 class AdvkitError(Exception):
@@ -14,8 +14,8 @@ class AdvkitError(Exception):
 
     @override
     def __str__(self) -> str:
-        """The message; what it quotes of files and names is made printable."""
-        return printable(super().__str__())
+        """The message on one line; what it quotes of files and names is made printable, and cut where it is long."""
+        return one_line(super().__str__())
 
 
 class UsageError(AdvkitError):
@@ -48,6 +48,10 @@ class NoTrainingData(UsageError):
 
 class StaleRun(UsageError):
     """A run folder that belongs to another case."""
+
+
+class RunInUse(UsageError):
+    """A folder that another process is writing to."""
 
 
 class ModelChanged(AdvkitError):

@@ -17,9 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from advkit.core.blame import BACKWARD, GOAL, MODEL, blame
 from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.protocols import Access, CountsTokens, Data, Headed, Modular, NeedsAccess, Shaped
-from advkit.core.rows import row_size
+from advkit.core.rows import finite_rows, row_size
 
 log = logging.getLogger("advkit")
 
@@ -153,12 +154,13 @@ class _Extremes:
 class _Segment:
     """Counts of one view of the oracle: plain integers, so that metering costs no tensor operation per step."""
 
-    __slots__ = ("answers", "backwards", "forwards", "gradients", "rows")
+    __slots__ = ("answers", "asked", "backwards", "forwards", "gradients", "rows")
 
     def __init__(self, rows: Tensor | None) -> None:
         self.rows = rows
         self.forwards = 0
         self.backwards = 0
+        self.asked = _Extremes()
         self.answers = _Extremes()
         self.gradients = _Extremes()
 
@@ -180,15 +182,20 @@ class Meter:
         self._scattered = torch.zeros(rows, dtype=torch.long)
         self._scattered_backwards = torch.zeros(rows, dtype=torch.long)
         self._scattered_bad = torch.zeros(rows, dtype=torch.bool)
+        self._scattered_asked = torch.zeros(rows, dtype=torch.bool)
 
     def segment(self, rows: Tensor | None) -> _Segment:
         self._segments.append(_Segment(rows))
         return self._segments[-1]
 
-    def scatter(self, of: Tensor, non_finite: Tensor, backward: bool, forward: bool = True) -> None:
-        """Candidates that belong to rows in another order or number."""
+    def scatter(
+        self, of: Tensor, non_finite: Tensor, backward: bool, forward: bool = True, asked: Tensor | None = None
+    ) -> None:
+        """Candidates that belong to rows in another order or number; `asked` [n]: which of them are not finite."""
         self.calls += 1
         of = of.cpu()
+        if asked is not None:
+            self._scattered_asked[of[asked.cpu()]] = True
         if forward:
             self._scattered += torch.bincount(of, minlength=self.rows)
         if backward:
@@ -230,13 +237,22 @@ class Meter:
 
     @property
     def non_finite(self) -> Tensor:
-        """Rows to which the victim ever answered NaN or infinity, or whose gradient was."""
+        """Rows to which the victim ever answered NaN or infinity, or whose gradient was, on an input that is finite."""
         bad = self._scattered_bad.clone()
         for segment in self._segments:
             for extremes in (segment.answers, segment.gradients):
                 if (found := extremes.non_finite) is not None:
                     bad[self._of(segment, found)] = True
         return bad
+
+    @property
+    def asked_non_finite(self) -> Tensor:
+        """Rows for which the attack asked about an input with NaN or infinity: no answer to that is the victim's."""
+        asked = self._scattered_asked.clone()
+        for segment in self._segments:
+            if (found := segment.asked.non_finite) is not None:
+                asked[self._of(segment, found)] = True
+        return asked
 
     @property
     def zero_gradient(self) -> Tensor:
@@ -349,7 +365,7 @@ class MeteredOracle:
         with torch.no_grad():
             parts = [self._forward(part, lanes)[: len(part)] for part in chunks]
         answer = parts[0].detach() if len(parts) == 1 else torch.cat(parts).detach()
-        self._note(answer, of)
+        self._note(x, answer, of)
         if self.access == Access.LABELS and answer.ndim > 1:
             return nn.functional.one_hot(answer.argmax(1), answer.shape[1]).to(answer.dtype)
         return answer
@@ -370,7 +386,7 @@ class MeteredOracle:
         parts = [self._passed(part, aim, lanes) for part, aim in zip(chunks, aims, strict=True)]
         with torch.no_grad():
             loss, gradient, answer = parts[0] if len(parts) == 1 else (torch.cat(v) for v in zip(*parts, strict=True))
-            self._note(answer, of, gradient)
+            self._note(x, answer, of, gradient)
             return (
                 loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
                 gradient.nan_to_num(0.0, 0.0, 0.0),
@@ -383,13 +399,21 @@ class MeteredOracle:
             leaf = self._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
             answer = self._forward(leaf, None)
             answer = answer if len(leaf) == len(x) else answer[: len(x)]
-            loss = goal.loss(answer)
+            try:
+                loss = goal.loss(answer)
+            except BaseException as error:
+                blame(error, GOAL)
+                raise
         gradient = None
         if loss.requires_grad:
             # Every row's own gradient, as that of the sum would be, without a sum and what its backward makes.
             if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
                 self._ones = torch.ones_like(loss, requires_grad=False)
-            (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+            try:
+                (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+            except BaseException as error:
+                blame(error, BACKWARD)
+                raise
         if gradient is None:
             self.meter.detached = True
             gradient = torch.zeros_like(leaf, requires_grad=False)
@@ -468,20 +492,26 @@ class MeteredOracle:
 
     def _forward(self, x: Tensor, lanes: Lanes | None) -> Tensor:
         before = 0 if self._counting is None else self._counting.tokens
-        answer: Tensor = self.model(x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes))
+        x = x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes)
+        try:
+            answer: Tensor = self.model(x)
+        except BaseException as error:
+            if not x.is_floating_point() or bool(finite_rows(x.detach()).all()):
+                blame(error, MODEL)  # about NaN nobody should have asked
+            raise
         if self._counting is not None:
             self.meter.tokens += self._counting.tokens - before
         return answer
 
-    def _passed_back(self, gradient: Tensor, of: Tensor | None) -> Tensor:
+    def _passed_back(self, gradient: Tensor, of: Tensor | None, asked: Tensor | None) -> Tensor:
         """Count a backward pass of somebody else's autograd; what is not finite goes on as 0."""
+        high, low = (_excused(extreme, asked) for extreme in _extremes(gradient))
         if of is not None:
-            high, low = _extremes(gradient)
             bad = ~(torch.isfinite(high) & torch.isfinite(low))
             self.meter.scatter(self._global(of), bad, forward=False, backward=True)
         else:
             self._segment.backwards += 1
-            self._segment.gradients.note(*_extremes(gradient))
+            self._segment.gradients.note(high, low)
         return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def _spend(self, x: Tensor, of: Tensor | None) -> None:
@@ -505,23 +535,45 @@ class MeteredOracle:
     def _global(self, of: Tensor) -> Tensor:
         return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
 
-    def _note(self, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> None:
+    def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> None:
         sizes = row_size(answer) if answer.is_floating_point() else None
         extremes = None if gradient is None else _extremes(gradient)
+        length = None if sizes is None else _suspects(x, sizes)
+        asked = None if length is None else ~torch.isfinite(length)
+        if asked is not None:
+            sizes = None if sizes is None else _excused(sizes, asked)
+            extremes = None if extremes is None else (_excused(extremes[0], asked), _excused(extremes[1], asked))
         if of is not None:
             bad = torch.zeros(len(answer), dtype=torch.bool, device=answer.device)
             for size in (sizes, *(extremes or ())):
                 bad = bad if size is None else bad | ~torch.isfinite(size)
-            self.meter.scatter(self._global(of), bad, backward=gradient is not None)
+            self.meter.scatter(self._global(of), bad, backward=gradient is not None, asked=asked)
             return
         self.meter.calls += 1
         segment = self._segment
         segment.forwards += 1
+        if length is not None:
+            segment.asked.note(length, length)
         if sizes is not None:
             segment.answers.note(sizes, sizes)
         if extremes is not None:
             segment.backwards += 1
             segment.gradients.note(*extremes)
+
+
+def _suspects(x: Tensor, sizes: Tensor) -> Tensor | None:
+    """The sizes of the inputs [n] where an answer of these sizes may be non-finite because its input is; else None.
+
+    One sum on a CPU, where all is well; elsewhere a look at the sum would wait for the device, the sizes do not.
+    """
+    if not x.is_floating_point() or (x.device.type == "cpu" and math.isfinite(float(sizes.sum()))):
+        return None
+    return row_size(x.detach())
+
+
+def _excused(values: Tensor, asked: Tensor | None) -> Tensor:
+    """Values per candidate [n], with 1 for those whose input was not finite: they say nothing of the victim."""
+    return values if asked is None else torch.where(asked, torch.ones_like(values), values)
 
 
 def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -537,28 +589,41 @@ class _Differentiable(nn.Module):
         super().__init__()
         self._oracle = oracle
         self._origin = origin.detach().flatten(1)
+        self._before: Tensor | None = None
         self.place = nn.Parameter(origin.new_empty(0), requires_grad=False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Answers [n, ...]; with gradient where x requires one and the threat model grants it."""
         oracle = self._oracle
+        if x.is_floating_point():
+            x = x.to(self._origin.dtype)  # some packages compute in float64 and hand that over
         follows = x.requires_grad and torch.is_grad_enabled()
         if oracle.access < (Access.GRADIENTS if follows else Access.LABELS):
             raise AccessDenied(
                 f"the attack asked for {'a gradient' if follows else 'an answer'}; this threat model grants "
                 f"{oracle.access.name.lower()} only"
             )
-        of = None if len(x) == oracle.rows else torch.cdist(x.detach().flatten(1), self._origin).argmin(1)
+        length = row_size(x.detach())
+        asked = None if bool(torch.isfinite(length).all()) else ~torch.isfinite(length)
+        of = None if len(x) == oracle.rows else self._rows_of(x.detach().flatten(1), asked)
         oracle._spend(x, of)
         with frozen(*oracle.model.modules() if isinstance(oracle.model, Modular) else ()):
             if follows:
                 x = x.view_as(x)
-                x.register_hook(lambda gradient: oracle._passed_back(gradient, of))  # type: ignore[no-untyped-call]
+                x.register_hook(lambda gradient: oracle._passed_back(gradient, of, asked))  # type: ignore[no-untyped-call]
             answer = oracle._forward(x, None)
-        oracle._note(answer.detach(), of)
+        oracle._note(x, answer.detach(), of)
         if oracle.access == Access.LABELS and answer.ndim > 1:
             return nn.functional.one_hot(answer.argmax(1), answer.shape[1]).to(answer.dtype)
         if follows and not answer.requires_grad:
             oracle.meter.detached = True
         return answer
+
+    def _rows_of(self, x: Tensor, asked: Tensor | None) -> Tensor:
+        """The rows [n] that flat candidates belong to: the nearest, and where NaN has no nearest, those of before."""
+        of = torch.cdist(x, self._origin).argmin(1)
+        if asked is not None and self._before is not None and len(self._before) == len(of):
+            of = torch.where(asked, self._before, of)
+        self._before = of
+        return of

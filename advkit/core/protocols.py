@@ -51,7 +51,7 @@ class Access(IntEnum):
 class Outcome(StrEnum):
     """How a row ended, as the harness judged it on the protected victim."""
 
-    WRONG = "wrong"  # the clean answer was already wrong
+    WRONG = "wrong"  # nothing to win: the clean answer was already wrong, or what the attacker wants
     ROBUST = "robust"  # the attack failed
     BROKEN = "broken"  # the goal was reached inside the threat model
     INVALID = "invalid"  # the attack left the threat model: never a win, always reported
@@ -455,7 +455,7 @@ class Wording:
     figure: str = "accuracy"
 
 
-NOT_REACHED = Wording(robust="goal not reached", figure="goal not reached")
+NOT_REACHED = Wording(robust="correct, goal not reached", figure="goal not reached")
 """Of goals that ask for more than a wrong answer: a sample on which they fail may be misclassified all the same."""
 
 
@@ -506,7 +506,10 @@ class Judged(Protocol):
     @property
     @abstractmethod
     def broken_by(self) -> Sequence[str]:
-        """Names of the figures (truth values) by which a judge each says that the row is broken."""
+        """Names of the figures (truth values) by which a judge each says that the row is broken, `NAME_asr_greedy`.
+
+        Rows that the model does not refuse when they are clean have none; the figure `clean_refusal` says which do.
+        """
 
 
 @runtime_checkable
@@ -517,6 +520,15 @@ class CountsOver(Protocol):
     @abstractmethod
     def denominator(self) -> str:
         """The report's word for it, such as "prompts"."""
+
+
+@runtime_checkable
+class CountsPart(Protocol):
+    """A rule of which some figures are counted over a part of the rows alone; they are None elsewhere."""
+
+    @abstractmethod
+    def counts_over(self, figure: str) -> str:
+        """The report's word for what a figure is counted over."""
 
 
 @runtime_checkable
@@ -615,6 +627,21 @@ class Levels(Protocol):
     @abstractmethod
     def levels(self) -> Mapping[str, Sequence[float]]:
         """Thresholds by measure: reports give the fraction of the attacked rows broken within each."""
+
+
+@runtime_checkable
+class LeastChange(Protocol):
+    """A threat model that may bound nothing: a model is then as robust as the least changes that break it are large."""
+
+    @property
+    @abstractmethod
+    def least(self) -> str:
+        """The measure that is to be small; empty where the attacker has a budget."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """Of that measure, as it stands behind a number."""
 
 
 @runtime_checkable
@@ -956,6 +983,16 @@ class MadeForThreatModel(Protocol):
         """A spec; empty where there is none."""
 
 
+@runtime_checkable
+class Adapts(Protocol):
+    """An attack that was made for some defenses: under these a report calls the attacker adaptive."""
+
+    @property
+    @abstractmethod
+    def adapts_to(self) -> Sequence[str]:
+        """Names of defenses."""
+
+
 class Selector(Protocol):
     """Decides on the items of one stream, one by one."""
 
@@ -1070,6 +1107,36 @@ class Hashed(Protocol):
     @abstractmethod
     def digest(self) -> str:
         """sha256 of rows, labels and ids."""
+
+
+@runtime_checkable
+class KnowsIds(Protocol):
+    """A task that knows the ids of its rows without loading them."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """One per row, in order."""
+
+
+@runtime_checkable
+class OfFiles(Protocol):
+    """A task with a file for every row, which may be damaged, repaired or replaced."""
+
+    @abstractmethod
+    def look(self, n: int) -> None:
+        """Decode the files of the first n rows once; raises BadInput that names one that is damaged."""
+
+    @abstractmethod
+    def marks(self, n: int) -> Mapping[str, str]:
+        """A short hash of each of the first n rows' files and labels, by id, in order."""
+
+
+def ids_of(task: Task, n: int) -> list[str]:
+    """The ids of a task's first n rows, in order."""
+    if isinstance(task, KnowsIds):
+        return list(task.ids[:n])
+    return [row for batch in task.batches(1024, n=n) for row in batch.ids]
 
 
 @runtime_checkable

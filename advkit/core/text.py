@@ -27,6 +27,20 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(_spelled, text)
 
 
+def one_line(text: str, most: int = 1_200) -> str:
+    """The text on one line that a screen can hold: printable, without line breaks, and its middle cut where it is long.
+
+    Its end is kept, since that says what to do.
+    """
+    line = " ".join(part.strip() for part in printable(text).splitlines() if part.strip())
+    return line if len(line) <= most else f"{line[: most * 2 // 3]} ... {line[-most // 3 + 5 :]}"
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error of a library says, in few words: the first line of its message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def printable_values(value: Any) -> Any:
     """JSON values with every text in them printable, keys too."""
     if isinstance(value, str):

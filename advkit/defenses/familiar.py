@@ -30,7 +30,10 @@ NAMES: Final[dict[str, str]] = {
 SETTINGS: Final = settings(
     ("epsilon epsilons radius", Setting(here=("eps",))),
     ("lambda_ lam lmbda trades_beta", Setting(here=("beta",))),
-    ("epochs lr learning_rate batch_size", Setting(here=("recipe",), words="It is a group, such as recipe=[epochs=10]")),
+    (
+        "epochs lr learning_rate batch_size",
+        Setting(here=("recipe",), words="It is a group, such as recipe=[epochs=10]"),
+    ),
     ("depth bit_depth nbits", Setting(here=("bits",))),
 )
 

@@ -68,6 +68,7 @@ def evaluate(
     keep: int = 64,
     speed: str | Speed = "fp32",
     beside: bool = True,
+    sample_timeout: float | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
     progress: bool = False,
@@ -95,6 +96,9 @@ def evaluate(
     beside:       also evaluate companions: transfer from public models where the defense claims to hold against it
                   (PubDef), the attack made without knowing of the defense where it can be taken off (transformations
                   and filters of the input), the attack in white box where the threat model is a transfer grid
+    sample_timeout: seconds after which a sample that is attacked, or judged, alone is given up as an error; None waits
+                  for ever. Batches that take longer are halved, down to single samples. What hangs in compiled code
+                  can be stopped with `workers` alone, where its process is ended
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
@@ -119,6 +123,7 @@ def evaluate(
         keep=keep,
         speed=speed,
         beside=beside,
+        sample_timeout=sample_timeout,
     )
     return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
 

@@ -18,13 +18,15 @@ import torch
 
 from advkit import __version__
 from advkit.core.protocols import Judged, Record
+from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import SCHEMA_VERSION
-from advkit.evaluation.run.case import Case, parameters, space_range
+from advkit.evaluation.run.case import NOT_TARGET, Case, parameters, space_range
 from advkit.evaluation.run.scenario import Companion, Section
 from advkit.evaluation.run.store import Store, written
 from advkit.evaluation.scenarios.metrics import attack_entries, cumulative, task_kind
+from advkit.evaluation.trust.diagnostics import in_chat_template
 
 PROTOCOL_VERSION = "1"
 
@@ -45,7 +47,11 @@ class Run:
 
     def attacks(self) -> list[dict[str, Any]]:
         """The report's entries, one per label."""
-        return attack_entries(self.case, self.records, self.section.settings, self.store.seconds(), self.store.tokens())
+        made = attack_entries(self.case, self.records, self.section.settings, self.store.seconds(), self.store.tokens())
+        groups = by_label(self.records)
+        for entry, (label, records) in zip(made, groups.items(), strict=True):
+            entry["access"] = access_of(self.case, records, label.stage)
+        return made
 
     def metrics_beside(self) -> dict[str, Any]:
         """What a companion contributes to the report's metrics, by the names they have there."""
@@ -88,7 +94,7 @@ def document(
         "dataset": _dataset(case, run.records),
         "model": _model(case),
         "defense": _defense(plan, case, section.certified),
-        "threat_model": threat_block(case),
+        "threat_model": threat_block(case, run.records),
         "protocol": _protocol(case, run.records),
         "attacks": [*attacks, *extra],
         "metrics": {**section.metrics, **{k: v for other in beside for k, v in other.metrics_beside().items()}},
@@ -100,7 +106,7 @@ def document(
     if lasting:
         content["per_sample"] = {
             "path": run.store.path.name,
-            "sha256": hashlib.sha256(run.store.path.read_bytes()).hexdigest(),
+            "sha256": run.store.sha256,
             "format": "jsonl",
             "fields": list(written(run.records)),
         }
@@ -131,7 +137,9 @@ def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 
 def _model(case: Case) -> dict[str, Any]:
     info = case.victim.describe()
+    told = in_chat_template(case.victim.space)
     return {
+        **({} if told is None else {"chat_template": told}),
         "name": info.name,
         "architecture": info.architecture,
         "state_sha256": info.state_sha256,
@@ -164,18 +172,28 @@ def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "n_eval_repeats": case.draws if case.randomized else 1,
         "stopping": "a row leaves once its goal is reached on the victim; survivors spend the whole budget",
     }
+    if case.aimed:
+        block["attacked"] = NOT_TARGET
     if isinstance(case.rule, Judged) and (cards := case.rule.cards()):
         block |= {"search": case.rule.search, "judges": cards}
     return block
 
 
-def threat_block(case: Case) -> dict[str, Any]:
-    """The report's threat model, goal included."""
+def threat_block(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    """The report's threat model, goal included, and who the attacker was.
+
+    `granted` is what the threat model grants, `knowledge` what the attack made use of: one that asks for scores is no
+    white box, whatever it was granted.
+    """
     known = {"name", "phase", "norm", "eps", "eps_string", "goal", "knowledge", "query_budget", "adaptive", "details"}
     block = dict(case.threat.describe())
     details = {name: block.pop(name) for name in list(block) if name not in known}
     block["goal"] = case.rule.kind
-    block["adaptive"] = case.victim.attacker_view() is case.victim or not case.surrogates
+    block["attacker"] = attacker_of(case, records)
+    block["granted"] = block["knowledge"]
+    if block["knowledge"] in LESS and block["attacker"]["access"] in LESS[block["knowledge"]]:
+        block["knowledge"] = block["attacker"]["access"]
+    block["adaptive"] = block["attacker"]["defense"] == "adaptive"
     if details:
         block["details"] = {**block.get("details", {}), **details}
     return block

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Outcome, Record
+from advkit.core.files import check_unclaimed
+from advkit.core.limits import TimedOut, limited
+from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
 from advkit.core.state import plainly
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
@@ -16,18 +19,16 @@ from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
 from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.report.examples import Kept
-from advkit.evaluation.run.batch import on_device
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.run.engine import open_store, speed_file
+from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
-from advkit.evaluation.run.rehearsal import answered
+from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.speed import FastViews
 from advkit.evaluation.run.store import Store, read_examples
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
-from advkit.evaluation.trust.findings import Finding
+from advkit.evaluation.trust.findings import Finding, found
 
 Watch = Callable[[str, Case, list[Record], int], None]  # title, case, new records, records in all
 
@@ -61,6 +62,7 @@ def execute(
     if workers is not None and workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
     if out is not None:
+        check_unclaimed(Path(out))
         report = _execute(plan, Path(out), watch, command, workers, lasting=True)
         return replace(report, path=report.save(Path(out) / REPORT_NAME))
     with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
@@ -74,11 +76,17 @@ def _execute(
     asked += [("beside", each.case, each) for each in plan.companions if each.case is not None]
     for _, case, _ in asked:
         preflight(case)
+    if isinstance(plan.case.task, OfFiles):
+        plan.case.task.look(plan.case.n)  # a damaged file is met now, and not after hours
     findings, randomized = _first_look(plan.case)
-    runs = [
-        _run(title, replace(case, randomized=randomized), companion, folder, watch, workers)
-        for title, case, companion in asked
-    ]
+    with ExitStack() as stores:
+        runs = []
+        for title, case, companion in asked:
+            store = open_store(case := replace(case, randomized=randomized), folder, title, scenario_of(case))
+            stores.callback(store.close)
+            runs.append(_run(case, companion, store, watch, workers))
+        for each in runs:
+            each.store.settle()
     findings += diagnostics.after(runs[0].case, runs[0].records)
     findings += [finding for each in runs if each.kept for finding in [speed_finding(each)]]
     findings += _compared(runs[0], runs[1:])
@@ -90,59 +98,54 @@ def _execute(
 
 def _first_look(case: Case) -> tuple[list[Finding], bool]:
     """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
-    first = on_device(next(iter(case.task.batches(min(64, case.batch_size), n=case.n))), case.device)
+    first = first_rows(case)
     if first.labels is None:
         return [], case.randomized
     first, _ = answered(case, first)
     assert first.labels is not None
-    findings = diagnostics.cheap(case, first.x, first.labels, first.ids)
+    # Long enough for any model that answers single samples in time: what is found here decides how verdicts are made.
+    seconds = None if case.sample_timeout is None else case.sample_timeout * len(first.x) * diagnostics.CALLS
+    try:
+        with limited(seconds):
+            findings = diagnostics.cheap(case, first.x, first.labels, first.ids)
+    except TimedOut as error:
+        evidence = (
+            f"the model did not come back while it was looked at before the run ({error}): its checks are missing"
+        )
+        return [found("timed_out", "unreliable", evidence)], case.randomized
     varies = any(each.id == "randomized_output" and each.severity != "info" for each in findings)
     return findings, case.randomized or varies
 
 
-def _run(
-    title: str, case: Case, companion: Companion | None, folder: Path, watch: Watch | None, workers: int | None
-) -> Run:
+def _run(case: Case, companion: Companion | None, store: Store, watch: Watch | None, workers: int | None) -> Run:
     """One case: run into its store, and summarized."""
-    store = open_store(case, folder, title)
-    try:
-        progress = None if watch is None else lambda new, total: watch(title, case, new, total)
-        records = in_order(case, run(case, store, progress, workers))
-    finally:
-        store.close()
-    kept = FastViews.load(speed_file(folder, title)).chosen if case.speed.switches else {}
-    return Run(case, records, scenario_of(case).summarize(case, records), store, companion, kept)
+    progress = None if watch is None else lambda new, total: watch(store.name, case, new, total)
+    records = in_order(case, run(case, store, progress, workers))
+    return Run(case, records, scenario_of(case).summarize(case, records), store, companion, store.kept)
 
 
 def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
     """Records in the task's order, whatever order a resumed run wrote them in."""
-    place: dict[str, int] = {}
-    for batch in case.task.batches(1024, n=case.n):
-        for row in batch.ids:
-            place[row] = len(place)
+    place = {row: number for number, row in enumerate(ids_of(case.task, case.n))}
     labels = {label: i for i, label in enumerate(by_label(records))}
     return sorted(records, key=lambda r: (labels[r.made_by], place[r.id]))
 
 
 def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
     """Whether a companion whose attacker knows less breaks more."""
-    found = [
+    breaks = [
         diagnostics.black_box_beats_white_box(
             run.records, other.records, str(other.case.label), randomized=run.case.randomized
         )
         for other in others
         if other.companion is not None and other.companion.knows_less
     ]
-    return [finding for finding in found if finding is not None]
+    return [finding for finding in breaks if finding is not None]
 
 
 def _left_out(companion: Companion) -> Finding:
-    return Finding(
-        id="transfer_failure",
-        severity="info",
-        message=f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}",
-        advice="name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
-    )
+    evidence = f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}"
+    return found("companion_missing", "info", evidence)
 
 
 def speed_finding(run: Run) -> Finding:

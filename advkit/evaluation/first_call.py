@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadModel
+from advkit.core.limits import limited
 from advkit.core.oracle import frozen
 from advkit.core.protocols import Task
 from advkit.evaluation.run.batch import own_randomness
@@ -21,10 +22,11 @@ from advkit.models.torch import Calls, FunctionModel, TorchModel, check_mode, ch
 ROWS = 4  # a model that takes one sample at a time shows it here; few, since a row may be large
 
 
-def introduced(model: Any, task: Task, *, wrapped: bool) -> Any:
+def introduced(model: Any, task: Task, *, wrapped: bool, sample_timeout: float | None = None) -> Any:
     """The model as it has to be called, with its own number of classes; BadModel where it gives no logits.
 
     wrapped: its number of classes is not its own word but the task's
+    sample_timeout: seconds that it may take per sample; None sets no limit
     """
     if not isinstance(model, (TorchModel, FunctionModel)) or task.space is None:
         return model
@@ -38,10 +40,10 @@ def introduced(model: Any, task: Task, *, wrapped: bool) -> Any:
     calls = model.calls
     with frozen(*model.modules()), own_randomness(str(x.device), "first call"), torch.no_grad():
         given = x.clone()
-        answer, calls = _answered(model, given, calls, task)
+        answer, calls = _answered(model, given, calls, task, sample_timeout)
         if not torch.equal(given, x):
             calls = Calls(copies=True, alone=calls.alone)
-            answer, _ = _answered(_calling(model, calls), x.clone(), calls, task)
+            answer, _ = _answered(_calling(model, calls), x.clone(), calls, task, sample_timeout)
     if answer.ndim < 2:
         return _calling(model, calls)
     made = _calling(model, _masked(answer, calls))
@@ -58,10 +60,15 @@ def _calling(model: Any, calls: Calls) -> Any:
     return made
 
 
-def _answered(model: Any, x: Tensor, calls: Calls, task: Task) -> tuple[Tensor, Calls]:
+def _answered(model: Any, x: Tensor, calls: Calls, task: Task, sample_timeout: float | None) -> tuple[Tensor, Calls]:
     """The logits of the rows, and how they were got: together, or one by one where the model takes no more."""
+
+    def ask(rows: Tensor) -> Any:
+        with limited(None if sample_timeout is None else sample_timeout * len(rows)):
+            return model(rows)
+
     try:
-        answer = model(x)
+        answer = ask(x)
         if not isinstance(answer, Tensor) or answer.ndim == 0 or len(answer) == len(x):
             return checked_logits(answer, len(x)), calls
         problem: Exception | None = None
@@ -73,7 +80,7 @@ def _answered(model: Any, x: Tensor, calls: Calls, task: Task) -> tuple[Tensor, 
     last: Exception | None = None
     for row in range(len(x)):
         try:
-            parts[row] = checked_logits(model(x[row : row + 1].clone()), 1)
+            parts[row] = checked_logits(ask(x[row : row + 1].clone()), 1)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -86,7 +93,7 @@ def _answered(model: Any, x: Tensor, calls: Calls, task: Task) -> tuple[Tensor, 
     if len(parts) < len(x):  # it raises on single samples, which is for their records; the others may go together
         try:
             rows = list(parts)
-            return checked_logits(model(x[rows]), len(rows)), calls
+            return checked_logits(ask(x[rows]), len(rows)), calls
         except torch.OutOfMemoryError:
             raise
         except Exception:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from advkit.attacks import ATTACKS
+from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
 from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, WantsData
 from advkit.core.registry import Registry
@@ -55,9 +56,12 @@ class Request:
     keep: int = 64
     speed: str | Speed = "fp32"
     beside: bool = True
+    sample_timeout: float | None = None
 
     def check(self) -> None:
         """Raise UsageError where a number is out of its range."""
+        seconds = self.sample_timeout
+        check(self, "sample_timeout", seconds is None or 0 < seconds < 1e8, "a number of seconds above 0")
         for name in ("batch_size", "draws"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -129,7 +133,15 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     parts = scenario.resolve(parts)
     n = _rows(request, work)
     try:
-        victim = protected(request.model, parts.defense, work, seed=request.seed, device=device, progress=progress)
+        victim = protected(
+            request.model,
+            parts.defense,
+            work,
+            seed=request.seed,
+            device=device,
+            progress=progress,
+            sample_timeout=request.sample_timeout,
+        )
     except torch.OutOfMemoryError as error:
         raise RunInterrupted(
             "out of memory before anything was attacked: take a smaller model, or another --device"
@@ -225,6 +237,7 @@ def _case(
         device=device,
         keep=request.keep,
         speed=speed,
+        sample_timeout=request.sample_timeout,
         attack_misclassified=isinstance(parts.threat, Transfer) and parts.threat.attacks_all,
     )
 

@@ -7,11 +7,12 @@ import logging
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from advkit.core.errors import BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
 from advkit.core.registry import outside
 from advkit.core.rng import RowRng
@@ -73,8 +74,11 @@ def model_part(spec: Any) -> tuple[Any, bool]:
     return part, True
 
 
-def ready(spec: Any, task: Any) -> Any:
-    """A trained model from a spec or an object; raises BadModel for an architecture without weights."""
+def ready(spec: Any, task: Any, sample_timeout: float | None = None) -> Any:
+    """A trained model from a spec or an object; raises BadModel for an architecture without weights.
+
+    sample_timeout: seconds that its first call may take per sample; None sets no limit
+    """
     from advkit.evaluation.first_call import introduced
     from advkit.models.torch import Architecture, as_model, is_model
 
@@ -82,7 +86,7 @@ def ready(spec: Any, task: Any) -> Any:
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
     made = part(_row_shape(task), task.classes, training_rng(0), space=task.space) if builder else part
-    model = introduced(as_model(made, task), task, wrapped=not is_model(made))
+    model = introduced(as_model(made, task), task, wrapped=not is_model(made), sample_timeout=sample_timeout)
     return agreeing(model, task)
 
 
@@ -115,6 +119,11 @@ def _may_have_more(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and type(task).with_classes is not ClassificationTask.with_classes
 
 
+def _trains_on_all(task: Task) -> bool:
+    """Whether the task's training set is the one that the zoo's models were trained on."""
+    return not isinstance(task, ClassificationTask) or task.trains_on_all
+
+
 def _counts_labels(task: Task) -> bool:
     return isinstance(task, ClassificationTask) and task.counts_labels
 
@@ -131,13 +140,21 @@ def bound(task: Task, space: Any) -> Task:
 
 
 def protected(
-    model: Any, defense: Any, task: Any, *, seed: int = 0, device: str = "cpu", progress: bool = False
+    model: Any,
+    defense: Any,
+    task: Any,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+    sample_timeout: float | None = None,
 ) -> Victim:
     """The protected model that names or objects ask for.
 
     A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
     come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
-    now, which needs the task's training data.
+    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
+    nothing from the zoo, whose models saw another.
 
     Raises NoTrainingData, BadModel, CheckpointError.
     """
@@ -149,7 +166,7 @@ def protected(
     spec = DEFENSES.label(guard, defense)
     part, _ = model_part(asked)
     if not isinstance(part, Architecture):
-        given = ready(part, task).to(device)
+        given = ready(part, task, sample_timeout).to(device)
         task = with_classes_of(task, given)
         origin = asked if isinstance(asked, str) else "given"
         if not guard.needs_data:
@@ -166,7 +183,8 @@ def protected(
         return _trained(given, guard, task, seed, device, progress, name=origin, spec=spec)
 
     shape = _row_shape(task)
-    for card in zoo.find(task.name, MODELS.spec(part), spec, role="victim"):
+    cards = zoo.find(task.name, MODELS.spec(part), spec, role="victim") if _trains_on_all(task) else ()
+    for card in cards:
         if card.defense != spec and outside(card.defense):
             continue
         held = zoo.load(card.name)
@@ -209,7 +227,11 @@ def _trained(
         raise BadModel(f"model {name} has no trained weights, and the defense {spec} does not train any")
     folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
     log.info("training %s with %s on %s (kept in %s)", name, spec, task.name, folder)
-    fitted = _fit(start, guard, data, seed, device, folder, progress)
+    try:
+        with claimed(folder, wait=True):  # another process may be training the same
+            fitted = _fit(start, guard, data, seed, device, folder, progress)
+    except OSError as error:
+        raise UsageError(f"the cache {folder} can't be written ({why(error)}): set ADVKIT_CACHE to a folder") from error
     return Victim(fitted.model, f"trained here, seed {seed}")
 
 
@@ -238,16 +260,21 @@ def train_victim(
     out: Path,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train an architecture under a defense and save OUT/model.safetensors; returns what was made, as JSON values.
+    """Train an architecture under a defense and save OUT/model.safetensors with a report; returns what was made.
+
+    The report is OUT/training.json, with the log of every epoch, and OUT/plots/training.png. What is returned are JSON
+    values.
 
     recipe: changes to the defense's recipe, `key=value,...`
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError.
     """
     from advkit.evaluation.inputs import pick_device, task_of
+    from advkit.evaluation.training_report import write_training_report
     from advkit.models.checkpoint import save_checkpoint
     from advkit.models.torch import Architecture
     from advkit.tasks import TASKS
+    from advkit.training.loop import log_entries
 
     device = pick_device(device)
     work = task_of(task)
@@ -257,7 +284,9 @@ def train_victim(
         defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
     guard: Any = DEFENSES.build(defense)
     if not isinstance(guard, Trains):
-        raise UsageError(f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`")
+        raise UsageError(
+            f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
+        )
     asked = model if model is not None else work.defaults.model
     part, _ = model_part(asked)
     start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
@@ -267,58 +296,55 @@ def train_victim(
             f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
         )
     out = Path(out)
-    fresh = _claim(out, _fingerprint(start, guard, data, seed))
+    file = out / "model.safetensors"
+    spec = DEFENSES.label(guard, defense)
+    extra = {"task": TASKS.label(work, task), "defense": spec, "seed": seed, "data": _data_digest(data)}
+    fresh = False
     try:
-        fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
+        with claimed(out):
+            fresh = _claim(out, _fingerprint(start, guard, data, seed))
+            fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
+            sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
+            made: dict[str, Any] = {
+                "file": str(file),
+                "sha256": sha256,
+                "model": fitted.model.describe().architecture,
+                "defense": spec,
+                "task": extra["task"],
+                "seed": seed,
+                "epochs": len(fitted.log),
+                "best_epoch": fitted.best_epoch,
+                "score": None if math.isnan(fitted.best.score) else fitted.best.score,
+                "halted": fitted.halted,
+            }
+            report, curves = write_training_report(out, made, asdict(guard.recipe), log_entries(fitted.log))
+    except OSError as error:
+        raise UsageError(f"the folder {out} can't be written ({why(error)}): name another --out") from error
     except UsageError:
         if fresh and not (out / "training").exists():
             _unclaim(out)
         raise
-    file = out / "model.safetensors"
-    spec = DEFENSES.label(guard, defense)
-    extra = {"task": TASKS.label(work, task), "defense": spec, "seed": seed, "data": _data_digest(data)}
-    sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
-    return {
-        "file": str(file),
-        "sha256": sha256,
-        "model": fitted.model.describe().architecture,
-        "defense": spec,
-        "task": extra["task"],
-        "seed": seed,
-        "epochs": len(fitted.log),
-        "best_epoch": fitted.best_epoch,
-        "score": None if math.isnan(fitted.best.score) else fitted.best.score,
-    }
+    return {**made, "report": str(report), "curves": str(curves)}
 
 
 def _claim(folder: Path, fingerprint: str) -> bool:
-    """Mark a folder as this training's and say whether it is new to it.
-
-    Raises StaleRun for another's folder, UsageError where it can't be written.
-    """
+    """Mark a folder as this training's and say whether it is new to it; raises StaleRun for another's, or OSError."""
     mark = folder / MARK
-    try:
-        fresh = not mark.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not fresh:
-            if mark.read_text(encoding="utf-8").strip() != fingerprint:
-                raise StaleRun(f"{folder} holds another training (other settings, data or seed): name another --out")
-        else:
-            temporary = mark.with_suffix(".tmp")
-            temporary.write_text(fingerprint + "\n", encoding="utf-8")
-            os.replace(temporary, mark)
-    except OSError as error:
-        raise UsageError(
-            f"the folder {folder} can't be written ({error.strerror or error}): name another --out"
-        ) from error
+    fresh = not mark.exists()
+    if fresh:
+        write_whole(mark, fingerprint + "\n")
+    elif mark.read_bytes().strip() != fingerprint.encode():
+        raise StaleRun(f"{folder} holds another training (other settings, data or seed): name another --out")
     return fresh
 
 
 def _unclaim(folder: Path) -> None:
-    """Take the mark away again, and the folder where nothing else is in it."""
+    """Take the folder away again where nothing was trained in it."""
     with suppress(OSError):
-        (folder / MARK).unlink()
-        folder.rmdir()
+        if {each.name for each in folder.iterdir()} <= {MARK, LOCK}:
+            for each in folder.iterdir():
+                each.unlink()
+            folder.rmdir()
 
 
 def _data_digest(data: Any) -> str:

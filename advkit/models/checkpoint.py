@@ -13,10 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +25,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from advkit.core.errors import BadModel, CheckpointError, UsageError
+from advkit.core.files import why, write_whole
 from advkit.core.protocols import Rng, Sized
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box
+from advkit.core.strict_json import read_object
+from advkit.core.text import first_line
+from advkit.models.pickles import check_pickled
 from advkit.models.torch import TorchModel
 
 FORMAT = "advkit-model-1"
@@ -44,23 +45,10 @@ def canonical_json(value: Any) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """All of the content or, after a crash, what was there before; CheckpointError where it can't be written."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        write_whole(Path(path), content)
     except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror or error}; name a folder you may write") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp made it private
-        os.replace(name, path)
-    except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror or error}; is the disk full?") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+        raise CheckpointError(f"can't write {path} ({why(error)}); name a folder that you may write") from error
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -88,13 +76,10 @@ def unpack(content: bytes, path: str | Path) -> tuple[dict[str, Tensor], dict[st
         tensors = safetensors.torch.load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         raise CheckpointError(
-            f"{path} is no intact safetensors file ({_line(error)}); it is damaged or of another kind: fetch it again"
+            f"{path} is no intact safetensors file ({first_line(error)}); it is damaged or of another kind: fetch it "
+            "again"
         ) from error
     return tensors, {str(key): str(value) for key, value in metadata.items()}
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def read_checked(path: str | Path, sha256: str = "") -> bytes:
@@ -260,8 +245,10 @@ def checkpoint_extra(path: str | Path, *, sha256: str = "") -> dict[str, Any]:
     """What was said beside the weights when the checkpoint was written."""
     _, metadata = unpack(read_checked(path, sha256), path)
     _check_seal(metadata, path)
-    extra = json.loads(metadata["extra"])
-    return dict(extra)
+    try:
+        return read_object(metadata["extra"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of this version ({first_line(error)})") from error
 
 
 def _check_seal(metadata: Mapping[str, str], path: Path | str) -> None:
@@ -288,7 +275,7 @@ def _load_own(
         dtypes = {str(name): _dtype(text) for name, text in json.loads(metadata["dtypes"]).items()}
         described = {name: metadata[name] for name in ("name", "source", "license", "state_sha256")}
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of this version ({_line(error)})") from error
+        raise CheckpointError(f"{path} is no checkpoint of this version ({first_line(error)})") from error
     if shape is not None and tuple(shape) != held_shape:
         raise BadModel(
             f"{path.name} was trained on samples of shape {list(held_shape)}, this task's are {list(shape)}; "
@@ -381,7 +368,7 @@ def _build(
             with shapes_alone():
                 blank = part(shape, classes, rng)
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes that no tensor can have
-            raise CheckpointError(f"{path} declares sizes that no network has ({_line(error)})") from error
+            raise CheckpointError(f"{path} declares sizes that no network has ({first_line(error)})") from error
         _check_fit(blank.module, _without_prefix(dict(tensors), blank.module), path, spec)
     built = part(shape, classes, rng)
     if not isinstance(built, TorchModel):
@@ -399,10 +386,26 @@ def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
         said += [f"has {_few(unknown)} that the model does not know"] if unknown else []
         raise CheckpointError(f"{path} does not fit {spec}: it {' and '.join(said)}")
     for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise CheckpointError(
+                f"{path} does not fit {spec}: {name} is a {_layout(tensor)}, no plain array of numbers"
+            )
         if tensor.shape != wanted[name].shape or tensor.is_floating_point() != wanted[name].is_floating_point():
             raise CheckpointError(
                 f"{path} does not fit {spec}: {name} is {_kind(tensor)}, the model's is {_kind(wanted[name])}"
             )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether numbers lie in memory, one after the other: not sparse, nested, quantized or without storage."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+
+
+def _layout(tensor: Tensor) -> str:
+    if tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "empty"
+        return f"{kind} tensor"
+    return f"tensor of layout {str(tensor.layout).removeprefix('torch.')}"
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, spec: str) -> None:
@@ -422,11 +425,11 @@ def _kind(tensor: Tensor) -> str:
 def _read_pickle(content: bytes, path: Path) -> dict[str, Tensor]:
     """The state dict in a .pt file, by torch's reader that builds tensors and plain containers and runs nothing."""
     try:
-        _check_archive(content)
+        check_pickled(content)
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive makes the reader raise nearly anything
         held = re.search(r"GLOBAL ([\w.]{1,80}) was not", str(error))
-        what = f"it holds {held[1]}" if held else _line(error)
+        what = f"it holds {held[1]}" if held else first_line(error)
         raise CheckpointError(
             f"{path} can't be read as weights alone ({what}): it is damaged or holds Python objects, which "
             "could run code and are not loaded; store its state_dict() as safetensors where you trust it"
@@ -460,15 +463,6 @@ def _contents(loaded: Any) -> str:
         return f"a {type(loaded).__name__}"
     keys = [f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(loaded.items())[:8]]
     return f"the keys {', '.join(keys) or 'none'}" + (" and more" if len(loaded) > 8 else "")
-
-
-def _check_archive(content: bytes) -> None:
-    """torch stores its tensors as they are: an archive that unpacks to more than it holds is none of its own."""
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            declared = sum(each.file_size for each in archive.infolist())
-        if declared > len(content):
-            raise ValueError(f"its parts are declared as {declared} bytes, the file has {len(content)}")
 
 
 def fill_from_file(module: nn.Module, path: str | Path, sha256: str = "", name: str = "the model") -> None:

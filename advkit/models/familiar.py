@@ -15,7 +15,10 @@ _WEIGHTS: Final = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl")
 SETTINGS: Final = settings(
     ("checkpoint_path ckpt weights state_dict file path", Setting(here=("checkpoint",))),
     ("num_classes n_classes nb_classes classes", Setting(otherwise="the number of classes is the task's")),
-    ("normalize normalization", Setting(here=("mean",), words="It goes with std: mean=0.5,std=0.5, one per channel joined by +")),
+    (
+        "normalize normalization",
+        Setting(here=("mean",), words="It goes with std: mean=0.5,std=0.5, one per channel joined by +"),
+    ),
     ("device", Setting(otherwise="the device is an option of the run: --device cuda")),
 )
 

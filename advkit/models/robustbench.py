@@ -40,8 +40,10 @@ class RobustBench:
             known = importlib.import_module("robustbench.model_zoo").model_dicts
         except ImportError as error:
             raise MissingExtra(
-                f"the package robustbench does not import ({error}): pip install robustbench "
-                "(it pins versions of other packages; an environment of its own may be wise)"
+                f"the package robustbench does not import ({error}): pip install robustbench 'setuptools<82' in an "
+                "environment of its own (it pins other packages, and asks for pkg_resources, which later setuptools "
+                "lack), and autoattack from github.com/fra31/auto-attack (pip brings it as pyautoattack, a name that "
+                "robustbench 1.1.1 does not look for)"
             ) from error
         listed = {kind.value: models for kind, models in self._of(known, self.dataset).items()}
         names = listed.get(self.threat, {})

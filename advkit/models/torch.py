@@ -278,7 +278,8 @@ class TorchModel(Headed, KnowsClasses, Copies):
         if dtype is not None and x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
         given = self.calls.input(x)
-        # A network of the caller's own may rely on what he has set in torch; those that a name builds know nothing of it.
+        # A network of the caller's own may rely on what he has set in torch; those that a name builds know nothing of
+        # it.
         named = self.architecture and not self.architecture.startswith("python:")
         answer: Tensor = self.calls.output(self.module(given) if named else as_caller(self.module, given))
         if answer.dtype in (torch.float16, torch.bfloat16):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import BadModel, CheckpointError, UnknownName, UsageError
 from advkit.core.protocols import Rng
+from advkit.core.strict_json import read_object
 
 if TYPE_CHECKING:
     from advkit.models.torch import TorchModel
@@ -59,6 +60,13 @@ class Card:
     notes: str = ""
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            kind = {"size": int, "seed": int, "seen_by": tuple, "measured": Mapping}.get(each.name, str)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise CheckpointError(f"card {self.name!r:.60}: {each.name} is {value!r:.60}; expected {kind.__name__}")
+        if not all(isinstance(each, str) for each in self.seen_by) or not all(map(_figure, self.measured.values())):
+            raise CheckpointError(f"card {self.name!r:.60}: seen_by holds names, and measured finite numbers")
         if not self.name or any(mark in self.name for mark in "/\\:,[]") or self.name.startswith("."):
             raise CheckpointError(f"card name {self.name!r} is no plain file name")
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
@@ -76,7 +84,7 @@ class Card:
     def from_json(cls, text: str, source: str = "card") -> Card:
         """Raises CheckpointError where the text is no card."""
         try:
-            read = json.loads(text)
+            read = read_object(text)
             unknown = sorted(set(read) - {each.name for each in fields(cls)})
             if unknown:
                 raise ValueError(f"unknown keys {', '.join(unknown)}")
@@ -85,12 +93,20 @@ class Card:
             raise CheckpointError(f"{source} is no model card: {error}") from error
 
 
+def _figure(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def cards(folder: Path | None = None) -> tuple[Card, ...]:
     """Every card, by name."""
     where = FOLDER if folder is None else folder
     found = []
     for path in sorted(where.glob("*.json")):
-        one = Card.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} can't be read as a model card: {error}") from error
+        one = Card.from_json(text, str(path))
         if one.name != path.stem:
             raise CheckpointError(f"{path} is the card of {one.name!r}; a card's file is named after the model")
         found.append(one)

@@ -69,9 +69,13 @@ def as_labels(value: Any, what: str) -> Tensor:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         one_hot = ": one-hot labels become numbers by y.argmax(1)" if tensor.ndim == 2 else ""
         raise BadInput(f"{what} is of type {tensor.dtype}; expected whole numbers, one label per sample{one_hot}")
-    if tensor.numel() and int(tensor.max()) > MOST_CLASSES:
-        raise BadInput(f"{what} has a label {int(tensor.max())}; expected 0 to {MOST_CLASSES}")
-    return tensor.long()
+    labels = tensor.long()
+    wrapped = not tensor.dtype.is_signed and bool((labels < 0).any())  # 64 bits without a sign
+    if wrapped or (labels.numel() and int(labels.max()) > MOST_CLASSES):
+        raise BadInput(
+            f"{what} has a label {'beyond 2**63' if wrapped else int(labels.max())}; expected 0 to {MOST_CLASSES}"
+        )
+    return labels
 
 
 def _tensor(value: Any, what: str) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.checks import fraction
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Batch, Data, Hashed, TaskDefaults
+from advkit.core.protocols import Batch, Data, Hashed, KnowsIds, TaskDefaults
 from advkit.core.spaces import Box
 
 DATA_VARIABLE = "ADVKIT_DATA"
@@ -73,7 +76,7 @@ class Rows:
     ids: tuple[str, ...]
 
 
-class ClassificationTask(Hashed):
+class ClassificationTask(Hashed, KnowsIds):
     """What every labelled task shares; a subclass says `rows` or, where rows do not fit in memory, `fetch`.
 
     The goal of a batch is Untargeted. Batches of any size and any `skip` hand out the same rows under the same ids.
@@ -91,6 +94,7 @@ class ClassificationTask(Hashed):
         """Legal inputs."""
 
     @property
+    @override
     @abstractmethod
     def ids(self) -> tuple[str, ...]:
         """One per row, in order."""
@@ -111,6 +115,11 @@ class ClassificationTask(Hashed):
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
         """In the order of the labels."""
+
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether the training set is the one of the task's defaults, which the zoo's models were trained on."""
+        return True
 
     @property
     def counts_labels(self) -> bool:
@@ -204,6 +213,71 @@ class ArrayTask(ClassificationTask):
         return tuple(str(label) for label in range(self.classes))
 
 
+ENDINGS = (1, 3, 5, 8, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImbalancedTask(ArrayTask):
+    """A task whose training set can be made imbalanced; a subclass applies `kept` where it loads training samples.
+
+    imbalance:         share of their training samples that some classes keep, in (0, 1]; 1 keeps every sample. Test
+                       samples are never dropped
+    imbalance_classes: numbers of these classes, joined by +; by default all whose number ends in 1, 3, 5, 8 or 9
+
+    Which samples are dropped: the training samples of one such class are numbered 1, 2, 3... in the order of the
+    training set (after `train=` where there is one), and number i stays where floor(i * imbalance) is larger than
+    floor((i - 1) * imbalance). At 0.2 that is every fifth. Of n samples floor(n * imbalance) stay. Ids do not change.
+
+    Raises UsageError for values out of range and, when the training set is loaded, where a class would be absent.
+    """
+
+    imbalance: float = 1.0
+    imbalance_classes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        fraction(self, "imbalance", what="share")
+        named = self.imbalance_classes
+        if named and self.imbalance == 1:
+            raise UsageError(
+                "imbalance_classes names classes that keep a share of their training samples; say which: imbalance=0.2"
+            )
+        if len(set(named)) < len(named) or any(not 0 <= label < self.classes for label in named):
+            raise UsageError(
+                f"imbalance_classes is {'+'.join(map(str, named))}; expected different numbers from 0 to "
+                f"{self.classes - 1}, joined by +"
+            )
+
+    @property
+    def trains_on_all(self) -> bool:
+        return self.imbalance == 1
+
+    @property
+    def thinned_classes(self) -> tuple[int, ...]:
+        """The classes that keep a share of their training samples."""
+        if self.imbalance == 1:
+            return ()
+        return self.imbalance_classes or tuple(c for c in range(self.classes) if c % 10 in ENDINGS)
+
+    def kept(self, y: Tensor) -> Tensor:
+        """Places, long, of the training samples that stay, in order; y long [N] has the labels of all.
+
+        Raises UsageError where a class loses its last sample.
+        """
+        stays = torch.ones(len(y), dtype=torch.bool)
+        share = Fraction(self.imbalance).limit_denominator(10**6)  # 0.29 is meant, not the float below it
+        up, down = share.numerator, share.denominator
+        for label in self.thinned_classes:
+            rows = (y == label).nonzero().squeeze(1)
+            chosen = [i * up // down > (i - 1) * up // down for i in range(1, len(rows) + 1)]
+            if len(rows) and not any(chosen):
+                raise UsageError(
+                    f"imbalance={self.imbalance:g} leaves no training sample of class {label} of {self.name}, which "
+                    f"has {len(rows)}; expected a share of at least 1/{len(rows)}"
+                )
+            stays[rows] = torch.tensor(chosen, dtype=torch.bool)
+        return stays.nonzero().squeeze(1)
+
+
 class Counted:
     """The field `classes` of a task: what was asked for, and where nothing was, what `count_classes` finds.
 
@@ -232,6 +306,33 @@ def default_ball(space: Any) -> str:
         return ""
     width = float(widths[0])
     return "linf:eps=8/255" if width == 1 else f"linf:eps={8 * width / 255:.6g}"
+
+
+def mark_of(content: bytes, label: int) -> str:
+    """A short hash of a row's file and label."""
+    return hashlib.sha256(label.to_bytes(8, "little", signed=True) + content).hexdigest()[:16]
+
+
+def all_of(act: Callable[[Path], object], files: Sequence[Path]) -> None:
+    """Do it to every file, several at a time; what it raises first, in their order, is raised."""
+
+    def done(file: Path) -> None:
+        act(file)  # what it gives is not kept
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for _ in pool.map(done, files):
+                pass
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def check_names(paths: Iterable[Path]) -> None:
+    """BadInput where a file's name is no text: its sample could have no id."""
+    for path in paths:
+        if any("\ud800" <= letter <= "\udfff" for letter in path.as_posix()):
+            raise BadInput(f"{path} has a name that is no UTF-8 text, and samples are known by their names: rename it")
 
 
 def row_ids(name: str, split: str, n: int) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from advkit.core.errors import UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.base import DATA_VARIABLE, ArrayTask, Rows, data_folder, row_ids
+from advkit.tasks.base import DATA_VARIABLE, ImbalancedTask, Rows, data_folder, row_ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cifar(ArrayTask):
+class _Cifar(ImbalancedTask):
     """What both share; a subclass says torchvision's class and archive.
 
     split:    "test" or "train"
@@ -36,6 +36,10 @@ class _Cifar(ArrayTask):
     @property
     def space(self) -> Box:
         return Box(0.0, 1.0, (3, 32, 32), levels=255)
+
+    @property
+    def trains_on_all(self) -> bool:
+        return super().trains_on_all and not self.train
 
     def _read(self, train: bool) -> Any:
         import torchvision.datasets
@@ -60,21 +64,24 @@ class _Cifar(ArrayTask):
                 "or say download=true"
             ) from error
 
-    def _pair(self, train: bool, rows: int = 0) -> tuple[Tensor, Tensor]:
-        held = self._read(train)
-        if rows > len(held.targets):
-            raise UsageError(f"train={rows} asks for more samples than the training file's {len(held.targets)}")
-        rows = rows or len(held.targets)
-        x = torch.from_numpy(held.data[:rows]).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        return x, torch.tensor(held.targets[:rows], dtype=torch.long)
+    def _rows(self, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and their places in the file."""
+        held, asked = self._read(train), self.train if train else 0
+        if asked > len(held.targets):
+            raise UsageError(f"train={asked} asks for more samples than the training file's {len(held.targets)}")
+        y = torch.tensor(held.targets[: asked or len(held.targets)], dtype=torch.long)
+        rows = self.kept(y) if train else torch.arange(len(y))
+        x = torch.from_numpy(held.data[rows.numpy()]).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return x, y[rows], rows
 
     def load(self) -> Rows:
-        train = self.split == "train"
-        x, y = self._pair(train, self.train if train else 0)
-        return Rows(x, y, row_ids(self.name, self.split, len(y)))
+        x, y, rows = self._rows(self.split == "train")
+        ids = row_ids(self.name, self.split, int(rows[-1]) + 1)
+        return Rows(x, y, tuple(ids[row] for row in rows.tolist()))
 
     def load_training(self) -> tuple[Tensor, Tensor]:
-        return self._pair(True, self.train)
+        x, y, _ = self._rows(True)
+        return x, y
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(str(name) for name in self._read(False).classes)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.base import ArrayTask, Rows, by_hash
+from advkit.tasks.base import ImbalancedTask, Rows, by_hash
 
 TRAIN = 1_437
 
@@ -28,7 +28,7 @@ def _shuffled() -> tuple[Tensor, Tensor, tuple[int, ...]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(ArrayTask):
+class Digits(ImbalancedTask):
     """Handwritten digits: ten classes, 8x8 grey images with 17 levels; 1,437 to train on and 360 to test.
 
     split: "test" or "train"
@@ -49,9 +49,11 @@ class Digits(ArrayTask):
 
     def load(self) -> Rows:
         x, y, places = _shuffled()
-        part = slice(None, TRAIN) if self.split == "train" else slice(TRAIN, None)
-        return Rows(x[part], y[part], tuple(f"digits/{self.split}/{place:05d}" for place in places[part]))
+        rows = self.kept(y[:TRAIN]) if self.split == "train" else torch.arange(TRAIN, len(y))
+        ids = tuple(f"digits/{self.split}/{places[row]:05d}" for row in rows.tolist())
+        return Rows(x[rows], y[rows], ids)
 
     def load_training(self) -> tuple[Tensor, Tensor]:
         x, y, _ = _shuffled()
-        return x[:TRAIN], y[:TRAIN]
+        rows = self.kept(y[:TRAIN])
+        return x[rows], y[rows]

@@ -8,10 +8,8 @@ of arXiv 2503.03272; N-MNIST, whose sensor moves along a triangle in front of st
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
-import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +21,23 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.errors import BadInput, MissingExtra, UsageError
-from advkit.core.protocols import Data, Rng, TaskDefaults
+from advkit.core.protocols import Data, OfFiles, Rng, TaskDefaults
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary
-from advkit.tasks.base import ArrayTask, ClassificationTask, Rows, check_rows, data_folder
+from advkit.tasks.archives import archive_keys, read_archive
+from advkit.tasks.base import (
+    ArrayTask,
+    ClassificationTask,
+    Rows,
+    all_of,
+    check_names,
+    check_rows,
+    data_folder,
+    mark_of,
+)
 from advkit.tasks.digits import Digits
 from advkit.tasks.fashion_mnist import FashionMNIST
 
@@ -40,8 +49,8 @@ SLACK = 1e-6
 AT_ONCE = 1 << 21
 """Pixels simulated at a time."""
 
-LARGEST_ARRAY = 1 << 30
-"""Bytes that one array of a recording may have, unpacked."""
+LARGEST = 1 << 30
+"""Bytes that the arrays of one recording may have, unpacked."""
 
 
 # The simulator
@@ -315,30 +324,7 @@ def _bytes(file: Path) -> bytes:
 
 def _archive(file: Path) -> dict[str, Any]:
     """The arrays of an .npz file; BadInput where it is none, or says that it holds more than it does."""
-    raw = _bytes(file)
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as held:
-            return {each.filename.removesuffix(".npy"): _array(held, each) for each in held.infolist()}
-    # a damaged header is Python text that numpy reads: what it raises then is not to be listed
-    except Exception as error:
-        raise BadInput(f"{file} is no archive of plain numpy arrays ({str(error) or type(error).__name__})") from error
-
-
-def _array(held: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
-    """One array of an archive. What its headers declare is held against what is there before memory is taken."""
-    if entry.file_size > LARGEST_ARRAY:
-        raise ValueError(f"{entry.filename} declares {entry.file_size:,} bytes; at most {LARGEST_ARRAY:,} are read")
-    with held.open(entry) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-        declared = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or declared > entry.file_size or any(length < 0 for length in shape):
-            raise ValueError(
-                f"{entry.filename} declares {dtype} {list(shape)}, which its {entry.file_size:,} bytes are not"
-            )
-    with held.open(entry) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+    return read_archive(file, LARGEST)
 
 
 # Tasks
@@ -435,6 +421,10 @@ class FashionMNISTDVS(Filmed):
     defaults = TaskDefaults(model="snn:widths=12+24,down=stride,hidden=0", threat_model="flips", n=100)
 
     @property
+    def trains_on_all(self) -> bool:
+        return self.train == type(self).train
+
+    @property
     def _still(self) -> FashionMNIST:
         return FashionMNIST(split=self.split, root=self.root, train=self.train, test=self.test)
 
@@ -486,7 +476,7 @@ SUFFIXES = (".bin", ".npz")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EventFolder(ClassificationTask):
+class EventFolder(ClassificationTask, OfFiles):
     """Event recordings in a folder of the user's: path/SPLIT/CLASS/*.bin (N-MNIST) or *.npz (events t, x, y, p, or
     frames).
 
@@ -563,6 +553,7 @@ class EventFolder(ClassificationTask):
                 f"{root}: {len(left)} entries are left out ({', '.join(kinds)}; the first is "
                 f"{left[0].relative_to(root)}); recordings are CLASS/*.bin and CLASS/*.npz"
             )
+        check_names(file.relative_to(root) for file, _ in files)
         if most > len(files):
             raise UsageError(f"{most} samples were asked for, {root} has {len(files)} recordings; 0 takes all")
         files.sort(key=lambda each: hashlib.sha256(each[0].relative_to(root).as_posix().encode()).digest())
@@ -588,7 +579,7 @@ class EventFolder(ClassificationTask):
         """The bits of one recording, float [frames, 2, height, width]; BadInput where it holds no event."""
         if file.suffix.lower() == ".bin":
             counts = frames_by_number(read_nmnist(file), self.frames, self.height, self.width)
-        elif "frames" in _archive(file):
+        elif "frames" in archive_keys(file):
             counts = read_frames_npz(file)
             if tuple(counts.shape) != self.space.shape:
                 raise BadInput(
@@ -601,6 +592,15 @@ class EventFolder(ClassificationTask):
         if not bool(bits.any()):
             raise BadInput(f"{file} holds no event; take the empty recording away")
         return bits
+
+    @override
+    def look(self, n: int) -> None:
+        all_of(self.decode, [file for file, _ in self._listing[1][:n]])
+
+    @override
+    def marks(self, n: int) -> dict[str, str]:
+        samples = self._listing[1][:n]
+        return {row: mark_of(_bytes(file), label) for row, (file, label) in zip(self.ids[:n], samples, strict=True)}
 
     def fetch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = [self._listing[1][row] for row in rows]

@@ -74,7 +74,7 @@ def _other(part: Any) -> Arrays:
 
 def _of_sequence(part: tuple[Any, ...] | list[Any]) -> Arrays:
     pairs = [one for one in part if isinstance(one, (tuple, list)) and len(one) == 2]
-    if len(part) > 2 and len(pairs) == len(part) or (len(part) == 2 and len(pairs) == 2 and _sample_first(pairs[0])):
+    if (len(part) > 2 and len(pairs) == len(part)) or (len(part) == 2 and len(pairs) == 2 and _sample_first(pairs[0])):
         raise BadInput(
             f"{_EXPECTED}, not a {type(part).__name__} of {len(part)} pairs; put them together first: "
             + (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, cast
 
 import numpy as np
 import torch
@@ -23,11 +23,14 @@ from torch import Tensor
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.base import DATA_VARIABLE, ArrayTask, Rows, data_folder, row_ids
+from advkit.tasks.base import DATA_VARIABLE, ImbalancedTask, Rows, data_folder, row_ids
 
 EMBEDDED = 1_000
 EMBEDDED_SHA256 = "99324003f90225ff171e1aec72f674b69ec6865868cc89648a79ce554830d86d"  # image bytes, label bytes
 SIDE = 28
+AXES = 3
+LARGEST = 1 << 28
+"""Bytes of one file that are read at most; the largest published one has 47 million."""
 FILES = {"test": "t10k", "train": "train"}
 NAMES = (
     "T-shirt/top",
@@ -47,19 +50,26 @@ HOW = "download the four .gz files from https://github.com/zalandoresearch/fashi
 def read_idx(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """The array in an idx file of unsigned bytes, gzipped or not; BadInput where it is damaged or another kind."""
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        with path.open("rb") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"
+            stream = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if packed else raw
+            shape = _idx_shape(stream.read(4 + 4 * AXES), path)
+            size = math.prod(shape)
+            if size > LARGEST:
+                raise BadInput(f"{path} says {list(shape)}; at most {LARGEST:,} bytes are read: {HOW} again")
+            stream.seek(4 + 4 * len(shape))
+            content = stream.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} can't be read ({error}); {HOW} again") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+    if len(content) != size:
+        raise BadInput(f"{path} says {list(shape)} and holds other than {size:,} bytes; it is damaged: {HOW} again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def _idx_shape(head: bytes, path: Path) -> tuple[int, ...]:
+    if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= AXES or len(head) < 4 + 4 * head[3]:
         raise BadInput(f"{path} is no idx file of bytes; expected one of the four files: {HOW}")
-    dimensions = content[3]
-    start = 4 + 4 * dimensions
-    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
-    if len(content) != start + math.prod(shape):
-        raise BadInput(f"{path} says {list(shape)} and holds {len(content) - start} bytes; it is cut off: {HOW} again")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    return tuple(int.from_bytes(head[4 + 4 * i : 8 + 4 * i], "big") for i in range(head[3]))
 
 
 def find_idx(folder: Path, stem: str) -> Path | None:
@@ -106,7 +116,7 @@ def averaged(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], size: int)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FashionMNIST(ArrayTask):
+class FashionMNIST(ImbalancedTask):
     """Fashion-MNIST: ten kinds of clothing, 28x28 grey images; the first 1,000 test images need no download.
 
     split: "test", or "train" to attack training images (needs root)
@@ -131,6 +141,7 @@ class FashionMNIST(ArrayTask):
     defaults = TaskDefaults(model="cnn", threat_model="linf:eps=0.1", n=1_000)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 < self.size <= SIDE or SIDE % self.size:
             raise UsageError(f"size={self.size} does not divide {SIDE}; expected 28, 14, 7, 4 or 2")
         if self.train < 0 or self.test < 0:
@@ -141,15 +152,21 @@ class FashionMNIST(ArrayTask):
         return Box(0.0, 1.0, (1, self.size, self.size), levels=255 if self.size == SIDE else None)
 
     @property
+    def trains_on_all(self) -> bool:
+        return super().trains_on_all and not self.train
+
+    @property
     def _folder(self) -> Path | None:
         return data_folder(self.root, self.name)
 
     def load(self) -> Rows:
         if self.split == "train":
-            found = self.load_training()
+            found = self._training_arrays()
             if found is None:
                 raise UsageError(f"the training images are not inside the package; {HOW} and say root=FOLDER")
-            return Rows(*found, row_ids(self.name, "train", len(found[1])))
+            x, y, rows = found
+            ids = row_ids(self.name, "train", int(rows[-1]) + 1)
+            return Rows(x, y, tuple(ids[row] for row in rows.tolist()))
         images, labels = self._test_arrays()
         x, y = averaged(images, self.size), torch.from_numpy(labels.astype(np.int64))
         return Rows(x, y, row_ids(self.name, "test", len(y)))
@@ -170,15 +187,21 @@ class FashionMNIST(ArrayTask):
         rows = self.test or len(labels)
         return images[:rows], labels[:rows]
 
-    def load_training(self) -> tuple[Tensor, Tensor] | None:
+    def _training_arrays(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x, y and their places in the file; None where the file is not at hand."""
         folder = self._folder
         if folder is None:
             return None
         images, labels = read_pair(folder, "train")
         if self.train > len(labels):
             raise UsageError(f"train={self.train} asks for more samples than the training file's {len(labels)}")
-        rows = self.train or len(labels)
-        return averaged(images[:rows], self.size), torch.from_numpy(labels[:rows].astype(np.int64))
+        y = torch.from_numpy(labels[: self.train or len(labels)].astype(np.int64))
+        rows = self.kept(y)
+        return averaged(images[rows.numpy()], self.size), y[rows], rows
+
+    def load_training(self) -> tuple[Tensor, Tensor] | None:
+        found = self._training_arrays()
+        return None if found is None else found[:2]
 
     def class_names(self) -> tuple[str, ...]:
         return NAMES

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -17,16 +18,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.core.checks import one_of
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Data, TaskDefaults
+from advkit.core.protocols import Data, OfFiles, TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.base import ClassificationTask, Counted, by_hash
+from advkit.core.text import first_line
+from advkit.tasks.base import ClassificationTask, Counted, all_of, by_hash, check_names, mark_of
 
 log = logging.getLogger("advkit")
 
@@ -38,29 +41,50 @@ MEMORY = 16 * 2**30
 """Bytes of training images that are decoded into memory at most."""
 
 
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+"""What is decoded, whatever a file is called: Pillow goes by the content, and hands PostScript to a program."""
+PIXELS = 2**24
+"""Pixels that an image may declare whatever its size; larger ones need a byte for every `SPARSE` pixels."""
+SPARSE = 8_192
+
 Interpolation = Literal["bilinear", "bicubic"]
 Order = Literal["auto", "number", "name"]
 
 
-def decode(source: Any, resize: int, crop: int, interpolation: str, name: str) -> Tensor:
-    """An image file as float [3, crop, crop] of values k/255, in RGB.
+def decode(content: bytes, resize: int, crop: int, interpolation: str, name: str) -> Tensor:
+    """An image file's content as float [3, crop, crop] of values k/255, in RGB.
 
     Scaled by Pillow's antialiased filter so that the shorter side is `resize`, rounded to 8 bits there, then the middle
-    `crop` x `crop` pixels. BadInput where it can't be read, or has more than 8 bits per value: Pillow would cut them.
+    `crop` x `crop` pixels. BadInput where it can't be read, has more than 8 bits per value (Pillow would cut them), or
+    declares more pixels than its bytes can stand for.
     """
     from PIL import Image
     from torchvision.transforms import InterpolationMode, functional
 
     try:
-        with Image.open(source) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(BytesIO(content), formats=FORMATS)
+        with image:
+            if image.width * image.height > max(PIXELS, SPARSE * len(content)):
+                raise ValueError(f"it declares {image.width} x {image.height} pixels in {len(content):,} bytes")
+            if resize * resize * max(image.size) > max(PIXELS, 16 * resize * resize) * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels are too narrow to be scaled to {resize}")
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}, more than 8 bits per value: save it with 8 bits")
             scaled = functional.resize(image.convert("RGB"), [resize], InterpolationMode(interpolation))
             pixels: Tensor = functional.pil_to_tensor(functional.center_crop(scaled, [crop]))
     except Exception as error:  # decoders raise nearly anything on a damaged file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise BadInput(f"{name} is no readable image ({first}); repair or remove it") from error
+        raise BadInput(f"{name} is no readable image ({first_line(error)}); repair or remove it") from error
     return pixels.float().div_(255)
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a sample's file; BadInput where it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} can't be read ({error.strerror or error}); repair or remove it") from error
 
 
 def check_sizes(resize: int, crop: int) -> None:
@@ -103,6 +127,7 @@ def class_folders(place: Path, order: Order = "auto") -> Listing:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
         log.warning("%s: %d files are no images by their names and are left out: %s", place, others.total(), kinds)
     files = tuple((path, label) for label, (images, _) in enumerate(listed) for path in images)
+    check_names(path.relative_to(place) for path, _ in files)
     return Listing(place, files, tuple(names))
 
 
@@ -159,7 +184,7 @@ def label_order(names: Sequence[str], order: Order = "auto", place: str = "") ->
     return counted
 
 
-class Images(ClassificationTask):
+class Images(ClassificationTask, OfFiles):
     """What folders share: scaled so that the shorter side is `resize`, then the middle `crop` x `crop` pixels."""
 
     resize: int
@@ -223,7 +248,16 @@ class Images(ClassificationTask):
         return self._ids
 
     def _decode(self, path: Path) -> Tensor:
-        return decode(path, self.resize, self.crop, self.interpolation, str(path))
+        return decode(content_of(path), self.resize, self.crop, self.interpolation, str(path))
+
+    @override
+    def look(self, n: int) -> None:
+        all_of(self._decode, [path for path, _ in self._samples[:n]])
+
+    @override
+    def marks(self, n: int) -> dict[str, str]:
+        samples = self._samples[:n]
+        return {row: mark_of(content_of(path), label) for row, (path, label) in zip(self.ids[:n], samples, strict=True)}
 
     def fetch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = [self._samples[row] for row in rows]
@@ -256,12 +290,9 @@ class Images(ClassificationTask):
     def _digest(self) -> str:
         digest = hashlib.sha256(f"{self.interpolation}|resize={self.resize}|crop={self.crop}|".encode())
         for path, label in self._samples:
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise BadInput(f"{path} can't be read ({error.strerror or error}); repair or remove it") from error
+            content = content_of(path)
             if _suspect(content):
-                decode(BytesIO(content), self.resize, self.crop, self.interpolation, str(path))
+                decode(content, self.resize, self.crop, self.interpolation, str(path))
             digest.update(len(content).to_bytes(8, "little") + content + label.to_bytes(8, "little"))
         digest.update("\n".join(self.ids).encode())
         return digest.hexdigest()

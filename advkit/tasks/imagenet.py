@@ -17,7 +17,7 @@ import torch
 from advkit.core.errors import BadInput, MissingExtra, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.base import DATA_VARIABLE, ArrayTask, Rows, by_hash, data_folder
+from advkit.tasks.base import DATA_VARIABLE, ArrayTask, Rows, by_hash, check_names, data_folder
 from advkit.tasks.folder import Images, Interpolation, Listing, check_sizes, class_folders, decode
 
 CLASSES = 1_000
@@ -140,7 +140,9 @@ class ImageNet(Images):
 def _images(place: Path) -> list[Path]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    return sorted(each for each in place.iterdir() if each.suffix.lower() in IMG_EXTENSIONS and each.is_file())
+    found = sorted(each for each in place.iterdir() if each.suffix.lower() in IMG_EXTENSIONS and each.is_file())
+    check_names(each.relative_to(place) for each in found)
+    return found
 
 
 def _few(names: list[str]) -> str:
@@ -257,12 +259,8 @@ class ImageNetSamples(ArrayTask):
         return Box(0.0, 1.0, (3, self.crop, self.crop), levels=255)
 
     def load(self) -> Rows:
-        from io import BytesIO
-
         held = _samples()
-        x = torch.stack(
-            [decode(BytesIO(content), self.resize, self.crop, self.interpolation, name) for name, content in held]
-        )
+        x = torch.stack([decode(content, self.resize, self.crop, self.interpolation, name) for name, content in held])
         y = torch.tensor([int(Path(name).stem.split("_")[2]) for name, _ in held])
         return Rows(x, y, tuple(f"{self.name}/{name}" for name, _ in held))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zipfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,37 +10,16 @@ from typing import Any, Literal, Self
 import numpy as np
 from torch import Tensor
 
-from advkit.core.errors import AdvkitError, BadInput, UsageError
+from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
+from advkit.tasks.archives import archive_keys, read_archive
 from advkit.tasks.arrays import as_labels, as_rows
 from advkit.tasks.base import ArrayTask, Counted, Rows, default_ball, row_ids
 
 KEYS = ("x", "y", "x_train", "y_train")
 MEMORY = 16 * 2**30
 """Bytes of arrays that are read into memory at most."""
-
-
-def _check_sizes(file: Path) -> None:
-    """ValueError where the arrays' headers speak of more than the archive holds, or of more than is read at all.
-
-    numpy takes the memory that a header asks for before it reads a byte.
-    """
-    with zipfile.ZipFile(file) as archive:
-        members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
-        total = sum(each.file_size for key, each in members.items() if key in KEYS)
-        if total > MEMORY:
-            raise ValueError(f"its arrays take {total / 2**30:.0f} GiB, more than {MEMORY // 2**30}")
-        for key in KEYS:
-            if key not in members:
-                continue
-            with archive.open(members[key]) as member:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(member)
-                wanted = member.tell() + math.prod(shape) * dtype.itemsize
-            if dtype.hasobject or dtype.itemsize == 0 or wanted != members[key].file_size:
-                raise ValueError(f"the array {key} is said to be {dtype} {list(shape)}, which its bytes are not")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +48,16 @@ class Npz(ArrayTask):
         file = Path(self.path).expanduser()
         if not file.is_file():
             raise UsageError(f"there is no file {self.path}; npz:path= names an archive written by numpy.savez")
-        try:
-            _check_sizes(file)
-            with np.load(file, allow_pickle=False) as held:
-                missing = [key for key in ("x", "y") if key not in held.files]
-                if missing:
-                    raise UsageError(
-                        f"{self.path} has the keys {', '.join(held.files) or 'none'}, not {' and '.join(missing)}; "
-                        "write it as numpy.savez(path, x=..., y=...)"
-                    )
-                if ("x_train" in held.files) != ("y_train" in held.files):
-                    raise UsageError(f"{self.path} has only one of x_train and y_train; expected both or none")
-                return {key: held[key] for key in KEYS if key in held.files}
-        except AdvkitError:
-            raise
-        except Exception as error:  # a damaged archive makes zip, zlib and numpy raise nearly anything
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise BadInput(f"{self.path} is no archive of plain numpy arrays ({first})") from error
+        held = archive_keys(file)
+        missing = [key for key in ("x", "y") if key not in held]
+        if missing:
+            raise UsageError(
+                f"{self.path} has the keys {', '.join(held) or 'none'}, not {' and '.join(missing)}; "
+                "write it as numpy.savez(path, x=..., y=...)"
+            )
+        if ("x_train" in held) != ("y_train" in held):
+            raise UsageError(f"{self.path} has only one of x_train and y_train; expected both or none")
+        return read_archive(file, MEMORY, KEYS)
 
     @property
     def name(self) -> str:  # type: ignore[override]

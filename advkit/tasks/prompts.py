@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from advkit.core.checks import at_least_one, one_of
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.protocols import Batch, Bindable, Data, Hashed, OfKind, TaskDefaults
+from advkit.core.protocols import Batch, Bindable, Data, Hashed, KnowsIds, OfKind, TaskDefaults
 from advkit.core.spaces import NOTHING, REPLY, USER, Transcripts
 from advkit.threat_models.goals.untargeted import Untargeted
 
@@ -63,7 +63,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts(OfKind, Bindable, Hashed):
+class Prompts(OfKind, Bindable, Hashed, KnowsIds):
     """Prompts for a chat model, each with the target reply that an attacker wants of it.
 
     set:  "toychat", 24 questions that the embedded model refuses and 24 harmless twins, in its own little language;

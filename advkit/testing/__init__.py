@@ -1,14 +1,14 @@
 """The public contract kit: analytic victims, laws, and one check per kind of part.
 
-`check_attack(attack)`, `check_threat_model(threat)`, `check_defense(defense)` and `check_scenario(scenario)` raise
-AssertionError at the first law that is broken, naming it; ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of tokens),
-DEFENSE_LAWS and SCENARIO_LAWS hold the laws one by one.
+`check_attack(attack)`, `check_threat_model(threat)`, `check_defense(defense)`, `check_training(defense)` of a defense
+that trains, and `check_scenario(scenario)` raise AssertionError at the first law that is broken, naming it;
+ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of tokens), DEFENSE_LAWS and SCENARIO_LAWS hold the laws one by one.
 """
 
 from __future__ import annotations
 
 from advkit.testing.attack_laws import ATTACK_LAWS, Subject, check_attack, check_law, subjects
-from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, protect_twice, stripes
+from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, check_training, protect_twice, stripes
 from advkit.testing.play import BALLS, MINIMA, RADII, Played, accepts, aimed, play, shortened
 from advkit.testing.scenario_laws import SCENARIO_LAWS, check_scenario
 from advkit.testing.text_laws import TEXT_LAWS, check_text_law, on_text
@@ -49,6 +49,7 @@ __all__ = [
     "check_text_law",
     "check_threat_law",
     "check_threat_model",
+    "check_training",
     "exhaustive",
     "linear",
     "nan_off",

@@ -618,7 +618,7 @@ USUALLY: dict[str, str] = {
     "one_survivor": "rows that leave the batch change what the others get: keep state by row",
     "same_seed_same_bits": "draws that do not come from rng, or rng taken without names (rng.at('start', restart))",
     "metered_is_counted": "the model was asked beside the oracle",
-    "every_goal_accepted": "the attack reads labels off the goal: use goal.loss and goal.reached, or say serves = (...)",
+    "every_goal_accepted": "the attack reads labels off the goal: use goal.loss, goal.reached, or say serves = (...)",
     "keeps_the_query_budget": "BudgetExhausted is not caught: attacks.base.affords(oracle) says whether one is left",
     "refuses_without_access": "`needs` asks for more than is used, or AccessDenied is caught",
     "survives_nan": "NaN wins a comparison: take answers with torch.isfinite alone",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from advkit.core.protocols import Data, ModelInfo
+from advkit.core.protocols import Data, ModelInfo, Trains
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel, is_model
 from advkit.testing.play import failure, require
 from advkit.testing.victims import network, normal, uniform
+from advkit.training.loop import fit
 
 
 def stripes(rows: int = 96, shape: tuple[int, ...] = (2, 6, 6), classes: int = 3) -> Data:
@@ -124,3 +126,98 @@ def check_defense(defense: Any, model: TorchModel | None = None, data: Data | No
             law(case)
         except Exception as broken:  # code of the user's own raises whatever it likes
             raise failure(name, law, repr(defense), broken) from broken
+
+
+class _CutOff(Exception):
+    """Stands for a kill -9."""
+
+
+def forgetful(shape: tuple[int, ...] = (2, 6, 6), classes: int = 3) -> TorchModel:
+    """A small net with all that a resumed run must bring back: running statistics, a counter, dropout."""
+    inputs = 1
+    for length in shape:
+        inputs *= length
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Flatten(), nn.Linear(inputs, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2))
+        module = nn.Sequential(*layers, nn.Linear(12, classes)).eval()
+    return TorchModel(module, Box(0.0, 1.0, shape), classes)
+
+
+def check_training(defense: Any, model: TorchModel | None = None, data: Data | None = None) -> None:
+    """The laws of a defense that trains, on `model` (default: a small net with batch statistics and dropout).
+
+    A run that is cut off in the middle of its last epoch, and taken up by a fresh objective, ends with the same weights
+    and the same log, to the bit; a loss inside `Objective.trial()` leaves no trace. Give it a recipe of a few epochs of
+    a few steps each. Raises AssertionError naming the law that is broken.
+    """
+    require(isinstance(defense, Trains), f"{defense!r} is no defense that trains")
+    data = stripes() if data is None else data
+    model = forgetful(tuple(data.x.shape[1:]), data.classes) if model is None else model
+    rng = RowRng.from_ids(0, ["kit"])
+    asked = [0]
+
+    def counted(stop_at: int = -1) -> Any:
+        objective = defense.objective()
+        loss = objective.loss
+        asked[0] = 0
+
+        def one(*batch: Any) -> Tensor:
+            asked[0] += 1
+            if asked[0] == stop_at:
+                raise _CutOff
+            found: Tensor = loss(*batch)
+            return found
+
+        objective.loss = one
+        return objective
+
+    def run(objective: Any, out: str | None = None) -> tuple[str, str]:
+        done = fit(model, data, objective, defense.recipe, rng, out=out, progress=False)
+        log = [(each.loss, each.score, each.clean, sorted(each.figures.items())) for each in done.log]
+        return done.last.state_sha256() + done.model.state_sha256(), repr(log)
+
+    whole = run(counted())
+    steps = asked[0]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run(counted(steps), folder)
+        except _CutOff:
+            pass
+        else:
+            raise AssertionError(f"law resumes_exactly: {defense!r}: the loop asks the objective for another loss")
+        resumed = run(counted(), folder)
+    again = asked[0]
+    require(
+        1 < again < steps, f"law resumes_exactly: {defense!r}: {again} of {steps} steps were made anew; expected some"
+    )
+    for part, one, other in zip(("weights", "figures in its log"), whole, resumed, strict=True):
+        require(one == other, f"law resumes_exactly: {defense!r}: a resumed run ends with other {part}")
+    _trial_leaves_no_trace(defense, model.copy(), data, rng)
+
+
+def _trial_leaves_no_trace(defense: Any, model: TorchModel, data: Data, rng: RowRng) -> None:
+    objective = defense.objective()
+    objective.prepare(model, data, rng.at("prepare"))
+    rows = torch.arange(min(32, len(data)))
+    x, y = data.x[rows], data.y[rows]
+    model.module.train()
+    for step in range(3):
+        before = {name: tensor.clone() for name, tensor in objective.state().items()}
+        own = RowRng.from_ids(0, [str(row) for row in rows.tolist()]).at("trial", step)
+        with objective.trial():
+            objective.loss(model, x, y, rows, own)
+        after = objective.state()
+        require(
+            before.keys() == after.keys()
+            and all(
+                torch.equal(held, after[name].to(held)) or _both_nan(held, after[name]) for name, held in before.items()
+            ),
+            f"law trial_leaves_no_trace: {defense!r}: its state moved",
+        )
+        objective.loss(model, x, y, rows, own).backward()
+        objective.stepped(model)
+
+
+def _both_nan(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.isclose(one, other.to(one), rtol=0, atol=0, equal_nan=True).all())

@@ -61,11 +61,15 @@ def require(holds: Any, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
-def failure(name: str, law: Callable[..., None], shown: str, broken: BaseException, usually: str = "") -> AssertionError:
+def failure(
+    name: str, law: Callable[..., None], shown: str, broken: BaseException, usually: str = ""
+) -> AssertionError:
     """What to raise where a law does not hold: its name, what was seen, what the law says, and the usual cause."""
     seen = str(broken) if isinstance(broken, AssertionError) else f"{type(broken).__name__}: {broken}"
     says = " ".join((inspect.getdoc(law) or "").split("\n\n", 1)[0].split())
-    return AssertionError(f"law {name}: {shown}: {seen}\nThe law: {says}" + (f"\nUsually: {usually}" if usually else ""))
+    return AssertionError(
+        f"law {name}: {shown}: {seen}\nThe law: {says}" + (f"\nUsually: {usually}" if usually else "")
+    )
 
 
 def legal(x: Tensor, norm: str) -> Tensor:

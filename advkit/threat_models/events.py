@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from advkit.core.checks import check, one_of
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Counted, InSpace, Levels, Measures, Rng
+from advkit.core.protocols import Access, Counted, InSpace, LeastChange, Levels, Measures, Rng
 from advkit.core.spaces import Binary
 from advkit.threat_models.capability import Capability, checked_shape
 from advkit.threat_models.lp import per_row, row_sum
@@ -34,7 +34,7 @@ class NoSteps(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class Flips(Capability, Measures, Levels, Counted, InSpace):
+class Flips(Capability, Measures, LeastChange, Levels, Counted, InSpace):
     """Bit flips, L0 on binary data: at most n bits of a sample change; without n, as few as the attack finds.
 
     n:       most flips, >= 0; None admits any number, and what an attack is judged by is how many it needed
@@ -45,11 +45,13 @@ class Flips(Capability, Measures, Levels, Counted, InSpace):
 
     Every record carries the number of flips (`l0`) and their percentage of all bits (`l0_percent`); a report gives
     the fraction of the attacked samples broken within 200 and 800 flips, and within 0.05 to 1 per cent of the bits.
+    Without n its headline is the median number of flips over all samples, 0 for those that are wrong when clean.
     Attacks that take steps of a length (`eps`, `steepest`) find none here: UsageError.
     Raises UsageError for a negative n, in `bind` for a space that is not binary, BadInput for rows of another shape.
     """
 
     norm: ClassVar[str] = "L0"
+    unit: ClassVar[str] = "flips"
 
     n: int | None = None
     _: KW_ONLY
@@ -78,6 +80,12 @@ class Flips(Capability, Measures, Levels, Counted, InSpace):
                 "(fashion-mnist-dvs, digits-dvs), or a threat model for real values such as l0:eps=10"
             )
         return replace(self, space=space)
+
+    @property
+    @override
+    def least(self) -> str:
+        """Flips, where their number has no bound."""
+        return "l0" if self.n is None else ""
 
     @override
     def levels(self) -> Mapping[str, tuple[float, ...]]:

@@ -69,9 +69,15 @@ _GOALS: Final[dict[str, str]] = {
     **dict.fromkeys(("top5", "topn", "top1"), "did you mean 'out-of-topk:k=5' or 'topk:k=5'?"),
 }
 _GOAL_SETTINGS: Final = settings(
-    ("class label y target_class target_label to", Setting(here=("target",), words="It goes with how=class: how=class,target=3")),
+    (
+        "class label y target_class target_label to",
+        Setting(here=("target",), words="It goes with how=class: how=class,target=3"),
+    ),
     ("mode method strategy kind", Setting(here=("how",))),
-    ("labels classes y_target per_sample", Setting(here=("targets",), words="It goes with how=each: how=each,targets=3+1+4")),
+    (
+        "labels classes y_target per_sample",
+        Setting(here=("targets",), words="It goes with how=each: how=each,targets=3+1+4"),
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Measures, Rng
+from advkit.core.protocols import Access, LeastChange, Measures, Rng
 from advkit.core.spaces import Box
 from advkit.threat_models.capability import UNIT, InBox
 from advkit.threat_models.lp import lattice_index, lattice_value, row_max, row_sum, wide
@@ -27,7 +27,7 @@ class _NoRadius(UsageError, AttributeError):
 
 
 @dataclass(frozen=True)
-class MinimumL2(InBox, Measures):
+class MinimumL2(InBox, Measures, LeastChange):
     """Minimum-norm attack in L2: any legal input is admitted, and the distance to the clean sample counts; there is
     no eps.
 
@@ -41,6 +41,8 @@ class MinimumL2(InBox, Measures):
     """
 
     norm: ClassVar[str] = "L2"
+    least: ClassVar[str] = "l2"
+    unit: ClassVar[str] = "L2"
 
     _: KW_ONLY
     lattice: int = 0

@@ -121,9 +121,5 @@ class Online(Submissions, Surrogates, WrapsBall, Lattice):
             "inner": inner["name"],
             "k": self.k,
             "permutations": self.permutations,
-            **(
-                {"sources": list(source_names(self.sources)), "knowledge": "transfer"}
-                if self.sources
-                else {}
-            ),
+            **({"sources": list(source_names(self.sources)), "knowledge": "transfer"} if self.sources else {}),
         }

@@ -7,6 +7,7 @@ ends with the same bits (on the same device and library versions).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,9 +15,10 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +27,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advkit.core.checks import at_least_one, check, fraction, not_negative, one_of
-from advkit.core.errors import BadInput, BadModel, CheckpointError, StaleRun, UsageError
+from advkit.core.errors import AdvkitError, BadInput, BadModel, CheckpointError, StaleRun, UsageError
 from advkit.core.protocols import Data, Rng
 from advkit.core.rng import RowRng
+from advkit.core.strict_json import read_object
+from advkit.core.tail import weakest
+from advkit.core.text import first_line
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
 from advkit.training.augment import AUGMENTATIONS
+from advkit.training.lars import LARS
 
 log = logging.getLogger("advkit")
 
 CHECKPOINT = "training.safetensors"
 FORMAT = "advkit-training-1"
+TAIL_SCORE = "tail_30_score"
+"""In the log's figures: the mean score of the weakest 30 % of the classes, on the validation rows."""
 RESIDENT = 4 * 2**30
 """Bytes of training rows that are kept on an accelerator as a whole; larger sets travel batch by batch."""
 
@@ -46,9 +54,9 @@ class Recipe:
 
     epochs:       passes over the training rows
     batch_size:   rows per step; a last batch of a single row joins the one before
-    optimizer:    "adam" or "sgd"
+    optimizer:    "adam", "sgd", or "lars" for very large batches (`advkit.training.lars`)
     lr:           peak learning rate
-    momentum:     of sgd
+    momentum:     of sgd and lars
     weight_decay: L2 coefficient on weights with two axes or more; biases and normalisation parameters are spared
     schedule:     "none"; "cosine" to zero; "onecycle": linearly up from zero, and down again from half time; "steps": a
                   tenth at half time, a hundredth at three quarters
@@ -63,7 +71,7 @@ class Recipe:
 
     epochs: int = 10
     batch_size: int = 128
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "lars"] = "adam"
     lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -80,7 +88,7 @@ class Recipe:
         check(self, "lr", self.lr > 0 and math.isfinite(self.lr), "a positive number")
         not_negative(self, "weight_decay")
         fraction(self, "momentum", "ema", "validation", ends="[)")
-        one_of(self, "optimizer", ("adam", "sgd"))
+        one_of(self, "optimizer", ("adam", "sgd", "lars"))
         one_of(self, "schedule", ("none", "cosine", "onecycle", "steps"))
         one_of(self, "augment", tuple(AUGMENTATIONS))
         one_of(self, "select", ("best", "last"))
@@ -108,7 +116,14 @@ class Objective:
 
     A defense makes a fresh one for every run. Rows are given by their place in the training data, validation rows
     included, as a long tensor on the device of x; rng holds one stream per row of the batch.
+
+    replays:    optimiser steps in a row on every batch, each with a loss of its own. The recipe's epochs count steps:
+                the loop makes max(1, ceil(epochs / replays)) passes over the data, and each is an epoch of the log
+    rolls_back: whether a run that `review` ends hands back its best-scored weights, whatever the recipe selects
     """
+
+    replays: int = 1
+    rolls_back: bool = False
 
     def prepare(self, model: TorchModel, data: Data, rng: Rng) -> None:
         """Called once before the first epoch with the initial weights, and again when a run is resumed.
@@ -120,6 +135,29 @@ class Objective:
         """The scalar to descend on a batch of augmented clean rows; the model's module is in training mode."""
         return F.cross_entropy(model(x), y)
 
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Weights of the objective's own that are trained with the model's; asked for after `prepare`.
+
+        They are no part of the model that comes out. `state` must return them, as everything else that lives on.
+        """
+        return ()
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """A loss taken inside is no step of training: the objective is afterwards as it was before.
+
+        What `state` returns is given back, and so is every attribute, lists, dicts and deques with what they held.
+        """
+        state = {name: tensor.detach().clone() for name, tensor in self.state().items()}
+        containers = (list, dict, set, deque)
+        held = {name: copy.copy(v) if isinstance(v, containers) else v for name, v in vars(self).items()}
+        try:
+            yield
+        finally:
+            vars(self).clear()
+            vars(self).update(held)
+            self.load(state)
+
     def stepped(self, model: TorchModel) -> None:
         """Called after every optimiser step: the place to take back a perturbation of the weights."""
 
@@ -129,6 +167,21 @@ class Objective:
         The streams are the same at every scoring.
         """
         return correct(model, x, y)
+
+    def measures(self, model: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Mapping[str, Tensor]:
+        """Further figures of validation rows, float or bool [B] by name, beside the score; the log has their means.
+
+        The streams are those of `score`.
+        """
+        return {}
+
+    def review(self, entry: Epoch, log: Sequence[Epoch]) -> Review:
+        """What there is to say of the epoch just trained and scored; `log` has the epochs before it.
+
+        The place for figures that were noted step by step, and to end a run. An error raised here leaves the
+        checkpoint of the epoch before.
+        """
+        return Review()
 
     def state(self) -> dict[str, Tensor]:
         """What must survive an interruption, as tensors by name."""
@@ -158,6 +211,8 @@ class Epoch:
     clean:   accuracy on the validation rows as they are, NaN likewise
     seconds: training and scoring
     lr:      learning rate of the last step
+    figures: what was measured beside them, by name: `tail_30_score`, the mean score of the weakest 30 % of the classes,
+             and what the objective adds
     """
 
     epoch: int
@@ -166,6 +221,19 @@ class Epoch:
     clean: float
     seconds: float
     lr: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Review:
+    """What an objective says of an epoch.
+
+    figures: for the log, by name; NaN where something was not measured
+    halt:    why training ends here, in words; empty where it goes on
+    """
+
+    figures: Mapping[str, float] = field(default_factory=dict)
+    halt: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,12 +244,14 @@ class Fit:
     last:       the weights after the last epoch
     log:        one entry per epoch
     best_epoch: the epoch whose weights `model` holds
+    halted:     why the objective ended the run before its last epoch; empty where it did not
     """
 
     model: TorchModel
     last: TorchModel
     log: tuple[Epoch, ...]
     best_epoch: int
+    halted: str = ""
 
     @property
     def best(self) -> Epoch:
@@ -218,6 +288,11 @@ def fit(
         raise BadModel(f"only torch models are trained here, got {type(model).__name__}")
     held = validation_rows(len(data), recipe.validation)
     _check(model, data, held)
+    if _single_rows(len(data) - held, recipe.batch_size) and _batch_statistics(model.module):
+        raise BadModel(
+            f"a batch of a single row (batch_size={recipe.batch_size}, {len(data) - held} training rows) and a model "
+            "with batch normalisation, which has no statistics of one row: choose a batch_size of at least 2"
+        )
     place = model.device if device is None else torch.device(device)
     run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held)
     with _own_randomness(place):
@@ -240,6 +315,15 @@ def _check(model: TorchModel, data: Data, held: int) -> None:
         raise BadInput(f"training data: {complaint}")
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise BadModel(f"{model.name} has no parameter that requires a gradient; nothing can be trained")
+
+
+def _single_rows(rows: int, batch_size: int) -> bool:
+    """Whether there is a batch of one row; one that is left over joins the batch before."""
+    return rows == 1 or batch_size == 1
+
+
+def _batch_statistics(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 @contextmanager
@@ -285,13 +369,14 @@ class _Run:
         self.model = model.copy()
         self.model.module.to(device)
         self.average = self.model.copy() if recipe.ema else None
-        self.optimizer = _optimizer(self.model.module, recipe)
         whole = data.x.numel() * data.x.element_size() <= RESIDENT
         self.x = data.x.to(device) if whole else data.x
         self.y = data.y.to(device) if whole else data.y
         seed = rng.at("rows").generator().initial_seed()
         self.streams = RowRng.from_ids(seed, [str(row) for row in range(len(data))], device)
+        self.passes = max(1, math.ceil(recipe.epochs / objective.replays))
         self.log: list[Epoch] = []
+        self.halted = ""
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
         self.best_score = -math.inf
@@ -304,26 +389,32 @@ class _Run:
     def play(self, progress: bool) -> Fit:
         recipe = self.recipe
         saved = self._saved()
-        if saved is None or saved[1]["epochs"] < recipe.epochs:
+        if saved is None or not self._finished(saved[1]):
             _seed(self.rng.at("torch", "prepare").generator(), self.device)
             self.model.module.eval()
             self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
+            self.optimizer = _optimizer(self.model.module, self.objective.parameters(), recipe)
         if saved is not None:
             self._restore(*saved)
-        with _bar(progress, recipe.epochs, self._batches_per_epoch()) as bar:
+        with _bar(progress, self.passes, self._batches_per_epoch()) as bar:
             bar.start(len(self.log))
-            for epoch in range(len(self.log) + 1, recipe.epochs + 1):
-                self._epoch(epoch, bar)
+            while len(self.log) < self.passes and not self.halted:
+                self._epoch(len(self.log) + 1, bar)
                 self._save()
         last = self.scored.copy()
         last.module.eval()
-        best = last
-        if self.best is not None and self.best_epoch != recipe.epochs:
-            best = last.copy()
+        best, chosen = last, len(self.log)
+        returns = recipe.select == "best" or (self.halted and self.objective.rolls_back)
+        if self.best is not None and returns and self.best_epoch != chosen:
+            best, chosen = last.copy(), self.best_epoch
             _fill(best.module, self.best)
         for one in (last, best):
             one.source = f"trained on {self.data.name}" if self.data.name else "trained by advkit"
-        return Fit(best, last, tuple(self.log), self.best_epoch)
+        return Fit(best, last, tuple(self.log), chosen, self.halted)
+
+    def _finished(self, progress: Mapping[str, Any]) -> bool:
+        """Whether a saved run has nothing left to train."""
+        return progress["epochs"] >= self.passes or bool(progress["halted"])
 
     def _batches(self, epoch: int) -> list[Tensor]:
         generator = self.rng.at("shuffle", epoch).generator()
@@ -351,64 +442,89 @@ class _Run:
         streams = self.streams.at("epoch", epoch)
         augment = AUGMENTATIONS[recipe.augment]
         batches = self._batches(epoch)
-        steps = recipe.epochs * len(batches)
+        replays = self.objective.replays
+        steps = self.passes * len(batches) * replays
         total = torch.zeros((), device=self.device)
         rate = recipe.lr
+        finite = _Finite(self.device)
         for number, chosen in enumerate(batches):
-            step = (epoch - 1) * len(batches) + number
-            rate = recipe.lr_at(step, steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
             x, y, rows = self._rows(chosen)
             own = streams.take(rows)
             if augment is not None:
                 x = augment(x, own.at("augment"))
-            module.train()
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
-                loss = self.objective.loss(self.model, x, y, rows, own.at("objective"))
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self.objective.stepped(self.model)
-            if self.average is not None:
-                _average(self.average.module, module, min(recipe.ema, (1 + step) / (10 + step)))
-            total += loss.detach() * len(rows)
+            for replay in range(replays):
+                step = ((epoch - 1) * len(batches) + number) * replays + replay
+                rate = recipe.lr_at(step, steps)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                module.train()
+                self.optimizer.zero_grad(set_to_none=True)
+                names = ("objective", replay) if replay else ("objective",)
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
+                    loss = self.objective.loss(self.model, x, y, rows, own.at(*names))
+                bad = finite.look(step, loss)
+                if bad is not None:
+                    self._diverged(bad, steps, epoch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+                self.objective.stepped(self.model)
+                if self.average is not None:
+                    _average(self.average.module, module, min(recipe.ema, (1 + step) / (10 + step)))
+                total += loss.detach() * len(rows)
             bar.advance()
-        mean = float(total) / (len(self.data) - self.held)
-        if not math.isfinite(mean):
-            raise UsageError(
-                f"training diverged: the mean loss of epoch {epoch} is {mean} at learning rate {rate:.3g}; lower lr"
-            )
+        bad = finite.first()
+        if bad is not None:
+            self._diverged(bad, steps, epoch)
+        mean = float(total) / (replays * (len(self.data) - self.held))
         score, clean = math.nan, math.nan
-        if self.held and (epoch % recipe.select_every == 0 or epoch == recipe.epochs):
-            score, clean = self._score()
+        figures: dict[str, float] = {}
+        if self.held and (epoch % recipe.select_every == 0 or epoch == self.passes):
+            score, clean, figures = self._score()
             if not math.isfinite(score):
                 raise UsageError(f"the validation score of epoch {epoch} is {score}; expected finite scores")
-        self.log.append(Epoch(epoch, mean, score, clean, time.perf_counter() - started, rate))
-        self._select(epoch, score)
+        entry = Epoch(epoch, mean, score, clean, time.perf_counter() - started, rate, figures)
+        review = self.objective.review(entry, tuple(self.log))
+        self.log.append(replace(entry, figures={**figures, **review.figures}))
+        self._select(epoch, score, review)
+        self.halted = review.halt
         bar.report(self.log[-1])
         log.debug("epoch %d: loss %.4f, score %.4f, clean %.4f", epoch, mean, score, clean)
 
-    def _select(self, epoch: int, score: float) -> None:
-        if self.recipe.select == "last" or not self.held:
+    def _diverged(self, step: int, steps: int, epoch: int) -> None:
+        rate = self.recipe.lr_at(step, steps)
+        kept = f"; the checkpoint of epoch {epoch - 1} stays in {self.out}" if self.out and epoch > 1 else ""
+        raise UsageError(
+            f"training diverged: the loss of step {step + 1} of {steps} (epoch {epoch}) is not finite at learning rate "
+            f"{rate:.3g}; lower lr{kept}"
+        )
+
+    def _select(self, epoch: int, score: float, review: Review) -> None:
+        if not self.held or (self.recipe.select == "last" and not self.objective.rolls_back):
             self.best_epoch = epoch
-        elif score > self.best_score:
+        elif score > self.best_score and (self.best is None or not review.halt):
+            # an epoch that ends the run is none to go back to, unless it is the first one
             self.best_score, self.best_epoch = score, epoch
             state = named_tensors(self.scored.module)
             self.best = {name: tensor.detach().clone() for name, tensor in state.items()}
 
-    def _score(self) -> tuple[float, float]:
-        """Mean score and clean accuracy over the validation rows."""
+    def _score(self) -> tuple[float, float, dict[str, float]]:
+        """Mean score, clean accuracy and further figures over the validation rows."""
         model, objective = self.scored, self.objective
         model.module.eval()
         streams = self.streams.at("validation")
         plain = type(objective).score is Objective.score
-        scores, cleans = [], []
+        scores, cleans, labels = [], [], []
+        further: dict[str, list[Tensor]] = {}
         for chosen in torch.split(torch.arange(self.held), max(256, self.recipe.batch_size)):
             x, y, rows = self._rows(chosen)
+            labels.append(y.cpu())
             scores.append(objective.score(model, x, y, rows, streams.take(rows)).detach().float().cpu())
             cleans.append(scores[-1] if plain else correct(model, x, y).cpu())
-        return float(torch.cat(scores).double().mean()), float(torch.cat(cleans).double().mean())
+            for name, each in objective.measures(model, x, y, rows, streams.take(rows)).items():
+                further.setdefault(name, []).append(each.detach().float().cpu())
+        figures = {name: _mean(each) for name, each in further.items()}
+        figures[TAIL_SCORE] = _tail(torch.cat(scores), torch.cat(labels))
+        return _mean(scores), _mean(cleans), figures
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -443,9 +559,16 @@ class _Run:
             )
         if metadata.get("seal") != _seal(tensors, metadata.get("progress", "")):
             raise CheckpointError(f"{path} is damaged; remove it and train again")
-        return tensors, json.loads(metadata["progress"])
+        with _readable(path):
+            return tensors, _progress(metadata["progress"], self.passes)
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        assert self.out is not None
+        with _readable(self.out / CHECKPOINT):
+            self._take(tensors, progress)
+        log.info("training goes on after epoch %d of %d", len(self.log), self.passes)
+
+    def _take(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
@@ -453,14 +576,15 @@ class _Run:
         _fill(self.model.module, groups["model"])
         if self.average is not None:
             _fill(self.average.module, groups["average"])
-        _load_optimizer(self.optimizer, groups.get("optimizer", {}))
+        if not self._finished(progress):  # else there was no need to prepare, and nothing steps any more
+            _load_optimizer(self.optimizer, groups.get("optimizer", {}))
         best = groups.get("best")
-        self.best = None if best is None else {name: tensor.to(self.device) for name, tensor in best.items()}
-        self.best_epoch = int(progress["best_epoch"])
-        self.best_score = -math.inf if progress["best_score"] is None else float(progress["best_score"])
-        self.log = [_entry(each) for each in progress["log"]]
+        if best is not None:
+            _check_weights(self.scored.module, best)
+            self.best = {name: tensor.to(self.device) for name, tensor in best.items()}
+        self.best_epoch, self.log, self.halted = progress["best_epoch"], progress["log"], progress["halted"]
+        self.best_score = -math.inf if progress["best_score"] is None else progress["best_score"]
         self.objective.load({name: tensor.to(self.device) for name, tensor in groups.get("objective", {}).items()})
-        log.info("training goes on after epoch %d of %d", len(self.log), self.recipe.epochs)
 
     def _save(self) -> None:
         if self.out is None:
@@ -473,16 +597,14 @@ class _Run:
             "objective": self.objective.state(),
         }
         tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
-        entries = [
-            {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(epoch).items()}
-            for epoch in self.log
-        ]
+        entries = log_entries(self.log)
         progress = canonical_json(
             {
                 "epochs": len(self.log),
                 "best_epoch": self.best_epoch,
                 "best_score": self.best_score if math.isfinite(self.best_score) else None,
                 "log": entries,
+                "halted": self.halted,
             }
         )
         metadata = {"format": FORMAT, "fingerprint": self.mark, "progress": progress, "seal": _seal(tensors, progress)}
@@ -490,25 +612,117 @@ class _Run:
         write_atomically(self.out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """CheckpointError where a training checkpoint does not hold the state of this training: a seal is no signature."""
+    try:
+        yield
+    except AdvkitError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} holds no state of this training ({first_line(error)}): remove it and train again"
+        ) from error
+
+
+def _progress(text: str, epochs: int) -> dict[str, Any]:
+    """How far a training is; ValueError and its kin where the text does not say it."""
+    read = read_object(text)
+    found = [_entry(each) for each in read["log"]]
+    if read["epochs"] != len(found) or not 1 <= len(found) <= epochs:
+        raise ValueError(f"it is after {len(found)} of {epochs} epochs")
+    if [each.epoch for each in found] != list(range(1, len(found) + 1)):
+        raise ValueError("its epochs are not in order")
+    best, score = read["best_epoch"], read["best_score"]
+    if type(best) is not int or not len(found) // epochs <= best <= len(found):  # the last epoch is always scored
+        raise ValueError(f"its best epoch is {best!r:.40}")
+    best_score = None if score is None else _number(score)
+    halted = read.get("halted", "")
+    if type(halted) is not str:
+        raise ValueError(f"it says {halted!r:.40} of why it ended")
+    return {"epochs": len(found), "log": found, "best_epoch": best, "best_score": best_score, "halted": halted}
+
+
 def _entry(written: Mapping[str, Any]) -> Epoch:
-    """JSON has no NaN: what was not measured is null there."""
-    values: dict[str, Any] = {key: math.nan if value is None else value for key, value in written.items()}
-    return Epoch(**values)
+    """The inverse of `log_entries`, for one epoch; figures came later than the rest."""
+    values: dict[str, Any] = {
+        key: value if key == "epoch" else _number(value) for key, value in written.items() if key != "figures"
+    }
+    figures = {key: _number(value) for key, value in dict(written.get("figures", {})).items()}
+    return Epoch(**values, figures=figures)
+
+
+def _number(value: Any) -> float:
+    """A number of the log; NaN for null, which is what was not measured."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r:.40} is no number")
+    return float(value)
+
+
+def log_entries(log: Sequence[Epoch]) -> list[dict[str, Any]]:
+    """The log as JSON values: null for what was not measured, since JSON has no NaN."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(each) for key, each in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [plain(asdict(epoch)) for epoch in log]
+
+
+def _mean(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).double().mean())
+
+
+def _tail(scores: Tensor, y: Tensor) -> float:
+    """Mean over the weakest 30 % of the classes of their mean scores."""
+    means = {label: float(scores[y == label].double().mean()) for label in sorted(set(y.tolist()))}
+    weak = weakest(means)
+    return sum(means[label] for label in weak) / len(weak)
+
+
+class _Finite:
+    """The first step whose loss was not finite; on an accelerator asked now and then, since asking means waiting."""
+
+    EVERY = 32
+
+    def __init__(self, device: torch.device) -> None:
+        self.every = 1 if device.type == "cpu" else self.EVERY
+        self.steps: list[int] = []
+        self.losses: list[Tensor] = []
+
+    def look(self, step: int, loss: Tensor) -> int | None:
+        """The first bad step where it is time to ask, else None."""
+        self.steps.append(step)
+        self.losses.append(loss.detach())
+        return self.first() if len(self.steps) >= self.every else None
+
+    def first(self) -> int | None:
+        """The first bad step among those not asked for yet."""
+        if not self.steps:
+            return None
+        bad = (~torch.isfinite(torch.stack(self.losses))).tolist()
+        steps, self.steps, self.losses = self.steps, [], []
+        return next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
 
 
 def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:
     return hashlib.sha256(f"{tensors_sha256(tensors.items())}|{progress}".encode()).hexdigest()
 
 
-def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    live = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in live if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in live if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def _optimizer(module: nn.Module, further: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = []
+    for parameters in (module.parameters(), further):
+        live = [parameter for parameter in parameters if parameter.requires_grad]
+        groups.append({"params": [p for p in live if p.dim() > 1], "weight_decay": recipe.weight_decay})
+        groups.append({"params": [p for p in live if p.dim() <= 1], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    if recipe.optimizer == "lars":
+        return LARS(groups, lr=recipe.lr, momentum=recipe.momentum)
     return torch.optim.Adam(groups, lr=recipe.lr)
 
 
@@ -528,13 +742,25 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     for name, tensor in tensors.items():
         place, _, key = name.partition("/")
         state.setdefault(int(place), {})[key] = tensor
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    kinds = {frozenset(held) for held in state.values()}
+    if not set(state) <= set(range(len(parameters))) or len(kinds) > 1:
+        raise ValueError("the optimiser's state is not that of these parameters")
+    for number, held in state.items():
+        if any(tensor.ndim and tensor.shape != parameters[number].shape for tensor in held.values()):
+            raise ValueError("the optimiser's state has other shapes than the parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    wanted = named_tensors(module)
-    if set(wanted) != set(tensors):
+def _check_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in named_tensors(module).items()}
+    if wanted != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
         raise CheckpointError("the training checkpoint's weights are not this model's; remove it and train again")
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    _check_weights(module, tensors)
+    wanted = named_tensors(module)
     with torch.no_grad():
         for name, tensor in tensors.items():
             wanted[name].copy_(tensor)

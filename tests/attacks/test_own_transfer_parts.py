@@ -1,4 +1,4 @@
-"""Own parts in transfer compositions, own models as sources, own attacks inside others, and what presets are made of."""
+"""Own parts in transfer compositions, own models as sources, own attacks inside others, and presets in full."""
 
 from __future__ import annotations
 
@@ -110,8 +110,15 @@ def test_models_are_sources_in_any_form() -> None:
 
 def test_sources_that_share_a_name_are_told_apart() -> None:
     one, other = net(1), net(2)
-    assert source_names((one, "zoo:a", other, TorchModel(one, name="a"))) == ("Sequential", "zoo:a", "Sequential-2", "a")
-    report = advkit.evaluate("pgd:steps=2", threat_model=Tapm(eps=0.2, sources=(one, other), attacks=("fgsm",)), **QUICK)
+    assert source_names((one, "zoo:a", other, TorchModel(one, name="a"))) == (
+        "Sequential",
+        "zoo:a",
+        "Sequential-2",
+        "a",
+    )
+    report = advkit.evaluate(
+        "pgd:steps=2", threat_model=Tapm(eps=0.2, sources=(one, other), attacks=("fgsm",)), **QUICK
+    )
     assert [entry["source"] for entry in report.attacks] == ["Sequential", "Sequential-2"]
     assert report.to_dict()["threat_model"]["details"]["sources"] == ["Sequential", "Sequential-2"]
     alone = figures("fgsm", Transfer(eps=0.2, sources=(other,), attacks_all=True))
@@ -145,7 +152,10 @@ def test_attacks_of_ones_own_stand_inside_others() -> None:
     assert accuracies[0] == accuracies[1]
     stream = {**QUICK, "n": 20}
     own = advkit.evaluate(Online(inner=Step(), k=3), **stream)  # type: ignore[arg-type]
-    assert own.metrics["stream_fool_rate"] == advkit.evaluate("online:inner=fgsm,k=3", **stream).metrics["stream_fool_rate"]
+    assert (
+        own.metrics["stream_fool_rate"]
+        == advkit.evaluate("online:inner=fgsm,k=3", **stream).metrics["stream_fool_rate"]
+    )
     spiking = {**QUICK, "n": 4, "model": "snn", "threat_model": "linf:eps=0.1"}
     assert (
         advkit.evaluate(Spiking(attack=Step()), **spiking).robust_accuracy  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from advkit.threat_models.goals.diverge import Diverge
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L1, L2, Linf
+from advkit.threat_models.sparse import L0
 
 
 def streams(rows):
@@ -189,7 +190,7 @@ def test_a_missing_package_is_named_with_its_extra(digits, monkeypatch, name):
 def test_robustbench_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "robustbench", None)
     monkeypatch.setitem(sys.modules, "robustbench.utils", None)
-    with pytest.raises(MissingExtra, match="pip install robustbench"):
+    with pytest.raises(MissingExtra, match=r"pip install robustbench 'setuptools<82'.*autoattack from github"):
         MODELS.build("robustbench:Standard")((3, 32, 32), 10, streams(1))
 
 
@@ -263,6 +264,8 @@ class TestFoolbox:
 
         with pytest.raises(UnknownName, match="LinfPGD"):
             run(Foolbox(name="LinfPDG"))
+        with pytest.raises(UnknownName, match="has no attack 'Attack'; did you mean 'GenAttack'"):
+            run(Foolbox(name="Attack"))
         with pytest.raises(UsageError, match="L2"):
             run(Foolbox(name="LinfPGD"), ball=L2(0.5))
         with pytest.raises(UsageError, match="rel_stepsize"):
@@ -271,6 +274,67 @@ class TestFoolbox:
             run(Foolbox(name="LinfPGD"), goal=Diverge(model(x[:4])))
         with pytest.raises(UsageError, match="bound"):
             run(Foolbox(name="LinfPGD"), ball=Linf(0.1, box=Box(torch.zeros(1, 8, 8), 1.0)))
+
+    @pytest.mark.parametrize("ball", [Linf(0.5), L2(3.0), L1(20.0)])
+    @pytest.mark.parametrize("name", ["InversionAttack", "BinarySearchContrastReductionAttack", "DatasetAttack"])
+    def test_a_free_distance_is_that_of_the_ball(self, digits, name, ball):
+        model, x, y = digits
+        x, y = x[:8], y[:8]
+        attack = Foolbox(name=name, access=Access.LABELS)
+        z = attack(MeteredOracle(model, 8, Access.LABELS), x, Untargeted(y), ball, streams(8))
+        foolbox = peer_package("foolbox")
+        norm = {"Linf": np.inf, "L2": 2, "L1": 1}[ball.norm]
+        theirs = getattr(foolbox.attacks, name)(distance=foolbox.distances.LpDistance(norm))
+        victim = foolbox.PyTorchModel(model.module, bounds=(0, 1), device="cpu")
+        seed = int(streams(8).at("peer").integers(2**31 - 1, torch.empty(8, 1))[0])
+        with foreign_randomness(seed):
+            if name == "DatasetAttack":
+                theirs.feed(victim, x)
+            points = theirs(victim, x, foolbox.Misclassification(y), epsilons=ball.eps)[1]
+        assert torch.equal(z, points)
+        assert ball.admits(z, x).all()
+        assert name != "DatasetAttack" or (ball.distance(z, x) > 0.3 * ball.eps).all()
+
+    def test_pointwise_has_no_argument_for_its_distance_and_gets_it(self, digits):
+        model, x, y = digits
+        attack = Foolbox(name="PointwiseAttack", access=Access.LABELS)
+        z = attack(MeteredOracle(model, 8, Access.LABELS), x[:8], Untargeted(y[:8]), L2(3.0), streams(8))
+        assert L2(3.0).admits(z, x[:8]).all()
+        assert (model(z).argmax(1) != y[:8]).float().mean() > 0.7
+
+    def test_l0_points_come_back_into_the_ball(self, digits):
+        model, x, y = digits
+        z = Foolbox(name="L0FMNAttack")(MeteredOracle(model, 16), x[:16], Untargeted(y[:16]), L0(2), streams(16))
+        assert L0(2).admits(z, x[:16]).all()
+        z = Foolbox(name="L0FMNAttack")(MeteredOracle(model, 16), x[:16], Untargeted(y[:16]), L0(12), streams(16))
+        assert (model(z).argmax(1) != y[:16]).float().mean() > 0.5
+
+    @pytest.mark.parametrize("ball", [Linf(0.3), L2(2.0)])
+    def test_a_constraint_is_the_norm_of_the_ball(self, digits, ball):
+        model, x, y = digits
+        settings = "steps=2,initial_gradient_eval_steps=20,max_gradient_eval_steps=50"
+        attack = Foolbox(name="HopSkipJumpAttack", settings=settings, access=Access.LABELS)
+        z = attack(MeteredOracle(model, 8, Access.LABELS), x[:8], Untargeted(y[:8]), ball, streams(8))
+        assert ball.admits(z, x[:8]).all()
+        assert (model(z).argmax(1) != y[:8]).float().mean() > 0.4
+        with pytest.raises(UsageError, match="this ball is L1"):
+            attack(MeteredOracle(model, 8, Access.LABELS), x[:8], Untargeted(y[:8]), L1(3.0), streams(8))
+
+    def test_a_goal_that_a_class_does_not_serve_is_refused(self, digits):
+        model, x, y = digits
+        attack = Foolbox(name="GenAttack", settings="steps=40", access=Access.SCORES)
+        targets = Targeted((y[:8] + 1) % 10)
+        z = attack(MeteredOracle(model, 8, Access.SCORES), x[:8], targets, Linf(0.4), streams(8))
+        assert targets.reached(model(z)).any()
+        with pytest.raises(UsageError, match="goal targeted alone"):
+            attack(MeteredOracle(model, 8, Access.SCORES), x[:8], Untargeted(y[:8]), Linf(0.4), streams(8))
+
+    @pytest.mark.filterwarnings("ignore:torch.meshgrid")
+    def test_points_moved_by_transformations_are_judged_in_the_ball(self, digits):
+        model, x, y = digits
+        attack = Foolbox(name="SpatialAttack", settings="max_translation=2", access=Access.LABELS)
+        z = attack(MeteredOracle(model, 8, Access.LABELS), x[:8], Untargeted(y[:8]), L2(0.5), streams(8))
+        assert L2(0.5).admits(z, x[:8]).all()
 
 
 class TestTorchAttacks:
@@ -301,7 +365,7 @@ class TestTorchAttacks:
         assert ball.admits(w, 2 * x - 1).all()
         assert ((w + 1) / 2 - z).abs().gt(1e-5).float().mean() < 0.02
 
-    def test_points_beyond_eps_of_an_attack_without_eps_are_no_finds(self, digits):
+    def test_points_beyond_eps_of_an_attack_without_eps_come_back_into_the_ball(self, digits):
         model, x, y = digits
         x, y = x[:12], y[:12]
         attack = TorchAttacks(name="DeepFool", settings="steps=20")
@@ -311,7 +375,7 @@ class TestTorchAttacks:
         z = attack(MeteredOracle(model, 12), x, Untargeted(y), L2(eps), streams(12))
         near = length <= eps
         assert torch.equal(z[near], free[near])
-        assert torch.equal(z[~near], x[~near])
+        assert torch.equal(z[~near], L2(eps).project(free[~near], x[~near]))
         assert 0 < int(near.sum()) < 12
 
     def test_its_own_seed_is_ours(self, digits):
@@ -342,6 +406,90 @@ class TestTorchAttacks:
         with pytest.raises(UsageError, match="target"):
             run(TorchAttacks(name="DeepFool"), goal=Targeted((y[:4] + 1) % 10))
 
+    def test_what_a_class_calls_its_radius_otherwise_gets_it(self, digits):
+        model, x, y = digits
+        wide = x[:8].repeat(1, 3, 1, 1)
+
+        def grey(z):
+            return model(z.mean(1, keepdim=True))
+
+        for name in ("PIFGSM", "PIFGSMPP"):
+            oracle = MeteredOracle(grey, 8)
+            z = TorchAttacks(name=name)(oracle, wide, Untargeted(y[:8]), Linf(0.3), streams(8))
+            assert Linf(0.3).admits(z, wide).all()
+            assert (z - wide).abs().amax() > 0.29  # the class's own default is 16/255
+            assert (grey(z).argmax(1) != y[:8]).float().mean() > 0.7
+            with pytest.raises(UsageError, match="three channels"):
+                TorchAttacks(name=name)(MeteredOracle(model, 8), x[:8], Untargeted(y[:8]), Linf(0.3), streams(8))
+            told = TorchAttacks(name=name, settings="max_epsilon=0.1")
+            with pytest.raises(UsageError, match="max_epsilon come from the threat model"):
+                told(MeteredOracle(grey, 8), wide, Untargeted(y[:8]), Linf(0.3), streams(8))
+
+    def test_step_sizes_follow_eps(self, digits):
+        """With its 2/255 the class could not cross a ball of 0.4 in ten steps; a step of its own is kept."""
+        model, x, y = digits
+        x, y = x[:16], y[:16]
+        theirs = peer_package("torchattacks").PGD
+
+        def run(settings, eps):
+            attack = TorchAttacks(name="PGD", settings=f"random_start=false,{settings}")
+            return attack(MeteredOracle(model, 16), x, Untargeted(y), Linf(eps), streams(16))
+
+        assert torch.equal(run("steps=3", 0.4), theirs(model.module, 0.4, 0.1, 3, False)(x, y))
+        assert torch.equal(run("steps=3", 8 / 255), theirs(model.module, steps=3, random_start=False)(x, y))
+        assert torch.equal(run("steps=3,alpha=0.02", 0.4), theirs(model.module, 0.4, 0.02, 3, False)(x, y))
+
+    def test_fab_aims_at_no_class_and_says_so(self, digits):
+        model, x, y = digits
+        with pytest.raises(UsageError, match="fab-t"):
+            TorchAttacks(name="FAB")(MeteredOracle(model, 4), x[:4], Targeted((y[:4] + 1) % 10), Linf(0.1), streams(4))
+
+    def test_the_number_of_classes_is_the_models(self, digits, monkeypatch):
+        """The class's default is 10, whatever the model."""
+        model, x, y = digits
+        got = []
+
+        class Counting(peer_package("torchattacks").APGDT):
+            def __init__(self, model, norm="Linf", eps=0.1, steps=2, seed=0, n_classes=10):
+                got.append(n_classes)
+                super().__init__(model, norm=norm, eps=eps, steps=steps, seed=seed, n_classes=n_classes)
+
+        monkeypatch.setattr(peer_package("torchattacks"), "APGDT", Counting)
+        kept = (y < 4).nonzero().squeeze(1)[:6]
+        oracle = MeteredOracle(lambda z: model(z)[:, :4], 6)
+        TorchAttacks(name="APGDT")(oracle, x[kept], Untargeted(y[kept]), Linf(0.3), streams(6))
+        assert got == [4]
+
+    @pytest.mark.parametrize("name", sorted(TorchAttacks.refused))
+    def test_what_can_not_be_run_is_refused_with_the_reason(self, digits, name):
+        model, x, y = digits
+        assert hasattr(peer_package("torchattacks"), name)
+        with pytest.raises(UsageError, match="can't be run here: it"):
+            TorchAttacks(name=name)(MeteredOracle(model, 4), x[:4], Untargeted(y[:4]), Linf(0.1), streams(4))
+
+
+def test_a_package_that_one_attack_needs_besides_is_named_with_the_extra(digits, monkeypatch):
+    class Needy:
+        def __init__(self, model, eps=0.1):
+            raise ImportError("No module named 'numba'")
+
+    package = ModuleType("torchattacks")
+    package.Needy = Needy
+    monkeypatch.setitem(sys.modules, "torchattacks", package)
+    model, x, y = digits
+    with pytest.raises(MissingExtra, match=r"numba.*advkit\[torchattacks\]"):
+        TorchAttacks(name="Needy")(MeteredOracle(model, 4), x[:4], Untargeted(y[:4]), Linf(0.1), streams(4))
+
+
+def test_who_hands_over_float64_is_answered_in_the_victims_own_type(digits):
+    model, x, _ = digits
+    oracle = MeteredOracle(model, 4)
+    leaf = x[:4].double().requires_grad_()
+    answer = oracle.differentiable(x[:4])(leaf)
+    assert torch.equal(answer, model(x[:4]))
+    answer.sum().backward()
+    assert leaf.grad.dtype == torch.float64
+
 
 class TestART:
     @pytest.fixture(autouse=True)
@@ -371,6 +519,39 @@ class TestART:
         attack = ART(name="ProjectedGradientDescent", settings="max_iter=30,eps_step=0.05")
         z = attack(MeteredOracle(model, 16), x[:16], goal, Linf(0.4), streams(16))
         assert goal.reached(model(z)).float().mean() > 0.8
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "ball", "least"),
+        [
+            ("SaliencyMapMethod", "", L0(30), 0.4),  # labels to leave would be taken for classes to reach
+            ("SimBA", "max_iter=200", L2(3.0), 0.2),  # probabilities, one row at a time
+            ("VirtualAdversarialMethod", "max_iter=2,finite_diff=1/1000", L2(3.0), 0.2),
+            ("BasicIterativeMethod", "max_iter=10", Linf(0.02), 0.0),  # its step of 0.1 would be larger than eps
+            ("CarliniL0Method", "max_iter=5,binary_search_steps=2", L0(40), 0.0),
+        ],
+    )
+    def test_what_single_classes_want(self, digits, name, settings, ball, least):
+        model, x, y = digits
+        z = ART(name=name, settings=settings)(MeteredOracle(model, 10), x[:10], Untargeted(y[:10]), ball, streams(10))
+        assert ball.admits(z, x[:10]).all()
+        assert (model(z).argmax(1) != y[:10]).float().mean() >= least
+
+    def test_classes_to_reach_are_handed_over(self, digits):
+        model, x, y = digits
+        goal = Targeted((y[:10] + 1) % 10)
+        z = ART(name="SaliencyMapMethod")(MeteredOracle(model, 10), x[:10], goal, L0(40), streams(10))
+        assert goal.reached(model(z)).float().mean() > 0.3
+        with pytest.raises(UsageError, match="goal targeted"):
+            ART(name="TargetedUniversalPerturbation")(
+                MeteredOracle(model, 4), x[:4], Untargeted(y[:4]), Linf(0.1), streams(4)
+            )
+
+    @pytest.mark.parametrize("name", sorted(ART.refused))
+    def test_what_can_not_be_run_is_refused_with_the_reason(self, digits, name):
+        model, x, y = digits
+        assert hasattr(peer_package("art.attacks.evasion"), name)
+        with pytest.raises(UsageError, match="can't be run here: it"):
+            ART(name=name)(MeteredOracle(model, 4), x[:4], Untargeted(y[:4]), Linf(0.1), streams(4))
 
 
 def test_the_harness_judges_what_the_package_returns(digits, tmp_path, monkeypatch):

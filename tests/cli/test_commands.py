@@ -450,7 +450,7 @@ def numbers(value: Any) -> list[float]:
 def test_leaderboard_of_a_folder(advkit: Any, two_runs: tuple[str, str]) -> None:
     said = advkit("leaderboard", "all")
     assert said.code == 0
-    assert "2 reports in 1 ranking" in said.out
+    assert "2 lines in 1 ranking, of 2 reports" in said.out
     for name in ("leaderboard.html", "leaderboard.md", "leaderboard.json"):
         assert (Path("all") / name).stat().st_size > 0
     page = Path("all/leaderboard.html").read_text()

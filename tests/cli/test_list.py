@@ -144,6 +144,7 @@ def test_compositions_work_as_their_presets_do() -> None:
     [
         ("foolbox", {"linf": "LinfPGD", "l2": "L2PGD", "l1": "SparseL1DescentAttack"}),
         ("torchattacks", {"linf": "PGD", "l2": "PGDL2", "l0": "OnePixel"}),
+        ("art", {"linf": "BasicIterativeMethod", "l2": "DeepFool", "l0": "CarliniL0Method"}),
     ],
 )
 def test_peers_take_balls_and_labels_or_targets(package: str, attacks: dict[str, str]) -> None:
@@ -155,14 +156,6 @@ def test_peers_take_balls_and_labels_or_targets(package: str, attacks: dict[str,
     first = ATTACKS.build(f"{package}:{attacks['linf']}")
     assert {goal for goal in ON_CLASSES if refusal(first, victim(""), "linf", goal) is None} == {*known["goals"]}
     assert refusal(first, victim(""), "minimum-l2", "untargeted") is not None
-
-
-def test_art_has_no_l0(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert facts("attacks", ATTACKS.target("art"))["norms"] == ("linf", "l2", "l1")
-    monkeypatch.setattr("advkit.attacks.peers.peer_package", lambda name: None)  # refused before it is needed
-    refused = refusal(ATTACKS.build("art:PixelAttack"), victim(""), "l0", "untargeted")
-    assert refused is not None
-    assert "knows no L0 ball" in refused
 
 
 # --- of other parts
@@ -345,7 +338,8 @@ def test_access_norm_and_task_filter_what_is_listed(advkit: Any) -> None:
     assert listed(advkit("list", "attacks", "--access", "gradients")) == {*ATTACKS.names()}
     l0 = listed(advkit("list", "attacks", "--norm", "L0"))
     assert {"pgd", "fgsm"} <= l0
-    assert not {"apgd-ce", "square", "art:"} & l0
+    assert {"art:", "foolbox:", "torchattacks:"} <= l0
+    assert not {"apgd-ce", "square"} & l0
     assert listed(advkit("list", "attacks", "--for", "digits-dvs")) == {"sda", "topk_grad", "random_flips"}
     assert listed(advkit("list", "attacks", "--for", "prompts:set=general")) == {
         "beast", "gcg", "random_suffix", "sampled_suffix",

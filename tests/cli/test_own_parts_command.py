@@ -135,8 +135,9 @@ def test_a_matrix_of_ones_own_parts(mine: Any) -> None:
         "from advkit.attacks.transfer.engine import Smooth\nclass Half(Smooth):\n"
         "    def __call__(self, gradient):\n        return gradient / 2\n"
     )
-    asked = ("matrix", "--task", "python:own_parts:rows", "--n", 12, "--seeds", 1, "--budget", "none", "--device", "cpu", "--eps", 0.2,
-             "--sources", "zoo:digits-public-mlp", "--attacks", attacks, "--cache", "kept", "--out", "matrix", "--json",
+    asked = ("matrix", "--task", "python:own_parts:rows", "--n", 12, "--seeds", 1, "--budget", "none", "--device",
+             "cpu", "--eps", 0.2, "--sources", "zoo:digits-public-mlp", "--attacks", attacks, "--cache", "kept",
+             "--out", "matrix", "--json",
              "--targets", "python:own_parts:Levels@zoo:digits-mlp,zoo:digits-mlp")  # fmt: skip
     said = mine(*asked)
     assert said.code == 0, said.err

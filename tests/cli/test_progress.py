@@ -36,3 +36,16 @@ def test_a_sample_of_a_grid_is_robust_while_no_cell_breaks_it():
     assert told(bars) == (2, 4, "robust accuracy so far 50.0 %")
     bars.watch("case", case, [Record(id="b", attack="fgsm", source="zoo:y", outcome=Outcome.ROBUST)], 4)
     assert told(bars) == (3, 4, "robust accuracy so far 50.0 %")
+
+
+def test_a_sample_that_is_wrong_when_clean_is_not_robust_under_a_target():
+    bars = Bars(hidden=True)
+    case = SimpleNamespace(label=Label("pgd"))
+    rows = [
+        Record(id="a", attack="pgd", outcome=Outcome.ROBUST, label=1, clean=1),
+        Record(id="b", attack="pgd", outcome=Outcome.ROBUST, label=1, clean=2, notes=("clean_wrong",)),
+        Record(id="c", attack="pgd", outcome=Outcome.WRONG, label=1, clean=1),  # of the target's own class
+        Record(id="d", attack="pgd", outcome=Outcome.WRONG, label=1, clean=0),
+    ]
+    bars.watch("case", case, rows, 4)
+    assert told(bars) == (4, 4, "robust accuracy so far 50.0 %")

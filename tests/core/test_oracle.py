@@ -53,13 +53,40 @@ def test_a_row_held_several_times_pays_several_times() -> None:
 def test_one_bad_answer_among_a_rows_copies_is_remembered(bad: float, place: int) -> None:
     index = torch.tensor([1, 3, 1, 1])
     x = torch.rand(4, 6)
-    x[place, 2] = bad
+    x[place, 2] = -7.0
     for ask in ("call", "gradient"):
-        oracle = MeteredOracle(Scripted(), 5)
+        oracle = MeteredOracle(lambda z: Scripted()(torch.where(z == -7.0, torch.tensor(bad), z)), 5)
         view = oracle.take(index)
         for z in (torch.rand(4, 6), x, torch.rand(4, 6)):
             view(z) if ask == "call" else view.gradient(z, untargeted(4))
         assert oracle.meter.non_finite.nonzero().flatten().tolist() == [int(index[place])]
+        assert not oracle.meter.asked_non_finite.any()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("ask", ["call", "gradient", "module"])
+@pytest.mark.parametrize("of", [None, [0, 1, 2, 2, 3]])
+def test_who_asks_about_nan_is_at_fault_for_what_comes_back(bad: float, ask: str, of: list[int] | None) -> None:
+    """A row's input, not its answer, is what was bad; the other rows and the steps before say nothing of it."""
+    origin = torch.rand(4, 6)
+    oracle = MeteredOracle(Scripted(), 4)
+    module = oracle.differentiable(origin)
+    where = None if of is None else torch.tensor(of)
+    good = origin if where is None else origin[where]
+    asked = good.clone()
+    asked[2, 4] = bad
+    for x in (good, asked, good):
+        if ask == "call":
+            oracle(x, where)
+        elif ask == "gradient":
+            oracle.gradient(x, untargeted(len(x)), where)
+        else:
+            leaf = x.clone().requires_grad_()
+            (module(leaf) ** 2).sum().backward()
+            assert torch.isfinite(leaf.grad).all()
+    assert oracle.meter.asked_non_finite.tolist() == [False, False, True, False]
+    assert not oracle.meter.non_finite.any()
+    assert not oracle.meter.zero_gradient.any()
 
 
 def test_zero_and_infinite_gradients_of_copies() -> None:

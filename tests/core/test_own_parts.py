@@ -18,7 +18,7 @@ from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models import GOALS, JUDGES, THREAT_MODELS
 
-SOURCE = '''
+SOURCE = """
 from dataclasses import dataclass
 import functools
 import torch
@@ -92,7 +92,7 @@ def rows():
 class Half(Smooth):
     def __call__(self, gradient):
         return gradient / 2
-'''
+"""
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_what_is_built_is_what_was_named(mine: str) -> None:
 
 
 def test_objects_keep_their_labels(mine: str) -> None:
-    """A part that was handed over is no `python:` spec, whatever was loaded before: run folders know it by its label."""
+    """A part that was handed over is no `python:` spec, whatever was loaded before: its label is what folders know."""
     part = ATTACKS.build(f"{mine}:Ray,points=3")
     assert ATTACKS.label(part) == ATTACKS.label(part, part) == "Ray:points=3"
 

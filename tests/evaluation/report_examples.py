@@ -27,6 +27,8 @@ def records(outcomes: Mapping[str, Sequence[Outcome]], first: int = 0, classes: 
             clean=(first + i + (outcome is W)) % classes,
             adversarial=(first + i + (outcome in (W, B))) % classes,
             reached=outcome in (W, B),
+            forwards=0 if outcome is W else 40,
+            backwards=0 if outcome is W else 40,
         )
         for attack, column in outcomes.items()
         for i, outcome in enumerate(column)

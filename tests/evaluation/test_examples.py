@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_victim_answers_them_as_the_records_say(name: str, tmp_path: Path) -> None:
-    """Whoever asks the model again gets the verdict; from memory, from the run and from its folder they are the same."""
+    """Whoever asks the model again gets the verdict; memory, the run and its folder hold the same."""
     settings = CASES[name]
     memory = advkit.evaluate(beside=False, **settings).adversarial()
     run = advkit.evaluate(beside=False, out=tmp_path / "run", **settings)
@@ -111,5 +111,11 @@ def test_a_random_victims_companion_has_clean_answers_of_its_own() -> None:
     """They are drawn apart, so what stands beside may start from other samples; the report is valid all the same."""
     for seed in (5, 6, 8):
         advkit.evaluate(
-            "pgd:steps=2,eot=2", defense="random-resize:smallest=0.5", task="digits", n=6, draws=2, seed=seed, device="cpu"
+            "pgd:steps=2,eot=2",
+            defense="random-resize:smallest=0.5",
+            task="digits",
+            n=6,
+            draws=2,
+            seed=seed,
+            device="cpu",
         )

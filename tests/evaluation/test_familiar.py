@@ -88,7 +88,11 @@ def test_what_is_recommended_is_there() -> None:
     assert len(named) == len(set(named))
     for spec in named:
         ATTACKS.build(spec)
-    for package, home in (("foolbox", "foolbox.attacks"), ("torchattacks", "torchattacks"), ("art", "art.attacks.evasion")):
+    for package, home in (
+        ("foolbox", "foolbox.attacks"),
+        ("torchattacks", "torchattacks"),
+        ("art", "art.attacks.evasion"),
+    ):
         try:
             module = __import__(home, fromlist=["attacks"])
         except ImportError:
@@ -304,4 +308,6 @@ def test_a_keyword_that_there_is_not(keyword: str, words: str) -> None:
 
 def test_numpy_arrays_are_a_task_as_before() -> None:
     task = (np.asarray(X), np.asarray(Y))
-    assert advkit.evaluate("fgsm", task=task, model=lambda x: x.flatten(1)[:, :6], device="cpu").clean_accuracy is not None
+    assert (
+        advkit.evaluate("fgsm", task=task, model=lambda x: x.flatten(1)[:, :6], device="cpu").clean_accuracy is not None
+    )

@@ -533,11 +533,68 @@ def test_saved_loaded_and_refused(made: tuple[Matrix, Path], tmp_path: Path) -> 
         lambda d: d["cells"][0]["acc"].update(value=0.123),
         lambda d: d["cells"][0]["asr_all"]["counts"][0].__setitem__(0, 39),
         lambda d: d["summary"][CNN_B]["overall"]["union"].update(value=1.0),
+        lambda d: d["summary"].pop(CNN_B),
+        lambda d: d["summary"][CNN_B]["by_attack"].pop(TWO[0]),
+        lambda d: d["summary"][CNN_B]["by_source"].update(x=None),
+        lambda d: d["summary"][CNN_B]["by_group"].update(x=None),
+        lambda d: d["summary"][CNN_B]["overall"]["best"].update(a="x"),
+        lambda d: d["summary"][CNN_B]["overall"]["avg"].update(range=None),
+        lambda d: d["noise"][0].update(t="x"),
+        lambda d: d["cells"][0].update(s="x"),
+        lambda d: d["cells"][0]["acc"]["counts"][0].__setitem__(1, 2**60),
+        lambda d: d["targets"][0]["clean"]["counts"][0].__setitem__(0, 10**6),
+        lambda d: d.update(similarity={"pairs": [["a", "b"]], "cosine": []}),
     ):
         broken = json.loads(json.dumps(data))
         change(broken)
         with pytest.raises(ReportError):
             Matrix.from_dict(broken)
+
+
+def test_nothing_of_a_matrix_steers_a_terminal(made: tuple[Matrix, Path]) -> None:
+    """Every text of a stranger's matrix that its page shows is printable."""
+    steering = "\x1b[31m\x9b2J\u202e\u2028"
+    data = json.loads(json.dumps(made[0].to_dict()).replace(json.dumps(CNN_B)[1:-1], "zoo:odd"))
+    text = json.dumps(data).replace("zoo:odd", "zoo:odd" + json.dumps(steering)[1:-1])
+    data = json.loads(text)
+    data |= {"command": "advkit " + steering, "goal": "untargeted" + steering}
+    shown = [
+        Matrix.from_dict(data).markdown(),
+        Matrix.from_dict(data).markdown(brief=True),
+        repr(Matrix.from_dict(data)),
+    ]
+    assert any("zoo:odd" in page for page in shown)
+    for page in shown:
+        assert not set(page) & set("\x1b\x9b\u202e\u2028")
+
+
+@pytest.mark.parametrize("what", ["images", "answers"])
+@pytest.mark.parametrize("content", [b"", b"no safetensors", (1 << 62).to_bytes(8, "little") + b"{}", None])
+def test_stored_images_and_answers_that_are_damaged_are_one_line(
+    what: str, content: bytes | None, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    asked: dict[str, Any] = {
+        "sources": [MLP],
+        "attacks": TWO[:1],
+        "targets": [CNN_B],
+        "n": 4,
+        "seeds": 1,
+        "equal_budget": None,
+    }
+    small(tmp_path, **asked)
+    file = sorted((tmp_path / what).rglob("*.safetensors"))[0]
+    if content is None:  # a file of the kind, of other rows
+        wrong = {name: tensor[:2].contiguous() for name, tensor in load_file(file).items()}
+        save_file(wrong, file, metadata={"key": "x", "ids": "[]", "seconds": "nan"})
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match="delete it") as told:
+        small(tmp_path, **asked)
+    assert "\n" not in str(told.value)
+    file.unlink()
+    small(tmp_path, **asked)
 
 
 @pytest.mark.parametrize(

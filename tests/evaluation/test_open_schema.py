@@ -45,6 +45,6 @@ def test_the_run_ends_in_a_report_that_opens_and_ranks(folder: Path, capsys: pyt
     assert report.threat == "perceptual eps=0.2, bewilder.v2, insider"
     assert report.metrics["attack_success_rate"]["numerator"] > 0
     (group,) = boards.scan(folder).groups
-    assert (group.norm, group.entries[0].rank) == ("LPIPS-alex", 1)
+    assert (group.norm, group.victims[0].rank) == ("LPIPS-alex", 1)
     assert run(["show", str(folder)]) == 0
     assert "bewilder.v2" in capsys.readouterr().out

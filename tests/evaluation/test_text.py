@@ -181,21 +181,27 @@ def test_figures_of_the_report_follow_from_the_model(task, lm, tmp_path):
     assert metrics["suffix_tokens"] == {"value": 3.0, "n": 7}
     assert metrics["retokenizing_share"]["value"] == 1.0  # words apart by blanks always survive
     names = {"refusal", "exact"}
+    refused = metrics["clean_refusal"]["numerator"]
+    assert 0 < refused < 7
     for name in names:
         for voice in ("asr", "asr_clean"):
             once, ever = metrics[f"{name}_{voice}_at_1"], metrics[f"{name}_{voice}_any_of_4"]
-            assert once["denominator_kind"] == "prompts"
+            counted = 7 if voice == "asr_clean" else refused
+            assert once["denominator_kind"] == ("prompts" if voice == "asr_clean" else "refused_when_clean")
             assert once["numerator"] <= ever["numerator"]
-            assert once["denominator"] == ever["denominator"] == 7
+            assert once["denominator"] == ever["denominator"] == counted
             assert metrics[f"{name}_{voice}_mean"]["value"] <= ever["value"] + 1e-12
     for record in records:
+        held = record.figures
         for name in names:
-            held = record.figures
+            if not held["clean_refusal"]:
+                assert not {f"{name}_asr_greedy", f"{name}_asr_at_1", f"{name}_asr_mean"} & held.keys()
+                continue
             assert held[f"{name}_asr_at_1"] <= held[f"{name}_asr_any_of_4"]
             assert (held[f"{name}_asr_mean"] > 0) == held[f"{name}_asr_any_of_4"]
         assert held["clean_refusal"] is not held["refusal_asr_clean_greedy"]
         # The verdict's exact target is the greedy judge's, by another road: its tokens against its text.
-        assert held["exact_asr_greedy"] == record.reached
+        assert held.get("exact_asr_greedy", record.reached) == record.reached
     assert metrics["clean_refusal"]["numerator"] == 7 - metrics["refusal_asr_clean_greedy"]["numerator"]
 
 
@@ -223,11 +229,12 @@ def test_words_and_cards_of_the_report(task, lm, tmp_path):
     assert cost["tokens"] > 0
     text = " ".join(" ".join(line for line, _ in report.full()).split())
     for words in (
-        "target not said", "exact target", "target NLL before", "target NLL after", "benign accuracy", "clean refusal",
+        "target not said", "exact target", "target NLL before", "target NLL after", "benign prompts answered",
+        "refused when clean",
         "refusal ASR at 1", "refusal ASR any of 4", "refusal ASR mean", "forward passes per attacked sample",
         "tokens per attacked sample",
         "suffix tokens", "retokenizing share", "suffix log probability", "empty replies", "suffix of 3 tokens",
-        "robust to every judge",
+        "strictest judge", "exact judge says broken", "robust accuracy all judges",
     ):  # fmt: skip
         assert words in text, words
     for words in ("class held", "8 bits", "DLR"):
@@ -240,9 +247,11 @@ def test_silence_is_seen(task, lm, tmp_path, monkeypatch):
         type(lm), "generate", lambda self, x, samples, *args, **more: [[""] * samples for _ in range(len(x))]
     )
     report = api.evaluate(Draws(), "none", task, lm, "suffix:n=3", JUDGED, device="cpu", out=tmp_path)
-    assert report.metrics["refusal_asr_at_1"]["value"] == 1.0
-    assert report.metrics["empty_replies"]["value"] == 1.0
-    assert report.metrics["exact_asr_at_1"]["value"] == 0.0
+    assert report.metrics["empty_replies"]["value"] == report.metrics["no_language_greedy"]["value"] == 1.0
+    # Silence is no refusal and no success: there is nothing to count.
+    assert report.metrics["clean_refusal"]["value"] == report.metrics["refusal_asr_clean_greedy"]["value"] == 0.0
+    assert "refusal_asr_at_1" not in report.metrics
+    assert {"garbled_replies", "not_refused_clean"} <= {flag["id"] for flag in report.flags}
 
 
 def test_mistakes_are_refused_before_anything_is_spent(task, lm, digits, digits_model):

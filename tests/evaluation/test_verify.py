@@ -14,7 +14,7 @@ import pytest
 import advkit
 from advkit.core.errors import ReportError
 from advkit.evaluation.report import Report
-from advkit.evaluation.report.leaderboard import scan
+from advkit.evaluation.report.leaderboard import html_of, markdown_of, scan
 from advkit.evaluation.report.verify import records_file, verify
 from advkit.evaluation.stats import rate
 
@@ -90,9 +90,13 @@ def _swap_classes(data: dict[str, Any]) -> None:
 EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "accuracy": _raise,
     "classes": _swap_classes,
+    "tail": lambda d: d["metrics"]["tail_30_accuracy"].update(value=0.5),
+    "worst class": lambda d: d["metrics"]["worst_class_accuracy"].update(value=1.0, numerator=3, denominator=3),
     "eps": lambda d: d["threat_model"].update(eps=0.3),
     "norm": lambda d: d["threat_model"].update(norm="L2"),
     "knowledge": lambda d: d["threat_model"].update(knowledge="black_box"),
+    "access": lambda d: d["threat_model"]["attacker"].update(access="black_box_score"),
+    "access of one attack": lambda d: d["attacks"][0].update(access="black_box_score"),
     "attack": lambda d: d["attacks"][0].update(name="autoattack"),
     "protocol": lambda d: d["protocol"].update(name="autoattack-standard"),
     "cost": lambda d: d["attacks"][0]["cost"].update(forward=10**6),
@@ -114,10 +118,11 @@ def test_an_edit_is_noticed(name: str, single: Path) -> None:
     report = edited(single, EDITS[name])
     assert verify(report).faults
     board = scan(single.parent)
-    marks = [entry.verified for group in board.groups for entry in group.entries]
-    assert [mark.partition(":")[0] for mark in marks] == ["no"]
-    assert "| no:" in board.to_markdown()
-    assert ">no</span>" in board.to_html(single.parent)
+    (victim,) = (victim for group in board.groups for victim in group.victims)
+    assert [attack.verified.partition(":")[0] for attack in victim.attacks] == ["no"]
+    assert (victim.rank, victim.verified.partition(":")[0]) == (None, "no")
+    assert "| no:" in markdown_of(board)
+    assert ">no</span>" in html_of(board, single.parent)
 
 
 def test_an_edited_record_is_noticed_though_the_hash_was_made_anew(single: Path) -> None:
@@ -181,7 +186,7 @@ def test_nothing_of_a_report_steers_a_terminal(single: Path) -> None:
     board = scan(single.parent)
     shown = [repr(report), str(report), report.verdict(), report.title, report.threat, report._repr_html_()]
     shown += [line for line, _ in [*report.brief(), *report.full()]]
-    shown += [report.to_json(), board.to_json(), board.to_markdown(), board.to_html(single.parent)]
+    shown += [report.to_json(), board.to_json(), markdown_of(board), html_of(board, single.parent)]
     shown += [str(flag) for flag in report.flags] + [*verify(report).faults]
     assert len(board) == 1
     for text in shown:

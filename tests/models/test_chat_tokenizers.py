@@ -8,8 +8,10 @@ from datetime import datetime
 import pytest
 import torch
 
+import advkit
 from advkit.core.errors import BadInput, BadModel, CheckpointError, MissingExtra
 from advkit.core.rng import RowRng
+from advkit.evaluation.run.store import read_records
 from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.testing.language import transcript
@@ -47,6 +49,23 @@ def byte_level(template=CHATML, special=True):
     inner = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     inner.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=special)
     inner.chat_template = template
+    return inner
+
+
+def with_gaps():
+    """Numbers that stand for no token, between those that do and below the marks of the template."""
+    from tokenizers import Tokenizer
+
+    whole = byte_level()
+    state = json.loads(whole.backend_tokenizer.to_str())
+    moved = {token: index + (30 if index >= 100 else 0) for token, index in state["model"]["vocab"].items()}
+    last = max(moved.values())
+    for place, token in enumerate(state["added_tokens"]):
+        token["id"] = moved.setdefault(token["content"], last + 50 + place)
+    state["model"]["vocab"] = moved
+    backend = Tokenizer.from_str(json.dumps(state))
+    inner = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    inner.chat_template = CHATML
     return inner
 
 
@@ -285,3 +304,32 @@ def test_models_with_a_state_have_the_scores_of_the_library(kind):
         with torch.no_grad():
             assert int(model(torch.tensor([written]), use_cache=False).logits[0, -1, : lm.limit].argmax()) == token
         written.append(token)
+
+
+def test_ids_with_gaps(tmp_path):
+    """Legal ids go up to the largest, and numbers that stand for no token are nobody's to send."""
+    inner = with_gaps()
+    largest = max(inner.get_vocab().values())
+    assert largest + 1 > len(inner) + 50
+    tokenizer = ChatTokenizer(inner)
+    assert tokenizer.vocabulary == largest + 1
+    gaps = set(range(largest + 1)) - set(inner.get_vocab().values())
+    assert gaps <= tokenizer.special
+    assert not gaps & tokenizer.printable
+    assert max(tokenizer.after) == largest  # the template's own mark lies behind the gap
+    network = llama(largest + 1)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "Write a poem", "target": "the end"}) + "\n")
+    for attack in ("random_suffix:evaluations=8,length=3", "gcg:steps=2,width=8,topk=8,length=3"):
+        model = from_transformers(network, inner, name="gaps")
+        report = advkit.evaluate(
+            attack,
+            task=f"prompts:file={file},room=16",
+            model=model,
+            threat_model="suffix:n=6",
+            n=1,
+            out=tmp_path / attack[:3],
+        )
+        (record,) = read_records(tmp_path / attack[:3] / "records.jsonl")
+        assert record.outcome in ("robust", "broken"), record
+        assert report.to_dict()["dataset"]["n_evaluated"] == 1

@@ -195,7 +195,7 @@ def test_the_defense_that_a_file_tells_runs_no_code(genuine: Path) -> None:
     told = {"seed": 1, "defense": "pubdef:attack=[python:leaves_a_mark:make]"}
     file = forged(genuine, extra=json.dumps(told))
     task = Arrays(torch.rand(6, *SHAPE), torch.arange(6) % 3)
-    with pytest.raises(CheckpointError, match="python:leaves_a_mark:make.*name that defense yourself"):
+    with pytest.raises(CheckpointError, match=r"python:leaves_a_mark:make.*name that defense yourself"):
         protected(f"path:{file}", "pubdef", task)
     assert not Path("MARK").exists()
     honest = forged(genuine, extra=json.dumps({"seed": 1, "defense": "pgd_at:eps=0.1"}))

@@ -112,9 +112,10 @@ def test_a_rule_of_ones_own() -> None:
 
     after.kind = "targeted"  # type: ignore[attr-defined]
     mine = advkit.evaluate("pgd:steps=4", n=12, goal=after, **QUICK)
-    assert mine.metrics["attack_success_rate"] == advkit.evaluate(
-        "pgd:steps=4", n=12, goal="targeted:how=next", **QUICK
-    ).metrics["attack_success_rate"]
+    assert (
+        mine.metrics["attack_success_rate"]
+        == advkit.evaluate("pgd:steps=4", n=12, goal="targeted:how=next", **QUICK).metrics["attack_success_rate"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,9 +141,10 @@ def test_what_does_not_fit_the_samples_is_refused(goal: Any, error: type[Excepti
 def test_more_classes_than_samples_are_those_of_the_first() -> None:
     """n= takes the first samples of a task, and so the first classes."""
     whole = advkit.evaluate("fgsm", n=8, goal=CLASSES + [0] * 20, **QUICK)
-    assert whole.metrics["attack_success_rate"] == advkit.evaluate("fgsm", n=8, goal=CLASSES, **QUICK).metrics[
-        "attack_success_rate"
-    ]
+    assert (
+        whole.metrics["attack_success_rate"]
+        == advkit.evaluate("fgsm", n=8, goal=CLASSES, **QUICK).metrics["attack_success_rate"]
+    )
 
 
 def test_a_rule_asked_for_strangers_says_so() -> None:

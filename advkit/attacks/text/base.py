@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from advkit.attacks.text.questions import Batcher, Steps, side_by_side
 from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, AddsTokens, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
+from advkit.core.protocols import Access, Adapts, AddsTokens, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
 
 Keep = Literal["lowest", "reached"]
 
@@ -55,7 +56,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, AddsTokens, ABC):
+class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts, AddsTokens, ABC):
     """A search for tokens to put into the slot of a prompt.
 
     length:       most tokens of a suffix; the threat model's n caps it
@@ -96,6 +97,12 @@ class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, AddsTok
         one_of(self, "aggregate", ("nll", "ppl"))
         one_of(self, "keep", ("lowest", "reached"))
         positive(self, "evaluations", "tokens", "seconds", "max_perplexity")
+
+    @property
+    @override
+    def adapts_to(self) -> tuple[str, ...]:
+        """The filter by perplexity, whose threshold the candidates keep to."""
+        return () if self.max_perplexity is not None and math.isinf(self.max_perplexity) else ("ppl_filter",)
 
     @property
     def together(self) -> bool:

@@ -340,7 +340,11 @@ class SuffixSearch:
         """Take the best of these candidates where it beats the best so far; whether one did."""
         if not len(scored.score):
             return False
-        successes = scored.reached.sum(1) if self.attack.keep == "reached" else torch.zeros(len(scored.score), dtype=torch.float32)
+        successes = (
+            scored.reached.sum(1)
+            if self.attack.keep == "reached"
+            else torch.zeros(len(scored.score), dtype=torch.float32)
+        )
         successes = torch.where(torch.isfinite(scored.score), successes, -1)
         index = int(torch.where(successes == successes.max(), scored.score, torch.inf).argmin())  # the first of equals
         score, most = float(scored.score[index]), float(successes[index])

@@ -77,7 +77,11 @@ class EMI(GradientRule):
 
     def __call__(self, p: Tensor, run: Run) -> Tensor:
         way = torch.zeros_like(p) if run.raw is None else normalised(run.raw)
-        places = torch.linspace(-self.radius, self.radius, self.points, dtype=torch.float32).tolist() if self.points > 1 else [0.0]
+        places = (
+            torch.linspace(-self.radius, self.radius, self.points, dtype=torch.float32).tolist()
+            if self.points > 1
+            else [0.0]
+        )
         total = run.gradient(p - places[0] * run.alpha * way)
         for place in places[1:]:
             total = total + run.gradient(p - place * run.alpha * way)

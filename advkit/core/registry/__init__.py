@@ -2,7 +2,8 @@
 
 `grammar` takes a spec apart, `fields` reads and writes the values by the annotations of a dataclass, `docs` reads
 docstrings, mostly without importing their modules, `outside` tells what a spec would load from elsewhere, `own` loads
-what `python:MODULE:NAME` names, `familiar` holds what users of other packages write, and `table` is the registry itself.
+what `python:MODULE:NAME` names, `familiar` holds what users of other packages write, and `table` is the registry
+itself.
 """
 
 from __future__ import annotations

@@ -292,7 +292,9 @@ def read_fields(
         if prefix and position == 0 and fields and key not in fields:
             key, text = next(iter(fields)), argument.text
         if key is None:
-            raise SpecError(f"{owner}: {argument.text!r} is not of the form key=value{_meant(text, fields, owner)}; {has}")
+            raise SpecError(
+                f"{owner}: {argument.text!r} is not of the form key=value{_meant(text, fields, owner)}; {has}"
+            )
         if key not in fields:
             said = advice(key, fields) if advice is not None else ""
             raise SpecError(f"{owner} has no field {key!r}{f'; {said}' if said else nearest(key, fields)}; {has}")

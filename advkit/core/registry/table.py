@@ -159,7 +159,8 @@ class Registry(Generic[T]):
     def _unknown(self, name: str) -> str:
         every = f"`advkit list {self.plural}` lists them all"
         if advice := self.familiar.named(name):
-            return f"unknown {self.kind} {name!r}; {advice}{'' if advice.endswith('?') else '.' if '? ' in advice else ';'} {every}"
+            end = "" if advice.endswith("?") else "." if "? " in advice else ";"
+            return f"unknown {self.kind} {name!r}; {advice}{end} {every}"
         return f"unknown {self.kind} {name!r}{nearest(fold(name), self.names()) or ';'} {every}"
 
     def load(self, name: str) -> type[T]:
@@ -194,6 +195,14 @@ class Registry(Generic[T]):
         """
         if not isinstance(spec, str):
             return self._object(spec)
+        try:
+            return self._built(spec)
+        except RecursionError:
+            if _inside.get():
+                raise
+            raise SpecError(f"{spec!r} is nested too deeply: a part in a part in a part is enough") from None
+
+    def _built(self, spec: str) -> T:
         parsed = parse_spec(spec)
         if self._is_own(parsed.name):
             return self._own(parsed, spec)

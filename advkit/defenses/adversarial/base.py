@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.gradient.pgd import PGD, Start
-from advkit.core.checks import check, one_of
+from advkit.core.checks import check, one_of, positive
 from advkit.core.errors import NoTrainingData
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Ball, Data, Goal, Rng, Trains
@@ -43,10 +43,11 @@ def attacked(
 ) -> Tensor:
     """Adversarial rows on a model that is being trained: parameters frozen, mode given back.
 
-    The whole batch goes through at once: a training step depends on its batch anyway.
+    The whole batch goes through at once: a training step depends on its batch anyway. No row stops early: a loss is
+    taken on rows that are wrong already, too.
     """
     with in_mode(model, mode == "train"), frozen(*model.modules()):
-        oracle = MeteredOracle(model, rows=len(x), lanes=Lanes(chunk=max(1, len(x)), multiple=1))
+        oracle = MeteredOracle(model, rows=len(x), decides=False, lanes=Lanes(chunk=max(1, len(x)), multiple=1))
         found: Tensor = attack(oracle, x, goal, ball, rng)
     return found.detach()
 
@@ -64,7 +65,7 @@ def correct_under(model: Any, attack: Any, x: Tensor, y: Tensor, ball: Ball[Tens
 class TrainingDefense(Trains, ABC):
     """A defense that is a way to train.
 
-    eps:    radius of the ball trained for, in units of the model's space
+    eps:    radius of the ball trained for, > 0, in units of the model's space
     norm:   linf | l2 | l1 | l0
     recipe: epochs, optimizer, schedule...
     """
@@ -77,6 +78,7 @@ class TrainingDefense(Trains, ABC):
 
     def __post_init__(self) -> None:
         one_of(self, "norm", tuple(BALLS))
+        positive(self, "eps", what="radius")
         _ = self.ball(None)
 
     def ball(self, space: Any) -> Ball[Tensor]:
@@ -133,6 +135,25 @@ class AdversarialTraining(TrainingDefense):
         """The inner attack: the last point of the walk, no early stop."""
         length = self.step_size or 2.5 / max(1, self.steps)
         return PGD(steps=self.steps, step_size=length, start=self.start, keep="last", stop=False)
+
+
+class OnExamples(Objective, ABC):
+    """A loss in two parts: examples are made on the model as it stands, then there is a loss on them.
+
+    So a loss may be taken twice on the same examples (`awp`).
+    """
+
+    @abstractmethod
+    def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Any:
+        """What the loss is taken on, constant: mostly adversarial rows [B, ...]."""
+
+    @abstractmethod
+    def loss_on(self, made: Any, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        """The scalar to descend, on what `examples` made of the same batch."""
+
+    @override
+    def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        return self.loss_on(self.examples(model, x, y, rows, rng), model, x, y, rows, rng)
 
 
 class RobustObjective(Objective):

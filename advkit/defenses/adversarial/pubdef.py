@@ -127,7 +127,7 @@ class PubDef(TrainingDefense):
         """The attack that makes the stored images."""
         if self.attack == AUTO:
             steps = 10
-            length = max(0.001, self.eps / 4 / (steps / 10)) / self.eps if self.eps else 1.0
+            length = max(0.001, self.eps / 4 / (steps / 10)) / self.eps
             return PGD(steps=steps, step_size=length, stop=False)
         return ATTACKS.build(self.attack)
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 from advkit.attacks.gradient.pgd import Start
 from advkit.core.checks import not_negative
 from advkit.core.protocols import Rng
-from advkit.defenses.adversarial.base import AdversarialTraining, RobustObjective, attacked, in_mode
+from advkit.defenses.adversarial.base import AdversarialTraining, OnExamples, RobustObjective, attacked, in_mode
 from advkit.threat_models.goals.diverge import Diverge
 from advkit.training.loop import Objective
 
@@ -24,6 +24,14 @@ def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
     The gradient flows through both. The released code divides the sum by a fixed batch size, wrong on the last batch.
     """
     return functional.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def diverging(model: Any, defense: AdversarialTraining, x: Tensor, rng: Rng, attack: Any = None) -> Tensor:
+    """Rows whose answers the defense's inner attack, or another one, moved away from the clean ones."""
+    with torch.no_grad(), in_mode(model, defense.mode == "train"):
+        reference = model(x)
+    goal, ball = Diverge(reference), defense.ball(model.space)
+    return attacked(model, attack or defense.attack, x, goal, ball, rng.at("attack"), defense.mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +58,17 @@ class TRADES(AdversarialTraining):
         return _Objective(self, self.beta)
 
 
-class _Objective(RobustObjective):
+class _Objective(OnExamples, RobustObjective):
     def __init__(self, defense: AdversarialTraining, beta: float) -> None:
         super().__init__(defense)
         self.beta = beta
 
-    def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
-        if self.beta == 0:
-            return functional.cross_entropy(model(x), y)
-        mode = self.defense.mode
-        with torch.no_grad(), in_mode(model, mode == "train"):
-            reference = model(x)
-        z = attacked(model, self.attack, x, Diverge(reference), self.defense.ball(model.space), rng.at("attack"), mode)
+    @override
+    def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        return x if self.beta == 0 else diverging(model, self.defense, x, rng)
+
+    @override
+    def loss_on(self, made: Tensor, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         clean = model(x)
-        return functional.cross_entropy(clean, y) + self.beta * divergence(clean, model(z))
+        loss = functional.cross_entropy(clean, y)
+        return loss if self.beta == 0 else loss + self.beta * divergence(clean, model(made))

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.oracle import MeteredOracle, frozen
-from advkit.core.protocols import Ball, Boxed, Data, Rng
+from advkit.core.protocols import Ball, Boxed, Data, Rng, Task
 from advkit.core.rng import RowRng
+from advkit.core.text import first_line
 from advkit.defenses.adversarial.base import in_mode
 from advkit.models.torch import tensors_sha256
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -99,7 +100,7 @@ class TransferSet:
         return torch.from_numpy(found).to(rows.device).float() / 255
 
 
-def check_space(data: Data) -> None:
+def check_space(data: Data | Task) -> None:
     """BadInput unless the rows live in [0, 1]: stored images have 8 bits."""
     bounds = (data.space.low, data.space.high) if isinstance(data.space, Boxed) else None
     if bounds != (0.0, 1.0):
@@ -125,10 +126,20 @@ def stored_copies(
         if not path.is_file():
             log.info("making transfer images on %s, copy %d of %d", maker.key[:12], copy + 1, copies)
             _write(path, maker, data, copy)
-        parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        if parts[-1].shape != data.x.shape or parts[-1].dtype != np.uint8:
-            raise UsageError(f"{path} does not hold the transfer images it is named after; delete it")
+        parts.append(_stored(path, tuple(data.x.shape)))
     return tuple(parts)
+
+
+def _stored(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a header is Python text that numpy reads: what it raises is not to be listed
+        raise UsageError(
+            f"{path} holds no transfer images ({first_line(error)}): delete it, and they are made again"
+        ) from error
+    if found.shape != shape or found.dtype != np.uint8:
+        raise UsageError(f"{path} does not hold the transfer images it is named after: delete it")
+    return found
 
 
 def _write(path: Path, maker: Maker, data: Data, copy: int) -> None:

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, frozen
-from advkit.evaluation.matrix.images import ImageSet, as_seen, code_digest, digest_of_tensors, write_tensors
+from advkit.evaluation.matrix.images import (
+    ImageSet,
+    as_seen,
+    code_digest,
+    digest_of_tensors,
+    read_tensors,
+    write_tensors,
+)
 from advkit.evaluation.matrix.rates import NO_DECISION, Decisions
 from advkit.evaluation.run.batch import own_randomness
 from advkit.evaluation.run.case import Case, digest_of
@@ -63,8 +70,9 @@ class Answers:
         name = digest_of(content)
         path = self.folder / name[:2] / f"{name}.safetensors"
         if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                stored: Tensor = file.get_tensor("decisions")
+            stored = read_tensors(path, {"decisions": (torch.int64, (len(x),))})[0]["decisions"]
+            if len(stored) and not NO_DECISION <= int(stored.min()) <= int(stored.max()) < 2**15:
+                raise UsageError(f"{path} does not hold decisions; delete it, and it is made again")
             return np.asarray(stored.numpy(), dtype=np.int16)
         decisions = self._query(target, x, draws, name)
         write_tensors(path, {"decisions": decisions}, {"target": target.key})

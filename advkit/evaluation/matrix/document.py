@@ -14,6 +14,7 @@ import torch
 
 import advkit
 from advkit.core.errors import UsageError
+from advkit.core.strict_json import read_object
 from advkit.evaluation.matrix.budget import HOW
 from advkit.evaluation.matrix.images import ImageSet, write_tensors
 from advkit.evaluation.matrix.plan import MatrixPlan, MatrixRequest
@@ -246,6 +247,6 @@ def read_matrix(path: str | Path) -> Matrix:
     file = Path(path)
     file = file / REPORT_NAME if file.is_dir() else file
     try:
-        return Matrix.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return Matrix.from_dict(read_object(file.read_bytes()))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} holds no matrix ({error})") from error

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -24,6 +25,8 @@ from torch import Tensor
 from advkit.core.code import own_code
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
 from advkit.core.protocols import Access, Ball, Batch, ModelInfo, Outcome, Rng, Task, ThreatModel
+from advkit.core.strict_json import read_json
+from advkit.core.text import first_line
 from advkit.evaluation.report import write_atomic
 from advkit.evaluation.run.batch import Round, attacked
 from advkit.evaluation.run.case import Case, digest_of
@@ -291,25 +294,45 @@ class Images:
         path = self._path(key, piece)
         if not path.is_file():
             return None
+        n = (len(piece.ids),)
+        kinds = {
+            "images": (torch.uint8, tuple(piece.x.shape)),
+            "admitted": (torch.bool, n),
+            "distance": (torch.float32, n),
+            "forwards": (torch.int64, n),
+            "backwards": (torch.int64, n),
+        }
+        tensors, notes = read_tensors(path, kinds)
         try:
-            with safe_open(path, framework="pt") as file:
-                notes = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{path} can't be read ({error}); delete it, and it is made again") from error
-        if (
-            notes.get("key") != key
-            or tensors["images"].shape != piece.x.shape
-            or json.loads(notes["ids"]) != [*piece.ids]
-        ):
+            fits = notes["key"] == key and read_json(notes["ids"]) == [*piece.ids]
+            seconds = float(notes["seconds"])
+        except (KeyError, ValueError):
+            fits, seconds = False, 0.0
+        if not fits or not math.isfinite(seconds) or not bool(torch.isfinite(tensors["distance"]).all()):
             raise UsageError(f"{path} does not hold the images it is named after; delete it, and it is made again")
         usable = torch.ones(len(piece.ids), dtype=torch.bool)
-        return ImageSet(key=key, usable=usable, seconds=float(notes["seconds"]), messages={}, **tensors)
+        held: dict[str, Any] = {**tensors}
+        return ImageSet(key=key, usable=usable, seconds=seconds, messages={}, **held)
 
     def _save(self, part: ImageSet, piece: Batch) -> None:
         tensors = {name: getattr(part, name).contiguous() for name in _TENSORS}
         notes = {"key": part.key, "ids": json.dumps(list(piece.ids)), "seconds": repr(part.seconds)}
         write_tensors(self._path(part.key, piece), tensors, notes)
+
+
+def read_tensors(
+    path: Path, kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of these names, types and shapes in a stored file, and its notes; UsageError where it is another."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in kinds}
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} can't be read ({first_line(error)}); delete it, and it is made again") from error
+    if any((tensors[name].dtype, tuple(tensors[name].shape)) != kind for name, kind in kinds.items()):
+        raise UsageError(f"{path} does not hold what it is named after; delete it, and it is made again")
+    return tensors, notes
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:

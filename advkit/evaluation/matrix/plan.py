@@ -217,7 +217,8 @@ def _wanted(rule: Rule, rows: Rows, task: Task, seeds: Sequence[int]) -> Tensor 
     if not isinstance(rule, TargetedRule) or rule.how not in ("next", "random", "class", "each"):
         raise UsageError(
             f"the goal {GOALS.label(rule)} depends on a victim's answers; in a matrix, whose images are made before "
-            "any target is queried, use untargeted or targeted:how=next, how=random, how=class,target=K or how=each,targets=..."
+            "any target is queried, use untargeted or targeted:how=next, how=random, how=class,target=K or "
+            "how=each,targets=..."
         )
     answers = torch.zeros(len(rows.ids), task.classes, dtype=torch.float32)
     whole = rule.of(rows.ids)

@@ -29,7 +29,7 @@ class RowVerdict:
     label:     class of the row, None where the task has none
     clean:     answered right before any attack
     robust:    right before and after every attack
-    undecided: some attack ended without a verdict (error, NaN answer) and none broke the row
+    undecided: right before any attack; some ended without a verdict (error, NaN answer) and none broke the row
     """
 
     label: int | None
@@ -181,8 +181,7 @@ def _verdict(row: str, group: Sequence[Record]) -> RowVerdict:
     if len(labels) > 1:
         raise ReportError(f"row {row} has several labels in one run: {sorted(map(str, labels))}")
     ended = count(group)
-    robust = ended.right_after
-    return RowVerdict(labels.pop(), bool(ended.correct), bool(robust), bool(ended.unknown))
+    return RowVerdict(labels.pop(), bool(ended.correct), bool(ended.right_after), bool(ended.right_unknown))
 
 
 def paired(a: Sequence[bool], b: Sequence[bool], level: float = 0.95) -> PairedTest:
@@ -272,8 +271,9 @@ def same_threat(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Equal up to how eps was written: 0.031 is meant where others write 8/255."""
 
     def rest(threat: Mapping[str, Any]) -> dict[str, Any]:
-        loose = ("eps", "eps_string", "name", "details", "adaptive")
-        return {k: v for k, v in threat.items() if k not in loose and v is not None}
+        loose = ("eps", "eps_string", "name", "details", "adaptive", "attacker", "knowledge", "granted")
+        granted = {"granted": threat.get("granted", threat["knowledge"])}
+        return granted | {k: v for k, v in threat.items() if k not in loose and v is not None}
 
     if rest(a) != rest(b) or same_kind(a["name"]) != same_kind(b["name"]):
         return False

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from advkit.core.errors import ReportError
+from advkit.core.files import why, write_whole
+from advkit.core.strict_json import read_object
 from advkit.core.text import printable_json, printable_values
 from advkit.evaluation.report import render
 from advkit.evaluation.report.examples import Examples, Kept, examples_of, kept_beside
@@ -50,14 +50,9 @@ class Report:
     @cached_property
     def _data(self) -> dict[str, Any]:
         try:
-            data = json.loads(
-                self.text, parse_constant=_refuse_constant, parse_int=_counted, parse_float=_measured
-            )
-        except (ValueError, RecursionError) as error:
-            raise ReportError(f"not a JSON document: {error}") from None
-        if not isinstance(data, dict):
-            raise ReportError(f"a report is a JSON object; this is a {type(data).__name__}")
-        return data
+            return read_object(self.text)
+        except ValueError as error:
+            raise ReportError(f"not a report's JSON document: {error}") from None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], path: Path | None = None, kept: Kept | None = None) -> Report:
@@ -236,39 +231,8 @@ class Report:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside the target and rename over it; raises ReportError when the folder can't be written."""
-    temporary: str | None = None
+    """Write beside the target and rename over it; raises ReportError when it can't be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a report is meant to be read by others as any file of this user is.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        write_whole(path, content)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise ReportError(f"{path} can't be written: {error.strerror or error}; choose a writable folder") from None
-
-
-def _counted(text: str) -> int:
-    """A whole number; no count is longer than 18 digits, and arithmetic with one that is goes wrong elsewhere."""
-    if len(text) > 18:
-        raise ValueError(f"{text[:20]}... is too large for a number of a report")
-    return int(text)
-
-
-def _measured(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large for a number of a report")
-    return value
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number; unknown values are null")
+        raise ReportError(f"{path} can't be written ({why(error)}); choose a folder that can") from None

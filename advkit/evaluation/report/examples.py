@@ -20,7 +20,9 @@ RECORDS = "records.jsonl"
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Samples before and after the attack, with the harness's verdict on each; one entry per sample, in the order of the records.
+    """Samples before and after the attack, with the harness's verdict on each.
+
+    One entry per sample, in the order of the records.
 
     ids:         of the samples
     clean:       the samples [n, ...]; in the task's space, on the CPU

@@ -29,16 +29,41 @@ _JUDGED = "_asr_greedy"
 def completed(data: Mapping[str, Any]) -> dict[str, Any]:
     """The document with all that today's readers ask for; one that holds it already is left as it is.
 
-    Every attack has `attack`, `stage`, `source` and `beside`; `companions` is there; `section` has `table`, `figures`
-    and `wording`, and its `headline` is None where an old document holds no number to rank by.
+    Every attack has `attack`, `stage`, `source` and `beside`; `companions` is there; the threat model says who the
+    `attacker` was; `section` has `table`, `figures` and `wording`, and its `headline` is None where an old document
+    holds no number to rank by.
     """
     whole = {**data, "attacks": [_attack(attack, data) for attack in data["attacks"]]}
     if "section" not in data:
         whole["metrics"] = {name: _metric(name, entry) for name, entry in data["metrics"].items()}
+    whole["threat_model"] = _attacked_by(data)
     section = data.get("section") or _section(whole)
     whole["section"] = {"table": [], "figures": [], **section, "wording": {**WORDING, **section.get("wording", {})}}
     whole["companions"] = data.get("companions", [] if "section" in data else list(_companions(data)))
     return whole
+
+
+def _attacked_by(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The threat model with who the attacker was.
+
+    Earlier reports give what was granted, and call every attacker adaptive who was not oblivious: these knew the
+    defense, and no more was declared. Where no attack took a gradient, scores were enough.
+    """
+    threat = dict(data["threat_model"])
+    if "attacker" in threat:
+        return threat
+    threat["granted"] = threat["knowledge"]
+    costs = [attack["cost"] for attack in data["attacks"] if not attack.get("beside")]
+    asked = costs and all({"forward", "backward"} <= cost.keys() for cost in costs)
+    took = asked and any(cost["backward"] for cost in costs)
+    if threat["knowledge"] == "white_box" and asked and not took and any(cost["forward"] for cost in costs):
+        threat["knowledge"] = "black_box_score"
+    told = threat.get("adaptive")
+    defense = "undeclared" if told is None else "known" if told else "unknown"
+    if data["defense"]["name"] == "none":
+        defense = "none"
+    threat["attacker"] = {"access": threat["knowledge"], "defense": defense}
+    return {**threat, "adaptive": False}
 
 
 def _attack(attack: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +99,7 @@ def _section(data: Mapping[str, Any]) -> dict[str, Any]:
     if _writes_text(data):
         wording = _TEXT_WORDING
     elif _wants_more(data):
-        wording["robust"] = "goal not reached"
+        wording["robust"] = "correct, goal not reached"
     return {
         "scenario": _scenario(data),
         "headline": _headline(data, wording),

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from advkit.core.errors import ReportError
+from advkit.core.text import printable_values
 
 SCHEMA_VERSION = "1.1"
 NOISE = "noise"
@@ -35,9 +36,50 @@ def check(content: Mapping[str, Any]) -> None:
     if problem is not None:
         place = "/".join(map(str, problem.absolute_path))
         raise ReportError(f"no transfer matrix: {place or 'the document'}: {problem.message}")
-    for part in (content, content["equal_budget"]):
+    budget = content["equal_budget"]
+    for part in (content, budget):
         if part is not None:
+            _named(content, part)
             _consistent(part)
+    if budget is not None and not budget["how"]:
+        raise ReportError("no transfer matrix: equal_budget/how is empty")
+    for target in content["targets"]:
+        _counted(target["clean"], f"clean accuracy of {target['name']}")
+    for one in content["noise"]:
+        _counted(one["acc"], f"noise for {one['t']}")
+    if (similar := content["similarity"]) is not None:
+        side = len(similar["pairs"])
+        if [len(row) for row in similar["cosine"]] != [side] * side:
+            raise ReportError(f"similarity: {side} pairs need {side} rows of {side} cosines")
+
+
+def _named(content: Mapping[str, Any], part: Mapping[str, Any]) -> None:
+    """Every table speaks of the same targets, sources and attacks."""
+    targets, sources = ([one["name"] for one in content[key]] for key in ("targets", "sources"))
+    attacks = [one["name"] for one in part["attacks"]]
+    told = {
+        "the summary": (list(part["summary"]), targets),
+        "the noise": ([one["t"] for one in content["noise"]], targets),
+        **{f"the attacks of {name}": (list(one["by_attack"]), attacks) for name, one in part["summary"].items()},
+        **{f"the sources of {name}": (list(one["by_source"]), sources) for name, one in part["summary"].items()},
+    }
+    for what, (here, there) in told.items():
+        if sorted(here) != sorted(there):
+            raise ReportError(f"{what} are {', '.join(here)[:80]}; expected {', '.join(there)[:80]}")
+    if len({tuple(sorted(one["by_group"])) for one in part["summary"].values()}) > 1:
+        raise ReportError("the summary has other groups for one target than for another")
+    for key, known in (("t", targets), ("s", sources), ("a", attacks)):
+        for one in (*part["cells"], *part["missing"], *part["sets"]):
+            if one.get(key) not in (None, *known):
+                raise ReportError(f"a cell or a set names {one[key]!r:.60}, which the matrix does not have")
+    for name, one in part["summary"].items():
+        blocks = [one[key] for key in ("overall", "seen", "unseen")]
+        blocks += [block for key in ("by_source", "by_attack", "by_group") for block in one[key].values()]
+        for block in blocks:
+            if block is not None and (block["best"]["a"] not in attacks or block["best"]["s"] not in sources):
+                raise ReportError(f"the best attack for {name} is none of the matrix")
+            for kind in ("union", "best", "avg") if block is not None else ():
+                _ranged(block[kind], f"{kind} of {name}")
 
 
 def _consistent(part: Mapping[str, Any]) -> None:
@@ -57,7 +99,15 @@ def _consistent(part: Mapping[str, Any]) -> None:
             raise ReportError(f"{name}: union, best and average are {values}; they must not fall")
 
 
+def _ranged(rate: Mapping[str, Any], where: str) -> None:
+    if (rate["value"] is None) != (rate["range"] is None):
+        raise ReportError(f"{where}: a value and the range of its seeds are there together")
+
+
 def _counted(rate: Mapping[str, Any], where: str) -> None:
+    if any(k > n or n > 2**53 for k, n in rate["counts"]):
+        raise ReportError(f"{where}: {str(rate['counts'])[:60]} are no counts of samples")
+    _ranged(rate, where)
     value, said = mean_of([k / n for k, n in rate["counts"] if n]), rate["value"]
     if (value is None) != (said is None) or (value is not None and abs(value - said) > _ROUND_OFF):
         raise ReportError(f"{where}: the value is {said}, its counts say {value}")
@@ -79,7 +129,11 @@ def ball_line(content: Mapping[str, Any]) -> str:
 
 
 def page(content: Mapping[str, Any], brief: bool = False) -> str:
-    """The document as Markdown: one line per target, attacks against targets, then every source."""
+    """The document as Markdown: one line per target, attacks against targets, then every source.
+
+    Every text in it is printable, for matrices come from strangers, too.
+    """
+    content = printable_values(content)
     seeds = content["seeds"]
     lines = [
         "# Transfer matrix",

@@ -275,10 +275,10 @@ def remarks(data: Data) -> list[str]:
         said.append("White-box accuracy was not evaluated and may be far lower.")
     if flagged["warning"] and not flagged["unreliable"]:
         said.append(f"Read it with care: {', '.join(flagged['warning'])}.")
-    if attacked and data["defense"]["name"] != "none" and not data["threat_model"].get("adaptive"):
-        said.append("No adaptive attack declared.")
     if not flagged["unreliable"] and not flagged["warning"]:
         said.append("No reliability flag was raised.")
+    if attacked and data["defense"]["name"] != "none" and not data["threat_model"].get("adaptive"):
+        said.append("No adaptive attack declared.")
     return said
 
 

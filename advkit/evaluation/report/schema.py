@@ -95,6 +95,15 @@ def _check_rate(where: str, rate: Mapping[str, Any]) -> None:
     missing = sorted(_RATE_KEYS - rate.keys())
     if missing:
         raise ReportError(f"{where}: a rate without {', '.join(missing)}; every rate names its counts and denominator")
+    kinds: dict[str, Any] = {
+        "value": (int, float, type(None)),
+        "numerator": int,
+        "denominator": int,
+        "denominator_kind": str,
+    }
+    if not all(isinstance(rate[name], kind) for name, kind in kinds.items()) or rate["numerator"] < 0:
+        # The schema takes what it can't read as a rate for a scalar, and says nothing.
+        validate_part(rate, schema()["$defs"]["rate"], where)
     k, n, value, ci = rate["numerator"], rate["denominator"], rate["value"], rate["ci"]
     _check_kinds(where, rate)
     if k > n:

@@ -21,15 +21,37 @@ def spell(name: str, params: Mapping[str, Any]) -> str:
     return name + ":" + ",".join(f"{key}={value}" for key, value in params.items())
 
 
+_ACCESS = {
+    "white_box": "white box",
+    "black_box_score": "black box (scores)",
+    "black_box_decision": "black box (decisions)",
+    "none": "no access",
+}
+_OF_DEFENSE = {"known": ", defense known", "adaptive": ", adaptive", "unknown": ", oblivious"}
+
+
+def access_text(access: str) -> str:
+    """What an attacker may ask, in words: "white box", "black box (scores)", "transfer"."""
+    return _ACCESS.get(access, access.replace("_", " "))
+
+
+def attacker_text(threat: Mapping[str, Any]) -> str:
+    """Who the attacker was: "white box, defense known", "black box (scores)", "transfer, oblivious".
+
+    Of a completed document's threat model: what was asked, and what was made of the defense where there is one.
+    """
+    return access_text(str(threat["knowledge"])) + _OF_DEFENSE.get(threat.get("attacker", {}).get("defense", ""), "")
+
+
 def describe_threat(threat: Mapping[str, Any]) -> str:
-    """One line: `linf eps=8/255, untargeted, white box`."""
+    """One line: `linf eps=8/255, untargeted, white box, defense known`."""
     name = str(threat["name"])
     words = [name]
     eps = threat.get("eps_string") or threat.get("eps")
     if eps is not None and "eps" not in name:
         # "8 tokens" names its unit and is no eps.
         words[0] += f" of {eps}" if " " in str(eps) else f" eps={eps}"
-    words += [str(threat["goal"]).replace("_", " "), str(threat["knowledge"]).replace("_", " ")]
+    words += [str(threat["goal"]).replace("_", " "), attacker_text(threat)]
     if threat.get("query_budget") is not None:
         words.append(f"{threat['query_budget']} queries")
     return ", ".join(words)
@@ -62,7 +84,9 @@ def is_fraction(entry: Any) -> bool:
 
 
 def value_text(entry: Mapping[str, Any]) -> str:
-    """The value of a rate or a scalar: "84.9 %", "0.0271 Linf"."""
+    """The value of a rate or a scalar: "84.9 %", "0.0271 Linf"; "inf flips" where nothing was enough."""
+    if entry.get("unbounded"):
+        return f"inf {entry.get('unit', '')}".rstrip()
     if is_fraction(entry):
         return percent(entry["value"])
     return "-" if entry["value"] is None else f"{entry['value']:.4g} {entry.get('unit', '')}".rstrip()

@@ -8,8 +8,8 @@ Whoever forges all of them alike is not: only a rerun tells.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,38 @@ import numpy as np
 
 from advkit.core.errors import ReportError
 from advkit.core.protocols import Outcome, Record
+from advkit.core.strict_json import read_object
 from advkit.core.text import printable
-from advkit.evaluation.counts import by_label, count, measured
+from advkit.evaluation.counts import (
+    ALL_JUDGES,
+    ANY_JUDGE,
+    REFUSED_WHEN_CLEAN,
+    STRICTEST_JUDGE,
+    by_class,
+    by_judges,
+    by_label,
+    count,
+    judge_rates,
+    least_change,
+    least_name,
+    measured,
+    tail_accuracy,
+    weakest_classes,
+)
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.examples import records_beside
 from advkit.evaluation.run.store import read_records
 
 BESIDE = "beside.jsonl"
+_LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none"})
 COUNTED = frozenset({"evasion", "grid", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
 _ROUND_OFF = 1e-9
+_LEAST = re.compile(re.escape(least_name("*")).replace(re.escape("*"), "(.+)"))
+_OF_JUDGES = frozenset({STRICTEST_JUDGE, ANY_JUDGE, ALL_JUDGES, f"{ALL_JUDGES}_upper"})
 _CLASS = "robust_accuracy_class_"
 _KNOWN_OF_THREAT = ("name", "phase", "norm", "eps", "eps_string", "knowledge", "query_budget")
-_Figure = tuple[int, int] | float
+Figure = tuple[int, int] | float
 
 
 @dataclass(frozen=True)
@@ -70,17 +89,22 @@ def records_file(report: Report) -> Path | None:
 
 def verify(report: Report) -> Verification:
     """Count a report again from what lies beside it."""
+    return verified(report)[0]
+
+
+def verified(report: Report) -> tuple[Verification, list[Record]]:
+    """The same, with the records that lie beside it; none where there are none or they can't be read."""
     try:
         file = records_file(report)
         if file is None:
-            return Verification((), tuple(report.metrics), records=False, headline=False)
+            return Verification((), tuple(report.metrics), records=False, headline=False), []
         records = read_records(file)
         beside_file = file.with_name(BESIDE)
         beside = read_records(beside_file) if beside_file.is_file() else []
     except ReportError as error:
-        return Verification((printable(str(error)),))
+        return Verification((printable(str(error)),)), []
     data = report.current
-    faults = [*_samples(data, file, records), *_attacks(data, records, beside)]
+    faults = [*_samples(data, file, records), *_attacks(data, records, beside), *_attacker(report, data, records)]
     config, unread = _config(file)
     faults += unread
     if config is not None:
@@ -90,11 +114,12 @@ def verify(report: Report) -> Verification:
     unchecked = [name for name in data["metrics"] if name not in confirmed]
     unchecked += [] if config is not None or unread else ["reproducibility.config_sha256"]
     headline = data["section"]["headline"]
-    return Verification(
+    found = Verification(
         tuple(dict.fromkeys([*faults, *wrong])),
         tuple(unchecked),
         headline=headline is None or headline["metric"] in confirmed,
     )
+    return found, records
 
 
 # Samples, records, hashes
@@ -119,12 +144,9 @@ def _config(file: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if not case.is_file():
         return None, []
     try:
-        config = json.loads(case.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
+        return read_object(case.read_bytes()), []
+    except (OSError, ValueError):
         return None, [f"{case.name} is no case"]
-    return config, []
 
 
 def _of_case(data: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
@@ -146,6 +168,7 @@ def _of_case(data: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str
     request = data.get("request", {})
     pairs += [(f"request.{key}", request[key], specs.get(key)) for key in specs if key in request and key != "model"]
     threat, told = _mapping(config.get("threat")), data["threat_model"]
+    told = {**told, "knowledge": told.get("granted", told["knowledge"])}
     pairs += [(f"threat_model.{key}", told.get(key), threat[key]) for key in _KNOWN_OF_THREAT if key in threat]
     details = _mapping(told.get("details"))
     other = {**threat, **_mapping(threat.get("details"))}
@@ -198,9 +221,11 @@ def _metrics(
     tables = {id(records): figures_of(records), id(beside): figures_of(beside)}
     for name, (base, of) in counted.items():
         entry, known = metrics[name], tables[id(of)]
-        figure = known.get(base, _within(base, of))
+        figure = known.get(base, _of_measure(base, of))
         if figure is None or not isinstance(entry, Mapping):
             continue
+        if base in _OF_JUDGES and entry.get("denominator_kind") != REFUSED_WHEN_CLEAN:
+            continue  # earlier versions counted all prompts
         confirmed.add(name)
         if not _agrees(entry, figure):
             wrong.append(f"{name} is {_said(entry)}, the records say {_counted(figure)}")
@@ -212,22 +237,36 @@ def _metrics(
         if found != per_class_of(records):
             wrong.append("robust accuracy by class is not what the records say")
     upper = metrics.get("robust_accuracy_upper")
-    if upper is None and "robust_accuracy" in metrics and (unknown := count(records).unknown):
+    if upper is None and "robust_accuracy" in metrics and (unknown := count(records).right_unknown):
         wrong.append(f"robust_accuracy_upper is missing, though {unknown} samples are undecided")
     return confirmed, wrong
 
 
-def figures_of(records: Sequence[Record]) -> dict[str, _Figure]:
-    """The metrics that follow from records alone, rates as (numerator, denominator)."""
-    c = count(records)
-    figures: dict[str, _Figure] = {
+def worst_case(name: str, records: Sequence[Record]) -> Figure | None:
+    """A metric that counts every sample by the worst that was done to it, over all records; None for another."""
+    return _worst_cases(records).get(name, _of_measure(name, records))
+
+
+def _worst_cases(records: Sequence[Record]) -> dict[str, Figure]:
+    c, judged = count(records), by_judges(records)
+    return {
         "clean_accuracy": (c.correct, c.n),
         "robust_accuracy": (c.right_after, c.n),
         "attack_success_rate": (c.broken, c.attackable),
-        "robust_accuracy_upper": (c.right_after + c.unknown, c.n),
+        "robust_accuracy_upper": (c.right_after + c.right_unknown, c.n),
+        **({} if judged is None else judge_rates(judged) | judged.each),
     }
+
+
+def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
+    """The metrics that follow from records alone, rates as (numerator, denominator)."""
+    c, figures = count(records), _worst_cases(records)
     if c.eight_bit is not None:
-        figures["robust_accuracy_8bit"] = (c.eight_bit + c.correct - c.attackable, c.n)
+        figures["robust_accuracy_8bit"] = (c.eight_bit, c.n)
+    if classes := by_class(records):
+        worst = classes[weakest_classes(classes)[0]]
+        figures["tail_30_accuracy"] = tail_accuracy(classes)
+        figures["worst_class_accuracy"] = (worst.right_after, worst.n)
     if len(by_label(records)) != 1:
         return figures
     values: dict[str, list[float | bool]] = defaultdict(list)
@@ -244,12 +283,13 @@ def figures_of(records: Sequence[Record]) -> dict[str, _Figure]:
 
 def per_class_of(records: Sequence[Record]) -> list[tuple[int, int]]:
     """Robust samples and samples of every class, in the order of their numbers."""
-    groups: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.label is not None:
-            groups[record.label].append(record)
-    counts = [count(groups[label]) for label in sorted(groups)]
-    return [(c.right_after, c.n) for c in counts]
+    return [(c.right_after, c.n) for c in by_class(records).values()]
+
+
+def _of_measure(name: str, records: Sequence[Record]) -> Figure | None:
+    """Figures of what the threat model measures, whose names hold the measure's."""
+    least = _LEAST.fullmatch(name)
+    return _within(name, records) if least is None else least_change(records, least[1])
 
 
 def _within(name: str, records: Sequence[Record]) -> tuple[int, int] | None:
@@ -274,10 +314,10 @@ def _pair(entry: Any) -> tuple[Any, Any]:
     return entry.get("numerator"), entry.get("denominator")
 
 
-def _agrees(entry: Mapping[str, Any], figure: _Figure) -> bool:
+def _agrees(entry: Mapping[str, Any], figure: Figure) -> bool:
     if isinstance(figure, tuple):
         return _pair(entry) == figure
-    value = entry.get("value")
+    value = math.inf if entry.get("unbounded") else entry.get("value")
     return isinstance(value, (int, float)) and math.isclose(value, figure, rel_tol=_ROUND_OFF, abs_tol=_ROUND_OFF)
 
 
@@ -285,11 +325,34 @@ def _said(entry: Mapping[str, Any]) -> str:
     return f"{entry['numerator']} / {entry['denominator']}" if "numerator" in entry else str(entry.get("value"))
 
 
-def _counted(figure: _Figure) -> str:
+def _counted(figure: Figure) -> str:
     return f"{figure[0]} / {figure[1]}" if isinstance(figure, tuple) else f"{figure:.6g}"
 
 
 # Attacks
+
+
+def _attacker(report: Report, data: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
+    """What the attacks made use of, against what their oracles counted; earlier reports do not say."""
+    if "attacker" not in report.to_dict()["threat_model"]:
+        return
+    threat = data["threat_model"]
+    access, granted = threat["attacker"]["access"], threat["granted"]
+    if threat["knowledge"] not in (access, granted):
+        yield f"threat_model.knowledge is {_short(threat['knowledge'])}, the attacker's access {_short(access)}"
+    told = [("threat_model.attacker.access", access, records)]
+    groups = {str(label): own for label, own in by_label(records).items()}
+    told += [
+        (f"{_short(entry['name'])}: access", entry["access"], groups.get(entry["name"], ()))
+        for entry in data["attacks"]
+        if "access" in entry and not entry["beside"]
+    ]
+    for where, word, of in told:
+        took = any(record.backwards for record in of)
+        if took and not any(record.source for record in of) and word in _LESS_THAN_GRADIENTS:
+            yield f"{where} is {word}, the records say that gradients were taken"
+        if word == "white_box" and not took and any(record.forwards for record in of):
+            yield f"{where} is {word}, the records say that no gradient was taken"
 
 
 def _attacks(data: Mapping[str, Any], records: Sequence[Record], beside: Sequence[Record]) -> Iterator[str]:

@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from advkit.core.blame import BACKWARD, GOAL, MODEL, blamed
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
+from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import (
     Access,
@@ -31,12 +34,21 @@ from advkit.core.protocols import (
     whole_batch,
 )
 from advkit.core.rng import RowRng
+from advkit.evaluation.counts import clean_notes
 from advkit.evaluation.run.case import Case, lent
-from advkit.evaluation.run.judge import Judge, Verdict, decide, finite
+from advkit.evaluation.run.judge import Judge, Verdict, decide, finite, majority
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
 log = logging.getLogger("advkit")
+
+TIMED_OUT = "timed_out"
+"""Note of a record whose row was given up because somebody's code was not back in time."""
+
+CERTAIN = 100.0
+"""Lead of a class in logits that no goal takes for doubtful."""
+SURROGATE = "surrogate"
+"""Who raised, where the attack's model is not the victim."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,9 @@ class Round:
     adversarial: Tensor | None = None
     tokens: int = 0
 
+
+ASKED_NON_FINITE = "the attack asked the victim about an input with NaN or infinity"
+"""The message of a row on which the attack failed by that."""
 
 Unit = Callable[[Case, Batch, Lanes], Round]
 """What a scenario may have done with a batch; a function of a module's top level, so that processes can share it."""
@@ -89,18 +104,18 @@ def models_of(case: Case) -> list[Model[Any, Any]]:
 def run_alone(unit: Unit, case: Case, batch: Batch, lanes: Lanes) -> Round:
     """One batch on the case's device, leaving no trace.
 
-    Where a model or a judge raises on some row, the batch is halved until that row is found: its record says why, and
-    the others go on.
+    Where a model, a judge or a goal raises on some row, the batch is halved until that row is found: its record says
+    why, and the others go on.
     """
     try:
-        with alone(case, case.label, batch.ids[0]):
+        with alone(case, case.label, batch.ids[0]), limited(case.sample_timeout):
             return unit(case, on_device(batch, case.device), lanes)
     except (AdvkitError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if len(batch.ids) == 1:
             log.debug("row %s raised", batch.ids[0], exc_info=True)
-            return _raised(case, batch, f"{type(error).__name__}: {error}")
+            return _raised(case, on_device(batch, case.device), lanes, error, blamed(error) or GOAL)
     halves = [run_alone(unit, case, half, lanes) for half in halved(batch)]
     return Round(
         [record for half in halves for record in half.records],
@@ -110,19 +125,26 @@ def run_alone(unit: Unit, case: Case, batch: Batch, lanes: Lanes) -> Round:
     )
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a row ended in an error, for its record."""
+    return str(error) if isinstance(error, AdvkitError | TimedOut) else f"{type(error).__name__}: {error}"
+
+
 def halved(batch: Batch) -> list[Batch]:
     """The first and the second half of a batch's rows."""
-    return [
-        replace(
-            batch,
-            ids=tuple(batch.ids[row] for row in rows.tolist()),
-            x=batch.x[rows],
-            goal=batch.goal.take(rows),
-            labels=None if batch.labels is None else batch.labels[rows],
-            twins=None if batch.twins is None else batch.twins[rows],
-        )
-        for rows in torch.arange(len(batch.ids)).tensor_split(2)
-    ]
+    return [rows_of(batch, rows) for rows in torch.arange(len(batch.ids)).tensor_split(2)]
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch, long."""
+    return replace(
+        batch,
+        ids=tuple(batch.ids[row] for row in rows.tolist()),
+        x=batch.x[rows],
+        goal=batch.goal.take(rows),
+        labels=None if batch.labels is None else batch.labels[rows],
+        twins=None if batch.twins is None else batch.twins[rows],
+    )
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -130,20 +152,62 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(found) if len(found) == len(parts) else None
 
 
-def _raised(case: Case, batch: Batch, reason: str) -> Round:
-    """The record of a row on which the victim, the goal or a judge raised."""
+def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception, who: str) -> Round:
+    """The record of a row on which the victim, the goal or a judge raised, and how it was when clean, where known.
+
+    who: raised; empty where it is the attack, or not known
+    """
     label = None if batch.labels is None else int(batch.labels[0])
+    notes: tuple[str, ...] = (f"{who}_raised",) if who else ()
+    notes += (TIMED_OUT,) if isinstance(error, TimedOut) else ()
+    before: int | None = None
+    try:
+        with alone(case, case.label, batch.ids[0]), limited(case.sample_timeout):
+            judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
+            clean = _clean(case, batch, judge, RowRng.from_ids(case.seed, batch.ids, device=case.device).at("goal"))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        notes = ("clean_raised", *notes)
+    else:
+        before = int(decide(clean.answer)[0])
+        notes = (*_state_of(clean, 0, Outcome.ERROR, label, before), *notes)
     record = Record(
         id=batch.ids[0],
         attack=case.label.attack,
         outcome=Outcome.ERROR,
         label=label,
-        notes=("clean_raised",),
-        message=reason,
+        clean=before,
+        notes=notes,
+        message=reason_of(error),
         stage=case.label.stage,
         source=case.label.source,
     )
     return Round([record], batch.x, batch.x)
+
+
+def given_up(case: Case, batch: Batch, lanes: Lanes) -> Round:
+    """The record of a row whose attack or judges did not come back from compiled code, and were ended."""
+    return _raised(case, batch, lanes, _late(case), "")
+
+
+def lost(case: Case, batch: Batch) -> Round:
+    """The record of a row from which the victim does not come back even when it is clean."""
+    record = Record(
+        id=batch.ids[0],
+        attack=case.label.attack,
+        outcome=Outcome.ERROR,
+        label=None if batch.labels is None else int(batch.labels[0]),
+        notes=("clean_raised", f"{MODEL}_raised", TIMED_OUT),
+        message=str(_late(case)),
+        stage=case.label.stage,
+        source=case.label.source,
+    )
+    return Round([record], batch.x, batch.x)
+
+
+def _late(case: Case) -> TimedOut:
+    return TimedOut(f"timed out after {case.sample_timeout:g} s")
 
 
 def models_attacked(case: Case) -> list[tuple[str, Any, bool]]:
@@ -186,18 +250,20 @@ def attacked_model(case: Case) -> tuple[Any, bool]:
 class _Clean:
     """The rows before any attack; all tensors [B].
 
-    goal:       what the attacker wants of each row
-    answer:     the victim's, [B, ...]
-    finite:     whether that answer is
-    correct:    whether it is right
-    attackable: whether the attacker has something to win
+    goal:      what the attacker wants of each row
+    answer:    the victim's, [B, ...]; the first draw of a random victim
+    finite:    whether that answer is
+    correct:   whether the victim is right, by majority of draws
+    contested: whether the attacker has something to win
+    attacked:  whether the row is handed to the attack; on the batch's device, the others on the CPU
     """
 
     goal: Goal[Tensor]
     answer: Tensor
     finite: Tensor
     correct: Tensor
-    attackable: Tensor
+    contested: Tensor
+    attacked: Tensor
 
 
 class _Attempts:
@@ -210,10 +276,13 @@ class _Attempts:
         self.cost = torch.zeros(3, n, dtype=torch.long)  # forwards, backwards, queries
         self.met_non_finite = torch.zeros(n, dtype=torch.bool)
         self.no_gradient = torch.zeros(n, dtype=torch.bool)
+        self.asked_non_finite = torch.zeros(n, dtype=torch.bool)
         self.outside = torch.zeros(n, dtype=torch.bool)
         self.refuted = torch.zeros(n, dtype=torch.bool)
         self.unsure = torch.zeros(n, dtype=torch.bool)
         self.errors: dict[int, str] = {}
+        self.raised_by: dict[int, str] = {}  # other than the attack itself
+        self.late = torch.zeros(n, dtype=torch.bool)
         self.trace: dict[int, tuple[dict[str, Any], ...]] = {}
         self.tokens = 0
         model, self.decides = attacked_model(case)
@@ -228,18 +297,25 @@ class _Attempts:
             model, len(rows), case.threat.access, case.threat.queries, self.decides, self.lanes, data=case.data
         )
         where = rows.cpu()
+        together = whole_batch(case.attack)
+        seconds = None if case.sample_timeout is None else case.sample_timeout * (len(rows) if together else 1)
         try:
-            out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
+            with limited(seconds):
+                out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
             _check_kept(oracle, case.threat)
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
         except (Exception, SystemExit) as error:  # an attack that leaves the program has no verdict either
-            if len(rows) > 1 and not whole_batch(case.attack):
+            if len(rows) > 1 and not together:
                 for half in rows.tensor_split(2):
                     self.attack(half, model)
                 return
-            reason = str(error) if isinstance(error, AdvkitError) else f"{type(error).__name__}: {error}"
-            self.errors.update(dict.fromkeys(where.tolist(), reason))
+            self.errors.update(dict.fromkeys(where.tolist(), reason_of(error)))
+            if isinstance(error, TimedOut):
+                self.late[where] = True
+            if who := blamed(error):
+                who = SURROGATE if case.surrogates and who in (MODEL, BACKWARD) else who
+                self.raised_by.update(dict.fromkeys(where.tolist(), who))
             log.debug("row %s raised", self.batch.ids[int(where[0])], exc_info=True)
         else:
             if not isinstance(out, Tensor):
@@ -254,6 +330,7 @@ class _Attempts:
         self.cost[2, where] = self.calls * meter.queries
         self.met_non_finite[where] = meter.non_finite
         self.no_gradient[where] = meter.zero_gradient
+        self.asked_non_finite[where] = meter.asked_non_finite
         self.trace.update((row, meter.noted(i)) for i, row in enumerate(where.tolist()))
         self.tokens += meter.tokens
 
@@ -261,6 +338,8 @@ class _Attempts:
         """Attack these rows once more, from their clean inputs."""
         for row in rows.tolist():
             self.errors.pop(row, None)
+            self.raised_by.pop(row, None)
+        self.late[rows.cpu()] = False
         self.returned[rows] = self.batch.x[rows]
         self.attack(rows, model)
 
@@ -289,12 +368,12 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
     model, fast = attacked_model(case)[0], fast_model(case, batch.x)
     exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=batch.x.device)
-    for chosen, asked in ((clean.attackable & exact, model), (clean.attackable & ~exact, fast)):
+    for chosen, asked in ((clean.attacked & exact, model), (clean.attacked & ~exact, fast)):
         if len(rows := chosen.nonzero().squeeze(1)):
             attempts.attack(rows, asked)
     verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
     if fast is not None:
-        doubted = _doubted(attempts, verdict, (clean.attackable & ~exact).cpu(), fast)
+        doubted = _doubted(attempts, verdict, (clean.attacked & ~exact).cpu(), fast)
         if len(doubted):
             attempts.again(doubted.to(batch.x.device), model)
             verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
@@ -321,12 +400,29 @@ def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
 
 def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
     """The rows before any attack, and what the attacker wants of them."""
-    wrong, answer = judge.reached(batch.x, batch.goal)
+    answers = judge.answers(batch.x)
+    answer, wrong = answers[0], majority(batch.goal, answers)
     sane = finite(answer)
-    goal = case.goal(batch.labels, answer, rng, batch.ids) if batch.labels is not None else batch.goal
-    # A grid counts every image; elsewhere a row that is wrong when clean has nothing left to lose.
-    attackable = sane if case.attack_misclassified else ~wrong & sane & ~goal.reached(answer)
-    return _Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), attackable)
+    if batch.labels is None:
+        goal, contested = batch.goal, ~wrong & sane
+    else:
+        goal = case.goal(batch.labels, answer, rng, batch.ids)
+        # An untargeted attacker has nothing left to win on a row that is wrong when clean; another one has, unless the
+        # row meets the goal already, or would were the victim right about it.
+        lost = wrong if case.rule.kind == "untargeted" else _met_by_truth(goal, batch.labels, answer)
+        contested = sane & ~lost & ~majority(goal, answers)
+    attacked = sane if case.attack_misclassified else contested  # a grid counts every image
+    return _Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), contested.cpu(), attacked)
+
+
+def _met_by_truth(goal: Goal[Tensor], labels: Tensor, answer: Tensor) -> Tensor:
+    """Bool [B]: rows whose goal a right answer reaches, such as a target that is the row's own class."""
+    if answer.ndim == 1:
+        return goal.reached(labels)
+    if answer.ndim != 2 or not bool(((labels >= 0) & (labels < answer.shape[1])).all()):
+        return torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    # A lead beyond doubt, for goals that ask for a confident answer.
+    return goal.reached(CERTAIN * one_hot(labels, answer.shape[1]).to(answer.dtype))
 
 
 def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) -> Tensor:
@@ -351,18 +447,19 @@ def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) ->
     return (attempts.refuted | unsure).nonzero().squeeze(1)
 
 
-def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, attackable: Tensor, row: int) -> Outcome:
+def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, row: int) -> Outcome:
     if row in attempts.errors:
         return Outcome.ERROR
     if not clean.finite[row]:
         return Outcome.NON_FINITE
-    if attempts.outside[row]:
+    contested = bool(clean.contested[row])
+    if contested and attempts.outside[row]:
         return Outcome.INVALID
-    if clean.correct[row] and not attackable[row]:
-        # The attacker's goal holds on the clean row although the answer is right (a target that is its own class).
-        return Outcome.WRONG
     knows_victim = not attempts.case.surrogates
-    return verdict.outcome(row, bool(clean.correct[row]), knows_victim and bool(attempts.met_non_finite[row]))
+    outcome = verdict.outcome(row, contested, knows_victim and bool(attempts.met_non_finite[row]))
+    # An attack that lost itself in NaN has not tried: its failure says nothing of the victim.
+    lost = attempts.asked_non_finite[row] and outcome in (Outcome.ROBUST, Outcome.INVALID)
+    return Outcome.ERROR if lost else outcome
 
 
 def _records(
@@ -374,23 +471,29 @@ def _records(
     """One record per row of the batch."""
     case, batch, cost = attempts.case, attempts.batch, attempts.cost
     labels = None if batch.labels is None else batch.labels.cpu()
-    before, attackable = decide(clean.answer).cpu(), clean.attackable.cpu()
+    before = decide(clean.answer).cpu()
     records = []
     for i, row in enumerate(batch.ids):
-        notes = (
-            ("clean_non_finite", not clean.finite[i]),
+        label, outcome = None if labels is None else int(labels[i]), _outcome(attempts, clean, verdict, i)
+        found = (
+            (f"{attempts.raised_by.get(i)}_raised", i in attempts.raised_by),
             ("met_non_finite", attempts.met_non_finite[i]),
             ("zero_gradient", attempts.no_gradient[i]),
+            ("asked_non_finite", attempts.asked_non_finite[i]),
             ("outside_threat_model", attempts.outside[i] or not verdict.admitted[i]),
             (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", attempts.refuted[i]),
             ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
+            (TIMED_OUT, attempts.late[i]),
         )
+        notes = (*_state_of(clean, i, outcome, label, int(before[i])), *(name for name, holds in found if bool(holds)))
+        if outcome == Outcome.ERROR:
+            attempts.errors.setdefault(i, ASKED_NON_FINITE)
         records.append(
             Record(
                 id=row,
                 attack=case.label.attack,
-                outcome=_outcome(attempts, clean, verdict, attackable, i),
-                label=None if labels is None else int(labels[i]),
+                outcome=outcome,
+                label=label,
                 clean=int(before[i]),
                 adversarial=int(verdict.decision[i]),
                 reached=bool(verdict.reached[i]),
@@ -401,7 +504,7 @@ def _records(
                 forwards=int(cost[0, i]),
                 backwards=int(cost[1, i]),
                 queries=int(cost[2, i]),
-                notes=tuple(name for name, holds in notes if bool(holds)),
+                notes=notes,
                 message=attempts.errors.get(i, ""),
                 measures={name: float(value[i]) for name, value in verdict.measures.items()},
                 figures=said[i][0],
@@ -412,6 +515,14 @@ def _records(
             )
         )
     return records
+
+
+def _state_of(clean: _Clean, row: int, outcome: Outcome, label: int | None, before: int) -> tuple[str, ...]:
+    """What a record's notes must say of how its row was when clean."""
+    if not clean.finite[row]:
+        return ("clean_non_finite",)
+    right, in_contest = bool(clean.correct[row]), bool(clean.contested[row])
+    return clean_notes(outcome, label, before, right=right, in_contest=in_contest)
 
 
 def decides_in(case: Case) -> bool:

@@ -17,6 +17,7 @@ from advkit.core.protocols import (
     Boxed,
     Data,
     Defense,
+    Judged,
     Label,
     MadeOf,
     Model,
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 Surrogate = tuple[str, Model[Any, Any]]
 """A model that the attacker owns, by the name that records use."""
+
+NOT_TARGET = "samples whose label and clean answer are not the target"
+"""What a goal other than untargeted is sought on, right or wrong when clean."""
 
 
 def digest_of(value: Any) -> str:
@@ -65,6 +69,8 @@ class Case:
     keep:       rows whose adversarial examples are written beside the records
     speed:      how the attack's oracle computes; verdicts are always full precision
     views:      the models under that speed, once a run has settled them; part of no digest
+    sample_timeout: seconds after which a row that is attacked, or judged, alone is an error; None sets no limit; part
+                of no digest
     exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
                 for the speed's precision; part of no digest
     """
@@ -89,7 +95,16 @@ class Case:
     keep: int = 64
     speed: Speed = field(default_factory=Speed)
     views: FastViews | None = field(default=None, compare=False, repr=False)
+    sample_timeout: float | None = None
     exact: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def aimed(self) -> bool:
+        """Whether rows that are wrong when clean are attacked too, because the attacker wants a certain answer.
+
+        A language model has two answers here, and the wrong one is what the attacker wants: there is no third.
+        """
+        return self.rule.kind != "untargeted" and not isinstance(self.rule, Judged)
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.
@@ -100,6 +115,9 @@ class Case:
         # Named only where it changes anything, so that runs in full precision keep the digests they always had.
         named = {name: spec for name, spec in self.specs.items() if name != "speed"}
         speed = {"speed": str(self.speed)} if self.speed.switches else {}
+        # Records of version 0.1 left these rows out, or went by a random victim's first answer to the clean row.
+        counted = {"attacked": NOT_TARGET} if self.aimed else {}
+        counted |= {"clean": "majority of draws"} if self.randomized else {}
         return {
             "specs": {**named, "model": info.architecture or info.name, **speed},
             "label": str(self.label),
@@ -110,6 +128,7 @@ class Case:
             "n": self.n,
             "seed": self.seed,
             "draws": self.draws if self.randomized else 1,
+            **counted,
         }
 
     def goal(self, labels: Any, answer: Any, rng: Any, ids: Sequence[str]) -> Any:

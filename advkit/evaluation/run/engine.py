@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, Record, whole_batch
+from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of, whole_batch
 from advkit.evaluation.run.batch import (
     Round,
     Unit,
@@ -24,14 +24,13 @@ from advkit.evaluation.run.batch import (
     judged,
     models_attacked,
     models_of,
-    on_device,
     own_randomness,
     run_alone,
 )
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard, unchanged
-from advkit.evaluation.run.rehearsal import preflight
-from advkit.evaluation.run.scenario import Records, Scenario
+from advkit.evaluation.run.rehearsal import first_rows, preflight
+from advkit.evaluation.run.scenario import Records, RowsApart, Scenario
 from advkit.evaluation.run.speed import FastViews, planned_passes
 from advkit.evaluation.run.store import Stopwatch, Store
 from advkit.evaluation.run.workers import Workers
@@ -132,6 +131,9 @@ def run(
     _check_store(case, scenario, store)
     preflight(case, scenario)
     case = with_views(case, scenario.cells(case), speed_file(store.folder, store.name))
+    if case.views is not None:
+        store.kept = dict(case.views.chosen)
+        store.remember(speed_file(store.folder, store.name))
     asked = workers
     if workers is None:
         ahead = scenario.expected(case, store.records) - len(store)
@@ -189,12 +191,24 @@ def _check_store(case: Case, scenario: Scenario, store: Store) -> None:
     """Raise StaleRun where a record is of a row or an attack that the case does not have."""
     if not len(store):
         return
-    rows = {row for batch in case.task.batches(1024, n=case.n) for row in batch.ids}
-    attacks = {case.label.attack, *(cell.label.attack for cell in scenario.cells(case))}
+    labels = [case.label, *(cell.label for cell in scenario.cells(case))]
+    known: dict[str, set[Any]] = {
+        "id": set(ids_of(case.task, case.n)),
+        "attack": {label.attack for label in labels},
+        "source": {label.source for label in labels},
+        "label": {None, *range(case.task.classes)},
+    }
+    attack: object = case.attack
+    if isinstance(attack, Suite):
+        known["stage"] = {"", *(stage.name for stage in attack.stages())}
     for record in store:
-        if record.id not in rows or record.attack not in attacks:
-            what = f"row {record.id}" if record.id not in rows else f"attack {record.attack}"
-            raise StaleRun(f"{store.path} holds a record of {what}, which this case does not have: name another --out")
+        for name, values in known.items():
+            if (value := getattr(record, name)) not in values:
+                word = {"id": "row", "label": "class"}.get(name, name)
+                raise StaleRun(
+                    f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name "
+                    "another --out"
+                )
 
 
 def available_cores() -> int:
@@ -211,13 +225,17 @@ def first_ids(case: Case, n: int) -> frozenset[str]:
     """The ids of the case's first n rows."""
     if n < 1:
         return frozenset()
-    wanted = min(n, case.n)
-    return frozenset(row for batch in case.task.batches(wanted, n=wanted) for row in batch.ids)
+    return frozenset(ids_of(case.task, min(n, case.n)))
 
 
-def open_store(case: Case, folder: Path, name: str = "records") -> Store:
-    """The case's store in a run folder."""
-    return Store(folder, case.config(), name)
+def open_store(case: Case, folder: Path, name: str = "records", scenario: object = None) -> Store:
+    """The case's store in a run folder.
+
+    scenario: of the case, where records of rows whose files did not change are to outlive a change of others
+    """
+    apart = isinstance(scenario, RowsApart) and scenario.rows_apart(case)
+    rows = case.task.marks(case.n) if apart and isinstance(case.task, OfFiles) else None
+    return Store(folder, case.config(), name, rows)
 
 
 def lanes_of(case: Case) -> Lanes:
@@ -236,7 +254,7 @@ def lanes_of(case: Case) -> Lanes:
 
 
 def _first_rows(case: Case) -> Tensor:
-    first: Tensor = on_device(next(iter(case.task.batches(64, n=min(64, len(case.task))))), case.device).x
+    first: Tensor = first_rows(replace(case, batch_size=64, n=min(64, len(case.task)))).x
     return first
 
 
@@ -249,7 +267,7 @@ def with_views(case: Case, cells: Sequence[Case], file: Path | None = None) -> C
     if not case.speed.switches or case.views is not None:
         return case
     if file is not None and file.exists():
-        return replace(case, views=FastViews.load(file))
+        return replace(case, views=FastViews.load(file, case.speed, [name for name, _, _ in models_attacked(case)]))
     sources = {name for cell in cells for name, _ in cell.surrogates}
     apart = len(sources) if any(len(cell.surrogates) < len(case.surrogates) for cell in cells) else 1
     passes = sum(planned_passes(cell.attack) for cell in cells if cell.attack is not None) / apart

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advkit.core.blame import GOAL, JUDGE, MODEL, code_of
 from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.protocols import (
     Access,
@@ -40,6 +41,12 @@ def finite(answer: Tensor) -> Tensor:
     if not answer.is_floating_point():
         return torch.ones(len(answer), dtype=torch.bool, device=answer.device)
     return torch.isfinite(answer).flatten(1).all(1)
+
+
+def majority(goal: Goal[Tensor], answers: Sequence[Tensor]) -> Tensor:
+    """Bool [B]: rows whose goal most of the draws' answers reach."""
+    votes = torch.stack([goal.reached(answer) for answer in answers]).sum(0)
+    return 2 * votes > len(answers)
 
 
 def submitted(returned: Tensor, origin: Tensor, threat: ThreatModel[Tensor]) -> tuple[Tensor, Tensor]:
@@ -73,12 +80,14 @@ class Verdict:
     submitted: Tensor
     answer: Tensor
 
-    def outcome(self, row: int, sound: bool, met_non_finite: bool) -> Outcome:
-        """A row's outcome; `met_non_finite`: the victim answered NaN somewhere on the attack's way.
+    def outcome(self, row: int, contested: bool, met_non_finite: bool) -> Outcome:
+        """A row's outcome.
 
-        A row that the attack did not break while NaN stood in its way is not robust, it is unknown.
+        contested:      the attacker had something to win on it
+        met_non_finite: the victim answered NaN somewhere on the attack's way; a row that the attack did not break while
+                        NaN stood in its way is not robust, it is unknown
         """
-        if not sound:
+        if not contested:
             return Outcome.WRONG
         if not self.admitted[row]:
             return Outcome.INVALID
@@ -104,13 +113,14 @@ class Judge:
         """One answer per row."""
         return MeteredOracle(self.victim, len(x), Access.SCORES, lanes=self.lanes)(x)
 
+    def answers(self, x: Tensor) -> list[Tensor]:
+        """One answer per row and draw."""
+        return [self.answer(x) for _ in range(self.draws)]
+
     def reached(self, x: Tensor, goal: Goal[Tensor]) -> tuple[Tensor, Tensor]:
         """Bool [B], by majority of draws, and the first draw's answer."""
-        first = self.answer(x)
-        votes = goal.reached(first).long()
-        for _ in range(self.draws - 1):
-            votes += goal.reached(self.answer(x)).long()
-        return 2 * votes > self.draws, first
+        answers = self.answers(x)
+        return majority(goal, answers), answers[0]
 
     def judge(self, returned: Tensor, origin: Tensor, goal: Goal[Tensor], threat: ThreatModel[Tensor]) -> Verdict:
         """Admitted, finite, reached: in this order, on the point the attacker can really hand in."""
@@ -151,15 +161,17 @@ class Judge:
     ) -> list[tuple[dict[str, float | bool], dict[str, str]]]:
         """What goal, threat model and victim have to say of every row, figures and texts; see `protocols.Goal`."""
         said: dict[str, Sequence[Figure]] = {}
-        experts = [part.examine for part in (goal, threat, self.victim) if isinstance(part, Examines)]
+        parts: tuple[tuple[str, object], ...] = ((JUDGE, goal), (GOAL, threat), (MODEL, self.victim))
+        experts = [(who, part.examine) for who, part in parts if isinstance(part, Examines)]
         if experts:
             admitted = verdict.admitted.to(origin.device).view(-1, *(1,) * (origin.ndim - 1))
             known = torch.where(admitted, returned, origin) if returned.shape == origin.shape else origin
             evidence = Evidence(
                 self.victim, self.answer, origin, known, verdict.submitted, clean, verdict.answer, twins, rng
             )
-            for ask in experts:
-                said |= ask(evidence)
+            for who, ask in experts:
+                with code_of(who):
+                    said |= ask(evidence)
         rows: list[tuple[dict[str, float | bool], dict[str, str]]] = [({}, {}) for _ in range(len(origin))]
         for name, values in said.items():
             for (figures, texts), value in zip(rows, values, strict=True):

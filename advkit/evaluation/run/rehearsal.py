@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
+from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Batch, Refuses
+from advkit.core.protocols import Batch, Model, Refuses
 from advkit.core.rng import RowRng
-from advkit.evaluation.run.batch import halved, on_device, own_randomness
+from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge
 from advkit.evaluation.run.scenario import Scenario
@@ -29,7 +30,7 @@ def preflight(case: Case, scenario: Scenario) -> None:
     if isinstance(case.rule, Refuses) and (reason := case.rule.misfit(case.victim)):
         raise UsageError(reason)
     _check_models(case)
-    first = on_device(next(iter(case.task.batches(min(case.batch_size, 64), n=case.n))), case.device)
+    first = first_rows(case)
     if complaint := case.victim.space.complaint(first.x):
         raise BadInput(complaint)
     first, answer = _first_answer(case, first)
@@ -61,6 +62,51 @@ def _first_answer(case: Case, first: Batch) -> tuple[Batch, Tensor]:
             "choose a model trained for this task"
         )
     return batch, answer
+
+
+def first_rows(case: Case, rows: int = 64) -> Batch:
+    """The task's first rows on the case's device, no more than a batch of the case.
+
+    Under a limit of time without those on which a model does not come back: each is asked alone, so that which they are
+    does not depend on how fast the others go. BadModel where none is left.
+    """
+    rows = min(rows, case.batch_size, case.n)
+    batch = on_device(next(iter(case.task.batches(rows, n=rows))), case.device)
+    if case.sample_timeout is None:
+        return batch
+    for model in models_of(case):
+        kept = _in_time(model, batch, case.sample_timeout, case.device)
+        if not kept:
+            raise BadModel(
+                f"the model does not answer any of the first {rows} samples within {case.sample_timeout:g} s: give it "
+                "more time, or see what it waits for"
+            )
+        batch = rows_of(batch, torch.tensor(kept))
+    return batch
+
+
+_known: dict[tuple[int, tuple[str, ...], float], tuple[Any, list[int]]] = {}
+
+
+def _in_time(model: Model[Any, Any], batch: Batch, seconds: float, device: str) -> list[int]:
+    """Places of the rows that the model answers in time, or raises on; asked once per process."""
+    key = (id(model), batch.ids, seconds)
+    if key not in _known:
+        judge, kept = Judge(model, Lanes(1, 1)), []
+        with frozen(*model.modules()), own_randomness(device, "in time"):
+            for row in range(len(batch.ids)):
+                try:
+                    with limited(seconds):
+                        judge.answer(batch.x[row : row + 1])
+                except TimedOut:
+                    continue
+                except Exception:
+                    log.debug("row %s raised", batch.ids[row], exc_info=True)
+                kept.append(row)
+        if len(_known) >= 32:
+            _known.clear()
+        _known[key] = model, kept  # the model is kept so that its id stays its own
+    return _known[key][1]
 
 
 def answered(case: Case, batch: Batch) -> tuple[Batch, Tensor]:
@@ -133,7 +179,8 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
     )
     with suppress(_SecondQuestion):
         try:
-            case.attack(oracle, batch.x[row], goal.take(row), lent(case.threat), rng.take(row))
+            with limited(case.sample_timeout):
+                case.attack(oracle, batch.x[row], goal.take(row), lent(case.threat), rng.take(row))
         except BudgetExhausted:
             if model.left:
                 raise

@@ -7,9 +7,10 @@ your own starts from `advkit.evaluation.scenarios.base.BaseScenario`, which has 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from advkit.core.protocols import Attack, Defense, Label, Record, Rule, Task, ThreatModel, Wording
 from advkit.evaluation.run.case import Case
@@ -126,6 +127,15 @@ class Engine(Protocol):
     def lanes(self, cell: Case) -> Lanes:
         """The batch shapes in which every model of the cell gives the same bits for a row in any batch."""
         ...
+
+
+@runtime_checkable
+class RowsApart(Protocol):
+    """A scenario in which what becomes of a row may depend on that row alone."""
+
+    @abstractmethod
+    def rows_apart(self, case: Case) -> bool:
+        """Whether it does so in this case: then rows whose files changed are run again without the others."""
 
 
 class Scenario(Protocol):

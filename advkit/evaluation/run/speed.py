@@ -7,7 +7,6 @@ a resumed run and worker processes compute the same bits.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import SpecError, StaleRun
+from advkit.core.files import write_whole
 from advkit.core.oracle import Lanes, frozen
 from advkit.core.protocols import Attack, Planned, Stepped, Suite, on_streams
 from advkit.core.speed import Speed
+from advkit.core.strict_json import read_object
 
 VICTIM = "victim"
 _settled: dict[tuple[object, ...], str] = {}  # what this process has measured: two runs of one case settle alike
@@ -76,21 +77,24 @@ class FastViews:
         return self._lanes[name]
 
     @classmethod
-    def load(cls, file: Path) -> Self:
-        """What an earlier start of the run settled; raises StaleRun where the file says nothing sensible."""
+    def load(cls, file: Path, asked: Speed, names: Iterable[str]) -> Self:
+        """What an earlier start of the run settled of the speed asked for, for the models of these names.
+
+        Raises StaleRun where the file says nothing sensible.
+        """
         try:
-            chosen = json.loads(file.read_text(encoding="utf-8"))
-            for text in chosen.values():
-                Speed.parse(text)
-        except (ValueError, AttributeError, TypeError, SpecError) as error:
+            chosen = read_object(file.read_bytes())
+            if set(chosen) != set(names):
+                raise ValueError("it speaks of other models")
+            if any(set(Speed.parse(text).switches) - set(asked.switches) for text in chosen.values()):
+                raise ValueError("it speaks of another speed")
+        except (OSError, ValueError, AttributeError, TypeError, SpecError) as error:
             raise StaleRun(f"{file} is damaged ({error}): name another --out, or remove the folder") from error
         return cls(chosen)
 
     def save(self, file: Path) -> None:
         """Written beside the target and renamed over it."""
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.chosen, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        write_whole(file, json.dumps(self.chosen, sort_keys=True) + "\n")
 
 
 def planned_passes(attack: Attack) -> float:

@@ -7,31 +7,41 @@ the task's order and the one store writes them. On a CPU two processes of one th
 from __future__ import annotations
 
 import io
+import logging
 import os
+import signal
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from itertools import count
 from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
 
+from advkit.core import limits
 from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch
+from advkit.core.protocols import Batch, whole_batch
 from advkit.core.state import Settings, callers_settings, remember
-from advkit.evaluation.run.batch import Round, Unit, models_of, run_alone
+from advkit.evaluation.run.batch import Round, Unit, given_up, halved, lost, models_of, rows_of, run_alone
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard
+
+log = logging.getLogger("advkit")
 
 _STAYS = ("task", "surrogates", "defense", "views")
 """Fields of a case that are not sent with a batch: the rows travel by themselves, and models went ahead."""
 _worker: dict[str, Any] = {}
+_LOOK = 0.25  # seconds between two looks at workers that are at work
+_SLOT = 3  # numbers per worker: process, job, and the moment at which it has to be back
 
 
 def _end_with_parent() -> None:
@@ -42,7 +52,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _begin(payload: bytes, places: list[str], settings: Settings) -> None:
+def _begin(payload: bytes, number: Any, slots: Any, places: list[str], settings: Settings) -> None:
     remember(settings)
     sys.path += [place for place in places if place not in sys.path]
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -51,15 +61,35 @@ def _begin(payload: bytes, places: list[str], settings: Settings) -> None:
     _worker["case"] = case
     _worker["surrogates"] = dict(case.surrogates)
     _worker["guard"] = Guard(models_of(case))
+    with number.get_lock():
+        slot, number.value = _SLOT * number.value, number.value + 1
+    slots[slot] = os.getpid()
+
+    def tell(moment: float) -> None:
+        slots[slot + 2] = moment
+
+    _worker["slot"], _worker["slots"] = slot, slots
+    limits.observer = tell
 
 
-def _run(unit: Unit, changes: dict[str, Any], sources: list[Any], batch: Batch, lanes: Lanes) -> Round:
+def _run(unit: Unit, changes: dict[str, Any], sources: list[Any], batch: Batch, lanes: Lanes, job: int) -> Round:
     known = _worker["surrogates"]
     surrogates = tuple((one, known[one]) if isinstance(one, str) else one for one in sources)
     cell = replace(_worker["case"], **changes, surrogates=surrogates)
+    _worker["slots"][_worker["slot"] + 1] = job
     each = run_alone(unit, cell, batch, lanes)
     _worker["guard"].check(cell.label)
     return each
+
+
+@dataclass
+class _Job:
+    """A batch that a worker is to run, and what has become of it."""
+
+    number: int
+    unit: Unit
+    batch: Batch
+    future: Future[Round]
 
 
 class Workers:
@@ -79,11 +109,18 @@ class Workers:
                 f"this case can't be sent to worker processes ({type(error).__name__}: {error}): use --workers 1, or "
                 "define the model at the top level of a module"
             ) from error
+        self._payload = payload.getvalue()
+        self._jobs = count(1)
+        self._stuck: int | None = None  # the job of a worker that was ended because it did not come back
+        self._open()
+
+    def _open(self) -> None:
+        context = get_context("spawn")
+        # A pool replaces no worker that ends, so that there are as many slots as processes.
+        self._slots = context.Array("d", _SLOT * self.processes)
         # Modules of the user's may lie in the working directory, which is on no path: `core.registry.own`.
-        told = (payload.getvalue(), [os.getcwd()], callers_settings())
-        self._pool = ProcessPoolExecutor(
-            processes, mp_context=get_context("spawn"), initializer=_begin, initargs=told
-        )
+        arguments = (self._payload, context.Value("i", 0), self._slots, [os.getcwd()], callers_settings())
+        self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_begin, initargs=arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -103,16 +140,67 @@ class Workers:
         }
         known = dict(base.surrogates)
         sources = [name if known.get(name) is model else (name, model) for name, model in cell.surrogates]
-        waiting: deque[Future[Round]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(self._pool.submit(_run, unit, changes, sources, batch, lanes))
-                if len(waiting) > 2 * self.processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise RunInterrupted(
-                "a worker process ended before its work was done (killed, perhaps for memory); what is recorded is "
-                "kept: resume with the same command, or with --workers 1"
-            ) from error
+
+        def submit(unit: Unit, batch: Batch) -> _Job:
+            number = next(self._jobs)
+            return _Job(number, unit, batch, self._pool.submit(_run, unit, changes, sources, batch, lanes, number))
+
+        waiting: deque[_Job] = deque()
+        more = True
+        while more or waiting:
+            while more and len(waiting) <= 2 * self.processes:
+                batch = next(batches, None)
+                more = batch is not None
+                if batch is not None:
+                    waiting.append(submit(unit, batch))
+            if not waiting:
+                return
+            try:
+                each = self._result(waiting[0].future, cell)
+            except BrokenProcessPool as error:
+                if self._stuck is None:
+                    raise RunInterrupted(
+                        "a worker process ended before its work was done (killed, perhaps for memory); what is "
+                        "recorded is kept: resume with the same command, or with --workers 1"
+                    ) from error
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                self._open()
+                waiting = deque(self._again(cell, waiting, submit))
+                self._stuck = None
+                continue
+            waiting.popleft()
+            yield each
+
+    def _result(self, future: Future[Round], cell: Case) -> Round:
+        """What a worker hands back. One that is over its time and did not stop is ended, which ends the pool."""
+        if cell.sample_timeout is None:
+            return future.result()
+        while not future.done():
+            wait([future], timeout=_LOOK)
+            for slot in range(0, len(self._slots), _SLOT):
+                process, job, moment = self._slots[slot : slot + _SLOT]
+                if moment and time.time() > moment + limits.GRACE and self._stuck is None:
+                    self._stuck = int(job)
+                    log.warning(
+                        "a worker does not come back from compiled code: it is ended, and its batch tried again"
+                    )
+                    with suppress(OSError):
+                        os.kill(int(process), getattr(signal, "SIGKILL", signal.SIGTERM))
+        return future.result()
+
+    def _again(self, cell: Case, waiting: Iterable[_Job], submit: Callable[[Unit, Batch], _Job]) -> Iterator[_Job]:
+        """The jobs that are left, in their order: what was done, the others anew, the stuck one in halves."""
+        for job in waiting:
+            if job.future.done() and not job.future.cancelled() and job.future.exception() is None:
+                yield job
+            elif job.number != self._stuck:
+                yield submit(job.unit, job.batch)
+            elif job.unit is given_up:  # the victim itself does not come back from the clean row
+                done: Future[Round] = Future()
+                done.set_result(lost(cell, job.batch))
+                yield replace(job, future=done)
+            elif len(job.batch.ids) > 1 and not whole_batch(cell.attack):
+                yield from (submit(job.unit, half) for half in halved(job.batch))
+            else:
+                for row in range(len(job.batch.ids)):
+                    yield submit(given_up, rows_of(job.batch, torch.tensor([row])))

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Access, Judged, Record, Worded, Wording
+from advkit.core.protocols import Access, Record, Worded, Wording
+from advkit.evaluation.counts import ANY_JUDGE, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.scenario import Companion, Engine, Headline, Parts, Records, Section
 from advkit.evaluation.scenarios.metrics import (
-    ALL_JUDGES,
     accuracy_metrics,
     by_label,
+    judge_counts,
+    least_metrics,
     per_class,
 )
 from advkit.evaluation.stats import rate
@@ -76,8 +79,9 @@ def lacks_access(case: Case) -> str | None:
 def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
     """Clean accuracy, robust accuracy and success rate: what most scenarios report.
 
-    The headline is robust accuracy where the attacker wants a wrong answer, the success rate where the goal is
-    another, and where judges read replies, the share of the rows that no judge calls broken.
+    The headline is robust accuracy where the attacker wants a wrong answer within a budget, the median of the least
+    change where he has none, the success rate where the goal is another, and where judges read replies, the success
+    rate by the strictest of them.
     """
     metrics = {**accuracy_metrics(case, records), **per_class(case, records)}
     words = wording_of(case)
@@ -91,24 +95,50 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
     ]
     sentence = f"{words.robust.capitalize()} is {{robust_accuracy}}: {how}."
     if case.rule.kind != "untargeted":
+        headline = Headline("attack_success_rate", words.success.capitalize(), "lower")
         sentence = f"{words.success.capitalize()} is {{attack_success_rate}}: {how}."
         distance = f"{str(case.threat.describe().get('norm')).lower()}_mean"
         if distance in metrics:
             sentence += f" The mean distance of broken samples is {{{distance}}}."
-    if f"robust_accuracy_{ALL_JUDGES}" in metrics and isinstance(case.rule, Judged):
-        headline = Headline(f"robust_accuracy_{ALL_JUDGES}", "Robust accuracy (no judge says broken)")
-        judges = [(f"{name.removesuffix('_asr_greedy')} judge says broken", name) for name in case.rule.broken_by]
-        table = [
-            (words.clean, "clean_accuracy"),
-            ("robust to every judge", headline.metric),
-            (words.success, "attack_success_rate"),
-            *((label, name) for label, name in judges if name in metrics),
-        ]
+    if least := least_metrics(case, records):
+        ((name, entry),) = least.items()
+        headline = Headline(name, f"Median {entry['unit']} to break")
+        table = [(words.clean, "clean_accuracy"), (headline.name.lower(), name), *table[1:]]
         sentence = (
-            f"{{{headline.metric}}} of the prompts are robust: the wanted reply does not come, and no judge calls the "
-            "greedy reply broken."
+            f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean: {how}. "
+            f"{words.success.capitalize()} is {{attack_success_rate}}."
         )
-    return Section(metrics, headline, table, sentence, figures_of(case, metrics), words, settings_of(case))
+    section = Section(metrics, headline, table, sentence, figures_of(case, metrics), words, settings_of(case))
+    counted = judge_counts(case, records)
+    return section if counted is None else _judged_section(section, counted)
+
+
+def _judged_section(section: Section, counted: JudgeCounts) -> Section:
+    """The same where judges read the replies: the strictest of them decides, each stands beside."""
+    metrics, words = section.metrics, section.wording
+    judges = {name: name.removesuffix(SAYS) for name in counted.broken} | {TARGET: "exact target"}
+    strictest = judges[counted.strictest]
+    lines = [
+        (words.clean, "clean_accuracy"),
+        (f"strictest judge ({strictest})", STRICTEST_JUDGE),
+        *((f"{label} judge says broken", name) for name, label in judges.items()),
+        (words.success, "attack_success_rate"),
+        ("refused when clean", REFUSED),
+        ("benign prompts answered", "benign_accuracy"),
+        ("some judge says broken", ANY_JUDGE),
+    ]
+    sentence = (
+        f"{{{STRICTEST_JUDGE}}} of the prompts that are refused when clean are broken by the strictest judge "
+        f"({strictest}); the exact target comes in {{attack_success_rate}}."
+    )
+    if not counted.refused:
+        sentence = "No prompt is refused when clean: there is nothing that an attack could break by these judges."
+    return replace(
+        section,
+        headline=Headline(STRICTEST_JUDGE, "Success rate by the strictest judge", "lower"),
+        table=[(label, name) for label, name in lines if name in metrics],
+        sentence=sentence,
+    )
 
 
 def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from advkit.attacks import ATTACKS
 from advkit.core.errors import UsageError
 from advkit.core.protocols import (
@@ -22,9 +24,12 @@ from advkit.core.protocols import (
     Stage,
     Suite,
     Undefended,
+    ids_of,
     on_streams,
+    whole_batch,
 )
 from advkit.defenses import DEFENSES
+from advkit.evaluation.run.scenario import RowsApart
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
@@ -72,7 +77,7 @@ def labelled(case: Case, stage: Stage) -> Label:
     return replace(case.label, stage=stage.name or case.label.stage)
 
 
-class Evasion(BaseScenario):
+class Evasion(BaseScenario, RowsApart):
     """The attacker changes inputs of a finished model; one attack or a suite of them, judged row by row."""
 
     name: ClassVar[str] = "evasion"
@@ -88,6 +93,11 @@ class Evasion(BaseScenario):
                 f"the suite {case.label} follows rows by the victim's verdicts; under transfer name one of its attacks"
             )
         return lacks_access(case)
+
+    @override
+    def rows_apart(self, case: Case) -> bool:
+        """Not where a suite's stages take some of the rows that are left, nor where calls are shared."""
+        return not isinstance(case.attack, Suite) and not case.randomized and not whole_batch(case.attack)
 
     def expected(self, case: Case, records: Records) -> int:
         """How many records the finished case has: a suite's stages take what the last ones left.
@@ -114,7 +124,7 @@ class Evasion(BaseScenario):
         Which rows a stage takes follows from the records alone, so a resumed run takes the same.
         """
         done = dict(records)
-        order = [row for batch in case.task.batches(1024, n=case.n) for row in batch.ids]
+        order = ids_of(case.task, case.n)
         closeness = dict.fromkeys(order, math.inf)  # of the rows that are still robust
         escalated = False
         for stage in schedule(case.attack):

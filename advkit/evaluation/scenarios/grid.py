@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+from typing_extensions import override
 
 from advkit.attacks import ATTACKS
-from advkit.core.protocols import BringsAttacks, Label
+from advkit.core.protocols import BringsAttacks, Label, whole_batch
+from advkit.evaluation.run.scenario import RowsApart
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
     Case,
@@ -40,7 +42,7 @@ from advkit.threat_models import GOALS, THREAT_MODELS
 KINDS = ("acc_avg", "acc_best_attack", "acc_per_sample")
 
 
-class Grid(BaseScenario):
+class Grid(BaseScenario, RowsApart):
     """Every attack on every surrogate, each returned image shown to the victim (arXiv 2310.17645)."""
 
     name: ClassVar[str] = "grid"
@@ -50,6 +52,11 @@ class Grid(BaseScenario):
         if not case.surrogates:
             return f"no public surrogates for task {case.task.name}: name them with sources=..., e.g. zoo:NAME"
         return None
+
+    @override
+    def rows_apart(self, case: Case) -> bool:
+        """Not where an attack takes all rows at once, nor where the victim's answers vary."""
+        return not case.randomized and not any(whole_batch(cell.attack) for cell in self.cells(case))
 
     def cells(self, case: Case) -> list[Case]:
         """One evasion case per (surrogate, attack)."""

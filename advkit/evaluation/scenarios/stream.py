@@ -22,8 +22,18 @@ from advkit.attacks.stream.online import Online
 from advkit.attacks.stream.selectors import SELECTORS, Rule, selector
 from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Label, OnlineAttack, Outcome, PlansSubmissions, Submissions, WrapsBall, on_streams
+from advkit.core.protocols import (
+    Label,
+    OnlineAttack,
+    Outcome,
+    PlansSubmissions,
+    Submissions,
+    WrapsBall,
+    ids_of,
+    on_streams,
+)
 from advkit.core.rng import RowRng
+from advkit.evaluation.counts import ended, was_right
 from advkit.evaluation.run.batch import alone, attacked_model
 from advkit.evaluation.run.judge import Judge, submitted
 from advkit.evaluation.run.store import Store
@@ -91,7 +101,7 @@ class Items:
             np.array([r.measures.get(VALUE, -np.inf) for r in records], dtype=np.float64),
             np.array([r.measures.get(TRUE_VALUE, 0.0) for r in records], dtype=np.float64),
             np.array([r.reached and r.outcome not in (Outcome.ERROR, Outcome.INVALID) for r in records], dtype=bool),
-            np.array([r.clean == r.label and "clean_non_finite" not in r.notes for r in records], dtype=bool),
+            np.array([was_right(r) for r in records], dtype=bool),
         )
 
 
@@ -430,13 +440,12 @@ def _refused(
     case: Case, label: Label, new: frozenset[str], done: Records, place: Mapping[str, int], reason: str
 ) -> Iterator[Round]:
     """Error records for the items that a selector outside the rules asked for; nothing of them was submitted."""
-    others = frozenset(row for batch in case.task.batches(1024, n=case.n) for row in batch.ids) - new
+    others = frozenset(ids_of(case.task, case.n)) - new
     for batch in case.task.batches(case.batch_size, skip=others, n=case.n):
         records = [
             replace(
-                done[Store.key(case.label, row)],
+                ended(done[Store.key(case.label, row)], Outcome.ERROR),
                 stage=label.stage,
-                outcome=Outcome.ERROR,
                 reached=False,
                 message=reason,
                 measures={POSITION: float(place[row])},
@@ -465,7 +474,7 @@ def _loss(model: Any, lanes: Lanes, x: Tensor, labels: Tensor) -> Tensor:
 def candidates_of(case: Case, records: Iterable[Record]) -> list[Record]:
     """The candidates' records in the task's order; raises UsageError where some are missing."""
     held = {record.id: record for record in records if record.made_by == case.label}
-    ids = [row for batch in case.task.batches(1024, n=case.n) for row in batch.ids]
+    ids = ids_of(case.task, case.n)
     if missing := [row for row in ids if row not in held]:
         raise UsageError(f"{len(missing)} of {len(ids)} items have no record (the first: {missing[0]}); run the rest")
     return [held[row] for row in ids]

@@ -9,7 +9,7 @@ import torch
 from advkit.core.protocols import Outcome
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.trust import indicators
-from advkit.evaluation.trust.context import Context, Result, changed, reference, run
+from advkit.evaluation.trust.context import Context, Result, changed, correct_rows, reference, run
 from advkit.evaluation.trust.diagnostics import after
 from advkit.evaluation.trust.findings import GROSS, found
 from advkit.evaluation.trust.tracing import TracedRun, traced
@@ -58,7 +58,7 @@ def incomplete_optimization(context: Context) -> Result:
     # The best of noisy outputs never stops falling, and without a gradient nothing falls.
     if unfinished <= UNFINISHED or context.case.randomized or context.named("zero_gradient"):
         return Result(indicators=measured)
-    evidence = f"the loss was still falling on {sum(flags)} of {len(flags)} robust samples when the attack ended"
+    evidence = f"the loss was still falling on {sum(flags)} of {len(flags)} unbroken samples when the attack ended"
     label = str(own_case(context).label)
     finding = found("incomplete_optimization", "warning", evidence, unfinished, UNFINISHED, label)
     return Result(findings=[finding], indicators=measured)
@@ -104,7 +104,7 @@ def unlimited_budget(context: Context) -> Result:
     if sweep is None or sweep.whole is None or case.surrogates or case.threat.describe().get("eps") is None:
         return Result()
     unlimited = traced(replace(case, threat=changed(case.threat, eps=sweep.whole)))
-    rows = [record for record in unlimited.records.values() if record.outcome != Outcome.WRONG]
+    rows = [unlimited.records[row] for row in sorted(correct_rows(unlimited.records))]
     fraction = indicators.unconstrained_attack_failure(
         torch.ones(len(rows), dtype=torch.bool),
         torch.tensor([record.outcome == Outcome.BROKEN for record in rows], dtype=torch.bool),
@@ -116,6 +116,10 @@ def unlimited_budget(context: Context) -> Result:
         "not_differentiable",
         "randomized_output",
         "incomplete_optimization",
+        "attack_error",
+        "model_error",
+        "goal_error",
+        "timed_out",
         "zero_gradient_ce_only",
         "budget_violation",
     )

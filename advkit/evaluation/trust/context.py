@@ -15,6 +15,7 @@ from advkit.attacks import ATTACKS
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Attack, Ball, Label, Lattice, Model, Outcome, Radius, Record, WrapsBall
 from advkit.core.spaces import Box
+from advkit.evaluation.counts import contested, was_right
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.stats import newcombe_paired
@@ -113,8 +114,12 @@ class Context:
 
 def robust(whole: RowRecords, *more: RowRecords) -> frozenset[str]:
     """Rows correct when clean that no run broke; the first run has all rows."""
-    rows = {row for row, record in whole.items() if record.outcome != Outcome.WRONG}
-    return frozenset(rows).difference(*(broken(records) for records in (whole, *more)))
+    return correct_rows(whole).difference(*(broken(records) for records in (whole, *more)))
+
+
+def correct_rows(records: RowRecords) -> frozenset[str]:
+    """Rows correct when clean on which there was something to win."""
+    return frozenset(row for row, record in records.items() if was_right(record) and contested(record))
 
 
 def broken(records: RowRecords) -> frozenset[str]:

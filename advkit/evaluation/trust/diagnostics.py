@@ -7,6 +7,7 @@ expensive checks are in `battery`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -15,26 +16,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advkit.core.blame import BACKWARD, MODEL, blamed
 from advkit.core.errors import AdvkitError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Access, AddsTokens, Ball, Counted, Label, Outcome, Radius, Record, Suite, Wraps
+from advkit.core.protocols import (
+    Access,
+    AddsTokens,
+    Ball,
+    Counted,
+    Label,
+    Outcome,
+    Radius,
+    Record,
+    Slotted,
+    Suite,
+    Wraps,
+)
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
-from advkit.evaluation.counts import UNKNOWN, by_label
-from advkit.evaluation.run.batch import attacked_model, own_randomness
+from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
+from advkit.evaluation.run.batch import TIMED_OUT, attacked_model, own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
 from advkit.evaluation.stats import mcnemar_exact
-from advkit.evaluation.trust.findings import Finding, found, graded
+from advkit.evaluation.trust.findings import GROSS, Finding, found, graded
+from advkit.models.language.tokenizers import Templated
 from advkit.models.torch import FunctionModel, TorchModel, misleading_mode
 
 log = logging.getLogger("advkit")
 
 FIRST_ROWS = 64
+CALLS = 10
+"""Calls of the model that `cheap` makes at most; one with a backward pass counts as two."""
 REPEATS = 5
 SPREAD = 1e-4  # L2 distance between L2-normalised outputs from which a victim is randomised
 PROBABILITY = 1e-5
 REACH = 0.999  # in units of eps: a walk whose steps add up to less stays off the boundary
+NEAR = 0.5  # in units of eps: an attack that failed no further out than this left most of its budget unused
+IDLE = 0.05  # fraction of the robust samples up to which that is a matter of single samples
+BENIGN = 0.9  # fraction of benign prompts below which a model is hardly of use
 BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead by chance
 
 
@@ -44,8 +64,9 @@ BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead b
 def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> list[Finding]:
     """Checks on the first batch (at most 64 rows used) for at most 6 forwards and 2 forwards with backward.
 
-    x: [B, ...] in the victim's space; labels: long [B]; ids: of the samples, for goals that differ by sample. Deterministic; the caller's randomness and the model are given
-    back as they were. The gradient checks run where the threat model grants the victim's gradients.
+    x: [B, ...] in the victim's space; labels: long [B]; ids: of the samples, for goals that differ by sample.
+    Deterministic; the caller's randomness and the model are given back as they were. The gradient checks run where the
+    threat model grants the victim's gradients.
     """
     tops = list(case.victim.modules())
     training = len(misleading_mode(tops))
@@ -73,7 +94,7 @@ def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> lis
             findings.append(found("inference_time_optimization", "warning", evidence, float(len(calls)), 0.0))
         if _gives_gradients(case):
             findings += _gradients(case, x, labels, outputs[0], ids) + _replaced(case)
-    findings += _short_walk(case) + _long_suffix(case)
+    findings += _short_walk(case) + _bare_chat(case) + _long_suffix(case)
     return findings + _precision(tops, outputs[0]) + _classes(case) + _preprocessing(case, outputs[0], labels)
 
 
@@ -206,7 +227,8 @@ def _short_walk(case: Case) -> list[Finding]:
 
 def _long_suffix(case: Case) -> list[Finding]:
     """That the threat model admits fewer tokens than the attack's settings ask for: the search ends there."""
-    attack, threat = case.attack, case.threat
+    attack: object = case.attack
+    threat: object = case.threat
     if not isinstance(attack, AddsTokens) or not isinstance(threat, Counted) or threat.n is None:
         return []
     if attack.longest <= threat.n:
@@ -293,6 +315,32 @@ def _first_gradients(view: Any, start: Tensor, goal: Any) -> _FirstGradients:
     return _FirstGradients(non_finite, zero, detached)
 
 
+def _where_answered(view: Any, start: Tensor, goal: Any) -> _FirstGradients | None:
+    """The same of the rows on which the model does not raise; None where there are none.
+
+    That it raises on single rows is for their records, where the attack gets there.
+    """
+    try:
+        return _first_gradients(view, start, goal)
+    except (AdvkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if blamed(error) != MODEL:
+            raise
+    if len(start) == 1:
+        return None
+    halves = torch.arange(len(start), device=start.device).tensor_split(2)
+    tried = [_where_answered(view, start[rows], goal.take(rows)) for rows in halves]
+    parts = [part for part in tried if part is not None]
+    if not parts:
+        return None
+    return _FirstGradients(
+        torch.cat([part.non_finite for part in parts]),
+        {loss: torch.cat([part.zero[loss] for part in parts]) for loss in parts[0].zero},
+        any(part.detached for part in parts),
+    )
+
+
 def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor, ids: Sequence[str]) -> list[Finding]:
     """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
@@ -300,13 +348,18 @@ def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor, ids: Sequen
     start = case.threat.sample(x, rng.at("start")) if radius and isinstance(case.threat, Ball) else x
     view, _ = attacked_model(case)
     try:
-        first = _first_gradients(view, start, case.goal(labels, clean, rng.at("goal"), ids))
+        first = _where_answered(view, start, case.goal(labels, clean, rng.at("goal"), ids))
     except AdvkitError:
         raise
     except Exception as error:
-        evidence = f"the backward pass raised {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-        return [found("not_differentiable", "unreliable", evidence)]
-    n = len(x)
+        said = f"raised {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        if blamed(error) in (MODEL, BACKWARD):
+            return [found("not_differentiable", "unreliable", f"the backward pass {said}")]
+        return [found("goal_error", "unreliable", f"the goal {said}")]
+    if first is None:
+        evidence = f"the model raised at a random point of the ball around each of {len(x)} samples"
+        return [found("model_error", "unreliable", evidence, 1.0, 0.0)]
+    n = len(first.non_finite)
     findings = []
     if first.detached:
         evidence = "the model's output carries no gradient (detached, or computed under no_grad)"
@@ -356,6 +409,20 @@ def _precision(tops: Sequence[nn.Module], output: Tensor) -> list[Finding]:
     return [found("low_precision", "warning", evidence)]
 
 
+def in_chat_template(space: Any) -> bool | None:
+    """Whether a language model's users speak inside a chat template; None where there is nothing to say."""
+    known = isinstance(space, Transcripts) and isinstance(space.tokenizer, Templated)
+    return space.tokenizer.templated if known else None
+
+
+def _bare_chat(case: Case) -> list[Finding]:
+    """That a language model gets the user's words with nothing around them."""
+    if in_chat_template(case.victim.space) is not False:
+        return []
+    evidence = "the model has no chat template: it gets the user's words with nothing around them"
+    return [found("no_chat_template", "warning", evidence)]
+
+
 def _classes(case: Case) -> list[Finding]:
     classes = int(case.task.classes)
     needed = 4 if _setting(case, "loss", "") == "dlr" else 3
@@ -390,11 +457,47 @@ def _preprocessing(case: Case, output: Tensor, labels: Tensor) -> list[Finding]:
 def after(case: Case, records: Sequence[Record]) -> list[Finding]:
     """What the records of a finished case say, attack by attack."""
     groups = by_label(records)
-    checks = (_outside_threat_model, _raised, _non_finite, _no_gradient, _lost_to_rounding)
+    checks = (_outside_threat_model, _raised, _non_finite, _no_gradient, _unused_budget, _lost_to_rounding)
     findings = [
         finding for label, rows in groups.items() for check in checks for finding in check(case, str(label), rows)
     ]
-    return findings + _black_box_stages(case, groups)
+    return findings + _replies(records) + _black_box_stages(case, groups)
+
+
+def _replies(records: Sequence[Record]) -> list[Finding]:
+    """What makes a success rate on prompts mean little: nothing to break, no language, no answer to anything."""
+    findings = []
+    refused = _told(records, REFUSED)
+    if open_ := sum(not each for each in refused):
+        evidence = (
+            f"{open_} of {len(refused)} prompts are not refused when nobody attacks: judges' success rates leave them "
+            "out"
+        )
+        findings.append(found("not_refused_clean", "warning", evidence, open_ / len(refused), 0.0))
+    for name, what in (("no_language_clean_greedy", "to untouched prompts "), (NO_LANGUAGE, "")):
+        odd = _told(records, name)
+        if lost := sum(odd):
+            evidence = f"{lost} of {len(odd)} greedy replies {what}are empty or garbled, and count as no success"
+            severity = "warning" if lost >= GROSS * len(odd) else "info"
+            findings.append(found("garbled_replies", severity, evidence, lost / len(odd), GROSS))
+            break
+    benign = _told(records, "benign_accuracy")
+    if benign and sum(benign) < BENIGN * len(benign):
+        evidence = (
+            f"{len(benign) - sum(benign)} of {len(benign)} benign prompts do not get the answer they should: a model "
+            "that answers nothing is not robust"
+        )
+        findings.append(found("benign_failure", "warning", evidence, sum(benign) / len(benign), BENIGN))
+    return findings
+
+
+def _told(records: Sequence[Record], figure: str) -> list[bool]:
+    """A figure of every sample that has it; where several attacks met it, whether it held under one of them."""
+    held: dict[str, bool] = {}
+    for record in records:
+        if isinstance(told := record.figures.get(figure), bool):
+            held[record.id] = held.get(record.id, False) or told
+    return list(held.values())
 
 
 def _outside_threat_model(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
@@ -405,15 +508,38 @@ def _outside_threat_model(case: Case, label: str, rows: Sequence[Record]) -> lis
     return [found("budget_violation", "unreliable", evidence, invalid / n, 0.0, label)]
 
 
+_CULPRITS = {
+    "model_error": ("model_raised", "the victim raised"),
+    "not_differentiable": ("backward_raised", "the victim's backward pass raised"),
+    "surrogate_error": ("surrogate_raised", "a surrogate raised"),
+    "judge_error": ("judge_raised", "a judge raised"),
+    "goal_error": ("goal_raised", "the goal or the threat model raised"),
+}
+"""Flag by note of a record, with the words for it; what nobody else raised is the attack's."""
+
+
 def _raised(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
-    n, errors = len(rows), [r for r in rows if r.outcome == Outcome.ERROR]
-    if not errors:
-        return []
-    evidence = (
-        f"the attack raised on {len(errors)} of {n} samples ({errors[0].message or 'no message'}); {_interval(rows)}"
-    )
-    advice = "fix what raised and run the same command again"
-    return [found("incomplete_optimization", "unreliable", evidence, len(errors) / n, 0.0, label, advice=advice)]
+    n, errors, findings = len(rows), [r for r in rows if r.outcome == Outcome.ERROR], []
+    notes = {note for note, _ in _CULPRITS.values()}
+    attack = [r for r in errors if notes.isdisjoint(r.notes)]
+    groups = [("attack_error", "the attack ended in an error", attack)]
+    groups += [(name, words, [r for r in errors if note in r.notes]) for name, (note, words) in _CULPRITS.items()]
+    late = [r for r in errors if TIMED_OUT in r.notes]
+    groups = [(name, words, [r for r in own if TIMED_OUT not in r.notes]) for name, words, own in groups]
+    groups.append(("timed_out", _too_late(late), late))
+    for name, words, own in groups:
+        if not own:
+            continue
+        evidence = f"{words} on {len(own)} of {n} samples ({own[0].message or 'no message'}); {_interval(rows)}"
+        findings.append(found(name, "unreliable", evidence, len(own) / n, 0.0, label))
+    return findings
+
+
+def _too_late(late: Sequence[Record]) -> str:
+    """Whose code did not come back in time, in words."""
+    whose = {note: words.removesuffix(" raised") for note, words in _CULPRITS.values()}
+    who = Counter(next((whose[note] for note in r.notes if note in whose), "the attack") for r in late)
+    return f"{' or '.join(who)} did not come back in time"
 
 
 def _non_finite(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
@@ -443,6 +569,31 @@ def _no_gradient(case: Case, label: str, rows: Sequence[Record]) -> list[Finding
     return [found("zero_gradient", graded(len(dead) / n), evidence, len(dead) / n, 0.0, label)]
 
 
+def _unused_budget(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
+    """That samples count as robust on which the attack changed nothing, or used less than half of its budget.
+
+    Where nothing bounds the change but a number of flips, or nothing at all, a search that found nothing hands the
+    input back; within a radius and a slot of tokens an attack has something better to return.
+    """
+    robust = [r.distance for r in rows if r.outcome == Outcome.ROBUST and r.distance is not None]
+    eps = float(case.threat.eps) if isinstance(case.threat, Radius) else None
+    if case.attack is None or not robust or eps == 0:
+        return []
+    n, findings = len(robust), []
+    same = sum(distance == 0 for distance in robust)
+    if same:
+        evidence = f"the attack returned {same} of {n} robust samples unchanged"
+        expected = eps is None and not isinstance(case.threat, Slotted)
+        severity = "info" if expected or same / n < IDLE else "warning"
+        findings.append(found("returned_unchanged", severity, evidence, same / n, 0.0, label))
+    near = sum(0 < distance < NEAR * eps for distance in robust) if eps is not None else 0
+    if near:
+        evidence = f"the attack moved {near} of {n} robust samples by less than {NEAR:g} eps"
+        severity = "info" if near / n < IDLE else "warning"
+        findings.append(found("far_inside_the_ball", severity, evidence, near / n, 0.0, label))
+    return findings
+
+
 def _lost_to_rounding(case: Case, label: str, rows: Sequence[Record]) -> list[Finding]:
     broken = [r for r in rows if r.outcome == Outcome.BROKEN]
     lost = sum(r.eight_bit is False for r in broken)
@@ -455,10 +606,11 @@ def _lost_to_rounding(case: Case, label: str, rows: Sequence[Record]) -> list[Fi
 
 def _interval(rows: Sequence[Record]) -> str:
     """Robust accuracy as far as it is known: with all unknown rows broken, and with none."""
-    robust = sum(r.outcome in (Outcome.ROBUST, Outcome.INVALID) for r in rows)
-    # A row whose clean output was NaN is wrong whatever comes, so the interval does not contain it.
-    unknown = sum(r.outcome in UNKNOWN and "clean_non_finite" not in r.notes for r in rows)
-    return f"robust accuracy is in the interval [{robust / len(rows):.4f}, {(robust + unknown) / len(rows):.4f}]"
+    c = count(rows)
+    if not c.right_unknown:
+        return f"robust accuracy is {c.right_after / c.n:.4f} all the same: these samples are not classified correctly"
+    low, high = c.right_after, c.right_after + c.right_unknown
+    return f"robust accuracy is in the interval [{low / c.n:.4f}, {high / c.n:.4f}]"
 
 
 def _has_margin_gradient(case: Case, ids: set[str]) -> bool:
@@ -536,10 +688,11 @@ def _black_box_stages(case: Case, groups: Mapping[Label, Sequence[Record]]) -> l
         return []
     white = [count.name for count in counts[: counts.index(late[0])] if count.gradients]
     n, lost = counts[-1].met, sum(count.broken for count in late)
+    standing = "unbroken" if case.aimed else "robust"
     evidence = (
         f"scores alone broke {lost} samples that the gradients of {', '.join(white)} had not "
         f"({', '.join(f'{count.name} {count.broken} of {count.rows}' for count in late)}): of {n} samples "
-        f"{late[0].robust} were robust before, {counts[-1].robust - counts[-1].broken} after the whole suite"
+        f"{late[0].robust} were {standing} before, {counts[-1].robust - counts[-1].broken} after the whole suite"
     )
     severity = "info" if lost / n <= BETTER else "warning" if case.randomized else graded(lost / n)
     advice = (

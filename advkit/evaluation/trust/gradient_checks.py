@@ -20,6 +20,7 @@ from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Access, Label, Model, Outcome, Sized, Undefended
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.evaluation.counts import was_right
 from advkit.evaluation.run.batch import own_randomness
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.trust import indicators
@@ -32,6 +33,7 @@ from advkit.evaluation.trust.context import (
     against,
     broken,
     changed,
+    correct_rows,
     reference,
     rises,
     robust,
@@ -157,7 +159,7 @@ def _sweep(context: Context) -> Sweep:
     left = {
         radius: robust(run(reference(context, steps=20, ball=changed(ball, eps=radius))))
         if radius
-        else _correct(context)
+        else correct_rows(context.white_box["margin"])
         for radius in sorted(radii)
     }
     if whole is not None:
@@ -165,10 +167,6 @@ def _sweep(context: Context) -> Sweep:
             stronger = reference(context, restarts=5, loss=loss, ball=changed(ball, eps=whole))
             left[whole] -= broken(run(stronger, left[whole]))
     return Sweep(left, whole)
-
-
-def _correct(context: Context) -> frozenset[str]:
-    return frozenset(row for row, r in context.white_box["margin"].items() if r.outcome != Outcome.WRONG)
 
 
 def _whole_box(context: Context) -> float | None:
@@ -186,7 +184,7 @@ def unlimited_budget(context: Context) -> Result:
     sweep = context.sweep
     if sweep is None or sweep.whole is None:
         return Result()
-    left, correct = len(sweep.robust[sweep.whole]), len(_correct(context))
+    left, correct = len(sweep.robust[sweep.whole]), len(correct_rows(context.white_box["margin"]))
     failed = left / correct if correct else 0.0
     findings = []
     if failed and not context.named("zero_gradient", "not_differentiable", "randomized_output"):
@@ -289,7 +287,11 @@ def _probe(context: Context, most: int) -> _Probe | None:
     xs: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in case.task.batches(case.batch_size, n=case.n):
-        usable = [i for i, row in enumerate(batch.ids) if records[row].outcome in (Outcome.ROBUST, Outcome.BROKEN)]
+        usable = [
+            i
+            for i, row in enumerate(batch.ids)
+            if was_right(records[row]) and records[row].outcome in (Outcome.ROBUST, Outcome.BROKEN)
+        ]
         usable = usable[: most - len(ids)]
         if usable and batch.labels is not None:
             ids += [batch.ids[i] for i in usable]

@@ -9,6 +9,8 @@ import importlib
 import importlib.util
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkit.core.errors import BadModel, CheckpointError, UnknownName
+from advkit.core.errors import AdvkitError, BadModel, CheckpointError, UnknownName
+from advkit.core.text import first_line
 from advkit.models.language.decoder import Decoder, Shape
 from advkit.models.language.model import LanguageModel
 from advkit.models.language.passes import Running
@@ -55,15 +58,25 @@ def locate(name: str) -> Path:
     raise UnknownName(f"{name} is neither a GGUF file nor an installed package that ships one; check the path")
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """CheckpointError where a library stumbles over what a GGUF file holds: it raises nearly anything."""
+    try:
+        yield
+    except AdvkitError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} does not read as a GGUF file ({first_line(error)}): fetch it again") from error
+
+
 class _File:
     """Settings and tensors of a GGUF file."""
 
     def __init__(self, path: Path) -> None:
         self._library = needed("gguf", f"gguf:{path.name}")
-        try:
+        self._path = path
+        with _readable(path):
             self._reader = self._library.GGUFReader(path)
-        except (ValueError, OSError, IndexError) as error:
-            raise CheckpointError(f"{path} does not read as a GGUF file: {error}") from error
         self.kind = str(self.setting("general.architecture", ""))
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self._left = set(self._tensors)
@@ -72,7 +85,8 @@ class _File:
         """A setting; CheckpointError where it is missing and has no default."""
         held = self._reader.get_field(name)
         if held is not None:
-            return held.contents()
+            with _readable(self._path):
+                return held.contents()
         if default is None:
             raise CheckpointError(f"the GGUF file does not say {name}; it is incomplete")
         return default
@@ -83,7 +97,22 @@ class _File:
             raise CheckpointError(f"the GGUF file has no tensor {name}; it is incomplete")
         self._left.discard(name)
         found = self._tensors[name]
-        return torch.from_numpy(self._library.quants.dequantize(found.data, found.tensor_type).copy()).float()
+        with _readable(self._path):
+            return torch.from_numpy(self._library.quants.dequantize(found.data, found.tensor_type).copy()).float()
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A setting that is a number; CheckpointError where it is none, or one that no network has."""
+        value = self.setting(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+            raise CheckpointError(f"the GGUF file says {name} = {value!r:.40}; expected a number of at least 0")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A setting that is a whole number of at least 1."""
+        value = self.number(name, default)
+        if value < 1 or value != int(value):
+            raise CheckpointError(f"the GGUF file says {name} = {value!r:.40}; expected a whole number of at least 1")
+        return int(value)
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -115,21 +144,21 @@ def _shape(file: _File) -> Shape:
     scaling = str(file.setting("llama.rope.scaling.type", "none"))
     if scaling != "none":
         raise BadModel(f"rotary positions scaled by {scaling!r} are not read; load the original with hf:PATH")
-    heads = int(file.setting("llama.attention.head_count"))
-    width = int(file.setting("llama.embedding_length"))
+    heads = file.count("llama.attention.head_count")
+    width = file.count("llama.embedding_length")
     shape = Shape(
         vocabulary=len(file.tensor("token_embd.weight")),
         width=width,
-        layers=int(file.setting("llama.block_count")),
+        layers=file.count("llama.block_count"),
         heads=heads,
-        kv_heads=int(file.setting("llama.attention.head_count_kv", heads)),
-        hidden=int(file.setting("llama.feed_forward_length")),
-        head_width=int(file.setting("llama.attention.key_length", width // heads)),
-        base=float(file.setting("llama.rope.freq_base", 10_000.0)),
-        eps=float(file.setting("llama.attention.layer_norm_rms_epsilon")),
+        kv_heads=file.count("llama.attention.head_count_kv", heads),
+        hidden=file.count("llama.feed_forward_length"),
+        head_width=file.count("llama.attention.key_length", width // heads),
+        base=file.number("llama.rope.freq_base", 10_000.0),
+        eps=file.number("llama.attention.layer_norm_rms_epsilon"),
         tied=not file.has("output.weight"),
     )
-    turned = int(file.setting("llama.rope.dimension_count", shape.head_width))
+    turned = file.count("llama.rope.dimension_count", shape.head_width)
     if turned != shape.head_width:
         raise BadModel(f"only {turned} of {shape.head_width} values per head are rotated; load it with hf:PATH")
     return shape
@@ -152,12 +181,13 @@ def read_decoder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Decode
         for ours, theirs in LAYER.items():
             weight = file.tensor(f"blk.{index}.{theirs}.weight")
             if ours in ("query", "key"):
-                weight = _unpermuted(weight, shape.heads if ours == "query" else shape.kv_heads)
+                with _readable(path):
+                    weight = _unpermuted(weight, shape.heads if ours == "query" else shape.kv_heads)
             state[f"blocks.{index}.{ours}.weight"] = weight
     if file.left:
         raise CheckpointError(f"the GGUF file holds tensors that this decoder has no place for: {', '.join(file.left)}")
     with torch.device("meta"):
-        network = Decoder(shape, int(file.setting("llama.context_length", 0)) or None)
+        network = Decoder(shape, int(file.number("llama.context_length", 0)) or None)
     try:
         network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
     except RuntimeError as error:
@@ -198,6 +228,11 @@ def _splitting(kind: str, parts: Any) -> Any:
 
 def read_tokenizer(path: Path, file: _File, system: str = "") -> ChatTokenizer:
     """The tokenizer and chat template that a GGUF file carries, read by the transformers library."""
+    with _readable(path):
+        return _tokenizer(path, file, system)
+
+
+def _tokenizer(path: Path, file: _File, system: str) -> ChatTokenizer:
     library = needed("transformers", f"gguf:{path.name}")
     read = library.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     tokenizers = needed("tokenizers", f"gguf:{path.name}")

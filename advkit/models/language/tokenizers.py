@@ -103,6 +103,11 @@ class Templated(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str: ...
 
+    @property
+    def templated(self) -> bool:
+        """Whether the user's words stand in a chat template, and not by themselves."""
+        return bool(self.before or self.after)
+
     @cached_property
     def printable(self) -> frozenset[int]:
         """Ids whose own text is printable ASCII, special ones left out."""

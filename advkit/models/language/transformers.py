@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from advkit.core.errors import BadModel, CheckpointError, MissingExtra
+from advkit.core.errors import AdvkitError, BadModel, CheckpointError, MissingExtra
+from advkit.core.text import first_line
 from advkit.models.language.decoder import Network
 from advkit.models.language.model import LanguageModel
 from advkit.models.language.passes import Running
@@ -71,12 +72,13 @@ class ChatTokenizer(Templated):
     begins: whether sequences start with the beginning-of-sequence id; None does what the tokenizer does
 
     Chats are tokenized whole: the template's ids are those that no words of the user change, and what grows together
-    with the words belongs to them. Marks that the template uses are special, whatever the tokenizer calls them. Where a
-    template writes today's date it is 26 July 2024, so that a run can be repeated.
+    with the words belongs to them. Marks that the template uses are special, whatever the tokenizer calls them, and so
+    are ids below the largest that stand for no token. Where a template writes today's date it is 26 July 2024, so that
+    a run can be repeated.
 
-    A tokenizer without a template gives the model the user's words as they are. The beginning-of-sequence id comes
-    exactly once, whoever adds it. Raises BadModel where the template does not carry the system message, or the user's
-    words once and whole, blanks at their ends aside.
+    A tokenizer without a template gives the model the user's words as they are; it says so (`templated`) and warns. The
+    beginning-of-sequence id comes exactly once, whoever adds it. Raises BadModel where the template does not carry the
+    system message, or the user's words once and whole, blanks at their ends aside.
     """
 
     def __init__(self, inner: Any, *, system: str = "", ends: Iterable[int] = (), begins: bool | None = None) -> None:
@@ -85,6 +87,7 @@ class ChatTokenizer(Templated):
         self._turn = self._template(system)
         marked = {index for index, token in inner.added_tokens_decoder.items() if token.special}
         self.special = frozenset(int(index) for index in marked | set(inner.all_special_ids) | self._marks())
+        self.special |= frozenset(range(self.vocabulary)) - self._ids
         own = [] if inner.eos_token_id is None else [inner.eos_token_id]
         self.ends = frozenset(int(index) for index in (*own, *ends))
         self._head, self.after = self._ends_of_chat()
@@ -96,6 +99,7 @@ class ChatTokenizer(Templated):
         if not self.inner.chat_template:
             if system:
                 raise BadModel("a system message was given, and this model has no chat template to put it in")
+            log.warning("the tokenizer has no chat template: the model gets the user's words with nothing around them")
             return Turn()
         messages = [{"role": "system", "content": system}] if system else []
         text = self._rendered([*messages, {"role": "user", "content": SENTINEL}])
@@ -178,6 +182,12 @@ class ChatTokenizer(Templated):
             adds = list(self.inner("")["input_ids"])[:1] == [begin]
         return (begin, *ids) if adds and ids[:1] != [begin] else tuple(ids)
 
+    @property
+    @override
+    def templated(self) -> bool:
+        # without one a beginning-of-sequence id may stand before the words all the same
+        return self._turn != Turn()
+
     @override
     def user_ids(self, text: str) -> list[int] | None:
         ids = self.encode(f"{self._turn.before}{self._turn.trim(text)}{self._turn.after}")
@@ -205,9 +215,14 @@ class ChatTokenizer(Templated):
                 return whole[len(asked) :]
         return self.encode(text)
 
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        """Those that stand for a token: their numbers may have gaps."""
+        return frozenset(int(index) for index in self.inner.get_vocab().values())
+
     @property
     def vocabulary(self) -> int:
-        return len(self.inner)
+        return 1 + max(self._ids, default=-1)
 
     @cached_property
     def digest(self) -> str:
@@ -453,12 +468,17 @@ class HuggingFace(Running, Stored):
                 "model that the hub knows (offline: one that is in its local cache)"
             ) from error
         _complete(told, f"hf:{self.name}")
-        return from_transformers(
-            model.eval().requires_grad_(False),
-            tokenizer,
-            system=self.system,
-            name=f"hf:{self.name}",
-            source="transformers",
-            architecture=f"hf:{type(model).__name__},dtype={self.dtype}",
-            **self.running,
-        )
+        try:
+            return from_transformers(
+                model.eval().requires_grad_(False),
+                tokenizer,
+                system=self.system,
+                name=f"hf:{self.name}",
+                source="transformers",
+                architecture=f"hf:{type(model).__name__},dtype={self.dtype}",
+                **self.running,
+            )
+        except AdvkitError:
+            raise
+        except Exception as error:  # settings of a tokenizer or a template that are not what the library takes
+            raise CheckpointError(f"hf:{self.name} can't be used: {first_line(error)}; fetch it again") from error

@@ -48,7 +48,8 @@ class GivenGoal(PerSample, Worded):
             raise UsageError(
                 f"the goal {type(self.goal).__name__} has {rows} rows for {len(ids)} samples; expected one per sample"
             )
-        return placed(self, ids)
+        made: Self = placed(self, ids)
+        return made
 
     @override
     def of(self, ids: Sequence[str]) -> GivenGoal:

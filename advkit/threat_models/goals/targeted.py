@@ -92,8 +92,10 @@ class TargetedRule(Worded, PerSample):
     how:     "next" the class after the true one, cyclically; "random" any class but the true one, drawn per sample;
              "least_likely" the class other than the true one with the lowest clean score; "class" always the same one;
              "each" a class of its own for every sample
-    target:  that class, for how=class; samples whose true class it is are left out of the success rate
+    target:  that class, for how=class
     targets: the classes for how=each, one per sample evaluated, in the task's order
+
+    Success is counted over the samples whose true class and clean answer are not the target, right or wrong when clean.
 
     Raises UsageError where `how` does not fit `target` or `targets`, BadInput for classes that the model lacks.
     """

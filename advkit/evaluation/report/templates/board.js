@@ -50,7 +50,7 @@ function filter() {
     section.hidden = here === 0;
     shown += here;
   }
-  count.textContent = shown === 1 ? "1 report shown" : shown + " reports shown";
+  count.textContent = shown === 1 ? "1 victim shown" : shown + " victims shown";
 }
 
 document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());

@@ -1,0 +1,126 @@
+"""ConAdv with large batches: what old weights in the attack cost, as one JSON file.
+
+    python benchmarks/stale_attacks.py --root FOLDER --seeds 0 1 2 --out FILE.json
+
+Fashion-MNIST 14x14, the first 10,000 training images in batches of 2,000 (five steps per epoch), 25 epochs, SGD with
+momentum 0.9, a learning rate that rises to 0.3 at half time and falls to zero; one sign step of Linf 0.03, half of the
+weight each on clean and adversarial images. Rows: plain training, and tau = 0 (the sequential method), 1, 2, 4. The
+harness evaluates the first 1,000 test images, clean and under PGD-10 at 0.03. The cosine of old and present input
+gradients is measured at every step; the table has its mean over the first sixth and the last quarter of the epochs.
+`--task digits` repeats it on the embedded digits: an MLP, batches of 480 (three steps per epoch), 40 epochs, Linf 0.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advkit.core.rng import RowRng
+from advkit.defenses import DEFENSES
+from advkit.evaluation.api import evaluate
+from advkit.models import MODELS
+from advkit.tasks import TASKS
+from advkit.training.loop import fit
+
+RATE = 0.3
+ROWS = ("none", "tau=0", "tau=1", "tau=2", "tau=4")
+TASKS_BY_NAME = {
+    "fashion-mnist": ("fashion-mnist:size=14,train=10000,test=1000,root={root}", "cnn", 2_000, 25, 0.03),
+    "digits": ("digits", "mlp:hidden=64", 480, 40, 0.1),
+}
+
+
+def played(name: str, root: str, row: str, seed: int) -> dict[str, Any]:
+    """One model, trained and evaluated."""
+    spec, model, batch, epochs, eps = TASKS_BY_NAME[name]
+    task: Any = TASKS.build(spec.format(root=root))
+    recipe = f"epochs={epochs},batch_size={batch},optimizer=sgd,lr={RATE},schedule=onecycle,validation=0,select=last"
+    method = "none" if row == "none" else f"conadv:eps={eps},{row},watch=1"
+    defense: Any = DEFENSES.build(f"{method}{',' if ':' in method else ':'}recipe=[{recipe}]")
+    rng = RowRng.from_ids(seed, ["training"]).at("train")
+    start = MODELS.build(model)(task.shape, task.classes, rng.at("init"), space=task.space)
+    done = fit(start, task.training(), defense.objective(), defense.recipe, rng, progress=False)
+    n = min(1_000, len(task))
+    report = evaluate(
+        "pgd:steps=10,step_size=0.25", task=task, model=done.last, threat_model=f"linf:eps={eps}", n=n, device="cpu",
+        beside=False,
+    )  # fmt: skip
+    cosines = [each.figures["stale_cosine"] for each in done.log if "stale_cosine" in each.figures]
+    last = cosines[-(-3 * len(cosines) // 4) :]
+    first = cosines[: max(1, len(cosines) // 6)]
+    metrics = report.to_dict()["metrics"]
+    return {
+        "row": row,
+        "seed": seed,
+        "commit": commit(),
+        "clean": metrics["clean_accuracy"]["value"],
+        "pgd": metrics["robust_accuracy"]["value"],
+        "cosine_first_sixth": sum(first) / len(first) if cosines else None,
+        "cosine_last_quarter": sum(last) / len(last) if cosines else None,
+    }
+
+
+def main() -> None:
+    """Play what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS_BY_NAME, default="fashion-mnist")
+    parser.add_argument("--root", default="", help="folder of the Fashion-MNIST files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = json.loads(asked.out.read_text())["runs"] if asked.out.is_file() else []
+    for seed in asked.seeds:
+        for row in asked.rows:
+            if not any((each["row"], each["seed"]) == (row, seed) for each in runs):
+                runs.append(played(asked.task, asked.root, row, seed))
+                write(asked.out, asked.task, runs)
+    print("| | clean | PGD-10 | cosine, first sixth | cosine, last quarter |")
+    print("|---|---|---|---|---|")
+    for row in dict.fromkeys(each["row"] for each in runs):
+        own = [each for each in runs if each["row"] == row]
+
+        def mean(key: str, own: list[dict[str, Any]] = own) -> str:
+            values = [each[key] for each in own if each[key] is not None]
+            return f"{sum(values) / len(values):.3f}" if values else ""
+
+        keys = ("clean", "pgd", "cosine_first_sixth", "cosine_last_quarter")
+        print(f"| {row} | {' | '.join(map(mean, keys))} |")
+
+
+def write(out: Path, task: str, runs: list[dict[str, Any]]) -> None:
+    """The file, whole after every run."""
+    spec, model, batch, epochs, eps = TASKS_BY_NAME[task]
+    settings = {
+        "task": spec.format(root="FOLDER"),
+        "model": model,
+        "batch_size": batch,
+        "epochs": epochs,
+        "lr": RATE,
+        "eps": eps,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    commits = list(dict.fromkeys(each["commit"] for each in runs))
+    temporary.write_text(json.dumps({"commits": commits, "settings": settings, "runs": runs}, indent=1) + "\n")
+    os.replace(temporary, out)
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    asked: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": True}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], **asked).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno", "advkit", "benchmarks"], **asked).stdout.strip()
+    return f"{head}-dirty" if dirty else head
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""docs/adversarial_training.md: its commands exist, and its tables are the figures of the JSON files beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advkit.cli.main import COMMANDS, load_command
+from advkit.defenses import DEFENSES
+from advkit.tasks import TASKS
+from advkit.threat_models import THREAT_MODELS
+from advkit.training.loop import Recipe
+
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "adversarial_training.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```console\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+TRAINED = [line for line in LINES if line.startswith("advkit train")]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_and_option_exists(line: str) -> None:
+    program, name, *rest = shlex.split(line)
+    assert program == "advkit"
+    assert name in COMMANDS
+    asked = load_command(name).make_context(name, list(rest)).params
+    for option, registry in (("defense", DEFENSES), ("task", TASKS), ("threat_model", THREAT_MODELS)):
+        if asked.get(option):
+            registry.build(asked[option])
+    if asked.get("recipe"):
+        built: Any = DEFENSES.build(f"none:recipe=[{asked['recipe']}]")
+        assert built.recipe != Recipe()
+
+
+def test_training_is_shown() -> None:
+    assert {DEFENSES.name_of(DEFENSES.build(_option(line, "--defense"))) for line in TRAINED} >= {
+        "mart",
+        "awp",
+        "doubly_robust",
+        "conadv",
+    }
+
+
+def _option(line: str, name: str) -> str:
+    words = shlex.split(line)
+    return words[words.index(name) + 1]
+
+
+def tables(file: str) -> list[list[list[str]]]:
+    """The tables of the section that links to a file, as rows of cells without marks."""
+    section = next(part for part in re.split(r"^#+ ", TEXT, flags=re.MULTILINE) if f"({file})" in part)
+    found = re.findall(r"^\|.*?(?=\n\n)", section, re.MULTILINE | re.DOTALL)
+    return [[[cell.strip(" *") for cell in row.strip("|").split("|")] for row in table.splitlines()] for table in found]
+
+
+@pytest.mark.parametrize(
+    "file", ["doubly_robust.json", "doubly_robust_balanced.json", "doubly_robust_fashion_mnist.json"]
+)
+def test_the_tables_of_reweighting_are_the_measured_figures(file: str) -> None:
+    held = json.loads((DOCS / file).read_text(encoding="utf-8"))
+    assert held["commits"]
+    assert not any("dirty" in commit for commit in held["commits"])
+    by_row = {each["row"]: each for each in held["summary"]}
+    _, _, *rows = tables(file)[0]
+    seen = set()
+    for cells in rows:
+        name = re.sub(r" \(.*?\)", "", cells[0]).replace(", implicit", ",implicit=true").replace(" ", "")
+        found = by_row[name]
+        seen.add(name)
+        keys = ("clean", "pgd", "tail_30", "worst_class")
+        assert [float(cell) for cell in cells[1:5]] == [round(found["mean"][key], 3) for key in keys]
+        gains = found["minus_reference"]["tail_30"]
+        if name != "r=inf":
+            assert float(cells[5]) == pytest.approx(100 * sum(gains) / len(gains), abs=0.0501)
+            assert float(cells[6]) == round(found["sign_test_tail_30"], 3)
+        assert float(cells[7]) == round(found["mean"]["effective_sample_size"], 2)
+    assert seen == set(by_row)
+
+
+def test_the_table_of_old_weights_is_the_measured_figures() -> None:
+    held = json.loads((DOCS / "stale_attacks_digits.json").read_text(encoding="utf-8"))
+    assert not any("dirty" in commit for commit in held["commits"])
+    _, _, *rows = tables("stale_attacks_digits.json")[0]
+    assert [cells[0] for cells in rows] == list(dict.fromkeys(each["row"] for each in held["runs"]))
+    for cells in rows:
+        own = [each for each in held["runs"] if each["row"] == cells[0]]
+        for key, cell in zip(("clean", "pgd", "cosine_first_sixth", "cosine_last_quarter"), cells[1:], strict=True):
+            values = [each[key] for each in own]
+            assert (cell == "") == (None in values)
+            assert not cell or float(cell) == round(sum(values) / len(values), 3)
+
+
+def test_the_acceptance_of_the_protocol_on_digits() -> None:
+    held = json.loads((DOCS / "doubly_robust.json").read_text(encoding="utf-8"))
+    half = next(each for each in held["summary"] if each["row"] == "r=0.5")
+    assert half["seeds"] == [0, 1, 2, 3, 4]
+    gains = half["minus_reference"]
+    assert sum(gains["tail_30"]) / 5 >= 0.05
+    assert all(gain > 0 for gain in gains["tail_30"])
+    assert sum(gains["pgd"]) / 5 >= -0.01
