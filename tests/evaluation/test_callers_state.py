@@ -49,7 +49,12 @@ ATTACK_CASES: dict[str, dict[str, Any] | None] = {
     "square": {"attack": "square:queries=20"},
     "pgd": {"attack": "pgd:steps=3,restarts=2"},
     "fgsm": {"attack": "fgsm"},
-    "spiking:": {"attack": "spiking:[pgd:steps=2],surrogate=pdsg", "model": "snn", "threat_model": "linf:eps=0.1", "n": 2},
+    "spiking:": {
+        "attack": "spiking:[pgd:steps=2],surrogate=pdsg",
+        "model": "snn",
+        "threat_model": "linf:eps=0.1",
+        "n": 2,
+    },
     "transfer:": {"attack": "transfer:ni+si+ti+di", "threat_model": CNN},
     "foolbox:": {"attack": "foolbox:LinfPGD"},
     "torchattacks:": {"attack": "torchattacks:PGD"},
@@ -144,7 +149,7 @@ def odd(*which: str) -> Iterator[None]:
         stack.callback(torch.use_deterministic_algorithms, False)
         stack.callback(torch.set_default_device, None)
         stack.callback(torch.set_rng_state, generators[0])
-        stack.callback(np.random.set_state, generators[1])  # noqa: NPY002
+        stack.callback(np.random.set_state, generators[1])
         stack.callback(random.setstate, generators[2])
         torch.manual_seed(123)
         np.random.seed(5)  # noqa: NPY002
@@ -266,7 +271,9 @@ def test_a_network_of_the_callers_own_runs_under_his_settings() -> None:
         network = Recurrent().eval()
         assert network.cell.weight.dtype == torch.float64
         report = advkit.evaluate("pgd:steps=2", task="digits", model=network, n=4, device="cpu")
-        wrapped = advkit.evaluate("pgd:steps=2", task="digits", model=TorchModel(network, classes=10), n=4, device="cpu")
+        wrapped = advkit.evaluate(
+            "pgd:steps=2", task="digits", model=TorchModel(network, classes=10), n=4, device="cpu"
+        )
         seen: list[torch.dtype] = []
         advkit.evaluate(
             "fgsm", task="digits", model=lambda x: (seen.append(torch.get_default_dtype()), network(x.double()))[1], n=4,
@@ -279,7 +286,7 @@ def test_a_network_of_the_callers_own_runs_under_his_settings() -> None:
 def test_a_network_made_in_inference_mode_is_refused_in_words() -> None:
     with torch.inference_mode():
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
-    with pytest.raises(BadModel, match="made under torch.inference_mode"):
+    with pytest.raises(BadModel, match=r"made under torch\.inference_mode"):
         advkit.evaluate("fgsm", task="digits", model=network, n=4, device="cpu")
 
 

@@ -667,7 +667,9 @@ def test_a_suffix_longer_than_its_slot_is_said_before_the_run(caplog):
         caplog.clear()
         asked = resolve(attack, threat_model=threat, **settings)
         batch = next(iter(asked.task.batches(1)))
-        found = [each for each in diagnostics.cheap(asked, batch.x, batch.labels) if each.id == "incomplete_optimization"]
+        found = [
+            each for each in diagnostics.cheap(asked, batch.x, batch.labels) if each.id == "incomplete_optimization"
+        ]
         assert [words in each.message for each in found] == ([True] if words else [])
         assert (words in caplog.text) if words else not caplog.text
         assert all(each.severity == "info" for each in found)

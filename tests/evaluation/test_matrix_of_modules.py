@@ -42,7 +42,7 @@ def right(made: dict[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def test_modules_as_they_are(tmp_path: Path) -> None:
-    """A single one needs no list: a Sequential is a sequence of its layers, too. Models that share a name are numbered."""
+    """A single one needs no list (a Sequential is a sequence of layers, too); those that share a name are numbered."""
     source, target = net(0), net(1)
     listed = table([source], ["mi"], [target], tmp_path)
     assert right(table(source, "mi", target, tmp_path)) == right(listed)
