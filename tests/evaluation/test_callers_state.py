@@ -275,10 +275,12 @@ def test_a_network_of_the_callers_own_runs_under_his_settings() -> None:
             "pgd:steps=2", task="digits", model=TorchModel(network, classes=10), n=4, device="cpu"
         )
         seen: list[torch.dtype] = []
-        advkit.evaluate(
-            "fgsm", task="digits", model=lambda x: (seen.append(torch.get_default_dtype()), network(x.double()))[1], n=4,
-            device="cpu",
-        )  # fmt: skip
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_default_dtype())
+            return network(x.double())
+
+        advkit.evaluate("fgsm", task="digits", model=function, n=4, device="cpu")
     assert report.undecided == wrapped.undecided == 0
     assert set(seen) == {torch.float64}
 
