@@ -159,7 +159,7 @@ def test_a_matrix_of_ones_own_parts(mine: Any) -> None:
     kept = read_matrix("matrix")
     with pytest.raises(UsageError, match=r"python:own_parts:Ray.*trust=True"):
         _ = kept.request
-    assert list(kept.asked(trust=True).attacks)[0] == "python:own_parts:Ray,points=2"
+    assert kept.asked(trust=True).attacks[0] == "python:own_parts:Ray,points=2"
 
     # An edited part makes other images: what was kept is not taken for theirs.
     Path("own_parts.py").write_text(OWN.replace("downhill = ", "downhill = 0 * "), encoding="utf-8")

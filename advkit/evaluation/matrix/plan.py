@@ -86,8 +86,8 @@ class MatrixRequest:
         found = [each for text in texts if isinstance(text, str) for each in outside(text)]
         if found and not trust:
             raise UsageError(
-                f"the matrix would load what is not advkit's own: {'; '.join(dict.fromkeys(found))}. A file may come from "
-                "anybody: where you trust these, ask for the request with asked(trust=True)"
+                f"the matrix would load what is not advkit's own: {'; '.join(dict.fromkeys(found))}. A file may come "
+                "from anybody: where you trust these, ask for the request with asked(trust=True)"
             )
         return cls(**stored)
 
