@@ -6,7 +6,7 @@ import inspect
 from typing import Any, Final
 
 from advkit.core.errors import UsageError
-from advkit.core.registry.familiar import Familiar, Setting, bare, respelled, settings
+from advkit.core.registry.familiar import Familiar, Setting, bare, settings
 
 _NORMS: Final = {"linfinity": "linf", "linfty": "linf", "linf": "linf", "l2": "l2", "l1": "l1", "l0": "l0"}
 _EXAMPLES: Final = {"linf": "linf:eps=8/255", "l2": "l2:eps=0.5", "l1": "l1:eps=12", "l0": "l0:eps=10"}
@@ -220,10 +220,4 @@ def _callable(part: Any) -> str:
     )
 
 
-def _named(name: str) -> str | None:
-    from advkit.attacks import ATTACKS
-
-    return respelled(name, ATTACKS.table) or _guess(name)
-
-
-FAMILIAR: Final = Familiar(settings=SETTINGS, guess=_named, other=_other)
+FAMILIAR: Final = Familiar(settings=SETTINGS, guess=_guess, other=_other)

@@ -69,7 +69,9 @@ SampleTimeout = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]
 
 
-AttackSpec = Annotated[str, typer.Option(help="Attack, e.g. pgd:steps=100 (see `advkit list attacks`).")]
+AttackSpec = Annotated[
+    str, typer.Option(help="Attack, e.g. pgd:steps=100 (see `advkit list attacks`); your own is python:MODULE:NAME.")
+]
 _REQUEST: dict[str, tuple[Any, Any]] = {
     "attack": (AttackSpec, "pgd"),
     "defense": (DefenseSpec, "none"),

@@ -564,9 +564,10 @@ class MeteredOracle:
 def _suspects(x: Tensor, sizes: Tensor) -> Tensor | None:
     """The sizes of the inputs [n] where an answer of these sizes may be non-finite because its input is; else None.
 
-    One sum on a CPU, where all is well; elsewhere a look at the sum would wait for the device, the sizes do not.
+    On a CPU, where all is well, a look at the sizes' memory that costs no tensor operation; elsewhere it would wait for
+    the device, the sizes of the inputs do not.
     """
-    if not x.is_floating_point() or (x.device.type == "cpu" and math.isfinite(float(sizes.sum()))):
+    if not x.is_floating_point() or (x.device.type == "cpu" and math.isfinite(sum(sizes.tolist()))):
         return None
     return row_size(x.detach())
 

@@ -51,12 +51,14 @@ _callers: ContextVar[Settings] = ContextVar("what the caller has set", default=P
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Torch as advkit's code takes it to be: float32, the CPU, no inference mode, no autocast."""
+    """Torch as advkit's code takes it to be: float32, the CPU, gradients, no inference mode, no autocast."""
     import torch
 
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

@@ -23,7 +23,7 @@ NAMES: Final[dict[str, str]] = {
     **dict.fromkeys(("perplexity", "perplexityfilter", "ppl"), "did you mean 'ppl_filter'?"),
     **dict.fromkeys(("randomizedsmoothing", "smoothing", "cohen"), f"randomized smoothing {_NONE_YET}"),
     **dict.fromkeys(("jpeg", "jpegcompression"), f"JPEG compression {_NONE_YET}"),
-    **dict.fromkeys(("mart", "awp", "freeat", "fastat"), f"that training method {_NONE_YET}"),
+    **dict.fromkeys(("fastat", "fast"), "did you mean 'fgsm_rs' or 'free_at'?"),
     "distillation": f"defensive distillation {_NONE_YET}",
 }
 

@@ -178,8 +178,14 @@ def misleading_mode(tops: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def check_mode(model: Any, name: str = "the model") -> None:
-    """BadModel where a training flag makes the model another one than the deployed."""
-    layers = misleading_mode(model.modules())
+    """BadModel where a training flag makes the model another than the deployed, or its weights take no gradient."""
+    tops = model.modules()
+    if any(tensor.is_inference() for top in tops for tensor in top.parameters()):
+        raise BadModel(
+            f"{name} was made under torch.inference_mode(): its weights take part in no gradient; build or load it "
+            "outside of that block"
+        )
+    layers = misleading_mode(tops)
     if layers:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})[:4])
         raise BadModel(

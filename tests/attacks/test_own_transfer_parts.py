@@ -18,6 +18,8 @@ from advkit.attacks.transfer import PARTS
 from advkit.attacks.transfer.engine import Composed, Smooth, Transform
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, MadeOf
+from advkit.core.rng import RowRng
+from advkit.models import MODELS
 from advkit.models.torch import TorchModel
 from advkit.threat_models.tapm import Tapm
 from advkit.threat_models.transfer import Transfer, source_names
@@ -125,6 +127,17 @@ def test_sources_that_share_a_name_are_told_apart() -> None:
     for made in (lambda: Transfer(sources=one), lambda: Tapm(sources=one)):  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="is one Sequential; expected a tuple"):
             made()
+
+
+def test_sgm_runs_on_a_residual_source_and_names_what_it_misses() -> None:
+    """In a whole evaluation, whose rehearsal has no layers to look into."""
+    residual = MODELS.build("resnet8:width=4")((1, 8, 8), 10, RowRng.from_ids(0, ["net"]))
+    assert not torch.equal(
+        figures("sgm:steps=2", Transfer(eps=0.2, sources=(residual,))),
+        figures("mi:steps=2", Transfer(eps=0.2, sources=(residual,))),
+    )
+    with pytest.raises(UsageError, match="no residual addition"):
+        figures("sgm:steps=2", Transfer(eps=0.2, sources=(net(),)))
 
 
 def test_attacks_of_ones_own_stand_inside_others() -> None:

@@ -85,6 +85,31 @@ def test_an_unknown_name_gets_its_nearest(advkit: Any, option: str, name: str, n
     refused(advkit, *QUICK, option, name, says=("did you mean", near))
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--epsilon", ("--threat-model linf:eps=8/255",)),
+        ("--norm", ("--threat-model l2:eps=0.5",)),
+        ("--iterations", ("--attack pgd:steps=...",)),
+        ("--num-steps", ("--attack pgd:steps=...",)),
+        ("--alpha", ("--attack pgd:step_size=...",)),
+        ("--dataset", ("did you mean --task?",)),
+        ("--targeted", ("--goal targeted:how=next",)),
+        ("--batchsize", ("did you mean --batch-size?",)),
+        ("--gpu", ("did you mean --device?",)),
+    ],
+)
+def test_options_of_other_tools(advkit: Any, option: str, says: tuple[str, ...]) -> None:
+    refused(advkit, "evaluate", option, "1", says=(f"no option {option}", *says))
+
+
+def test_an_option_that_nobody_has_shows_the_usage(advkit: Any) -> None:
+    said = advkit("evaluate", "--frobnicate", "1")
+    assert said.code == 2
+    assert "--frobnicate" in said.err
+    assert "Usage" in said.err
+
+
 def test_an_unknown_command_gets_its_nearest(advkit: Any) -> None:
     refused(advkit, "evalute", says=("did you mean", "'evaluate'"))
 

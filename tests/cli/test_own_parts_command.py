@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from advkit.core.errors import UsageError
+from advkit.evaluation.matrix import read_matrix
+
 OWN = '''
 from dataclasses import dataclass
 import torch
@@ -151,6 +154,12 @@ def test_a_matrix_of_ones_own_parts(mine: Any) -> None:
     made = sorted(each.name for each in Path("kept").rglob("*.safetensors"))
     assert mine(*asked).json["cells"] == table["cells"]
     assert sorted(each.name for each in Path("kept").rglob("*.safetensors")) == made, "kept images were used again"
+
+    # Its file is a report like any other: whoever makes it again is asked first.
+    kept = read_matrix("matrix")
+    with pytest.raises(UsageError, match=r"python:own_parts:Ray.*trust=True"):
+        _ = kept.request
+    assert kept.asked(trust=True).attacks[0] == "python:own_parts:Ray,points=2"
 
     # An edited part makes other images: what was kept is not taken for theirs.
     Path("own_parts.py").write_text(OWN.replace("downhill = ", "downhill = 0 * "), encoding="utf-8")

@@ -650,3 +650,26 @@ def test_where_there_are_no_balls_the_battery_says_so_and_names_none() -> None:
     with pytest.raises(UsageError, match="transcripts have none") as refused:
         expensive.battery(resolve("beast:k=2,length=2", "ppl_filter", "prompts", "toychat", n=2, device="cpu"))
     assert "linf" not in str(refused.value)
+
+
+def test_a_suffix_longer_than_its_slot_is_said_before_the_run(caplog):
+    """The search ends with the slot; who asked for more is told, in the report and before anything is spent."""
+    from advkit.evaluation.api import resolve
+
+    settings = {"task": "prompts", "model": "toychat", "n": 1, "device": "cpu"}
+    for attack, threat, words in (
+        ("beast", "suffix", "beast asks for up to 40 tokens, the threat model admits 20"),
+        ("random_suffix:length=9", "suffix:n=8", "asks for up to 9 tokens, the threat model admits 8"),
+        ("beast:length=20", "suffix", ""),
+        ("beast:length=5,ngram=2", "suffix:n=10", ""),
+        ("beast:length=6,ngram=2", "suffix:n=10", "asks for up to 12 tokens, the threat model admits 10"),
+    ):
+        caplog.clear()
+        asked = resolve(attack, threat_model=threat, **settings)
+        batch = next(iter(asked.task.batches(1)))
+        found = [
+            each for each in diagnostics.cheap(asked, batch.x, batch.labels) if each.id == "incomplete_optimization"
+        ]
+        assert [words in each.message for each in found] == ([True] if words else [])
+        assert (words in caplog.text) if words else not caplog.text
+        assert all(each.severity == "info" for each in found)

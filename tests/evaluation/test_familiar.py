@@ -157,6 +157,8 @@ def test_a_familiar_setting_leads_to_its_name_here(spec: str, words: str) -> Non
         (DEFENSES, "adversarial_training", "pgd_at"),
         (DEFENSES, "feature_squeezing", "'bit-depth'"),
         (DEFENSES, "randomized_smoothing", "python:MODULE:NAME"),
+        (DEFENSES, "FreeAT", "did you mean 'free_at'?"),
+        (DEFENSES, "fast_at", "'fgsm_rs' or 'free_at'"),
         (DEFENSES, "pgd_at:epochs=3", "recipe=[epochs=10]"),
         (TASKS, "mnist", "npz:path=FILE"),
         (TASKS, "data/rows.npz", "npz:path=data/rows.npz"),

@@ -18,7 +18,7 @@ from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
 from advkit.core.labels import settings_text
 from advkit.core.registry.contract import lacking, lacking_in, members_text
 from advkit.core.registry.docs import FieldInfo, Signature, docstrings, field_docs, glimpse
-from advkit.core.registry.familiar import Familiar
+from advkit.core.registry.familiar import Familiar, respelled
 from advkit.core.registry.fields import (
     construct,
     default_of,
@@ -158,7 +158,7 @@ class Registry(Generic[T]):
 
     def _unknown(self, name: str) -> str:
         every = f"`advkit list {self.plural}` lists them all"
-        if advice := self.familiar.named(name):
+        if advice := respelled(name, self.names()) or self.familiar.named(name):
             end = "" if advice.endswith("?") else "." if "? " in advice else ";"
             return f"unknown {self.kind} {name!r}; {advice}{end} {every}"
         return f"unknown {self.kind} {name!r}{nearest(fold(name), self.names()) or ';'} {every}"

@@ -197,8 +197,17 @@ class Matrix:
 
     @property
     def request(self) -> MatrixRequest:
-        """What was asked for; ReportError for a matrix of schema 1.0, which does not keep it."""
-        return MatrixRequest.from_report(self.to_dict())
+        """What was asked for, to be run again; see `asked`."""
+        return self.asked()
+
+    def asked(self, *, trust: bool = False) -> MatrixRequest:
+        """What was asked for, to be run again.
+
+        trust: also where a file that was read names what is not advkit's own (python:, hf:, path:...)
+
+        Raises ReportError for a matrix of schema 1.0, which does not keep it, UsageError for such names without trust.
+        """
+        return MatrixRequest.from_report(self.to_dict(), trust=trust or self.table is not None)
 
     @property
     def summary(self) -> dict[str, Any]:

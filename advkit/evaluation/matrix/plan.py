@@ -11,6 +11,7 @@ from torch import Tensor
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Label, Rule, Task
+from advkit.core.registry import outside
 from advkit.core.rng import RowRng
 from advkit.defenses.adversarial.transfer_set import check_space
 from advkit.evaluation.inputs import pick_device, rule_over, task_of
@@ -73,11 +74,21 @@ class MatrixRequest:
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
 
     @classmethod
-    def from_report(cls, content: Mapping[str, Any]) -> Self:
-        """The request that a checked matrix.json keeps; raises ReportError where it has none."""
+    def from_report(cls, content: Mapping[str, Any], *, trust: bool = False) -> Self:
+        """The request that a checked matrix.json keeps.
+
+        Raises ReportError where it has none, UsageError where it names what is not advkit's own, unless trusted.
+        """
         stored = content.get("request")
         if stored is None:
             raise ReportError("the matrix keeps no request (schema 1.0): it can't be made again from its file alone")
+        texts = [text for value in stored.values() for text in (value if isinstance(value, list) else [value])]
+        found = [each for text in texts if isinstance(text, str) for each in outside(text)]
+        if found and not trust:
+            raise UsageError(
+                f"the matrix would load what is not advkit's own: {'; '.join(dict.fromkeys(found))}. A file may come "
+                "from anybody: where you trust these, ask for the request with asked(trust=True)"
+            )
         return cls(**stored)
 
 

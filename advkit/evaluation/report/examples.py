@@ -93,16 +93,10 @@ def kept_beside(path: Path | None, data: Mapping[str, Any]) -> Kept:
             f"{path.parent} keeps the records of the run and no adversarial examples ({folder.name}/ is not there): "
             "run it again with keep=N for the first N samples, or with `advkit attack` for all"
         )
-    return Kept(read_records(file), _read(file.parent, file.stem))
-
-
-def _read(folder: Path, name: str) -> Mapping[str, tuple[Tensor, Tensor]]:
-    try:
-        return read_examples(folder, name)
-    except Exception as error:  # a stranger's files: whatever their reader raises
-        raise ReportError(
-            f"the examples in {folder / f'{name}.examples'} can't be read ({printable(str(error))[:120]})"
-        ) from error
+    examples = read_examples(file.parent, file.stem)
+    if not examples and any(folder.iterdir()):
+        raise ReportError(f"the examples in {folder} can't be read: the files are damaged, or none of advkit's")
+    return Kept(read_records(file), examples)
 
 
 def examples_of(kept: Kept, attack: str | None) -> Examples:
