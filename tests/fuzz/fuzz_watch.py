@@ -24,7 +24,7 @@ SPARE = 1536 << 20
 """Bytes of address space beyond what the process has when a file is read; threads of libraries take most of it."""
 TOUCHED = 400 << 20
 """Bytes of memory that one file of some kilobytes may really use at its peak."""
-SECONDS = 30
+SECONDS = 120
 
 _FORBIDDEN = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
