@@ -47,7 +47,7 @@ class _Limit:
         self.seconds = seconds
         self.left = seconds
         self.thread = threading.get_ident()
-        self.on = False
+        self.on = self.thrown = False
         self.since = self.again = 0.0
         self.timer: threading.Timer | None = None
         self.guard = threading.Lock()
@@ -72,9 +72,21 @@ class _Limit:
         if _alarmed():
             signal.setitimer(signal.ITIMER_REAL, 0)
         else:
-            _set_exception(self.thread, None)  # one that is on its way
+            self._take()
         if observer is not None:
             observer(0.0)
+
+    def _take(self) -> None:
+        """In the thread of the block: let an exception that is on its way come, and drop it.
+
+        Taking it back instead (PyThreadState_SetAsyncExc without one) leaves CPython's mark that one is due, and under
+        `sys.settrace` Python 3.11 then runs in circles at the next call.
+        """
+        try:
+            for _ in range(1000 if self.thrown else 0):
+                pass
+        except _Rung:
+            pass
 
     def over(self, frame: FrameType | None) -> bool:
         """Whether the time is up for code that is in this frame."""
@@ -106,6 +118,7 @@ class _Limit:
             if self.on and not self.over(sys._current_frames().get(self.thread)):
                 self._later(_IMPORTING, self._throw)
             elif self.on:
+                self.thrown = True
                 _set_exception(self.thread, _Rung)
                 late = time.monotonic() - self.since - self.left
                 if late > GRACE and late < GRACE + 2 * _AGAIN:
@@ -125,8 +138,8 @@ def _alarmed() -> bool:
     return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
 
 
-def _set_exception(thread: int, kind: type[BaseException] | None) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind))
+def _set_exception(thread: int, kind: type[BaseException]) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 def _rings(_: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import logging
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -171,3 +172,25 @@ def test_code_that_never_returns_to_python_is_told_of(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "advkit"), pytest.raises(TimedOut), limited(0.1):
         hard()
     assert sum("does not return to Python" in record.message for record in caplog.records) == 1
+
+
+def test_a_limit_in_a_thread_leaves_a_traced_program_running() -> None:
+    """A mark that an exception is due, left behind, makes Python 3.11 run in circles under a debugger or coverage."""
+    code = (
+        "import sys, threading\n"
+        "from advkit.core.limits import limited\n"
+        "def work():\n"
+        "    with limited(60):\n"
+        "        pass\n"
+        "one = threading.Thread(target=work)\n"
+        "one.start()\n"
+        "one.join()\n"
+        "def called():\n"
+        "    return 1\n"
+        "sys.settrace(lambda *_: None)\n"
+        "called()\n"
+        "sys.settrace(None)\n"
+        "print('back')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "back\n", done.stderr

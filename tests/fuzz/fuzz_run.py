@@ -38,7 +38,6 @@ def files(out: TextIO, seed: int, only: str) -> None:
             parser.parse(copy)  # an intact folder is taken, or the test tests nothing
             shutil.rmtree(copy)
         fuzz_watch.settle()
-        fuzz_watch.bound_memory()
         for name, parser in chosen.items():
             _damaged(out, seed, name, parser, whole[name], Path(place, "copy"), watch)
 
@@ -74,7 +73,6 @@ def specs(out: TextIO, seed: int, only: str) -> None:
         except Exception:
             continue
     fuzz_watch.settle()
-    fuzz_watch.bound_memory()
     for turn, kind, spec in found:
         if only in kind:
             _case(out, kind, turn, spec, watch, lambda kind=kind, spec=spec: build(kind, spec))

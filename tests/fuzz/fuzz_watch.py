@@ -20,11 +20,11 @@ import torch
 import advkit
 from advkit.core.errors import AdvkitError
 
-SPARE = 900 << 20
-"""Bytes of address space beyond what the process has when the watch begins."""
+SPARE = 1536 << 20
+"""Bytes of address space beyond what the process has when a file is read; threads of libraries take most of it."""
 TOUCHED = 400 << 20
 """Bytes of memory that one file of some kilobytes may really use at its peak."""
-SECONDS = 30
+SECONDS = 120
 
 _FORBIDDEN = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
@@ -103,10 +103,15 @@ def _status(key: str) -> int:
     raise LookupError(key)
 
 
-def bound_memory() -> None:
-    """Let the process take SPARE bytes of address space more, and no more."""
-    limit = _status("VmSize:") + SPARE
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Let the process take SPARE bytes of address space more than it has now, and no more."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize:") + SPARE, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 @contextmanager
@@ -131,7 +136,7 @@ def outcome(watch: Watch, parse: Callable[[], object]) -> str:
     del watch.seen[:]
     said = "taken"
     try:
-        with warnings.catch_warnings(), _in_time(SECONDS), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), _bounded(), _in_time(SECONDS), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             watch.on = True
             try:

@@ -95,7 +95,6 @@ def parse():
     {source}
 watch = fuzz_watch.Watch()
 fuzz_watch.settle()
-fuzz_watch.bound_memory()
 print(fuzz_watch.outcome(watch, parse))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE)
@@ -113,7 +112,6 @@ def parse():
     {source}
 watch = fuzz_watch.Watch()
 fuzz_watch.settle()
-fuzz_watch.bound_memory()
 print(fuzz_watch.outcome(watch, parse))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE)
