@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import math
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.gradient.pgd import PGD
+from advkit.core.files import write_whole
 from advkit.core.protocols import Data
+from advkit.core.provenance import commit_text
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.base import correct_under
@@ -123,16 +124,6 @@ def forwards(name: str, data: Data, eps: float) -> float:
     return counted.rows / len(rows)
 
 
-def commit() -> str:
-    """The commit that was run, with a mark where the tree was not clean."""
-    here = Path(__file__).parent
-    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
-    ).stdout
-    return said.strip() + ("-dirty" if dirty.strip() else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="", help="folder of Fashion-MNIST's idx files")
@@ -161,7 +152,7 @@ def main() -> None:
             raise SystemExit(f"{given.out} holds other settings: name another file")
         made["runs"] = held["runs"]
     done = {(run["method"], run["seed"]) for run in made["runs"]}
-    now = commit()
+    now = commit_text("advkit", "benchmarks")
     for name in names:
         for seed in map(int, given.seeds.split(",")):
             if (name, seed) in done:
@@ -172,7 +163,7 @@ def main() -> None:
             shown = {key: value for key, value in run.items() if key not in ("log", "defense")}
             print(json.dumps(shown), flush=True)
             if given.out:
-                given.out.write_text(json.dumps(made, indent=1) + "\n")
+                write_whole(given.out, json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ from typing import Any
 import torch
 from scipy.stats import binomtest
 
+from advkit.core.files import write_whole
+from advkit.core.provenance import commit_text
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.evaluation.api import evaluate
@@ -88,7 +88,7 @@ def played(protocol: Protocol, task: Any, row: str, seed: int) -> dict[str, Any]
     return {
         "row": row,
         "seed": seed,
-        "commit": commit(),
+        "commit": commit_text("advkit", "benchmarks"),
         **{name: metrics[key]["value"] for name, key in FIGURES.items()},
         "effective_sample_size": last["effective_sample_size"],
         "clipped_weights": last["clipped_weights"],
@@ -168,19 +168,7 @@ def write(out: Path, settings: dict[str, Any], runs: list[dict[str, Any]]) -> No
         "summary": [summary(runs, row) for row in rows],
         "runs": runs,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
-
-
-def commit() -> str:
-    """The commit of this checkout, marked where files differ from it."""
-    root = Path(__file__).resolve().parents[1]
-    asked: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": True}
-    head = subprocess.run(["git", "rev-parse", "HEAD"], **asked).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno", "advkit", "benchmarks"], **asked).stdout.strip()
-    return f"{head}-dirty" if dirty else head
+    write_whole(out, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

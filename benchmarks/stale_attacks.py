@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from advkit.core.files import write_whole
+from advkit.core.provenance import commit_text
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.evaluation.api import evaluate
@@ -58,7 +58,7 @@ def played(name: str, root: str, row: str, seed: int) -> dict[str, Any]:
     return {
         "row": row,
         "seed": seed,
-        "commit": commit(),
+        "commit": commit_text("advkit", "benchmarks"),
         "clean": metrics["clean_accuracy"]["value"],
         "pgd": metrics["robust_accuracy"]["value"],
         "cosine_first_sixth": sum(first) / len(first) if cosines else None,
@@ -106,20 +106,8 @@ def write(out: Path, task: str, runs: list[dict[str, Any]]) -> None:
         "lr": RATE,
         "eps": eps,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
     commits = list(dict.fromkeys(each["commit"] for each in runs))
-    temporary.write_text(json.dumps({"commits": commits, "settings": settings, "runs": runs}, indent=1) + "\n")
-    os.replace(temporary, out)
-
-
-def commit() -> str:
-    """The commit of this checkout, marked where files differ from it."""
-    root = Path(__file__).resolve().parents[1]
-    asked: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": True}
-    head = subprocess.run(["git", "rev-parse", "HEAD"], **asked).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno", "advkit", "benchmarks"], **asked).stdout.strip()
-    return f"{head}-dirty" if dirty else head
+    write_whole(out, json.dumps({"commits": commits, "settings": settings, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from advkit import __version__
 from advkit.core.protocols import Judged, Record
+from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.plan import Plan
@@ -201,7 +200,7 @@ def threat_block(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 
 def reproducibility(case: Case, command: str) -> dict[str, Any]:
     """What it takes to run this again."""
-    commit, dirty = _git()
+    commit, dirty = checkout()
     return {
         "seed": case.seed,
         "rng_scheme": "philox4x32-10 per row",
@@ -225,17 +224,3 @@ def _packages() -> Iterator[tuple[str, str]]:
             yield name, version(name)
         except PackageNotFoundError:
             continue
-
-
-def _git() -> tuple[str | None, bool | None]:
-    """The commit advkit itself was run from, when it was run from a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None, None
-    try:
-        ask = {"cwd": root, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **ask).stdout  # type: ignore[call-overload]
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return commit, bool(dirty.strip())

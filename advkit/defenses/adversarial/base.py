@@ -169,3 +169,12 @@ class RobustObjective(Objective):
         """1.0 where a row is still right after PGD with as many steps as in training, else 0.0."""
         ball = self.defense.ball(model.space)
         return correct_under(model, self.judge, x, y, ball, rng.at("judge")).to(torch.float32)
+
+
+class Misclassified(OnExamples, RobustObjective):
+    """A loss on the examples by which the defense's own attack raises the cross-entropy."""
+
+    @override
+    def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        ball = self.defense.ball(model.space)
+        return attacked(model, self.attack, x, Untargeted(y), ball, rng.at("attack"), self.defense.mode)

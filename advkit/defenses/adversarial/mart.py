@@ -13,8 +13,7 @@ from typing_extensions import override
 from advkit.attacks.gradient.pgd import Start
 from advkit.core.checks import not_negative
 from advkit.core.protocols import Rng
-from advkit.defenses.adversarial.base import AdversarialTraining, OnExamples, RobustObjective, attacked
-from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.defenses.adversarial.base import AdversarialTraining, Misclassified
 from advkit.training.loop import Objective
 
 _ONE = 1.0001  # the released code's: the logarithm of 1 - p stays finite
@@ -63,15 +62,10 @@ class MART(AdversarialTraining):
         return _Objective(self, self.beta)
 
 
-class _Objective(OnExamples, RobustObjective):
+class _Objective(Misclassified):
     def __init__(self, defense: AdversarialTraining, beta: float) -> None:
         super().__init__(defense)
         self.beta = beta
-
-    @override
-    def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
-        ball = self.defense.ball(model.space)
-        return attacked(model, self.attack, x, Untargeted(y), ball, rng.at("attack"), self.defense.mode)
 
     @override
     def loss_on(self, made: Tensor, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:

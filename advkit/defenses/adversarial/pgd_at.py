@@ -10,8 +10,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from advkit.core.protocols import Rng
-from advkit.defenses.adversarial.base import AdversarialTraining, OnExamples, RobustObjective, attacked
-from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.defenses.adversarial.base import AdversarialTraining, Misclassified
 from advkit.training.loop import Objective
 
 
@@ -28,12 +27,7 @@ class PGDAT(AdversarialTraining):
         return _Objective(self)
 
 
-class _Objective(OnExamples, RobustObjective):
-    @override
-    def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
-        ball = self.defense.ball(model.space)
-        return attacked(model, self.attack, x, Untargeted(y), ball, rng.at("attack"), self.defense.mode)
-
+class _Objective(Misclassified):
     @override
     def loss_on(self, made: Tensor, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         return functional.cross_entropy(model(made), y)
