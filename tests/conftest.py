@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,14 @@ from advkit.tasks import TASKS
 # One process per core runs the tests; threads beside it, in subprocesses too, would only wait for one another.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws():
+    """Every test starts from the same generators, whatever ran before it in the same process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (what libraries draw from)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

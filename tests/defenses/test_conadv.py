@@ -166,7 +166,8 @@ def test_examples_are_inside_the_ball_and_the_box(norm: str) -> None:
     made = objective.examples(model, x, y, torch.arange(8), streams())
     length = (made - x).abs().amax(1) if norm == "linf" else (made - x).norm(dim=1)
     assert (length <= 0.2 + 1e-7).all()
-    assert (length > 0.1).all()
+    assert (length > 0).all()
+    assert length.max() > 0.2 - 1e-7  # where the box is not in the way, the step ends on the sphere
     assert made.min() >= 0
     assert made.max() <= 1
 
