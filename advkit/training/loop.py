@@ -317,13 +317,18 @@ class Fit:
 
 
 class _Loss(nn.Module):
-    """The objective's loss as one module: all that is trained lies in it, and nothing more is called in a step."""
+    """The objective's loss as one module, which has all weights that are trained, and is called once in a step.
+
+    Buffers are not its own: copies of them are made after a step (`Objective.stepped`), when all processes must have
+    the same, and not before the next one, as DistributedDataParallel would see to it.
+    """
 
     def __init__(self, objective: Objective, model: TorchModel, further: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.objective, self.model = objective, model
-        self.network = model.module
-        self.further = nn.ParameterList(further)
+        self.weights = nn.ParameterList(dict.fromkeys((*model.module.parameters(), *further)))
+        # DistributedDataParallel warns of looking for weights without a gradient where there are none
+        self.without = nn.Parameter(torch.zeros((), device=model.device))
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         return self.objective.loss(self.model, x, y, rows, rng)

@@ -53,8 +53,12 @@ class Ranks:
         return torch.tensor_split(rows, self.world)
 
     def pieces(self, batch: Tensor, number: int) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """This process's rows of a batch in so many pieces, each with how many rows every process has in it."""
-        shares = [torch.tensor_split(share, number) for share in self.split(batch)]
+        """This process's rows of a batch in so many pieces, each with how many rows every process has in it.
+
+        Row i of the batch belongs to process i modulo their number, so that a place in the batch is always the same
+        process's, and the same place of its share, however long the batch is.
+        """
+        shares = [torch.tensor_split(batch[rank :: self.world], number) for rank in range(self.world)]
         return [(shares[self.rank][n], tuple(len(share[n]) for share in shares)) for n in range(number)]
 
     @contextmanager
@@ -76,9 +80,8 @@ class Ranks:
         """The loss with its gradients averaged over the processes; their weights become those of the first."""
         if self.world == 1:
             return loss
-        # Buffers are shared after each step, when stored copies are made of them; weights that a loss leaves out
-        # in one step and uses in another are found in its graph.
-        return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
+        # a loss may leave out weights in one step and use them in another: they are found in its graph
+        return DistributedDataParallel(loss, find_unused_parameters=True)
 
     def silent(self, loss: nn.Module) -> AbstractContextManager[Any]:
         """Gradients stay this process's own inside, to be averaged with those of a later backward pass."""
@@ -109,11 +112,11 @@ class Ranks:
         padded = torch.cat((sent, sent.new_zeros(most - own, *sent.shape[1:]))) if most > own else sent.contiguous()
         received = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(received, padded)
-        parts = [part[:size].to(rows.dtype) for part, size in zip(received, self._sizes, strict=True)]
         if rows.requires_grad:
-            scale = sum(self._sizes) / own
-            parts[self.rank] = parts[self.rank] + scale * (rows - rows.detach())
-        return torch.cat(parts)
+            live = torch.cat((rows, rows.new_zeros(most - own, *rows.shape[1:]))) if most > own else rows
+            received[self.rank] = padded + sum(self._sizes) / own * (live - live.detach())
+        # the first processes have a row more where there are rows over
+        return torch.stack(received, 1).flatten(0, 1)[: sum(self._sizes)].to(rows.dtype)
 
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Running statistics and counters become those of the first process."""
