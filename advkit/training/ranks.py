@@ -269,7 +269,7 @@ def place(device: str, ranks: Ranks) -> str:
     if ranks.world == 1 or kind == "cpu":
         return device
     if kind != "cuda":
-        raise UsageError(f"device {device} with {ranks.world} processes: expected cpu or cuda")
+        raise UsageError(f"device {device} with {ranks.world} processes: expected cpu or cuda, say --device cpu")
     if index:
         raise UsageError(f"device {device} with {ranks.world} processes: say cuda, and each one takes its own")
     local = int(os.environ.get("LOCAL_RANK", ranks.rank))
