@@ -735,7 +735,7 @@ class _Run:
         if progress["ranks"] != self.ranks.world:
             raise StaleRun(
                 f"{out} holds a training on {progress['ranks']} processes, this one runs on {self.ranks.world}: "
-                f"start it with --nproc-per-node {progress['ranks']}, choose another folder, or remove it"
+                f"start {progress['ranks']} (torchrun --nproc-per-node), choose another folder, or remove it"
             )
         return tensors, progress
 

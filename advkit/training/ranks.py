@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -199,8 +202,8 @@ class Ranks:
                 raise
             stays = kept() or "no epoch was stored yet"
             raise LostProcess(
-                f"another of the {self.world} processes of this training has ended or does not answer "
-                f"({first_line(error)}); {stays}: start all of them again with the same command"
+                f"process {self.rank} of {self.world}: another process of this training has ended or does not answer "
+                f"({_plainly(error)}); {stays}: start all of them again with the same command"
             ) from error
         finally:
             logger.removeFilter(self._speaks)
@@ -250,7 +253,7 @@ def joined() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo", timeout=TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     try:
-        with ranks.listening():
+        with ranks.listening(), _told_to_end():
             yield ranks
     except LostProcess:
         raise  # to close the connections would mean to wait for it
@@ -258,6 +261,27 @@ def joined() -> Iterator[Ranks]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+class _Told(RuntimeError):
+    """The launcher ends this process."""
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """The launcher's signal to end, which it sends where another process has ended, is an error inside."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _Told("the launcher says so")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def place(device: str, ranks: Ranks) -> str:
@@ -311,8 +335,13 @@ def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
+def _plainly(error: RuntimeError) -> str:
+    """What an error of communication says, without the place in a library's source and its guesses."""
+    return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
+
+
 def _is_trouble(error: RuntimeError) -> bool:
     """Whether an error is one of communication."""
-    if isinstance(error, dist.DistError):
+    if isinstance(error, (dist.DistError, _Told)):
         return True
     return any(sign in str(error).lower() for sign in _TROUBLE)
