@@ -542,10 +542,12 @@ class _Run:
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the rows themselves, on the device."""
         index = rows.to(self.x.device)
-        x = self.x[index].to(self.device)
-        if self.recipe.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, self.y[index].to(self.device), rows.to(self.device)
+        return self._laid_out(self.x[index].to(self.device)), self.y[index].to(self.device), rows.to(self.device)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """The rows in the recipe's memory layout."""
+        last = self.recipe.channels_last and x.dim() == 4
+        return x.contiguous(memory_format=torch.channels_last) if last else x
 
     def _pieces(self, batch: Tensor, streams: RowRng) -> list[_Piece]:
         """This process's share of a batch, augmented, in as many pieces as the recipe says or as there are rows for."""
@@ -555,7 +557,9 @@ class _Run:
         for chosen, sizes in self.ranks.pieces(batch, number):
             x, y, rows = self._rows(chosen)
             own = streams.take(rows)
-            made.append(_Piece(x if augment is None else augment(x, own.at("augment")), y, rows, own, sizes))
+            if augment is not None:
+                x = self._laid_out(augment(x, own.at("augment")))
+            made.append(_Piece(x, y, rows, own, sizes))
         return made
 
     def _gradients(self, pieces: Sequence[_Piece], batch: int, names: Sequence[object]) -> Tensor:
