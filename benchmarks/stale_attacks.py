@@ -2,13 +2,13 @@
 
     python benchmarks/stale_attacks.py --root FOLDER --seeds 0 1 2 --out FILE.json
 
-Fashion-MNIST 14x14, the first 10,000 training images in batches of 2,000 (five steps per epoch), 25 epochs, a CNN without
-batch normalisation, SGD with momentum 0.9, a learning rate that rises to 0.3 over the first fifth of the steps and falls
-to zero linearly; one sign step of Linf 0.03, half of the weight each on clean and adversarial images. Rows: plain training, and tau = 0 (the sequential method), 1, 2, 4. The
-harness evaluates the first 2,000 test images, clean and under PGD-10 at 0.03. The cosine of old and present input
-gradients is measured at every step; the table has its mean over the first sixth and the last quarter of the epochs.
-`--task digits` repeats it on the embedded digits: an MLP, batches of 480 (three steps per epoch), 40 epochs, Linf 0.1,
-a learning rate that rises until half time.
+Fashion-MNIST 14x14, the first 10,000 training images in batches of 2,000 (five steps per epoch), 25 epochs, a CNN
+without batch normalisation, SGD with momentum 0.9, a learning rate that rises to 0.3 over the first fifth of the
+steps and falls to zero linearly; one sign step of Linf 0.03, half of the weight each on clean and adversarial images.
+Rows: plain training, and tau = 0 (the sequential method), 1, 2, 4. The harness evaluates the first 2,000 test images,
+clean and under PGD-10 at 0.03. The cosine of old and present input gradients is measured at every step; the table has
+its mean over the first sixth and the last quarter of the epochs. `--task digits` repeats it on the embedded digits:
+an MLP, batches of 480 (three steps per epoch), 40 epochs, Linf 0.1, a learning rate that rises until half time.
 """
 
 from __future__ import annotations
