@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from advkit.cli.options import Device, Json, ModelSpec, Seed, TaskSpec
+from advkit.cli.options import Device, Json, Seed
 
 GRACE = 3.0
 """Seconds that a process waits before it leaves without a word: torchrun ends all others when one has left, and the one
@@ -19,12 +19,30 @@ that says why must be able to."""
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; resumed when it holds the same training.")],
     defense: Annotated[
-        str, typer.Option(help="Training defense, e.g. none, pgd_at:eps=0.1, trades, aaer, pubdef.")
-    ] = "none",
-    task: TaskSpec = "digits",
-    model: ModelSpec = None,
+        str | None,
+        typer.Option(
+            help="Training defense, e.g. none, pgd_at:eps=0.1, trades, aaer, pubdef.",
+            show_default="the recipe's, else none",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task, e.g. fashion-mnist, digits, folder:path=DIR.", show_default="the recipe's, else digits"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model: an architecture (cnn), timm:NAME, path:FILE, ...", show_default="the recipe's, else the task's"
+        ),
+    ] = None,
     recipe: Annotated[
-        str, typer.Option(help="Changes to the defense's recipe, e.g. epochs=30,lr=0.1,schedule=onecycle.")
+        str,
+        typer.Option(
+            help="How to train: key=value,... (epochs=30,lr=0.1), FILE.yaml or a name of `advkit list recipes`, "
+            "either with ,key=value... after it."
+        ),
     ] = "",
     seed: Seed = 0,
     device: Device = "auto",
@@ -34,6 +52,8 @@ def train(
 
     Every run has a report, OUT/training.json, and its curves in OUT/plots/training.png: loss, validation score, clean
     accuracy, learning rate, and the detector of catastrophic overfitting where the defense has one.
+
+    A recipe that is a file or a name may say defense, task and model, too; what the command line says goes first.
 
     Killed and started again, it goes on from the last finished epoch and ends with the same weights.
 

@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from advkit.core.errors import BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
-from advkit.core.registry import outside
+from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.tasks.base import ClassificationTask
+
+if TYPE_CHECKING:
+    from advkit.training.recipes.files import RecipeFile
 
 log = logging.getLogger("advkit")
 
@@ -280,8 +283,12 @@ def train_victim(
     Where torchrun started several processes, or a process group of torch.distributed is up, all of them make this call
     and train one model together; the first one writes, and all return the same.
 
-    recipe: changes to the defense's recipe, `key=value,...`
-    device: cpu, cuda...; with several processes each takes the CUDA device of its number on the machine
+    defense: a spec or object; where it is None, the recipe's, else `none`
+    task:    likewise; else `digits`
+    model:   likewise; else the task's
+    recipe:  changes to the defense's recipe, `key=value,...`; or FILE.yaml or the name of a shipped recipe, either with
+             `,key=value...` after it, which may name defense, task and model, too (`advkit.training.recipes.files`)
+    device:  cpu, cuda...; with several processes each takes the CUDA device of its number on the machine
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError; of several processes one raises that, the others
     EndedElsewhere.
@@ -329,14 +336,19 @@ class _Training:
         from advkit.evaluation.inputs import task_of
         from advkit.models.torch import Architecture
         from advkit.tasks import TASKS
+        from advkit.training.recipes import RECIPES
 
+        held = RECIPES.build(recipe)
+        defense = _asked("defense", defense, held, DEFENSES, "none")
+        task = _asked("task", task, held, TASKS, "digits")
+        model = _asked("model", model, held, MODELS, None)
         work = task_of(task)
-        if recipe:
+        if held.settings:
             if not isinstance(defense, str):
                 raise UsageError(
                     "a recipe text changes a defense given by its spec; set the object's own recipe instead"
                 )
-            defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
+            defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{held.text}]"
         guard: Any = DEFENSES.build(defense)
         if not isinstance(guard, Trains):
             raise UsageError(
@@ -386,6 +398,18 @@ def _writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"the folder {folder} can't be written ({why(error)}): name another --out") from error
+
+
+def _asked(kind: str, given: Any, recipe: RecipeFile, registry: Registry[Any], default: Any) -> Any:
+    """What was given, else what the recipe says of this kind of part, else the default."""
+    said = recipe.parts[kind]
+    if given is not None or not said:
+        return default if given is None else given
+    try:
+        registry.build(said)
+    except AdvkitError as error:
+        raise UsageError(f"{recipe.source}: {kind}: {error}") from error
+    return said
 
 
 def _claim(folder: Path, fingerprint: str) -> bool:

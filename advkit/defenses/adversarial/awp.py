@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from advkit.core.registry import parse_spec
 from advkit.defenses.adversarial.base import OnExamples
 from advkit.training.loop import Epoch, Objective, Recipe, Review, fit
 from advkit.training.ranks import mean_of_batch
+from advkit.training.recipes import BY_NAME
 
 _TINY = 1e-20
 
@@ -57,7 +58,7 @@ class AWP(Trains):
     base: str = "pgd_at"
     gamma: float = 0.005
     warm_up: int = 0
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, BY_NAME] = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         not_negative(self, "gamma", what="length")
