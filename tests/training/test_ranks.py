@@ -24,7 +24,9 @@ from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.pubdef import PubDef
 from advkit.models import MODELS
+from advkit.models.checkpoint import unpack
 from advkit.models.torch import TorchModel
+from advkit.tasks import TASKS
 from advkit.testing.defense_laws import forgetful, stripes
 from advkit.training.loop import CHECKPOINT, Epoch, Fit, Objective, Recipe, Review, fit
 from advkit.training.ranks import Ranks, check_rows, gathered, joined, launched, mean_of_batch, place
@@ -219,6 +221,23 @@ def partial(ranks: Ranks) -> dict[str, Any]:
     return outcome(fit(model, stripes(), Objective(), recipe, RNG, progress=False, ranks=ranks))
 
 
+SINGLE = (
+    ("pgd_at:eps=0.1,steps=3", Recipe(epochs=3, optimizer="sgd", lr=0.1)),
+    ("trades:eps=0.1,steps=3", Recipe(epochs=3)),
+)
+
+
+def in_float32(ranks: Ranks) -> list[dict[str, Any]]:
+    made = []
+    for spec, recipe in SINGLE:
+        defense: Any = DEFENSES.build(spec)
+        data = TASKS.build("digits").training()
+        assert data is not None
+        model = MODELS.build("mlp")((1, 8, 8), 10, RowRng.from_ids(0, ["init"]))
+        made.append(outcome(fit(model, data, defense.objective(), recipe, RNG, progress=False, ranks=ranks)))
+    return made
+
+
 NORMALISED = ("fgsm_rs", "conadv:tau=1,mode=train")
 
 
@@ -228,6 +247,7 @@ def all_runs(ranks: Ranks, folder: str) -> dict[str, Any]:
         "public": public(ranks, folder + "/cache"),
         "normalised": [normalised(ranks, spec) for spec in NORMALISED],
         "partial": partial(ranks),
+        "float32": in_float32(ranks),
         "broken": broken(ranks, folder + "/run"),
         "disagreeing": disagreeing(ranks),
     }
@@ -244,6 +264,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any],
 @pytest.mark.slow
 def test_every_method_trains_as_on_one_process(two: Any) -> None:
     assert_every_method_same([each["methods"] for each in two[1:]])
+
+
+@pytest.mark.slow
+def test_round_off_of_float32(two: Any) -> None:
+    """The tolerances that docs/adversarial_training.md states."""
+    (pgd, trades), (first, second) = in_float32(Ranks()), two[1]["float32"]
+    assert apart(pgd, first) < 1e-5
+    for expected, got, tolerance in ((pgd, first, 1e-5), (trades, second, 1e-2)):
+        assert [each[0] for each in got["log"]] == pytest.approx([each[0] for each in expected["log"]], rel=tolerance)
 
 
 @pytest.mark.slow
@@ -420,8 +449,6 @@ def test_a_killed_process_is_reported_and_the_run_resumes_to_the_same_bits(tmp_p
         assert one["log"] == other["log"]
         assert one["best"] == other["best"]
     # the perturbations of two processes are two
-    from advkit.models.checkpoint import unpack
-
     tensors, metadata = unpack((run / CHECKPOINT).read_bytes(), run)
     assert not torch.equal(tensors["objective/delta"], tensors["objective@1/delta"])
     assert json.loads(metadata["progress"])["ranks"] == 2
