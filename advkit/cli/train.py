@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from advkit.cli.options import Device, Json, Seed
+
+GRACE = 3.0
+"""Seconds that a process waits before it leaves without a word: torchrun ends all others when one has left, and the one
+that says why must be able to."""
 
 
 def train(
@@ -51,25 +56,37 @@ def train(
     A recipe that is a file or a name may say defense, task and model, too; what the command line says goes first.
 
     Killed and started again, it goes on from the last finished epoch and ends with the same weights.
+
+    On several processes: torchrun --nproc-per-node N -m advkit train ...
     """
     import json
 
     from rich.console import Console
 
+    from advkit.core.errors import EndedElsewhere
     from advkit.evaluation.run.store import check_folder
     from advkit.evaluation.victims import train_victim
+    from advkit.training.ranks import joined
 
-    check_folder(out)
-    done = train_victim(
-        model,
-        defense,
-        task,
-        recipe=recipe,
-        seed=seed,
-        device=device,
-        out=out,
-        progress=sys.stderr.isatty() and not as_json,
-    )
+    try:
+        with joined() as ranks:
+            with ranks.agreed():
+                check_folder(out)
+            done = train_victim(
+                model,
+                defense,
+                task,
+                recipe=recipe,
+                seed=seed,
+                device=device,
+                out=out,
+                progress=sys.stderr.isatty() and not as_json,
+            )
+    except EndedElsewhere as ended:
+        time.sleep(GRACE)
+        raise typer.Exit(ended.exit_code) from ended
+    if not ranks.first:
+        return
     if as_json:
         typer.echo(json.dumps(done, indent=2))
         return

@@ -317,13 +317,18 @@ class Fit:
 
 
 class _Loss(nn.Module):
-    """The objective's loss as one module: all that is trained lies in it, and nothing more is called in a step."""
+    """The objective's loss as one module, which has all weights that are trained, and is called once in a step.
+
+    Buffers are not its own: copies of them are made after a step (`Objective.stepped`), when all processes must have
+    the same, and not before the next one, as DistributedDataParallel would see to it.
+    """
 
     def __init__(self, objective: Objective, model: TorchModel, further: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.objective, self.model = objective, model
-        self.network = model.module
-        self.further = nn.ParameterList(further)
+        self.weights = nn.ParameterList(dict.fromkeys((*model.module.parameters(), *further)))
+        # DistributedDataParallel warns of looking for weights without a gradient where there are none
+        self.without = nn.Parameter(torch.zeros((), device=model.device))
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         return self.objective.loss(self.model, x, y, rows, rng)
@@ -537,10 +542,12 @@ class _Run:
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the rows themselves, on the device."""
         index = rows.to(self.x.device)
-        x = self.x[index].to(self.device)
-        if self.recipe.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, self.y[index].to(self.device), rows.to(self.device)
+        return self._laid_out(self.x[index].to(self.device)), self.y[index].to(self.device), rows.to(self.device)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """The rows in the recipe's memory layout."""
+        last = self.recipe.channels_last and x.dim() == 4
+        return x.contiguous(memory_format=torch.channels_last) if last else x
 
     def _pieces(self, batch: Tensor, streams: RowRng) -> list[_Piece]:
         """This process's share of a batch, augmented, in as many pieces as the recipe says or as there are rows for."""
@@ -550,7 +557,9 @@ class _Run:
         for chosen, sizes in self.ranks.pieces(batch, number):
             x, y, rows = self._rows(chosen)
             own = streams.take(rows)
-            made.append(_Piece(x if augment is None else augment(x, own.at("augment")), y, rows, own, sizes))
+            if augment is not None:
+                x = self._laid_out(augment(x, own.at("augment")))
+            made.append(_Piece(x, y, rows, own, sizes))
         return made
 
     def _gradients(self, pieces: Sequence[_Piece], batch: int, names: Sequence[object]) -> Tensor:
@@ -730,7 +739,7 @@ class _Run:
         if progress["ranks"] != self.ranks.world:
             raise StaleRun(
                 f"{out} holds a training on {progress['ranks']} processes, this one runs on {self.ranks.world}: "
-                f"start it with --nproc-per-node {progress['ranks']}, choose another folder, or remove it"
+                f"start {progress['ranks']} (torchrun --nproc-per-node), choose another folder, or remove it"
             )
         return tensors, progress
 

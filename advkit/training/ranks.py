@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -53,8 +56,12 @@ class Ranks:
         return torch.tensor_split(rows, self.world)
 
     def pieces(self, batch: Tensor, number: int) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """This process's rows of a batch in so many pieces, each with how many rows every process has in it."""
-        shares = [torch.tensor_split(share, number) for share in self.split(batch)]
+        """This process's rows of a batch in so many pieces, each with how many rows every process has in it.
+
+        Row i of the batch belongs to process i modulo their number, so that a place in the batch is always the same
+        process's, and the same place of its share, however long the batch is.
+        """
+        shares = [torch.tensor_split(batch[rank :: self.world], number) for rank in range(self.world)]
         return [(shares[self.rank][n], tuple(len(share[n]) for share in shares)) for n in range(number)]
 
     @contextmanager
@@ -76,9 +83,8 @@ class Ranks:
         """The loss with its gradients averaged over the processes; their weights become those of the first."""
         if self.world == 1:
             return loss
-        # Buffers are shared after each step, when stored copies are made of them; weights that a loss leaves out
-        # in one step and uses in another are found in its graph.
-        return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
+        # a loss may leave out weights in one step and use them in another: they are found in its graph
+        return DistributedDataParallel(loss, find_unused_parameters=True)
 
     def silent(self, loss: nn.Module) -> AbstractContextManager[Any]:
         """Gradients stay this process's own inside, to be averaged with those of a later backward pass."""
@@ -109,11 +115,11 @@ class Ranks:
         padded = torch.cat((sent, sent.new_zeros(most - own, *sent.shape[1:]))) if most > own else sent.contiguous()
         received = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(received, padded)
-        parts = [part[:size].to(rows.dtype) for part, size in zip(received, self._sizes, strict=True)]
         if rows.requires_grad:
-            scale = sum(self._sizes) / own
-            parts[self.rank] = parts[self.rank] + scale * (rows - rows.detach())
-        return torch.cat(parts)
+            live = torch.cat((rows, rows.new_zeros(most - own, *rows.shape[1:]))) if most > own else rows
+            received[self.rank] = padded + sum(self._sizes) / own * (live - live.detach())
+        # the first processes have a row more where there are rows over
+        return torch.stack(received, 1).flatten(0, 1)[: sum(self._sizes)].to(rows.dtype)
 
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Running statistics and counters become those of the first process."""
@@ -196,8 +202,8 @@ class Ranks:
                 raise
             stays = kept() or "no epoch was stored yet"
             raise LostProcess(
-                f"another of the {self.world} processes of this training has ended or does not answer "
-                f"({first_line(error)}); {stays}: start all of them again with the same command"
+                f"process {self.rank} of {self.world}: another process of this training has ended or does not answer "
+                f"({_plainly(error)}); {stays}: start all of them again with the same command"
             ) from error
         finally:
             logger.removeFilter(self._speaks)
@@ -247,7 +253,7 @@ def joined() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo", timeout=TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     try:
-        with ranks.listening():
+        with ranks.listening(), _told_to_end():
             yield ranks
     except LostProcess:
         raise  # to close the connections would mean to wait for it
@@ -255,6 +261,27 @@ def joined() -> Iterator[Ranks]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+class _Told(RuntimeError):
+    """The launcher ends this process."""
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """The launcher's signal to end, which it sends where another process has ended, is an error inside."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _Told("the launcher says so")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def place(device: str, ranks: Ranks) -> str:
@@ -266,7 +293,7 @@ def place(device: str, ranks: Ranks) -> str:
     if ranks.world == 1 or kind == "cpu":
         return device
     if kind != "cuda":
-        raise UsageError(f"device {device} with {ranks.world} processes: expected cpu or cuda")
+        raise UsageError(f"device {device} with {ranks.world} processes: expected cpu or cuda, say --device cpu")
     if index:
         raise UsageError(f"device {device} with {ranks.world} processes: say cuda, and each one takes its own")
     local = int(os.environ.get("LOCAL_RANK", ranks.rank))
@@ -308,8 +335,13 @@ def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
+def _plainly(error: RuntimeError) -> str:
+    """What an error of communication says, without the place in a library's source and its guesses."""
+    return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
+
+
 def _is_trouble(error: RuntimeError) -> bool:
     """Whether an error is one of communication."""
-    if isinstance(error, dist.DistError):
+    if isinstance(error, (dist.DistError, _Told)):
         return True
     return any(sign in str(error).lower() for sign in _TROUBLE)

@@ -157,6 +157,7 @@ class AWPObjective(Objective):
                 before = weight.detach().clone()
                 weight.add_(perturbation(before, gradient, self.defense.gamma))
                 self.moved.append(_Moved(weight, before, weight.detach().clone()))
+        torch.clear_autocast_cache()  # which holds half-precision copies of the weights before
 
     def _take_back(self) -> None:
         """The optimiser's change since the move, added to the weights before it: exact where there was none."""
