@@ -460,9 +460,18 @@ def launch(arguments: list[str], world: int = 2) -> subprocess.CompletedProcess[
     """`torchrun` of the command line, on a free port of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "-m", "advkit", *arguments], capture_output=True, text=True, env=environment, timeout=240
-    )
+    with subprocess.Popen(
+        [*command, "-m", "advkit", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=240)
+        finally:
+            launcher.terminate()  # it ends its processes with it, where they have not ended by now
+    return subprocess.CompletedProcess(command, launcher.returncode, out, err)
 
 
 @pytest.mark.slow
