@@ -387,7 +387,7 @@ def fit(
     place = model.device if device is None else torch.device(device)
     with _own_randomness(place):
         run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held, ranks)
-        with ranks.listening(run.kept):
+        with ranks.listening(run.kept), _compiling(recipe.compile):
             return run.play(progress and ranks.first)
 
 
@@ -407,6 +407,19 @@ def _check(model: TorchModel, data: Data, held: int) -> None:
         raise BadInput(f"training data: {complaint}")
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise BadModel(f"{model.name} has no parameter that requires a gradient; nothing can be trained")
+
+
+@contextmanager
+def _compiling(wanted: bool) -> Iterator[None]:
+    """UsageError where torch.compile fails: no compiler here, or a network that is not for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not wanted or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise UsageError(
+            f"compile=true, and torch can't compile the network here ({first_line(error)}): leave compile out"
+        ) from error
 
 
 def _check_speed(objective: Objective, recipe: Recipe) -> None:
