@@ -30,7 +30,6 @@ from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.training.loop import fit
 
-RATE = 0.3
 ROWS = ("none", "tau=0", "tau=1", "tau=2", "tau=4")
 
 
@@ -54,12 +53,12 @@ PROTOCOLS = {
 }
 
 
-def played(name: str, root: str, row: str, seed: int) -> dict[str, Any]:
+def played(name: str, root: str, row: str, seed: int, rate: float) -> dict[str, Any]:
     """One model, trained and evaluated."""
     asked = PROTOCOLS[name]
     task: Any = TASKS.build(asked.task.format(root=root))
     recipe = (
-        f"epochs={asked.epochs},batch_size={asked.batch_size},optimizer=sgd,lr={RATE},schedule={asked.schedule},"
+        f"epochs={asked.epochs},batch_size={asked.batch_size},optimizer=sgd,lr={rate},schedule={asked.schedule},"
         "validation=0,select=last"
     )
     method = "none" if row == "none" else f"conadv:eps={asked.eps},{row},watch=1"
@@ -92,6 +91,7 @@ def main() -> None:
     parser.add_argument("--task", choices=PROTOCOLS, default="fashion-mnist")
     parser.add_argument("--root", default="", help="folder of the Fashion-MNIST files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, default=0.3, help="peak of the learning rate")
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
@@ -100,8 +100,8 @@ def main() -> None:
     for seed in asked.seeds:
         for row in asked.rows:
             if not any((each["row"], each["seed"]) == (row, seed) for each in runs):
-                runs.append(played(asked.task, asked.root, row, seed))
-                write(asked.out, asked.task, runs)
+                runs.append(played(asked.task, asked.root, row, seed, asked.lr))
+                write(asked.out, asked.task, runs, asked.lr)
     print("| | clean | PGD-10 | cosine, first sixth | cosine, last quarter |")
     print("|---|---|---|---|---|")
     for row in dict.fromkeys(each["row"] for each in runs):
@@ -115,10 +115,10 @@ def main() -> None:
         print(f"| {row} | {' | '.join(map(mean, keys))} |")
 
 
-def write(out: Path, task: str, runs: list[dict[str, Any]]) -> None:
+def write(out: Path, task: str, runs: list[dict[str, Any]], rate: float) -> None:
     """The file, whole after every run."""
     asked = PROTOCOLS[task]
-    settings = {**asdict(asked), "task": asked.task.format(root="FOLDER"), "lr": RATE}
+    settings = {**asdict(asked), "task": asked.task.format(root="FOLDER"), "lr": rate}
     commits = list(dict.fromkeys(each["commit"] for each in runs))
     write_whole(out, json.dumps({"commits": commits, "settings": settings, "runs": runs}, indent=1) + "\n")
 
