@@ -1,20 +1,21 @@
-"""A training epoch of ours beside the bare passes that the method needs and beside ART's trainers, in one process.
+"""A training of ours beside the bare passes that the method needs and beside ART's trainers, in one process.
 
-python benchmarks/training_overhead.py [--root FOLDER] [--rows 2560] [--repetitions 7] [--out docs/training_overhead.json]
+python benchmarks/training_overhead.py [--root FOLDER] [--rows 1280] [--repetitions 9] [--out FILE]
 
-Sides, one epoch each on the same rows, network, batch size, optimiser and inner attack (Linf eps 0.1, random start):
+Sides, each a training of a few epochs on the same rows, network, batch size, optimiser and attack (Linf eps 0.1):
 
-    bare      the forward and backward passes of the method and the optimiser's steps, nothing else: no random start, no
-              step, no shuffling. The attack's passes differentiate the input alone, with parameters frozen
-    fit       `advkit.training.loop.fit` as a user calls it, its preparations included
-    madry     ART's AdversarialTrainerMadryPGD with as many steps; its attack takes a batch in pieces of 32
-    madry_whole    the same with an attack that takes the batch as one, which the trainer has no argument for
-    fbf       ART's AdversarialTrainerFBFPyTorch (FGSM with a random start), which takes AAER's passes
+    bare         the forward and backward passes of the method and the optimiser's steps, nothing else, on the inputs
+                 that the network had in `fit`: no random start, no step, no shuffling. Parameters are frozen while the
+                 input is differentiated
+    fit          `advkit.training.loop.fit` as a user calls it, its preparations included
+    madry        ART's AdversarialTrainerMadryPGD with as many steps; its attack takes a batch in pieces of 32
+    madry_whole  the same, with an attack that takes the batch as one, for which the trainer has no argument
+    fbf          ART's AdversarialTrainerFBFPyTorch: FGSM with a random start
 
-ART has no AAER. Beside `aaer` stand its two trainers that take the same two forward and two backward passes: `madry`
-with one step, and `fbf`. CPU seconds on one thread; the sides alternate, and a ratio is the median over the repetitions
-of the ratio of neighbouring runs. Passes are counted on the network, with the same hooks on every side. Without ART its
-sides are left out, without a folder the rows are random.
+ART has no AAER. Beside `aaer` stand its trainers that train on the same one step from a random start: `madry` with one
+step, and `fbf`. CPU seconds on one thread; the sides alternate, and a ratio is the median over the repetitions of the
+ratio of neighbouring runs. Passes are counted on the network, with the same hooks on every side. Without ART its sides
+are left out; without a folder the rows are random.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ EPS = 0.1
 STEPS = 5
 BATCH = 128
 SHAPE, CLASSES = (1, 14, 14), 10
-RECIPE = Recipe(epochs=1, batch_size=BATCH, optimizer="sgd", lr=0.01, validation=0.0, select="last")
+RECIPE = Recipe(epochs=2, batch_size=BATCH, optimizer="sgd", lr=0.01, validation=0.0, select="last")
 METHODS = {"pgd_at": f"pgd_at:eps={EPS},steps={STEPS}", "aaer": f"aaer:eps={EPS}"}
 
 
@@ -81,46 +83,60 @@ class Whole(nn.Module):
         return answer
 
 
-def bare_pgd_at(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """One step of `pgd_at`: the inner attack's gradients in evaluation mode, and a training step."""
-    module.eval()
-    with frozen(module):
-        for _ in range(STEPS):
-            leaf = x.clone().requires_grad_()
-            torch.autograd.grad(cross_entropy(module(leaf), y, reduction="sum"), leaf)
-    module.train()
-    optimizer.zero_grad()
-    cross_entropy(module(x), y).backward()
-    optimizer.step()
+@dataclass(frozen=True)
+class Step:
+    """What a training step sent through the network: rows to differentiate, rows to train on, and their labels."""
+
+    attacked: tuple[Tensor, ...]
+    trained: Tensor
+    labels: Tensor
 
 
-def bare_aaer(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """One step of `aaer`: a gradient in training mode, and a training step."""
-    module.train()
-    with frozen(module):
-        leaf = x.clone().requires_grad_()
-        torch.autograd.grad(cross_entropy(module(leaf), y, reduction="sum"), leaf)
-    optimizer.zero_grad()
-    cross_entropy(module(x), y).backward()
-    optimizer.step()
+def recorded(method: str, model: TorchModel, data: Data) -> list[Step]:
+    """The inputs of the network in `ours`, step by step: how long a pass takes depends on the values."""
+    objective = defense_of(method).objective()
+    plain, steps = objective.loss, []
+
+    def loss(now: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Any) -> Tensor:
+        seen: list[Tensor] = []
+        handle = now.module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
+        answer = plain(now, x, y, rows, rng)
+        handle.remove()
+        steps.append(Step(tuple(seen[:-1]), seen[-1], y))
+        return answer
+
+    objective.loss = loss
+    fit(model, data, objective, RECIPE, RowRng.from_ids(0, ["overhead"]), progress=False)
+    return steps
 
 
-def bare(step: Callable[..., None], model: TorchModel, data: Data) -> None:
-    """One epoch of bare passes."""
+def bare(mode: bool, model: TorchModel, steps: list[Step]) -> None:
+    """The passes and the optimiser's steps; `mode` is the network's training mode while the input is differentiated."""
     module = model.copy().module
     optimizer = torch.optim.SGD(module.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum)
-    for x, y in zip(data.x.split(BATCH), data.y.split(BATCH), strict=True):
-        step(module, optimizer, x, y)
+    for step in steps:
+        module.train(mode)
+        with frozen(module):
+            for z in step.attacked:
+                leaf = z.clone().requires_grad_()
+                torch.autograd.grad(cross_entropy(module(leaf), step.labels, reduction="sum"), leaf)
+        module.train()
+        optimizer.zero_grad()
+        cross_entropy(module(step.trained), step.labels).backward()
+        optimizer.step()
+
+
+def defense_of(method: str) -> Any:
+    return DEFENSES.build(METHODS[method])
 
 
 def ours(method: str, model: TorchModel, data: Data) -> None:
-    """One epoch of `fit`."""
-    defense: Any = DEFENSES.build(METHODS[method])
-    fit(model, data, defense.objective(), RECIPE, RowRng.from_ids(0, ["overhead"]), progress=False)
+    """A training by `fit`."""
+    fit(model, data, defense_of(method).objective(), RECIPE, RowRng.from_ids(0, ["overhead"]), progress=False)
 
 
 def art(trainer: str, steps: int, model: TorchModel, data: Data) -> None:
-    """One epoch of a trainer of ART's."""
+    """A training by a trainer of ART's."""
     from art.defences.trainer import AdversarialTrainerFBFPyTorch, AdversarialTrainerMadryPGD
     from art.estimators.classification import PyTorchClassifier
 
@@ -138,46 +154,48 @@ def art(trainer: str, steps: int, model: TorchModel, data: Data) -> None:
     x, y = data.x.numpy(), nn.functional.one_hot(data.y, CLASSES).float().numpy()
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         if trainer == "fbf":
-            AdversarialTrainerFBFPyTorch(network, eps=EPS).fit(x, y, batch_size=BATCH, nb_epochs=1)
+            AdversarialTrainerFBFPyTorch(network, eps=EPS).fit(x, y, batch_size=BATCH, nb_epochs=RECIPE.epochs)
             return
         made = AdversarialTrainerMadryPGD(
-            network, nb_epochs=1, batch_size=BATCH, eps=EPS, eps_step=2.5 * EPS / steps, max_iter=steps
+            network, nb_epochs=RECIPE.epochs, batch_size=BATCH, eps=EPS, eps_step=2.5 * EPS / steps, max_iter=steps
         )
         if trainer == "madry_whole":
             made.attack.set_params(batch_size=BATCH)
         made.fit(x, y)
 
 
-def sides_of(method: str, with_art: bool) -> dict[str, Callable[[TorchModel, Data], None]]:
+def sides_of(method: str, model: TorchModel, data: Data, with_art: bool) -> dict[str, Callable[[], None]]:
     """What is timed, by name."""
-    step = {"pgd_at": bare_pgd_at, "aaer": bare_aaer}[method]
-    sides: dict[str, Callable[[TorchModel, Data], None]] = {"bare": partial(bare, step), "fit": partial(ours, method)}
+    sides: dict[str, Callable[[], None]] = {
+        "bare": partial(bare, defense_of(method).mode == "train", model, recorded(method, model, data)),
+        "fit": partial(ours, method, model, data),
+    }
     if with_art:
-        for trainer in ("madry", "madry_whole"):
-            sides[trainer] = partial(art, trainer, STEPS if method == "pgd_at" else 1)
-        if method == "aaer":
-            sides["fbf"] = partial(art, "fbf", 1)
+        steps = STEPS if method == "pgd_at" else 1
+        trainers = ("madry", "madry_whole") if method == "pgd_at" else ("madry", "madry_whole", "fbf")
+        sides |= {trainer: partial(art, trainer, steps, model, data) for trainer in trainers}
     return sides
 
 
 def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool) -> dict[str, Any]:
-    """Passes per row and ratios of CPU time, for one method on one network."""
+    """Passes per row and step, and ratios of CPU time, for one method on one network."""
     built = MODELS.build(net)(SHAPE, CLASSES, RowRng.from_ids(0, ["overhead"]).at("init"))
     model = built.with_module(Whole(built.module))
-    sides = sides_of(method, with_art)
+    sides = sides_of(method, model, data, with_art)
     names = list(sides)
     passes = {}
     for name, side in sides.items():  # which warms up, too
         with counted(model.module) as count:
-            side(model, data)
-        passes[name] = {"forwards": count.forwards / len(data), "backwards": count.backwards / len(data)}
+            side()
+        rows = len(data) * RECIPE.epochs
+        passes[name] = {"forwards": count.forwards / rows, "backwards": count.backwards / rows}
     times: list[dict[str, float]] = []
     for turn in range(repetitions):
         seconds = {}
         for position in range(len(names)):
             name = names[(position + turn) % len(names)]
             begin = time.process_time()
-            sides[name](model, data)
+            sides[name]()
             seconds[name] = time.process_time() - begin
         times.append(seconds)
     ratios = {"fit_over_bare": [each["fit"] / each["bare"] for each in times]}
@@ -196,7 +214,7 @@ def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="", help="folder of Fashion-MNIST's idx files")
-    parser.add_argument("--rows", type=int, default=2560)
+    parser.add_argument("--rows", type=int, default=1280)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--networks", default="cnn,resnet8")
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -215,6 +233,7 @@ def main() -> None:
         "environment": versions,
         "data": "random rows" if not given.root else "fashion-mnist:size=14",
         "rows": len(data),
+        "epochs": RECIPE.epochs,
         "batch_size": BATCH,
         "repetitions": given.repetitions,
         "results": [],
