@@ -433,7 +433,8 @@ class _Run:
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the rows themselves, on the device."""
         index = rows.to(self.x.device)
-        return self.x[index].to(self.device), self.y[index].to(self.device), rows.to(self.device)
+        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
+        return x.to(self.device), y.to(self.device), rows.to(self.device)
 
     def _epoch(self, epoch: int, bar: _Bar) -> None:
         started = time.perf_counter()
@@ -703,9 +704,9 @@ class _Finite:
         """The first bad step among those not asked for yet."""
         if not self.steps:
             return None
-        bad = (~torch.isfinite(torch.stack(self.losses))).tolist()
+        values = torch.stack(self.losses).tolist()
         steps, self.steps, self.losses = self.steps, [], []
-        return next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
+        return next((step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)), None)
 
 
 def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:

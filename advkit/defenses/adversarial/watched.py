@@ -80,9 +80,9 @@ class WatchedObjective(Objective):
         """The ball must fit the model's space: said before the first epoch."""
         _ = self.defense.ball(model.space)
 
-    def note(self, before: Tensor, after: Tensor, y: Tensor) -> None:
-        """Keep which rows' loss the step lowered; logits [B, classes] before and after it."""
-        self._lowered.append(abnormal(row_losses(before, y), row_losses(after, y)).detach())
+    def note(self, lowered: Tensor) -> None:
+        """Keep which rows' loss the step lowered, bool [B]."""
+        self._lowered.append(lowered)
 
     @override
     def score(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
