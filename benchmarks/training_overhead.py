@@ -1,6 +1,6 @@
 """A training of ours beside the bare passes that the method needs and beside ART's trainers, in one process.
 
-python benchmarks/training_overhead.py [--root FOLDER] [--rows 1280] [--repetitions 9] [--out FILE]
+python benchmarks/training_overhead.py [--root FOLDER] [--rows 1024] [--repetitions 7] [--out FILE]
 
 Sides, each a training of a few epochs on the same rows, network, batch size, optimiser and attack (Linf eps 0.1):
 
@@ -27,10 +27,11 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ EPS = 0.1
 STEPS = 5
 BATCH = 128
 SHAPE, CLASSES = (1, 14, 14), 10
-RECIPE = Recipe(epochs=2, batch_size=BATCH, optimizer="sgd", lr=0.01, validation=0.0, select="last")
+RECIPE = Recipe(batch_size=BATCH, optimizer="sgd", lr=0.01, validation=0.0, select="last")
+EPOCHS = {"cnn": 5, "resnet8": 2}
+"""Of each side's training, by network."""
 METHODS = {"pgd_at": f"pgd_at:eps={EPS},steps={STEPS}", "aaer": f"aaer:eps={EPS}"}
 
 
@@ -92,7 +95,7 @@ class Step:
     labels: Tensor
 
 
-def recorded(method: str, model: TorchModel, data: Data) -> list[Step]:
+def recorded(method: str, recipe: Recipe, model: TorchModel, data: Data) -> list[Step]:
     """The inputs of the network in `ours`, step by step: how long a pass takes depends on the values."""
     objective = defense_of(method).objective()
     plain, steps = objective.loss, []
@@ -106,7 +109,7 @@ def recorded(method: str, model: TorchModel, data: Data) -> list[Step]:
         return answer
 
     objective.loss = loss
-    fit(model, data, objective, RECIPE, RowRng.from_ids(0, ["overhead"]), progress=False)
+    fit(model, data, objective, recipe, RowRng.from_ids(0, ["overhead"]), progress=False)
     return steps
 
 
@@ -130,12 +133,12 @@ def defense_of(method: str) -> Any:
     return DEFENSES.build(METHODS[method])
 
 
-def ours(method: str, model: TorchModel, data: Data) -> None:
+def ours(method: str, recipe: Recipe, model: TorchModel, data: Data) -> None:
     """A training by `fit`."""
-    fit(model, data, defense_of(method).objective(), RECIPE, RowRng.from_ids(0, ["overhead"]), progress=False)
+    fit(model, data, defense_of(method).objective(), recipe, RowRng.from_ids(0, ["overhead"]), progress=False)
 
 
-def art(trainer: str, steps: int, model: TorchModel, data: Data) -> None:
+def art(trainer: str, steps: int, epochs: int, model: TorchModel, data: Data) -> None:
     """A training by a trainer of ART's."""
     from art.defences.trainer import AdversarialTrainerFBFPyTorch, AdversarialTrainerMadryPGD
     from art.estimators.classification import PyTorchClassifier
@@ -154,26 +157,28 @@ def art(trainer: str, steps: int, model: TorchModel, data: Data) -> None:
     x, y = data.x.numpy(), nn.functional.one_hot(data.y, CLASSES).float().numpy()
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         if trainer == "fbf":
-            AdversarialTrainerFBFPyTorch(network, eps=EPS).fit(x, y, batch_size=BATCH, nb_epochs=RECIPE.epochs)
+            AdversarialTrainerFBFPyTorch(network, eps=EPS).fit(x, y, batch_size=BATCH, nb_epochs=epochs)
             return
         made = AdversarialTrainerMadryPGD(
-            network, nb_epochs=RECIPE.epochs, batch_size=BATCH, eps=EPS, eps_step=2.5 * EPS / steps, max_iter=steps
+            network, nb_epochs=epochs, batch_size=BATCH, eps=EPS, eps_step=2.5 * EPS / steps, max_iter=steps
         )
         if trainer == "madry_whole":
             made.attack.set_params(batch_size=BATCH)
         made.fit(x, y)
 
 
-def sides_of(method: str, model: TorchModel, data: Data, with_art: bool) -> dict[str, Callable[[], None]]:
+def sides_of(
+    method: str, recipe: Recipe, model: TorchModel, data: Data, with_art: bool
+) -> dict[str, Callable[[], None]]:
     """What is timed, by name."""
     sides: dict[str, Callable[[], None]] = {
-        "bare": partial(bare, defense_of(method).mode == "train", model, recorded(method, model, data)),
-        "fit": partial(ours, method, model, data),
+        "bare": partial(bare, defense_of(method).mode == "train", model, recorded(method, recipe, model, data)),
+        "fit": partial(ours, method, recipe, model, data),
     }
     if with_art:
         steps = STEPS if method == "pgd_at" else 1
         trainers = ("madry", "madry_whole") if method == "pgd_at" else ("madry", "madry_whole", "fbf")
-        sides |= {trainer: partial(art, trainer, steps, model, data) for trainer in trainers}
+        sides |= {trainer: partial(art, trainer, steps, recipe.epochs, model, data) for trainer in trainers}
     return sides
 
 
@@ -181,13 +186,14 @@ def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool
     """Passes per row and step, and ratios of CPU time, for one method on one network."""
     built = MODELS.build(net)(SHAPE, CLASSES, RowRng.from_ids(0, ["overhead"]).at("init"))
     model = built.with_module(Whole(built.module))
-    sides = sides_of(method, model, data, with_art)
+    recipe = replace(RECIPE, epochs=EPOCHS[net])
+    sides = sides_of(method, recipe, model, data, with_art)
     names = list(sides)
     passes = {}
     for name, side in sides.items():  # which warms up, too
         with counted(model.module) as count:
             side()
-        rows = len(data) * RECIPE.epochs
+        rows = len(data) * recipe.epochs
         passes[name] = {"forwards": count.forwards / rows, "backwards": count.backwards / rows}
     times: list[dict[str, float]] = []
     for turn in range(repetitions):
@@ -203,6 +209,7 @@ def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool
     return {
         "method": METHODS[method],
         "network": net,
+        "optimiser_steps": recipe.epochs * math.ceil(len(data) / BATCH),
         "passes_per_row": passes,
         "ratios": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
         "quartiles": {
@@ -214,9 +221,9 @@ def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="", help="folder of Fashion-MNIST's idx files")
-    parser.add_argument("--rows", type=int, default=1280)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--networks", default="cnn,resnet8")
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--networks", default=",".join(EPOCHS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -233,7 +240,6 @@ def main() -> None:
         "environment": versions,
         "data": "random rows" if not given.root else "fashion-mnist:size=14",
         "rows": len(data),
-        "epochs": RECIPE.epochs,
         "batch_size": BATCH,
         "repetitions": given.repetitions,
         "results": [],

@@ -171,8 +171,8 @@ class Meter:
     A view that holds a row several times pays for it several times. `tokens` is what models that count them sent
     through their networks, all rows together: what is shared or remembered between rows is nobody's alone.
 
-    looks: whether answers and gradients are looked at, for values that are not finite and for gradients of zeros. Without
-           it passes alone are counted, and the rows' flags stay False
+    looks: whether answers and gradients are looked at, for values that are not finite and for gradients of zeros;
+           without it passes alone are counted, and the rows' flags stay False
     """
 
     def __init__(self, rows: int, *, looks: bool = True) -> None:
