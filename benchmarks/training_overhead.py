@@ -2,7 +2,7 @@
 
 python benchmarks/training_overhead.py [--root FOLDER] [--rows 1024] [--repetitions 7] [--out FILE]
 
-Sides, each a training of a few epochs on the same rows, network, batch size, optimiser and attack (Linf eps 0.1):
+Sides, each a training on the same rows, network, batch size, optimiser and attack (Linf eps 0.1):
 
     bare         the forward and backward passes of the method and the optimiser's steps, nothing else, on the inputs
                  that the network had in `fit`: no random start, no step, no shuffling. Parameters are frozen while the
@@ -13,9 +13,9 @@ Sides, each a training of a few epochs on the same rows, network, batch size, op
     fbf          ART's AdversarialTrainerFBFPyTorch: FGSM with a random start
 
 ART has no AAER. Beside `aaer` stand its trainers that train on the same one step from a random start: `madry` with one
-step, and `fbf`. CPU seconds on one thread; the sides alternate, and a ratio is the median over the repetitions of the
-ratio of neighbouring runs. Passes are counted on the network, with the same hooks on every side. Without ART its sides
-are left out; without a folder the rows are random.
+step, and `fbf`. CPU seconds on one thread. `fit` and `bare` alternate step by step, ART's trainings come after each
+`fit`; a ratio is the median over the repetitions. Passes are counted on the network, with the same hooks on every side.
+Without ART its sides are left out; without a folder the rows are random.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ import importlib.util
 import io
 import json
 import logging
-import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from advkit.benchmark import counted, environment
+from advkit.benchmark import Passes, counted, environment
 from advkit.benchmark.sides import one_thread
 from advkit.core.files import write_whole
 from advkit.core.oracle import frozen
@@ -61,6 +59,7 @@ SHAPE, CLASSES = (1, 14, 14), 10
 RECIPE = Recipe(batch_size=BATCH, optimizer="sgd", lr=0.01, validation=0.0, select="last")
 EPOCHS = {"cnn": 5, "resnet8": 2}
 """Of each side's training, by network."""
+RNG = RowRng.from_ids(0, ["overhead"])
 METHODS = {"pgd_at": f"pgd_at:eps={EPS},steps={STEPS}", "aaer": f"aaer:eps={EPS}"}
 
 
@@ -96,7 +95,7 @@ class Step:
 
 
 def recorded(method: str, recipe: Recipe, model: TorchModel, data: Data) -> list[Step]:
-    """The inputs of the network in `ours`, step by step: how long a pass takes depends on the values."""
+    """The inputs of the network in a training by `fit`, step by step: how long a pass takes depends on the values."""
     objective = defense_of(method).objective()
     plain, steps = objective.loss, []
 
@@ -109,33 +108,50 @@ def recorded(method: str, recipe: Recipe, model: TorchModel, data: Data) -> list
         return answer
 
     objective.loss = loss
-    fit(model, data, objective, recipe, RowRng.from_ids(0, ["overhead"]), progress=False)
+    fit(model, data, objective, recipe, RNG, progress=False)
     return steps
 
 
-def bare(mode: bool, model: TorchModel, steps: list[Step]) -> None:
-    """The passes and the optimiser's steps; `mode` is the network's training mode while the input is differentiated."""
-    module = model.copy().module
-    optimizer = torch.optim.SGD(module.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum)
-    for step in steps:
-        module.train(mode)
-        with frozen(module):
-            for z in step.attacked:
-                leaf = z.clone().requires_grad_()
-                torch.autograd.grad(cross_entropy(module(leaf), step.labels, reduction="sum"), leaf)
-        module.train()
-        optimizer.zero_grad()
-        cross_entropy(module(step.trained), step.labels).backward()
-        optimizer.step()
+def bare(mode: bool, module: nn.Module, optimizer: torch.optim.Optimizer, step: Step) -> None:
+    """A step's passes and the optimiser's; `mode` is the network's training mode while the input is differentiated."""
+    module.train(mode)
+    with frozen(module):
+        for z in step.attacked:
+            leaf = z.clone().requires_grad_()
+            torch.autograd.grad(cross_entropy(module(leaf), step.labels, reduction="sum"), leaf)
+    module.train()
+    optimizer.zero_grad()
+    cross_entropy(module(step.trained), step.labels).backward()
+    optimizer.step()
+
+
+def ours(
+    method: str, recipe: Recipe, model: TorchModel, data: Data, module: nn.Module, steps: list[Step]
+) -> tuple[float, float]:
+    """CPU seconds of a training by `fit`, and of the bare passes of the same steps, which alternate with its own."""
+    defense, optimizer, left = defense_of(method), sgd(module), iter(steps)
+    objective = defense.objective()
+    plain, seconds = objective.stepped, 0.0
+
+    def stepped(now: TorchModel) -> None:
+        nonlocal seconds
+        plain(now)
+        begin = time.process_time()
+        bare(defense.mode == "train", module, optimizer, next(left))
+        seconds += time.process_time() - begin
+
+    objective.stepped = stepped
+    begin = time.process_time()
+    fit(model, data, objective, recipe, RNG, progress=False)
+    return time.process_time() - begin - seconds, seconds
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum)
 
 
 def defense_of(method: str) -> Any:
     return DEFENSES.build(METHODS[method])
-
-
-def ours(method: str, recipe: Recipe, model: TorchModel, data: Data) -> None:
-    """A training by `fit`."""
-    fit(model, data, defense_of(method).objective(), recipe, RowRng.from_ids(0, ["overhead"]), progress=False)
 
 
 def art(trainer: str, steps: int, epochs: int, model: TorchModel, data: Data) -> None:
@@ -144,13 +160,12 @@ def art(trainer: str, steps: int, epochs: int, model: TorchModel, data: Data) ->
     from art.estimators.classification import PyTorchClassifier
 
     module = model.copy().module
-    optimizer = torch.optim.SGD(module.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum)
     network = PyTorchClassifier(
         module,
         nn.CrossEntropyLoss(),
         SHAPE,
         CLASSES,
-        optimizer=optimizer,
+        optimizer=sgd(module),
         clip_values=(0.0, 1.0),
         device_type="cpu",
     )
@@ -167,50 +182,41 @@ def art(trainer: str, steps: int, epochs: int, model: TorchModel, data: Data) ->
         made.fit(x, y)
 
 
-def sides_of(
-    method: str, recipe: Recipe, model: TorchModel, data: Data, with_art: bool
-) -> dict[str, Callable[[], None]]:
-    """What is timed, by name."""
-    sides: dict[str, Callable[[], None]] = {
-        "bare": partial(bare, defense_of(method).mode == "train", model, recorded(method, recipe, model, data)),
-        "fit": partial(ours, method, recipe, model, data),
-    }
-    if with_art:
-        steps = STEPS if method == "pgd_at" else 1
-        trainers = ("madry", "madry_whole") if method == "pgd_at" else ("madry", "madry_whole", "fbf")
-        sides |= {trainer: partial(art, trainer, steps, recipe.epochs, model, data) for trainer in trainers}
-    return sides
+def passes(count: Passes, rows: int) -> dict[str, float]:
+    """Passes per row and step."""
+    return {"forwards": count.forwards / rows, "backwards": count.backwards / rows}
 
 
 def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool) -> dict[str, Any]:
     """Passes per row and step, and ratios of CPU time, for one method on one network."""
-    built = MODELS.build(net)(SHAPE, CLASSES, RowRng.from_ids(0, ["overhead"]).at("init"))
+    built = MODELS.build(net)(SHAPE, CLASSES, RNG.at("init"))
     model = built.with_module(Whole(built.module))
     recipe = replace(RECIPE, epochs=EPOCHS[net])
-    sides = sides_of(method, recipe, model, data, with_art)
-    names = list(sides)
-    passes = {}
-    for name, side in sides.items():  # which warms up, too
+    trainers = ("madry", "madry_whole") if method == "pgd_at" else ("madry", "madry_whole", "fbf")
+    steps = STEPS if method == "pgd_at" else 1
+    sides = {name: partial(art, name, steps, recipe.epochs, model, data) for name in trainers if with_art}
+    inputs, rows = recorded(method, recipe, model, data), len(data) * recipe.epochs
+    counts, module = {}, model.copy().module
+    with counted(model.module) as count, counted(module) as plain:  # which warms up, too
+        ours(method, recipe, model, data, module, inputs)
+    counts["bare"], counts["fit"] = passes(plain, rows), passes(count, rows)
+    for name, side in sides.items():
         with counted(model.module) as count:
             side()
-        rows = len(data) * recipe.epochs
-        passes[name] = {"forwards": count.forwards / rows, "backwards": count.backwards / rows}
-    times: list[dict[str, float]] = []
-    for turn in range(repetitions):
-        seconds = {}
-        for position in range(len(names)):
-            name = names[(position + turn) % len(names)]
+        counts[name] = passes(count, rows)
+    ratios: dict[str, list[float]] = {"fit_over_bare": [], **{f"{name}_over_fit": [] for name in sides}}
+    for _ in range(repetitions):
+        own, alone = ours(method, recipe, model, data, model.copy().module, inputs)
+        ratios["fit_over_bare"].append(own / alone)
+        for name, side in sides.items():
             begin = time.process_time()
-            sides[name]()
-            seconds[name] = time.process_time() - begin
-        times.append(seconds)
-    ratios = {"fit_over_bare": [each["fit"] / each["bare"] for each in times]}
-    ratios |= {f"{name}_over_fit": [each[name] / each["fit"] for each in times] for name in names[2:]}
+            side()
+            ratios[f"{name}_over_fit"].append((time.process_time() - begin) / own)
     return {
         "method": METHODS[method],
         "network": net,
-        "optimiser_steps": recipe.epochs * math.ceil(len(data) / BATCH),
-        "passes_per_row": passes,
+        "optimiser_steps": len(inputs),
+        "passes_per_row": counts,
         "ratios": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
         "quartiles": {
             name: [round(cut, 3) for cut in statistics.quantiles(values, n=4)[::2]] for name, values in ratios.items()
