@@ -19,6 +19,7 @@ from advkit.defenses.adversarial.one_step import Move, Step
 from advkit.defenses.adversarial.single_step import OneStepObjective, OneStepTraining, SingleStep
 from advkit.defenses.adversarial.watched import abnormal, row_losses
 from advkit.training.loop import Epoch, Objective, Review
+from advkit.training.ranks import gathered, mean_of_batch
 
 log = logging.getLogger("advkit")
 
@@ -69,22 +70,23 @@ def terms(
     when_all: where every row is abnormal, "skip" the regulariser, or "apply" it with NV = 0
 
     Differences are taken in float32 or wider. Squared distances are summed over classes, then averaged over the rows of
-    their kind. Logits are not centred: a constant added to all of a row's logits changes AV and no loss.
+    their kind; on several processes, over those of the whole batch, while `ce` is this process's own. Logits are not
+    centred: a constant added to all of a row's logits changes AV and no loss.
     """
     l1, l2, l3 = lambdas
     before = before.detach()
-    start, end = row_losses(before, y), row_losses(after if ce_grad else after.detach(), y)
+    start, end = gathered(row_losses(before, y)), gathered(row_losses(after if ce_grad else after.detach(), y))
     drops = start - end
     lowered = abnormal(start, end)
     count = lowered.sum()
-    others = len(y) - count
+    others = len(start) - count
     wide = after if after.dtype == torch.float64 else after.float()
-    distances = (wide - before.to(wide.dtype)).square().sum(1)
+    distances = gathered((wide - before.to(wide.dtype)).square().sum(1))
     nothing = torch.zeros_like(start)
     drop = torch.where(lowered, drops, nothing).sum() / count.clamp(min=1)
     moved = torch.where(lowered, distances, nothing).sum() / count.clamp(min=1)
     normal = torch.where(lowered, nothing, distances.detach()).sum() / others.clamp(min=1)
-    share = count.to(wide.dtype) / max(1, len(y))
+    share = count.to(wide.dtype) / max(1, len(start))
     if when_all == "skip":
         share = share * (others > 0)
     regulariser = l1 * share * (l2 * drop + l3 * functional.relu(moved - normal))
@@ -170,7 +172,8 @@ class _Objective(OneStepObjective):
         grown = min(self.epochs / self.aaer.warm_up, 1.0) if self.aaer.warm_up else 1.0
         regulariser = found.regulariser if grown == 1 else grown * found.regulariser
         with torch.no_grad():  # looked at when the epoch ends: asking an accelerator every step would stop it
-            self._held.append(torch.stack((found.drop, found.moved, found.normal, regulariser, found.ce)))
+            ce = mean_of_batch([found.ce])[0]
+            self._held.append(torch.stack((found.drop, found.moved, found.normal, regulariser, ce)))
         return found.ce + regulariser
 
     @override

@@ -17,6 +17,7 @@ from advkit.defenses.adversarial.base import Mode
 from advkit.defenses.adversarial.one_step import Move, Step, take
 from advkit.defenses.adversarial.watched import WatchedObjective, WatchedTraining, abnormal, row_losses
 from advkit.training.loop import Objective
+from advkit.training.ranks import gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class OneStepObjective(WatchedObjective):
     def outer(self, model: Any, x: Tensor, y: Tensor, move: Move, after: Tensor, rng: Rng) -> Tensor:
         """The scalar to descend, and a note of the abnormal rows; `after` are the logits at the step's end, with their
         graph."""
-        self.note(abnormal(row_losses(move.before, y), row_losses(after.detach(), y)))
+        self.note(gathered(abnormal(row_losses(move.before, y), row_losses(after.detach(), y))))
         return functional.cross_entropy(after, y)
 
 

@@ -81,7 +81,7 @@ class WatchedObjective(Objective):
         _ = self.defense.ball(model.space)
 
     def note(self, lowered: Tensor) -> None:
-        """Keep which rows' loss the step lowered, bool [B]."""
+        """Keep which of the whole batch's rows' loss the step lowered, bool."""
         self._lowered.append(lowered)
 
     @override
