@@ -555,7 +555,8 @@ class _Run:
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the rows themselves, on the device."""
         index = rows.to(self.x.device)
-        return self._laid_out(self.x[index].to(self.device)), self.y[index].to(self.device), rows.to(self.device)
+        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
+        return self._laid_out(x.to(self.device)), y.to(self.device), rows.to(self.device)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """The rows in the recipe's memory layout."""
@@ -934,9 +935,10 @@ class _Finite:
         """The first bad step, at any process, among those not asked for yet."""
         if not self.steps:
             return None
-        bad = (~torch.isfinite(torch.stack(self.losses))).tolist()
+        values = torch.stack(self.losses).tolist()
         steps, self.steps, self.losses = self.steps, [], []
-        return self.ranks.earliest(next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None))
+        bad = (step for step, value in zip(steps, values, strict=True) if not math.isfinite(value))
+        return self.ranks.earliest(next(bad, None))
 
 
 def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:
