@@ -47,9 +47,8 @@ def stream(kind: str, device: torch.device | str) -> str:
 
 def mixed(keys: Tensor, numbers: Tensor | int) -> Tensor:
     """Keys [B], int64 on the CPU, of the streams `numbers` below these: SplitMix64 of key and number."""
-    z = keys.numpy().view(np.uint64) + (np.asarray(numbers, dtype=np.uint64) + np.uint64(1)) * np.uint64(
-        0x9E3779B97F4A7C15
-    )
+    steps = np.atleast_1d(np.asarray(numbers, dtype=np.uint64)) + np.uint64(1)  # arrays wrap around without a word
+    z = keys.numpy().view(np.uint64) + steps * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy((z ^ (z >> np.uint64(31))).view(np.int64))

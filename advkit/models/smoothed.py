@@ -348,13 +348,18 @@ class Smoothed(Undefended, KnowsClasses, Shaped, Batched, Averages, DrawsByRow, 
                 f"the chain answers a tensor of shape {list(answer.shape)} and type {answer.dtype} for {len(noisy)} "
                 "inputs; a smoothed model is made of logits, float [B, C]"
             )
-        if answer.dtype in (torch.float16, torch.bfloat16):
-            raise BadModel(f"the chain answers {answer.dtype}: certificates are made in full precision, in float32")
         if answer.shape[1] != (self.classes or answer.shape[1]):
             raise BadModel(f"the chain answers {answer.shape[1]} classes on noisy inputs; expected {self.classes}")
         sane = torch.isfinite(answer).all(1)
         votes = nn.functional.one_hot(answer.argmax(1), answer.shape[1])
         return votes * sane[:, None]
+
+    @property
+    def low_precision(self) -> str:
+        """The type of weights that are no float32 or float64, as its name; empty where there are none."""
+        types = {tensor.dtype for module in self.modules() for tensor in module.parameters()}
+        low = sorted(str(each).removeprefix("torch.") for each in types if each in (torch.float16, torch.bfloat16))
+        return low[0] if low else ""
 
     def check_grid(self, x: Tensor, ids: Sequence[str]) -> None:
         """Raise BadInput where a row is no input that the certificate is about."""

@@ -123,6 +123,8 @@ class Certification(BaseScenario, RowsApart):
             )
         if case.rule.kind != "untargeted":
             return f"a certificate speaks of the right class; leave --goal {case.rule.kind} out"
+        if low := case.victim.low_precision:
+            return f"certificates are computed in full precision and the model has {low} weights: load it in float32"
         if case.speed.switches:
             return f"certificates are computed in full precision: leave --speed {case.speed} out"
         return None
