@@ -57,13 +57,13 @@ class Certified:
         object.__setattr__(self, "radii", tuple(sorted({float(each) for each in self.radii})))
 
     @property
-    def eps(self) -> float | None:
-        """The radius that ranks: the smallest above 0; None where only 0 is asked for."""
-        return next((each for each in self.radii if each > 0), None)
+    def eps(self) -> float:
+        """The radius that ranks: the smallest above 0; 0 where no other is asked for."""
+        return next((each for each in self.radii if each > 0), 0.0)
 
     def ball(self, lattice: int = 0) -> L2 | None:
         """What an attack beside the certificates is evaluated in; `lattice` levels where these are of files alone."""
-        return None if self.eps is None else L2(eps=self.eps, lattice=lattice, box=self.box)
+        return L2(eps=self.eps, lattice=lattice, box=self.box) if self.eps else None
 
     def describe(self) -> dict[str, Any]:
         """The report's threat_model block, without the goal."""
@@ -72,7 +72,7 @@ class Certified:
             "phase": "test_time",
             "norm": self.norm,
             "eps": self.eps,
-            "eps_string": None if self.eps is None else eps_text(self.eps),
+            "eps_string": eps_text(self.eps),
             "knowledge": KNOWLEDGE[self.access],
             "query_budget": self.queries,
             "details": {

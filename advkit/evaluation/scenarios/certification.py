@@ -67,7 +67,6 @@ def _certified(smoothed: Smoothed, threat: Certified, row: Any, key: int, record
         clean=answer,
         adversarial=answer,
         reached=answer != record.label,
-        distance=0.0,
         forwards=threat.n0 + tally.draws,
         measures={
             "class": best,
