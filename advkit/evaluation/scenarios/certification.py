@@ -113,7 +113,7 @@ class Certification(BaseScenario, RowsApart):
         return True
 
     def accepts(self, case: Case) -> str | None:
-        """None, or why this case can't be run."""
+        """None, or why this case can't be run; raises BadInput for samples that no certificate is about."""
         if not isinstance(case.threat, Certified):
             return f"certification needs the threat model certified, and this is {case.specs.get('threat_model')}"
         if not isinstance(case.victim, Smoothed):
@@ -126,6 +126,8 @@ class Certification(BaseScenario, RowsApart):
             return f"certificates are computed in full precision and the model has {low} weights: load it in float32"
         if case.speed.switches:
             return f"certificates are computed in full precision: leave --speed {case.speed} out"
+        first = next(iter(case.task.batches(min(64, case.n), n=min(64, case.n))))
+        case.victim.check_grid(first.x, first.ids)
         return None
 
     def cells(self, case: Case) -> Sequence[Case]:
