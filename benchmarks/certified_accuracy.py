@@ -20,7 +20,7 @@ from advkit.core.provenance import commit_text
 
 RADII = "radii=0+0.25+0.5+0.75"
 RUNS: dict[str, dict[str, str]] = {
-    "trained under noise, gaussian": {"defense": "smoothing:sigma=0.25", "attack": "pgd:steps=20,eot=2"},
+    "trained under noise, gaussian": {"defense": "smoothing:sigma=0.25", "attack": "pgd:steps=40,eot=4,loss=margin"},
     "trained under noise, lattice": {"defense": "smoothing:sigma=0.25,noise=lattice"},
     "trained without noise, gaussian": {"defense": "smoothing:sigma=0.25", "model": "zoo:fashion-mnist-cnn"},
 }

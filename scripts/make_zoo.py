@@ -95,7 +95,14 @@ PLANS = [
     fashion("cnn-pubdef", "cnn", "pubdef:eps=0.1,copies=2", epochs=10),
     fashion("cnn-pgd_at", "cnn", "pgd_at:eps=0.1,steps=5", epochs=8, group="linf"),
     fashion("cnn-trades", "cnn", "trades:eps=0.1,steps=5", epochs=8, group="linf"),
-    fashion("cnn-smoothing", "cnn", "smoothing:sigma=0.25", epochs=8, train=60_000, certified="certified:n=1000"),
+    fashion(
+        "cnn-smoothing",
+        "cnn",
+        "smoothing:sigma=0.25",
+        epochs=8,
+        train=60_000,
+        certified="certified:n=1000,radii=0+0.25+0.5",
+    ),
     digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
     digits("public-cnn", "cnn", seed=102, role="public", seen=True),
     digits(

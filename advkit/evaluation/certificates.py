@@ -15,6 +15,7 @@ from advkit.evaluation.stats import bootstrap_mean, rate
 LABEL = "certify"
 """The label of records that hold votes."""
 ACCURACY, RADIUS, ABSTAINED = "certified_accuracy", "average_certified_radius", "abstention_rate"
+LARGEST = "largest_certifiable_radius"
 SEED = 0
 """Of the bootstrap; a report's interval does not depend on the run's seed."""
 

@@ -20,9 +20,10 @@ import numpy as np
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
+from advkit.core.smoothing import largest_radius, linf_radius
 from advkit.core.strict_json import read_object
 from advkit.core.text import printable
-from advkit.evaluation.certificates import ABSTAINED, ACCURACY, RADIUS, agrees
+from advkit.evaluation.certificates import ABSTAINED, ACCURACY, LARGEST, RADIUS, agrees
 from advkit.evaluation.certificates import figures as certified_figures
 from advkit.evaluation.counts import (
     ALL_JUDGES,
@@ -257,6 +258,13 @@ def _certificates(data: Mapping[str, Any], records: Sequence[Record]) -> tuple[s
         told = certified_figures(records, radii, alpha)
     except UsageError as error:
         return set(), [f"the records' votes are none: {error}"]
+    sigmas = {record.measures["sigma"] for record in records if "sigma" in record.measures}
+    sigma = _mapping(data["defense"].get("params")).get("sigma")
+    draws, shape = details.get("n"), data["dataset"].get("input_shape")
+    if isinstance(draws, int) and draws > 0 and len(sigmas) == 1:
+        told[LARGEST] = {"value": largest_radius(draws, min(sigmas), alpha)}
+    if shape and told[RADIUS]["value"] is not None:
+        told[f"{RADIUS}_linf"] = {"value": linf_radius(told[RADIUS]["value"], math.prod(shape))}
     wrong = []
     for name in told.keys() | {ACCURACY, RADIUS, ABSTAINED} if records else ():
         entry, known = metrics.get(name), told.get(name)
@@ -269,8 +277,6 @@ def _certificates(data: Mapping[str, Any], records: Sequence[Record]) -> tuple[s
                 wrong.append(f"{name} is not what the votes come to")
         elif not _agrees(entry, _pair(known) if "numerator" in known else known["value"]):
             wrong.append(f"{name} is {_said(entry)}, the records say {_said(known)}")
-    sigmas = {record.measures["sigma"] for record in records if "sigma" in record.measures}
-    sigma = _mapping(data["defense"].get("params")).get("sigma")
     if sigma is not None and sigmas - {sigma}:
         wrong.append(f"defense.params.sigma is {_short(sigma)}, the votes were taken under {_short(sorted(sigmas))}")
     return set(told), wrong

@@ -18,7 +18,7 @@ from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch, Label, Outcome, Record
 from advkit.core.rng import RowRng
 from advkit.core.smoothing import hopeless, largest_radius, linf_radius, radius
-from advkit.evaluation.certificates import ABSTAINED, ACCURACY, LABEL, RADIUS, figures
+from advkit.evaluation.certificates import ABSTAINED, ACCURACY, LABEL, LARGEST, RADIUS, figures
 from advkit.evaluation.run.scenario import RowsApart
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
@@ -167,7 +167,7 @@ class Certification(BaseScenario, RowsApart):
         metrics = figures(records, threat.radii, threat.alpha)
         cap = largest_radius(threat.n, smoothed.settings.sigma, threat.alpha)
         features = next(iter(case.task.batches(1))).x[0].numel()
-        metrics["largest_certifiable_radius"] = {"value": cap, "unit": "L2"}
+        metrics[LARGEST] = {"value": cap, "unit": "L2"}
         mean = metrics[RADIUS]["value"]
         if mean is not None:
             metrics[f"{RADIUS}_linf"] = {"value": linf_radius(mean, features), "unit": "Linf"}
