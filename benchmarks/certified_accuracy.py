@@ -1,8 +1,8 @@
 """Certified and empirical accuracy of the embedded smoothed model: the figures of docs/certification.md.
 
-    python benchmarks/certified_accuracy.py [--n 200] [--out docs/certification.json]
+    python benchmarks/certified_accuracy.py [--n 100] [--out docs/certification.json]
 
-Normal noise with an attack beside it, lattice noise, and the model that was trained without noise. About 20 minutes on
+Normal noise with an attack beside it, lattice noise, and the model that was trained without noise. About ten minutes on
 one core.
 """
 
@@ -52,7 +52,7 @@ def certified(name: str, n: int, draws: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=200, help="images")
+    parser.add_argument("--n", type=int, default=100, help="images")
     parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--out", default="")
     given = parser.parse_args()
