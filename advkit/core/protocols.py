@@ -239,6 +239,40 @@ class Averages(Protocol):
 
 
 @runtime_checkable
+class DrawsByRow(Protocol):
+    """A random model whose draws may come from streams of the rows, so that they do not depend on the batch.
+
+    Called like any other model it draws its keys from torch's generators.
+    """
+
+    @property
+    @abstractmethod
+    def base(self) -> Any:
+        """The model that it calls once for every draw."""
+
+    @property
+    @abstractmethod
+    def stream(self) -> str:
+        """What a report calls the stream of its draws."""
+
+    @abstractmethod
+    def drawing(self, x: Any, keys: Tensor) -> Any:
+        """Its answers to rows x [B, ...]; the draws follow from `keys`, int64 [B] on the CPU, one for each row."""
+
+
+@runtime_checkable
+class Votes(Protocol):
+    """A random model whose answer is a vote over many draws of its own: one answer is the verdict.
+
+    To abstain counts as a wrong answer: it is right for no sample, and no success where a certain answer is wanted.
+    """
+
+    @abstractmethod
+    def abstained(self, answer: Any) -> Tensor:
+        """Bool [B]: the answers that decide for no class."""
+
+
+@runtime_checkable
 class Undefended(Protocol):
     """A model whose defense can be taken off: transformed inputs, filtered prompts."""
 
@@ -1186,6 +1220,20 @@ class Trains(Protocol):
     @abstractmethod
     def objective(self) -> Any:
         """The loss to train with (`training.loop.Objective`), made afresh."""
+
+
+@runtime_checkable
+class Deploys(Protocol):
+    """A defense whose models answer in another way than they were trained: a smoothed classifier."""
+
+    @property
+    @abstractmethod
+    def trained_as(self) -> Any:
+        """The same defense with nothing set that does not matter to training: zoo and cache know models by it."""
+
+    @abstractmethod
+    def deploy(self, model: Any) -> Any:
+        """The trained model as it answers."""
 
 
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")

@@ -113,6 +113,11 @@ class RowRng:
         digest = hashlib.sha256(f"{self._seed}|generator|{self._path}".encode()).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
+    def keys(self) -> Tensor:
+        """A 64-bit number per row, int64 [B] on the CPU, for models that draw from streams of their own."""
+        words = self.to("cpu").words(2, "integers")
+        return (words[:, 0] << 32) | words[:, 1]
+
     def words(self, n: int, kind: Kind) -> Tensor:
         """The first n 32-bit words of every row, int64 [B, n]."""
         return self._words(self._rounds, n, kind)

@@ -22,6 +22,7 @@ DEFENSES: Registry[Defense] = Registry(
         "free_at": "advkit.defenses.adversarial.free_at:FreeAT",
         "aaer": "advkit.defenses.adversarial.aaer:AAER",
         "pubdef": "advkit.defenses.adversarial.pubdef:PubDef",
+        "smoothing": "advkit.defenses.smoothing.gaussian:GaussianSmoothing",
         "bit-depth": "advkit.defenses.inputs.bit_depth:BitDepth",
         "ppl_filter": "advkit.defenses.inputs.ppl_filter:PPLFilter",
         "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
-from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
+from advkit.core.protocols import Bindable, Deploys, KnowsClasses, Task, Trains
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
@@ -143,7 +143,28 @@ def bound(task: Task, space: Any) -> Task:
     return task.bind(space) if isinstance(task, Bindable) else task
 
 
-def protected(
+def protected(model: Any, defense: Any, task: Any, **settings: Any) -> Victim:
+    """The protected model that names or objects ask for.
+
+    A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
+    come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
+    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
+    nothing from the zoo, whose models saw another. A defense that answers in another way than it trains (smoothing) is
+    put around what was found.
+
+    settings: see `_protected`
+
+    Raises NoTrainingData, BadModel, CheckpointError, UsageError.
+    """
+    guard = DEFENSES.build(defense)
+    if not isinstance(guard, Deploys):
+        return _protected(model, defense, task, **settings)
+    found = _protected(model, guard.trained_as, task, **settings)
+    # Zoo and cache know what was trained; how it is deployed, the request says.
+    return replace(found, model=guard.deploy(found.model), defense="")
+
+
+def _protected(
     model: Any,
     defense: Any,
     task: Any,
@@ -153,15 +174,7 @@ def protected(
     progress: bool = False,
     sample_timeout: float | None = None,
 ) -> Victim:
-    """The protected model that names or objects ask for.
-
-    A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
-    come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
-    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
-    nothing from the zoo, whose models saw another.
-
-    Raises NoTrainingData, BadModel, CheckpointError.
-    """
+    """The same, as the defense trains it."""
     from advkit.models import zoo
     from advkit.models.torch import Architecture
 
@@ -174,7 +187,8 @@ def protected(
         task = with_classes_of(task, given)
         origin = asked if isinstance(asked, str) else "given"
         if not guard.needs_data:
-            return Victim(guard.protect(given, None, training_rng(seed)), origin)
+            kept = isinstance(guard, Deploys)  # it is put around the model last
+            return Victim(given if kept else guard.protect(given, None, training_rng(seed)), origin)
         told = _trained_with(asked)
         if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
             if told != spec and (found := outside(told)):
