@@ -2,18 +2,20 @@
 
     python benchmarks/stale_attacks.py --root FOLDER --seeds 0 1 2 --out FILE.json
 
-Fashion-MNIST 14x14, the first 10,000 training images in batches of 2,000 (five steps per epoch), 25 epochs, SGD with
-momentum 0.9, a learning rate that rises to 0.3 at half time and falls to zero; one sign step of Linf 0.03, half of the
-weight each on clean and adversarial images. Rows: plain training, and tau = 0 (the sequential method), 1, 2, 4. The
-harness evaluates the first 1,000 test images, clean and under PGD-10 at 0.03. The cosine of old and present input
-gradients is measured at every step; the table has its mean over the first sixth and the last quarter of the epochs.
-`--task digits` repeats it on the embedded digits: an MLP, batches of 480 (three steps per epoch), 40 epochs, Linf 0.1.
+Fashion-MNIST 14x14, the first 10,000 training images in batches of 2,000 (five steps per epoch), 25 epochs, a CNN
+without batch normalisation, SGD with momentum 0.9, a learning rate that rises to 0.3 over the first fifth of the
+steps and falls to zero linearly; one sign step of Linf 0.03, half of the weight each on clean and adversarial images.
+Rows: plain training, and tau = 0 (the sequential method), 1, 2, 4. The harness evaluates the first 2,000 test images,
+clean and under PGD-10 at 0.03. The cosine of old and present input gradients is measured at every step; the table has
+its mean over the first sixth and the last quarter of the epochs. `--task digits` repeats it on the embedded digits:
+an MLP, batches of 480 (three steps per epoch), 40 epochs, Linf 0.1, a learning rate that rises until half time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +30,45 @@ from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.training.loop import fit
 
-RATE = 0.3
 ROWS = ("none", "tau=0", "tau=1", "tau=2", "tau=4")
-TASKS_BY_NAME = {
-    "fashion-mnist": ("fashion-mnist:size=14,train=10000,test=1000,root={root}", "cnn", 2_000, 25, 0.03),
-    "digits": ("digits", "mlp:hidden=64", 480, 40, 0.1),
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is trained, and how."""
+
+    task: str
+    model: str
+    batch_size: int
+    epochs: int
+    eps: float
+    schedule: str
+
+
+PROTOCOLS = {
+    "fashion-mnist": Protocol(
+        "fashion-mnist:size=14,train=10000,test=2000,root={root}", "cnn", 2_000, 25, 0.03, "linear,warmup=0.2"
+    ),
+    "digits": Protocol("digits", "mlp:hidden=64", 480, 40, 0.1, "onecycle"),
 }
 
 
-def played(name: str, root: str, row: str, seed: int) -> dict[str, Any]:
+def played(name: str, root: str, row: str, seed: int, rate: float) -> dict[str, Any]:
     """One model, trained and evaluated."""
-    spec, model, batch, epochs, eps = TASKS_BY_NAME[name]
-    task: Any = TASKS.build(spec.format(root=root))
-    recipe = f"epochs={epochs},batch_size={batch},optimizer=sgd,lr={RATE},schedule=onecycle,validation=0,select=last"
-    method = "none" if row == "none" else f"conadv:eps={eps},{row},watch=1"
+    asked = PROTOCOLS[name]
+    task: Any = TASKS.build(asked.task.format(root=root))
+    recipe = (
+        f"epochs={asked.epochs},batch_size={asked.batch_size},optimizer=sgd,lr={rate},schedule={asked.schedule},"
+        "validation=0,select=last"
+    )
+    method = "none" if row == "none" else f"conadv:eps={asked.eps},{row},watch=1"
     defense: Any = DEFENSES.build(f"{method}{',' if ':' in method else ':'}recipe=[{recipe}]")
     rng = RowRng.from_ids(seed, ["training"]).at("train")
-    start = MODELS.build(model)(task.shape, task.classes, rng.at("init"), space=task.space)
+    start = MODELS.build(asked.model)(task.shape, task.classes, rng.at("init"), space=task.space)
     done = fit(start, task.training(), defense.objective(), defense.recipe, rng, progress=False)
-    n = min(1_000, len(task))
     report = evaluate(
-        "pgd:steps=10,step_size=0.25", task=task, model=done.last, threat_model=f"linf:eps={eps}", n=n, device="cpu",
-        beside=False,
+        "pgd:steps=10,step_size=0.25", task=task, model=done.last, threat_model=f"linf:eps={asked.eps}", n=len(task),
+        device="cpu", beside=False,
     )  # fmt: skip
     cosines = [each.figures["stale_cosine"] for each in done.log if "stale_cosine" in each.figures]
     last = cosines[-(-3 * len(cosines) // 4) :]
@@ -69,9 +88,10 @@ def played(name: str, root: str, row: str, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Play what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS_BY_NAME, default="fashion-mnist")
+    parser.add_argument("--task", choices=PROTOCOLS, default="fashion-mnist")
     parser.add_argument("--root", default="", help="folder of the Fashion-MNIST files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, default=0.3, help="peak of the learning rate")
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
@@ -80,8 +100,8 @@ def main() -> None:
     for seed in asked.seeds:
         for row in asked.rows:
             if not any((each["row"], each["seed"]) == (row, seed) for each in runs):
-                runs.append(played(asked.task, asked.root, row, seed))
-                write(asked.out, asked.task, runs)
+                runs.append(played(asked.task, asked.root, row, seed, asked.lr))
+                write(asked.out, asked.task, runs, asked.lr)
     print("| | clean | PGD-10 | cosine, first sixth | cosine, last quarter |")
     print("|---|---|---|---|---|")
     for row in dict.fromkeys(each["row"] for each in runs):
@@ -95,17 +115,10 @@ def main() -> None:
         print(f"| {row} | {' | '.join(map(mean, keys))} |")
 
 
-def write(out: Path, task: str, runs: list[dict[str, Any]]) -> None:
+def write(out: Path, task: str, runs: list[dict[str, Any]], rate: float) -> None:
     """The file, whole after every run."""
-    spec, model, batch, epochs, eps = TASKS_BY_NAME[task]
-    settings = {
-        "task": spec.format(root="FOLDER"),
-        "model": model,
-        "batch_size": batch,
-        "epochs": epochs,
-        "lr": RATE,
-        "eps": eps,
-    }
+    asked = PROTOCOLS[task]
+    settings = {**asdict(asked), "task": asked.task.format(root="FOLDER"), "lr": rate}
     commits = list(dict.fromkeys(each["commit"] for each in runs))
     write_whole(out, json.dumps({"commits": commits, "settings": settings, "runs": runs}, indent=1) + "\n")
 

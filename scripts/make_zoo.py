@@ -56,6 +56,11 @@ def fashion(name: str, model: str, defense: str = "none", epochs: int = 6, **mor
     return Plan(f"fashion-mnist-{name}", "fashion-mnist", model, defense, f"epochs={epochs},schedule=cosine", **more)  # type: ignore[arg-type]
 
 
+def robust(name: str, defense: str) -> Plan:
+    """A CNN of an adversarial training method, with the recipe of `pgd_at` and `trades`."""
+    return fashion(f"cnn-{name}", "cnn", defense, epochs=8, group="linf")
+
+
 def digits(name: str, model: str, defense: str = "none", epochs: int = 60, **more: object) -> Plan:
     return Plan(f"digits-{name}", "digits", model, defense, f"epochs={epochs},batch_size=64,lr=0.003", **more)  # type: ignore[arg-type]
 
@@ -103,6 +108,15 @@ PLANS = [
         train=60_000,
         certified="certified:n=1000,radii=0+0.25+0.5",
     ),
+    robust("mart", "mart:eps=0.1,steps=5"),
+    robust("awp", "awp:base=[pgd_at:eps=0.1,steps=5],gamma=0.01"),
+    robust("doubly_robust", "doubly_robust:r=1,eps=0.1,steps=5"),
+    robust("fgsm_rs", "fgsm_rs:eps=0.1"),
+    robust("n_fgsm", "n_fgsm:eps=0.1"),
+    robust("grad_align", "grad_align:eps=0.1"),
+    robust("free_at", "free_at:replays=4,eps=0.1"),
+    robust("aaer", "aaer:base=fgsm_rs,eps=0.1"),
+    robust("conadv", "conadv:eps=0.1"),
     digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
     digits("public-cnn", "cnn", seed=102, role="public", seen=True),
     digits(

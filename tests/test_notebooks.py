@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -31,6 +32,7 @@ def test_all_are_there() -> None:
         "05_spiking_events.ipynb",
         "06_language_models.ipynb",
         "07_smollm2.ipynb",
+        "08_catastrophic_overfitting.ipynb",
     ]
 
 
@@ -231,3 +233,24 @@ def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(record.figures["retokenizing_share"] for record in records)
     for record in records:  # the search scored what arrives
         assert record.trace[-1]["best"] == pytest.approx(record.figures["target_nll_after"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_catastrophic_overfitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(NOTEBOOKS[7], tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 2
+    runs = tmp_path / "here" / "runs"
+    reports = {path.name: json.loads((path / "training.json").read_text()) for path in runs.iterdir() if path.is_dir()}
+    last = {name: report["log"][-1] for name, report in reports.items()}
+    plain, kept = last["fgsm_at"], last["aaer"]
+    # what the text says: the step's accuracy goes up while PGD's goes to zero, and with AAER it does not
+    assert plain["figures"]["overfitting"] == 1
+    assert kept["figures"]["overfitting"] == 0
+    assert plain["figures"]["fgsm_accuracy"] > plain["score"] + 0.25
+    assert plain["score"] < 0.06 < 0.1 < kept["score"]
+    assert kept["figures"]["abnormal_share"] < 0.07 < plain["figures"]["abnormal_share"]
+    assert len(reports["stopped"]["log"]) < 60
+    assert reports["stopped"]["halted"]
+    said = "".join(outputs(notebook, "stream"))
+    robust = {name: float(found) for name, found in re.findall(r"^(\w+) +[0-9.]+ +([0-9.]+) +[26]$", said, re.M)}
+    assert robust["fgsm_at"] < 0.06 < 0.08 < robust["aaer"] < robust["pgd_at"]

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from advkit.core.registry import imported_from, parse_spec, source_file
 from advkit.threat_models import THREAT_MODELS
+from advkit.training.recipes import RECIPES
 
 Words = tuple[str, ...]
 Facts = dict[str, str | Words]
@@ -31,6 +32,7 @@ GROUPS: dict[str, Words] = {
     "defenses": ("none", "trains the model", "in front of any model", "smoothing", "filter"),
     "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates"),
     "tasks": (IMAGES, EVENTS, TEXT),
+    "recipes": ("cifar10", "cifar100", "imagenet"),
 }  # fmt: skip
 
 _GROUP: dict[str, str] = {
@@ -141,6 +143,12 @@ def _task(target: str) -> Facts:
     }
 
 
+def _recipe(target: str) -> Facts:
+    """What its file says, in groups by task."""
+    parts = RECIPES.shipped(target.partition(":")[2].removesuffix(".yaml"), checked=False).parts
+    return {"group": parse_spec(parts["task"]).name, **parts}
+
+
 def _short(spec: str) -> str:
     """A spec without settings; what a prefix loads (`torchvision:resnet50`) is part of the name."""
     name, _, rest = spec.partition(":")
@@ -152,6 +160,7 @@ _FACTS: dict[str, Callable[[str], Facts]] = {
     "defenses": _defense,
     "threat-models": _threat_model,
     "tasks": _task,
+    "recipes": _recipe,
 }
 
 

@@ -29,6 +29,7 @@ REGISTRIES = {
     "goals": "advkit.threat_models:GOALS",
     "judges": "advkit.threat_models:JUDGES",
     "scenarios": "advkit.evaluation.scenarios:SCENARIOS",
+    "recipes": "advkit.training.recipes:RECIPES",
 }
 _COLUMNS = {
     "attacks": ("access", "norms", "goals"),
@@ -140,7 +141,7 @@ def list(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
-    """List attacks, defenses, threat models, tasks, models, goals and judges; `advkit show NAME` says more of one.
+    """List attacks, defenses, threat models, tasks, models, goals, recipes...; `advkit show NAME` says more of one.
 
     Through a pipe it prints one name a line, with everything that is known of it.
     """

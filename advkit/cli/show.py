@@ -22,6 +22,7 @@ _EXAMPLES = {
     "model": "advkit evaluate --attack pgd --model {spec}",
     "goal": "advkit evaluate --attack pgd --goal {spec}",
     "scenario": "advkit list threat-models",
+    "recipe": "advkit train --recipe {spec} --task {task}:root=FOLDER --out runs/{spec}",
 }
 _OF_LANGUAGE = {
     "attack": "advkit evaluate --attack {spec} --task prompts",
@@ -60,6 +61,8 @@ def example(signature: Signature) -> str:
     """A command that uses the name; words in capitals are for the user to fill in."""
     of_language = any(f".{part}" in signature.target for part in _TEXT)
     template = (_OF_LANGUAGE if of_language else _EXAMPLES)[signature.kind]
+    if signature.kind == "recipe":
+        return template.format(spec=signature.name, task=registry_of("recipes").build(signature.name).task)
     if signature.name == "toychat":
         template = template.removesuffix(":set=general")
     required = [field for field in signature.fields if field.default is None]

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from advkit.cli.options import Device, Json, ModelSpec, Seed, TaskSpec
+from advkit.cli.options import Device, Json, Seed
+
+GRACE = 3.0
+"""Seconds that a process waits before it leaves without a word: torchrun ends all others when one has left, and the one
+that says why must be able to."""
 
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; resumed when it holds the same training.")],
     defense: Annotated[
-        str, typer.Option(help="Training defense, e.g. none, pgd_at:eps=0.1, trades, aaer, pubdef.")
-    ] = "none",
-    task: TaskSpec = "digits",
-    model: ModelSpec = None,
+        str | None,
+        typer.Option(
+            help="Training defense, e.g. none, pgd_at:eps=0.1, trades, aaer, pubdef.",
+            show_default="the recipe's, else none",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task, e.g. fashion-mnist, digits, folder:path=DIR.", show_default="the recipe's, else digits"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model: an architecture (cnn), timm:NAME, path:FILE, ...", show_default="the recipe's, else the task's"
+        ),
+    ] = None,
     recipe: Annotated[
-        str, typer.Option(help="Changes to the defense's recipe, e.g. epochs=30,lr=0.1,schedule=onecycle.")
+        str,
+        typer.Option(
+            help="How to train: key=value,... (epochs=30,lr=0.1), FILE.yaml or a name of `advkit list recipes`, "
+            "either with ,key=value... after it."
+        ),
     ] = "",
     seed: Seed = 0,
     device: Device = "auto",
@@ -30,26 +53,40 @@ def train(
     Every run has a report, OUT/training.json, and its curves in OUT/plots/training.png: loss, validation score, clean
     accuracy, learning rate, and the detector of catastrophic overfitting where the defense has one.
 
+    A recipe that is a file or a name may say defense, task and model, too; what the command line says goes first.
+
     Killed and started again, it goes on from the last finished epoch and ends with the same weights.
+
+    On several processes: torchrun --nproc-per-node N -m advkit train ...
     """
     import json
 
     from rich.console import Console
 
+    from advkit.core.errors import EndedElsewhere
     from advkit.evaluation.run.store import check_folder
     from advkit.evaluation.victims import train_victim
+    from advkit.training.ranks import joined
 
-    check_folder(out)
-    done = train_victim(
-        model,
-        defense,
-        task,
-        recipe=recipe,
-        seed=seed,
-        device=device,
-        out=out,
-        progress=sys.stderr.isatty() and not as_json,
-    )
+    try:
+        with joined() as ranks:
+            with ranks.agreed():
+                check_folder(out)
+            done = train_victim(
+                model,
+                defense,
+                task,
+                recipe=recipe,
+                seed=seed,
+                device=device,
+                out=out,
+                progress=sys.stderr.isatty() and not as_json,
+            )
+    except EndedElsewhere as ended:
+        time.sleep(GRACE)
+        raise typer.Exit(ended.exit_code) from ended
+    if not ranks.first:
+        return
     if as_json:
         typer.echo(json.dumps(done, indent=2))
         return

@@ -54,6 +54,14 @@ class RunInUse(UsageError):
     """A folder that another process is writing to."""
 
 
+class EndedElsewhere(AdvkitError):
+    """Another process of the same training ended it and says why."""
+
+
+class LostProcess(AdvkitError):
+    """Another process of the same training is gone or does not answer."""
+
+
 class ModelChanged(AdvkitError):
     """An attack left a model other than it was: weights, modes or hooks."""
 

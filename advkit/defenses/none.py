@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from typing_extensions import override
 
 from advkit.core.protocols import Data, Rng, Trains
 from advkit.training.loop import Objective, Recipe
+from advkit.training.recipes import BY_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class NoDefense(Trains):
     needs_data: ClassVar[bool] = False
     claims: ClassVar[str] = ""
 
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, BY_NAME] = field(default_factory=Recipe)
 
     @override
     def objective(self) -> Objective:

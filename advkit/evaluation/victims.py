@@ -6,20 +6,24 @@ import hashlib
 import logging
 import math
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from advkit.core.errors import BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import Bindable, Deploys, KnowsClasses, Task, Trains
-from advkit.core.registry import outside
+from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.tasks.base import ClassificationTask
+
+if TYPE_CHECKING:
+    from advkit.training.recipes.files import RecipeFile
 
 log = logging.getLogger("advkit")
 
@@ -254,11 +258,22 @@ def _fingerprint(start: Any, guard: Any, data: Any, seed: int) -> str:
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
-def _fit(start: Any, guard: Any, data: Any, seed: int, device: str, folder: Path, progress: bool) -> Any:
+def _fit(
+    start: Any, guard: Any, data: Any, seed: int, device: str, folder: Path, progress: bool, ranks: Any = None
+) -> Any:
     from advkit.training.loop import fit
+    from advkit.training.ranks import ALONE
 
     return fit(
-        start, data, guard.objective(), guard.recipe, training_rng(seed), device=device, out=folder, progress=progress
+        start,
+        data,
+        guard.objective(),
+        guard.recipe,
+        training_rng(seed),
+        device=device,
+        out=folder,
+        progress=progress,
+        ranks=ALONE if ranks is None else ranks,
     )
 
 
@@ -279,66 +294,136 @@ def train_victim(
     The report is OUT/training.json, with the log of every epoch, and OUT/plots/training.png. What is returned are JSON
     values.
 
-    recipe: changes to the defense's recipe, `key=value,...`
+    Where torchrun started several processes, or a process group of torch.distributed is up, all of them make this call
+    and train one model together; the first one writes, and all return the same.
 
-    Raises NoTrainingData, BadModel, StaleRun, UsageError.
+    defense: a spec or object; where it is None, the recipe's, else `none`
+    task:    likewise; else `digits`
+    model:   likewise; else the task's
+    recipe:  changes to the defense's recipe, `key=value,...`; or FILE.yaml or the name of a shipped recipe, either with
+             `,key=value...` after it, which may name defense, task and model, too (`advkit.training.recipes.files`)
+    device:  cpu, cuda...; with several processes each takes the CUDA device of its number on the machine
+
+    Raises NoTrainingData, BadModel, StaleRun, UsageError; of several processes one raises that, the others
+    EndedElsewhere.
     """
-    from advkit.evaluation.inputs import pick_device, task_of
-    from advkit.evaluation.training_report import write_training_report
-    from advkit.models.checkpoint import save_checkpoint
-    from advkit.models.torch import Architecture
-    from advkit.tasks import TASKS
-    from advkit.training.loop import log_entries
+    from advkit.evaluation.inputs import pick_device
+    from advkit.training.ranks import joined, place
 
-    device = pick_device(device)
-    work = task_of(task)
-    if recipe:
-        if not isinstance(defense, str):
-            raise UsageError("a recipe text changes a defense given by its spec; set the object's own recipe instead")
-        defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{recipe}]"
-    guard: Any = DEFENSES.build(defense)
-    if not isinstance(guard, Trains):
-        raise UsageError(
-            f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
-        )
-    asked = model if model is not None else work.defaults.model
-    part, _ = model_part(asked)
-    start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
-    data = work.training()
-    if data is None:
-        raise NoTrainingData(
-            f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
-        )
     out = Path(out)
-    file = out / "model.safetensors"
-    spec = DEFENSES.label(guard, defense)
-    extra = {"task": TASKS.label(work, task), "defense": spec, "seed": seed, "data": _data_digest(data)}
-    fresh = False
+    with joined() as ranks, ExitStack() as held:
+        fresh = False
+        try:
+            with ranks.agreed():
+                training = _Training.asked(model, defense, task, recipe, seed)
+                device = place(pick_device(device), ranks)
+            with ranks.agreed(), _writable(out):
+                if ranks.first:
+                    held.enter_context(claimed(out))
+                    fresh = _claim(out, training.fingerprint())
+            with _writable(out):
+                start = training.start.to(device)
+                fitted = _fit(start, training.guard, training.data, seed, device, out / "training", progress, ranks)
+            with ranks.agreed(), _writable(out):
+                made = training.saved(fitted, out) if ranks.first else {}
+        except UsageError:
+            if fresh and not (out / "training").exists():
+                _unclaim(out)
+            raise
+        return ranks.from_first(made)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What there is to train, and how it is called."""
+
+    start: Any
+    guard: Any
+    data: Any
+    task: str
+    defense: str
+    seed: int
+
+    @classmethod
+    def asked(cls, model: Any, defense: Any, task: Any, recipe: str, seed: int) -> _Training:
+        """Raises NoTrainingData, BadModel, UsageError."""
+        from advkit.evaluation.inputs import task_of
+        from advkit.models.torch import Architecture
+        from advkit.tasks import TASKS
+        from advkit.training.recipes import RECIPES
+
+        held = RECIPES.build(recipe)
+        defense = _asked("defense", defense, held, DEFENSES, "none")
+        task = _asked("task", task, held, TASKS, "digits")
+        model = _asked("model", model, held, MODELS, None)
+        work = task_of(task)
+        if held.settings:
+            if not isinstance(defense, str):
+                raise UsageError(
+                    "a recipe text changes a defense given by its spec; set the object's own recipe instead"
+                )
+            defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{held.text}]"
+        guard: Any = DEFENSES.build(defense)
+        if not isinstance(guard, Trains):
+            raise UsageError(
+                f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
+            )
+        asked = model if model is not None else work.defaults.model
+        part, _ = model_part(asked)
+        start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
+        data = work.training()
+        if data is None:
+            raise NoTrainingData(
+                f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
+            )
+        return cls(start, guard, data, TASKS.label(work, task), DEFENSES.label(guard, defense), seed)
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.start, self.guard, self.data, self.seed)
+
+    def saved(self, fitted: Any, out: Path) -> dict[str, Any]:
+        """Write the weights and the report; what was made, as JSON values."""
+        from advkit.evaluation.training_report import write_training_report
+        from advkit.models.checkpoint import save_checkpoint
+        from advkit.training.loop import log_entries
+
+        file = out / "model.safetensors"
+        extra = {"task": self.task, "defense": self.defense, "seed": self.seed, "data": _data_digest(self.data)}
+        made: dict[str, Any] = {
+            "file": str(file),
+            "sha256": save_checkpoint(fitted.model.to("cpu"), file, extra=extra),
+            "model": fitted.model.describe().architecture,
+            "defense": self.defense,
+            "task": self.task,
+            "seed": self.seed,
+            "epochs": len(fitted.log),
+            "best_epoch": fitted.best_epoch,
+            "score": None if math.isnan(fitted.best.score) else fitted.best.score,
+            "halted": fitted.halted,
+        }
+        report, curves = write_training_report(out, made, asdict(self.guard.recipe), log_entries(fitted.log))
+        return {**made, "report": str(report), "curves": str(curves)}
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """UsageError where the folder can't be written."""
     try:
-        with claimed(out):
-            fresh = _claim(out, _fingerprint(start, guard, data, seed))
-            fitted = _fit(start.to(device), guard, data, seed, device, out / "training", progress)
-            sha256 = save_checkpoint(fitted.model.to("cpu"), file, extra=extra)
-            made: dict[str, Any] = {
-                "file": str(file),
-                "sha256": sha256,
-                "model": fitted.model.describe().architecture,
-                "defense": spec,
-                "task": extra["task"],
-                "seed": seed,
-                "epochs": len(fitted.log),
-                "best_epoch": fitted.best_epoch,
-                "score": None if math.isnan(fitted.best.score) else fitted.best.score,
-                "halted": fitted.halted,
-            }
-            report, curves = write_training_report(out, made, asdict(guard.recipe), log_entries(fitted.log))
+        yield
     except OSError as error:
-        raise UsageError(f"the folder {out} can't be written ({why(error)}): name another --out") from error
-    except UsageError:
-        if fresh and not (out / "training").exists():
-            _unclaim(out)
-        raise
-    return {**made, "report": str(report), "curves": str(curves)}
+        raise UsageError(f"the folder {folder} can't be written ({why(error)}): name another --out") from error
+
+
+def _asked(kind: str, given: Any, recipe: RecipeFile, registry: Registry[Any], default: Any) -> Any:
+    """What was given, else what the recipe says of this kind of part, else the default."""
+    said = recipe.parts[kind]
+    if given is not None or not said:
+        return default if given is None else given
+    try:
+        registry.build(said)
+    except AdvkitError as error:
+        raise UsageError(f"{recipe.source}: {kind}: {error}") from error
+    return said
 
 
 def _claim(folder: Path, fingerprint: str) -> bool:

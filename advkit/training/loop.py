@@ -17,8 +17,8 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,18 +37,24 @@ from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack,
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
 from advkit.training.augment import AUGMENTATIONS
 from advkit.training.lars import LARS
+from advkit.training.ranks import ALONE, Ranks, check_rows, least_rows
 
 log = logging.getLogger("advkit")
 
 CHECKPOINT = "training.safetensors"
 FORMAT = "advkit-training-1"
+LOSS_SCALE = "loss_scale"
+"""In the log's figures of float16 training: what the loss is multiplied with at the end of the epoch."""
+_LABELS, _SCORES, _CLEAN = "labels of the rows", "scores of the rows", "correctness of the rows"
 TAIL_SCORE = "tail_30_score"
 """In the log's figures: the mean score of the weakest 30 % of the classes, on the validation rows."""
 RESIDENT = 4 * 2**30
 """Bytes of training rows that are kept on an accelerator as a whole; larger sets travel batch by batch."""
+_LATER = ("warmup", "milestones", "accumulate", "compile", "channels_last")
+"""Settings that came after the first runs were stored, whose fingerprints have the recipe's repr."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
     """How to train: everything but the loss.
 
@@ -58,11 +64,22 @@ class Recipe:
     lr:           peak learning rate
     momentum:     of sgd and lars
     weight_decay: L2 coefficient on weights with two axes or more; biases and normalisation parameters are spared
-    schedule:     "none"; "cosine" to zero; "onecycle": linearly up from zero, and down again from half time; "steps": a
-                  tenth at half time, a hundredth at three quarters
+    schedule:     "none"; "cosine" to zero; "linear" to zero; "poly": to zero with the square of what is left;
+                  "onecycle": linearly up from zero, and down again from half time; "steps": a tenth of it from every
+                  milestone on
+    warmup:       share of the steps over which the learning rate first rises linearly to its peak; "cosine", "linear"
+                  and "poly" fall over the steps that are left
+    milestones:   of "steps", in shares of the steps
     ema:          decay of the averaged weights that are scored and returned, such as 0.999; 0 for none. At step t the
                   decay is at most (1 + t) / (10 + t), so that random initial weights are forgotten
-    amp:          the loss under bfloat16 autocast (no gradient scaling needed)
+    amp:          the loss under autocast: true or "bf16" for bfloat16; "fp16" for float16, with the loss scaled so that
+                  its gradients do not vanish: a step whose gradients overflow is left out, and the scale is halved.
+                  Gradients of attacks inside a loss are not scaled
+    accumulate:   pieces of a batch whose gradients are added up before a step, to save memory. Losses that are means
+                  over rows have the gradient of the whole batch; batch statistics, and methods that couple the rows of
+                  a batch, see a piece at a time
+    compile:      torch.compile for the network; the first steps take longer
+    channels_last: images and weights with channels last in memory, faster for convolutions on many devices
     augment:      "none", or "crop-flip" for images
     validation:   fraction of the rows, the first ones of the file, kept for scoring; 0 for none
     select:       "best" weights on the validation rows, or "last"
@@ -75,32 +92,61 @@ class Recipe:
     lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
-    schedule: Literal["none", "cosine", "onecycle", "steps"] = "none"
+    schedule: Literal["none", "cosine", "linear", "poly", "onecycle", "steps"] = "none"
+    warmup: float = 0.0
+    milestones: tuple[float, ...] = (0.5, 0.75)
     ema: float = 0.0
-    amp: bool = False
+    amp: bool | Literal["bf16", "fp16"] = False
+    accumulate: int = 1
+    compile: bool = False
+    channels_last: bool = False
     augment: Literal["none", "crop-flip"] = "none"
     validation: float = 0.1
     select: Literal["best", "last"] = "best"
     select_every: int = 1
 
     def __post_init__(self) -> None:
-        at_least_one(self, "epochs", "batch_size", "select_every")
+        at_least_one(self, "epochs", "batch_size", "select_every", "accumulate")
         check(self, "lr", self.lr > 0 and math.isfinite(self.lr), "a positive number")
         not_negative(self, "weight_decay")
-        fraction(self, "momentum", "ema", "validation", ends="[)")
+        fraction(self, "momentum", "ema", "validation", "warmup", ends="[)")
         one_of(self, "optimizer", ("adam", "sgd", "lars"))
-        one_of(self, "schedule", ("none", "cosine", "onecycle", "steps"))
+        one_of(self, "schedule", ("none", "cosine", "linear", "poly", "onecycle", "steps"))
+        one_of(self, "amp", (False, True, "bf16", "fp16"))
+        rising = list(self.milestones) == sorted(self.milestones) and all(0 < share <= 1 for share in self.milestones)
+        check(self, "milestones", rising, "shares in (0, 1], the smallest first")
+        check(self, "warmup", self.warmup == 0 or self.schedule != "onecycle", "0: onecycle has a warm-up of its own")
+        check(self, "accumulate", self.accumulate <= self.batch_size, f"at most batch_size={self.batch_size}")
         one_of(self, "augment", tuple(AUGMENTATIONS))
         one_of(self, "select", ("best", "last"))
 
+    def __repr__(self) -> str:
+        """As a dataclass's, without later settings that are at their defaults: stored runs keep their fingerprints."""
+        held = [(each, getattr(self, each.name)) for each in fields(self)]
+        shown = [f"{each.name}={value!r}" for each, value in held if each.name not in _LATER or value != each.default]
+        return f"{type(self).__qualname__}({', '.join(shown)})"
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The type of autocast; None for none."""
+        return {False: None, True: torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of optimiser step `step` of `steps`, counted from 0."""
+        rising = round(self.warmup * steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        done, falling = step - rising, steps - rising
         if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done / falling))
+        if self.schedule == "linear":
+            return self.lr * (1 - done / falling)
+        if self.schedule == "poly":
+            return self.lr * (1 - done / falling) ** 2
         if self.schedule == "onecycle":
             return self.lr * (1 - abs(2 * (step + 0.5) / steps - 1))
         if self.schedule == "steps":
-            return self.lr * (1.0 if 2 * step < steps else 0.1 if 4 * step < 3 * steps else 0.01)
+            return self.lr * 10.0 ** -sum(step / steps >= share for share in self.milestones)
         return self.lr
 
 
@@ -120,10 +166,17 @@ class Objective:
     replays:    optimiser steps in a row on every batch, each with a loss of its own. The recipe's epochs count steps:
                 the loop makes max(1, ceil(epochs / replays)) passes over the data, and each is an epoch of the log
     rolls_back: whether a run that `review` ends hands back its best-scored weights, whatever the recipe selects
+    whole:      why a batch can't be taken in pieces (the recipe's accumulate); empty where it can
+    eager:      why the network can't be compiled (the recipe's compile); empty where it can
+
+    On several processes every one has an objective and calls it on its share of each batch. `advkit.training.ranks`
+    has the rows of the others (`gathered`) for losses that couple the rows of a batch.
     """
 
     replays: int = 1
     rolls_back: bool = False
+    whole: str = ""
+    eager: str = ""
 
     def prepare(self, model: TorchModel, data: Data, rng: Rng) -> None:
         """Called once before the first epoch with the initial weights, and again when a run is resumed.
@@ -140,6 +193,10 @@ class Objective:
 
         They are no part of the model that comes out. `state` must return them, as everything else that lives on.
         """
+        return ()
+
+    def buffers(self) -> Sequence[Tensor]:
+        """Running statistics of the objective's own: of several processes, those of the first are everyone's."""
         return ()
 
     @contextmanager
@@ -259,6 +316,38 @@ class Fit:
         return self.log[self.best_epoch - 1]
 
 
+class _Loss(nn.Module):
+    """The objective's loss as one module, which has all weights that are trained, and is called once in a step.
+
+    Buffers are not its own: copies of them are made after a step (`Objective.stepped`), when all processes must have
+    the same, and not before the next one, as DistributedDataParallel would see to it.
+    """
+
+    def __init__(self, objective: Objective, model: TorchModel, further: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
+        self.weights = nn.ParameterList(dict.fromkeys((*model.module.parameters(), *further)))
+        # DistributedDataParallel warns of looking for weights without a gradient where there are none
+        self.without = nn.Parameter(torch.zeros((), device=model.device))
+
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
+        return self.objective.loss(self.model, x, y, rows, rng)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """This process's rows of a piece of a batch.
+
+    sizes: how many rows every process has of the piece
+    """
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    streams: RowRng
+    sizes: tuple[int, ...]
+
+
 def validation_rows(n: int, fraction: float) -> int:
     """How many rows, the first ones, are kept for scoring: at least one where the fraction is positive."""
     return 0 if fraction == 0 else max(1, int(n * fraction))
@@ -274,29 +363,32 @@ def fit(
     device: torch.device | str | None = None,
     out: Path | str | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Fit:
     """Train a copy of the model; the caller's keeps its weights, mode, gradients and device.
 
     device:   where to train (default: where the model is)
     out:      folder of the run. Its checkpoint is replaced after every epoch and taken up again by the next call
     progress: show a bar where standard error is a terminal
+    ranks:    the processes that train together (`advkit.training.ranks.joined`), which all make this call with the same
+              arguments, each with a device of its own; they get the same weights and log
 
     Raises BadInput for data outside the model's space or labels out of range, BadModel for a model that can't be
-    trained, StaleRun where `out` holds another run, UsageError where the loss becomes NaN or infinite.
+    trained, StaleRun where `out` holds another run, UsageError where the loss becomes NaN or infinite. Of several
+    processes one raises that, the others EndedElsewhere; LostProcess where one of them is gone.
     """
-    if not isinstance(model, TorchModel):
-        raise BadModel(f"only torch models are trained here, got {type(model).__name__}")
-    held = validation_rows(len(data), recipe.validation)
-    _check(model, data, held)
-    if _single_rows(len(data) - held, recipe.batch_size) and _batch_statistics(model.module):
-        raise BadModel(
-            f"a batch of a single row (batch_size={recipe.batch_size}, {len(data) - held} training rows) and a model "
-            "with batch normalisation, which has no statistics of one row: choose a batch_size of at least 2"
-        )
+    with ranks.agreed():
+        if not isinstance(model, TorchModel):
+            raise BadModel(f"only torch models are trained here, got {type(model).__name__}")
+        held = validation_rows(len(data), recipe.validation)
+        _check(model, data, held)
+        check_rows(len(data) - held, recipe.batch_size, ranks, _batch_statistics(model.module))
+        _check_speed(objective, recipe)
     place = model.device if device is None else torch.device(device)
-    run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held)
     with _own_randomness(place):
-        return run.play(progress)
+        run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held, ranks)
+        with ranks.listening(run.kept):
+            return run.play(progress and ranks.first)
 
 
 def _check(model: TorchModel, data: Data, held: int) -> None:
@@ -317,9 +409,11 @@ def _check(model: TorchModel, data: Data, held: int) -> None:
         raise BadModel(f"{model.name} has no parameter that requires a gradient; nothing can be trained")
 
 
-def _single_rows(rows: int, batch_size: int) -> bool:
-    """Whether there is a batch of one row; one that is left over joins the batch before."""
-    return rows == 1 or batch_size == 1
+def _check_speed(objective: Objective, recipe: Recipe) -> None:
+    if recipe.accumulate > 1 and objective.whole:
+        raise UsageError(f"accumulate={recipe.accumulate}, and {objective.whole}: leave accumulate out")
+    if recipe.compile and objective.eager:
+        raise UsageError(f"compile=true, and {objective.eager}: leave compile out")
 
 
 def _batch_statistics(module: nn.Module) -> bool:
@@ -362,12 +456,17 @@ class _Run:
         device: torch.device,
         out: Path | None,
         held: int,
+        ranks: Ranks,
     ) -> None:
-        self.data, self.objective, self.recipe, self.rng = data, objective, recipe, rng
+        self.data, self.objective, self.recipe, self.rng, self.ranks = data, objective, recipe, rng, ranks
         self.device, self.out, self.held = device, out, held
-        self.initial = model.state_sha256() if out is not None else ""
+        self.initial = model.state_sha256() if out is not None or ranks.world > 1 else ""
         self.model = model.copy()
         self.model.module.to(device)
+        if recipe.channels_last:
+            self.model.module.to(memory_format=torch.channels_last)
+        self.least = least_rows(ranks, _batch_statistics(model.module))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.half == torch.float16)
         self.average = self.model.copy() if recipe.ema else None
         whole = data.x.numel() * data.x.element_size() <= RESIDENT
         self.x = data.x.to(device) if whole else data.x
@@ -377,6 +476,8 @@ class _Run:
         self.passes = max(1, math.ceil(recipe.epochs / objective.replays))
         self.log: list[Epoch] = []
         self.halted = ""
+        self.stored = 0
+        """The last epoch that the folder's checkpoint has."""
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
         self.best_score = -math.inf
@@ -392,10 +493,16 @@ class _Run:
         if saved is None or not self._finished(saved[1]):
             _seed(self.rng.at("torch", "prepare").generator(), self.device)
             self.model.module.eval()
-            self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
-            self.optimizer = _optimizer(self.model.module, self.objective.parameters(), recipe)
+            with self.ranks.agreed():
+                self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
+            further = self.objective.parameters()
+            self.optimizer = _optimizer(self.model.module, further, recipe)
+            if recipe.compile:
+                self.model.module.compile()  # in place: no name changes, and copies are not compiled
+            self.loss = self.ranks.wrapped(_Loss(self.objective, self.model, further))
         if saved is not None:
-            self._restore(*saved)
+            with self.ranks.agreed():
+                self._restore(*saved)
         with _bar(progress, self.passes, self._batches_per_epoch()) as bar:
             bar.start(len(self.log))
             while len(self.log) < self.passes and not self.halted:
@@ -409,6 +516,8 @@ class _Run:
             best, chosen = last.copy(), self.best_epoch
             _fill(best.module, self.best)
         for one in (last, best):
+            if recipe.channels_last:
+                one.module.to(memory_format=torch.contiguous_format)
             one.source = f"trained on {self.data.name}" if self.data.name else "trained by advkit"
         return Fit(best, last, tuple(self.log), chosen, self.halted)
 
@@ -420,38 +529,70 @@ class _Run:
         generator = self.rng.at("shuffle", epoch).generator()
         order = torch.randperm(len(self.data) - self.held, generator=generator) + self.held
         batches = list(torch.split(order, self.recipe.batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            # batch normalisation has no statistics of a single row
+        if len(batches) > 1 and len(batches[-1]) < max(2, self.least):
+            # batch normalisation has no statistics of a single row, and a process without rows has no gradient
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
     def _batches_per_epoch(self) -> int:
         rows, size = len(self.data) - self.held, self.recipe.batch_size
         whole, rest = divmod(rows, size)
-        return max(1, whole + (rest > 1 or (rest == 1 and whole == 0)))
+        return max(1, whole + (rest >= max(2, self.least) or (rest > 0 and whole == 0)))
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the rows themselves, on the device."""
         index = rows.to(self.x.device)
-        return self.x[index].to(self.device), self.y[index].to(self.device), rows.to(self.device)
+        return self._laid_out(self.x[index].to(self.device)), self.y[index].to(self.device), rows.to(self.device)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """The rows in the recipe's memory layout."""
+        last = self.recipe.channels_last and x.dim() == 4
+        return x.contiguous(memory_format=torch.channels_last) if last else x
+
+    def _pieces(self, batch: Tensor, streams: RowRng) -> list[_Piece]:
+        """This process's share of a batch, augmented, in as many pieces as the recipe says or as there are rows for."""
+        number = max(1, min(self.recipe.accumulate, len(batch) // self.least))
+        augment = AUGMENTATIONS[self.recipe.augment]
+        made = []
+        for chosen, sizes in self.ranks.pieces(batch, number):
+            x, y, rows = self._rows(chosen)
+            own = streams.take(rows)
+            if augment is not None:
+                x = self._laid_out(augment(x, own.at("augment")))
+            made.append(_Piece(x, y, rows, own, sizes))
+        return made
+
+    def _gradients(self, pieces: Sequence[_Piece], batch: int, names: Sequence[object]) -> Tensor:
+        """Leave the gradient of the batch's mean loss on the weights; returns the sum of this process's losses."""
+        total = torch.zeros((), device=self.device)
+        for piece in pieces:
+            last = piece is pieces[-1]
+            with nullcontext() if last else self.ranks.silent(self.loss):
+                with (
+                    torch.autocast(self.device.type, dtype=self.recipe.half, enabled=self.recipe.half is not None),
+                    self.ranks.working_on(piece.sizes),
+                ):
+                    loss = self.loss(piece.x, piece.y, piece.rows, piece.streams.at(*names))
+                weight = self.ranks.weight(len(piece.rows), batch)
+                self.scaler.scale(loss if weight == 1 else loss * weight).backward()
+            total += loss.detach() * len(piece.rows)
+        return total
 
     def _epoch(self, epoch: int, bar: _Bar) -> None:
         started = time.perf_counter()
-        recipe, module = self.recipe, self.model.module
-        _seed(self.rng.at("torch", epoch).generator(), self.device)
+        recipe, module, ranks = self.recipe, self.model.module, self.ranks
+        # dropout masks are no row's own: every process draws others
+        own = () if ranks.first else ("process", ranks.rank)
+        _seed(self.rng.at("torch", epoch, *own).generator(), self.device)
         streams = self.streams.at("epoch", epoch)
-        augment = AUGMENTATIONS[recipe.augment]
         batches = self._batches(epoch)
         replays = self.objective.replays
         steps = self.passes * len(batches) * replays
         total = torch.zeros((), device=self.device)
         rate = recipe.lr
-        finite = _Finite(self.device)
+        finite = _Finite(self.device, ranks)
         for number, chosen in enumerate(batches):
-            x, y, rows = self._rows(chosen)
-            own = streams.take(rows)
-            if augment is not None:
-                x = augment(x, own.at("augment"))
+            pieces = self._pieces(chosen, streams)
             for replay in range(replays):
                 step = ((epoch - 1) * len(batches) + number) * replays + replay
                 rate = recipe.lr_at(step, steps)
@@ -459,31 +600,37 @@ class _Run:
                     group["lr"] = rate
                 module.train()
                 self.optimizer.zero_grad(set_to_none=True)
-                names = ("objective", replay) if replay else ("objective",)
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
-                    loss = self.objective.loss(self.model, x, y, rows, own.at(*names))
+                loss = self._gradients(pieces, len(chosen), ("objective", replay) if replay else ("objective",))
                 bad = finite.look(step, loss)
                 if bad is not None:
                     self._diverged(bad, steps, epoch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.optimizer.step()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                ranks.share_buffers((*module.buffers(), *self.objective.buffers()))
                 self.objective.stepped(self.model)
                 if self.average is not None:
                     _average(self.average.module, module, min(recipe.ema, (1 + step) / (10 + step)))
-                total += loss.detach() * len(rows)
+                total += loss
             bar.advance()
         bad = finite.first()
         if bad is not None:
             self._diverged(bad, steps, epoch)
-        mean = float(total) / (replays * (len(self.data) - self.held))
-        score, clean = math.nan, math.nan
+        mean = sum(ranks.everyone(float(total))) / (replays * (len(self.data) - self.held))
         figures: dict[str, float] = {}
+        if self.scaler.is_enabled():
+            figures[LOSS_SCALE] = self.scaler.get_scale()
+            if figures[LOSS_SCALE] < 1:
+                self._end(f"training diverged: float16 gradients overflow in epoch {epoch} at any scale; use bf16")
+        score, clean = math.nan, math.nan
         if self.held and (epoch % recipe.select_every == 0 or epoch == self.passes):
-            score, clean, figures = self._score()
+            score, clean, measured = self._score()
+            figures |= measured
             if not math.isfinite(score):
-                raise UsageError(f"the validation score of epoch {epoch} is {score}; expected finite scores")
+                self._end(f"the validation score of epoch {epoch} is {score}; expected finite scores")
         entry = Epoch(epoch, mean, score, clean, time.perf_counter() - started, rate, figures)
-        review = self.objective.review(entry, tuple(self.log))
+        with ranks.agreed():
+            review = self.objective.review(entry, tuple(self.log))
+        review = ranks.from_first(review)
         self.log.append(replace(entry, figures={**figures, **review.figures}))
         self._select(epoch, score, review)
         self.halted = review.halt
@@ -491,12 +638,20 @@ class _Run:
         log.debug("epoch %d: loss %.4f, score %.4f, clean %.4f", epoch, mean, score, clean)
 
     def _diverged(self, step: int, steps: int, epoch: int) -> None:
-        rate = self.recipe.lr_at(step, steps)
-        kept = f"; the checkpoint of epoch {epoch - 1} stays in {self.out}" if self.out and epoch > 1 else ""
-        raise UsageError(
+        rate, kept = self.recipe.lr_at(step, steps), self.kept()
+        self._end(
             f"training diverged: the loss of step {step + 1} of {steps} (epoch {epoch}) is not finite at learning rate "
-            f"{rate:.3g}; lower lr{kept}"
+            f"{rate:.3g}; lower lr" + (f"; {kept}" if kept else "")
         )
+
+    def _end(self, words: str) -> None:
+        """What all processes have found alike ends the training; the first says it."""
+        with self.ranks.agreed():
+            raise UsageError(words)
+
+    def kept(self) -> str:
+        """What is there of the run if it ends now, in words."""
+        return f"the checkpoint of epoch {self.stored} stays in {self.out}" if self.out and self.stored else ""
 
     def _select(self, epoch: int, score: float, review: Review) -> None:
         if not self.held or (self.recipe.select == "last" and not self.objective.rolls_back):
@@ -508,22 +663,29 @@ class _Run:
             self.best = {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def _score(self) -> tuple[float, float, dict[str, float]]:
-        """Mean score, clean accuracy and further figures over the validation rows."""
+        """Mean score, clean accuracy and further figures over the validation rows, of which every process takes some.
+
+        All have the same figures in the end, and so decide alike.
+        """
         model, objective = self.scored, self.objective
         model.module.eval()
         streams = self.streams.at("validation")
         plain = type(objective).score is Objective.score
-        scores, cleans, labels = [], [], []
-        further: dict[str, list[Tensor]] = {}
-        for chosen in torch.split(torch.arange(self.held), max(256, self.recipe.batch_size)):
+        own: list[dict[str, Tensor]] = []
+        mine = self.ranks.split(torch.arange(self.held))[self.ranks.rank]
+        for chosen in torch.split(mine, max(256, self.recipe.batch_size)) if len(mine) else ():
             x, y, rows = self._rows(chosen)
-            labels.append(y.cpu())
-            scores.append(objective.score(model, x, y, rows, streams.take(rows)).detach().float().cpu())
-            cleans.append(scores[-1] if plain else correct(model, x, y).cpu())
+            score = objective.score(model, x, y, rows, streams.take(rows)).detach().float().cpu()
+            clean = score if plain else correct(model, x, y).cpu()
+            found = {_LABELS: y.cpu(), _SCORES: score, _CLEAN: clean}
             for name, each in objective.measures(model, x, y, rows, streams.take(rows)).items():
-                further.setdefault(name, []).append(each.detach().float().cpu())
-        figures = {name: _mean(each) for name, each in further.items()}
-        figures[TAIL_SCORE] = _tail(torch.cat(scores), torch.cat(labels))
+                found[name] = each.detach().float().cpu()
+            own.append(found)
+        every = [found for one in self.ranks.everyone(own) for found in one]
+        whole = {name: torch.cat([found[name] for found in every]) for name in every[0]}
+        labels, scores, cleans = (whole.pop(name) for name in (_LABELS, _SCORES, _CLEAN))
+        figures = {name: _mean(each) for name, each in whole.items()}
+        figures[TAIL_SCORE] = _tail(scores, labels)
         return _mean(scores), _mean(cleans), figures
 
     def _fingerprint(self) -> str:
@@ -540,11 +702,24 @@ class _Run:
         return digest.hexdigest()
 
     def _saved(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and progress of an earlier call, or None; StaleRun where the folder is another run's."""
-        if self.out is None:
+        """Tensors and progress of an earlier call, or None; StaleRun where the folder is another run's.
+
+        The first process reads; a folder that the others don't have is no hindrance.
+        """
+        ranks = self.ranks
+        if self.out is None and ranks.world == 1:
             return None
         self.mark = self._fingerprint()
-        path = self.out / CHECKPOINT
+        with ranks.agreed():
+            other = next((rank for rank, mark in enumerate(ranks.everyone(self.mark)) if mark != self.mark), None)
+            if other is not None:
+                raise UsageError(f"processes {ranks.rank} and {other} have other data, models, recipes or seeds")
+        with ranks.agreed():
+            found = self._read(self.out) if self.out is not None and ranks.first else None
+        return ranks.from_first(found)
+
+    def _read(self, out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = out / CHECKPOINT
         for unfinished in path.parent.glob(f".{CHECKPOINT}.*"):
             unfinished.unlink(missing_ok=True)  # left by a process that was killed while writing
         if not path.exists():
@@ -554,18 +729,25 @@ class _Run:
             raise CheckpointError(f"{path} is no training checkpoint; choose another folder for this run")
         if metadata.get("fingerprint") != self.mark:
             raise StaleRun(
-                f"{self.out} holds the training of another model, data set, recipe, objective or seed; choose another "
+                f"{out} holds the training of another model, data set, recipe, objective or seed; choose another "
                 "folder, or remove it"
             )
         if metadata.get("seal") != _seal(tensors, metadata.get("progress", "")):
             raise CheckpointError(f"{path} is damaged; remove it and train again")
         with _readable(path):
-            return tensors, _progress(metadata["progress"], self.passes)
+            progress = _progress(metadata["progress"], self.passes)
+        if progress["ranks"] != self.ranks.world:
+            raise StaleRun(
+                f"{out} holds a training on {progress['ranks']} processes, this one runs on {self.ranks.world}: "
+                f"start {progress['ranks']} (torchrun --nproc-per-node), choose another folder, or remove it"
+            )
+        return tensors, progress
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         assert self.out is not None
         with _readable(self.out / CHECKPOINT):
             self._take(tensors, progress)
+        self.stored = len(self.log)
         log.info("training goes on after epoch %d of %d", len(self.log), self.passes)
 
     def _take(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
@@ -578,38 +760,63 @@ class _Run:
             _fill(self.average.module, groups["average"])
         if not self._finished(progress):  # else there was no need to prepare, and nothing steps any more
             _load_optimizer(self.optimizer, groups.get("optimizer", {}))
+            if self.scaler.is_enabled():
+                held = self._scaling()
+                self.scaler.load_state_dict({name: type(held[name])(value) for name, value in groups["scaler"].items()})
         best = groups.get("best")
         if best is not None:
             _check_weights(self.scored.module, best)
             self.best = {name: tensor.to(self.device) for name, tensor in best.items()}
         self.best_epoch, self.log, self.halted = progress["best_epoch"], progress["log"], progress["halted"]
         self.best_score = -math.inf if progress["best_score"] is None else progress["best_score"]
-        self.objective.load({name: tensor.to(self.device) for name, tensor in groups.get("objective", {}).items()})
+        own = groups.get(f"objective@{self.ranks.rank}", groups.get("objective", {}))
+        self.objective.load({name: tensor.to(self.device) for name, tensor in own.items()})
+
+    def _objective_states(self) -> dict[str, Mapping[str, Tensor]]:
+        """The objective's state at the first process, and at those others where it is another one."""
+        state = {name: tensor.detach().cpu() for name, tensor in self.objective.state().items()}
+        marks = self.ranks.everyone(tensors_sha256(state.items()) if self.ranks.world > 1 else "")
+        states = [state]
+        if len(set(marks)) > 1:
+            states = self.ranks.to_first({} if marks[self.ranks.rank] == marks[0] else state)
+        own = {f"objective@{rank}": other for rank, other in enumerate(states) if marks[rank] != marks[0]}
+        return {"objective": state, **own}
 
     def _save(self) -> None:
         if self.out is None:
+            return
+        states = self._objective_states()
+        if not self.ranks.first:
+            self.stored = len(self.log)
             return
         groups: dict[str, Mapping[str, Tensor]] = {
             "model": named_tensors(self.model.module),
             "average": named_tensors(self.average.module) if self.average is not None else {},
             "best": self.best or {},
             "optimizer": _optimizer_tensors(self.optimizer),
-            "objective": self.objective.state(),
+            "scaler": {name: torch.tensor(float(value)) for name, value in self._scaling().items()},
+            **states,
         }
         tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
         entries = log_entries(self.log)
-        progress = canonical_json(
-            {
-                "epochs": len(self.log),
-                "best_epoch": self.best_epoch,
-                "best_score": self.best_score if math.isfinite(self.best_score) else None,
-                "log": entries,
-                "halted": self.halted,
-            }
-        )
+        told: dict[str, Any] = {
+            "epochs": len(self.log),
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "log": entries,
+            "halted": self.halted,
+        }
+        if self.ranks.world > 1:
+            told["ranks"] = self.ranks.world
+        progress = canonical_json(told)
         metadata = {"format": FORMAT, "fingerprint": self.mark, "progress": progress, "seal": _seal(tensors, progress)}
         write_atomically(self.out / CHECKPOINT, pack(tensors, metadata))
         write_atomically(self.out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
+        self.stored = len(self.log)
+
+    def _scaling(self) -> dict[str, Any]:
+        """What the scale of float16's loss depends on; empty where there is none."""
+        return self.scaler.state_dict() if self.scaler.is_enabled() else {}
 
 
 @contextmanager
@@ -637,10 +844,20 @@ def _progress(text: str, epochs: int) -> dict[str, Any]:
     if type(best) is not int or not len(found) // epochs <= best <= len(found):  # the last epoch is always scored
         raise ValueError(f"its best epoch is {best!r:.40}")
     best_score = None if score is None else _number(score)
+    ranks = read.get("ranks", 1)
+    if type(ranks) is not int or ranks < 1:
+        raise ValueError(f"it says {ranks!r:.40} of how many processes trained")
     halted = read.get("halted", "")
     if type(halted) is not str:
         raise ValueError(f"it says {halted!r:.40} of why it ended")
-    return {"epochs": len(found), "log": found, "best_epoch": best, "best_score": best_score, "halted": halted}
+    return {
+        "epochs": len(found),
+        "log": found,
+        "best_epoch": best,
+        "best_score": best_score,
+        "halted": halted,
+        "ranks": ranks,
+    }
 
 
 def _entry(written: Mapping[str, Any]) -> Epoch:
@@ -672,8 +889,8 @@ def log_entries(log: Sequence[Epoch]) -> list[dict[str, Any]]:
     return [plain(asdict(epoch)) for epoch in log]
 
 
-def _mean(parts: Sequence[Tensor]) -> float:
-    return float(torch.cat(list(parts)).double().mean())
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
 
 
 def _tail(scores: Tensor, y: Tensor) -> float:
@@ -688,8 +905,9 @@ class _Finite:
 
     EVERY = 32
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
         self.every = 1 if device.type == "cpu" else self.EVERY
+        self.ranks = ranks
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
 
@@ -700,12 +918,12 @@ class _Finite:
         return self.first() if len(self.steps) >= self.every else None
 
     def first(self) -> int | None:
-        """The first bad step among those not asked for yet."""
+        """The first bad step, at any process, among those not asked for yet."""
         if not self.steps:
             return None
         bad = (~torch.isfinite(torch.stack(self.losses))).tolist()
         steps, self.steps, self.losses = self.steps, [], []
-        return next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
+        return self.ranks.earliest(next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None))
 
 
 def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:

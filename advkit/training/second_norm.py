@@ -48,6 +48,10 @@ class SecondNorm:
         """Scales and shifts of the second set, while it is not active."""
         return [parameter for _, second in self._pairs.values() for parameter in second.parameters()]
 
+    def buffers(self) -> list[Tensor]:
+        """Running statistics and counters of the second set, while it is not active."""
+        return [buffer for _, second in self._pairs.values() for buffer in second.buffers()]
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the second set by name, while it is not active; not copied."""
         return {

@@ -438,8 +438,13 @@ def test_ctrl_c_of_a_process(victim: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     # Long enough that a busy machine can't be through before the signal comes.
     env = {**os.environ, "ADVKIT_CACHE": str(tmp_path / "cache")}
+    # What a shell starts in the background ignores Ctrl-C, and so would what is started from there.
     process = subprocess.Popen(
-        [*command, str(tmp_path / "cut")], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, str(tmp_path / "cut")],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     records = tmp_path / "cut" / "records.jsonl"
     end = time.monotonic() + 120

@@ -93,6 +93,22 @@ def test_the_loss_at_the_perturbed_weights_is_larger_and_the_examples_are_those_
     assert torch.allclose(found, functional.cross_entropy(model(z), y), atol=1e-6)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_sees_the_perturbed_weights(half: torch.dtype) -> None:
+    # autocast keeps the copies that it made of the weights, also when these have changed
+    x, y = batch()
+    model = network()
+    model.module.eval()
+    objective = prepared("awp:base=none,gamma=0.5", model)
+    with torch.autocast("cpu", dtype=half):
+        before = functional.cross_entropy(model(x), y)
+        found = objective.loss(model, x, y, ROWS, streams())
+    with torch.autocast("cpu", dtype=half):
+        at_moved = functional.cross_entropy(model(x), y)
+    assert found > before + 0.1
+    assert torch.equal(found, at_moved)
+
+
 @pytest.mark.parametrize("gamma", [0.01, 3.0])
 def test_weights_come_back_to_the_bit_where_no_step_was_made(gamma: float) -> None:
     x, y = batch()

@@ -163,6 +163,7 @@ def test_who_does_not_know_of_the_filter_stands_beside_who_does():
     assert metrics["target_nll_after"]["value"] < metrics["target_nll_before"]["value"] - 0.1
 
 
+@pytest.mark.slow
 def test_toychats_threshold_comes_from_harmless_prompts_as_it_was_trained_on():
     model = MODELS.build("toychat")()
     victim = PPLFilter().protect(model, None, RNG)
@@ -179,6 +180,7 @@ def test_toychats_threshold_comes_from_harmless_prompts_as_it_was_trained_on():
     assert float((counts - len(fillers) / 9).abs().max()) < 4 * math.sqrt(len(fillers) / 9)
 
 
+@pytest.mark.slow
 def test_the_clean_prompts_are_the_recipes_and_fresh_ones_pass(tmp_path):
     recipe = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_clean_prompts.py"))
     assert recipe["FILE"].read_text(encoding="utf-8").splitlines() == recipe["lines"](0, 500)

@@ -278,6 +278,7 @@ def test_a_disk_that_is_full_for_one_file(name, whole, tmp_path, monkeypatch):
     same(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are set with the module resource")
 def test_a_limit_of_the_system_on_the_size_of_files(whole, tmp_path):
     """The same by the kernel: writing fails in the middle of a batch."""

@@ -105,7 +105,7 @@ def flags(report: Any) -> dict[str, dict[str, Any]]:
     return {flag["id"]: flag for flag in report.to_dict()["diagnostics"]["flags"]}
 
 
-@pytest.mark.parametrize("row", [0, 13])
+@pytest.mark.parametrize("row", [0, pytest.param(13, marks=pytest.mark.slow)])
 def test_an_attack_that_hangs_costs_its_sample(row, plain, tmp_path):
     """Also on the first sample, on which every attack is tried before the run."""
     report, found = run(tmp_path, Walks(row))
@@ -123,7 +123,7 @@ def test_an_attack_that_hangs_costs_its_sample(row, plain, tmp_path):
     assert report.to_dict()["request"]["sample_timeout"] == SECONDS
 
 
-@pytest.mark.parametrize("row", [1, 13])
+@pytest.mark.parametrize("row", [pytest.param(1, marks=pytest.mark.slow), 13])
 def test_a_victim_that_hangs_costs_its_sample(row, plain, tmp_path):
     report, found = run(tmp_path, model=Net(row))
     one = others_stand(found, plain, row)
@@ -133,6 +133,7 @@ def test_a_victim_that_hangs_costs_its_sample(row, plain, tmp_path):
     assert "the victim did not come back in time" in flags(report)["timed_out"]["message"]
 
 
+@pytest.mark.slow
 def test_a_victim_that_hangs_on_what_the_attack_makes(plain, tmp_path):
     row = next(i for i, r in enumerate(plain.values()) if r.outcome != Outcome.WRONG and i > 3)
     _, found = run(tmp_path, model=Net(row, near=True))
@@ -178,6 +179,7 @@ def test_a_goal_that_hangs_costs_its_sample(plain, tmp_path):
     assert "timed_out" in one.notes
 
 
+@pytest.mark.slow
 def test_an_attack_on_all_samples_at_once_has_the_time_of_all_of_them(plain, tmp_path):
     start = time.monotonic()
     _, found = run(tmp_path, Walks(13, together=True), sample_timeout=0.2)
@@ -194,6 +196,7 @@ def test_without_a_hang_records_and_case_are_the_same(plain, tmp_path):
     assert again[1] == found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_records(tmp_path):
     _, found = run(tmp_path / "whole", Walks(13))
     run(tmp_path / "cut", Walks(13))
@@ -202,6 +205,7 @@ def test_a_resumed_run_ends_in_the_same_records(tmp_path):
     assert run(tmp_path / "cut", Walks(13))[1] == found
 
 
+@pytest.mark.slow
 def test_a_slow_batch_is_no_slow_sample(plain, tmp_path):
     """Eight samples take longer than one may: they are attacked in parts, and every one of them is judged."""
 
@@ -265,6 +269,7 @@ def test_the_command_line_and_its_exit_status(tmp_path, monkeypatch, capsys):
     sys.modules.pop("a_victim_that_hangs", None)
 
 
+@pytest.mark.slow
 def test_who_can_not_be_stopped_from_inside_is_told_of(monkeypatch, tmp_path, caplog):
     """One process: a warning says what to do; the sample is an error as soon as the code returns."""
     monkeypatch.setattr(limits, "GRACE", 0.2)

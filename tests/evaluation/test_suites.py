@@ -226,7 +226,7 @@ def test_suites_refuse_balls_they_do_not_serve(digits, digits_model):
         api.evaluate("lean", task=digits, model=digits_model, threat_model="l0:eps=3", n=5)
 
 
-@pytest.mark.parametrize("suite", ["lean", "thorough"])
+@pytest.mark.parametrize("suite", ["lean", pytest.param("thorough", marks=pytest.mark.slow)])
 def test_every_stage_plays_in_l1(digits, digits_model, tmp_path, suite):
     case = api.resolve(suite, "none", digits, digits_model, "l1:eps=1.5", device="cpu", n=50)
     records = play(case, tmp_path)

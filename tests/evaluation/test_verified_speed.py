@@ -132,7 +132,7 @@ def test_unchecked_low_precision_would_overstate(digits, boundary, tmp_path, mon
     assert robust(believed) > robust(checked)
 
 
-@pytest.mark.parametrize("attack", ["pgd:steps=10", "lean", "square:queries=40"])
+@pytest.mark.parametrize("attack", ["pgd:steps=10", pytest.param("lean", marks=pytest.mark.slow), "square:queries=40"])
 def test_records_do_not_depend_on_batch_size(digits, boundary, tmp_path, attack):
     found = [
         play(case_of(digits, boundary, attack, n=40, batch_size=size), tmp_path / str(size)) for size in (7, 1, 64)

@@ -309,6 +309,12 @@ def test_a_victim_that_is_a_source_shows_its_white_box_result_there(rows):
     assert shown["metrics"]["tapm_acc_avg"]["numerator"] == other["robust_accuracy"]["numerator"]
 
 
+def test_a_grid_whose_every_source_is_the_victim_is_no_transfer(rows):
+    grid = Tapm(eps=0.2, sources=(model(0, "itself"),), attacks=("fgsm",))
+    with pytest.raises(UsageError, match=r"every source \(itself\) has the victim's own weights.*add a source"):
+        evaluate(task=rows, model=model(0, "v"), threat_model=grid, device="cpu")
+
+
 @pytest.mark.parametrize("arguments", [{"sources": ()}, {"attacks": ()}, {"sources": ("a", "a")}, {"sources": "a"}])
 def test_a_grid_without_cells_or_with_doubles_is_refused(arguments):
     with pytest.raises(UsageError):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from advkit.core.errors import BadInput, BadModel, CheckpointError, StaleRun, Us
 from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.defenses import DEFENSES
 from advkit.models import MODELS
+from advkit.models.checkpoint import unpack
 from advkit.models.torch import FunctionModel, TorchModel
 from advkit.tasks import TASKS
-from advkit.training.loop import CHECKPOINT, Objective, Recipe, correct, fit, validation_rows
+from advkit.training.loop import CHECKPOINT, LOSS_SCALE, Objective, Recipe, correct, fit, validation_rows
 
 RNG = RowRng.from_ids(7, ["run"])
 
@@ -100,8 +103,6 @@ HARD = Recipe(
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("stop_at", [3, 6, 11])  # in the first epoch, in the second, in the third
 def test_interrupted_equals_uninterrupted(optimizer: str, stop_at: int, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     recipe = replace(HARD, optimizer=optimizer)
     whole = fit(noisy(), images(), Moody(), recipe, RNG, progress=False)
     with pytest.raises(Stopped):
@@ -328,6 +329,155 @@ def test_schedules(schedule: Any, expected: list[float]) -> None:
     assert [recipe.lr_at(step, 8) for step in range(8)] == pytest.approx([0.3 * factor for factor in expected])
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "linear"}, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        ({"schedule": "poly"}, [1.0, 0.81, 0.64, 0.49, 0.36, 0.25, 0.16, 0.09, 0.04, 0.01]),
+        ({"schedule": "linear", "warmup": 0.2}, [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ({"schedule": "none", "warmup": 0.4}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ({"schedule": "steps", "milestones": (0.7, 0.9)}, [1, 1, 1, 1, 1, 1, 1, 0.1, 0.1, 0.01]),
+        ({"schedule": "steps", "milestones": (0.5,), "warmup": 0.1}, [1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_warm_up_milestones_and_falls_to_zero(changes: dict[str, Any], expected: list[float]) -> None:
+    recipe = Recipe(lr=0.3, **changes)
+    assert [recipe.lr_at(step, 10) for step in range(10)] == pytest.approx([0.3 * factor for factor in expected])
+
+
+def test_settings_that_came_later_leave_fingerprints_as_they_were() -> None:
+    assert repr(Recipe()) == (
+        "Recipe(epochs=10, batch_size=128, optimizer='adam', lr=0.002, momentum=0.9, weight_decay=0.0, "
+        "schedule='none', ema=0.0, amp=False, augment='none', validation=0.1, select='best', select_every=1)"
+    )
+    changed = Recipe(warmup=0.2, milestones=(0.75, 0.9), accumulate=4, compile=True, channels_last=True)
+    assert len({repr(changed), repr(Recipe()), repr(Recipe(warmup=0.2)), repr(Recipe(accumulate=4))}) == 4
+    built: Any = DEFENSES.build("none:recipe=[schedule=steps,milestones=0.75+0.9,amp=fp16,warmup=0.1]")
+    assert built.recipe == Recipe(schedule="steps", milestones=(0.75, 0.9), amp="fp16", warmup=0.1)
+    assert DEFENSES.build(DEFENSES.spec(built)) == built
+    old: Any = DEFENSES.build("none:recipe=[amp=true]")
+    assert old.recipe.amp is True
+
+
+@pytest.mark.parametrize("spec", ["pgd_at:steps=2", "trades:steps=2", "fgsm_rs", "conadv:tau=2"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(spec: str) -> None:
+    # 108 training rows: batches of 32 and one of 12, cut into pieces of 6 or 7 and of 2 or 3
+    def run(pieces: int) -> list[Tensor]:
+        model = MODELS.build("mlp:hidden=8")((1, 6, 6), 3, RNG.at("init"))
+        model.module.double()
+        recipe = Recipe(epochs=2, batch_size=32, optimizer="sgd", lr=0.1, accumulate=pieces)
+        defense: Any = DEFENSES.build(spec)
+        done = fit(model, images(120), defense.objective(), recipe, RNG, progress=False)
+        return [*done.last.module.parameters()]
+
+    for one, several in zip(run(1), run(5), strict=True):
+        assert torch.allclose(one, several, rtol=0, atol=1e-12)
+
+
+def test_accumulation_is_refused_where_a_method_needs_the_whole_batch() -> None:
+    defense: Any = DEFENSES.build("awp:base=free_at")
+    with pytest.raises(UsageError, match="free_at has one perturbation"):
+        fit(small(), blobs(), defense.objective(), Recipe(accumulate=2), RNG, progress=False)
+
+
+class Overflowing(Objective):
+    """Cross-entropy plus zero; in its first steps the zero has a gradient that no scale brings into float16."""
+
+    def __init__(self, steps: int, stop_at: int = -1) -> None:
+        super().__init__()
+        self.steps, self.stop_at = torch.tensor(steps), stop_at
+        self.batches = 0
+
+    def loss(self, model: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Any) -> Tensor:
+        self.batches += 1
+        if self.batches == self.stop_at:
+            raise Stopped
+        self.steps = self.steps - 1
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        return loss + 1e38 * (logits - logits.detach()).sum() if self.steps >= 0 else loss
+
+    def state(self) -> dict[str, Tensor]:
+        return {"steps": self.steps}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.steps = state["steps"]
+
+
+def test_float16_leaves_out_steps_whose_gradients_overflow_and_resumes(tmp_path: Path) -> None:
+    one = Recipe(epochs=1, batch_size=200, optimizer="sgd", lr=0.1, amp="fp16", validation=0.0)
+    skipped = fit(small(), blobs(), Overflowing(1), one, RNG, progress=False)
+    assert skipped.last.state_sha256() == small().state_sha256()  # the only step was left out
+    assert skipped.log[0].figures[LOSS_SCALE] == 2.0**15
+    recipe = Recipe(epochs=3, batch_size=16, optimizer="sgd", momentum=0.0, lr=0.1, amp="fp16", validation=0.0)
+    whole = fit(small(), blobs(), Overflowing(3), recipe, RNG, progress=False)
+    assert [each.figures[LOSS_SCALE] for each in whole.log] == [2.0**13] * 3
+    with pytest.raises(Stopped):
+        fit(small(), blobs(), Overflowing(3, 12), recipe, RNG, out=tmp_path, progress=False)
+    resumed = fit(small(), blobs(), Overflowing(3), recipe, RNG, out=tmp_path, progress=False)
+    assert resumed.last.state_sha256() == whole.last.state_sha256()
+    assert [each.figures for each in resumed.log] == [each.figures for each in whole.log]
+    with pytest.raises(UsageError, match="overflow in epoch 3"):  # eight steps an epoch: 2 ** (16 - 24) is below one
+        fit(small(), blobs(), Overflowing(99), recipe, RNG, progress=False)
+
+
+def test_float16_learns_what_float32_does() -> None:
+    task = TASKS.build("digits")
+    model = MODELS.build("mlp:hidden=32")(task.shape, 10, RNG)
+    plain = Recipe(epochs=6, lr=5e-3)
+    one, half = (
+        fit(model, task.training(), Objective(), recipe, RNG, progress=False)
+        for recipe in (plain, replace(plain, amp="fp16"))
+    )
+    assert half.best.clean == pytest.approx(one.best.clean, abs=0.03)
+    assert all(p.dtype == torch.float32 for p in half.model.module.parameters())
+
+
+def test_channels_last_changes_the_layout_alone() -> None:
+    layouts = []
+
+    class Watcher(Objective):
+        def loss(self, model: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Any) -> Tensor:
+            weight = next(model.module.parameters())
+            layouts.append([each.is_contiguous(memory_format=torch.channels_last) for each in (x, weight)])
+            return super().loss(model, x, y, rows, rng)
+
+    streams = RowRng.from_ids(2, [str(i) for i in range(40)])
+    data = Data(x=streams.uniform(torch.empty(40, 2, 6, 6)), y=torch.arange(40) % 3, space=Box(), classes=3)
+    model = MODELS.build("cnn:width=4")((2, 6, 6), 3, RNG.at("init"))
+    recipe = Recipe(epochs=2, batch_size=8, augment="crop-flip")
+    plain = fit(model, data, Objective(), recipe, RNG, progress=False)
+    other = fit(model, data, Watcher(), replace(recipe, channels_last=True), RNG, progress=False)
+    assert all(all(each) for each in layouts)
+    for one, two in zip(plain.last.module.parameters(), other.last.module.parameters(), strict=True):
+        assert two.is_contiguous()
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_as_others_do(tmp_path: Path) -> None:
+    data = images(60)
+    model = MODELS.build("cnn:width=4")((1, 6, 6), 3, RNG.at("init"))
+    defense: Any = DEFENSES.build("pgd_at:steps=2")
+    recipe = Recipe(epochs=2, batch_size=16, optimizer="sgd", lr=0.05)
+    plain = fit(model, data, defense.objective(), recipe, RNG, progress=False)
+    fast = replace(recipe, compile=True)
+    other = fit(model, data, defense.objective(), fast, RNG, out=tmp_path, progress=False)
+    names = list(plain.last.module.state_dict())
+    assert list(other.last.module.state_dict()) == names
+    stored, _ = unpack((tmp_path / CHECKPOINT).read_bytes(), tmp_path)
+    assert {f"model/{name}" for name in names} <= set(stored)
+    for one, two in zip(plain.last.module.parameters(), other.last.module.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_networks_that_are_differentiated_twice_are_not_compiled() -> None:
+    for spec in ("grad_align", "awp:base=grad_align", "doubly_robust:barrier=0.01,implicit=true"):
+        defense: Any = DEFENSES.build(spec)
+        with pytest.raises(UsageError, match="differentiates the network twice"):
+            fit(small(), blobs(), defense.objective(), Recipe(compile=True), RNG, progress=False)
+
+
 def test_sgd_step_decay_and_average_are_their_formulas() -> None:
     data = blobs(9)
     model = MODELS.build("mlp:hidden=")((2,), 3, RNG)
@@ -406,6 +556,13 @@ def test_validation_rows() -> None:
         {"augment": "flip"},
         {"select": "worst"},
         {"select_every": 0},
+        {"warmup": 1.0},
+        {"warmup": 0.2, "schedule": "onecycle"},
+        {"milestones": (0.9, 0.5)},
+        {"milestones": (0.0, 0.5)},
+        {"accumulate": 0},
+        {"accumulate": 129},
+        {"amp": "fp8"},
     ],
 )
 def test_recipes_are_checked(wrong: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from advkit.core.registry.docs import FieldInfo, Signature, imported_from, source_file
 from advkit.core.registry.familiar import Familiar, bare
-from advkit.core.registry.fields import describe_type
+from advkit.core.registry.fields import Named, describe_type
 from advkit.core.registry.grammar import Argument, ParsedSpec, parse_arguments, parse_spec
 from advkit.core.registry.outside import OUTSIDE, outside
 from advkit.core.registry.own import imported
@@ -21,6 +21,7 @@ __all__ = [
     "OUTSIDE",
     "Familiar",
     "FieldInfo",
+    "Named",
     "ParsedSpec",
     "Registry",
     "Signature",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import math
 import types
@@ -23,6 +24,29 @@ _FALSE = ("false", "no", "0", "off")
 
 class Misfit(Exception):
     """A text that does not fit a type; turned into a SpecError by whoever knows the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """In the annotation of a field that is a dataclass: its settings may begin with a name that stands for some.
+
+    target: "module:function" from arguments to those that they stand for, imported when it is needed
+    words:  what may be written, for errors and `advkit show`
+    """
+
+    target: str
+    words: str
+
+    def __call__(self, arguments: Sequence[Argument]) -> Sequence[Argument]:
+        module, _, attribute = self.target.partition(":")
+        found: Sequence[Argument] = getattr(importlib.import_module(module), attribute)(arguments)
+        return found
+
+
+def _named(kind: Any) -> Named | None:
+    """What an annotation says of names; None where it says nothing."""
+    marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
+    return next((each for each in marks if isinstance(each, Named)), None)
 
 
 def _is_union(kind: Any) -> bool:
@@ -53,6 +77,9 @@ def _item_kinds(kind: Any) -> tuple[Any, ...] | None:
 
 def describe_type(kind: Any) -> str:
     """An annotation in words a user can act on."""
+    named = _named(kind)
+    if named is not None:
+        return f"{describe_type(_plain(kind))} | {named.words}"
     kind = _plain(kind)
     if kind in (None, type(None)):
         return "none"
@@ -124,7 +151,7 @@ def _union_order(kind: Any) -> int:
 
 def read(text: str, kind: Any, default: Any = None) -> Any:
     """The value of a text under an annotation. `default` is what a nested dataclass starts from."""
-    kind = _plain(kind)
+    named, kind = _named(kind), _plain(kind)
     if _is_union(kind):
         for one in sorted(typing.get_args(kind), key=_union_order):
             try:
@@ -136,9 +163,12 @@ def read(text: str, kind: Any, default: Any = None) -> Any:
     if items is not None:
         return _read_tuple(text, items)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not is_group(text):
+        if not is_group(text) and named is None:
             raise Misfit
-        given = read_fields(parse_arguments(ungroup(text), text), kind, kind.__name__, default=default)
+        arguments: Sequence[Argument] = parse_arguments(ungroup(text), text)
+        if not is_group(text) and [each.key for each in arguments] != [None]:
+            raise Misfit
+        given = read_fields(named(arguments) if named else arguments, kind, kind.__name__, default=default)
         return dataclasses.replace(default, **given) if isinstance(default, kind) else construct(kind, given, text)
     if kind in (None, type(None)):
         if text.casefold() == "none":

@@ -44,6 +44,7 @@ def outside(spec: str) -> list[str]:
                 found.append(f"{shown} ({OUTSIDE[name]})")
             elif name in others:
                 found.append(f"{shown} (runs the installed {others[name].value})")
+    found.extend(f"{file[0]} (opens a file)" for file in re.finditer(r"[^\[\],=+:]+\.ya?ml\b", spec, re.IGNORECASE))
     if re.search(r"download\s*=\s*(true|yes|1|on)\b", spec, re.IGNORECASE):
         found.append("download=true (fetches from the network)")
     return list(dict.fromkeys(found))

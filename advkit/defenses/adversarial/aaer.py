@@ -19,6 +19,7 @@ from advkit.defenses.adversarial.one_step import Move, Step
 from advkit.defenses.adversarial.single_step import OneStepObjective, OneStepTraining, SingleStep
 from advkit.defenses.adversarial.watched import abnormal, row_losses
 from advkit.training.loop import Epoch, Objective, Review
+from advkit.training.ranks import gathered, mean_of_batch
 
 log = logging.getLogger("advkit")
 
@@ -69,22 +70,23 @@ def terms(
     when_all: where every row is abnormal, "skip" the regulariser, or "apply" it with NV = 0
 
     Differences are taken in float32 or wider. Squared distances are summed over classes, then averaged over the rows of
-    their kind. Logits are not centred: a constant added to all of a row's logits changes AV and no loss.
+    their kind; on several processes, over those of the whole batch, while `ce` is this process's own. Logits are not
+    centred: a constant added to all of a row's logits changes AV and no loss.
     """
     l1, l2, l3 = lambdas
     before = before.detach()
-    start, end = row_losses(before, y), row_losses(after, y)
+    start, end = gathered(row_losses(before, y)), gathered(row_losses(after, y))
     lowered = abnormal(start, end.detach())
     count, others = lowered.sum(), (~lowered).sum()
     wide = after if after.dtype == torch.float64 else after.float()
-    distances = (wide - before.to(wide.dtype)).square().sum(1)
+    distances = gathered((wide - before.to(wide.dtype)).square().sum(1))
     drops = start - (end if ce_grad else end.detach())
     nothing = torch.zeros_like(drops)
     drop = torch.where(lowered, drops, nothing).sum() / count.clamp(min=1)
     moved = torch.where(lowered, distances, nothing).sum() / count.clamp(min=1)
     normal = torch.where(lowered, nothing, distances.detach()).sum() / others.clamp(min=1)
     applies = (count > 0) & ((others > 0) | torch.tensor(when_all == "apply", device=count.device))
-    share = count.to(wide.dtype) / max(1, len(y)) * applies
+    share = count.to(wide.dtype) / max(1, len(start)) * applies
     regulariser = l1 * share * (l2 * drop + l3 * functional.relu(moved - normal))
     return Terms(functional.cross_entropy(after, y), lowered, drop, moved, normal, regulariser)
 
@@ -167,7 +169,8 @@ class _Objective(OneStepObjective):
         found = terms(move.before, after, y, self.aaer.lambdas, self.aaer.ce_grad, when_all=self.aaer.when_all)
         grown = min(self.epochs / self.aaer.warm_up, 1.0) if self.aaer.warm_up else 1.0
         regulariser = grown * found.regulariser
-        held = torch.stack((found.drop, found.moved, found.normal, regulariser, found.ce)).detach()
+        ce = mean_of_batch([found.ce])[0]
+        held = torch.stack((found.drop, found.moved, found.normal, regulariser, ce)).detach()
         self._sums.append(held)
         # counted where the tensors are: asking an accelerator every step would stop it
         self._run = torch.where(held[3] > DOMINATES * held[4], self._run.to(held) + 1, torch.zeros_like(held[3]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from advkit.core.protocols import Data, Rng, Trains
 from advkit.core.registry import parse_spec
 from advkit.defenses.adversarial.base import OnExamples
 from advkit.training.loop import Epoch, Objective, Recipe, Review, fit
+from advkit.training.ranks import mean_of_batch
+from advkit.training.recipes import BY_NAME
 
 _TINY = 1e-20
 
@@ -56,7 +58,7 @@ class AWP(Trains):
     base: str = "pgd_at"
     gamma: float = 0.005
     warm_up: int = 0
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, BY_NAME] = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         not_negative(self, "gamma", what="length")
@@ -112,6 +114,7 @@ class AWPObjective(Objective):
         self.defense = defense
         self.base: Objective = defense.around.objective()
         self.replays, self.rolls_back = self.base.replays, self.base.rolls_back
+        self.whole, self.eager = self.base.whole, self.base.eager
         self.epochs = 0
         self.moved: list[_Moved] = []
 
@@ -122,6 +125,10 @@ class AWPObjective(Objective):
     @override
     def parameters(self) -> Sequence[nn.Parameter]:
         return self.base.parameters()
+
+    @override
+    def buffers(self) -> Sequence[Tensor]:
+        return self.base.buffers()
 
     @override
     def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
@@ -143,13 +150,14 @@ class AWPObjective(Objective):
         if not live:
             return
         with _unmoved(model), self.base.trial(), torch.enable_grad():
-            gradients = torch.autograd.grad(loss(), live, allow_unused=True)
+            found = torch.autograd.grad(loss(), live, allow_unused=True)
+        used = [(weight, gradient) for weight, gradient in zip(live, found, strict=True) if gradient is not None]
         with torch.no_grad():
-            for weight, gradient in zip(live, gradients, strict=True):
-                if gradient is not None:
-                    before = weight.detach().clone()
-                    weight.add_(perturbation(before, gradient, self.defense.gamma))
-                    self.moved.append(_Moved(weight, before, weight.detach().clone()))
+            for (weight, _), gradient in zip(used, mean_of_batch([each for _, each in used]), strict=True):
+                before = weight.detach().clone()
+                weight.add_(perturbation(before, gradient, self.defense.gamma))
+                self.moved.append(_Moved(weight, before, weight.detach().clone()))
+        torch.clear_autocast_cache()  # which holds half-precision copies of the weights before
 
     def _take_back(self) -> None:
         """The optimiser's change since the move, added to the weights before it: exact where there was none."""

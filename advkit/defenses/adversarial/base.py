@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from advkit.core.protocols import Ball, Data, Goal, Rng, Trains
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.transfer import BALLS, Norm
 from advkit.training.loop import Objective, Recipe, fit
+from advkit.training.recipes import BY_NAME
 
 Mode = Literal["eval", "train"]
 
@@ -74,7 +75,7 @@ class TrainingDefense(Trains, ABC):
 
     eps: float = 8 / 255
     norm: Norm = "linf"
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, BY_NAME] = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         one_of(self, "norm", tuple(BALLS))

@@ -21,6 +21,7 @@ from advkit.defenses.adversarial.one_step import input_gradient
 from advkit.models.torch import named_tensors
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.training.loop import Epoch, Objective, Review
+from advkit.training.ranks import gathered
 from advkit.training.second_norm import SecondNorm
 
 COSINE = "stale_cosine"
@@ -156,6 +157,10 @@ class ConAdvObjective(OnExamples):
         return () if self.live.second is None else self.live.second.parameters()
 
     @override
+    def buffers(self) -> Sequence[Tensor]:
+        return () if self.live.second is None else self.live.second.buffers()
+
+    @override
     def examples(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         defense, seen = self.defense, self.schedule.seen()
         ball = defense.ball(model.space)
@@ -172,7 +177,7 @@ class ConAdvObjective(OnExamples):
             with branches.adversarial():
                 pair.append(input_gradient(branches.model, x, y, "eval")[0].flatten(1))
         old, present = pair
-        cosine = functional.cosine_similarity(old, present).double().mean()
+        cosine = gathered(functional.cosine_similarity(old, present).double()).mean()
         self.cosines = self.cosines.to(cosine) + torch.stack((cosine, torch.ones_like(cosine)))
 
     @override

@@ -23,6 +23,7 @@ from advkit.defenses.adversarial.trades import diverging
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import wide
 from advkit.training.loop import Epoch, Objective, Review
+from advkit.training.ranks import gathered
 
 Outer = Literal["ce", "trades", "alp"]
 BETA = {"trades": 6.0, "alp": 0.5}
@@ -195,6 +196,8 @@ class DoublyRobustObjective(OnExamples, RobustObjective):
         super().__init__(defense)
         self.settings = defense
         self.beta = BETA.get(defense.outer, 0.0) if defense.beta is None else defense.beta
+        if defense.implicit:
+            self.eager = "implicit=true differentiates the network twice, which a compiled one can't be"
         self.steps = 0
         self.value = torch.zeros((), dtype=torch.float64)  # r log u
         self.log_price = torch.full((), math.nan, dtype=torch.float64)
@@ -234,14 +237,16 @@ class DoublyRobustObjective(OnExamples, RobustObjective):
         losses = lower
         if settings.outer == "alp":
             losses = lower + self.beta * (cast(Tensor, clean) - answer).square().mean(1)
-        q = self.shares(losses.detach())
-        total = _weighted(losses, q)
+        whole = gathered(losses)  # the weights are those of the batch, whichever process has the rows
+        q = self.shares(whole.detach())
+        total = _weighted(whole, q)
         if settings.implicit:
-            term = _weighted(implicit_term(lower, losses, z, x, self.defense.ball(model.space), settings.barrier), q)
+            each = implicit_term(lower, losses, z, x, self.defense.ball(model.space), settings.barrier)
+            term = _weighted(gathered(each), q)
             total = total + (term - term.detach())  # a gradient, no part of the loss
         if plain is None:
             return total
-        return _weighted(plain, q if settings.weight_clean else None) + self.beta * total
+        return _weighted(gathered(plain), q if settings.weight_clean else None) + self.beta * total
 
     def shares(self, losses: Tensor) -> Tensor | None:
         """Weights [n] of these losses [n], a step of the moving averages; None for exactly uniform ones."""

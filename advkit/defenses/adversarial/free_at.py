@@ -23,8 +23,9 @@ class FreeAT(WatchedTraining):
     perturbation.
 
     The perturbation belongs to places in the batch, not to images: it lives on from batch to batch, and a smaller batch
-    uses the first of its rows. The recipe's epochs are divided by the replays, rounded up, so that the number of passes
-    is that of plain training. Linf.
+    uses the first of its rows. Of several processes each has a perturbation for its own share of the batch. The
+    recipe's epochs are divided by the replays, rounded up, so that the number of passes is that of plain training.
+    Linf.
 
     replays:   m, optimiser steps in a row on every batch, >= 1
     step_size: of the perturbation, in units of eps
@@ -51,6 +52,7 @@ class FreeObjective(WatchedObjective):
         super().__init__(defense)
         self.replays = defense.replays
         self.eps, self.length = defense.eps, defense.step_size * defense.eps
+        self.whole = "free_at has one perturbation per place of the batch, moved once a step"
         self.delta: Tensor | None = None
         self._leaf: Tensor | None = None
 
@@ -70,7 +72,8 @@ class FreeObjective(WatchedObjective):
         leaf, self._leaf = self._leaf, None
         if self.delta is None or leaf is None or leaf.grad is None:
             raise UsageError("free_at: stepped without a backward pass of its loss before")
-        moved = leaf.detach() + self.length * leaf.grad.sign()
+        # float16 gradients of a step that is left out may be no numbers
+        moved = leaf.detach() + self.length * leaf.grad.sign().nan_to_num()
         self.delta[: len(leaf)] = moved.clamp(-self.eps, self.eps)
 
     @override

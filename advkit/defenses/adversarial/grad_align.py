@@ -16,6 +16,7 @@ from advkit.defenses.adversarial.base import in_mode
 from advkit.defenses.adversarial.one_step import Move
 from advkit.defenses.adversarial.single_step import FGSMRS, OneStepObjective
 from advkit.training.loop import Objective
+from advkit.training.ranks import gathered
 
 
 def misalignment(first: Tensor, second: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def misalignment(first: Tensor, second: Tensor) -> Tensor:
     one, two = (torch.where(used.unsqueeze(1), each, torch.ones_like(each)) for each in (one, two))
     # where the model is sure, gradients are so small that their squares are zero; a cosine does not change with scale
     one, two = (functional.normalize(each / each.detach().abs().amax(1, keepdim=True), eps=0.0) for each in (one, two))
-    lost = (1 - (one * two).sum(1)) * used
+    lost, used = gathered((1 - (one * two).sum(1)) * used), gathered(used)
     return lost.sum() / used.sum().clamp(min=1)
 
 
@@ -58,6 +59,7 @@ class _Objective(OneStepObjective):
     def __init__(self, defense: GradAlign, weight: float) -> None:
         super().__init__(defense)
         self.weight = weight
+        self.eager = "grad_align differentiates the network twice, which a compiled one can't be"
 
     @override
     def outer(self, model: Any, x: Tensor, y: Tensor, move: Move, after: Tensor, rng: Rng) -> Tensor:

@@ -40,6 +40,7 @@ from advkit.models import MODELS
 from advkit.threat_models.transfer import BALLS, source_name
 from advkit.training.augment import AUGMENTATIONS
 from advkit.training.loop import Objective
+from advkit.training.ranks import mean_of_batch
 
 AUTO = "auto"
 PUBLIC = "public"
@@ -308,7 +309,7 @@ class PubDefObjective(Objective):
             return weighted_loss(losses, self.weights)
         if defense.loss == "topk":
             return topk_loss(losses, self.weights, defense.k)
-        current = losses.detach().mean(1) if defense.loss == "dynamic-loss" else errors
+        current = mean_of_batch([losses.detach().mean(1) if defense.loss == "dynamic-loss" else errors])[0]
         self.average = moved_average(self.average, current, defense.ema)
         return weighted_loss(losses, dynamic_weights(self.average, self.weights, defense.include_clean))
 

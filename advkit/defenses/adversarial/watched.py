@@ -22,6 +22,7 @@ from advkit.defenses.adversarial.base import TrainingDefense, correct_under
 from advkit.defenses.adversarial.one_step import correct_after
 from advkit.training.loop import Epoch, Objective, Review
 from advkit.training.overfitting import Look, collapsed
+from advkit.training.ranks import gathered
 
 log = logging.getLogger("advkit")
 
@@ -81,8 +82,8 @@ class WatchedObjective(Objective):
         _ = self.defense.ball(model.space)
 
     def note(self, before: Tensor, after: Tensor, y: Tensor) -> None:
-        """Keep which rows' loss the step lowered; logits [B, classes] before and after it."""
-        self._lowered.append(abnormal(row_losses(before, y), row_losses(after, y)).detach())
+        """Keep which of the batch's rows' loss the step lowered; logits [B, classes] before and after it."""
+        self._lowered.append(gathered(abnormal(row_losses(before, y), row_losses(after, y)).detach()))
 
     @override
     def score(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def training_curves(log: Entries, *, title: str = "") -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel(axes, log)
     if title:
-        figure.suptitle(plain(title), fontsize=10)
+        figure.suptitle(textwrap.fill(plain(title), 110), fontsize=10)
     return figure
 
 

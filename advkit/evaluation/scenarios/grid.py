@@ -51,6 +51,13 @@ class Grid(BaseScenario, RowsApart):
         """None, or why this case can't be run."""
         if not case.surrogates:
             return f"no public surrogates for task {case.task.name}: name them with sources=..., e.g. zoo:NAME"
+        own = weights_of(case.victim)
+        if all(source.holds(own) for source in participants_of(case.surrogates)):
+            names = ", ".join(name for name, _ in case.surrogates)
+            return (
+                f"every source ({names}) has the victim's own weights, so nothing would be a transfer attack: "
+                "add a source with other weights, or attack the victim itself, e.g. --attack pgd"
+            )
         return None
 
     @override
