@@ -229,6 +229,21 @@ class CountsTokens(Protocol):
 
 
 @runtime_checkable
+class CountsQueries(Protocol):
+    """A model of which every answer may have a price, and which counts them: a web service, what stands before one."""
+
+    @property
+    @abstractmethod
+    def answered(self) -> int:
+        """Samples that were answered so far; each counts once, however often it was sent."""
+
+    @property
+    @abstractmethod
+    def retried(self) -> int:
+        """Requests that had to be sent again."""
+
+
+@runtime_checkable
 class Averages(Protocol):
     """A model whose answer is a mean of several calls of the deployed one (EOT)."""
 
@@ -1234,6 +1249,15 @@ class Deploys(Protocol):
     @abstractmethod
     def deploy(self, model: Any) -> Any:
         """The trained model as it answers."""
+
+
+@runtime_checkable
+class TrainsFront(Protocol):
+    """A defense that trains what stands in front of a finished model, and not that model."""
+
+    @abstractmethod
+    def around(self, model: Any, data: Data, rng: Rng) -> Any:
+        """What is trained: the model behind a front whose weights are drawn from rng, pre-trained where it is so."""
 
 
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")

@@ -134,7 +134,7 @@ class LatticeNoise(Noise):
         return features * lattice_normal(self.sigma).slack
 
     def misfit(self, space: Any) -> str | None:
-        if isinstance(space, Box) and space.bounded and _all(space.low, 0.0) and _all(space.high, 1.0):
+        if isinstance(space, Box) and space.is_unit:
             return None
         return f"noise=lattice is for 8-bit inputs in [0, 1], and this model's space is {space!r}: use noise=gaussian"
 
@@ -148,10 +148,6 @@ class LatticeNoise(Noise):
 
 
 NOISES: dict[str, type[Noise]] = {"gaussian": GaussianNoise, "lattice": LatticeNoise}
-
-
-def _all(bound: float | Tensor, value: float) -> bool:
-    return bool((torch.as_tensor(bound) == value).all())
 
 
 class Tally(NamedTuple):
@@ -233,7 +229,8 @@ class Smoothed(Undefended, KnowsClasses, Shaped, Batched, Averages, DrawsByRow, 
     @property
     @override
     def undefended(self) -> Any:
-        return self.model
+        """The chain, or what is behind the chain's own defense."""
+        return self.model.undefended if isinstance(self.model, Undefended) else self.model
 
     @property
     @override
@@ -319,8 +316,9 @@ class Smoothed(Undefended, KnowsClasses, Shaped, Batched, Averages, DrawsByRow, 
         total: np.ndarray[Any, np.dtype[np.int64]] | None = None
         with torch.no_grad(), full_precision():
             for block, wanted in blocks(first, n, size):
-                # On a CPU every call has one shape, so that an answer does not depend on how many draws are left.
-                drawn = size if row.device.type == "cpu" else wanted
+                # On a CPU every call has one shape, so that an answer does not depend on how many draws are left; not
+                # where the chain says its own shapes, as one does whose answers have a price.
+                drawn = size if row.device.type == "cpu" and Lanes.own(self.model) is None else wanted
                 noisy = self.noise.around(row, key, block, drawn)
                 while True:
                     try:
