@@ -171,10 +171,14 @@ class Meter:
 
     A view that holds a row several times pays for it several times. `tokens` is what models that count them sent
     through their networks, all rows together: what is shared or remembered between rows is nobody's alone.
+
+    looks: whether answers and gradients are looked at, for values that are not finite and for gradients of zeros;
+           without it passes alone are counted, and the rows' flags stay False
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, *, looks: bool = True) -> None:
         self.rows = rows
+        self.looks = looks
         self.detached = False
         self.calls = 0
         self.tokens = 0
@@ -567,8 +571,9 @@ class MeteredOracle:
         return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
 
     def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> None:
-        sizes = row_size(answer) if answer.is_floating_point() else None
-        extremes = None if gradient is None else _extremes(gradient)
+        looks = self.meter.looks
+        sizes = row_size(answer) if looks and answer.is_floating_point() else None
+        extremes = _extremes(gradient) if looks and gradient is not None else None
         length = None if sizes is None else _suspects(x, sizes)
         asked = None if length is None else ~torch.isfinite(length)
         if asked is not None:
@@ -587,8 +592,8 @@ class MeteredOracle:
             segment.asked.note(length, length)
         if sizes is not None:
             segment.answers.note(sizes, sizes)
+        segment.backwards += gradient is not None
         if extremes is not None:
-            segment.backwards += 1
             segment.gradients.note(*extremes)
 
 

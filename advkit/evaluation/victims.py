@@ -418,9 +418,11 @@ def _writable(folder: Path) -> Iterator[None]:
 
 def _asked(kind: str, given: Any, recipe: RecipeFile, registry: Registry[Any], default: Any) -> Any:
     """What was given, else what the recipe says of this kind of part, else the default."""
-    said = recipe.parts[kind]
-    if given is not None or not said:
-        return default if given is None else given
+    if given is not None:
+        return given
+    said = recipe.said(kind)
+    if not said:
+        return default
     try:
         registry.build(said)
     except AdvkitError as error:
