@@ -6,14 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from advkit.evaluation.api import evaluate
+    from advkit.evaluation.api import certify, evaluate
     from advkit.evaluation.matrix import matrix
     from advkit.evaluation.report.document import Report
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "evaluate", "matrix"]
+__all__ = ["Report", "__version__", "certify", "evaluate", "matrix"]
 
 _LAZY = {
+    "certify": "advkit.evaluation.api",
     "evaluate": "advkit.evaluation.api",
     "matrix": "advkit.evaluation.matrix",
     "Report": "advkit.evaluation.report.document",

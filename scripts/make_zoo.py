@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from advkit.core.errors import UnknownName
-from advkit.evaluation.api import evaluate
+from advkit.evaluation.api import certify, evaluate
 from advkit.evaluation.victims import train_victim
 from advkit.models import zoo
 from advkit.models.checkpoint import load_checkpoint
 
 log = logging.getLogger("advkit")
 
+CURVE = "certified_accuracy"
 WIDE, NARROW = "atan", "[atan:alpha=10]"  # surrogates that spiking victims are trained with
 
 
@@ -33,6 +34,7 @@ class Plan:
     train:  first training images of Fashion-MNIST
     attack: what the card's figures are measured with
     names:  the report's metrics by their names on the card
+    certified: threat model of the certificates by which a smoothed model is measured, in place of an attack
     """
 
     name: str
@@ -47,6 +49,7 @@ class Plan:
     seen: bool = False
     attack: str = "pgd:steps=40,step_size=0.1"
     names: Mapping[str, str] = field(default_factory=lambda: {"pgd-40 accuracy": "robust_accuracy"})
+    certified: str = ""
 
 
 def fashion(name: str, model: str, defense: str = "none", epochs: int = 6, **more: object) -> Plan:
@@ -106,6 +109,14 @@ PLANS = [
     robust("free_at", "free_at:replays=4,eps=0.1"),
     robust("aaer", "aaer:base=fgsm_rs,eps=0.1"),
     robust("conadv", "conadv:eps=0.1"),
+    fashion(
+        "cnn-smoothing",
+        "cnn",
+        "smoothing:sigma=0.25",
+        epochs=8,
+        train=60_000,
+        certified="certified:n=1000,radii=0+0.25+0.5",
+    ),
     digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
     digits("public-cnn", "cnn", seed=102, role="public", seen=True),
     digits(
@@ -138,6 +149,12 @@ def task_spec(plan: Plan, root: str) -> str:
 
 def measured(plan: Plan) -> dict[str, float]:
     """The card's figures, from two reports: accuracy on every embedded row, and the plan's attack."""
+    if plan.certified:
+        proven = certify(plan.defense, plan.task, f"zoo:{plan.name}", plan.certified).metrics
+        at = {
+            f"certified accuracy at {each['radius']:g}": each["certified_accuracy"]["value"] for each in proven[CURVE]
+        }
+        return {**at, "average certified radius": proven["average_certified_radius"]["value"]}
     victim = {"task": plan.task, "model": f"zoo:{plan.name}", "beside": False}
     attacked = evaluate(plan.attack, **victim)
     clean = attacked.clean_accuracy

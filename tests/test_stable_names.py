@@ -29,6 +29,7 @@ NAMES = {
         "OnlineAttack Batch Data TaskDefaults Task Defense Record"
     ),
     "core.rng": "RowRng philox",
+    "core.smoothing": "lower_bound upper_bound radius largest_radius abstains hopeless high_probability linf_radius",
     "core.spaces": "Box Binary Tokens Transcripts Rows Product",
     "attacks": "ATTACKS",
     "attacks.base": "TensorGoal TensorOracle Best ActiveRows Live affords better descended lp_ball per_row",
@@ -36,8 +37,10 @@ NAMES = {
     "attacks.suites": "Stage Suite",
     "defenses": "DEFENSES",
     "defenses.inputs.base": "InputDefense",
+    "defenses.smoothing.base": "SmoothingDefense",
     "defenses.adversarial.base": "TrainingDefense AdversarialTraining RobustObjective attacked correct_under in_mode",
     "models": "MODELS",
+    "models.smoothed": "Smoothed SmoothedView Smoothing Noise",
     "models.checkpoint": "pack unpack load_checkpoint save_checkpoint checkpoint_extra CheckpointFile canonical_json",
     "models.ensemble": "Ensemble",
     "models.spiking": "RULES",

@@ -29,8 +29,8 @@ GROUPS: dict[str, Words] = {
     "attacks": (
         "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "suites", "peers",
     ),
-    "defenses": ("none", "trains the model", "in front of any model", "filter"),
-    "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream"),
+    "defenses": ("none", "trains the model", "in front of any model", "smoothing", "filter"),
+    "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates"),
     "tasks": (IMAGES, EVENTS, TEXT),
     "recipes": ("cifar10", "cifar100", "imagenet"),
 }  # fmt: skip
@@ -43,6 +43,7 @@ _GROUP: dict[str, str] = {
     "advkit.defenses.adversarial": "trains the model",
     "advkit.defenses.inputs": "in front of any model",
     "advkit.defenses.inputs.ppl_filter": "filter",
+    "advkit.defenses.smoothing": "smoothing",
     "advkit.threat_models.lp": "ball",
     "advkit.threat_models.sparse": "ball",
     "advkit.threat_models.minimum": "minimum",
@@ -51,6 +52,7 @@ _GROUP: dict[str, str] = {
     "advkit.threat_models.transfer": "transfer",
     "advkit.threat_models.tapm": "transfer",
     "advkit.threat_models.online": "stream",
+    "advkit.threat_models.certified": "certificates",
 }
 
 _LP: Words = ("linf", "l2", "l1")

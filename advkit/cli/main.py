@@ -20,6 +20,7 @@ from advkit.core.text import printable
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("advkit.cli.evaluate", "Attack a model under a defense and report its robust accuracy."),
+    "certify": ("advkit.cli.certify", "Prove radii within which a smoothed model's answers do not change."),
     "train": ("advkit.cli.train", "Train a model under a defense and save the checkpoint."),
     "attack": ("advkit.cli.attack", "Export adversarial examples as safetensors and PNG."),
     "matrix": ("advkit.cli.matrix", "Show what every attack makes on every source to every target, as a table."),

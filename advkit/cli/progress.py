@@ -54,5 +54,6 @@ class Bars:
             good = was_right(record) and (record.outcome in (Outcome.ROBUST, Outcome.INVALID) or not contested(record))
             robust[record.id] = good and robust.get(record.id, True)
         percentage = 100 * sum(robust.values()) / max(1, len(robust))
-        text = f"robust accuracy so far {percentage:.1f} %"
+        what = "certified" if case.threat.scenario == "certification" else "robust accuracy"
+        text = f"{what} so far {percentage:.1f} %"
         self._progress.update(self._bars[title], advance=len(records), total=total, far=text)

@@ -123,10 +123,12 @@ def _refuse_outside(file: Path, asked: Request) -> None:
 def _refuse_objects(file: Path, asked: Request) -> None:
     """Raise ReportError where a part of the report has no name by which it can be made again."""
     from advkit.core.errors import ReportError
-    from advkit.evaluation.plan import registries
+    from advkit.evaluation.plan import NO_ATTACK, registries
 
     for name, registry in registries().items():
         spec = getattr(asked, name)
+        if (name, spec) == ("attack", NO_ATTACK):
+            continue
         if not registry.names_part(spec):
             raise ReportError(
                 f"{file}: {name}={spec} is no name that can be run again here: an object that was handed over in "

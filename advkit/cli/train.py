@@ -101,10 +101,13 @@ def train(
     )
     if done["halted"]:
         console.print(f"stopped: {done['halted']}", soft_wrap=True, highlight=False, markup=False)
+    if spent := done.get("queries"):
+        retried = f", {spent['retried']:,} requests were sent again" if spent["retried"] else ""
+        console.print(f"queries of the model: {spent['answered']:,}{retried}", soft_wrap=True, highlight=False)
     console.print(f"report: {done['report']}, {done['curves']}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"checkpoint: {done['file']}", soft_wrap=True, highlight=False, markup=False)
     console.print(
-        f"evaluate it: advkit evaluate --task {done['task']} --model path:{done['file']}",
+        f"evaluate it: {done['evaluate']}",
         soft_wrap=True,
         highlight=False,
         markup=False,

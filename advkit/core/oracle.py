@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from advkit.core.blame import BACKWARD, GOAL, MODEL, blame
 from advkit.core.errors import AccessDenied, BudgetExhausted
-from advkit.core.protocols import Access, CountsTokens, Data, Headed, Modular, NeedsAccess, Shaped
+from advkit.core.noise import mixed
+from advkit.core.protocols import Access, CountsTokens, Data, DrawsByRow, Headed, Modular, NeedsAccess, Shaped
 from advkit.core.rows import finite_rows, row_size
 
 log = logging.getLogger("advkit")
@@ -170,10 +171,14 @@ class Meter:
 
     A view that holds a row several times pays for it several times. `tokens` is what models that count them sent
     through their networks, all rows together: what is shared or remembered between rows is nobody's alone.
+
+    looks: whether answers and gradients are looked at, for values that are not finite and for gradients of zeros;
+           without it passes alone are counted, and the rows' flags stay False
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, *, looks: bool = True) -> None:
         self.rows = rows
+        self.looks = looks
         self.detached = False
         self.calls = 0
         self.tokens = 0
@@ -296,6 +301,8 @@ class MeteredOracle:
     lanes:   shapes of the calls, where the model does not say its own; None pads on the CPU and leaves models in
              training mode alone, because batch statistics would see the padding
     data:    what labelled data the attacker holds, for attacks that need some; None where none was handed over
+    keys:    of the meter's rows, int64 on the CPU, for models that draw by row (`RowRng.keys`): every query of a row
+             draws anew, whatever is asked beside it; None leaves such a model to torch's generators
 
     Raises AccessDenied and BudgetExhausted.
     """
@@ -311,9 +318,12 @@ class MeteredOracle:
         meter: Meter | None = None,
         index: Tensor | None = None,
         data: Data | None = None,
+        keys: Tensor | None = None,
     ) -> None:
         self.model = cast(Any, model)
         self.data = data
+        self.keys = keys
+        self._drawing = None if keys is None or not isinstance(self.model, DrawsByRow) else self.model
         self.rows = rows
         self.access = access
         self.queries = queries
@@ -337,7 +347,16 @@ class MeteredOracle:
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         index = rows if self._index is None else self._index.to(rows.device)[rows]
         return MeteredOracle(
-            self.model, len(index), self.access, self.queries, self.decides, self.lanes, self.meter, index, self.data
+            self.model,
+            len(index),
+            self.access,
+            self.queries,
+            self.decides,
+            self.lanes,
+            self.meter,
+            index,
+            self.data,
+            self.keys,
         )
 
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
@@ -361,9 +380,10 @@ class MeteredOracle:
             raise AccessDenied("the attack asked for an answer; this threat model grants no access to the victim")
         self._spend(x, of)
         chunks, lanes = self._chunks(x)
+        keys = self._keys(x, of, chunks)
         # Not inference mode, 2-5 % faster: a defense that optimises while it predicts must be able to.
         with torch.no_grad():
-            parts = [self._forward(part, lanes)[: len(part)] for part in chunks]
+            parts = [self._forward(part, lanes, key)[: len(part)] for part, key in zip(chunks, keys, strict=True)]
         answer = parts[0].detach() if len(parts) == 1 else torch.cat(parts).detach()
         self._note(x, answer, of)
         if self.access == Access.LABELS and answer.ndim > 1:
@@ -383,7 +403,8 @@ class MeteredOracle:
         self._spend(x, of)
         chunks, lanes = self._chunks(x)
         aims = self._aimed(goal, [len(part) for part in chunks], x.device)
-        parts = [self._passed(part, aim, lanes) for part, aim in zip(chunks, aims, strict=True)]
+        keys = self._keys(x, of, chunks)
+        parts = [self._passed(*each, lanes) for each in zip(chunks, aims, keys, strict=True)]
         with torch.no_grad():
             loss, gradient, answer = parts[0] if len(parts) == 1 else (torch.cat(v) for v in zip(*parts, strict=True))
             self._note(x, answer, of, gradient)
@@ -393,11 +414,11 @@ class MeteredOracle:
                 answer,
             )
 
-    def _passed(self, x: Tensor, goal: Any, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+    def _passed(self, x: Tensor, goal: Any, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (still with its graph), gradient and answer of one call of the model, as they come."""
         with torch.enable_grad():
             leaf = self._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
-            answer = self._forward(leaf, None)
+            answer = self._forward(leaf, None, keys)
             answer = answer if len(leaf) == len(x) else answer[: len(x)]
             try:
                 loss = goal.loss(answer)
@@ -448,6 +469,7 @@ class MeteredOracle:
             self.meter,
             self._index,
             self.data,
+            self.keys,
         )
 
     def head(self) -> Tensor | None:
@@ -490,11 +512,24 @@ class MeteredOracle:
             return x.clone()
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
 
-    def _forward(self, x: Tensor, lanes: Lanes | None) -> Tensor:
+    def _keys(self, x: Tensor, of: Tensor | None, chunks: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The keys of a query's candidates, chunk by chunk: each row's own, and how often it was asked about before."""
+        if self._drawing is None or self.keys is None:
+            return [None] * len(chunks)
+        rows = torch.arange(len(x)) if of is None else of.cpu()
+        rows = rows if self._index is None else self._index.cpu()[rows]
+        keys = mixed(self.keys[rows], self.meter.forwards[rows])
+        return torch.split(keys, [len(part) for part in chunks])
+
+    def _forward(self, x: Tensor, lanes: Lanes | None, keys: Tensor | None) -> Tensor:
         before = 0 if self._counting is None else self._counting.tokens
         x = x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes)
         try:
-            answer: Tensor = self.model(x)
+            answer: Tensor
+            if self._drawing is None or keys is None:
+                answer = self.model(x)
+            else:  # padded rows are copies of the last one
+                answer = self._drawing.drawing(x, torch.cat([keys, keys[-1:].expand(len(x) - len(keys))]))
         except BaseException as error:
             if not x.is_floating_point() or bool(finite_rows(x.detach()).all()):
                 blame(error, MODEL)  # about NaN nobody should have asked
@@ -536,8 +571,9 @@ class MeteredOracle:
         return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
 
     def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> None:
-        sizes = row_size(answer) if answer.is_floating_point() else None
-        extremes = None if gradient is None else _extremes(gradient)
+        looks = self.meter.looks
+        sizes = row_size(answer) if looks and answer.is_floating_point() else None
+        extremes = _extremes(gradient) if looks and gradient is not None else None
         length = None if sizes is None else _suspects(x, sizes)
         asked = None if length is None else ~torch.isfinite(length)
         if asked is not None:
@@ -556,8 +592,8 @@ class MeteredOracle:
             segment.asked.note(length, length)
         if sizes is not None:
             segment.answers.note(sizes, sizes)
+        segment.backwards += gradient is not None
         if extremes is not None:
-            segment.backwards += 1
             segment.gradients.note(*extremes)
 
 
@@ -613,7 +649,7 @@ class _Differentiable(nn.Module):
             if follows:
                 x = x.view_as(x)
                 x.register_hook(lambda gradient: oracle._passed_back(gradient, of, asked))  # type: ignore[no-untyped-call]
-            answer = oracle._forward(x, None)
+            answer = oracle._forward(x, None, oracle._keys(x, of, [x])[0])
         oracle._note(x, answer.detach(), of)
         if oracle.access == Access.LABELS and answer.ndim > 1:
             return nn.functional.one_hot(answer.argmax(1), answer.shape[1]).to(answer.dtype)

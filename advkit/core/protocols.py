@@ -229,6 +229,21 @@ class CountsTokens(Protocol):
 
 
 @runtime_checkable
+class CountsQueries(Protocol):
+    """A model of which every answer may have a price, and which counts them: a web service, what stands before one."""
+
+    @property
+    @abstractmethod
+    def answered(self) -> int:
+        """Samples that were answered so far; each counts once, however often it was sent."""
+
+    @property
+    @abstractmethod
+    def retried(self) -> int:
+        """Requests that had to be sent again."""
+
+
+@runtime_checkable
 class Averages(Protocol):
     """A model whose answer is a mean of several calls of the deployed one (EOT)."""
 
@@ -236,6 +251,40 @@ class Averages(Protocol):
     @abstractmethod
     def passes(self) -> int:
         """Calls of the deployed model that one call of this one costs, >= 1."""
+
+
+@runtime_checkable
+class DrawsByRow(Protocol):
+    """A random model whose draws may come from streams of the rows, so that they do not depend on the batch.
+
+    Called like any other model it draws its keys from torch's generators.
+    """
+
+    @property
+    @abstractmethod
+    def base(self) -> Any:
+        """The model that it calls once for every draw."""
+
+    @property
+    @abstractmethod
+    def stream(self) -> str:
+        """What a report calls the stream of its draws."""
+
+    @abstractmethod
+    def drawing(self, x: Any, keys: Tensor) -> Any:
+        """Its answers to rows x [B, ...]; the draws follow from `keys`, int64 [B] on the CPU, one for each row."""
+
+
+@runtime_checkable
+class Votes(Protocol):
+    """A random model whose answer is a vote over many draws of its own: one answer is the verdict.
+
+    To abstain counts as a wrong answer: it is right for no sample, and no success where a certain answer is wanted.
+    """
+
+    @abstractmethod
+    def abstained(self, answer: Any) -> Tensor:
+        """Bool [B]: the answers that decide for no class."""
 
 
 @runtime_checkable
@@ -1186,6 +1235,29 @@ class Trains(Protocol):
     @abstractmethod
     def objective(self) -> Any:
         """The loss to train with (`training.loop.Objective`), made afresh."""
+
+
+@runtime_checkable
+class Deploys(Protocol):
+    """A defense whose models answer in another way than they were trained: a smoothed classifier."""
+
+    @property
+    @abstractmethod
+    def trained_as(self) -> Any:
+        """The same defense with nothing set that does not matter to training: zoo and cache know models by it."""
+
+    @abstractmethod
+    def deploy(self, model: Any) -> Any:
+        """The trained model as it answers."""
+
+
+@runtime_checkable
+class TrainsFront(Protocol):
+    """A defense that trains what stands in front of a finished model, and not that model."""
+
+    @abstractmethod
+    def around(self, model: Any, data: Data, rng: Rng) -> Any:
+        """What is trained: the model behind a front whose weights are drawn from rng, pre-trained where it is so."""
 
 
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")

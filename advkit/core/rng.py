@@ -73,9 +73,9 @@ class RowRng:
     @classmethod
     def from_ids(cls, seed: int, ids: Sequence[str], device: torch.device | str = "cpu") -> RowRng:
         """One stream per row id."""
-        digests = [hashlib.sha256(f"{seed}|{name}".encode()).digest() for name in ids]
-        words = [[int.from_bytes(d[i : i + 4], "little") for d in digests] for i in (0, 4)]
-        key = torch.tensor(words, dtype=torch.int64).reshape(2, len(digests))
+        digests = b"".join(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8] for name in ids)
+        octets = torch.tensor(list(digests), dtype=torch.int64).reshape(-1, 2, 4)
+        key = (octets << torch.tensor((0, 8, 16, 24))).sum(2).T
         return cls(int(seed), _round_keys(key)).to(device)
 
     def __len__(self) -> int:
@@ -112,6 +112,11 @@ class RowRng:
         """A torch generator for what is not per row; depends on the seed and the name, not on the rows."""
         digest = hashlib.sha256(f"{self._seed}|generator|{self._path}".encode()).digest()
         return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def keys(self) -> Tensor:
+        """A 64-bit number per row, int64 [B] on the CPU, for models that draw from streams of their own."""
+        words = self.to("cpu").words(2, "integers")
+        return (words[:, 0] << 32) | words[:, 1]
 
     def words(self, n: int, kind: Kind) -> Tensor:
         """The first n 32-bit words of every row, int64 [B, n]."""

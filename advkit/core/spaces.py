@@ -160,6 +160,11 @@ class Box(Boxed, Sized):
             for value in (self.low, self.high)
         )
 
+    @property
+    def is_unit(self) -> bool:
+        """Whether every value lies in [0, 1]."""
+        return bool((torch.as_tensor(self.low) == 0).all()) and bool((torch.as_tensor(self.high) == 1).all())
+
     def bounds_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """low and high as tensors of x's device and floating dtype that broadcast against x."""
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()

@@ -97,3 +97,31 @@ def plainly(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return called
+
+
+_FP32 = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast, and float32 computed as float32 (no TF32, no bfloat16 inside products): given back afterwards."""
+    import torch
+
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        cudnn = torch.backends.cudnn
+        try:
+            held = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        except RuntimeError:  # the caller has used torch 2.9's names for the same, which exclude the older ones
+            for name in _FP32:
+                part: object = functools.reduce(getattr, name.split("."), torch.backends)
+                stack.callback(setattr, part, "fp32_precision", part.fp32_precision)  # type: ignore[attr-defined]
+                part.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        else:
+            stack.callback(setattr, cudnn, "allow_tf32", held[0])
+            stack.callback(torch.set_float32_matmul_precision, held[1])
+            cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+        yield

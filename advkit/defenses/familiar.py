@@ -21,7 +21,7 @@ NAMES: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(("randomresizing", "randomresizingpadding", "randomization"), "did you mean 'random-resize'?"),
     **dict.fromkeys(("perplexity", "perplexityfilter", "ppl"), "did you mean 'ppl_filter'?"),
-    **dict.fromkeys(("randomizedsmoothing", "smoothing", "cohen"), f"randomized smoothing {_NONE_YET}"),
+    **dict.fromkeys(("randomizedsmoothing", "cohen", "gaussiansmoothing"), "did you mean 'smoothing'?"),
     **dict.fromkeys(("jpeg", "jpegcompression"), f"JPEG compression {_NONE_YET}"),
     **dict.fromkeys(("fastat", "fast"), "did you mean 'fgsm_rs' or 'free_at'?"),
     "distillation": f"defensive distillation {_NONE_YET}",
@@ -35,6 +35,7 @@ SETTINGS: Final = settings(
         Setting(here=("recipe",), words="It is a group, such as recipe=[epochs=10]"),
     ),
     ("depth bit_depth nbits", Setting(here=("bits",))),
+    ("scale noise_sd std noise_sigma", Setting(here=("sigma",))),
 )
 
 _LINES: Final = {

@@ -47,9 +47,9 @@ def attacker_of(case: Case, records: Sequence[Record]) -> dict[str, str]:
 
 def _of_defense(case: Case, access: str) -> str:
     name = case.specs.get("defense", "none").partition(":")[0]
-    if name == "none":
+    if name == "none" or case.attack is None:
         return "none"
-    if case.attack is None or case.surrogates:
+    if case.surrogates:
         return "unknown"
     declared = any(isinstance(attack, Adapts) and name in attack.adapts_to for attack in _attacks(case))
     return "adaptive" if declared or (access == KNOWLEDGE[Access.GRADIENTS] and _own_view(case.victim)) else "known"

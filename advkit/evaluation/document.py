@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import Judged, Record
+from advkit.core.protocols import DrawsByRow, Judged, Record
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
@@ -45,7 +45,9 @@ class Run:
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def attacks(self) -> list[dict[str, Any]]:
-        """The report's entries, one per label."""
+        """The report's entries, one per label; certificates are no attack."""
+        if self.section.certified:
+            return []
         made = attack_entries(self.case, self.records, self.section.settings, self.store.seconds(), self.store.tokens())
         groups = by_label(self.records)
         for entry, (label, records) in zip(made, groups.items(), strict=True):
@@ -201,9 +203,10 @@ def threat_block(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 def reproducibility(case: Case, command: str) -> dict[str, Any]:
     """What it takes to run this again."""
     commit, dirty = checkout()
+    drawn = f"; the victim's draws: {case.victim.stream}" if isinstance(case.victim, DrawsByRow) else ""
     return {
         "seed": case.seed,
-        "rng_scheme": "philox4x32-10 per row",
+        "rng_scheme": "philox4x32-10 per row" + drawn,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "dtype": "float32",
         "packages": dict(_packages()),

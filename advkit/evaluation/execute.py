@@ -13,6 +13,7 @@ from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
 from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
 from advkit.core.state import plainly
+from advkit.evaluation.certificates import refuted
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
 from advkit.evaluation.plan import Plan
@@ -91,7 +92,7 @@ def _execute(
     findings += [finding for each in runs if each.kept for finding in [speed_finding(each)]]
     findings += _compared(runs[0], runs[1:])
     findings += [_left_out(each) for each in plan.companions if each.case is None]
-    flags = [finding.to_dict() for finding in findings]
+    flags = [*(finding.to_dict() for finding in findings), *map(dict, runs[0].section.flags)]
     kept = None if lasting else Kept(runs[0].records, read_examples(folder))
     return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting), kept=kept)
 
@@ -121,7 +122,10 @@ def _run(case: Case, companion: Companion | None, store: Store, watch: Watch | N
     """One case: run into its store, and summarized."""
     progress = None if watch is None else lambda new, total: watch(store.name, case, new, total)
     records = in_order(case, run(case, store, progress, workers))
-    return Run(case, records, scenario_of(case).summarize(case, records), store, companion, store.kept)
+    section = scenario_of(case).summarize(case, records)
+    if section.certified:  # an attack that was named stands beside, with records of its own
+        case = replace(case, attack=None)
+    return Run(case, records, section, store, companion, store.kept)
 
 
 def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
@@ -140,7 +144,25 @@ def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
         for other in others
         if other.companion is not None and other.companion.knows_less
     ]
+    breaks += [
+        _refuted(run, other, other.companion.within)
+        for other in others
+        if other.companion is not None and other.companion.within is not None
+    ]
     return [finding for finding in breaks if finding is not None]
+
+
+def _refuted(run: Run, other: Run, within: float) -> Finding | None:
+    """That an attack found another class for samples which are certified at its radius."""
+    alpha = run.case.threat.describe()["details"]["alpha"]
+    rows = refuted(run.records, other.records, alpha, within)
+    if not rows:
+        return None
+    evidence = (
+        f"{other.case.label} finds another class for {len(rows)} samples that are certified at its radius {within:g} "
+        f"(the first: {rows[0]}); a certificate is false with probability {alpha:g} at most"
+    )
+    return found("certificate_violated", "unreliable", evidence, float(len(rows)), 0.0)
 
 
 def _left_out(companion: Companion) -> Finding:

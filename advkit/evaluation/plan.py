@@ -11,7 +11,7 @@ import torch
 from advkit.attacks import ATTACKS
 from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
-from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, WantsData
+from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, Votes, WantsData
 from advkit.core.registry import Registry
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
@@ -27,6 +27,8 @@ from advkit.tasks.base import ClassificationTask
 from advkit.threat_models import GOALS, THREAT_MODELS
 from advkit.threat_models.transfer import Transfer
 
+NO_ATTACK = "none"
+"""The attack of a request whose scenario works without one: a certificate."""
 PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
 
 
@@ -176,7 +178,7 @@ def _ids(task: Task, n: int) -> tuple[str, ...]:
 
 def _built(request: Request, work: Task) -> tuple[Parts, dict[str, Any]]:
     """The parts that are asked for, and what each was made of; what is not said, the attack or the task says."""
-    attack: Any = ATTACKS.build(request.attack)
+    attack: Any = None if request.attack == NO_ATTACK else ATTACKS.build(request.attack)
     defense: Any = DEFENSES.build(request.defense)
     made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
     threat_model = _said(request.threat_model, made_for, work.defaults.threat_model)
@@ -211,7 +213,7 @@ def _case(
     speed = Speed.parse(request.speed)
     model = request.model if request.model is not None else task.defaults.model
     specs = {
-        "attack": ATTACKS.label(parts.attack, asked["attack"]),
+        "attack": NO_ATTACK if parts.attack is None else ATTACKS.label(parts.attack, asked["attack"]),
         "defense": DEFENSES.label(parts.defense, asked["defense"]),
         "task": TASKS.label(work, asked["task"]),
         "model": spec_of_model(model, victim.model),
@@ -232,7 +234,7 @@ def _case(
         surrogates=surrogates_of(parts.threat, task, device),
         seed=request.seed,
         randomized=victim.model.describe().randomized,
-        draws=request.draws,
+        draws=1 if isinstance(victim.model, Votes) else request.draws,
         batch_size=request.batch_size or (victim.model.batch if isinstance(victim.model, Batched) else 256),
         device=device,
         keep=request.keep,

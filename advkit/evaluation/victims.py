@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
-from advkit.core.protocols import Bindable, KnowsClasses, Task, Trains
+from advkit.core.protocols import Bindable, CountsQueries, Deploys, KnowsClasses, Task, Trains, TrainsFront
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
@@ -143,7 +143,28 @@ def bound(task: Task, space: Any) -> Task:
     return task.bind(space) if isinstance(task, Bindable) else task
 
 
-def protected(
+def protected(model: Any, defense: Any, task: Any, **settings: Any) -> Victim:
+    """The protected model that names or objects ask for.
+
+    A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
+    come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
+    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
+    nothing from the zoo, whose models saw another. A defense that answers in another way than it trains (smoothing) is
+    put around what was found.
+
+    settings: see `_protected`
+
+    Raises NoTrainingData, BadModel, CheckpointError, UsageError.
+    """
+    guard = DEFENSES.build(defense)
+    if not isinstance(guard, Deploys):
+        return _protected(model, defense, task, **settings)
+    found = _protected(model, guard.trained_as, task, **settings)
+    # Zoo and cache know what was trained; how it is deployed, the request says.
+    return replace(found, model=guard.deploy(found.model), defense="")
+
+
+def _protected(
     model: Any,
     defense: Any,
     task: Any,
@@ -153,15 +174,7 @@ def protected(
     progress: bool = False,
     sample_timeout: float | None = None,
 ) -> Victim:
-    """The protected model that names or objects ask for.
-
-    A ready model (a checkpoint, a hub name, a torch module) is protected as it is. An architecture needs weights: they
-    come from the embedded zoo when a card matches task, model and defense, else from the cache, else they are trained
-    now, which needs the task's training data. A task that asks for a part of its training set (imbalance=, train=) gets
-    nothing from the zoo, whose models saw another.
-
-    Raises NoTrainingData, BadModel, CheckpointError.
-    """
+    """The same, as the defense trains it."""
     from advkit.models import zoo
     from advkit.models.torch import Architecture
 
@@ -169,12 +182,20 @@ def protected(
     guard = DEFENSES.build(defense)
     spec = DEFENSES.label(guard, defense)
     part, _ = model_part(asked)
+    if isinstance(guard, TrainsFront):
+        told = {"seed": seed, "device": device, "progress": progress, "sample_timeout": sample_timeout}
+        plain = protected(asked, "none", task, **told)
+        if not guard.needs_data:  # its front is there, and put before the model last
+            return plain
+        trained = _trained(plain.model, guard, task, seed, device, progress, name=plain.origin, spec=spec)
+        return replace(trained, origin=f"{plain.origin}, front {trained.origin}")
     if not isinstance(part, Architecture):
         given = ready(part, task, sample_timeout).to(device)
         task = with_classes_of(task, given)
         origin = asked if isinstance(asked, str) else "given"
         if not guard.needs_data:
-            return Victim(guard.protect(given, None, training_rng(seed)), origin)
+            kept = isinstance(guard, Deploys)  # it is put around the model last
+            return Victim(given if kept else guard.protect(given, None, training_rng(seed)), origin)
         told = _trained_with(asked)
         if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
             if told != spec and (found := outside(told)):
@@ -199,6 +220,8 @@ def protected(
     if not guard.needs_data and not isinstance(guard, Trains):
         # What trains nothing goes around the task's undefended model of that architecture.
         plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
+        if isinstance(guard, Deploys):
+            return plain
         return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
     start, name = blank(part, task, seed).to(device), MODELS.spec(part)
     return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)
@@ -229,6 +252,7 @@ def _trained(
         )
     if not isinstance(guard, Trains):
         raise BadModel(f"model {name} has no trained weights, and the defense {spec} does not train any")
+    start = _start(start, guard, data, seed)
     folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
     log.info("training %s with %s on %s (kept in %s)", name, spec, task.name, folder)
     try:
@@ -237,6 +261,11 @@ def _trained(
     except OSError as error:
         raise UsageError(f"the cache {folder} can't be written ({why(error)}): set ADVKIT_CACHE to a folder") from error
     return Victim(fitted.model, f"trained here, seed {seed}")
+
+
+def _start(model: Any, guard: Any, data: Any, seed: int) -> Any:
+    """What is trained: the model, or what the defense makes of it."""
+    return guard.around(model, data, training_rng(seed).at("front")) if isinstance(guard, TrainsFront) else model
 
 
 def _fingerprint(start: Any, guard: Any, data: Any, seed: int) -> str:
@@ -329,6 +358,7 @@ class _Training:
     task: str
     defense: str
     seed: int
+    model: str
 
     @classmethod
     def asked(cls, model: Any, defense: Any, task: Any, recipe: str, seed: int) -> _Training:
@@ -355,30 +385,46 @@ class _Training:
                 f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
             )
         asked = model if model is not None else work.defaults.model
+        if isinstance(guard, TrainsFront) and not guard.needs_data:
+            raise UsageError(f"{DEFENSES.label(guard, defense)} names a front that is trained: evaluate it")
         part, _ = model_part(asked)
-        start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
+        if isinstance(guard, TrainsFront):
+            start = protected(asked, "none", work, seed=seed).model
+        else:
+            start = blank(part, work, seed) if isinstance(part, Architecture) else ready(part, work)
         data = work.training()
         if data is None:
             raise NoTrainingData(
                 f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
             )
-        return cls(start, guard, data, TASKS.label(work, task), DEFENSES.label(guard, defense), seed)
+        name = asked if isinstance(asked, str) else "given"
+        start = _start(start, guard, data, seed)
+        return cls(start, guard, data, TASKS.label(work, task), DEFENSES.label(guard, defense), seed, name)
 
     def fingerprint(self) -> str:
         return _fingerprint(self.start, self.guard, self.data, self.seed)
 
     def saved(self, fitted: Any, out: Path) -> dict[str, Any]:
         """Write the weights and the report; what was made, as JSON values."""
+        from advkit.defenses.smoothing.fronts import QUERIES
         from advkit.evaluation.training_report import write_training_report
         from advkit.models.checkpoint import save_checkpoint
+        from advkit.models.fronts import Denoised, save_front
         from advkit.training.loop import log_entries
 
         file = out / "model.safetensors"
         extra = {"task": self.task, "defense": self.defense, "seed": self.seed, "data": _data_digest(self.data)}
+        model = fitted.model.to("cpu")
+        if isinstance(model, Denoised):
+            stored = save_front(model, file, tuple(self.data.x.shape[1:]), extra)
+            defense = f"{self.defense}{',' if ':' in self.defense else ':'}weights={file}"
+            use = f"--model {self.model} --defense {defense}"
+        else:
+            stored, use = save_checkpoint(model, file, extra=extra), f"--model path:{file}"
         made: dict[str, Any] = {
             "file": str(file),
-            "sha256": save_checkpoint(fitted.model.to("cpu"), file, extra=extra),
-            "model": fitted.model.describe().architecture,
+            "sha256": stored,
+            "model": model.describe().architecture,
             "defense": self.defense,
             "task": self.task,
             "seed": self.seed,
@@ -386,7 +432,10 @@ class _Training:
             "best_epoch": fitted.best_epoch,
             "score": None if math.isnan(fitted.best.score) else fitted.best.score,
             "halted": fitted.halted,
+            "evaluate": f"advkit evaluate --task {self.task} {use}",
         }
+        if isinstance(model, CountsQueries):
+            made["queries"] = {"answered": int(fitted.log[-1].figures[QUERIES]), "retried": model.retried}
         report, curves = write_training_report(out, made, asdict(self.guard.recipe), log_entries(fitted.log))
         return {**made, "report": str(report), "curves": str(curves)}
 
@@ -402,9 +451,11 @@ def _writable(folder: Path) -> Iterator[None]:
 
 def _asked(kind: str, given: Any, recipe: RecipeFile, registry: Registry[Any], default: Any) -> Any:
     """What was given, else what the recipe says of this kind of part, else the default."""
-    said = recipe.parts[kind]
-    if given is not None or not said:
-        return default if given is None else given
+    if given is not None:
+        return given
+    said = recipe.said(kind)
+    if not said:
+        return default
     try:
         registry.build(said)
     except AdvkitError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advkit.core.protocols import Data, ModelInfo, Trains
+from advkit.core.protocols import Data, ModelInfo, Trains, TrainsFront
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel, is_model
@@ -155,6 +155,8 @@ def check_training(defense: Any, model: TorchModel | None = None, data: Data | N
     data = stripes() if data is None else data
     model = forgetful(tuple(data.x.shape[1:]), data.classes) if model is None else model
     rng = RowRng.from_ids(0, ["kit"])
+    if isinstance(defense, TrainsFront):
+        model = defense.around(model, data, rng.at("front"))
     asked = [0]
 
     def counted(stop_at: int = -1) -> Any:

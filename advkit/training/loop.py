@@ -387,7 +387,7 @@ def fit(
     place = model.device if device is None else torch.device(device)
     with _own_randomness(place):
         run = _Run(model, data, objective, recipe, rng, place, None if out is None else Path(out), held, ranks)
-        with ranks.listening(run.kept):
+        with ranks.listening(run.kept), _compiling(recipe.compile):
             return run.play(progress and ranks.first)
 
 
@@ -407,6 +407,19 @@ def _check(model: TorchModel, data: Data, held: int) -> None:
         raise BadInput(f"training data: {complaint}")
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise BadModel(f"{model.name} has no parameter that requires a gradient; nothing can be trained")
+
+
+@contextmanager
+def _compiling(wanted: bool) -> Iterator[None]:
+    """UsageError where torch.compile fails: no compiler here, or a network that is not for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not wanted or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise UsageError(
+            f"compile=true, and torch can't compile the network here ({first_line(error)}): leave compile out"
+        ) from error
 
 
 def _check_speed(objective: Objective, recipe: Recipe) -> None:
@@ -542,7 +555,8 @@ class _Run:
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the rows themselves, on the device."""
         index = rows.to(self.x.device)
-        return self._laid_out(self.x[index].to(self.device)), self.y[index].to(self.device), rows.to(self.device)
+        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
+        return self._laid_out(x.to(self.device)), y.to(self.device), rows.to(self.device)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """The rows in the recipe's memory layout."""
@@ -921,9 +935,10 @@ class _Finite:
         """The first bad step, at any process, among those not asked for yet."""
         if not self.steps:
             return None
-        bad = (~torch.isfinite(torch.stack(self.losses))).tolist()
+        values = torch.stack(self.losses).tolist()
         steps, self.steps, self.losses = self.steps, [], []
-        return self.ranks.earliest(next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None))
+        bad = (step for step, value in zip(steps, values, strict=True) if not math.isfinite(value))
+        return self.ranks.earliest(next(bad, None))
 
 
 def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:

@@ -417,7 +417,9 @@ def test_reports_load_without_torch_and_scenarios() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     loaded = {".".join(name.split(".")[:3]) for name in done.stdout.split()}
-    assert loaded == {f"advkit.evaluation.{room}" for room in ("counts", "report", "run", "stats", "trust")}
+    assert loaded == {
+        f"advkit.evaluation.{room}" for room in ("certificates", "counts", "report", "run", "stats", "trust")
+    }
 
 
 def test_html_and_table_show_hostile_names_and_obey_none() -> None:

@@ -13,6 +13,7 @@ from advkit.evaluation.scenarios.evasion import Evasion
 from advkit.testing import SCENARIO_LAWS, check_scenario
 
 CASES = {
+    "certification": {"attack": "none", "defense": "smoothing", "threat_model": "certified:n=100,n0=20"},
     "evasion": {"attack": "pgd:steps=3", "threat_model": "linf:eps=0.1"},
     "grid": {"attack": "pgd:steps=3", "threat_model": "tapm:sources=zoo:digits-public-mlp,attacks=fgsm"},
     "stream": {"attack": "online:inner=fgsm,k=3", "threat_model": "online:k=3,permutations=20"},

@@ -471,6 +471,17 @@ def test_compiled_networks_train_as_others_do(tmp_path: Path) -> None:
         assert torch.allclose(one, two, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_missing_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    torch._dynamo.reset()
+    with pytest.raises(UsageError, match="compile=true, and torch can't compile"):
+        fit(small(), blobs(), Objective(), Recipe(epochs=1, compile=True), RNG, progress=False)
+
+
 def test_networks_that_are_differentiated_twice_are_not_compiled() -> None:
     for spec in ("grad_align", "awp:base=grad_align", "doubly_robust:barrier=0.01,implicit=true"):
         defense: Any = DEFENSES.build(spec)

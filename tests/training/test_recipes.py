@@ -62,7 +62,7 @@ def test_a_shipped_recipe_names_parts_that_there_are(name: str) -> None:
     assert held.about
     assert defense(name).recipe == held.recipe()
     assert TASKS.build(held.task).name == name.partition("-")[0]
-    assert MODELS.build(held.model)
+    assert MODELS.build(held.said("model"))
     assert DEFENSES.build(f"none:recipe=[{name}]") == DEFENSES.build(f"none:recipe=[{held.text}]")
 
 
@@ -312,7 +312,16 @@ def test_a_file_names_advkits_own_parts_alone(here: Path, line: str, what: str) 
 
 def test_architectures_of_other_packages_without_weights_fetch_nothing(here: Path) -> None:
     for model in ("torchvision:resnet18,pretrained=false", "timm:resnet18,pretrained=no"):
-        assert RECIPES.build(written(f"model: {model}\n")).model == model
+        assert RECIPES.build(written(f"model: {model}\n")).said("model") == model
+
+
+def test_what_the_command_line_says_is_not_asked_of_the_file(here: Path) -> None:
+    """Nor is the file's part looked at where settings alone are taken."""
+    file = written("task: python:bomb:rows\nmodel: timm:resnet18\nrecipe:\n  epochs: 1\n")
+    made = train_victim("mlp:hidden=4", None, "digits", recipe=file, out=here / "out", device="cpu")
+    assert (made["task"], made["model"], made["epochs"]) == ("digits", "mlp:hidden=4", 1)
+    built: Any = DEFENSES.build(f"pgd_at:recipe={file}")
+    assert built.recipe == Recipe(epochs=1)
 
 
 def test_a_spec_that_came_in_a_file_opens_no_recipe_file() -> None:

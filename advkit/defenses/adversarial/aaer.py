@@ -75,18 +75,20 @@ def terms(
     """
     l1, l2, l3 = lambdas
     before = before.detach()
-    start, end = gathered(row_losses(before, y)), gathered(row_losses(after, y))
-    lowered = abnormal(start, end.detach())
-    count, others = lowered.sum(), (~lowered).sum()
+    start, end = gathered(row_losses(before, y)), gathered(row_losses(after if ce_grad else after.detach(), y))
+    drops = start - end
+    lowered = abnormal(start, end)
+    count = lowered.sum()
+    others = len(start) - count
     wide = after if after.dtype == torch.float64 else after.float()
     distances = gathered((wide - before.to(wide.dtype)).square().sum(1))
-    drops = start - (end if ce_grad else end.detach())
-    nothing = torch.zeros_like(drops)
+    nothing = torch.zeros_like(start)
     drop = torch.where(lowered, drops, nothing).sum() / count.clamp(min=1)
     moved = torch.where(lowered, distances, nothing).sum() / count.clamp(min=1)
     normal = torch.where(lowered, nothing, distances.detach()).sum() / others.clamp(min=1)
-    applies = (count > 0) & ((others > 0) | torch.tensor(when_all == "apply", device=count.device))
-    share = count.to(wide.dtype) / max(1, len(start)) * applies
+    share = count.to(wide.dtype) / max(1, len(start))
+    if when_all == "skip":
+        share = share * (others > 0)
     regulariser = l1 * share * (l2 * drop + l3 * functional.relu(moved - normal))
     return Terms(functional.cross_entropy(after, y), lowered, drop, moved, normal, regulariser)
 
@@ -159,45 +161,53 @@ class _Objective(OneStepObjective):
         self.aaer = defense
         self.idle = defense.lambda1 == 0 or (defense.lambda2 == 0 and defense.lambda3 == 0)
         self.epochs = 0
-        self._sums: list[Tensor] = []
-        self._run = self._longest = torch.zeros(())
+        self._held: list[Tensor] = []
 
     @override
     def outer(self, model: Any, x: Tensor, y: Tensor, move: Move, after: Tensor, rng: Rng) -> Tensor:
         if self.idle:  # the base method, to the bit
             return super().outer(model, x, y, move, after, rng)
         found = terms(move.before, after, y, self.aaer.lambdas, self.aaer.ce_grad, when_all=self.aaer.when_all)
+        self.note(found.abnormal)
         grown = min(self.epochs / self.aaer.warm_up, 1.0) if self.aaer.warm_up else 1.0
-        regulariser = grown * found.regulariser
-        ce = mean_of_batch([found.ce])[0]
-        held = torch.stack((found.drop, found.moved, found.normal, regulariser, ce)).detach()
-        self._sums.append(held)
-        # counted where the tensors are: asking an accelerator every step would stop it
-        self._run = torch.where(held[3] > DOMINATES * held[4], self._run.to(held) + 1, torch.zeros_like(held[3]))
-        self._longest = torch.maximum(self._longest.to(held), self._run)
+        regulariser = found.regulariser if grown == 1 else grown * found.regulariser
+        with torch.no_grad():  # looked at when the epoch ends: asking an accelerator every step would stop it
+            ce = mean_of_batch([found.ce])[0]
+            self._held.append(torch.stack((found.drop, found.moved, found.normal, regulariser, ce)))
         return found.ce + regulariser
 
     @override
     def noted(self) -> Mapping[str, float]:
         """The share of abnormal examples, and the means of the terms over the epoch's steps."""
         figures = dict(super().noted())
-        if self._sums:
-            means = torch.stack(self._sums).double().mean(0).tolist()
+        if self._held:
+            means = torch.stack(self._held).double().mean(0).tolist()
             figures |= dict(zip(("aaer_drop", "aaer_moved", "aaer_normal", "aaer_regulariser"), means, strict=False))
-            self._sums.clear()
+            self._held.clear()
         return figures
+
+    def _dominated(self) -> int:
+        """Most steps in a row of this epoch in which the penalty was more than DOMINATES times the cross-entropy."""
+        if not self._held:
+            return 0
+        regularisers, losses = torch.stack(self._held)[:, 3:].unbind(1)
+        longest = run = 0
+        for more in (regularisers > DOMINATES * losses).tolist():
+            run = run + 1 if more else 0
+            longest = max(longest, run)
+        return longest
 
     @override
     def review(self, entry: Epoch, log_: Sequence[Epoch]) -> Review:
         self.epochs += 1
-        if float(self._longest) >= PATIENCE:
+        dominated = self._dominated()
+        if dominated >= PATIENCE:
             log.warning(
                 "aaer's penalty was more than %g times the cross-entropy for %d steps in a row: clean accuracy may "
                 "collapse; lower lambda2 or lambda3",
                 DOMINATES,
-                int(self._longest),
+                dominated,
             )
-        self._run = self._longest = torch.zeros(())
         return super().review(entry, log_)
 
     @override

@@ -15,7 +15,7 @@ from typing_extensions import override
 from advkit.attacks.gradient.pgd import PGD, Start
 from advkit.core.checks import check, one_of, positive
 from advkit.core.errors import NoTrainingData
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.oracle import Lanes, Meter, MeteredOracle, frozen
 from advkit.core.protocols import Ball, Data, Goal, Rng, Trains
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.transfer import BALLS, Norm
@@ -28,15 +28,16 @@ Mode = Literal["eval", "train"]
 @contextmanager
 def in_mode(model: Any, training: bool) -> Iterator[None]:
     """The model's modules in training or evaluation mode inside the block; every module's own mode is given back."""
-    modules = [module for top in model.modules() for module in top.modules()]
-    held = [module.training for module in modules]
-    for top in model.modules():
-        top.train(training)
+    held = [(module, module.training) for top in model.modules() for module in top.modules()]
+    if any(mode != training for _, mode in held):  # else it would cost as much as a small network's layer
+        for top in model.modules():
+            top.train(training)
     try:
         yield
     finally:
-        for module, mode in zip(modules, held, strict=True):
-            module.training = mode
+        for module, mode in held:
+            if module.training != mode:
+                module.training = mode
 
 
 def attacked(
@@ -48,7 +49,9 @@ def attacked(
     taken on rows that are wrong already, too.
     """
     with in_mode(model, mode == "train"), frozen(*model.modules()):
-        oracle = MeteredOracle(model, rows=len(x), decides=False, lanes=Lanes(chunk=max(1, len(x)), multiple=1))
+        lanes = Lanes(chunk=max(1, len(x)), multiple=1)
+        meter = Meter(len(x), looks=False)  # nobody asks it: a step of training keeps no record
+        oracle = MeteredOracle(model, rows=len(x), decides=False, lanes=lanes, meter=meter)
         found: Tensor = attack(oracle, x, goal, ball, rng)
     return found.detach()
 

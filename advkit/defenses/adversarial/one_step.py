@@ -31,7 +31,8 @@ class Step:
         """The start, inside the space."""
         if self.noise == 0:
             return x
-        start: Tensor = replace(ball, eps=self.noise * ball.eps).sample(x, rng)
+        wide = ball if self.noise == 1 else replace(ball, eps=self.noise * ball.eps)  # the same ball keeps its walls
+        start: Tensor = wide.sample(x, rng)
         return start
 
     def end(self, start: Tensor, gradient: Tensor, x: Tensor, ball: Any) -> Tensor:

@@ -15,8 +15,9 @@ from advkit.core.checks import not_negative, one_of, positive
 from advkit.core.protocols import Rng
 from advkit.defenses.adversarial.base import Mode
 from advkit.defenses.adversarial.one_step import Move, Step, take
-from advkit.defenses.adversarial.watched import WatchedObjective, WatchedTraining
+from advkit.defenses.adversarial.watched import WatchedObjective, WatchedTraining, abnormal, row_losses
 from advkit.training.loop import Objective
+from advkit.training.ranks import gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,12 @@ class OneStepObjective(WatchedObjective):
     def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         ball = self.defense.ball(model.space)
         move = take(model, x, y, ball, self.step, rng, self.mode)
-        after = model(move.end)
-        self.note(move.before, after, y)
-        return self.outer(model, x, y, move, after, rng)
+        return self.outer(model, x, y, move, model(move.end), rng)
 
     def outer(self, model: Any, x: Tensor, y: Tensor, move: Move, after: Tensor, rng: Rng) -> Tensor:
-        """The scalar to descend; `after` are the logits at the step's end, with their graph."""
+        """The scalar to descend, and a note of the abnormal rows; `after` are the logits at the step's end, with their
+        graph."""
+        self.note(gathered(abnormal(row_losses(move.before, y), row_losses(after.detach(), y))))
         return functional.cross_entropy(after, y)
 
 

@@ -22,7 +22,6 @@ from advkit.defenses.adversarial.base import TrainingDefense, correct_under
 from advkit.defenses.adversarial.one_step import correct_after
 from advkit.training.loop import Epoch, Objective, Review
 from advkit.training.overfitting import Look, collapsed
-from advkit.training.ranks import gathered
 
 log = logging.getLogger("advkit")
 
@@ -81,9 +80,9 @@ class WatchedObjective(Objective):
         """The ball must fit the model's space: said before the first epoch."""
         _ = self.defense.ball(model.space)
 
-    def note(self, before: Tensor, after: Tensor, y: Tensor) -> None:
-        """Keep which of the batch's rows' loss the step lowered; logits [B, classes] before and after it."""
-        self._lowered.append(gathered(abnormal(row_losses(before, y), row_losses(after, y)).detach()))
+    def note(self, lowered: Tensor) -> None:
+        """Keep which of the whole batch's rows' loss the step lowered, bool."""
+        self._lowered.append(lowered)
 
     @override
     def score(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:

@@ -5,6 +5,7 @@
 | `per_class` | robust accuracy of each class inside its clean accuracy | with one class, or more than 100 |
 | `success_by_distance` | fraction of attacked samples broken within a distance | where there is a radius, or no norm |
 | `transfer_grid` | accuracy for each source and attack | with fewer than two attacks that name a source |
+| `certified_curve` | certified accuracy against the radius, an attack's beside it | without certificates |
 | `searches` | best score so far against evaluations, one line per sample | without traces of searches |
 | `transcripts` | a Markdown page: what was sent to the model and what it answered | without texts |
 
@@ -35,6 +36,7 @@ FIGURES: Mapping[str, str] = {
     "per_class": "advkit.evaluation.figures.plots:per_class_of",
     "success_by_distance": "advkit.evaluation.figures.plots:success_by_distance_of",
     "transfer_grid": "advkit.evaluation.figures.plots:transfer_heatmap_of",
+    "certified_curve": "advkit.evaluation.figures.plots:certified_curve_of",
     "searches": "advkit.evaluation.figures.text_plots:searches_of",
     "transcripts": "advkit.evaluation.figures.text_plots:transcripts_of",
 }

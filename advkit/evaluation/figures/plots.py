@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.certificates import ACCURACY, certificates
 from advkit.evaluation.report import Report, write_atomic
 from advkit.evaluation.report.compare import per_class_rates
 
@@ -432,6 +433,59 @@ def success_by_distance_of(report: Report, records: Sequence[Record]) -> Figure 
     if not curves:
         return None
     return success_by_distance(curves, norm=threat["norm"], title=f"Success within a distance, {report.threat}")
+
+
+def certified_curve(
+    curves: Mapping[str, Sequence[float]],
+    points: Mapping[str, Sequence[Point]],
+    attacked: Mapping[str, Point],
+    *,
+    title: str = "",
+) -> Figure:
+    """Certified accuracy against the L2 radius: a step for every sample, intervals at the reported radii.
+
+    curves:   radii of the samples that are right, 0 for all others, by the name of the model
+    points:   reported values with intervals, by the same names
+    attacked: what an attack at a radius leaves, an upper bound on what can be certified there, by the attack's name
+    """
+    figure, axes = new_axes(6.0, 4.0)
+    for (name, radii), (color, _) in zip(curves.items(), SERIES, strict=False):
+        ordered = np.sort(np.asarray(radii, dtype=np.float64))
+        right = ordered[ordered > 0]
+        at = np.concatenate(([0.0], right, right[-1:]))
+        left = np.concatenate((len(right) - np.arange(len(right) + 1), [0])) / max(1, len(ordered))
+        axes.step(at, left[: len(at)], where="post", color=color, label=plain(name))
+        for point in points.get(name, ()):
+            if point.low is not None and point.high is not None:
+                bars = [[max(0.0, point.value - point.low)], [max(0.0, point.high - point.value)]]
+                axes.errorbar([point.eps], [point.value], yerr=bars, fmt="o", color=color, capsize=3, markersize=3)
+    for (name, point), (color, marker) in zip(attacked.items(), reversed(SERIES), strict=False):
+        axes.plot([point.eps], [point.value], marker, color=color, label=plain(name))
+    axes.set_xlabel("L2 radius")
+    axes.set_ylabel("certified accuracy")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def certified_curve_of(report: Report, records: Sequence[Record]) -> Figure | None:
+    """The curve of a run's certificates, with the attack beside it; None where there are none."""
+    data = report.to_dict()
+    alpha, entry = data["threat_model"].get("details", {}).get("alpha"), data["metrics"].get(ACCURACY)
+    if alpha is None or not entry or not records:
+        return None
+    found = certificates(records, alpha)
+    name = data["model"]["name"]
+    points = [Point.of(point["radius"], point["certified_accuracy"]) for point in entry]
+    attacked = {}
+    for companion in data.get("companions", ()):
+        if companion["name"] == "empirical" and data["threat_model"].get("eps") is not None:
+            attacked[companion["title"]] = Point.of(data["threat_model"]["eps"], data["metrics"][companion["metric"]])
+    radii = [each.radius if each.right else 0.0 for each in found]
+    return certified_curve({name: radii}, {name: points}, attacked, title=f"Certified accuracy, {len(found)} samples")
 
 
 def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:

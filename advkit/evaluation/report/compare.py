@@ -6,7 +6,7 @@ Rows are joined by id; over several attacks a row is robust only if it survived 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ class Comparison:
     clean:     clean accuracy
     per_class: label -> robust accuracy on that class's rows; descriptive, its p-values are not corrected
     notes:     what a reader must know (other attacks, other threat model by force, undecided rows, flags)
+    headline:  what `robust` is called: of two runs of certificates, the fraction of samples with one
     """
 
     names: tuple[str, str]
@@ -106,6 +107,7 @@ class Comparison:
     clean: PairedTest
     per_class: Mapping[int, PairedTest]
     notes: tuple[str, ...] = ()
+    headline: str = "robust accuracy"
 
     def sentence(self) -> str:
         """The result in one sentence."""
@@ -117,8 +119,10 @@ class Comparison:
             f"{100 * test.interval.high:+.1f}], McNemar p = {_p_text(test.p)}"
         )
         if test.p >= 1 - test.interval.level:
-            return f"No significant difference in robust accuracy between {a} and {b} ({facts})."
+            return f"No significant difference in {self.headline} between {a} and {b} ({facts})."
         better, worse = (a, b) if test.difference > 0 else (b, a)
+        if self.headline != "robust accuracy":
+            return f"{better} has the higher {self.headline} ({a} {facts})."
         return f"{better} is more robust than {worse} ({a} {facts})."
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,7 +148,7 @@ class Comparison:
         interval = f"{100 * self.robust.interval.level:g} % interval"
         for heading in ("A", "B", "A - B", interval, "only A", "only B", "p", "rows"):
             table.add_column(heading, justify="right", no_wrap=True)
-        lines = [("clean accuracy", self.clean), ("robust accuracy", self.robust)]
+        lines = [("clean accuracy", self.clean), (self.headline, self.robust)]
         for label, test in self.per_class.items():
             name = class_names[label] if 0 <= label < len(class_names) else str(label)
             lines.append((f"robust, class {name}", test))
@@ -247,6 +251,9 @@ def compare(a: str | Path, b: str | Path, level: float = 0.95, force: bool = Fal
         one, two = first["dataset"].get(key), second["dataset"].get(key)
         if one != two:
             raise ReportError(f"the runs are on different data: dataset.{key} is {one!r} in A and {two!r} in B")
+    proven = [bool(run["defense"].get("certified")) for run in (first, second)]
+    if proven[0] != proven[1]:
+        raise UsageError("one run holds certificates, the other what survived attacks: they are never compared")
     notes = []
     if not same_threat(first["threat_model"], second["threat_model"]):
         sides = f"A under {describe_threat(first['threat_model'])}; B under {describe_threat(second['threat_model'])}"
@@ -264,7 +271,8 @@ def compare(a: str | Path, b: str | Path, level: float = 0.95, force: bool = Fal
     records = [read_records(records_path(run)) for run in (a, b)]
     for name, run, found in zip("AB", runs, records, strict=True):
         _check_agreement(name, run, found)
-    return compare_records(records[0], records[1], _names(first, second), level, notes)
+    made = compare_records(records[0], records[1], _names(first, second), level, notes)
+    return replace(made, headline="certified accuracy at any radius") if all(proven) else made
 
 
 def same_threat(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

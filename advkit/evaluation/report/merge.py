@@ -24,6 +24,8 @@ _ADDITIVE = (
     "robust_accuracy_upper",
 )
 """Metrics whose counts are per sample, so that those of two shards add up."""
+_MEANS = ("average_certified_radius",)
+"""Means over all samples, so that those of two shards weigh by their samples."""
 _CASE = ("kind", "task", "dataset", "model", "defense", "threat_model", "protocol", "attacks", "seed", "section")
 _SAME = ("name", "attack", "stage", "source", "params", "order", "conditional", "beside")
 
@@ -179,6 +181,10 @@ def _merge_metrics(x: Mapping[str, Any], y: Mapping[str, Any], known: set[str]) 
                 }
                 for p, q in zip(one, two, strict=True)
             ]
+        elif name in _MEANS and one["value"] is not None and two["value"] is not None:
+            n = one["n"] + two["n"]
+            mean = (one["value"] * one["n"] + two["value"] * two["n"]) / n
+            merged[name] = {**one, "value": mean, "n": n, "ci": None}  # a bootstrap needs the samples again
         elif name in known and "numerator" in one and "numerator" in two:
             merged[name] = _merge_rates(one, two)
         else:

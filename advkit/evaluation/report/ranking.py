@@ -469,7 +469,9 @@ def _how(by_sample: Sequence[_Item], elsewhere: Sequence[_Item], rest: Sequence[
     if not rest:
         more = f", {len(elsewhere)} of them on other samples" if elsewhere else ""
         return f"worst case per sample over {len(by_sample) + len(elsewhere)} reports{more}"
-    if all(item.found.records and item.found.headline for item in rest):
+    if any(_score(item.data)[1] is not None for item in rest):
+        why = "certificates of several runs are not put together"
+    elif all(item.found.records and item.found.headline for item in rest):
         why = "their samples differ"
     elif all(item.found.records for item in rest):
         why = "the score is no count of samples"

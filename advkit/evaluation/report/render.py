@@ -321,7 +321,7 @@ def _brief_title(data: Data) -> str:
     asked = data.get("request")
     if asked is None:
         return title(data)
-    attack = asked["attack"] or asked["threat_model"]
+    attack = asked["threat_model"] if asked["attack"] in ("", "none") else asked["attack"]
     n = data["dataset"]["n_evaluated"]
     return f"{attack}, defense {asked['defense']}, on {asked['task']}, model {asked['model']}, {n} samples"
 

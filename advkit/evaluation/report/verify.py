@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from advkit.core.errors import ReportError
+from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
+from advkit.core.smoothing import largest_radius, linf_radius
 from advkit.core.strict_json import read_object
 from advkit.core.text import printable
+from advkit.evaluation.certificates import ABSTAINED, ACCURACY, LARGEST, RADIUS, agrees
+from advkit.evaluation.certificates import figures as certified_figures
 from advkit.evaluation.counts import (
     ALL_JUDGES,
     ANY_JUDGE,
@@ -44,8 +47,9 @@ from advkit.evaluation.run.store import read_records
 
 BESIDE = "beside.jsonl"
 _LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none"})
-COUNTED = frozenset({"evasion", "grid", "stream"})
+COUNTED = frozenset({"certification", "evasion", "grid", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
+CERTIFICATION = "certification"
 _ROUND_OFF = 1e-9
 _LEAST = re.compile(re.escape(least_name("*")).replace(re.escape("*"), "(.+)"))
 _OF_JUDGES = frozenset({STRICTEST_JUDGE, ANY_JUDGE, ALL_JUDGES, f"{ALL_JUDGES}_upper"})
@@ -219,6 +223,8 @@ def _metrics(
         # `white_box_...` of a report that has no companion of that name is its own.
         counted |= own
     tables = {id(records): figures_of(records), id(beside): figures_of(beside)}
+    if data["section"]["scenario"] == CERTIFICATION:
+        confirmed, wrong = _certificates(data, records)
     for name, (base, of) in counted.items():
         entry, known = metrics[name], tables[id(of)]
         figure = known.get(base, _of_measure(base, of))
@@ -240,6 +246,40 @@ def _metrics(
     if upper is None and "robust_accuracy" in metrics and (unknown := count(records).right_unknown):
         wrong.append(f"robust_accuracy_upper is missing, though {unknown} samples are undecided")
     return confirmed, wrong
+
+
+def _certificates(data: Mapping[str, Any], records: Sequence[Record]) -> tuple[set[str], list[str]]:
+    """The same for what follows from the votes of certificates: curve, radius and rates."""
+    metrics, details = data["metrics"], _mapping(data["threat_model"].get("details"))
+    alpha, radii = details.get("alpha"), details.get("radii")
+    if not isinstance(alpha, float) or not 0 < alpha < 1 or not isinstance(radii, list):
+        return set(), ["threat_model.details has no alpha and radii, by which votes become certificates"]
+    try:
+        told = certified_figures(records, radii, alpha)
+    except UsageError as error:
+        return set(), [f"the records' votes are none: {error}"]
+    sigmas = {record.measures["sigma"] for record in records if "sigma" in record.measures}
+    sigma = _mapping(data["defense"].get("params")).get("sigma")
+    draws, shape = details.get("n"), data["dataset"].get("input_shape")
+    if isinstance(draws, int) and draws > 0 and len(sigmas) == 1:
+        told[LARGEST] = {"value": largest_radius(draws, min(sigmas), alpha)}
+    if shape and told[RADIUS]["value"] is not None:
+        told[f"{RADIUS}_linf"] = {"value": linf_radius(told[RADIUS]["value"], math.prod(shape))}
+    wrong = []
+    for name in told.keys() | {ACCURACY, RADIUS, ABSTAINED} if records else ():
+        entry, known = metrics.get(name), told.get(name)
+        if entry is None or known is None:
+            wrong.append(f"{name} is {'missing' if entry is None else 'nowhere in the records'}")
+        elif isinstance(entry, list) != isinstance(known, list):
+            wrong.append(f"{name} is no curve")
+        elif isinstance(known, list):
+            if [point["radius"] for point in entry] != radii or not agrees(entry, records, alpha):
+                wrong.append(f"{name} is not what the votes come to")
+        elif not _agrees(entry, _pair(known) if "numerator" in known else known["value"]):
+            wrong.append(f"{name} is {_said(entry)}, the records say {_said(known)}")
+    if sigma is not None and sigmas - {sigma}:
+        wrong.append(f"defense.params.sigma is {_short(sigma)}, the votes were taken under {_short(sorted(sigmas))}")
+    return set(told), wrong
 
 
 def worst_case(name: str, records: Sequence[Record]) -> Figure | None:
@@ -359,8 +399,9 @@ def _attacks(data: Mapping[str, Any], records: Sequence[Record], beside: Sequenc
     """Every entry of the list, against the records of its label."""
     if data["section"]["scenario"] not in COUNTED:
         return
+    certified = data["section"]["scenario"] == CERTIFICATION  # votes are no attack
     for entries, of in (
-        ([entry for entry in data["attacks"] if not entry["beside"]], records),
+        ([entry for entry in data["attacks"] if not entry["beside"]], () if certified else records),
         ([entry for entry in data["attacks"] if entry["beside"]], beside),
     ):
         if entries and not of:

@@ -25,6 +25,7 @@ from advkit.core.protocols import (
     Access,
     Averages,
     Batch,
+    DrawsByRow,
     Goal,
     Lattice,
     Model,
@@ -36,7 +37,7 @@ from advkit.core.protocols import (
 from advkit.core.rng import RowRng
 from advkit.evaluation.counts import clean_notes
 from advkit.evaluation.run.case import Case, lent
-from advkit.evaluation.run.judge import Judge, Verdict, decide, finite, majority
+from advkit.evaluation.run.judge import Judge, Verdict, finite
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
@@ -163,14 +164,15 @@ def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception, who: str) 
     before: int | None = None
     try:
         with alone(case, case.label, batch.ids[0]), limited(case.sample_timeout):
-            judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
-            clean = _clean(case, batch, judge, RowRng.from_ids(case.seed, batch.ids, device=case.device).at("goal"))
+            rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
+            judge = _judge(case, lanes, rng)
+            clean = _clean(case, batch, judge, rng.at("goal"))
     except torch.OutOfMemoryError:
         raise
     except Exception:
         notes = ("clean_raised", *notes)
     else:
-        before = int(decide(clean.answer)[0])
+        before = int(judge.decide(clean.answer)[0])
         notes = (*_state_of(clean, 0, Outcome.ERROR, label, before), *notes)
     record = Record(
         id=batch.ids[0],
@@ -293,10 +295,18 @@ class _Attempts:
         """Attack these rows (long) through `model`; where they raise, find the culprits by halving."""
         case, x = self.case, self.batch.x
         assert case.attack is not None
-        oracle = MeteredOracle(
-            model, len(rows), case.threat.access, case.threat.queries, self.decides, self.lanes, data=case.data
-        )
         where = rows.cpu()
+        keys = self.rng.at("draws").keys()[where] if isinstance(model, DrawsByRow) else None
+        oracle = MeteredOracle(
+            model,
+            len(rows),
+            case.threat.access,
+            case.threat.queries,
+            self.decides,
+            self.lanes,
+            data=case.data,
+            keys=keys,
+        )
         together = whole_batch(case.attack)
         seconds = None if case.sample_timeout is None else case.sample_timeout * (len(rows) if together else 1)
         try:
@@ -360,8 +370,8 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     tell its sides; and where the view answered NaN, gave no gradient or raised. The second run is what counts; the
     passes of both add up, the queries are those of the second alone.
     """
-    judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
+    judge = _judge(case, lanes, rng)
     # Every attack on a row meets the same goal: what it is to reach does not depend on who tries.
     wanted, rng = rng.at("goal"), rng.at("attack", *case.label.streams)
     clean = _clean(case, batch, judge, wanted)
@@ -382,26 +392,30 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     )
     admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
     shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.returned)
-    return Round(_records(attempts, clean, verdict, said), batch.x, shown, attempts.tokens)
+    return Round(_records(attempts, clean, judge, verdict, said), batch.x, shown, attempts.tokens)
 
 
 def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
     """Judge one batch as it is, without an attack."""
-    judge = Judge(case.victim, lanes, case.draws if case.randomized else 1)
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
+    judge = _judge(case, lanes, rng)
     clean = _clean(case, batch, judge, rng.at("goal"))
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
     verdict = judge.judge(batch.x, batch.x, clean.goal, case.threat)
     said = judge.examine(
         verdict, batch.x, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
     )
-    return Round(_records(attempts, clean, verdict, said))
+    return Round(_records(attempts, clean, judge, verdict, said))
+
+
+def _judge(case: Case, lanes: Lanes, rng: RowRng) -> Judge:
+    return Judge(case.victim, lanes, case.draws if case.randomized else 1, rng)
 
 
 def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
     """The rows before any attack, and what the attacker wants of them."""
-    answers = judge.answers(batch.x)
-    answer, wrong = answers[0], majority(batch.goal, answers)
+    answers = judge.answers(batch.x, "clean")
+    answer, wrong = answers[0], judge.majority(batch.goal, answers)
     sane = finite(answer)
     if batch.labels is None:
         goal, contested = batch.goal, ~wrong & sane
@@ -410,7 +424,7 @@ def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
         # An untargeted attacker has nothing left to win on a row that is wrong when clean; another one has, unless the
         # row meets the goal already, or would were the victim right about it.
         lost = wrong if case.rule.kind == "untargeted" else _met_by_truth(goal, batch.labels, answer)
-        contested = sane & ~lost & ~majority(goal, answers)
+        contested = sane & ~lost & ~judge.majority(goal, answers)
     attacked = sane if case.attack_misclassified else contested  # a grid counts every image
     return _Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), contested.cpu(), attacked)
 
@@ -465,13 +479,14 @@ def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, row: int) -> 
 def _records(
     attempts: _Attempts,
     clean: _Clean,
+    judge: Judge,
     verdict: Verdict,
     said: Sequence[tuple[dict[str, float | bool], dict[str, str]]],
 ) -> list[Record]:
     """One record per row of the batch."""
     case, batch, cost = attempts.case, attempts.batch, attempts.cost
     labels = None if batch.labels is None else batch.labels.cpu()
-    before = decide(clean.answer).cpu()
+    before = judge.decide(clean.answer).cpu()
     records = []
     for i, row in enumerate(batch.ids):
         label, outcome = None if labels is None else int(labels[i]), _outcome(attempts, clean, verdict, i)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of, whole_batch
+from advkit.core.protocols import Batch, DrawsByRow, OfFiles, Record, Suite, ids_of, whole_batch
 from advkit.evaluation.run.batch import (
     Round,
     Unit,
@@ -247,14 +247,17 @@ def lanes_of(case: Case) -> Lanes:
     first = _first_rows(case)
     probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
     with own_randomness(case.device, "lanes"):
-        found = [Lanes.probed(model, first, backward) for model, backward in probes]
+        # A smoothed model has no shapes of its own: those of the model that it calls for every draw count.
+        asked = [(model.base if isinstance(model, DrawsByRow) else model, backward) for model, backward in probes]
+        found = [Lanes.probed(model, first, backward) for model, backward in asked]
         if case.views is not None:
             found += [case.views.lanes(name, model, first, back) for name, model, back in models_attacked(case)]
     return max(found, key=lambda lanes: lanes.multiple)
 
 
 def _first_rows(case: Case) -> Tensor:
-    first: Tensor = first_rows(replace(case, batch_size=64, n=min(64, len(case.task)))).x
+    victim = case.victim.base if isinstance(case.victim, DrawsByRow) else case.victim
+    first: Tensor = first_rows(replace(case, victim=victim, batch_size=64, n=min(64, len(case.task)))).x
     return first
 
 

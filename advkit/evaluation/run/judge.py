@@ -18,6 +18,7 @@ from advkit.core.blame import GOAL, JUDGE, MODEL, code_of
 from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.protocols import (
     Access,
+    DrawsByRow,
     Evidence,
     Examines,
     Figure,
@@ -28,7 +29,9 @@ from advkit.core.protocols import (
     Quantizes,
     Rng,
     ThreatModel,
+    Votes,
 )
+from advkit.core.rng import RowRng
 
 
 def decide(answer: Tensor) -> Tensor:
@@ -102,34 +105,54 @@ class Judge:
     """Puts questions to the victim, apart from the attack's oracle and its meter.
 
     draws: answers per input of a randomised victim; a row reaches its goal when the majority of draws does
+    rng:   streams of the rows, for a victim that draws by row
     """
 
-    def __init__(self, victim: Model[Any, Any], lanes: Lanes, draws: int = 1) -> None:
+    def __init__(self, victim: Model[Any, Any], lanes: Lanes, draws: int = 1, rng: RowRng | None = None) -> None:
         self.victim = victim
         self.lanes = lanes
         self.draws = draws
+        self.rng = None if rng is None or not isinstance(victim, DrawsByRow) else rng
 
-    def answer(self, x: Tensor) -> Tensor:
-        """One answer per row."""
-        return MeteredOracle(self.victim, len(x), Access.SCORES, lanes=self.lanes)(x)
+    def answer(self, x: Tensor, what: str = "", draw: int = 0) -> Tensor:
+        """One answer per row; `what` it is asked for, and which draw of it, names the streams."""
+        keys = None if self.rng is None else self.rng.at("judge", what, draw).keys()
+        return MeteredOracle(self.victim, len(x), Access.SCORES, lanes=self.lanes, keys=keys)(x)
 
-    def answers(self, x: Tensor) -> list[Tensor]:
+    def answers(self, x: Tensor, what: str) -> list[Tensor]:
         """One answer per row and draw."""
-        return [self.answer(x) for _ in range(self.draws)]
+        return [self.answer(x, what, draw) for draw in range(self.draws)]
 
-    def reached(self, x: Tensor, goal: Goal[Tensor]) -> tuple[Tensor, Tensor]:
+    def decide(self, answer: Tensor) -> Tensor:
+        """Long [B]: the class of each answer, -1 where the victim abstains."""
+        decision = decide(answer)
+        return decision.masked_fill(self.victim.abstained(answer), -1) if isinstance(self.victim, Votes) else decision
+
+    def majority(self, goal: Goal[Tensor], answers: Sequence[Tensor]) -> Tensor:
+        """Bool [B]: rows whose goal most of the draws' answers reach.
+
+        A vote that abstains is a wrong answer: it reaches the goal of whoever wants just that, and no other.
+        """
+        if not isinstance(self.victim, Votes):
+            return majority(goal, answers)
+        out = torch.stack([self.victim.abstained(answer) for answer in answers])
+        reached = torch.stack([goal.reached(answer) for answer in answers])
+        votes = reached & ~out | (out if goal.kind == "untargeted" else torch.zeros_like(out))
+        return 2 * votes.sum(0) > len(answers)
+
+    def reached(self, x: Tensor, goal: Goal[Tensor], what: str) -> tuple[Tensor, Tensor]:
         """Bool [B], by majority of draws, and the first draw's answer."""
-        answers = self.answers(x)
-        return majority(goal, answers), answers[0]
+        answers = self.answers(x, what)
+        return self.majority(goal, answers), answers[0]
 
     def judge(self, returned: Tensor, origin: Tensor, goal: Goal[Tensor], threat: ThreatModel[Tensor]) -> Verdict:
         """Admitted, finite, reached: in this order, on the point the attacker can really hand in."""
         seen, admitted = submitted(returned, origin, threat)
-        reached, answer = self.reached(seen, goal)
+        reached, answer = self.reached(seen, goal, "verdict")
         eight_bit = None
         space = self.victim.space
         if origin.ndim == 4 and origin.is_floating_point() and isinstance(space, Quantizes):
-            eight_bit = self.reached(space.quantize(seen), goal)[0]
+            eight_bit = self.reached(space.quantize(seen), goal, "8 bit")[0]
         scores = answer.is_floating_point() and answer.ndim > 1
         margin = goal.margin(answer) if scores else torch.zeros(len(answer), dtype=torch.float32)
         spread = answer.amax(1) - answer.amin(1) if scores else torch.ones(len(answer), dtype=torch.float32)
@@ -138,7 +161,7 @@ class Judge:
             admitted=admitted.cpu(),
             finite=finite(answer).cpu(),
             reached=reached.cpu(),
-            decision=decide(answer).cpu(),
+            decision=self.decide(answer).cpu(),
             margin=margin.float().cpu(),
             closeness=(margin / spread).float().cpu(),
             distance=threat.distance(seen, origin).cpu(),

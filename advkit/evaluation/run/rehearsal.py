@@ -12,7 +12,7 @@ from torch import Tensor
 from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
 from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Batch, Model, Refuses
+from advkit.core.protocols import Averages, Batch, Model, Refuses
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
@@ -65,11 +65,13 @@ def _first_answer(case: Case, first: Batch) -> tuple[Batch, Tensor]:
 
 
 def first_rows(case: Case, rows: int = 64) -> Batch:
-    """The task's first rows on the case's device, no more than a batch of the case.
+    """The task's first rows on the case's device, no more than a batch of the case, and fewer where answers are dear.
 
     Under a limit of time without those on which a model does not come back: each is asked alone, so that which they are
     does not depend on how fast the others go. BadModel where none is left.
     """
+    if isinstance(case.victim, Averages):  # every answer is one of many passes
+        rows = max(2, rows // case.victim.passes)
     rows = min(rows, case.batch_size, case.n)
     batch = on_device(next(iter(case.task.batches(rows, n=rows))), case.device)
     if case.sample_timeout is None:

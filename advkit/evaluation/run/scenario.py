@@ -25,9 +25,9 @@ Records = Mapping[str, Record]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a request names, built, before a victim is found or trained."""
+    """What a request names, built, before a victim is found or trained; attack None where it asks for none."""
 
-    attack: Attack
+    attack: Attack | None
     defense: Defense
     task: Task
     threat: ThreatModel[Any]
@@ -60,6 +60,7 @@ class Section:
     wording:  the words for clean, robust and success
     settings: of every attack, by its label
     certified: whether the headline is proven rather than attacked
+    flags:    what bears on whether the figures can be trusted, as the report has it: {"id", "severity", "message"}
     """
 
     metrics: Mapping[str, Any]
@@ -70,6 +71,7 @@ class Section:
     wording: Wording = field(default_factory=Wording)
     settings: Mapping[Label, Mapping[str, Any]] = field(default_factory=dict)
     certified: bool = False
+    flags: Sequence[Mapping[str, Any]] = ()
 
     def block(self, scenario: str) -> dict[str, Any]:
         """The report's `section`: everything but the metrics, which stand apart."""
@@ -94,6 +96,8 @@ class Companion:
     metrics:    names or patterns (`tapm_*`) of what is taken over from its section
     metric:     the one that a short summary shows, with its prefix
     knows_less: its attacker knows less than the headline's: where it breaks more, the headline's attack was too weak
+    within:     radius of its attack where the headline's records are certificates: another class for a sample that is
+                certified at it refutes the certificate
     """
 
     name: str
@@ -103,6 +107,7 @@ class Companion:
     metric: str = ""
     prefix: str = ""
     knows_less: bool = False
+    within: float | None = None
     without: str = ""
 
 

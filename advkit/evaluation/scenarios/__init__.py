@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 SCENARIOS: Registry[Scenario] = Registry(
     "scenario",
     {
+        "certification": "advkit.evaluation.scenarios.certification:Certification",
         "evasion": "advkit.evaluation.scenarios.evasion:Evasion",
         "grid": "advkit.evaluation.scenarios.grid:Grid",
         "stream": "advkit.evaluation.scenarios.stream:Stream",

@@ -60,6 +60,19 @@ class RecipeFile:
         """The specs by kind."""
         return {kind: getattr(self, kind) for kind in PARTS}
 
+    def said(self, kind: str) -> str:
+        """The spec of a kind of part, "" for none, where it names advkit's own parts or untrained networks alone.
+
+        Raises UsageError for others: a file may not choose what code runs or what is fetched.
+        """
+        text = self.parts[kind]
+        if found := [] if kind == "model" and _architecture(text) else outside(text):
+            raise UsageError(
+                f"{self.source}: {kind}: {text} names what is not advkit's own ({'; '.join(found)}); where you trust "
+                f"the file, say it yourself: --{kind} {text}"
+            )
+        return text
+
     @property
     def papers(self) -> tuple[str, ...]:
         """arXiv identifiers that `about` cites."""
@@ -89,7 +102,6 @@ def opened(text: str, shipped: Callable[[str], RecipeFile]) -> RecipeFile:
     name = ungroup(first.value)
     if name.casefold().endswith(ENDINGS):
         held = read_file(Path(name).expanduser(), name)
-        _refuse_strangers(held)
     elif "/" in name or Path(name).is_file():
         raise UsageError(f"recipe {name!r}: the name of a recipe file ends in .yaml")
     else:
@@ -284,16 +296,6 @@ def _setting(key: str, value: _Value) -> Argument:
 def _guarded(text: str, item: bool) -> str:
     """In brackets where a spec would cut it apart."""
     return f"[{text}]" if any(mark in text for mark in ("," + "+" * item)) and not is_group(text) else text
-
-
-def _refuse_strangers(held: RecipeFile) -> None:
-    """A file may not choose what code runs or what is fetched: it names advkit's own parts, and architectures."""
-    for kind, text in held.parts.items():
-        if found := [] if kind == "model" and _architecture(text) else outside(text):
-            raise UsageError(
-                f"{held.source}: {kind}: {text} names what is not advkit's own ({'; '.join(found)}); where you trust "
-                f"the file, say it yourself: --{kind} {text}"
-            )
 
 
 def _architecture(spec: str) -> bool:
