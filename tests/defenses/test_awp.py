@@ -237,8 +237,8 @@ def test_it_costs_one_more_outer_loss(base: str, passes: int) -> None:
 def test_specs_nest_and_claims_are_the_base_s() -> None:
     defense = DEFENSES.build("awp:base=[trades:beta=3,eps=0.1],gamma=0.01,recipe=[epochs=3]")
     assert DEFENSES.build(DEFENSES.spec(defense)) == defense
-    assert defense.around.beta == 3
-    assert defense.around.recipe.epochs == 3
+    assert defense.based_on.beta == 3
+    assert defense.based_on.recipe.epochs == 3
     assert defense.claims == "linf:eps=0.1"
     assert DEFENSES.build("awp:base=free_at").objective().replays == 8
 

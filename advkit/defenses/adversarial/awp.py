@@ -63,10 +63,10 @@ class AWP(Trains):
     def __post_init__(self) -> None:
         not_negative(self, "gamma", what="length")
         at_least(self, 0, "warm_up")
-        _ = self.around
+        _ = self.based_on
 
     @property
-    def around(self) -> Any:
+    def based_on(self) -> Any:
         """The base defense under this one's recipe; raises UsageError where it trains nothing."""
         from advkit.defenses import DEFENSES
 
@@ -82,7 +82,7 @@ class AWP(Trains):
     @property
     def claims(self) -> str:
         """What the base claims."""
-        return str(self.around.claims)
+        return str(self.based_on.claims)
 
     @override
     def objective(self) -> Objective:
@@ -112,7 +112,7 @@ class AWPObjective(Objective):
     def __init__(self, defense: AWP) -> None:
         super().__init__()
         self.defense = defense
-        self.base: Objective = defense.around.objective()
+        self.base: Objective = defense.based_on.objective()
         self.replays, self.rolls_back = self.base.replays, self.base.rolls_back
         self.whole, self.eager = self.base.whole, self.base.eager
         self.epochs = 0
