@@ -104,6 +104,23 @@ def test_the_table_of_old_weights_is_the_measured_figures() -> None:
             assert not cell or float(cell) == round(sum(values) / len(values), 3)
 
 
+def test_the_table_of_a_steps_cost_is_the_measured_ratios() -> None:
+    held = json.loads((DOCS / "training_overhead.json").read_text(encoding="utf-8"))
+    assert "dirty" not in held["commit"]
+    _, _, *rows = tables("training_overhead.json")[0]
+    assert len(rows) == len(held["results"])
+    for cells, found in zip(rows, held["results"], strict=True):
+        method, ratios, passes = found["method"].partition(":")[0], found["ratios"], found["passes_per_row"]["fit"]
+        assert passes == found["passes_per_row"]["bare"]
+        assert cells[:3] == [
+            f"`{method}`",
+            f"`{found['network']}`",
+            f"{passes['forwards']:g} + {passes['backwards']:g}",
+        ]
+        names = ("fit_over_bare", "madry_over_fit", "madry_whole_over_fit", "fbf_over_fit")
+        assert cells[3:] == [f"{ratios[name]:.2f}" if name in ratios else "" for name in names]
+
+
 def test_the_acceptance_of_the_protocol_on_digits() -> None:
     held = json.loads((DOCS / "doubly_robust.json").read_text(encoding="utf-8"))
     half = next(each for each in held["summary"] if each["row"] == "r=0.5")
