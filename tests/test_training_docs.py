@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from advkit.cli.main import COMMANDS, load_command
 from advkit.defenses import DEFENSES
+from advkit.models import zoo
 from advkit.tasks import TASKS
 from advkit.threat_models import THREAT_MODELS
 from advkit.training.loop import Recipe
@@ -129,3 +134,91 @@ def test_the_acceptance_of_the_protocol_on_digits() -> None:
     assert sum(gains["tail_30"]) / 5 >= 0.05
     assert all(gain > 0 for gain in gains["tail_30"])
     assert sum(gains["pgd"]) / 5 >= -0.01
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    """The benchmark of all training defenses."""
+    file = DOCS.parent / "benchmarks" / "adversarial_training_table.py"
+    spec = importlib.util.spec_from_file_location("adversarial_training_table", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
+
+
+def expected_passes(method: str, steps: int) -> tuple[int, int]:
+    """Forward and backward passes per image of a training step, by hand."""
+    multistep = {
+        "pgd_at": (steps + 1, steps + 1),
+        "trades": (steps + 3, steps + 2),  # the clean answer once as a constant, once to be differentiated
+        "mart": (steps + 2, steps + 2),
+        "awp on pgd_at": (steps + 2, steps + 2),
+        "awp on trades": (steps + 5, steps + 4),
+        "doubly_robust": (steps + 1, steps + 1),
+        "grad_align": (3, 4),
+        "conadv": (3, 3),
+        "none": (1, 1),
+        "free_at": (1, 1),
+    }
+    return multistep.get(method, (2, 2))
+
+
+def test_the_table_of_all_methods_is_the_measured_figures(script: ModuleType) -> None:
+    held = json.loads((DOCS / "adversarial_training_table.json").read_text(encoding="utf-8"))
+    assert script.table(held) in TEXT
+    assert {(run["method"], run["seed"]) for run in held["runs"]} == {
+        (method, seed) for method in script.METHODS for seed in (31, 32, 33)
+    }
+    commits = {run["commit"] for run in held["runs"]} | {held["cost"]["commit"]}
+    assert not any("dirty" in commit or commit == "unknown" for commit in commits)
+    for run in held["runs"]:
+        assert run["n"] == 1_000
+        assert run["worst_class"] <= run["tail_30"] <= run["thorough"] <= run["clean"]
+        assert (run["transfer"] is None) == (run["method"] == "none")
+    steps = held["settings"]["steps"]
+    for method, spent in held["cost"]["methods"].items():
+        assert (spent["forward"], spent["backward"]) == expected_passes(method, steps)
+        assert spent["relative_cpu"] > 0.5
+
+
+def test_passes_are_counted(script: ModuleType) -> None:
+    setting = script.Setting.of("digits")
+    for method in ("conadv", "trades"):
+        counted = setting.counted(method)
+        assert (counted["forward"], counted["backward"]) == expected_passes(method, setting.protocol.steps)
+
+
+@pytest.mark.slow
+def test_the_table_of_all_methods_on_digits(script: ModuleType) -> None:
+    setting = script.Setting.of("digits", epochs=10)
+    none, single, multi = (setting.played(method, 1) for method in ("none", "fgsm_rs", "pgd_at"))
+    for run in (none, single, multi):
+        assert run["n"] == 360
+        assert run["worst_class"] <= run["tail_30"] <= run["thorough"] <= run["clean"]
+        assert run["thorough"] <= run["pgd"]
+        assert run["effective_sample_size"] is None
+    assert none["transfer"] is None
+    for trained in (single, multi):
+        assert trained["thorough"] > none["thorough"] + 0.1
+        assert trained["transfer"] >= trained["pgd"]
+    for method in script.METHODS:
+        counted = setting.counted(method)
+        assert (counted["forward"], counted["backward"]) == expected_passes(method, setting.protocol.steps)
+
+
+def test_the_embedded_models_are_those_of_the_cards(script: ModuleType) -> None:
+    section = TEXT[TEXT.index("## Embedded models") : TEXT.index("## What is refused")]
+    rows = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in re.findall(r"^\| `.*", section, re.M)]
+    assert sorted(rows) == sorted(
+        [
+            card.name,
+            card.defense,
+            script.figure(card.measured["clean accuracy"]),
+            script.figure(card.measured["pgd-40 accuracy"]),
+        ]
+        for card in zoo.find("fashion-mnist", "cnn", role="victim")
+    )
