@@ -291,8 +291,8 @@ class Denoised(TorchModel, Undefended, CountsQueries):
         logits = checked_logits(answer, len(images))
         if logits.ndim != 2:
             raise BadModel(
-                f"the model answers decisions [{len(images)}]; expected logits or probabilities [B, C]: wrap it so that "
-                "it answers one-hot rows, and say answers=labels"
+                f"the model answers decisions [{len(images)}]; expected logits or probabilities [B, C]: wrap it so "
+                "that it answers one-hot rows, and say answers=labels"
             )
         if logits.shape[1] != (self.classes or logits.shape[1]):
             raise BadModel(f"the model answers {logits.shape[1]} classes; expected {self.classes}")

@@ -1,8 +1,8 @@
 """What all defenses share that train a front for a model which may only be queried, and smooth the chain.
 
 The chain is front(x), then the model. The front's loss needs a gradient at the place where the model takes over: an
-`Estimator` says where it comes from. Whatever that is, the front is trained by the mean of <z, a> over the rows, where z
-is what the front answers and the constant a is the gradient.
+`Estimator` says where it comes from. Whatever that is, the front is trained by the mean of <z, a> over the rows, where
+z is what the front answers and the constant a is the gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing_extensions import override
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BadModel, NoTrainingData, UsageError
 from advkit.core.oracle import frozen
-from advkit.core.protocols import Data, Rng, TrainsFront, Trains
+from advkit.core.protocols import Data, Rng, Trains, TrainsFront
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.core.zeroth_order import Estimate, Mode, cge, cge_queries, rge, rge_queries
