@@ -43,7 +43,8 @@ class Residual(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x - self.net(x).reshape(x.shape)
+        change: Tensor = self.net(x)
+        return x - change.reshape(x.shape)
 
 
 def mlp_denoiser(features: int, width: int = 256, depth: int = 2) -> Residual:

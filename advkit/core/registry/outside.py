@@ -19,6 +19,8 @@ OUTSIDE = {
     "torchvision": "loads from torchvision and its hub",
     "robustbench": "fetches files and unpickles them",
     "path": "opens a file",
+    "http": "sends samples to a web service",
+    "https": "sends samples to a web service",
     "gguf": "opens a file or a package's weights",
 }
 """Prefixes of parts that come from outside advkit, and what using one does."""
