@@ -162,7 +162,10 @@ class _Asked:
         of = torch.arange(rows, device=points.device).repeat_interleave(number)
         flat = points.reshape(rows * number, *self.z.shape[1:])
         with torch.no_grad():
-            parts = [self.function(*each) for each in zip(torch.split(flat, self.chunk), torch.split(of, self.chunk), strict=True)]
+            parts = [
+                self.function(*each)
+                for each in zip(torch.split(flat, self.chunk), torch.split(of, self.chunk), strict=True)
+            ]
         values = torch.cat(parts)
         if values.shape != (rows * number,):
             raise UsageError(f"the function answers {list(values.shape)} for {rows * number} points; expected one each")

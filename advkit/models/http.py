@@ -1,7 +1,7 @@
 """A model behind HTTP: samples go out as JSON, logits, probabilities or labels come back.
 
-A request is `POST URL` with `{"inputs": [[...], ...]}`, rows nested as the samples are. The answer is an object with one
-of these:
+A request is `POST URL` with `{"inputs": [[...], ...]}`, rows nested as the samples are. The answer is an object with
+one of these:
 
     {"logits": [[...], ...]}            a number per class, for each row
     {"probabilities": [[...], ...]}     likewise; their logarithms are what the model answers here
@@ -260,16 +260,17 @@ class HTTPModel(KnowsClasses, Shaped, Batched, CountsQueries):
             if (values < 0).any() or not np.allclose(values.sum(1), 1, atol=1e-3):
                 raise self._bad("probabilities that are negative or do not sum to 1")
             values = np.log(np.maximum(values, 1e-30))
-        return values.astype(np.float32)
+        return _single(values)
 
-    def _one_hot(self, labels: np.ndarray[Any, np.dtype[np.float64]], rows: int) -> Any:
+    def _one_hot(
+        self, labels: np.ndarray[Any, np.dtype[np.float64]], rows: int
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
         classes = self.classes or 0
         if labels.shape != (rows,):
             raise self._bad(f"labels {list(labels.shape)} for {rows} samples; expected [{rows}]")
         if not ((labels == np.floor(labels)) & (labels >= 0) & (labels < classes)).all():
             raise self._bad(f"labels that are no whole numbers from 0 to {classes - 1}")
-        rows_of: np.ndarray[Any, np.dtype[np.float32]] = np.eye(classes, dtype=np.float32)[labels.astype(np.int64)]
-        return rows_of
+        return _single(np.eye(classes)[labels.astype(np.int64)])
 
     def _bad(self, what: str) -> BadModel:
         return BadModel(self._cleared(f"{self._place} answers {what}"))
@@ -293,3 +294,7 @@ def _seconds(text: str) -> float:
 
 def _short(text: str) -> str:
     return " ".join(text.split())[:_SHOWN]
+
+
+def _single(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.asarray(values, dtype=np.float32)
