@@ -30,6 +30,8 @@ def softmax(scores):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet
+    disable_nagle_algorithm = True
 
     def log_message(self, *words):
         pass

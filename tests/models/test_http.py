@@ -199,14 +199,14 @@ def test_a_front_is_trained_before_a_service_and_no_query_is_lost_or_counted_twi
         f"zo_ae_ds:d_z=3,hidden=16,width=16,{answers}pretraining=[epochs=1,validation=0],"
         "recipe=[epochs=2,batch_size=16,validation=0]"
     )
-    data = stripes(rows=32)
+    data = stripes(rows=16)
     with served(least=0.001) as url:
         asked = MODELS.build(f"{url}/{path},{FAST},retries=20,batch=4")(SHAPE, 3, RowRng.from_ids(0, ["m"]))
         chain = defense.around(asked, data, RowRng.from_ids(0, ["f"]))
         done = fit(chain, data, defense.objective(), defense.recipe, RowRng.from_ids(0, ["t"]), progress=False)
         told = counts(url)
     votes = 2 if path == "labels" else 1
-    queries = 32 * 2 * 7 * votes + 32
+    queries = 16 * 2 * 7 * votes + 16
     assert done.log[-1].figures[QUERIES] == asked.answered == told["answered"] == queries
     assert asked.retried == told["failed"] + told["limited"] > 0
 
