@@ -1,6 +1,6 @@
 """A training of ours beside the bare passes that the method needs and beside ART's trainers, in one process.
 
-python benchmarks/training_overhead.py [--root FOLDER] [--rows 1024] [--repetitions 7] [--out FILE]
+python benchmarks/training_overhead.py [--root FOLDER] [--rows 1024] [--repetitions 5] [--out FILE]
 
 Sides, each a training on the same rows, network, batch size, optimiser and attack (Linf eps 0.1):
 
@@ -228,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="", help="folder of Fashion-MNIST's idx files")
     parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--networks", default=",".join(EPOCHS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--out", type=Path)

@@ -221,6 +221,8 @@ def _protected(
     if not guard.needs_data and not isinstance(guard, Trains):
         # What trains nothing goes around the task's undefended model of that architecture.
         plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
+        if isinstance(guard, Deploys):
+            return plain
         return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
     start, name = blank(part, task, seed).to(device), MODELS.spec(part)
     return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)

@@ -23,6 +23,7 @@ from advkit.core.rng import RowRng
 from advkit.models import MODELS
 from advkit.models.checkpoint import _seal, fill_from_file, load_checkpoint, pack, save_checkpoint, unpack
 from advkit.tasks import TASKS
+from advkit.training.recipes import RECIPES
 
 SHAPE = (1, 4, 4)
 
@@ -661,6 +662,20 @@ def _read_mark(folder: Path) -> None:
 
 
 PARSERS["mark of a training folder"] = Parser(_mark, ("out/training.sha256",), _read_mark, rounds=30)
+
+
+def _recipe(folder: Path) -> None:
+    (folder / "mine.yaml").write_bytes(RECIPES.file("cifar10-trades").read_bytes())
+
+
+def _read_recipe(folder: Path) -> None:
+    held = RECIPES.build(str(folder / "mine.yaml"))
+    assert RECIPES.build(held.text).recipe() == held.recipe()
+    for kind in held.parts:
+        held.said(kind)
+
+
+PARSERS["training recipe"] = Parser(_recipe, ("mine.yaml",), _read_recipe)
 
 
 # Language models
