@@ -225,6 +225,22 @@ def test_files_that_hold_no_such_front_are_refused(tmp_path):
         load_front(tmp_path / "none.safetensors", network(), SMALL)
 
 
+def test_a_dncnn_comes_back_too(tmp_path):
+    networks = Networks(denoiser="dncnn", depth=4, width=5, autoencoder="mlp", d_z=2, hidden=4)
+    one, path = chain(networks=networks), tmp_path / "front.safetensors"
+    save_front(one, path, SHAPE, {})
+    x = torch.rand(3, *SHAPE)
+    assert torch.equal(load_front(path, network(), networks)(x), one(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 7), (2**20, 2**20, 2**20), (), (-1, 6, 6)])
+def test_sizes_that_a_file_declares_are_held_against_its_weights(shape, tmp_path):
+    path = tmp_path / "front.safetensors"
+    save_front(chain(), path, shape, {})
+    with pytest.raises(CheckpointError):
+        load_front(path, network(), SMALL)
+
+
 def test_it_goes_where_its_model_goes():
     one = chain()
     assert one.to("cpu") is not None

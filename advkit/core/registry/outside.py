@@ -47,6 +47,9 @@ def outside(spec: str) -> list[str]:
             elif name in others:
                 found.append(f"{shown} (runs the installed {others[name].value})")
     found.extend(f"{file[0]} (opens a file)" for file in re.finditer(r"[^\[\],=+:]+\.ya?ml\b", spec, re.IGNORECASE))
+    found.extend(
+        f"weights={file[1].strip()} (opens a file)" for file in re.finditer(r"\bweights\s*=([^\[\],+]+)", spec)
+    )
     if re.search(r"download\s*=\s*(true|yes|1|on)\b", spec, re.IGNORECASE):
         found.append("download=true (fetches from the network)")
     return list(dict.fromkeys(found))
