@@ -183,9 +183,10 @@ def _protected(
     spec = DEFENSES.label(guard, defense)
     part, _ = model_part(asked)
     if isinstance(guard, TrainsFront):
-        told = {"seed": seed, "device": device, "progress": progress, "sample_timeout": sample_timeout}
-        plain = protected(asked, "none", task, **told)
-        if not guard.needs_data:  # its front is there, and put before the model last
+        plain = protected(
+            asked, "none", task, seed=seed, device=device, progress=progress, sample_timeout=sample_timeout
+        )
+        if guard.weights:  # `deploy` puts that front before the model
             return plain
         trained = _trained(plain.model, guard, task, seed, device, progress, name=plain.origin, spec=spec)
         return replace(trained, origin=f"{plain.origin}, front {trained.origin}")
@@ -385,7 +386,7 @@ class _Training:
                 f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
             )
         asked = model if model is not None else work.defaults.model
-        if isinstance(guard, TrainsFront) and not guard.needs_data:
+        if isinstance(guard, TrainsFront) and guard.weights:
             raise UsageError(f"{DEFENSES.label(guard, defense)} names a front that is trained: evaluate it")
         part, _ = model_part(asked)
         if isinstance(guard, TrainsFront):

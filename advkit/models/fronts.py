@@ -43,7 +43,8 @@ class Residual(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x - self.net(x).reshape(x.shape)
+        change: Tensor = self.net(x)
+        return x - change.reshape(x.shape)
 
 
 def mlp_denoiser(features: int, width: int = 256, depth: int = 2) -> Residual:
@@ -291,8 +292,8 @@ class Denoised(TorchModel, Undefended, CountsQueries):
         logits = checked_logits(answer, len(images))
         if logits.ndim != 2:
             raise BadModel(
-                f"the model answers decisions [{len(images)}]; expected logits or probabilities [B, C]: wrap it so that "
-                "it answers one-hot rows, and say answers=labels"
+                f"the model answers decisions [{len(images)}]; expected logits or probabilities [B, C]: wrap it so "
+                "that it answers one-hot rows, and say answers=labels"
             )
         if logits.shape[1] != (self.classes or logits.shape[1]):
             raise BadModel(f"the model answers {logits.shape[1]} classes; expected {self.classes}")
