@@ -245,6 +245,11 @@ def _trained(
     start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, *, name: str, spec: str
 ) -> Victim:
     data = task.training()
+    if data is None and isinstance(guard, TrainsFront):
+        raise NoTrainingData(
+            f"{spec} trains a front before {name}, and the task has no training data at hand: give it some (e.g. "
+            f"{task.name}:root=FOLDER), or name a front of advkit train: weights=FILE"
+        )
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "

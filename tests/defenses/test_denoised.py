@@ -67,7 +67,7 @@ def test_the_surrogates_gradient_is_the_estimates_over_the_batch():
     z = torch.randn(5, 7, requires_grad=True)
     a, value = torch.randn(5, 7), torch.rand(5)
     found = surrogate(z, a, value)
-    assert float(found) == pytest.approx(float(value.mean()))
+    assert float(found.detach()) == pytest.approx(float(value.mean()))
     found.backward()
     torch.testing.assert_close(z.grad, a / 5)
 
@@ -88,7 +88,7 @@ def test_with_the_exact_gradient_the_parameters_gradients_are_those_of_backpropa
     live = [each for each in chain.front.parameters() if each.requires_grad]
     found = torch.autograd.grad(loss, live, retain_graph=True)
     plain = F.cross_entropy(chain(x + defense.sigma * rng.at("noise").normal(x)), model(x).argmax(1))
-    assert float(loss) == pytest.approx(float(plain), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-6)
     for one, other in zip(found, torch.autograd.grad(plain, live), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
@@ -300,6 +300,11 @@ def test_victims_are_found_trained_kept_and_smoothed(tmp_path, monkeypatch):
     again = protected("zoo:digits-mlp", SPEC.replace("n_predict=40", "n_predict=50"), task)
     assert again.model.model.describe() == one.model.model.describe()
     assert len(list((tmp_path / "trained").iterdir())) == 1
+
+
+def test_without_training_data_a_front_is_asked_for():
+    with pytest.raises(NoTrainingData, match=r"trains a front before zoo:fashion-mnist-cnn.* weights=FILE"):
+        protected(None, "zo_ds", TASKS.build("fashion-mnist"))
 
 
 def test_trained_certified_and_attacked(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import advkit
 from advkit.core.errors import BadModel, MissingExtra, RunInterrupted, UsageError
 from advkit.core.registry import outside
 from advkit.core.rng import RowRng
@@ -221,6 +222,20 @@ def test_a_call_that_fails_in_the_middle_counts_what_was_answered():
         with pytest.raises(RunInterrupted, match="49 samples were answered"):
             chain(torch.rand(64, *SHAPE))
         assert chain.queries.spent == asked.answered == counts(url)["answered"] == 49
+
+
+def test_an_evaluation_says_what_the_service_answered():
+    """Its own count, and the server's, of everything: checks before the run, attack and verdicts."""
+    data = stripes(rows=6)
+    y = expected(data.x).argmax(1)
+    with served() as url:
+        asked = model(f"{url}/probabilities")
+        report = advkit.evaluate(
+            attack="square:queries=4", model=asked, task=(data.x, y), threat_model="linf:eps=0.1", defense="none"
+        )
+        told = counts(url)
+    assert report.to_dict()["model"]["queries"] == {"answered": told["answered"], "retried": told["failed"]}
+    assert report.metrics["clean_accuracy"]["value"] == 1.0
 
 
 @pytest.mark.slow
