@@ -96,10 +96,14 @@ def test_the_tables_of_reweighting_are_the_measured_figures(file: str) -> None:
     assert seen == set(by_row)
 
 
-def test_the_table_of_old_weights_is_the_measured_figures() -> None:
-    held = json.loads((DOCS / "stale_attacks_digits.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    "file",
+    ["stale_attacks_digits.json", "stale_attacks_fashion_mnist.json", "stale_attacks_fashion_mnist_lower_lr.json"],
+)
+def test_the_tables_of_old_weights_are_the_measured_figures(file: str) -> None:
+    held = json.loads((DOCS / file).read_text(encoding="utf-8"))
     assert not any("dirty" in commit for commit in held["commits"])
-    _, _, *rows = tables("stale_attacks_digits.json")[0]
+    _, _, *rows = tables(file)[0]
     assert [cells[0] for cells in rows] == list(dict.fromkeys(each["row"] for each in held["runs"]))
     for cells in rows:
         own = [each for each in held["runs"] if each["row"] == cells[0]]
@@ -107,6 +111,45 @@ def test_the_table_of_old_weights_is_the_measured_figures() -> None:
             values = [each[key] for each in own]
             assert (cell == "") == (None in values)
             assert not cell or float(cell) == round(sum(values) / len(values), 3)
+
+
+def test_the_table_of_a_steps_cost_is_the_measured_ratios() -> None:
+    held = json.loads((DOCS / "training_overhead.json").read_text(encoding="utf-8"))
+    assert "dirty" not in held["commit"]
+    _, _, *rows = tables("training_overhead.json")[0]
+    assert len(rows) == len(held["results"])
+    for cells, found in zip(rows, held["results"], strict=True):
+        method, ratios, passes = found["method"].partition(":")[0], found["ratios"], found["passes_per_row"]["fit"]
+        assert passes == found["passes_per_row"]["bare"]
+        assert cells[:3] == [
+            f"`{method}`",
+            f"`{found['network']}`",
+            f"{passes['forwards']:g} + {passes['backwards']:g}",
+        ]
+        names = ("fit_over_bare", "madry_over_fit", "madry_whole_over_fit", "fbf_over_fit")
+        assert cells[3:] == [f"{ratios[name]:.2f}" if name in ratios else "" for name in names]
+
+
+def test_what_was_expected_of_old_weights_and_is_missed() -> None:
+    section = next(part for part in re.split(r"^#+ ", TEXT, flags=re.MULTILINE) if part.startswith("What was expected"))
+    lines = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|.*$", section, re.MULTILINE)
+    ]
+    for column, name in ((2, "fashion_mnist"), (3, "fashion_mnist_lower_lr")):
+        runs = json.loads((DOCS / f"stale_attacks_{name}.json").read_text(encoding="utf-8"))["runs"]
+
+        def mean(row: str, key: str, runs: Any = runs) -> float:
+            values = [each[key] for each in runs if each["row"] == row]
+            assert len(values) == 3
+            return float(sum(values)) / 3
+
+        clean, pgd = (100 * (mean("tau=1", key) - mean("tau=0", key)) for key in ("clean", "pgd"))
+        gains = [100 * (mean(row, "pgd") - mean("none", "pgd")) for row in ("tau=0", "tau=1")]
+        cosine = mean("tau=1", "cosine_last_quarter")
+        met = [abs(clean) <= 1.5, abs(pgd) <= 3, *(gain >= 10 for gain in gains), cosine >= 0.95]
+        for figure, fine, cells in zip((clean, pgd, *gains, cosine), met, lines[2:], strict=True):
+            assert float(cells[column].strip("*")) == pytest.approx(figure, abs=0.0501 if figure != cosine else 0.0005)
+            assert cells[column].startswith("**") == (not fine)
 
 
 def test_the_acceptance_of_the_protocol_on_digits() -> None:

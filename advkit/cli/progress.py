@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.certificates import LABEL as CERTIFICATES
 from advkit.evaluation.counts import contested, was_right
 from advkit.evaluation.report.text import shorten
 
@@ -54,6 +55,6 @@ class Bars:
             good = was_right(record) and (record.outcome in (Outcome.ROBUST, Outcome.INVALID) or not contested(record))
             robust[record.id] = good and robust.get(record.id, True)
         percentage = 100 * sum(robust.values()) / max(1, len(robust))
-        what = "certified" if case.threat.scenario == "certification" else "robust accuracy"
+        what = "certified" if case.label.attack == CERTIFICATES else "robust accuracy"
         text = f"{what} so far {percentage:.1f} %"
         self._progress.update(self._bars[title], advance=len(records), total=total, far=text)

@@ -1255,6 +1255,11 @@ class Deploys(Protocol):
 class TrainsFront(Protocol):
     """A defense that trains what stands in front of a finished model, and not that model."""
 
+    @property
+    @abstractmethod
+    def weights(self) -> str:
+        """File of a front that is trained already; empty where there is none."""
+
     @abstractmethod
     def around(self, model: Any, data: Data, rng: Rng) -> Any:
         """What is trained: the model behind a front whose weights are drawn from rng, pre-trained where it is so."""

@@ -127,12 +127,13 @@ def cge(
     d = flat.shape[1]
     places = torch.arange(d, device=flat.device) if coordinates is None else coordinates.to(flat.device)
     fine = places.ndim == 1 and not places.is_floating_point() and places.dtype != torch.bool and len(places) > 0
-    if not fine or int(places.min()) < 0 or int(places.max()) >= d or len(places.unique()) != len(places):
+    if not fine or int(places.min()) < 0 or int(places.max()) >= d or len(set(places.tolist())) != len(places):
         raise UsageError(f"coordinates is {list(places.shape)}; expected different whole numbers from 0 to {d - 1}")
     asked = _Asked(function, z, chunk)
     at = asked(flat[:, None])[:, 0] if value or mode == "forward" else None
     gradient = torch.zeros_like(flat)
-    for part in torch.split(places, asked.step):
+    for start in range(0, len(places), asked.step):
+        part = places[start : start + asked.step]
         steps = torch.zeros(len(part), d, dtype=flat.dtype, device=flat.device)
         steps[torch.arange(len(part), device=flat.device), part] = mu
         ahead = asked(flat[:, None] + steps)
@@ -161,7 +162,10 @@ class _Asked:
         of = torch.arange(rows, device=points.device).repeat_interleave(number)
         flat = points.reshape(rows * number, *self.z.shape[1:])
         with torch.no_grad():
-            parts = [self.function(*each) for each in zip(flat.split(self.chunk), of.split(self.chunk), strict=True)]
+            parts = [
+                self.function(*each)
+                for each in zip(torch.split(flat, self.chunk), torch.split(of, self.chunk), strict=True)
+            ]
         values = torch.cat(parts)
         if values.shape != (rows * number,):
             raise UsageError(f"the function answers {list(values.shape)} for {rows * number} points; expected one each")

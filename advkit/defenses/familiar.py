@@ -22,6 +22,8 @@ NAMES: Final[dict[str, str]] = {
     **dict.fromkeys(("randomresizing", "randomresizingpadding", "randomization"), "did you mean 'random-resize'?"),
     **dict.fromkeys(("perplexity", "perplexityfilter", "ppl"), "did you mean 'ppl_filter'?"),
     **dict.fromkeys(("randomizedsmoothing", "cohen", "gaussiansmoothing"), "did you mean 'smoothing'?"),
+    **dict.fromkeys(("ds", "denoisedsmoothing", "denoiser"), "did you mean 'denoised_smoothing'?"),
+    **dict.fromkeys(("zoaeds", "zo", "blackboxdefense"), "did you mean 'zo_ae_ds' or 'zo_ds'?"),
     **dict.fromkeys(("jpeg", "jpegcompression"), f"JPEG compression {_NONE_YET}"),
     **dict.fromkeys(("fastat", "fast"), "did you mean 'fgsm_rs' or 'free_at'?"),
     "distillation": f"defensive distillation {_NONE_YET}",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import DrawsByRow, Judged, Record
+from advkit.core.protocols import CountsQueries, DrawsByRow, Judged, Record, Wraps
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
@@ -141,6 +141,7 @@ def _model(case: Case) -> dict[str, Any]:
     told = in_chat_template(case.victim.space)
     return {
         **({} if told is None else {"chat_template": told}),
+        **_queries(case.victim),
         "name": info.name,
         "architecture": info.architecture,
         "state_sha256": info.state_sha256,
@@ -150,6 +151,17 @@ def _model(case: Case) -> dict[str, Any]:
         "training_mode": False,
         "number_forward_passes": 1,
     }
+
+
+def _queries(model: Any) -> dict[str, Any]:
+    """What the model whose answers have a price has been asked for in this process; empty where there is none."""
+    found: dict[str, Any] = {}
+    while True:
+        if isinstance(model, CountsQueries):
+            found = {"queries": {"answered": model.answered, "retried": model.retried}}
+        if not isinstance(model, Wraps):
+            return found
+        model = model.model
 
 
 def _defense(plan: Plan, case: Case, certified: bool) -> dict[str, Any]:

@@ -183,9 +183,10 @@ def _protected(
     spec = DEFENSES.label(guard, defense)
     part, _ = model_part(asked)
     if isinstance(guard, TrainsFront):
-        told = {"seed": seed, "device": device, "progress": progress, "sample_timeout": sample_timeout}
-        plain = protected(asked, "none", task, **told)
-        if not guard.needs_data:  # its front is there, and put before the model last
+        plain = protected(
+            asked, "none", task, seed=seed, device=device, progress=progress, sample_timeout=sample_timeout
+        )
+        if guard.weights:  # `deploy` puts that front before the model
             return plain
         trained = _trained(plain.model, guard, task, seed, device, progress, name=plain.origin, spec=spec)
         return replace(trained, origin=f"{plain.origin}, front {trained.origin}")
@@ -244,6 +245,11 @@ def _trained(
     start: Any, guard: Any, task: Any, seed: int, device: str, progress: bool, *, name: str, spec: str
 ) -> Victim:
     data = task.training()
+    if data is None and isinstance(guard, TrainsFront):
+        raise NoTrainingData(
+            f"{spec} trains a front before {name}, and the task has no training data at hand: give it some (e.g. "
+            f"{task.name}:root=FOLDER), or name a front of advkit train: weights=FILE"
+        )
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
@@ -385,7 +391,7 @@ class _Training:
                 f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
             )
         asked = model if model is not None else work.defaults.model
-        if isinstance(guard, TrainsFront) and not guard.needs_data:
+        if isinstance(guard, TrainsFront) and guard.weights:
             raise UsageError(f"{DEFENSES.label(guard, defense)} names a front that is trained: evaluate it")
         part, _ = model_part(asked)
         if isinstance(guard, TrainsFront):

@@ -27,6 +27,8 @@ MODELS: Registry[Any] = Registry(
         "torchvision:": "advkit.models.external:TorchVision",
         "robustbench:": "advkit.models.robustbench:RobustBench",
         "python:": "advkit.models.external:PythonFactory",
+        "http:": "advkit.models.http:HTTP",
+        "https:": "advkit.models.http:HTTPS",
         "path:": "advkit.models.checkpoint:CheckpointFile",
         "zoo:": "advkit.models.zoo:ZooModel",
     },

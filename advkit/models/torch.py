@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, cast
 
@@ -413,7 +413,7 @@ class FunctionModel(KnowsClasses):
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        function: Callable[[Any], Any],
         space: Any = None,
         classes: int | None = None,
         name: str = "",
@@ -459,6 +459,19 @@ class FunctionModel(KnowsClasses):
     def to(self, device: torch.device | str) -> FunctionModel:
         """Itself: a function runs where its author put it."""
         return self
+
+
+class NumpyModel(FunctionModel):
+    """A numpy function as a model: an array float32 [B, ...] in, an array of logits [B, classes] out; no gradient."""
+
+    @override
+    def __call__(self, x: Tensor) -> Tensor:
+        answer = as_caller(self.function, x.detach().to("cpu", torch.float32).numpy())
+        return cast(Tensor, self.calls.output(torch.as_tensor(np.asarray(answer)).to(x.device)))
+
+    @override
+    def describe(self) -> ModelInfo:
+        return replace(super().describe(), source="numpy function", differentiable=False)
 
 
 def is_model(thing: object) -> bool:

@@ -188,8 +188,9 @@ def test_the_inputs_of_a_defense_are_those_it_protects(
 ) -> None:
     monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path))
     known = facts("defenses", DEFENSES.target(name))
-    trains = DEFENSES.load(name).needs_data
-    assert (known["group"] == "trains the model") == trains
+    trains = DEFENSES.build(name).needs_data
+    # A front before a model that is finished is trained, and the model is not.
+    assert known["group"] == "smoothing" or (known["group"] == "trains the model") == trains
     settings = ":recipe=[epochs=1,batch_size=16]" if trains else ""
     rng = RowRng.from_ids(0, ["defense"])
     protected = []

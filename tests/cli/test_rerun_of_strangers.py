@@ -119,6 +119,11 @@ def test_every_prefix_of_models_but_the_zoo_comes_from_outside() -> None:
     """A new prefix has to be looked at: is what it loads advkit's own?"""
     assert {name.rstrip(":") for name in MODELS.table if name.endswith(":")} - {"zoo"} == set(OUTSIDE)
     assert all(outside(f"ensemble:models=zoo:a+[{prefix}:b]") for prefix in OUTSIDE)
+
+
+def test_the_file_of_a_front_comes_from_outside() -> None:
+    assert outside("zo_ae_ds:sigma=0.5,weights=a/b.safetensors") == ["weights=a/b.safetensors (opens a file)"]
+    assert outside("zo_ae_ds:sigma=0.5") == []
     assert not outside("pgd:steps=3,loss=[dlr:python=3]")
 
 

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from advkit.core.errors import BadModel, EndedElsewhere, LostProcess, StaleRun, UsageError
-from advkit.core.protocols import Trains
+from advkit.core.protocols import Trains, TrainsFront
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.pubdef import PubDef
@@ -54,6 +54,7 @@ METHODS = (
     "doubly_robust:steps=2,outer=alp",
     "doubly_robust:steps=2,eta=0.5,r=1,barrier=0.01,implicit=true",
     "grad_align:eps=0.2,weight=5",
+    "smoothing:sigma=0.25",
 )
 
 
@@ -172,7 +173,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 def test_every_method_is_compared() -> None:
     named = {spec.partition(":")[0] for spec in METHODS} | {"pubdef"}
-    assert named == {name for name in DEFENSES.names() if isinstance(DEFENSES.build(name), Trains)}
+    made = {name: DEFENSES.build(name) for name in DEFENSES.names()}
+    # what trains a front counts its victim's queries, and is refused on several processes
+    assert named == {
+        name for name, part in made.items() if isinstance(part, Trains) and not isinstance(part, TrainsFront)
+    }
 
 
 def assert_every_method_same(several: list[list[dict[str, Any]]]) -> None:

@@ -19,6 +19,8 @@ OUTSIDE = {
     "torchvision": "loads from torchvision and its hub",
     "robustbench": "fetches files and unpickles them",
     "path": "opens a file",
+    "http": "sends samples to a web service",
+    "https": "sends samples to a web service",
     "gguf": "opens a file or a package's weights",
 }
 """Prefixes of parts that come from outside advkit, and what using one does."""
@@ -45,6 +47,9 @@ def outside(spec: str) -> list[str]:
             elif name in others:
                 found.append(f"{shown} (runs the installed {others[name].value})")
     found.extend(f"{file[0]} (opens a file)" for file in re.finditer(r"[^\[\],=+:]+\.ya?ml\b", spec, re.IGNORECASE))
+    found.extend(
+        f"weights={file[1].strip()} (opens a file)" for file in re.finditer(r"\bweights\s*=([^\[\],+]+)", spec)
+    )
     if re.search(r"download\s*=\s*(true|yes|1|on)\b", spec, re.IGNORECASE):
         found.append("download=true (fetches from the network)")
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""Denoised smoothing, and ZO-AE-DS with its relatives: smoothing of a model that is finished, or may only be queried."""
+"""Denoised smoothing and ZO-AE-DS: smoothing of a model that is finished, or may only be queried."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advkit.defenses.smoothing.fronts import CGE, RGE, AutoEncoded, Estimator, F
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisedSmoothing(FrontDefense):
-    """Denoised smoothing: a denoiser in front of a finished model, the chain smoothed (Salman et al., arXiv 2003.01908).
+    """Denoised smoothing: a denoiser before a finished model, the chain smoothed (Salman et al., arXiv 2003.01908).
 
     loss:  "mse": the denoised sample near the clean one, for which the model is not asked; "stability": the chain's
            answer on noisy samples is the model's on clean ones, which differentiates the model; "both": their sum
@@ -104,9 +104,9 @@ class ZOAEDS(ZerothOrder, AutoEncoded):
 
     The gradient is estimated at the code of the auto-encoder, by values of the decoder and the model alone. As in the
     released code the loss is stability alone, and cge takes central differences: 2 d_z + 1 queries for each sample and
-    epoch where the paper's text says d_z + 1. Reports have the true number. Unlike the released code, cge is not divided
-    by the number of coordinates, labels of clean samples are asked for once, and checkpoints are chosen on validation
-    rows.
+    epoch where the paper's text says d_z + 1. Reports have the true number. Other than in the released code, cge is not
+    divided by the number of coordinates, labels of clean samples are asked for once, and checkpoints are chosen on
+    validation rows.
     """
 
     estimator: Literal["rge", "cge"] = "cge"

@@ -1,8 +1,8 @@
 """What all defenses share that train a front for a model which may only be queried, and smooth the chain.
 
 The chain is front(x), then the model. The front's loss needs a gradient at the place where the model takes over: an
-`Estimator` says where it comes from. Whatever that is, the front is trained by the mean of <z, a> over the rows, where z
-is what the front answers and the constant a is the gradient.
+`Estimator` says where it comes from. Whatever that is, the front is trained by the mean of <z, a> over the rows, where
+z is what the front answers and the constant a is the gradient.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing_extensions import override
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BadModel, NoTrainingData, UsageError
 from advkit.core.oracle import frozen
-from advkit.core.protocols import Data, Rng, TrainsFront, Trains
+from advkit.core.protocols import Data, Rng, Trains, TrainsFront
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.core.zeroth_order import Estimate, Mode, cge, cge_queries, rge, rge_queries
 from advkit.defenses.smoothing.base import SmoothingDefense
 from advkit.models.fronts import Denoised, Denoiser, Front, Networks, Queries, load_front
 from advkit.models.smoothed import Smoothed
-from advkit.models.torch import TorchModel, device_of, seeded
+from advkit.models.torch import TorchModel, as_model, check_mode, device_of, seeded
 from advkit.training.loop import Epoch, Objective, Recipe, Review, correct, fit, validation_rows
 from advkit.training.ranks import launched
 from advkit.training.recipes import BY_NAME
@@ -198,6 +198,8 @@ class FrontDefense(SmoothingDefense, Trains, TrainsFront):
     @override
     def around(self, model: Any, data: Data, rng: Rng) -> Denoised:
         """The model behind a front that is the identity; an auto-encoder is another matter (`AutoEncoded`)."""
+        model = as_model(model, data)
+        check_mode(model)
         if model.describe().randomized:
             raise BadModel("the model's answers vary from call to call; expected one answer per input")
         shape = tuple(int(length) for length in data.x.shape[1:])
