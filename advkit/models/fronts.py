@@ -272,14 +272,22 @@ class Denoised(TorchModel, Undefended, CountsQueries):
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
-        return self.ask(self.front(x))
+        return self._asked(self.front(x))
 
     def ask(self, images: Tensor) -> Tensor:
         """The model's own logits [B, C] of samples, counted.
 
         Raises BudgetExhausted before it is asked where the limit does not allow it, BadModel for answers of another
-        shape or number of classes and for NaN or infinity.
+        shape or number of classes and for NaN or infinity. Called like any other model the chain answers what is not
+        finite as it is: an evaluation has outcomes for that.
         """
+        logits = self._asked(images)
+        if not bool(torch.isfinite(logits).all()):
+            bad = int((~torch.isfinite(logits)).any(1).sum())
+            raise BadModel(f"the model answers NaN or infinity for {bad} of {len(images)} samples")
+        return logits
+
+    def _asked(self, images: Tensor) -> Tensor:
         self.queries.afford(len(images))
         counts = self.victim.answered if isinstance(self.victim, CountsQueries) else None
         try:
@@ -298,9 +306,6 @@ class Denoised(TorchModel, Undefended, CountsQueries):
         if logits.shape[1] != (self.classes or logits.shape[1]):
             raise BadModel(f"the model answers {logits.shape[1]} classes; expected {self.classes}")
         self.classes = int(logits.shape[1])
-        if not bool(torch.isfinite(logits).all()):
-            bad = int((~torch.isfinite(logits)).any(1).sum())
-            raise BadModel(f"the model answers NaN or infinity for {bad} of {len(images)} samples")
         return logits
 
     @property

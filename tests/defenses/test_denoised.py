@@ -281,6 +281,10 @@ def test_what_can_not_be_is_refused_in_words():
     chain = DEFENSE["fo_ds"].around(softmaxed(forgetful()), data, rng)
     with pytest.raises(UsageError, match="use zo_ae_ds or zo_ds"):
         fit(chain, data, DEFENSE["fo_ds"].objective(), SHORT, rng, progress=False)
+    busy = forgetful()
+    busy.module.train()
+    with pytest.raises(BadModel, match="training mode"):
+        DEFENSE["zo_ds"].around(busy, data, rng)
     smoothed = DEFENSES.build("smoothing").protect(forgetful(), None, rng)
     with pytest.raises(BadModel, match="vary from call to call"):
         DEFENSE["zo_ds"].around(smoothed, data, rng)

@@ -146,7 +146,13 @@ def test_the_limit_is_kept_before_the_model_is_asked():
 def test_answers_that_are_none_are_refused_in_words(function, words):
     one = chain(FunctionModel(function, Box(shape=SHAPE), 3))
     with pytest.raises(BadModel, match=words):
-        one(torch.rand(2, *SHAPE))
+        one.ask(torch.rand(2, *SHAPE))
+
+
+def test_an_evaluation_gets_nan_as_it_is():
+    """An attack must not be able to end a run; the harness has an outcome for such answers."""
+    one = chain(FunctionModel(lambda x: torch.full((len(x), 3), torch.nan), Box(shape=SHAPE), 3))
+    assert bool(one(torch.rand(2, *SHAPE)).isnan().all())
 
 
 def test_a_numpy_function_is_a_model_without_a_gradient():

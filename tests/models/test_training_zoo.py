@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import advkit
-from advkit.core.protocols import Trains
 from advkit.defenses import DEFENSES
 from advkit.evaluation.plan import Request, plan
 from advkit.models import zoo
 from advkit.tasks import TASKS
 
 PGD = "pgd:steps=40,step_size=0.1"
-TRAINING = [name for name in DEFENSES.names() if name != "none" and isinstance(DEFENSES.build(name), Trains)]
+TRAINING = [name for name in DEFENSES.names() if ".adversarial." in type(DEFENSES.build(name)).__module__]
 WITHOUT = {
     "fgsm_at",
     "mart",

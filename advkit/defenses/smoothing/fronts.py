@@ -29,7 +29,7 @@ from advkit.core.zeroth_order import Estimate, Mode, cge, cge_queries, rge, rge_
 from advkit.defenses.smoothing.base import SmoothingDefense
 from advkit.models.fronts import Denoised, Denoiser, Front, Networks, Queries, load_front
 from advkit.models.smoothed import Smoothed
-from advkit.models.torch import TorchModel, as_model, device_of, seeded
+from advkit.models.torch import TorchModel, as_model, check_mode, device_of, seeded
 from advkit.training.loop import Epoch, Objective, Recipe, Review, correct, fit, validation_rows
 from advkit.training.ranks import launched
 from advkit.training.recipes import BY_NAME
@@ -199,6 +199,7 @@ class FrontDefense(SmoothingDefense, Trains, TrainsFront):
     def around(self, model: Any, data: Data, rng: Rng) -> Denoised:
         """The model behind a front that is the identity; an auto-encoder is another matter (`AutoEncoded`)."""
         model = as_model(model, data)
+        check_mode(model)
         if model.describe().randomized:
             raise BadModel("the model's answers vary from call to call; expected one answer per input")
         shape = tuple(int(length) for length in data.x.shape[1:])
