@@ -33,6 +33,7 @@ def test_all_are_there() -> None:
         "06_language_models.ipynb",
         "07_smollm2.ipynb",
         "08_catastrophic_overfitting.ipynb",
+        "09_certificates.ipynb",
     ]
 
 
@@ -254,3 +255,41 @@ def test_catastrophic_overfitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     said = "".join(outputs(notebook, "stream"))
     robust = {name: float(found) for name, found in re.findall(r"^(\w+) +[0-9.]+ +([0-9.]+) +[26]$", said, re.M)}
     assert robust["fgsm_at"] < 0.06 < 0.08 < robust["aaer"] < robust["pgd_at"]
+
+
+@pytest.mark.slow
+def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(NOTEBOOKS[8], tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 1
+    from advkit.evaluation.report.document import Report
+
+    runs = tmp_path / "here" / "runs"
+    names = ("no front", "FO-DS", "ZO-DS RGE", "FO-AE-DS", "ZO-AE-DS RGE", "ZO-AE-DS CGE")
+    found = {name: Report.load(runs / name / "report.json") for name in names}
+    curves = {
+        name: [point["certified_accuracy"]["value"] for point in report.metrics["certified_accuracy"]]
+        for name, report in found.items()
+    }
+    for curve in curves.values():
+        assert curve == sorted(curve, reverse=True)
+    # what the text says: every front lifts the curve, and none is far from another
+    bare, *fronted = (curves[name][2] for name in names)
+    assert min(fronted) > bare
+    quarter = [curves[name][1] for name in names]
+    assert min(quarter[1:]) > quarter[0] + 0.1
+    assert max(quarter[1:]) - min(quarter[1:]) < 0.1
+    said = "".join(outputs(notebook, "stream"))
+    table = {
+        name: (float(clean), float(radius), int(queries.replace(",", "")))
+        for name, clean, radius, queries in re.findall(
+            r"^(\S.*?) +(0\.\d{3}) +(0\.\d{3}) +0\.\d\d +([\d,]+)$", said, re.M
+        )
+    }
+    assert tuple(table) == names
+    assert [queries for _, _, queries in table.values()] == [0, *(1437 * (1 + 20 * k) for k in (1, 21, 1, 21, 33))]
+    assert min(radius for _, radius, _ in list(table.values())[1:]) > table["no front"][1] + 0.05
+    assert min(clean for clean, _, _ in table.values()) > 0.8
+    below, above = map(float, re.search(r"certified ([0-9.]+) <= ([0-9.]+) under the attack", said).groups())
+    assert 0.2 < below < above
+    flags = Report.load(runs / "attacked" / "report.json").to_dict()["diagnostics"]["flags"]
+    assert "certificate_violated" not in {flag["id"] for flag in flags}
