@@ -26,7 +26,7 @@ METHODS = {"pgd_at": "pgd_at:steps=5", "aaer": "aaer"}
 PASSES = {"pgd_at": 6, "aaer": 2}
 # Operations of a step beside those of its bare passes, as they are: a step may become cheaper, never dearer unnoticed.
 # 90 of them draw the random start.
-OPS = {"pgd_at": 156.8, "aaer": 179}
+OPS = {"pgd_at": 157, "aaer": 179}
 SYNCS = {"pgd_at": 3, "aaer": 1}
 
 
@@ -62,6 +62,7 @@ def bare(passes: int) -> Ops:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_costs_no_more_operations_than_today(method: str) -> None:
+    trained(method, net(), rows())  # what is made once in a process is made now
     with Ops() as few:
         trained(method, net(), rows(2))
     with Ops() as many:
