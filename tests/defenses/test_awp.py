@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Data, Trains
+from advkit.core.protocols import Data, Trains, TrainsFront
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.defenses import DEFENSES
@@ -27,7 +27,9 @@ from advkit.training.loop import Recipe, fit
 
 ROWS = torch.arange(12)
 BASES = [
-    name for name in DEFENSES.names() if isinstance(DEFENSES.build(name), Trains) and name not in ("awp", "pubdef")
+    name
+    for name, part in ((name, DEFENSES.build(name)) for name in DEFENSES.names())
+    if isinstance(part, Trains) and not isinstance(part, TrainsFront) and name not in ("awp", "pubdef")
 ]
 
 
@@ -249,6 +251,7 @@ def test_specs_nest_and_claims_are_the_base_s() -> None:
         ("awp:gamma=-0.1", "gamma is -0.1"),
         ("awp:warm_up=-1", "warm_up is -1"),
         ("awp:base=bit-depth", "base=bit-depth trains nothing; expected"),
+        ("awp:base=zo_ds", "base=zo_ds trains what stands in front of a finished model"),
         ("awp:base=awp", "base=awp is awp itself"),
         ("awp:base=[pgd_at:recipe=[epochs=2]]", "set it outside of the brackets"),
         ("awp:base=[trades:beta=-1]", "in trades:beta=-1: beta is -1.0"),

@@ -51,14 +51,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
         counts["requests"] += 1
+        if counts["requests"] % 50 == 0:
+            counts["failed"] += 1
+            return self.reply(500, "oh no")
         now = time.monotonic()
         if now - last[0] < LEAST:
             counts["limited"] += 1
             return self.reply(429, {"error": "slow down"}, [("Retry-After", "0.01")])
         last[0] = now
-        if counts["requests"] % 50 == 0:
-            counts["failed"] += 1
-            return self.reply(500, "oh no")
         kind = self.path.strip("/")
         if kind == "down":
             return self.reply(503, "busy")

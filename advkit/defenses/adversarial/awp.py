@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from advkit.core.checks import at_least, not_negative
 from advkit.core.errors import NoTrainingData, UsageError
-from advkit.core.protocols import Data, Rng, Trains
+from advkit.core.protocols import Data, Rng, Trains, TrainsFront
 from advkit.core.registry import parse_spec
 from advkit.defenses.adversarial.base import OnExamples
 from advkit.training.loop import Epoch, Objective, Recipe, Review, fit
@@ -75,6 +75,11 @@ class AWP(Trains):
         if not isinstance(built, Trains) or type(built) is AWP:
             kind = "is awp itself" if type(built) is AWP else "trains nothing"
             raise UsageError(f"base={given} {kind}; expected a training defense such as pgd_at or [trades:beta=6]")
+        if isinstance(built, TrainsFront):
+            raise UsageError(
+                f"base={given} trains what stands in front of a finished model, whose weights awp would move; expected a "
+                "defense that trains the model, such as pgd_at or [trades:beta=6]"
+            )
         if isinstance(given, str) and any(each.key == "recipe" for each in parse_spec(given).arguments):
             raise UsageError(f"base={given} has a recipe; set it outside of the brackets: recipe=[...]")
         return replace(cast(Any, built), recipe=self.recipe)
