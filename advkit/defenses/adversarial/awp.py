@@ -77,8 +77,8 @@ class AWP(Trains):
             raise UsageError(f"base={given} {kind}; expected a training defense such as pgd_at or [trades:beta=6]")
         if isinstance(built, TrainsFront):
             raise UsageError(
-                f"base={given} trains what stands in front of a finished model, whose weights awp would move; expected a "
-                "defense that trains the model, such as pgd_at or [trades:beta=6]"
+                f"base={given} trains what stands in front of a finished model, whose weights awp would move; expected "
+                "a defense that trains the model, such as pgd_at or [trades:beta=6]"
             )
         if isinstance(given, str) and any(each.key == "recipe" for each in parse_spec(given).arguments):
             raise UsageError(f"base={given} has a recipe; set it outside of the brackets: recipe=[...]")
