@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,13 +89,11 @@ def figures(records: Sequence[Record], radii: Sequence[float], alpha: float) -> 
     found = certificates(records, alpha)
     votes = [(record.measures.get("non_finite", 0), record.forwards) for record in records]
     lost, draws = (int(sum(column)) for column in zip(*votes, strict=True)) if votes else (0, 0)
-    decided = [record for record in records if record.outcome not in (Outcome.ERROR, Outcome.NON_FINITE)]
-    open_rows = {record.id for record in decided}
     metrics: dict[str, Any] = {
         "clean_accuracy": rate(sum(each.holds(0.0) for each in found), len(found), "all_samples"),
         ACCURACY: curve(found, radii, alpha),
         RADIUS: average_radius(found),
-        ABSTAINED: rate(sum(each.abstains for each in found if each.id in open_rows), len(open_rows), "all_samples"),
+        ABSTAINED: rate(sum(each.abstains for each in found), len(found), "all_samples"),
         "noisy_copies": {"value": int(sum(record.forwards for record in records)), "unit": "forward passes"},
     }
     if lost:
@@ -117,10 +116,15 @@ def refuted(proven: Iterable[Record], attacked: Iterable[Record], alpha: float, 
 
 
 def agrees(entry: Sequence[Mapping[str, Any]], records: Sequence[Record], alpha: float) -> bool:
-    """Whether a report's curve is what the records say."""
-    found = certificates(records, alpha)
+    """Whether a report's curve is what the records say: counts, and what is left with high probability."""
+    told = curve(certificates(records, alpha), [point["radius"] for point in entry], alpha)
+
+    def figures_of(point: Mapping[str, Any]) -> tuple[Any, ...]:
+        rated = point["certified_accuracy"]
+        return rated.get("numerator"), rated.get("denominator"), point.get("high_probability", {}).get("value")
+
     return all(
-        (point["certified_accuracy"].get("numerator"), point["certified_accuracy"].get("denominator"))
-        == (sum(each.holds(point["radius"]) for each in found), len(found))
-        for point in entry
+        figures_of(point)[:2] == figures_of(known)[:2]
+        and math.isclose(figures_of(point)[2] or 0.0, figures_of(known)[2] or 0.0, abs_tol=1e-9)
+        for point, known in zip(entry, told, strict=True)
     )

@@ -184,11 +184,12 @@ class HTTPModel(KnowsClasses, Shaped, Batched, CountsQueries):
                 last = f"{type(error).__name__}: {first_line(error)}"
             else:
                 status = int(answer.status_code)
+                text = self._cleared(str(answer.text))  # as a whole: a part of the key would not be found
                 if status == 200:
-                    return str(answer.text)
+                    return text
                 last = f"status {status}"
                 if status != 429 and status < 500:
-                    raise BadModel(self._cleared(f"{self._place} refuses the request ({last}): {_short(answer.text)}"))
+                    raise BadModel(f"{self._place} refuses the request ({last}): {_short(text)}")
                 asked = _seconds(answer.headers.get("Retry-After", ""))
             if attempt + 1 < tries:
                 time.sleep(min(LONGEST_WAIT, max(asked, self.service.backoff * 2**attempt)))
@@ -222,7 +223,11 @@ class HTTPModel(KnowsClasses, Shaped, Batched, CountsQueries):
 
     def _cleared(self, text: str) -> str:
         """A message without the key, which a service may send back."""
-        return text.replace(self._key, "***") if self._key else text
+        key = self._key
+        if key:
+            for form in (key, json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", r"\/")):
+                text = text.replace(form, "***")
+        return text
 
     def _connected(self) -> Any:
         if self._client is None:

@@ -800,9 +800,12 @@ class _Run:
         if self.out is None:
             return
         states = self._objective_states()
-        if not self.ranks.first:
-            self.stored = len(self.log)
-            return
+        with self.ranks.agreed():
+            if self.ranks.first:
+                self._write(self.out, states)
+        self.stored = len(self.log)  # not before it is on disk, whichever process says so
+
+    def _write(self, out: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         groups: dict[str, Mapping[str, Tensor]] = {
             "model": named_tensors(self.model.module),
             "average": named_tensors(self.average.module) if self.average is not None else {},
@@ -824,9 +827,8 @@ class _Run:
             told["ranks"] = self.ranks.world
         progress = canonical_json(told)
         metadata = {"format": FORMAT, "fingerprint": self.mark, "progress": progress, "seal": _seal(tensors, progress)}
-        write_atomically(self.out / CHECKPOINT, pack(tensors, metadata))
-        write_atomically(self.out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
-        self.stored = len(self.log)
+        write_atomically(out / CHECKPOINT, pack(tensors, metadata))
+        write_atomically(out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
 
     def _scaling(self) -> dict[str, Any]:
         """What the scale of float16's loss depends on; empty where there is none."""

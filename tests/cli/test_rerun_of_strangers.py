@@ -55,6 +55,7 @@ def stranger(advkit: Any) -> Any:
         ("model", "timm:resnet18", "timm:resnet18"),
         ("model", "path:their.safetensors", "path:their.safetensors"),
         ("task", "cifar10:root=here,download=true", "download=true"),
+        ("task", "cifar10:root=here,download=[true]", "download=true"),
     ],
 )
 def test_what_a_report_names_is_not_loaded_unasked(part: str, spec: str, shown: str, stranger: Any) -> None:

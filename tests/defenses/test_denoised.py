@@ -55,7 +55,7 @@ def softmaxed(model):
 
 @pytest.mark.parametrize("name", DEFENSE)
 def test_training_keeps_the_laws(name):
-    check_training(DEFENSE[name])
+    check_training(DEFENSE[name], softmaxed(forgetful()) if "probabilities" in name else None)
 
 
 @pytest.mark.parametrize("name", ["mse", "fo_ds", "zo_ae_ds"])
@@ -216,6 +216,15 @@ def test_zo_ae_ds_lifts_the_chain_under_noise(answers):
     right = [float((each(noisy).argmax(1) == data.y).float().mean()) for each in (victim, done.model)]
     assert right[1] > right[0] + 0.1
     assert box.model.state_sha256() == before
+
+
+def test_answers_that_are_no_probabilities_are_not_taken_for_some():
+    """Logarithms would all be cut to the same number: nothing would be learned, and every query spent."""
+    data = stripes(rows=40)
+    defense = ZODS(answers="probabilities", q=2, **SMALL)
+    chain = defense.around(forgetful(), data, RowRng.from_ids(0, ["f"]))
+    with pytest.raises(BadModel, match="answers=probabilities, and the model answers numbers that are negative"):
+        fit(chain, data, defense.objective(), defense.recipe, RowRng.from_ids(0, ["t"]), progress=False)
 
 
 def test_labels_of_clean_samples_are_those_of_the_data_set_whatever_the_augmentation():

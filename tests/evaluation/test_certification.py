@@ -133,6 +133,39 @@ def test_an_edited_figure_is_found(run, tmp_path, where, change, fault):
     assert any(fault in each for each in verify(Report.load(copy)).faults)
 
 
+def copied(run, folder):
+    folder.mkdir()
+    for name in ("report.json", "records.jsonl", "records.case.json"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("key", ["n", "n0"])
+def test_votes_of_another_number_of_draws_are_found(run, tmp_path, key):
+    copy = copied(run, tmp_path / "run")
+    data = json.loads((run / "report.json").read_text())
+    data["threat_model"]["details"][key] -= 1
+    (copy / "report.json").write_text(json.dumps(data))
+    assert any("n and n0" in each for each in verify(Report.load(copy)).faults)
+
+
+def test_a_high_probability_that_was_edited_is_found(run, tmp_path):
+    copy = copied(run, tmp_path / "run")
+    data = json.loads((run / "report.json").read_text())
+    data["metrics"]["certified_accuracy"][1]["high_probability"]["value"] += 0.1
+    (copy / "report.json").write_text(json.dumps(data))
+    assert any("certified_accuracy" in each for each in verify(Report.load(copy)).faults)
+
+
+def test_a_negative_slack_is_found(run, tmp_path):
+    copy = copied(run, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if "slack" in line.get("measures", {}))
+    first["measures"]["slack"] = -0.4
+    (copy / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("slack" in each for each in verify(Report.load(copy)).faults)
+
+
 def test_an_edited_sigma_or_alpha_is_found(run, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
@@ -249,7 +282,10 @@ def test_a_sample_without_any_finite_vote_is_undecided():
         "smoothing:sigma=0.01", rows([0.0, 0.8]), blind(0.6), "certified:n0=64,n=512,radii=0", device="cpu"
     )
     assert report.clean_accuracy == 0.5
-    assert report.metrics["abstention_rate"]["denominator"] == 1
+    # it has no certificate, and every one of its votes was lost
+    assert (report.metrics["abstention_rate"]["numerator"], report.metrics["abstention_rate"]["denominator"]) == (1, 2)
+    assert report.metrics["non_finite_votes"]["numerator"] == 64
+    assert any(flag["id"] == "non_finite_votes" for flag in report.flags)
 
 
 class _Growing(nn.Module):

@@ -145,6 +145,11 @@ def test_the_key_is_sent_and_told_to_nobody(service, monkeypatch):
     with pytest.raises(BadModel, match=r"refuses the request \(status 401\): bad key Bearer \*\*\*") as refused:
         model(f"{service}/secret", f"{FAST},key=SERVICE_KEY")(x)
     assert "other-key" not in str(refused.value)
+    long = "other/" + "key" * 70  # longer than what a message shows of an answer
+    monkeypatch.setenv("SERVICE_KEY", long)
+    with pytest.raises(BadModel, match=r"bad key Bearer \*\*\*") as refused:
+        model(f"{service}/secret", f"{FAST},key=SERVICE_KEY")(x)
+    assert long[:20] not in str(refused.value)
     monkeypatch.delenv("SERVICE_KEY")
     with pytest.raises(UsageError, match="the environment variable SERVICE_KEY is not set"):
         model(f"{service}/secret", f"{FAST},key=SERVICE_KEY")(x)

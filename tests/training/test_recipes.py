@@ -300,6 +300,10 @@ def test_a_defense_says_how_its_recipe_may_be_written() -> None:
         ("model: hf:x", "hub"),
         ("model: path:x.pt", "opens a file"),
         ("task: cifar10:root=x,download=true", "fetches from the network"),
+        ("task: cifar10:root=x,download=[true]", "fetches from the network"),
+        ("task: cifar10:root=x,download=[[ yes]]", "fetches from the network"),
+        ("defense: zo_ds:weights=[x.safetensors]", "opens a file"),
+        ("defense: pubdef:cache=elsewhere", "writes to a folder"),
     ],
 )
 def test_a_file_names_advkits_own_parts_alone(here: Path, line: str, what: str) -> None:
@@ -328,6 +332,7 @@ def test_a_spec_that_came_in_a_file_opens_no_recipe_file() -> None:
     assert outside("pgd_at:recipe=[/tmp/x.yaml,epochs=1]") == ["/tmp/x.yaml (opens a file)"]
     assert outside("pgd_at:recipe=x.YML") == ["x.YML (opens a file)"]
     assert outside("pgd_at:recipe=[cifar10-trades,epochs=1]") == []
+    assert outside("pubdef:weights=0.7+0.3,eps=0.1") == []  # of a sum: no file
 
 
 def test_yaml_is_imported_when_a_file_is_read() -> None:

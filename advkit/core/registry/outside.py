@@ -25,6 +25,7 @@ OUTSIDE = {
 }
 """Prefixes of parts that come from outside advkit, and what using one does."""
 _SHOWN = 60
+_NUMBER = re.compile(r"[-+.\d][-+.\de_]*", re.IGNORECASE)
 _PIECE = re.compile(r"[^\[\],=+]+")
 
 
@@ -47,10 +48,11 @@ def outside(spec: str) -> list[str]:
             elif name in others:
                 found.append(f"{shown} (runs the installed {others[name].value})")
     found.extend(f"{file[0]} (opens a file)" for file in re.finditer(r"[^\[\],=+:]+\.ya?ml\b", spec, re.IGNORECASE))
-    found.extend(
-        f"weights={file[1].strip()} (opens a file)" for file in re.finditer(r"\bweights\s*=([^\[\],+]+)", spec)
-    )
-    if re.search(r"download\s*=\s*(true|yes|1|on)\b", spec, re.IGNORECASE):
+    # Brackets around a value say the same as the value.
+    for key, value in re.findall(r"\b(weights|cache)\s*=[\s\[]*([^\[\],+]+)", spec):
+        if not _NUMBER.fullmatch(value.strip()):  # weights of a sum name no file
+            found.append(f"{key}={value.strip()} ({'opens a file' if key == 'weights' else 'writes to a folder'})")
+    if re.search(r"download\s*=[\s\[]*(true|yes|1|on)\b", spec, re.IGNORECASE):
         found.append("download=true (fetches from the network)")
     return list(dict.fromkeys(found))
 

@@ -361,8 +361,13 @@ class FrontObjective(Objective):
         if answers == "logits":
             return F.cross_entropy(model.ask(images), target, reduction="none")
         if answers == "probabilities":
-            logs = model.ask(images).clamp_min(torch.finfo(images.dtype).tiny).log()
-            return F.nll_loss(logs, target, reduction="none")
+            given = model.ask(images)
+            if bool((given < 0).any()) or not torch.allclose(given.sum(1), given.new_ones(()), atol=1e-3):
+                raise BadModel(
+                    "answers=probabilities, and the model answers numbers that are negative or do not sum to 1: leave "
+                    "answers out (logits), also for probabilities of a web service, which arrive as logarithms"
+                )
+            return F.nll_loss(given.clamp_min(torch.finfo(images.dtype).tiny).log(), target, reduction="none")
         hits = torch.zeros(len(images), device=images.device)
         classes = 1
         for vote in range(self.defense.votes):

@@ -277,6 +277,20 @@ def _certificates(data: Mapping[str, Any], records: Sequence[Record]) -> tuple[s
                 wrong.append(f"{name} is not what the votes come to")
         elif not _agrees(entry, _pair(known) if "numerator" in known else known["value"]):
             wrong.append(f"{name} is {_said(entry)}, the records say {_said(known)}")
+    votes = [record.measures for record in records if "n" in record.measures]
+    asked = (details.get("n"), details.get("n0"))
+    early = bool(details.get("early"))
+    if isinstance(draws, int) and any(
+        each.get("n0") != asked[1] or each["n"] > draws or (each["n"] < draws and not early) for each in votes
+    ):
+        seen = sorted({(each["n"], each.get("n0")) for each in votes})
+        wrong.append(f"the threat model has n and n0 of {_short(asked)}, the votes {_short(seen)}")
+    noise = _mapping(data["defense"].get("params")).get("noise")
+    slacks = {each.get("slack", 0.0) for each in votes}
+    if any(slack < 0 or (slack != 0 and noise == "gaussian") for slack in slacks) or (
+        noise == "lattice" and 0 in slacks
+    ):
+        wrong.append(f"the votes have a slack of {_short(sorted(slacks))}, which is not that of {noise} noise")
     if sigma is not None and sigmas - {sigma}:
         wrong.append(f"defense.params.sigma is {_short(sigma)}, the votes were taken under {_short(sorted(sigmas))}")
     return set(told), wrong

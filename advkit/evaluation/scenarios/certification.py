@@ -54,7 +54,10 @@ def _certified(smoothed: Smoothed, threat: Certified, row: Any, key: int, record
     with code_of(MODEL):
         chosen = smoothed.tally(row, key, threat.n0, memory=threat.memory * 2**20)
         if not chosen.votes.any():
-            return replace(record, outcome=Outcome.NON_FINITE, notes=("clean_non_finite",), forwards=threat.n0)
+            nothing: dict[str, float] = {"n0": threat.n0, "non_finite": threat.n0}
+            return replace(
+                record, outcome=Outcome.NON_FINITE, notes=("clean_non_finite",), forwards=threat.n0, measures=nothing
+            )
         best = int(chosen.votes.argmax())
         tally = _estimate(smoothed, threat, row, key, best)
     k, slack = int(tally.votes[best]), smoothed.noise.slack(row.numel())
