@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import CountsQueries, DrawsByRow, Judged, Record, Wraps
+from advkit.core.protocols import DrawsByRow, Judged, Record
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import SCHEMA_VERSION
+from advkit.evaluation.run.batch import counting
 from advkit.evaluation.run.case import NOT_TARGET, Case, parameters, space_range
 from advkit.evaluation.run.scenario import Companion, Section
 from advkit.evaluation.run.store import Store, written
@@ -154,14 +155,9 @@ def _model(case: Case) -> dict[str, Any]:
 
 
 def _queries(model: Any) -> dict[str, Any]:
-    """What the model whose answers have a price has been asked for in this process; empty where there is none."""
-    found: dict[str, Any] = {}
-    while True:
-        if isinstance(model, CountsQueries):
-            found = {"queries": {"answered": model.answered, "retried": model.retried}}
-        if not isinstance(model, Wraps):
-            return found
-        model = model.model
+    """What the model whose answers have a price has been asked for; empty where there is none."""
+    found = counting(model)
+    return {} if found is None else {"queries": {"answered": found.answered, "retried": found.retried}}
 
 
 def _defense(plan: Plan, case: Case, certified: bool) -> dict[str, Any]:

@@ -243,6 +243,13 @@ def test_an_evaluation_says_what_the_service_answered():
     assert report.metrics["clean_accuracy"]["value"] == 1.0
 
 
+def test_processes_would_count_and_hurry_apart(service):
+    data = stripes(rows=6)
+    settings = {"task": (data.x, data.y), "threat_model": "linf:eps=0.1", "defense": "none"}
+    with pytest.raises(UsageError, match="a service's rate is kept, in one process: use --workers 1"):
+        advkit.evaluate(attack="square:queries=4", model=model(f"{service}/logits"), workers=2, **settings)
+
+
 @pytest.mark.slow
 def test_the_training_report_says_what_was_asked_and_what_was_sent_again(digits, tmp_path):
     rows = len(digits.training())

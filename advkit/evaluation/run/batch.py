@@ -25,6 +25,7 @@ from advkit.core.protocols import (
     Access,
     Averages,
     Batch,
+    CountsQueries,
     DrawsByRow,
     Goal,
     Lattice,
@@ -32,6 +33,7 @@ from advkit.core.protocols import (
     Outcome,
     Record,
     ThreatModel,
+    Wraps,
     whole_batch,
 )
 from advkit.core.rng import RowRng
@@ -100,6 +102,17 @@ def alone(case: Case, *names: object) -> Iterator[None]:
 def models_of(case: Case) -> list[Model[Any, Any]]:
     """The victim and the surrogates."""
     return [case.victim, *(model for _, model in case.surrogates)]
+
+
+def counting(model: Any) -> CountsQueries | None:
+    """The innermost model of a chain whose answers have a price; None where there is none."""
+    found = None
+    while True:
+        if isinstance(model, CountsQueries):
+            found = model
+        if not isinstance(model, Wraps):
+            return found
+        model = model.model
 
 
 def run_alone(unit: Unit, case: Case, batch: Batch, lanes: Lanes) -> Round:

@@ -31,7 +31,7 @@ from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch, whole_batch
 from advkit.core.state import Settings, callers_settings, remember
-from advkit.evaluation.run.batch import Round, Unit, given_up, halved, lost, models_of, rows_of, run_alone
+from advkit.evaluation.run.batch import Round, Unit, counting, given_up, halved, lost, models_of, rows_of, run_alone
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard
 
@@ -101,6 +101,10 @@ class Workers:
     def __init__(self, case: Case, processes: int) -> None:
         self.case = case
         self.processes = processes
+        if any(counting(model) is not None for model in models_of(case)):
+            raise UsageError(
+                "the queries of this model are counted, and a service's rate is kept, in one process: use --workers 1"
+            )
         payload = io.BytesIO()
         try:
             torch.save(replace(case, task=cast(Any, None), defense=None), payload)
