@@ -408,6 +408,7 @@ def flipped(filmed, attack):
     return count(z, x).double(), meter
 
 
+@pytest.mark.slow
 def test_effects_on_a_spiking_victim(filmed):
     """Few flips under PDSG, many under a narrow surrogate, and far more at random; what the reduction saves."""
     few, meter = flipped(filmed, SDA())

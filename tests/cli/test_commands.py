@@ -330,7 +330,7 @@ def test_attack_says_what_it_wrote(advkit: Any, victim: str) -> None:
         ("--attack", "square:queries=30", "--threat-model", "l2:eps=1"),
         ("--goal", "targeted:how=random", "--seed", 3),
         ("--threat-model", "transfer:sources=zoo:digits-public-mlp,eps=0.2"),
-        ("--threat-model", "tapm:eps=0.2,attacks=fgsm"),
+        pytest.param(("--threat-model", "tapm:eps=0.2,attacks=fgsm"), marks=pytest.mark.slow),
     ],
 )
 def test_rerun_finds_every_row_identical(advkit: Any, victim: str, options: tuple[object, ...]) -> None:

@@ -193,6 +193,7 @@ def test_mse_alone_trains_a_denoiser():
     assert after < before - 0.02  # seven standard errors of the noise's mean square, 0.25 (2 / 17280)^.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["logits", "probabilities"])
 def test_zo_ae_ds_lifts_the_chain_under_noise(answers):
     """A black box of numpy: the share of noisy copies that are right grows, and the box stays what it was."""

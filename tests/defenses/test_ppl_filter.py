@@ -140,6 +140,7 @@ def test_an_attack_that_knows_of_the_filter_passes_it():
     assert not bool((answer[:, 1] > answer[:, 0])[victim.rejects(blind.x)].any())
 
 
+@pytest.mark.slow
 def test_who_does_not_know_of_the_filter_stands_beside_who_does():
     """The oblivious attacker searches by what the bare model says; the verdict on both is the filtered one's."""
     asked = {"task": "prompts", "model": "toychat", "defense": "ppl_filter", "n": 6, "device": "cpu"}

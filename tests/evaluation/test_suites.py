@@ -175,7 +175,7 @@ def test_what_a_stage_takes_depends_on_the_rows_alone():
     assert len(taken_by(Stage(name="a", attack=None, share=0.01, least=30), standing, 0)) == 30
 
 
-@pytest.mark.parametrize("suite", [Lean(), Thorough()])
+@pytest.mark.parametrize("suite", [Lean(), pytest.param(Thorough(), marks=pytest.mark.slow)])
 def test_the_shipped_suites(suite, digits, digits_model, tmp_path):
     stages = suite.stages()
     assert len({stage.name for stage in stages}) == len(stages)
@@ -226,7 +226,8 @@ def test_suites_refuse_balls_they_do_not_serve(digits, digits_model):
         api.evaluate("lean", task=digits, model=digits_model, threat_model="l0:eps=3", n=5)
 
 
-@pytest.mark.parametrize("suite", ["lean", pytest.param("thorough", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["lean", "thorough"])
 def test_every_stage_plays_in_l1(digits, digits_model, tmp_path, suite):
     case = api.resolve(suite, "none", digits, digits_model, "l1:eps=1.5", device="cpu", n=50)
     records = play(case, tmp_path)

@@ -119,6 +119,7 @@ def test_a_run_cut_short_is_finished_with_the_same_records_and_traces(task, lm, 
         assert played(case, folder) == whole
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_traces(task, lm, tmp_path):
     alone = played(case_of(task, lm, "random_suffix:length=3,evaluations=9", batch_size=2), tmp_path / "one")
     case = case_of(task, lm, "random_suffix:length=3,evaluations=9", batch_size=2)

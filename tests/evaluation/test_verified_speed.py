@@ -143,7 +143,14 @@ def test_records_do_not_depend_on_batch_size(digits, boundary, tmp_path, attack)
         assert other == found[0]
 
 
-@pytest.mark.parametrize("speed", ["bf16", "channels_last", "bf16+channels_last"])
+@pytest.mark.parametrize(
+    "speed",
+    [
+        pytest.param("bf16", marks=pytest.mark.slow),
+        "channels_last",
+        pytest.param("bf16+channels_last", marks=pytest.mark.slow),
+    ],
+)
 def test_convolutions_do_not_depend_on_batch_size(digits, convolution, tmp_path, monkeypatch, speed):
     monkeypatch.setattr(speeds, "GAIN", float("inf"))  # any layout counts as faster
     monkeypatch.setattr(fast, "_settled", {})

@@ -95,6 +95,7 @@ def test_another_implementation_answers_the_same(model: TorchModel, rival: Torch
     assert torch.allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.slow
 @samples
 def test_sees_what_is_in_the_pictures(model: TorchModel) -> None:
     assert [row for row, each in enumerate(right(model, "imagenet-samples")) if not each] == [6, 7]

@@ -435,7 +435,7 @@ def test_no_trunk_where_nothing_is_kept_or_weights_are_trained():
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("memory", [1, 2**16, 2**29])
+@pytest.mark.parametrize("memory", [pytest.param(1, marks=pytest.mark.slow), 2**16, 2**29])
 def test_replies_written_together_are_those_written_alone(rows, memory, cache):
     rng = RowRng.from_ids(0, [f"row{index}" for index in range(len(rows))])
     one, lm = tiny_lm(2, merge=False, cache=cache), tiny_lm(2, merge=True, cache=cache, memory=memory)

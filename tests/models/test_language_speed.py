@@ -69,6 +69,7 @@ def test_rows_in_flight_are_the_models_own_choice():
     assert api.resolve("fgsm", task="digits", device="cpu", n=4).batch_size == 256
 
 
+@pytest.mark.slow
 def test_records_do_not_depend_on_the_batch():
     records = [
         api.evaluate(

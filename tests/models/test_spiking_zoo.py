@@ -28,7 +28,7 @@ def _nothing_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("advkit.evaluation.victims._trained", refused)
 
 
-@pytest.mark.parametrize("task", FILMED)
+@pytest.mark.parametrize("task", [FILMED[0], pytest.param(FILMED[1], marks=pytest.mark.slow)])
 def test_filmed_tasks_have_an_embedded_victim_and_attack_a_hundred_rows(task: str) -> None:
     resolved = plan(Request(attack="sda", task=task, device="cpu"))
     assert resolved.victim.origin == f"zoo:{task}-snn"
