@@ -2,8 +2,8 @@
 
 The method is "EigenShield-style", after Darabi et al., arXiv 2502.14976: eigenvectors of the embeddings' covariance
 that lie above the noise of random matrix theory are kept, unless a robustness-based nonconformity score (RbNS) says
-that attacks move samples along them more than clean samples spread. No code is public and the formula of the score was not
-to be had, so the score, its quantile, the choice of that quantile ("auto"), the blending and the detector are ours.
+that attacks move samples along them more than clean samples spread. No code is public and the formula of the score was
+not to be had, so the score, its quantile, the choice of that quantile ("auto"), the blend and the detector are ours.
 """
 
 from __future__ import annotations

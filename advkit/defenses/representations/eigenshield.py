@@ -128,8 +128,8 @@ class EigenShield:
         chosen = order[held_out : held_out + self.calibration]
         if self.q == "auto" and not held_out:
             raise BadInput(
-                f"q=auto is judged on a fourth of the training samples, and there are {len(data)} in all: give more, or "
-                "say q=1 or another number"
+                f"q=auto is judged on a fourth of the training samples, and there are {len(data)} in all: give "
+                "more, or say q=1 or another number"
             )
         x, y = data.x[chosen], data.y[chosen]
         pairs = min(self.pairs, len(x))
