@@ -134,6 +134,13 @@ PLANS = [
         },
         base="fashion-mnist-cnn",
     ),
+    Plan(
+        "fashion-mnist-dual-encoder",
+        "fashion-mnist-captions",
+        "dual-encoder",
+        recipe="epochs=3,batch_size=64,validation=0,select=last",
+        train=16_000,
+    ),
     digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
     digits("public-cnn", "cnn", seed=102, role="public", seen=True),
     digits(

@@ -344,6 +344,28 @@ class Copies(Protocol):
 
 
 @runtime_checkable
+class Embeds(Protocol):
+    """A model that makes vectors of its inputs, and classes of these."""
+
+    @abstractmethod
+    def toward(self, vector: Tensor) -> Any:
+        """The same model with scores [B, C] whose mean over the classes is the cosine of embedding and vector [d].
+
+        A number is added to all scores of a row: classes, probabilities and margins stay as they are. None where what
+        is inside has no embedding; BadInput for a vector of another length.
+        """
+
+
+@runtime_checkable
+class TakesCaptions(Protocol):
+    """A model whose classes are texts, and which answers others as well (zero-shot)."""
+
+    @abstractmethod
+    def with_captions(self, captions: Sequence[Sequence[str]]) -> Any:
+        """The same model with the texts of these captions, as many for every class; itself where they are its own."""
+
+
+@runtime_checkable
 class Likelihood(Protocol):
     """A language model that tells how likely a text is."""
 
@@ -537,6 +559,24 @@ class Refuses(Protocol):
     @abstractmethod
     def misfit(self, model: Any) -> str | None:
         """Why a model can't be attacked with this goal, or None."""
+
+
+@runtime_checkable
+class ThroughView(Protocol):
+    """A rule whose goals read more than classes of an answer, and which says of which view of the victim."""
+
+    @abstractmethod
+    def view(self, model: Any) -> Any:
+        """The model whose answers the goals read; its classes are the model's. BadModel where there is none."""
+
+
+@runtime_checkable
+class MetByTruth(Protocol):
+    """A goal that says itself which rows meet it by being right; of others a right answer is asked whether it does."""
+
+    @abstractmethod
+    def met_by_truth(self) -> Tensor:
+        """Bool [B]."""
 
 
 @runtime_checkable
@@ -1196,6 +1236,16 @@ class OfKind(Protocol):
     @abstractmethod
     def kind(self) -> str:
         """The report's word: classification (that of tasks without the member), text_generation..."""
+
+
+@runtime_checkable
+class Captioned(Protocol):
+    """A task whose classes have captions."""
+
+    @property
+    @abstractmethod
+    def captions(self) -> tuple[tuple[str, ...], ...]:
+        """For every class, in the order of the labels, its captions; as many for each."""
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ MODELS: Registry[Any] = Registry(
         "resnet8": "advkit.models.resnet:ResNet8",
         "resnet18": "advkit.models.resnet:ResNet18",
         "wrn-28-10": "advkit.models.resnet:WRN28x10",
+        "dual-encoder": "advkit.models.image_text:DualEncoder",
         "efficientnet-lite0": "advkit.models.efficientnet:EfficientNetLite0",
         "snn": "advkit.models.spiking.nets:SmallSNN",
         "snn-resnet18": "advkit.models.spiking.nets:SpikingResNet18",
