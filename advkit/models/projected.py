@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,17 @@ from typing_extensions import override
 
 from advkit.core.errors import BadModel, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Averages, Headed, KnowsClasses, ModelInfo, Shaped, Undefended, Wraps
+from advkit.core.protocols import (
+    Averages,
+    Embeds,
+    Headed,
+    KnowsClasses,
+    ModelInfo,
+    Shaped,
+    TakesCaptions,
+    Undefended,
+    Wraps,
+)
 from advkit.models.spectral import Filter, Place, load_filter, save_filter
 from advkit.models.torch import same_device, tensors_sha256
 
@@ -95,12 +105,12 @@ def top_of(model: Any, name: str = "") -> nn.Module:
 
 
 def default_place(model: Any) -> Place:
-    """Where a model's embeddings are: what its module calls `embedding` (a layer's name), else what enters the head.
+    """Where a model's embeddings are: the layer that its module calls `pooled`, else what enters the head.
 
     The head is the last linear layer with as many outputs as there are classes. Raises UsageError where there is none.
     """
     top = top_of(model)
-    said = getattr(top, "embedding", None)
+    said = getattr(top, "pooled", None)
     if isinstance(said, str) and said:
         return Place(said)
     classes = model.classes if isinstance(model, KnowsClasses) else None
@@ -117,16 +127,22 @@ def default_place(model: Any) -> Place:
     return Place(found[-1], before=True)
 
 
-def embeddings(model: Any, x: Tensor, place: Place, batch: int = 256) -> Tensor:
-    """What is at a place of a model for rows x: [B, d], tokens [B, T, d] or maps [B, d, H, W], detached."""
+@contextmanager
+def collected(top: nn.Module, place: Place) -> Iterator[list[Tensor]]:
+    """Inside the block every call of the module adds what is at the place to the list, detached and on the CPU."""
     found: list[Tensor] = []
 
     def kept(z: Tensor) -> Tensor:
         found.append(z.detach().cpu())
         return z
 
-    top = top_of(model, place.module)
-    with torch.no_grad(), changed(top, place, kept):
+    with changed(top, place, kept):
+        yield found
+
+
+def embeddings(model: Any, x: Tensor, place: Place, batch: int = 256) -> Tensor:
+    """What is at a place of a model for rows x: [B, d], tokens [B, T, d] or maps [B, d, H, W], detached."""
+    with torch.no_grad(), collected(top_of(model, place.module), place) as found:
         for rows in x.split(batch):
             calls = len(found)
             model(rows)
@@ -209,7 +225,7 @@ class Projected(Undefended, KnowsClasses, Shaped, Averages, Headed, Wraps):
     def attacker_view(self) -> Projected:
         """The model with its filter, which is a matrix product and is differentiated as it stands."""
         inner = self._model.attacker_view()
-        return self if self._view and inner is self._model else Projected(inner, self.fitted, self.place, view=True)
+        return self if self._view and inner is self._model else type(self)(inner, self.fitted, self.place, view=True)
 
     def modules(self) -> tuple[nn.Module, ...]:
         """The model's, and the projection."""
@@ -232,11 +248,37 @@ class Projected(Undefended, KnowsClasses, Shaped, Averages, Headed, Wraps):
         if moved is self._model and same_device(self.fitted.projection.mean.device, torch.device(device)):
             return self
         fitted = replace(self.fitted, projection=copy.deepcopy(self.fitted.projection).to(device))
-        return Projected(moved, fitted, self.place, view=self._view)
+        return type(self)(moved, fitted, self.place, view=self._view)
 
     def save(self, path: str | Path, **extra: Any) -> str:
         """Write the filter to a safetensors file (see `save_filter`); returns the file's sha256."""
         return save_filter(self.fitted, self.place, path, self._model.describe().state_sha256, extra)
+
+
+class ProjectedImageText(Projected, Embeds, TakesCaptions):
+    """The same around an image-text model: the filter is in its image encoder, before its embeddings have norm 1."""
+
+    @override
+    def toward(self, vector: Tensor) -> Any:
+        inner = self._model.toward(vector)
+        return None if inner is None else self._around(inner)
+
+    @override
+    def with_captions(self, captions: Sequence[Sequence[str]]) -> Any:
+        inner = self._model.with_captions(captions)
+        return self if inner is self._model else self._around(inner)
+
+    def _around(self, inner: Any) -> Projected:
+        name, tops = self.place.module, inner.modules()
+        if not any(name in dict(top.named_modules()) for top in tops):
+            name = f"inner.{name}"  # a goal has put itself around the network
+        return projected(inner, self.fitted, replace(self.place, module=name), view=self._view)
+
+
+def projected(model: Any, fitted: Filter, place: Place, *, view: bool = False) -> Projected:
+    """The model with a filter at a place; an image-text model stays one."""
+    kind = ProjectedImageText if isinstance(model, Embeds) and isinstance(model, TakesCaptions) else Projected
+    return kind(model, fitted, place, view=view)
 
 
 def load_projected(path: str | Path, model: Any, sha256: str = "") -> Projected:
@@ -251,4 +293,4 @@ def load_projected(path: str | Path, model: Any, sha256: str = "") -> Projected:
             f"{path} holds a filter that was fitted to other weights than those of {model.describe().name}: name that "
             "model, or fit anew (leave weights out and give the task root=FOLDER)"
         )
-    return Projected(model, fitted, place)
+    return projected(model, fitted, place)

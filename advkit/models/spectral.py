@@ -215,7 +215,10 @@ class Projection(nn.Module):
 
     def __init__(self, mean: ArrayLike | Tensor, basis: ArrayLike | Tensor, weight: float = 1.0) -> None:
         super().__init__()
-        held = (torch.tensor(np.asarray(each), dtype=torch.float64, device="cpu") for each in (mean, basis, weight))
+        held = (
+            torch.tensor(np.asarray(each), dtype=torch.float64, device="cpu").contiguous()
+            for each in (mean, basis, weight)
+        )
         for name, tensor in zip(("mean", "basis", "weight"), held, strict=True):
             self.register_buffer(name, tensor)
 

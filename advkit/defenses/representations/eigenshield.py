@@ -15,7 +15,7 @@ from advkit.core.errors import BadInput, NoTrainingData, UsageError
 from advkit.core.oracle import MeteredOracle, frozen
 from advkit.core.protocols import Boxed, Data, Radius, Rng
 from advkit.core.rng import RowRng
-from advkit.models.projected import Projected, changed, default_place, embeddings, load_projected, top_of
+from advkit.models.projected import Projected, changed, default_place, embeddings, load_projected, projected, top_of
 from advkit.models.spectral import Edge, Filter, Place, Projection, Score, Sigma, SpectralFilter, as_vectors, taken
 from advkit.threat_models import THREAT_MODELS
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -116,7 +116,7 @@ class EigenShield:
                 "some (root=FOLDER), or name a fitted filter (weights=FILE)"
             )
         place = Place(self.module, self.before) if self.module else default_place(model)
-        return Projected(model, self.fitted(model, data, place, rng), place)
+        return projected(model, self.fitted(model, data, place, rng), place)
 
     def fitted(self, model: Any, data: Data, place: Place, rng: Rng) -> Filter:
         """The filter of a model's embeddings at a place.
