@@ -246,8 +246,10 @@ def _protected(
         if isinstance(guard, Deploys):
             return plain
         if guard.needs_data:
-            return replace(plain, model=_fitted(plain.model, guard, task, seed, name=plain.origin, spec=spec))
-        return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
+            made = _fitted(plain.model, guard, task, seed, name=plain.origin, spec=spec)
+        else:
+            made = guard.protect(plain.model, None, training_rng(seed))
+        return replace(plain, model=made, defense="")
     start, name = blank(part, task, seed).to(device), MODELS.spec(part)
     return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)
 

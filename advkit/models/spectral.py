@@ -221,6 +221,7 @@ class Projection(nn.Module):
         )
         for name, tensor in zip(("mean", "basis", "weight"), held, strict=True):
             self.register_buffer(name, tensor)
+        self.eval()
 
     @property
     def d(self) -> int:
