@@ -38,7 +38,7 @@ Change = Callable[[Tensor], Tensor]
 
 def layer(top: nn.Module, name: str) -> nn.Module:
     """The layer of a module by its name in `named_modules`; UsageError names near ones where there is none."""
-    known = dict(top.named_modules())
+    known: dict[str, nn.Module] = dict(top.named_modules())
     if name and name in known:
         return known[name]
     folded = {each.casefold(): each for each in known if each}
@@ -98,7 +98,7 @@ def _replaced(value: Any, change: Change, place: Place) -> Any:
 
 def top_of(model: Any, name: str = "") -> nn.Module:
     """The torch module of a model that has the layer, the first one where no name is said; BadModel without any."""
-    tops = tuple(model.modules())
+    tops: tuple[nn.Module, ...] = tuple(model.modules())
     if not tops:
         raise BadModel(f"{model.describe().name} has no torch module inside, and so no layer to be filtered")
     return next((top for top in tops if name and name in dict(top.named_modules())), tops[0])
@@ -143,7 +143,7 @@ def collected(top: nn.Module, place: Place) -> Iterator[list[Tensor]]:
 def embeddings(model: Any, x: Tensor, place: Place, batch: int = 256) -> Tensor:
     """What is at a place of a model for rows x: [B, d], tokens [B, T, d] or maps [B, d, H, W], detached."""
     with torch.no_grad(), collected(top_of(model, place.module), place) as found:
-        for rows in x.split(batch):
+        for rows in torch.split(x, batch):
             calls = len(found)
             model(rows)
             if len(found) != calls + 1 or len(found[-1]) != len(rows):

@@ -371,7 +371,7 @@ class SpectralFilter:
         if self.edge == "topk":
             at_least_one(self, "top")
         if self.q != "auto":
-            check(self, "q", not isinstance(self.q, str) and 0 < self.q <= 1, "auto, or a number in (0, 1]")
+            check(self, "q", isinstance(self.q, (int, float)) and 0 < self.q <= 1, "auto, or a number in (0, 1]")
 
     def fit(
         self,

@@ -54,13 +54,15 @@ class Planted:
             for spread in (SEMANTIC, NUISANCE)
         ]
         noise = torch.randn(n, len(self.head), generator=stream, dtype=torch.float64)
-        return parts[0] @ self.semantic.T + parts[1] @ self.nuisance.T + noise, parts[0][:, 0].sign()
+        z = parts[0] @ self.semantic.T + parts[1] @ self.nuisance.T + noise
+        return z, parts[0][:, 0].sign()
 
     def attacked(self, z: Tensor, y: Tensor, name: int) -> Tensor:
         """The embeddings under the attack that knows of no filter."""
         mean = self.nuisance.sum(1) / self.nuisance.sum(1).norm()
         noise = torch.randn(z.shape, generator=_generator(self.seed, name, 1), dtype=torch.float64)
-        return z - PUSH * y[:, None] * mean + BULK * noise
+        moved: Tensor = z - PUSH * y[:, None] * mean + BULK * noise
+        return moved
 
     def accuracy(self, z: Tensor, y: Tensor) -> float:
         """Share of embeddings that the head answers right."""

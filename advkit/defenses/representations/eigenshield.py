@@ -13,8 +13,9 @@ from advkit.attacks import ATTACKS
 from advkit.core.checks import at_least, at_least_one
 from advkit.core.errors import BadInput, NoTrainingData, UsageError
 from advkit.core.oracle import MeteredOracle, frozen
-from advkit.core.protocols import Boxed, Data, Radius, Rng
+from advkit.core.protocols import Data, Radius, Rng
 from advkit.core.rng import RowRng
+from advkit.core.spaces import Box
 from advkit.models.projected import Projected, changed, default_place, embeddings, load_projected, projected, top_of
 from advkit.models.spectral import Edge, Filter, Place, Projection, Score, Sigma, SpectralFilter, as_vectors, taken
 from advkit.threat_models import THREAT_MODELS
@@ -153,7 +154,8 @@ class EigenShield:
             noise = streams.at("noise").normal(x)
             noise = noise / noise.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1)) * _longest(threat, x)
             space = model.space
-            return (x + noise).clamp(space.low, space.high) if isinstance(space, Boxed) else x + noise
+            moved: Tensor = x + noise
+            return space.clamp(moved) if isinstance(space, Box) else moved
         attack: Any = ATTACKS.build(self.calibration_attack)
         # No row stops once it is misclassified: the scores are of the whole displacement.
         with frozen(*model.modules()):
@@ -178,7 +180,7 @@ class _Agreement:
 
     def __call__(self, projection: Projection | None) -> float:
         with torch.no_grad():
-            right = [self._answers(rows, projection).argmax(1) for rows in self.x.split(256)]
+            right = [self._answers(rows, projection).argmax(1) for rows in torch.split(self.x, 256)]
         return float((torch.cat(right) == self.y).double().mean()) if right else 1.0
 
     def _answers(self, rows: Tensor, projection: Projection | None) -> Tensor:
