@@ -24,8 +24,6 @@ MODELS: Registry[Any] = Registry(
         "toychat": "advkit.models.language.toychat:ToyChat",
         "gguf:": "advkit.models.language.gguf:GGUF",
         "hf:": "advkit.models.language.transformers:HuggingFace",
-        "open_clip:": "advkit.models.clip:OpenCLIP",
-        "clip:": "advkit.models.clip:TransformersCLIP",
         "timm:": "advkit.models.external:Timm",
         "torchvision:": "advkit.models.external:TorchVision",
         "robustbench:": "advkit.models.robustbench:RobustBench",
