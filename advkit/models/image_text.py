@@ -184,6 +184,9 @@ class Learned(nn.Module):
 class Towers(ImageText):
     """Two convolutions and a linear layer for images; sentences or learned vectors for texts."""
 
+    image: nn.Module
+    text: Sentences | Learned
+
     def __init__(self, image: nn.Module, text: Sentences | Learned, scale: float) -> None:
         super().__init__()
         self.image = image
@@ -210,13 +213,12 @@ class Towers(ImageText):
         digest = torch.tensor(list(captions_sha256(captions)), dtype=torch.uint8)
         if torch.equal(digest, self.text.digest.cpu()):
             return None
-        made = Towers(self.image, Sentences(*self.text.vectors.shape[:1], self.text.map.out_features), self._scale)
-        made.to(self.text.vectors.device)
         vectors = torch.from_numpy(embed([text for texts in captions for text in texts]))
-        made.text.map = self.text.map
-        made.text.vectors.copy_(unit_means(vectors, len(captions[0])))
-        made.text.digest.copy_(digest)
-        return made
+        text = Sentences(len(captions), self.text.map.out_features).to(self.text.vectors.device)
+        text.map = self.text.map
+        text.vectors.copy_(unit_means(vectors, len(captions[0])))
+        text.digest.copy_(digest)
+        return Towers(self.image, text, self._scale)
 
 
 @dataclass(frozen=True, kw_only=True)
