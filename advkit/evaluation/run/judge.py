@@ -223,7 +223,7 @@ class Judge:
             for row, value in zip(rows, values, strict=True):
                 if isinstance(value, str):
                     row.texts[name] = value
-                elif isinstance(value, Sequence):
+                elif isinstance(value, list | tuple):
                     if all(math.isfinite(each) for each in value):
                         row.scores[name] = tuple(map(float, value))
                 elif value is not None and math.isfinite(value):
