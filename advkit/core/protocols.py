@@ -361,8 +361,11 @@ class TakesCaptions(Protocol):
     """A model whose classes are texts, and which answers others as well (zero-shot)."""
 
     @abstractmethod
-    def with_captions(self, captions: tuple[tuple[str, ...], ...]) -> Any:
-        """The same model with the texts of these captions, as many for every class; itself where they are its own."""
+    def with_captions(self, captions: tuple[tuple[str, ...], ...] | None, names: tuple[str, ...]) -> Any:
+        """The same model with texts for these classes; itself where they are its own.
+
+        captions: of every class, as many for each; None where a task has none, and the model makes them of the names
+        """
 
 
 @runtime_checkable

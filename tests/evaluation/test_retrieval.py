@@ -14,8 +14,8 @@ from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.counts import recalls
 from advkit.evaluation.report import Report, merge
 from advkit.evaluation.report.verify import verify
-from advkit.evaluation.stats import rate
 from advkit.evaluation.run.store import from_line, read_records, to_line
+from advkit.evaluation.stats import rate
 from advkit.tasks import TASKS
 from advkit.tasks.captions import ranks
 
@@ -47,9 +47,8 @@ def test_recall_is_what_brute_force_finds() -> None:
                 labels[i] in sorted(range(classes), key=lambda c: (-scores[i, c], c))[:k] for i in range(rows)
             )
             asked = sorted(set(labels.tolist()))
-            text_to_image = sum(
-                any(labels[i] == c for i in sorted(range(rows), key=lambda i, c=c: (-scores[i, c], i))[:k]) for c in asked
-            )
+            order = {c: sorted(range(rows), key=lambda i, c=c: (-scores[i, c], i)) for c in asked}
+            text_to_image = sum(any(labels[i] == c for i in order[c][:k]) for c in asked)
             one, other = found[f"clean_recall_at_{k}_image_to_text"], found[f"clean_recall_at_{k}_text_to_image"]
             assert (one.found, one.queries, one.what) == (image_to_text, rows, "all_samples")
             assert (other.found, other.queries, other.what) == (text_to_image, len(asked), "captions")

@@ -94,9 +94,9 @@ def test_its_own_captions_take_no_package(monkeypatch: pytest.MonkeyPatch) -> No
 
 @needs_package
 def test_other_captions_are_embedded_when_it_is_loaded(victim: ImageTextModel, rows) -> None:
-    assert victim.with_captions(captions_of(NAMES)) is victim
+    assert victim.with_captions(None, NAMES) is victim is victim.with_captions(captions_of(NAMES), ())
     templates = ("a photo of a {}", "a drawing of a {}")
-    other = victim.with_captions(captions_of(NAMES, templates))
+    other = victim.with_captions(captions_of(NAMES, templates), NAMES)
     vectors = torch.from_numpy(embed([template.format(name) for name in NAMES for template in templates]))
     means = F.normalize(vectors.view(10, 2, 384).mean(1), dim=1)
     torch.testing.assert_close(other.network.text.vectors, means)
@@ -113,12 +113,12 @@ def test_other_captions_are_embedded_when_it_is_loaded(victim: ImageTextModel, r
 
 def test_captions_of_another_number_of_classes(victim: ImageTextModel) -> None:
     with pytest.raises(BadModel, match="9 classes"):
-        victim.with_captions(captions_of(NAMES[:9]))
+        victim.with_captions(None, NAMES[:9])
 
 
 def test_learned_vectors_know_no_captions() -> None:
     model = MODELS.build("dual-encoder:text=learned")((1, 28, 28), 10, RNG)
-    assert model.with_captions(captions_of(NAMES, ("a drawing of a {}",))) is model
+    assert model.with_captions(captions_of(NAMES, ("a drawing of a {}",)), NAMES) is model
 
 
 def test_templates_are_averaged_as_clip_does() -> None:

@@ -94,7 +94,7 @@ def test_pgd_raises_the_similarity_and_leaves_accuracy_a_matter_of_classes(
     # what the report says is what the model itself says of the samples that were kept
     records = {record.id: record for record in read_records(out / "records.jsonl")}
     vector = torch.from_numpy(np.load(target))
-    kept = near.examples()
+    kept = near.adversarial()
     assert len(kept) == 40
     for name, origin, adversarial in zip(kept.ids, kept.clean, kept.adversarial, strict=True):
         record = records[name]

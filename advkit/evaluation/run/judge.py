@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -226,6 +226,6 @@ class Judge:
                 elif isinstance(value, list | tuple):
                     if all(math.isfinite(each) for each in value):
                         row.scores[name] = tuple(map(float, value))
-                elif value is not None and math.isfinite(value):
-                    row.figures[name] = value if isinstance(value, bool) else float(value)
+                elif value is not None and math.isfinite(number := cast(float, value)):
+                    row.figures[name] = value if isinstance(value, bool) else float(number)
         return rows
