@@ -361,8 +361,11 @@ class TakesCaptions(Protocol):
     """A model whose classes are texts, and which answers others as well (zero-shot)."""
 
     @abstractmethod
-    def with_captions(self, captions: Sequence[Sequence[str]]) -> Any:
-        """The same model with the texts of these captions, as many for every class; itself where they are its own."""
+    def with_captions(self, captions: tuple[tuple[str, ...], ...] | None, names: tuple[str, ...]) -> Any:
+        """The same model with texts for these classes; itself where they are its own.
+
+        captions: of every class, as many for each; None where a task has none, and the model makes them of the names
+        """
 
 
 @runtime_checkable
@@ -412,8 +415,8 @@ class Describes(Protocol):
         """ModelInfo of a model, plain JSON values of a threat model."""
 
 
-Figure = float | bool | str | None
-"""What can be said of a row; a text is kept with the row and never averaged."""
+Figure = float | bool | str | Sequence[float] | None
+"""What can be said of a row; texts and sequences of numbers are kept with the row and never averaged."""
 
 
 @dataclass(frozen=True)
@@ -428,6 +431,9 @@ class Evidence:
     clean, answer: the victim's answers to `origin` and `handed`
     twins:    the rows that belong beside the origins and are never attacked; None where the task has none
     rng:      streams of the rows, for what is drawn while looking
+    labels:   true classes, long [B]; None where the task has none
+    shifted:  a number that means nothing for classes was added to all scores of a row (`ThroughView`), so that rows
+              can't be ranked against each other by a score
     """
 
     victim: Any
@@ -439,6 +445,8 @@ class Evidence:
     answer: Any
     twins: Any
     rng: Rng
+    labels: Tensor | None = None
+    shifted: bool = False
 
 
 class Goal(Protocol[Y_contra]):
@@ -541,14 +549,14 @@ class Worded(Protocol):
 
 @runtime_checkable
 class Examines(Protocol):
-    """A goal, a threat model or a victim that has more to say of an attack than whether it succeeded."""
+    """A goal, a threat model, a victim or a task that has more to say of an attack than whether it succeeded."""
 
     @abstractmethod
     def examine(self, evidence: Evidence) -> Mapping[str, Sequence[Figure]]:
-        """Named sequences of a number, a truth value, a text or None per row.
+        """Named sequences of a number, a truth value, a text, numbers or None per row.
 
-        Texts stand in the records as `texts`, the others as `figures`, which are averaged over all rows, those included
-        on which the attack failed; truth values become rates.
+        Texts stand in the records as `texts`, rows of numbers as `scores`, the others as `figures`, which are averaged
+        over all rows, those included on which the attack failed; truth values become rates.
         """
 
 
@@ -1382,8 +1390,9 @@ class Record:
     spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
     has no meaning). `measures` are what the threat model measures of the change beside its distance. `figures` are what
     goal and threat model say of the row whether it was broken or not; `trace` is what the attack noted step by step,
-    evidence of how it went and of nothing else; `texts` are what was said of the row in words. `stage` and `source`
-    belong to the attack's `Label`. The last five stand in a file only where there are any.
+    evidence of how it went and of nothing else; `texts` are what was said of the row in words, `scores` rows of numbers
+    by which a task ranks the rows against each other. `stage` and `source` belong to the attack's `Label`. The last six
+    stand in a file only where there are any.
     """
 
     id: str
@@ -1406,6 +1415,7 @@ class Record:
     figures: dict[str, float | bool] = field(default_factory=dict, hash=False)
     trace: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     texts: dict[str, str] = field(default_factory=dict, hash=False)
+    scores: dict[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     stage: str = ""
     source: str = ""
 

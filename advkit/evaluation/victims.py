@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advkit.core.captions import captions_of
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
 from advkit.core.protocols import (
@@ -155,7 +154,7 @@ def with_captions_of(task: Task, model: Any) -> Any:
     """The model with the captions of the task's classes, where its classes are texts."""
     if not isinstance(model, TakesCaptions):
         return model
-    return model.with_captions(task.captions if isinstance(task, Captioned) else captions_of(task.class_names()))
+    return model.with_captions(task.captions if isinstance(task, Captioned) else None, task.class_names())
 
 
 def bound(task: Task, space: Any) -> Task:

@@ -28,6 +28,8 @@ MODELS: Registry[Any] = Registry(
         "torchvision:": "advkit.models.external:TorchVision",
         "robustbench:": "advkit.models.robustbench:RobustBench",
         "python:": "advkit.models.external:PythonFactory",
+        "clip:": "advkit.models.clip:TransformersCLIP",
+        "open_clip:": "advkit.models.clip:OpenCLIP",
         "http:": "advkit.models.http:HTTP",
         "https:": "advkit.models.http:HTTPS",
         "path:": "advkit.models.checkpoint:CheckpointFile",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from advkit.core.captions import Captions, captions_sha256
+from advkit.core.captions import Captions, captions_of, captions_sha256
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BadInput, BadModel
 from advkit.core.protocols import Embeds, Rng, TakesCaptions
@@ -48,6 +48,10 @@ class ImageText(nn.Module, ABC):
 
         Raises MissingExtra where the text encoder is not installed.
         """
+
+    def wording(self, captions: Captions | None, names: tuple[str, ...]) -> Captions:
+        """The captions to be read: those of the task, else "a photo of a {}" with the names of its classes."""
+        return captions_of(names) if captions is None else captions
 
     def embedding(self, x: Tensor) -> Tensor:
         """Embeddings [B, d] of norm 1."""
@@ -141,12 +145,18 @@ class ImageTextModel(TorchModel, Embeds, TakesCaptions):
         return self.with_module(Toward(network, F.normalize(vector.to(self.texts()), dim=0)).eval())
 
     @override
-    def with_captions(self, captions: Captions) -> ImageTextModel:
-        """The same model with the texts of these captions; itself where they are its own."""
-        if len(captions) != self.classes:
-            raise BadModel(f"captions of {len(captions)} classes for {self.name}, which answers {self.classes}")
-        made = self.network.captioned(captions)
+    def with_captions(self, captions: Captions | None, names: tuple[str, ...]) -> ImageTextModel:
+        """The same model with texts for these classes; itself where they are its own. See `protocols.TakesCaptions`."""
+        asked = self.network.wording(captions, names)
+        if len(asked) != self.classes:
+            raise BadModel(f"captions of {len(asked)} classes for {self.name}, which answers {self.classes}")
+        made = self.network.captioned(asked)
         return self if made is None else self.with_module(made.eval())
+
+
+def digest_of(captions: Captions) -> Tensor:
+    """What tells captions apart, as a buffer: uint8 [32]."""
+    return torch.tensor(list(captions_sha256(captions)), dtype=torch.uint8)
 
 
 def unit_means(vectors: Tensor, each: int) -> Tensor:
@@ -192,6 +202,9 @@ class Towers(ImageText):
 
     pooled: ClassVar[str] = "image"
 
+    image: nn.Module
+    text: Sentences | Learned
+
     def __init__(self, image: nn.Module, text: Sentences | Learned, scale: float) -> None:
         super().__init__()
         self.image = image
@@ -215,16 +228,15 @@ class Towers(ImageText):
     def captioned(self, captions: Captions) -> Towers | None:
         if isinstance(self.text, Learned):
             return None
-        digest = torch.tensor(list(captions_sha256(captions)), dtype=torch.uint8)
+        digest = digest_of(captions)
         if torch.equal(digest, self.text.digest.cpu()):
             return None
-        made = Towers(self.image, Sentences(*self.text.vectors.shape[:1], self.text.map.out_features), self._scale)
-        made.to(self.text.vectors.device)
         vectors = torch.from_numpy(embed([text for texts in captions for text in texts]))
-        made.text.map = self.text.map
-        made.text.vectors.copy_(unit_means(vectors, len(captions[0])))
-        made.text.digest.copy_(digest)
-        return made
+        text = Sentences(len(captions), self.text.map.out_features).to(self.text.vectors.device)
+        text.map = self.text.map
+        text.vectors.copy_(unit_means(vectors, len(captions[0])))
+        text.digest.copy_(digest)
+        return Towers(self.image, text, self._scale)
 
 
 @dataclass(frozen=True, kw_only=True)
