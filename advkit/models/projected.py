@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -264,8 +264,8 @@ class ProjectedImageText(Projected, Embeds, TakesCaptions):
         return None if inner is None else self._around(inner)
 
     @override
-    def with_captions(self, captions: Sequence[Sequence[str]]) -> Any:
-        inner = self._model.with_captions(captions)
+    def with_captions(self, captions: tuple[tuple[str, ...], ...] | None, names: tuple[str, ...]) -> Any:
+        inner = self._model.with_captions(captions, names)
         return self if inner is self._model else self._around(inner)
 
     def _around(self, inner: Any) -> Projected:

@@ -216,5 +216,5 @@ def test_an_image_text_model_stays_one() -> None:
     toward = guarded.toward(vector)
     assert torch.allclose(toward(x).mean(1), z @ nn.functional.normalize(vector, dim=0), atol=1e-5)
     assert torch.allclose(toward(x).softmax(1), guarded(x).softmax(1), atol=1e-5)
-    own = TASKS.build("fashion-mnist-captions").captions
-    assert guarded.with_captions(own) is guarded
+    task = TASKS.build("fashion-mnist-captions")
+    assert guarded.with_captions(task.captions, task.class_names()) is guarded
