@@ -29,7 +29,7 @@ GROUPS: dict[str, Words] = {
     "attacks": (
         "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "suites", "peers",
     ),
-    "defenses": ("none", "trains the model", "in front of any model", "smoothing", "filter"),
+    "defenses": ("none", "trains the model", "in front of any model", "inside the model", "smoothing", "filter"),
     "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates"),
     "tasks": (IMAGES, EVENTS, TEXT),
     "recipes": ("cifar10", "cifar100", "imagenet"),
@@ -43,6 +43,7 @@ _GROUP: dict[str, str] = {
     "advkit.defenses.adversarial": "trains the model",
     "advkit.defenses.inputs": "in front of any model",
     "advkit.defenses.inputs.ppl_filter": "filter",
+    "advkit.defenses.representations": "inside the model",
     "advkit.defenses.smoothing": "smoothing",
     "advkit.threat_models.lp": "ball",
     "advkit.threat_models.sparse": "ball",
