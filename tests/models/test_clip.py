@@ -87,6 +87,7 @@ def loaded(spec: str, task: Any) -> ImageTextModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", [PICTURE, SMOOTH, SMOOTH.rotate(90, expand=True)])
 def test_open_clips_own_classifier(open_folder: Path, picture: Image.Image) -> None:
     library = pytest.importorskip("open_clip", reason="needs the extra vlm")
@@ -108,6 +109,7 @@ def test_open_clips_own_classifier(open_folder: Path, picture: Image.Image) -> N
     assert (model(x) - whole).abs().max() < 0.1  # what 8-bit rounding comes to in logits of scale 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", [PICTURE, SMOOTH, SMOOTH.rotate(90, expand=True)])
 def test_transformers_own_classifier(folder: Path, picture: Image.Image) -> None:
     library = pytest.importorskip("transformers", reason="needs the extra vlm")
@@ -153,6 +155,7 @@ def test_preparation_is_differentiable() -> None:
     assert torch.autograd.gradcheck(Preparation((12, 12), edge=13), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["open_clip:local-dir", "clip:path"])
 def test_an_evaluation(kind: str, open_folder: Path, folder: Path, tmp_path: Path) -> None:
     """With the task's own names, under PGD, and toward a vector."""
@@ -175,6 +178,7 @@ def test_an_evaluation(kind: str, open_folder: Path, folder: Path, tmp_path: Pat
     assert near.metrics["similarity_after"]["value"] > near.metrics["similarity_before"]["value"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit(open_folder: Path, folder: Path, tmp_path: Path) -> None:
     task = rows(SMOOTH)
     config = json.loads((folder / "config.json").read_text())
@@ -210,6 +214,7 @@ def test_what_does_not_fit(open_folder: Path, folder: Path, tmp_path: Path) -> N
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_processors_settings_may_stand_with_the_tokenizers(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
