@@ -14,8 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import advkit
+from advkit.core.captions import captions_of
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, UsageError
+from advkit.core.rng import RowRng
 from advkit.evaluation.victims import ready
+from advkit.models import MODELS
 from advkit.models.clip import Preparation
 from advkit.models.image_text import ImageTextModel
 from advkit.tasks.arrays import Arrays
@@ -176,6 +179,18 @@ def test_an_evaluation(kind: str, open_folder: Path, folder: Path, tmp_path: Pat
     )
     assert near.clean_accuracy == report.clean_accuracy
     assert near.metrics["similarity_after"]["value"] > near.metrics["similarity_before"]["value"]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_handed_over_keeps_its_captions(folder: Path) -> None:
+    task = rows(SMOOTH)
+    blank = MODELS.build(f"clip:{folder}")((3, 60, 48), 3, RowRng.from_ids(0, ["a"]), space=task.space)
+    with pytest.raises(BadModel, match="no captions yet"):
+        blank(task.rows.x)
+    model = blank.with_captions(captions_of(NAMES, TEMPLATES[1:]), NAMES)
+    report = advkit.evaluate("fgsm", task=task, model=model, threat_model="linf:eps=0", n=6, device="cpu")
+    assert report.to_dict()["model"]["state_sha256"] == model.state_sha256()
+    assert model.state_sha256() != blank.with_captions(None, NAMES).state_sha256()
 
 
 @pytest.mark.slow
