@@ -99,8 +99,9 @@ def ready(spec: Any, task: Any, sample_timeout: float | None = None) -> Any:
     part, builder = model_part(spec)
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
-    made = part(_row_shape(task), task.classes, training_rng(0), space=task.space) if builder else part
-    made = with_captions_of(task, made)
+    made = part
+    if builder:  # a model that was handed over keeps the captions that it has
+        made = with_captions_of(task, part(_row_shape(task), task.classes, training_rng(0), space=task.space))
     model = introduced(as_model(made, task), task, wrapped=not is_model(made), sample_timeout=sample_timeout)
     return agreeing(model, task)
 

@@ -107,6 +107,7 @@ class Towers(ImageText):
         self.read = read
         self.names = names
         self.templates = templates
+        self.captions_known = False
         self.register_buffer("vectors", torch.zeros(classes, width))
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
 
@@ -124,6 +125,10 @@ class Towers(ImageText):
 
     @override
     def texts(self) -> Tensor:
+        if not self.captions_known:
+            raise BadModel(
+                "this model has no captions yet, and so no classes: give it some by with_captions"
+            )
         return self.vectors
 
     @override
@@ -150,6 +155,7 @@ class Towers(ImageText):
         made.to(self.vectors.device)
         made.vectors.copy_(unit_means(torch.cat(found), len(captions[0])))
         made.digest.copy_(digest)
+        made.captions_known = True
         return made
 
 

@@ -60,6 +60,7 @@ def test_embeddings_are_those_of_the_model_card(folder: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1.0, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_package
 def test_neighbours_and_padding_do_not_matter() -> None:
     together = embed(TEXTS)
@@ -68,6 +69,7 @@ def test_neighbours_and_padding_do_not_matter() -> None:
     assert embed([]).shape == (0, 384)
 
 
+@pytest.mark.slow
 @needs_package
 def test_what_is_behind_256_word_pieces_is_not_read() -> None:
     start = "bag " * 254
@@ -76,12 +78,14 @@ def test_what_is_behind_256_word_pieces_is_not_read() -> None:
     assert float(one @ embed(["bag " * 10])[0]) < 1 - 1e-3
 
 
+@pytest.mark.slow
 @needs_package
 def test_similar_texts_are_near() -> None:
     shoe, sneaker, rain = embed(["a photo of a shoe", "a photo of a sneaker", "It rains in the hills."])
     assert shoe @ sneaker > 0.5 > 0.3 > shoe @ rain
 
 
+@pytest.mark.slow
 @needs_package
 def test_the_package_is_not_imported_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     sentences._loaded.cache_clear()

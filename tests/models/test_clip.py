@@ -14,8 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import advkit
+from advkit.core.captions import captions_of
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, UsageError
+from advkit.core.rng import RowRng
 from advkit.evaluation.victims import ready
+from advkit.models import MODELS
 from advkit.models.clip import Preparation
 from advkit.models.image_text import ImageTextModel
 from advkit.tasks.arrays import Arrays
@@ -87,6 +90,7 @@ def loaded(spec: str, task: Any) -> ImageTextModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", [PICTURE, SMOOTH, SMOOTH.rotate(90, expand=True)])
 def test_open_clips_own_classifier(open_folder: Path, picture: Image.Image) -> None:
     library = pytest.importorskip("open_clip", reason="needs the extra vlm")
@@ -108,6 +112,7 @@ def test_open_clips_own_classifier(open_folder: Path, picture: Image.Image) -> N
     assert (model(x) - whole).abs().max() < 0.1  # what 8-bit rounding comes to in logits of scale 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", [PICTURE, SMOOTH, SMOOTH.rotate(90, expand=True)])
 def test_transformers_own_classifier(folder: Path, picture: Image.Image) -> None:
     library = pytest.importorskip("transformers", reason="needs the extra vlm")
@@ -153,6 +158,7 @@ def test_preparation_is_differentiable() -> None:
     assert torch.autograd.gradcheck(Preparation((12, 12), edge=13), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["open_clip:local-dir", "clip:path"])
 def test_an_evaluation(kind: str, open_folder: Path, folder: Path, tmp_path: Path) -> None:
     """With the task's own names, under PGD, and toward a vector."""
@@ -175,6 +181,19 @@ def test_an_evaluation(kind: str, open_folder: Path, folder: Path, tmp_path: Pat
     assert near.metrics["similarity_after"]["value"] > near.metrics["similarity_before"]["value"]
 
 
+@pytest.mark.slow
+def test_a_model_that_is_handed_over_keeps_its_captions(folder: Path) -> None:
+    task = rows(SMOOTH)
+    blank = MODELS.build(f"clip:{folder}")((3, 60, 48), 3, RowRng.from_ids(0, ["a"]), space=task.space)
+    with pytest.raises(BadModel, match="no captions yet"):
+        blank(task.rows.x)
+    model = blank.with_captions(captions_of(NAMES, TEMPLATES[1:]), NAMES)
+    report = advkit.evaluate("fgsm", task=task, model=model, threat_model="linf:eps=0", n=6, device="cpu")
+    assert report.to_dict()["model"]["state_sha256"] == model.state_sha256()
+    assert model.state_sha256() != blank.with_captions(None, NAMES).state_sha256()
+
+
+@pytest.mark.slow
 def test_what_does_not_fit(open_folder: Path, folder: Path, tmp_path: Path) -> None:
     task = rows(SMOOTH)
     config = json.loads((folder / "config.json").read_text())
@@ -210,6 +229,7 @@ def test_what_does_not_fit(open_folder: Path, folder: Path, tmp_path: Path) -> N
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_processors_settings_may_stand_with_the_tokenizers(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

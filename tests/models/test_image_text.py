@@ -73,6 +73,7 @@ def test_clean_accuracy_of_the_zoo_model_on_the_embedded_images(victim: ImageTex
     assert right / 1_000 == zoo.card(ZOO).measured["clean accuracy"] == 0.869
 
 
+@pytest.mark.slow
 @needs_package
 def test_stored_vectors_are_those_of_the_captions(victim: ImageTextModel) -> None:
     live = embed([f"a photo of a {name}" for name in NAMES])
@@ -92,6 +93,7 @@ def test_its_own_captions_take_no_package(monkeypatch: pytest.MonkeyPatch) -> No
         advkit.evaluate("fgsm", task="fashion-mnist-captions:templates=a drawing of a {}", n=8, device="cpu")
 
 
+@pytest.mark.slow
 @needs_package
 def test_other_captions_are_embedded_when_it_is_loaded(victim: ImageTextModel, rows) -> None:
     assert victim.with_captions(None, NAMES) is victim is victim.with_captions(captions_of(NAMES), ())
