@@ -99,8 +99,9 @@ def suite(root: str) -> dict[str, Any]:
         report = advkit.evaluate(
             SUITE, model=model, task="fashion-mnist-captions", threat_model=threat, n=1000, beside=False, device="cpu"
         )
-        metrics = report.to_dict()["metrics"]["robust_accuracy"]
-        found[name] = {"robust": percent(report, "robust_accuracy"), "interval": [round(metrics["ci"][side], 4) for side in ("low", "high")]}
+        reach = report.to_dict()["metrics"]["robust_accuracy"]["ci"]
+        interval = [round(reach[side], 4) for side in ("low", "high")]
+        found[name] = {"robust": percent(report, "robust_accuracy"), "interval": interval}
     return found
 
 

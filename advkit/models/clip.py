@@ -126,9 +126,7 @@ class Towers(ImageText):
     @override
     def texts(self) -> Tensor:
         if not self.captions_known:
-            raise BadModel(
-                "this model has no captions yet, and so no classes: give it some by with_captions"
-            )
+            raise BadModel("this model has no captions yet, and so no classes: give it some by with_captions")
         return self.vectors
 
     @override
