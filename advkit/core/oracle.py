@@ -7,8 +7,10 @@ a row's bits do not depend on the batch it happens to travel in.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -290,6 +292,15 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
+_SHAPES = "torch.fx.experimental.symbolic_shapes"
+"""What torch imports, and sympy with it, once a gradient is asked for with the outputs' own gradients."""
+
+_SUMMED = 10_000
+"""Passes whose loss is summed first: the import costs as much as so many sums, and small runs never need it."""
+
+_passes = itertools.count()
+
+
 class MeteredOracle:
     """All an attack sees of a model.
 
@@ -427,11 +438,8 @@ class MeteredOracle:
                 raise
         gradient = None
         if loss.requires_grad:
-            # Every row's own gradient, as that of the sum would be, without a sum and what its backward makes.
-            if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
-                self._ones = torch.ones_like(loss, requires_grad=False)
             try:
-                (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+                (gradient,) = self._backward(loss, leaf)
             except BaseException as error:
                 blame(error, BACKWARD)
                 raise
@@ -439,6 +447,14 @@ class MeteredOracle:
             self.meter.detached = True
             gradient = torch.zeros_like(leaf, requires_grad=False)
         return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+
+    def _backward(self, loss: Tensor, leaf: Tensor) -> tuple[Tensor | None, ...]:
+        """Every row's own gradient: that of the sum, and after the first passes without making the sum."""
+        if _SHAPES not in sys.modules and next(_passes) < _SUMMED:
+            return torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+        if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
+            self._ones = torch.ones_like(loss, requires_grad=False)
+        return torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
 
     def _aimed(self, goal: Any, sizes: list[int], device: torch.device) -> list[Any]:
         """The goal of every chunk; those of the goal asked for last are kept, since a walk keeps its goal."""
