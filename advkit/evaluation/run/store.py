@@ -28,7 +28,7 @@ log = logging.getLogger("advkit")
 RECORDS_NAME = "records.jsonl"
 _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
-_WHERE_ANY = ("figures", "trace", "texts", "stage", "source")
+_WHERE_ANY = ("figures", "trace", "texts", "scores", "stage", "source")
 """Fields that most records have nothing for: written only where they have."""
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -83,6 +83,10 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "measures": lambda value: isinstance(value, dict) and all(map(_real, value.values())),
     "figures": lambda value: isinstance(value, dict) and all(type(v) is bool or _real(v) for v in value.values()),
     "texts": lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
+    "scores": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(row, list) and all(_real(v) and math.isfinite(v) for v in row) for row in value.values())
+    ),
     "trace": lambda value: isinstance(value, list) and all(isinstance(each, dict) and _plain(each) for each in value),
 }
 
@@ -98,6 +102,7 @@ def from_line(line: str) -> Record:
     values["outcome"] = Outcome(values["outcome"])
     values["notes"] = tuple(values["notes"])
     values["trace"] = tuple(values.get("trace", ()))
+    values["scores"] = {name: tuple(row) for name, row in values.get("scores", {}).items()}
     if not values.get("stage") and not values.get("source"):
         # Runs of earlier versions wrote the label as one text.
         label = Label.parse(values["attack"])
