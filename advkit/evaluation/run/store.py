@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
 _WHERE_ANY = ("figures", "trace", "texts", "scores", "stage", "source")
 """Fields that most records have nothing for: written only where they have."""
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def written(records: Iterable[Record]) -> tuple[str, ...]:
@@ -40,9 +41,8 @@ def written(records: Iterable[Record]) -> tuple[str, ...]:
 
 def to_line(record: Record) -> str:
     """One line of JSON, keys in the record's order."""
-    values = asdict(record)
-    said = {name: values[name] for name in _NAMES if name not in _WHERE_ANY or values[name]}
-    return json.dumps(said, separators=(",", ":"))
+    said = {name: value for name in _NAMES if (value := getattr(record, name)) or name not in _WHERE_ANY}
+    return _ENCODER.encode(said)
 
 
 _MOST = 2**63  # of a whole number: arrays of such are made of records
