@@ -199,7 +199,7 @@ def noise(draws: int = 2000) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True)
-    parser.add_argument("--rows", nargs="+", default=[*DUAL, "classifier", "suite", "planted", "noise"])
+    parser.add_argument("--rows", nargs="+", default=[*DUAL, "classifier", "suite_1000", "planted", "noise"])
     parser.add_argument("--out", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -216,7 +216,7 @@ def main() -> None:
         }
     others: dict[str, Callable[[], dict[str, Any]]] = {
         "classifier": classifier,
-        "suite": lambda: suite(given.root),
+        "suite_1000": lambda: suite(given.root),
         "planted": planted,
         "noise": noise,
     }

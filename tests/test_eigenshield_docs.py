@@ -116,5 +116,5 @@ def test_what_is_said_of_the_figures_is_so() -> None:
     assert f"{round(100 * lost)} points less clean accuracy" in TEXT
     assert f"leaves {percent(runs['q=0.75']['adaptive'])} %" in TEXT
     for name in ("none", "q=0.75"):
-        low, high = (percent(each) for each in FILE["suite"][name]["interval"])
-        assert f"{percent(FILE['suite'][name]['robust'])} % [{low}, {high}]" in TEXT
+        low, high = (percent(each) for each in FILE["suite_1000"][name]["interval"])
+        assert f"{percent(FILE['suite_1000'][name]['robust'])} % [{low}, {high}]" in TEXT
