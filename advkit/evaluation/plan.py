@@ -11,7 +11,17 @@ import torch
 from advkit.attacks import ATTACKS
 from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
-from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, Votes, WantsData
+from advkit.core.protocols import (
+    Batched,
+    Graded,
+    Label,
+    MadeForGoal,
+    MadeForThreatModel,
+    PerSample,
+    Task,
+    Votes,
+    WantsData,
+)
 from advkit.core.registry import Registry
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
@@ -240,7 +250,8 @@ def _case(
         keep=request.keep,
         speed=speed,
         sample_timeout=request.sample_timeout,
-        attack_misclassified=isinstance(parts.threat, Transfer) and parts.threat.attacks_all,
+        attack_misclassified=isinstance(parts.rule, Graded)
+        or (isinstance(parts.threat, Transfer) and parts.threat.attacks_all),
     )
 
 

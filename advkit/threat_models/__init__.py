@@ -40,6 +40,7 @@ GOALS: Registry[Rule] = Registry(
         "topk": "advkit.threat_models.goals.ordered_topk:TopKRule",
         "out-of-topk": "advkit.threat_models.goals.ordered_topk:OutOfTopKRule",
         "says": "advkit.threat_models.goals.says:SaysRule",
+        "reconstruction": "advkit.threat_models.goals.reconstruction:ReconstructionRule",
     },
     group="advkit.goals",
     contract=Rule,
