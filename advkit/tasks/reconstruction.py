@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from typing_extensions import override
@@ -91,7 +91,7 @@ class DigitsReconstruction(ReconstructionTask):
     What is measured is a setting of the model: reconstructor:measurements=16.
     """
 
-    split: str = "test"
+    split: Literal["test", "train"] = "test"
 
     name = "digits-reconstruction"
     defaults = TaskDefaults(model="reconstructor", threat_model="l2:eps=0.5", goal="reconstruction")
@@ -101,7 +101,7 @@ class DigitsReconstruction(ReconstructionTask):
 
     @cached_property
     def _images(self) -> ArrayTask:  # type: ignore[override]
-        return Digits(split=self.split)  # type: ignore[arg-type]
+        return Digits(split=self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class FashionMNISTReconstruction(ReconstructionTask):
     What is measured is a setting of the model: reconstructor:measurements=196.
     """
 
-    split: str = "test"
+    split: Literal["test", "train"] = "test"
     root: str = ""
     size: int = 28
     train: int = 0
@@ -131,4 +131,4 @@ class FashionMNISTReconstruction(ReconstructionTask):
 
     @cached_property
     def _images(self) -> ArrayTask:  # type: ignore[override]
-        return FashionMNIST(split=self.split, root=self.root, size=self.size, train=self.train, test=self.test)  # type: ignore[arg-type]
+        return FashionMNIST(split=self.split, root=self.root, size=self.size, train=self.train, test=self.test)
