@@ -1,10 +1,10 @@
 """Error of a reconstruction network behind fronts trained with and without its gradients, under L2 attack.
 
-    python benchmarks/zo_reconstruction.py --root FOLDER [--sigma 0.25 0.5] [--seeds 0 1 2] [--n 1000]
+    python benchmarks/zo_reconstruction.py --root FOLDER [--sigma 0.25 0.5] [--seeds 0 1 2] [--n 250]
         [--out docs/zo_reconstruction.json]
 
 The second task of ZO-AE-DS (arXiv 2203.14195) on Fashion-MNIST in place of MNIST. FOLDER holds the published training
-files. The victim measures an image by a fixed random linear map to 196 numbers and recovers it by an MLP 196-512-512-784,
+files. The victim measures an image by a fixed random linear map to 196 numbers and recovers it by an MLP 196-256-256-784,
 trained on the first 8,000 training images, then queried alone; fronts are trained on the next 3,000 (8 epochs, batches
 of 64, Adam 1e-3) under noise of sigma 0.25, and of 0.5, by the mean squared error to the clean image. Then 40 steps of
 PGD change the first test images within L2 balls of radius 2 and 4, by an attacker who differentiates the whole chain and
@@ -37,7 +37,7 @@ from advkit.training.loop import Recipe, fit
 
 SIGMAS = (0.25, 0.5)
 VICTIM, FRONT = 8_000, 3_000
-MODEL = "reconstructor:measurements=196,hidden=512+512"
+MODEL = "reconstructor:measurements=196,hidden=256+256"
 VICTIM_RECIPE = Recipe(epochs=30, batch_size=128, lr=1e-3)
 RECIPE = "targets=labels,recipe=[epochs=8,batch_size=64,lr=1e-3,validation=0]"
 ROWS: dict[str, str] = {
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, nargs="+", default=SIGMAS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--n", type=int, default=1000, help="test images")
+    parser.add_argument("--n", type=int, default=250, help="test images")
     parser.add_argument("--out", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
