@@ -162,7 +162,8 @@ def blank(spec: Any, task: Any, seed: int) -> Any:
     part, _ = model_part(spec)
     if answer_shape(task) and not isinstance(part, Reconstructor):
         raise BadModel(
-            f"{MODELS.spec(part)} answers classes, and the task {task.name} wants reconstructed samples: use reconstructor"
+            f"{MODELS.spec(part)} answers classes, and the task {task.name} wants reconstructed samples: use "
+            "reconstructor"
         )
     return part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
 

@@ -27,7 +27,11 @@ class Measured(nn.Module):
     def __init__(self, features: int, measurements: int, seed: int) -> None:
         super().__init__()
         drawn = torch.randn(
-            measurements, features, generator=torch.Generator("cpu").manual_seed(seed), device="cpu", dtype=torch.float32
+            measurements,
+            features,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            device="cpu",
+            dtype=torch.float32,
         )
         place = torch.get_default_device()  # "meta" where only names and shapes are wanted
         self.register_buffer("matrix", (drawn / math.sqrt(measurements)).to(place))
@@ -74,8 +78,8 @@ class Reconstructor(Architecture):
         """An untrained model; `classes` is 0 for a task whose answers are samples."""
         if classes:
             raise BadModel(
-                f"reconstructor answers samples, and this task has {classes} classes: use mlp or cnn, or a task such as "
-                "digits-reconstruction"
+                f"reconstructor answers samples, and this task has {classes} classes: use mlp or cnn, or a task such "
+                "as digits-reconstruction"
             )
         model = super().__call__(shape, 1, rng, space=space)
         model.classes, model.answer_shape = None, tuple(int(length) for length in shape)

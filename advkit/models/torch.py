@@ -164,8 +164,8 @@ def checked_logits(answer: Any, rows: int, shape: tuple[int, ...] = ()) -> Tenso
     """
     if shape and isinstance(answer, Tensor) and (answer.shape != (rows, *shape) or not answer.is_floating_point()):
         raise BadModel(
-            f"the model returns a tensor {list(answer.shape)} of type {answer.dtype} for {rows} inputs; this task wants "
-            f"reconstructed samples, float {[rows, *shape]}"
+            f"the model returns a tensor {list(answer.shape)} of type {answer.dtype} for {rows} inputs; this task "
+            f"wants reconstructed samples, float {[rows, *shape]}"
         )
     logits = logits_of(answer)
     if shape:

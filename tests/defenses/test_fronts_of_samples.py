@@ -1,4 +1,4 @@
-"""Fronts before a model that answers samples: exact estimates on a linear one, exact counts, and what is held against."""
+"""Fronts before a model that answers samples: exact estimates on a linear one, exact counts, and what is refused."""
 
 from __future__ import annotations
 

@@ -155,7 +155,9 @@ def test_without_a_clean_error_the_worst_is_the_top_singular_value():
     x = torch.zeros(6, *SHAPE, dtype=torch.float64)  # M 0 = 0: nothing is lost when clean
     goal, ball = Reconstruction(x, 1e-3), L2(eps=1.5).bind(model.space)
     assert float(goal.error(model(x)).max()) == 0
-    z = ATTACKS.build("pgd:steps=40,step_size=1")(MeteredOracle(model, 6, decides=False), x, goal, ball, RowRng.from_ids(0, IDS))
+    z = ATTACKS.build("pgd:steps=40,step_size=1")(
+        MeteredOracle(model, 6, decides=False), x, goal, ball, RowRng.from_ids(0, IDS)
+    )
     bound = 1.5 * float(torch.linalg.matrix_norm(model.module.matrix.detach(), 2)) / math.sqrt(D)
     found = goal.error(model(z)).detach()
     assert float(found.max()) <= bound * (1 + 1e-9)
@@ -172,6 +174,39 @@ def test_the_harness_is_never_above_the_bound_of_a_linear_model():
     residuals = (clean @ matrix.T - clean).double().numpy()
     whole = [farthest(matrix.double().numpy(), residual, 0.05) / 8 for residual in residuals]
     assert report.metrics["rmse"]["value"] <= np.mean(whole) * (1 + 1e-5)  # the box leaves less than the ball
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["fgsm", "pgd:steps=5", "mifgsm:steps=5", "apgd-ce:steps=5", "apgd-t:steps=5", "square:queries=60", "vmi:steps=3"],
+)
+def test_attacks_on_classes_work_towards_it_unchanged(spec, small):
+    model, task = small
+    batch = next(iter(task.batches(16)))
+    goal, ball = GOALS.build("reconstruction:rmse=0.9").about(batch.x), L2(eps=1.0).bind(task.space)
+    oracle = MeteredOracle(model, 16, decides=False)
+    z = ATTACKS.build(spec)(oracle, batch.x, goal, ball, RowRng.from_ids(0, batch.ids))
+    assert bool(ball.admits(z, batch.x).all())
+    with torch.no_grad():
+        before, after = goal.error(model(batch.x)), goal.error(model(z))
+    assert bool((after >= before - 1e-6).all())
+    assert float((after - before).mean()) > 0.02
+
+
+def test_fab_crosses_the_threshold_at_a_smaller_distance_than_pgd_takes(small):
+    model, task = small
+    batch = next(iter(task.batches(16)))
+    with torch.no_grad():
+        errors = Reconstruction(batch.x, 1.0).error(model(batch.x))
+    goal, ball = (
+        GOALS.build(f"reconstruction:rmse={float(errors.max()) + 0.02:.3f}").about(batch.x),
+        L2(eps=3.0).bind(task.space),
+    )
+    z = ATTACKS.build("fab:steps=20")(MeteredOracle(model, 16), batch.x, goal, ball, RowRng.from_ids(0, batch.ids))
+    with torch.no_grad():
+        reached = goal.reached(model(z))
+    assert bool(reached.any())
+    assert float(ball.distance(z, batch.x)[reached].mean()) < 2.0
 
 
 # --- through the harness
@@ -328,7 +363,9 @@ def test_what_does_not_fit_is_refused_in_one_line(name, tmp_path, monkeypatch, s
     if asked.get("model") == "reconstructor:hidden=8" and "defense" not in asked:
         asked = {**asked, "model": small[0]}
     with pytest.raises(AdvkitError, match=said) as refused:
-        advkit.evaluate(**{"model": small[0], "attack": "pgd:steps=2", "task": small[1], "n": 5, "device": "cpu", **asked})
+        advkit.evaluate(
+            **{"model": small[0], "attack": "pgd:steps=2", "task": small[1], "n": 5, "device": "cpu", **asked}
+        )
     assert "\n" not in str(refused.value)
 
 
@@ -346,8 +383,8 @@ def test_a_model_of_another_shape_is_refused(shape, small):
 
     with pytest.raises(BadModel, match=r"wants reconstructed samples, float \[4, 1, 8, 8\]"):
         advkit.evaluate(model=f, task=small[1], n=5, device="cpu")
+    model = FunctionModel(lambda x: x.flatten(1), small[1].space, answer_shape=(64,))
     with pytest.raises(BadModel, match=r"answers samples \[64\]"):
-        model = FunctionModel(lambda x: x.flatten(1), small[1].space, answer_shape=(64,))
         agreeing(model, small[1])
 
 

@@ -127,8 +127,8 @@ def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
 def graded(case: Case, records: Iterable[Record]) -> dict[str, Any]:
     """Means with bootstrap intervals of the figures by which the case's rule grades every sample.
 
-    Of several attacks the worst for each sample. A sample that nobody could grade, because the victim raised or answered
-    no number, is in none of them: `n` says how many are.
+    Of several attacks the worst for each sample. A sample that nobody could grade, because the victim raised or
+    answered no number, is in none of them: `n` says how many are.
     """
     if not isinstance(case.rule, Graded):
         return {}

@@ -346,9 +346,7 @@ def _where_answered(view: Any, start: Tensor, goal: Any) -> _FirstGradients | No
     )
 
 
-def _gradients(
-    case: Case, x: Tensor, labels: Tensor | None, clean: Tensor, ids: Sequence[str]
-) -> list[Finding]:
+def _gradients(case: Case, x: Tensor, labels: Tensor | None, clean: Tensor, ids: Sequence[str]) -> list[Finding]:
     """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
     radius = case.threat.describe().get("eps")

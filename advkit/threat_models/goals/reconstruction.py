@@ -106,7 +106,9 @@ class ReconstructionRule(AboutSamples, Graded, Worded):
     rmse: float = 0.25
 
     def __post_init__(self) -> None:
-        check(self, "rmse", math.isfinite(self.rmse) and self.rmse > 0, "a root mean squared error above 0, such as 0.25")
+        check(
+            self, "rmse", math.isfinite(self.rmse) and self.rmse > 0, "a root mean squared error above 0, such as 0.25"
+        )
 
     @override
     def about(self, x: Tensor) -> Reconstruction:
