@@ -100,7 +100,7 @@ class DigitsReconstruction(ReconstructionTask):
         _ = self._images
 
     @cached_property
-    def _images(self) -> ArrayTask:  # type: ignore[override]
+    def _images(self) -> ArrayTask:
         return Digits(split=self.split)
 
 
@@ -130,5 +130,5 @@ class FashionMNISTReconstruction(ReconstructionTask):
         _ = self._images
 
     @cached_property
-    def _images(self) -> ArrayTask:  # type: ignore[override]
+    def _images(self) -> ArrayTask:
         return FashionMNIST(split=self.split, root=self.root, size=self.size, train=self.train, test=self.test)
