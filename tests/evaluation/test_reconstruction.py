@@ -351,7 +351,7 @@ REFUSED = {
     "adversarial training": ({"model": "reconstructor:hidden=8", "defense": "pgd_at"}, "a loss on classes"),
     "a certificate": (
         {"model": "reconstructor:hidden=8", "threat_model": "certified:n0=10,n=20", "attack": "none"},
-        "smooth",
+        "a certificate speaks of classes",
     ),
 }
 
