@@ -1,4 +1,4 @@
-"""docs/zo_ae_ds.md: the table of reconstruction is that of docs/zo_reconstruction.json, and what is said of it holds."""
+"""docs/zo_ae_ds.md: the table of reconstruction is that of the file beside it, and what is said of the order holds."""
 
 from __future__ import annotations
 
