@@ -69,7 +69,7 @@ def gap(scores: Array, a: Array, y: Array, upper: Array) -> tuple[float, float]:
     return norm / 2 + float(upper @ hinge) - value, value
 
 
-def svm(gram: Gram, y: Array, upper: Array, *, tol: float = 1e-3, most: int = 2000) -> Array:
+def svm(gram: Gram, y: Array, upper: Array, *, tol: float = 1e-4, most: int = 2000) -> Array:
     """The dual optimum of the SVM with labels -1 and +1 and bounds `upper` [n], all above 0.
 
     A dense kernel goes to scikit-learn's SVC. A factored one goes to accelerated projected gradient descent with
@@ -100,7 +100,8 @@ def _by_svc(gram: Dense, y: Array, upper: Array, tol: float) -> Array:
     from sklearn.svm import SVC
 
     C = float(upper.max())
-    machine = SVC(C=C, kernel="precomputed", tol=tol).fit(gram.matrix, y, sample_weight=upper / C)
+    # The first label is taken for positive, so that negated labels have the same dual variables to the last bit.
+    machine = SVC(C=C, kernel="precomputed", tol=tol).fit(gram.matrix, y * y[0], sample_weight=upper / C)
     a = np.zeros(len(y))
     a[machine.support_] = np.abs(machine.dual_coef_[0])
     return np.minimum(a, upper)

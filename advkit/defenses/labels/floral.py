@@ -22,9 +22,9 @@ from advkit.defenses.labels.kernels import (
     NAMED,
     Factored,
     Gram,
-    Kernel,
     KernelFunction,
     Landmarks,
+    SVCKernel,
     combined,
     dense,
     largest_eigenvalue,
@@ -288,7 +288,7 @@ class FLORAL(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-le
         )
         self.budget_, self.step_size_, self.n_iter_ = game.budget, game.step, game.rounds
         coefficients, self.intercept_ = self._outcome(game, gram, used, rng, validation)
-        self._keep(gram, used, rows, coefficients)
+        self._keep(gram, used, rows, coefficients, X.shape[0])
         return self
 
     def decision_function(self, X: Any) -> Array:
@@ -304,6 +304,23 @@ class FLORAL(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-le
         chosen = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
         labels: NDArray[Any] = self.classes_[chosen]
         return labels
+
+    @property
+    def duals_(self) -> Array:
+        """The size of every training sample's coefficient, from 0 to C, [n]; of several machines the largest."""
+        check_is_fitted(self)
+        duals = np.zeros(self._samples)
+        duals[self.support_] = np.abs(self.dual_coef_).max(axis=0)
+        return duals
+
+    def gram(self, X: Any, Z: Any) -> Array:
+        """The kernel of the fitted machine between X [n, d] and Z [m, d], float64 [n, m]; not if it was precomputed."""
+        check_is_fitted(self)
+        if self._kernel.name == "precomputed":
+            raise LabelInputError("the kernel was precomputed, so that it is not known between other samples")
+        if self._features is not None:
+            return self._features(X) @ self._features(Z).T
+        return self._kernel(X, Z)
 
     @property
     def _sparse(self) -> Any:
@@ -363,7 +380,7 @@ class FLORAL(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-le
 
     def _gram(self, X: Any, rng: np.random.RandomState) -> Gram:
         n, d = X.shape
-        self._kernel = Kernel(
+        self._kernel = SVCKernel(
             name=self.kernel, gamma=self._gamma(X), degree=float(self.degree), coef0=float(self.coef0)
         )
         self._features: Landmarks | None = None
@@ -456,9 +473,10 @@ class FLORAL(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-le
 
         return accuracy
 
-    def _keep(self, gram: Gram, X: Any, rows: Codes, coefficients: Array) -> None:
+    def _keep(self, gram: Gram, X: Any, rows: Codes, coefficients: Array, samples: int) -> None:
         """Keep what predicting takes: weights of features, or the samples whose coefficient is not 0."""
         needed = np.flatnonzero(coefficients.any(axis=0))
+        self._samples = samples
         self.support_, self.dual_coef_ = rows[needed], coefficients[:, needed]
         self._weights: Array | None = None
         self._rows: Any = None

@@ -1,4 +1,4 @@
-"""Kernel matrices for learners of labels: dense up to a limit, or a product of features (Nystroem, linear)."""
+"""SVCKernel matrices for learners of labels: dense up to a limit, or a product of features (Nystroem, linear)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Final, Protocol
 import numpy as np
 import scipy.linalg
 import scipy.sparse
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from sklearn.metrics.pairwise import pairwise_kernels
 
 from advkit.defenses.labels.projection import Array, LabelInputError
 
 NAMED: Final = ("linear", "poly", "rbf", "sigmoid")
 _BLOCK: Final = 1 << 24
-"""Kernel values that are computed at once: 128 MiB."""
+"""SVCKernel values that are computed at once: 128 MiB."""
 _SMALL: Final = 64
 _ROUND_OFF: Final = 1e-8
 """Of the largest eigenvalue: a smallest one above minus this is round-off."""
@@ -27,7 +27,7 @@ KernelFunction = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class SVCKernel:
     """A kernel of scikit-learn's SVC by name, or a function of two arrays of samples that returns the matrix.
 
     name: linear, poly, rbf, sigmoid, precomputed, or a function (X [n, d], Y [m, d]) -> [n, m]
@@ -111,12 +111,12 @@ class Landmarks:
     scikit-learn's Nystroem calls a kernel function on pairs of rows; SVC's functions take whole arrays, as here.
     """
 
-    kernel: Kernel
+    kernel: SVCKernel
     rows: Any
     root: Array
 
     @classmethod
-    def chosen(cls, kernel: Kernel, rows: Any) -> Landmarks:
+    def chosen(cls, kernel: SVCKernel, rows: Any) -> Landmarks:
         """Features for landmarks that are given; directions of no weight are left out."""
         values, vectors = scipy.linalg.eigh(_symmetric(kernel(rows, rows)))
         if values[0] < -_ROUND_OFF * max(values[-1], 0.0):
@@ -138,7 +138,7 @@ class Landmarks:
         return features
 
 
-def combined(kernel: Kernel, x: Any, rows: Any, coefficients: Array) -> Array:
+def combined(kernel: SVCKernel, x: Any, rows: Any, coefficients: Array) -> Array:
     """k(x, rows) @ coefficients, [n, k], without ever holding more than a block of the kernel."""
     size = max(1, _BLOCK // max(1, rows.shape[0]))
     blocks = [kernel(x[start : start + size], rows) @ coefficients for start in range(0, x.shape[0], size)]
@@ -160,19 +160,31 @@ def _symmetric(matrix: Array) -> Array:
     return matrix
 
 
-def dense(kernel: Kernel, x: Any) -> Dense:
+def dense(kernel: SVCKernel, x: Any) -> Dense:
     """The kernel matrix of x; a precomputed one is x. Warns, with its smallest eigenvalue, where it is not PSD."""
     gram = Dense(_symmetric(np.asarray(x) if kernel.name == "precomputed" else kernel(x, x)))
     if not kernel.surely_psd:
-        smallest, largest = extremes(gram)
-        if smallest < -_ROUND_OFF * max(largest, -smallest):
+        largest = largest_eigenvalue(gram)
+        if not _is_psd(gram.matrix, max(_ROUND_OFF * largest, np.finfo(float).tiny)):
             warnings.warn(
-                f"the kernel matrix is not positive semi-definite: its smallest eigenvalue is {smallest:.6g}, its "
-                f"largest {largest:.6g}. The dual is not convex then, and training may end off its minimum",
+                "the kernel matrix is not positive semi-definite: its smallest eigenvalue is "
+                f"{smallest_eigenvalue(gram):.6g}, its largest {largest:.6g}. The dual is not convex then, and training "
+                "may end off its minimum",
                 UserWarning,
                 stacklevel=4,
             )
     return gram
+
+
+def _is_psd(matrix: Array, slack: float) -> bool:
+    """Whether K + slack I has a Cholesky factor. Lanczos could tell, too, but not where eigenvalues crowd near 0."""
+    shifted = matrix.copy()
+    np.einsum("ii->i", shifted)[:] += slack
+    try:
+        scipy.linalg.cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def largest_eigenvalue(gram: Gram, *, centred: bool = False) -> float:
@@ -190,21 +202,22 @@ def largest_eigenvalue(gram: Gram, *, centred: bool = False) -> float:
     if n <= _SMALL:
         matrix = np.stack([times(row) for row in np.eye(n)])
         return float(scipy.linalg.eigvalsh((matrix + matrix.T) / 2)[-1])
-    start = np.random.RandomState(0).uniform(0.5, 1.5, n)
+    v = np.random.RandomState(0).uniform(0.5, 1.5, n)
     operator = LinearOperator((n, n), matvec=times, dtype=np.float64)
-    return float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)[0])
+    try:
+        return float(eigsh(operator, k=1, which="LA", v0=v, tol=1e-4, maxiter=20, return_eigenvectors=False)[0])
+    except ArpackNoConvergence:  # many eigenvalues crowd at the top: any vector of theirs tells their size
+        for _ in range(100):
+            v = times(v / np.linalg.norm(v))
+        return float(v @ times(v) / (v @ v))
 
 
-def extremes(gram: Dense) -> tuple[float, float]:
-    """The smallest and the largest eigenvalue of K, each to about 1e-9 of the one that is larger in size."""
-    n = len(gram)
-    if n <= 512:
-        values = scipy.linalg.eigvalsh(gram.matrix)
-        return float(values[0]), float(values[-1])
-    largest = largest_eigenvalue(gram)
-    # The largest of (shift I - K): relative to it, a cluster of eigenvalues near 0 costs Lanczos no time.
-    shift = max(largest, 0.0) or 1.0
-    operator = LinearOperator((n, n), matvec=lambda v: shift * np.ravel(v) - gram.times(np.ravel(v)), dtype=np.float64)
-    start = np.random.RandomState(0).standard_normal(n)
-    top = float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-9, return_eigenvectors=False)[0])
-    return shift - top, largest
+def smallest_eigenvalue(gram: Dense) -> float:
+    """The smallest eigenvalue of K."""
+    if len(gram) > _SMALL:
+        start = np.random.RandomState(0).standard_normal(len(gram))
+        try:
+            return float(eigsh(gram.matrix, k=1, which="SA", v0=start, tol=1e-8, return_eigenvectors=False)[0])
+        except ArpackNoConvergence:
+            pass
+    return float(scipy.linalg.eigvalsh(gram.matrix, subset_by_index=(0, 0))[0])
