@@ -1265,6 +1265,15 @@ class TrainsFront(Protocol):
         """What is trained: the model behind a front whose weights are drawn from rng, pre-trained where it is so."""
 
 
+@runtime_checkable
+class Learns(Protocol):
+    """A defense that is a way to learn from labels which may be wrong, and brings the model itself."""
+
+    @abstractmethod
+    def learner(self, seed: int) -> Any:
+        """A classifier with scikit-learn's interface, not fitted; the same seed gives the same model."""
+
+
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")
 
 

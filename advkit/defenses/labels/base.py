@@ -1,0 +1,66 @@
+"""Defenses against poisoned labels, as ways to learn: `learner(seed)` gives an unfitted scikit-learn classifier.
+
+Writing one takes a frozen dataclass with a `learner`:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Forest(LabelDefense):
+        trees: int = 100
+        def learner(self, seed): return RandomForestClassifier(self.trees, random_state=seed)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from advkit.core.errors import NoTrainingData
+from advkit.core.learners import fitted
+from advkit.core.protocols import Data, Learns, Rng
+from advkit.models.learned import LearnedModel, flat
+
+
+def seed_of(rng: Rng) -> int:
+    """A seed for libraries that want a number: 31 bits of a stream."""
+    return int(rng.generator().initial_seed()) % 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelDefense(Learns, ABC):
+    """A way to learn a classifier from labels of which some may have been flipped.
+
+    The learner has scikit-learn's interface: fit(X, y, sample_weight=None) with X float64 [n, d] and y whole numbers
+    [n], any of the task's classes and at least two of them; `classes_`, `predict`, and `decision_function` ([m] of two
+    classes, else [m, classes]) or `predict_proba`. It never sees clean labels, and the same seed gives the same model.
+
+    duals: fitted learners have `duals_` [n], the dual variable of every training sample, at least 0: what attackers who
+           know a kernel machine from the inside read
+    """
+
+    needs_data: ClassVar[bool] = True
+    claims: ClassVar[str] = ""
+    duals: ClassVar[bool] = False
+
+    @abstractmethod
+    @override
+    def learner(self, seed: int) -> Any:
+        """A fresh classifier, not fitted; seed: of everything that it draws."""
+
+    def ablation(self) -> LabelDefense | None:
+        """The same defense without what makes it one, evaluated beside it (FLORAL without its attacker); or None."""
+        return None
+
+    def protect(self, model: Any, data: Data | None, rng: Rng, /) -> LearnedModel:
+        """A model learned from the data's labels as they are; the one handed over is not used.
+
+        Raises NoTrainingData where there are none.
+        """
+        from advkit.defenses import DEFENSES
+
+        name = DEFENSES.label(self)
+        if data is None:
+            raise NoTrainingData(f"{name} learns from labels, and there is no training data: name a task that has some")
+        learned = fitted(self.learner(seed_of(rng)), flat(data.x), data.y.cpu().numpy())
+        return LearnedModel(learned, data.x, data.y, data.space, data.classes, name)
