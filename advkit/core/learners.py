@@ -1,4 +1,4 @@
-"""What is asked of a classifier with scikit-learn's interface: fitted on labels of one class too, and scores per class."""
+"""What is asked of a classifier with scikit-learn's interface: fitted to labels of one class too, scores per class."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advkit.core.errors import BadInput
+from advkit.core.protocols import Rng
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+
+def seed_of(rng: Rng) -> int:
+    """A seed for libraries that want a number: 31 bits of a stream."""
+    return int(rng.generator().initial_seed()) % 2**31
 
 
 class Constant:

@@ -1042,6 +1042,20 @@ class Adapts(Protocol):
         """Names of defenses."""
 
 
+@runtime_checkable
+class FlipsLabels(Protocol):
+    """An attack on training labels: its rows are labels, and what it asks its oracle for are trainings."""
+
+    @property
+    @abstractmethod
+    def surrogate(self) -> str:
+        """What it trains where it does not know the defense, as a defense's spec; empty where it trains nothing."""
+
+    @abstractmethod
+    def flip(self, oracle: Any, y: Any, budget: int, rng: Any) -> Any:
+        """The labels y, long numbers [n], with at most `budget` of them changed."""
+
+
 class Selector(Protocol):
     """Decides on the items of one stream, one by one."""
 
@@ -1166,6 +1180,15 @@ class KnowsIds(Protocol):
     @abstractmethod
     def ids(self) -> Sequence[str]:
         """One per row, in order."""
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """A task whose training and test samples are one pool, which may be split anew."""
+
+    @abstractmethod
+    def pool(self) -> Any:
+        """All samples, with `x`, `y` and `ids` (`tasks.base.Rows`)."""
 
 
 @runtime_checkable

@@ -17,14 +17,9 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from advkit.core.errors import NoTrainingData
-from advkit.core.learners import fitted
+from advkit.core.learners import fitted, seed_of
 from advkit.core.protocols import Data, Learns, Rng
 from advkit.models.learned import LearnedModel, flat
-
-
-def seed_of(rng: Rng) -> int:
-    """A seed for libraries that want a number: 31 bits of a stream."""
-    return int(rng.generator().initial_seed()) % 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +30,8 @@ class LabelDefense(Learns, ABC):
     [n], any of the task's classes and at least two of them; `classes_`, `predict`, and `decision_function` ([m] of two
     classes, else [m, classes]) or `predict_proba`. It never sees clean labels, and the same seed gives the same model.
 
-    duals: fitted learners have `duals_` [n], the dual variable of every training sample, at least 0: what attackers who
-           know a kernel machine from the inside read
+    duals: fitted learners are kernel machines that can be read from the inside: `duals_` [n], the dual variable of every
+           training sample, from 0 to `C`, and `gram(x, z)`, the kernel matrix [n, m]
     """
 
     needs_data: ClassVar[bool] = True

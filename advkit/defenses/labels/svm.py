@@ -15,18 +15,25 @@ from sklearn.svm import SVC
 from typing_extensions import override
 
 from advkit.core.checks import positive
+from advkit.core.kernels import Kernel
 from advkit.defenses.labels.base import LabelDefense
+
+Floats = NDArray[np.float64]
 
 
 class SVMClassifier(SVC):  # type: ignore[misc]
     """scikit-learn's SVC whose dual variables can be read sample by sample."""
 
     @property
-    def duals_(self) -> NDArray[np.float64]:
-        """The dual variable of every training sample [n], in [0, C]; of several classes the largest of its machines'."""
+    def duals_(self) -> Floats:
+        """The dual variable of every training sample [n], in [0, C]; of several classes the largest of any machine."""
         duals = np.zeros(self.shape_fit_[0])
         duals[self.support_] = np.abs(self.dual_coef_).max(0)
         return duals
+
+    def gram(self, x: Floats, z: Floats) -> Floats:
+        """The kernel matrix k(x_i, z_j) [n, m]."""
+        return Kernel(name=self.kernel, gamma=self._gamma, degree=self.degree, coef0=self.coef0)(x, z)
 
 
 @dataclass(frozen=True, kw_only=True)
