@@ -22,8 +22,8 @@ def locked(values: NDArray[Any]) -> NDArray[Any]:
 class Retraining:
     """All that an attack on labels sees: the training samples, their clean labels, and models trained on request.
 
-    What is trained is the attacker's: the defense itself (adaptive), or a surrogate (oblivious). Test samples are out of
-    reach.
+    What is trained is the attacker's: the defense itself (adaptive), or a surrogate (oblivious). Test samples are out
+    of reach.
 
     x:       training samples, float64 [n, d]
     y:       their clean labels, whole numbers [n] from 0 to classes - 1
@@ -48,8 +48,8 @@ class Retraining:
         labels = np.asarray(y)
         if labels.shape != (len(self._x),) or labels.dtype.kind not in "iu":
             raise BadInput(
-                f"asked to train on labels of shape {list(labels.shape)}, type {labels.dtype}; expected one whole number "
-                f"for each of {len(self._x)} samples"
+                f"asked to train on labels of shape {list(labels.shape)}, type {labels.dtype}; expected one whole "
+                f"number for each of {len(self._x)} samples"
             )
         if labels.min() < 0 or labels.max() >= self.classes:
             raise BadInput(

@@ -26,7 +26,7 @@ from advkit.evaluation.run.engine import run as run_scenario
 from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.store import Store, read_examples
+from advkit.evaluation.run.store import Store, beside_name, read_examples
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.trust.findings import Finding, found
@@ -74,7 +74,8 @@ def _execute(
     plan: Plan, folder: Path, watch: Watch | None, command: str, workers: int | None, *, lasting: bool
 ) -> Report:
     asked: list[tuple[str, Case, Companion | None]] = [("records", plan.case, None)]
-    asked += [("beside", each.case, each) for each in plan.companions if each.case is not None]
+    run_beside = [(each, each.case) for each in plan.companions if each.case is not None]
+    asked += [(beside_name(each.name, i), case, each) for i, (each, case) in enumerate(run_beside)]
     for _, case, _ in asked:
         preflight(case)
     if isinstance(plan.case.task, OfFiles):

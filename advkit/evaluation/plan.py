@@ -170,6 +170,12 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     return Plan(request, case, scenario, victim, trained, companions)
 
 
+def task_of_request(request: Request) -> Task:
+    """The task of a request as its scenario takes it; nothing is trained or loaded but the data."""
+    parts, _ = _built(request, task_of(request.task))
+    return SCENARIOS.build(parts.threat.scenario).resolve(replace(parts, seed=request.seed)).task
+
+
 def _model_asked(model: Any, defense: Any) -> Any:
     """The model that was asked for; UsageError where the defense brings its own, or where none would do."""
     none = isinstance(model, str) and model.strip() == NO_MODEL

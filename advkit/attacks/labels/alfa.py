@@ -37,8 +37,8 @@ class ALFA(LabelAttack):
     """ALFA (adversarial label flips attack): flips that cost most under the clean model and least under the new one.
 
     Alternates between a linear program for the labels and a training on them, from the losses of no model (all 0). It
-    ends when a set of flips comes back, and returns the set with the largest sum, over all samples, of the hinge loss of
-    its labels under the clean model less that under the model trained on them. Two classes.
+    ends when a set of flips comes back, and returns the set with the largest sum, over all samples, of the hinge loss
+    of its labels under the clean model less that under the model trained on them. Two classes.
 
     steps:     rounds at most, of one training each, >= 1
     restarts:  further starts, >= 0, from losses drawn uniformly up to the largest of the clean model, as the released
@@ -96,7 +96,8 @@ class ALFATilt(LabelAttack):
     surrogate: what an attacker trains who does not know the defense; a kernel machine
 
     The paper wants the largest angle. Both public codes keep the largest cosine, and their draws coincide or their
-    trainer gets its arguments in the wrong order; neither is followed. The paper draws up to 2,000 times; here it is 50.
+    trainer gets its arguments in the wrong order; neither is followed. The released library draws 2,000 times; here it
+    is 50. That library weighs the random machine without labels, so that its draws differ little; here they are signed.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS

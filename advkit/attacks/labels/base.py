@@ -62,7 +62,7 @@ def two_classes(attack: LabelAttack, oracle: Retraining) -> Ints:
 
 
 def others(model: Any, oracle: Retraining, y: Ints) -> Ints:
-    """For every training sample the class other than y [n] that a model scores highest: what its label is flipped to."""
+    """For every training sample the class other than y [n] that a model scores highest: what its label becomes."""
     every = scores(model, oracle.x, oracle.classes)
     every[np.arange(len(y)), y] = -np.inf
     found: Ints = every.argmax(1)

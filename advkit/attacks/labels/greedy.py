@@ -20,10 +20,10 @@ from advkit.core.retraining import Retraining
 class LFAGreedy(LabelAttack):
     """Greedy label flips (LFA): again and again the single flip after whose training most clean labels are missed.
 
-    Each candidate is one training: all samples that are not flipped yet, with every other class as their new label. That
-    is about budget * n trainings, so by default 20 candidates are drawn at every step. What is missed is counted on the
-    training samples with their clean labels, for the attacker has no others; among equals the larger mean hinge loss
-    decides, then the order of the samples. Any number of classes.
+    Each candidate is one training: all samples that are not flipped yet, with every other class as their new label.
+    That is about budget * n trainings, so by default 20 candidates are drawn at every step. What is missed is counted
+    on the training samples with their clean labels, for the attacker has no others; among equals the larger mean hinge
+    loss decides, then the order of the samples. Any number of classes.
 
     candidates: drawn at each step, >= 1; none tries them all
     surrogate:  what an attacker trains who does not know the defense

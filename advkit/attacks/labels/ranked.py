@@ -82,8 +82,8 @@ def _by_distance(oracle: Retraining, y: Ints, budget: int, rng: np.random.Genera
 class SVFlip(LabelAttack):
     """Support-vector flips: the samples of largest dual variable of a support vector machine on clean labels.
 
-    Many dual variables are equal to C: among equals a draw decides. Labels go to the other class that the machine scores
-    highest. One training.
+    Many dual variables are equal to C: among equals a draw decides. Labels go to the other class that the machine
+    scores highest. One training.
 
     surrogate: what an attacker trains who does not know the defense; a kernel machine
     """

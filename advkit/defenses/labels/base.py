@@ -30,13 +30,15 @@ class LabelDefense(Learns, ABC):
     [n], any of the task's classes and at least two of them; `classes_`, `predict`, and `decision_function` ([m] of two
     classes, else [m, classes]) or `predict_proba`. It never sees clean labels, and the same seed gives the same model.
 
-    duals: fitted learners are kernel machines that can be read from the inside: `duals_` [n], the dual variable of every
-           training sample, from 0 to `C`, and `gram(x, z)`, the kernel matrix [n, m]
+    defends: it is made to withstand flipped labels; False of plain learners, the references
+    duals:   fitted learners are kernel machines that can be read from the inside: `duals_` [n], the dual variable of each
+             training sample, from 0 to `C`, and `gram(x, z)`, the kernel matrix [n, m]
     """
 
     needs_data: ClassVar[bool] = True
     claims: ClassVar[str] = ""
     duals: ClassVar[bool] = False
+    defends: ClassVar[bool] = True
 
     @abstractmethod
     @override

@@ -47,6 +47,7 @@ class SVM(LabelDefense):
     """
 
     duals: ClassVar[bool] = True
+    defends: ClassVar[bool] = False
 
     C: float = 1.0
     kernel: Literal["rbf", "linear", "poly"] = "rbf"
@@ -70,6 +71,8 @@ class LogReg(LabelDefense):
 
     C: inverse weight of the L2 penalty, above 0
     """
+
+    defends: ClassVar[bool] = False
 
     C: float = 1.0
 

@@ -43,11 +43,10 @@ from advkit.evaluation.counts import (
 )
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.examples import records_beside
-from advkit.evaluation.run.store import read_records
+from advkit.evaluation.run.store import beside_files, beside_name, read_records
 
-BESIDE = "beside.jsonl"
 _LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none"})
-COUNTED = frozenset({"certification", "evasion", "grid", "stream"})
+COUNTED = frozenset({"certification", "evasion", "grid", "poisoning", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
 CERTIFICATION = "certification"
 _ROUND_OFF = 1e-9
@@ -103,12 +102,12 @@ def verified(report: Report) -> tuple[Verification, list[Record]]:
         if file is None:
             return Verification((), tuple(report.metrics), records=False, headline=False), []
         records = read_records(file)
-        beside_file = file.with_name(BESIDE)
-        beside = read_records(beside_file) if beside_file.is_file() else []
+        beside = {each.stem: read_records(each) for each in beside_files(file)}
     except ReportError as error:
         return Verification((printable(str(error)),)), []
     data = report.current
-    faults = [*_samples(data, file, records), *_attacks(data, records, beside), *_attacker(report, data, records)]
+    others = [record for each in beside.values() for record in each]
+    faults = [*_samples(data, file, records), *_attacks(data, records, others), *_attacker(report, data, records)]
     config, unread = _config(file)
     faults += unread
     if config is not None:
@@ -210,19 +209,20 @@ def _short(value: Any) -> str:
 
 
 def _metrics(
-    data: Mapping[str, Any], records: Sequence[Record], beside: Sequence[Record]
+    data: Mapping[str, Any], records: Sequence[Record], beside: Mapping[str, Sequence[Record]]
 ) -> tuple[set[str], list[str]]:
     """Names of the metrics that were counted again, and what does not agree."""
     metrics, confirmed, wrong = data["metrics"], set[str](), list[str]()
     if data["section"]["scenario"] not in COUNTED:
         return confirmed, wrong
     counted = {name: (name, records) for name in metrics}
-    for companion in data["companions"]:
+    for place, companion in enumerate(data["companions"]):
         prefix = f"{companion['name']}_"
-        own = {name: (name.removeprefix(prefix), beside) for name in metrics if name.startswith(prefix)}
+        of_it = beside.get(beside_name(companion["name"], place), ())
+        own = {name: (name.removeprefix(prefix), of_it) for name in metrics if name.startswith(prefix)}
         # `white_box_...` of a report that has no companion of that name is its own.
         counted |= own
-    tables = {id(records): figures_of(records), id(beside): figures_of(beside)}
+    tables = {id(of): figures_of(of) for _, of in counted.values()} | {id(records): figures_of(records)}
     if data["section"]["scenario"] == CERTIFICATION:
         confirmed, wrong = _certificates(data, records)
     for name, (base, of) in counted.items():

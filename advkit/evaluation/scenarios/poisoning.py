@@ -429,7 +429,7 @@ class Poisoning(BaseScenario):
             if len(found) < 2:
                 raise BadInput(
                     f"the training samples of trial {trial} of {case.task.name} have one class only "
-                    f"({case.task.class_names()[int(found[0])]}); expected two or more: take more samples, or another file"
+                    f"({case.task.class_names()[int(found[0])]}); expected two or more: take more samples, or other ones"
                 )
         if oblivious(case):
             built = DEFENSES.build(surrogate(case))
@@ -501,8 +501,8 @@ class Poisoning(BaseScenario):
         metrics = poisoning_metrics(case, records)
         flips = _threat(case).describe()["eps_string"]
         sentence = (
-            f"Trained with {flips} flipped, the model is right on {{robust_accuracy}} of the clean test labels, trained "
-            "on clean labels on {clean_accuracy}."
+            f"Trained with {flips} flipped, the model is right on {{robust_accuracy}} of the clean test labels; "
+            "trained on clean labels, on {clean_accuracy}."
         )
         return Section(
             metrics,
@@ -555,7 +555,7 @@ def poisoning_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def right_after(record: Record) -> bool:
-    """Whether the row counts as right under attack: the poisoned model is, or the labels were refused and the clean is."""
+    """Whether the row counts as right: the poisoned model is, or the labels were refused and the clean one is."""
     return record.adversarial is not None and record.adversarial == record.label
 
 
