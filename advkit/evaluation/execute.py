@@ -11,7 +11,7 @@ from typing import Any
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
-from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
+from advkit.core.protocols import FlipsLabels, OfFiles, Outcome, Record, ids_of
 from advkit.core.state import plainly
 from advkit.evaluation.certificates import refuted
 from advkit.evaluation.counts import by_label
@@ -138,12 +138,19 @@ def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
 
 def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
     """Whether a companion whose attacker knows less breaks more."""
+    weaker = [other for other in others if other.companion is not None and other.companion.knows_less]
+    if isinstance(run.case.attack, FlipsLabels):
+        return [
+            finding
+            for other in weaker
+            for name in {str(record.made_by) for record in other.records}
+            if (finding := diagnostics.oblivious_beats_adaptive(run.records, other.records, name)) is not None
+        ]
     breaks = [
         diagnostics.black_box_beats_white_box(
             run.records, other.records, str(other.case.label), randomized=run.case.randomized
         )
-        for other in others
-        if other.companion is not None and other.companion.knows_less
+        for other in weaker
     ]
     breaks += [
         _refuted(run, other, other.companion.within)

@@ -31,8 +31,8 @@ class LabelDefense(Learns, ABC):
     classes, else [m, classes]) or `predict_proba`. It never sees clean labels, and the same seed gives the same model.
 
     defends: it is made to withstand flipped labels; False of plain learners, the references
-    duals:   fitted learners are kernel machines that can be read from the inside: `duals_` [n], the dual variable of each
-             training sample, from 0 to `C`, and `gram(x, z)`, the kernel matrix [n, m]
+    duals:   fitted learners are kernel machines that can be read from the inside: `duals_` [n], the dual variable of
+             each training sample, from 0 to `C`, and `gram(x, z)`, the kernel matrix [n, m]
     """
 
     needs_data: ClassVar[bool] = True

@@ -23,6 +23,7 @@ from advkit.core.protocols import Outcome, Record
 from advkit.core.smoothing import largest_radius, linf_radius
 from advkit.core.strict_json import read_object
 from advkit.core.text import printable
+from advkit.evaluation import poisonings
 from advkit.evaluation.certificates import ABSTAINED, ACCURACY, LARGEST, RADIUS, agrees
 from advkit.evaluation.certificates import figures as certified_figures
 from advkit.evaluation.counts import (
@@ -48,7 +49,7 @@ from advkit.evaluation.run.store import beside_files, beside_name, read_records
 _LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none"})
 COUNTED = frozenset({"certification", "evasion", "grid", "poisoning", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
-CERTIFICATION = "certification"
+CERTIFICATION, POISONING = "certification", "poisoning"
 _ROUND_OFF = 1e-9
 _LEAST = re.compile(re.escape(least_name("*")).replace(re.escape("*"), "(.+)"))
 _OF_JUDGES = frozenset({STRICTEST_JUDGE, ANY_JUDGE, ALL_JUDGES, f"{ALL_JUDGES}_upper"})
@@ -222,7 +223,8 @@ def _metrics(
         own = {name: (name.removeprefix(prefix), of_it) for name in metrics if name.startswith(prefix)}
         # `white_box_...` of a report that has no companion of that name is its own.
         counted |= own
-    tables = {id(of): figures_of(of) for _, of in counted.values()} | {id(records): figures_of(records)}
+    of_scenario = poisoned_figures if data["section"]["scenario"] == POISONING else figures_of
+    tables = {id(of): of_scenario(of) for _, of in counted.values()} | {id(records): of_scenario(records)}
     if data["section"]["scenario"] == CERTIFICATION:
         confirmed, wrong = _certificates(data, records)
     for name, (base, of) in counted.items():
@@ -333,6 +335,17 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
     for name, block in measured(records).items():
         figures |= {f"{name}_{kind}": block[kind] for kind in ("mean", "median")}
     return figures
+
+
+def poisoned_figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """The metrics of a poisoning, as `figures_of` has them."""
+    if not records:
+        return {}
+    told = poisonings.figures(records)
+    return {
+        name: (entry["numerator"], entry["denominator"]) if "numerator" in entry else entry["value"]
+        for name, entry in told.items()
+    }
 
 
 def per_class_of(records: Sequence[Record]) -> list[tuple[int, int]]:

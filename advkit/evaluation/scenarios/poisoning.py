@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from advkit.core.blame import MODEL, code_of
+from advkit.core.blame import MODEL, blamed, code_of
 from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.learners import Floats, Ints, fitted, seed_of
 from advkit.core.oracle import Lanes
@@ -36,7 +36,9 @@ from advkit.core.protocols import (
 from advkit.core.retraining import Retraining
 from advkit.core.rng import RowRng
 from advkit.defenses import DEFENSES
+from advkit.evaluation import poisonings
 from advkit.evaluation.counts import GAINED
+from advkit.evaluation.poisonings import BY_ATTACKER, BY_HARNESS, FLIPPED, RECOVERED, SUSPECTED, TRAINED, trial_of
 from advkit.evaluation.run.batch import reason_of
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
@@ -48,25 +50,13 @@ from advkit.evaluation.scenarios.base import (
     Records,
     Round,
     Section,
-    accuracy_metrics,
     parameters,
-    rate,
 )
-from advkit.evaluation.stats import student_t_over_seeds
 from advkit.models.learned import flat
 from advkit.tasks.base import ClassificationTask, raw_bytes
 from advkit.threat_models.labels import LabelFlips
 
-TRAINED, FLIPPED, SUSPECTED, RECOVERED = "train", "flipped", "suspected", "recovered"
-BY_ATTACKER, BY_HARNESS = "retrainings_attacker", "retrainings_final"
-"""Figures of a record, equal in all records of a trial: training samples, labels flipped, labels with which the final
-model disagrees, those of them that were flipped, and what was trained by whom."""
 SHARED = ("clean_accuracy", "robust_accuracy", "robust_accuracy_upper", "attack_success", "attack_success_rate")
-
-
-def trial_of(row: str) -> int:
-    """The number of the trial that a row `trial-3/ID` belongs to."""
-    return int(row.partition("/")[0].removeprefix("trial-"))
 
 
 def streams(seed: int, trial: int) -> RowRng:
@@ -322,8 +312,6 @@ def _failed(
     case: Case, batch: Batch, labels: Sequence[int], start: Record, trial: int, error: Exception
 ) -> list[Record]:
     """Error records for the rows of a trial in which the attack or the defense raised."""
-    from advkit.core.blame import blamed
-
     split = _task(case).of(trial)
     notes: tuple[str, ...] = ()
     clean: list[int | None] = [None] * len(labels)
@@ -427,9 +415,10 @@ class Poisoning(BaseScenario):
         for trial in range(case.task.trials):
             found = np.unique(case.task.of(trial).y)
             if len(found) < 2:
+                only = case.task.class_names()[int(found[0])]
                 raise BadInput(
-                    f"the training samples of trial {trial} of {case.task.name} have one class only "
-                    f"({case.task.class_names()[int(found[0])]}); expected two or more: take more samples, or other ones"
+                    f"the training samples of trial {trial} of {case.task.name} have one class only ({only}); expected "
+                    "two or more: take more samples, or other ones"
                 )
         if oblivious(case):
             built = DEFENSES.build(surrogate(case))
@@ -497,8 +486,8 @@ class Poisoning(BaseScenario):
 
     @override
     def summarize(self, case: Case, records: Sequence[Record]) -> Section:
-        """Accuracies with intervals over trials, what the flips did, and what was trained."""
-        metrics = poisoning_metrics(case, records)
+        """Accuracies with intervals over trials, recovered flips, and what was trained."""
+        metrics = poisonings.figures(records)
         flips = _threat(case).describe()["eps_string"]
         sentence = (
             f"Trained with {flips} flipped, the model is right on {{robust_accuracy}} of the clean test labels; "
@@ -525,57 +514,4 @@ def _settings_text(threat: LabelFlips) -> str:
     return THREAT_MODELS.spec(threat).partition(":")[2]
 
 
-def poisoning_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
-    """The figures of a poisoning, from its records."""
-    metrics = {
-        name: entry
-        for name, entry in accuracy_metrics(case, records).items()
-        if name in ("clean_accuracy", "robust_accuracy", "robust_accuracy_upper", "attack_success_rate")
-    }
-    trials = by_trial(records)
-    clean = [_share(rows, lambda r: r.clean == r.label) for rows in trials.values()]
-    robust = [_share(rows, right_after) for rows in trials.values()]
-    for name, values in (("clean_accuracy", clean), ("robust_accuracy", robust)):
-        metrics[name] = {**metrics[name], "ci": _over_trials(values)}
-    drops = [a - b for a, b in zip(clean, robust, strict=True)]
-    metrics["attack_success"] = {**student_t_over_seeds(drops).to_dict(), "unit": "fraction"}
-    sums = dict.fromkeys((FLIPPED, SUSPECTED, RECOVERED, BY_ATTACKER, BY_HARNESS, TRAINED), 0)
-    for rows in trials.values():
-        for name in sums:
-            sums[name] += int(rows[0].figures.get(name, 0))
-    return {
-        **metrics,
-        "flip_recovery_precision": rate(sums[RECOVERED], sums[SUSPECTED], "suspected_labels"),
-        "flip_recovery_recall": rate(sums[RECOVERED], sums[FLIPPED], "flipped_labels"),
-        "flipped_labels": rate(sums[FLIPPED], sums[TRAINED], "training_labels"),
-        "retrainings": {"value": float(sums[BY_ATTACKER] + sums[BY_HARNESS]), "unit": "trainings", "n": len(trials)},
-        BY_ATTACKER: {"value": float(sums[BY_ATTACKER]), "unit": "trainings", "n": len(trials)},
-        BY_HARNESS: {"value": float(sums[BY_HARNESS]), "unit": "trainings", "n": len(trials)},
-    }
-
-
-def right_after(record: Record) -> bool:
-    """Whether the row counts as right: the poisoned model is, or the labels were refused and the clean one is."""
-    return record.adversarial is not None and record.adversarial == record.label
-
-
-def by_trial(records: Sequence[Record]) -> dict[int, list[Record]]:
-    """Records of every trial, in the order of their numbers."""
-    groups: dict[int, list[Record]] = {}
-    for record in records:
-        groups.setdefault(trial_of(record.id), []).append(record)
-    return {trial: groups[trial] for trial in sorted(groups)}
-
-
-def _share(rows: Sequence[Record], holds: Any) -> float:
-    return sum(map(holds, rows)) / len(rows)
-
-
-def _over_trials(values: Sequence[float]) -> dict[str, Any] | None:
-    interval = student_t_over_seeds(values).interval
-    if interval is None:
-        return None
-    return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high)).to_dict()
-
-
-__all__ = ["Poisoned", "Poisoning", "Split", "Trials", "by_trial", "play", "poisoned_rows", "poisoning_metrics"]
+__all__ = ["Poisoned", "Poisoning", "Split", "Trials", "play", "poisoned_rows"]
