@@ -28,6 +28,8 @@ DEFENSES: Registry[Defense] = Registry(
         "zo_ds": "advkit.defenses.smoothing.denoised:ZODS",
         "fo_ae_ds": "advkit.defenses.smoothing.denoised:FirstOrderAEDS",
         "fo_ds": "advkit.defenses.smoothing.denoised:FirstOrderDS",
+        "svm": "advkit.defenses.labels.svm:SVM",
+        "logreg": "advkit.defenses.labels.svm:LogReg",
         "bit-depth": "advkit.defenses.inputs.bit_depth:BitDepth",
         "ppl_filter": "advkit.defenses.inputs.ppl_filter:PPLFilter",
         "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",
