@@ -590,7 +590,7 @@ def test_it_is_a_name_of_the_package():
     assert floral.project is project
 
 
-@parametrize_with_checks([FLORAL()], expected_failed_checks=lambda _: XFAIL)
+@parametrize_with_checks([FLORAL(rounds=30)], expected_failed_checks=lambda _: XFAIL)
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
@@ -602,7 +602,7 @@ def test_scikit_learns_checks(estimator, check):
 def test_scikit_learns_checks_of_other_kernels(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outcomes = check_estimator(FLORAL(**settings), on_fail=None, on_skip=None)
+        outcomes = check_estimator(FLORAL(rounds=30, **settings), on_fail=None, on_skip=None)
     failed = {each["check_name"] for each in outcomes if each["status"] == "failed"}
     assert failed <= set(XFAIL)
 

@@ -168,8 +168,8 @@ def dense(kernel: SVCKernel, x: Any) -> Dense:
         if not _is_psd(gram.matrix, max(_ROUND_OFF * largest, np.finfo(float).tiny)):
             warnings.warn(
                 "the kernel matrix is not positive semi-definite: its smallest eigenvalue is "
-                f"{smallest_eigenvalue(gram):.6g}, its largest {largest:.6g}. The dual is not convex then, and training "
-                "may end off its minimum",
+                f"{smallest_eigenvalue(gram):.6g}, its largest {largest:.6g}. The dual is not convex then, and "
+                "training may end off its minimum",
                 UserWarning,
                 stacklevel=4,
             )
