@@ -60,6 +60,8 @@ class KLIDSVM(CleaningDefense):
             np.fill_diagonal(apart, np.inf)
             apart.sort(axis=1)
             dimension = local_dimension(apart[:, : min(self.neighbours, len(rows) - 1)])
-            weights[rows] = np.minimum(1.0, np.median(dimension) / dimension)
-        weights[~(weights > 0)] = np.finfo(float).eps  # infinite LID; SVC needs weights above 0 in every class
+            middle = np.median(dimension)
+            odd = dimension > middle
+            weights[rows[odd]] = middle / dimension[odd]
+        weights = np.maximum(weights, np.finfo(float).eps)  # of an infinite LID; SVC wants weights above 0
         return Cleaned(np.arange(len(x)), y, weights)
