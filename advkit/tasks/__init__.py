@@ -18,6 +18,7 @@ TASKS: Registry[Task] = Registry(
         "npz": "advkit.tasks.npz:Npz",
         "digits-pair": "advkit.tasks.pools:DigitsPair",
         "fashion-mnist-pair": "advkit.tasks.pools:FashionMNISTPair",
+        "text": "advkit.tasks.texts:TextFile",
         "moons": "advkit.tasks.pools:Moons",
         "fashion-mnist-dvs": "advkit.tasks.events:FashionMNISTDVS",
         "digits-dvs": "advkit.tasks.events:DigitsDVS",

@@ -12,7 +12,7 @@ from torch import Tensor
 from advkit.core.checks import at_least_one, check
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access
-from advkit.core.spaces import Binary, Box
+from advkit.core.spaces import Box
 from advkit.threat_models.capability import KNOWLEDGE
 
 
@@ -92,9 +92,9 @@ class LabelFlips:
         }
 
     def bind(self, space: Any) -> Self:
-        """Itself; UsageError for a space whose samples are no vectors."""
-        if not isinstance(space, Box | Binary):
-            raise UsageError(f"labels are flipped of samples that are numbers, and this model's space is {space!r}")
+        """Itself; UsageError for a space that is no box of numbers."""
+        if not isinstance(space, Box):
+            raise UsageError(f"labels are flipped of samples in a Box, and this model's space is {space!r}")
         return self
 
     def admits(self, x: Tensor, origin: Tensor) -> Tensor:

@@ -60,9 +60,15 @@ class SVM(LabelDefense):
 
     @override
     def learner(self, seed: int) -> SVMClassifier:
-        """SVC; it draws nothing."""
-        gamma = "scale" if self.gamma is None else self.gamma
-        return SVMClassifier(C=self.C, kernel=self.kernel, gamma=gamma, degree=self.degree, coef0=self.coef0)
+        """SVC; what it learns does not depend on the seed."""
+        return SVMClassifier(
+            C=self.C,
+            kernel=self.kernel,
+            gamma="scale" if self.gamma is None else self.gamma,
+            degree=self.degree,
+            coef0=self.coef0,
+            random_state=seed,  # without one it draws one from numpy's global generator, and never uses it
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,5 +87,5 @@ class LogReg(LabelDefense):
 
     @override
     def learner(self, seed: int) -> Any:
-        """LogisticRegression with at most 1,000 iterations of L-BFGS; it draws nothing."""
-        return LogisticRegression(C=self.C, max_iter=1000)
+        """LogisticRegression with at most 1,000 iterations of L-BFGS; what it learns does not depend on the seed."""
+        return LogisticRegression(C=self.C, max_iter=1000, random_state=seed)

@@ -718,8 +718,8 @@ def oblivious_beats_adaptive(adaptive: Iterable[Record], other: Iterable[Record]
     if drop <= BETTER or p >= 0.05:
         return None
     evidence = (
-        f"{name}, which does not know the defense, costs it {100 * drop:.1f} points more accuracy than the attacker who "
-        f"trains the defense itself (paired over trials, p = {p:.2g})"
+        f"{name}, which does not know the defense, costs it {100 * drop:.1f} points more accuracy than the attacker "
+        f"who trains the defense itself (paired over trials, p = {p:.2g})"
     )
     advice = "the adaptive attack was too weak: report the lower accuracy"
     return found("black_box_beats_white_box", graded(drop, 0.01), evidence, drop, BETTER, name, advice=advice)
