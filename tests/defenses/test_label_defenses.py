@@ -47,7 +47,8 @@ def test_every_one_learns_and_says_it_the_same_way_twice(spec, classes):
     x, poisoned, y = blobs(90, classes, flips=6)
     defense = DEFENSES.build(spec)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an MLP that has not converged
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what cleanlab imports
         model, again = (fitted(defense.learner(3), x, poisoned) for _ in range(2))
     assert model.classes_.tolist() == list(range(classes))
     assert (model.predict(x) == y).mean() >= 0.95

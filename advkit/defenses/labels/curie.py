@@ -31,10 +31,10 @@ class Curie(CleaningDefense):
     theta:       samples are kept whose mean distance is at most so many standard deviations above the mean of all
 
     Of more than 10 features the principal components are taken that hold 95 % of the variance. In FLORAL's released
-    code, which has Curie as a rival, the radius is 0.5 whatever the data: of digits most samples are noise then. It also
-    divides by the size of the cluster instead of the number drawn, draws fewer for good once a cluster is smaller than
-    `count`, and takes noise for a cluster; here noise is dropped. Where there is no cluster at all nothing is dropped,
-    with a warning.
+    code, which has Curie as a rival, the radius is 0.5 whatever the data: of digits most samples are noise then. That
+    code also divides by the size of the cluster instead of the number drawn, draws fewer for good once a cluster is
+    smaller than `count`, and takes noise for a cluster; here noise is dropped. Where there is no cluster at all nothing
+    is dropped, with a warning.
     """
 
     weight: float = 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -24,6 +26,17 @@ from advkit.models.mlp import MLP
 from advkit.training.loop import Recipe, fit
 
 Floats = NDArray[np.float64]
+
+
+class Network(MLPClassifier):  # type: ignore[misc]
+    """scikit-learn's MLPClassifier that trains for `max_iter` epochs as asked, without a warning that it did."""
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Network:
+        """Train on samples [n, d] and labels [n]."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            super().fit(X, y, sample_weight)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +63,7 @@ class NN(LabelDefense):
     @override
     def learner(self, seed: int) -> Any:
         """MLPClassifier with batches of 32; it draws weights and the order of samples."""
-        return MLPClassifier(
+        return Network(
             self.hidden,
             solver="sgd",
             momentum=0.9,
@@ -67,10 +80,12 @@ class NN(LabelDefense):
 class NNPGDAT(NN):
     """The same network with PGD adversarial training on the samples: a defense against another attack, as a reference.
 
-    hidden, lr, epochs: of the network
+    hidden, lr, epochs: of the network; 40 epochs by default, each of which costs as many passes as `steps` and two more
     eps:   radius of the Linf ball, above 0, in units of the features
     steps: of PGD, each of a quarter of eps, >= 1
     """
+
+    epochs: int = 40
 
     eps: float = 8 / 255
     steps: int = 5
