@@ -34,6 +34,7 @@ def test_all_are_there() -> None:
         "07_smollm2.ipynb",
         "08_catastrophic_overfitting.ipynb",
         "09_certificates.ipynb",
+        "12_label_poisoning.ipynb",
     ]
 
 

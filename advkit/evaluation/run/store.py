@@ -115,7 +115,7 @@ def beside_name(companion: str, place: int) -> str:
 def beside_files(records: Path) -> list[Path]:
     """The records of companions beside those of a case, that of the first one first."""
     found = [records.with_name(f"{BESIDE}.jsonl"), *sorted(records.parent.glob(f"{BESIDE}-*.jsonl"))]
-    return [each for each in found if each.is_file()]
+    return [each for each in found if each.is_file() and not each.stem.endswith(".seconds")]
 
 
 def records_path(run: str | Path) -> Path:
