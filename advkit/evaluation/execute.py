@@ -174,7 +174,7 @@ def _refuted(run: Run, other: Run, within: float) -> Finding | None:
 
 
 def _left_out(companion: Companion) -> Finding:
-    evidence = f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}"
+    evidence = f"{companion.title} ({companion.name}) was not evaluated beside it: {companion.without}"
     return found("companion_missing", "info", evidence)
 
 

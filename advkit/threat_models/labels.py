@@ -25,8 +25,8 @@ class LabelFlips:
     rate:      share of the training labels, in (0, 1]: of n labels floor(rate * n) may be flipped
     k:         how many labels may be flipped, >= 1
     trials:    repetitions, >= 1, each with a split, an attack and trainings of its own seed; intervals are over them
-    train:     training samples of a trial, >= 2. A task whose samples are in one pool is split anew in every trial:
-               none takes half of them. Of a task with a training set of its own so many are drawn: none takes all
+    train:     training samples of a trial, >= 2. A task of one pool, or without a training set, is split anew in every
+               trial: none takes half. Of a task with a training set of its own so many are drawn: none takes all
     attacker:  "adaptive" knows the defense and trains it to choose labels; "oblivious" trains a surrogate
     surrogate: what the oblivious attacker trains, as a defense's spec, in brackets where it holds commas; empty takes
                the attack's own

@@ -219,7 +219,7 @@ def test_what_is_defined_for_two_classes_says_so(name):
 
 def test_attacks_by_dual_variables_refuse_what_has_none():
     x, y = clusters(30)
-    with pytest.raises(UsageError, match="reads dual variables and LogisticRegression has none.*surrogate=svm"):
+    with pytest.raises(UsageError, match=r"reads dual variables and LogisticRegression has none.*surrogate=svm"):
         flipped("svflip", oracle_of(x, y, defense="logreg"), 3)
 
 

@@ -23,8 +23,8 @@ from advkit.defenses.labels.svm import SVM
 from advkit.evaluation import poisonings
 from advkit.evaluation.api import resolve
 from advkit.evaluation.counts import GAINED, count
-from advkit.evaluation.figures.poisoning_plots import accuracy_by_rate, accuracy_by_trial, boundaries
 from advkit.evaluation.figures.plots import Point
+from advkit.evaluation.figures.poisoning_plots import accuracy_by_rate, accuracy_by_trial, boundaries
 from advkit.evaluation.report.ranking import scan
 from advkit.evaluation.report.verify import verify
 from advkit.evaluation.scenarios.poisoning import Trials
@@ -105,6 +105,16 @@ def test_a_training_set_of_its_own_stays_apart_from_the_test_samples() -> None:
     assert [row.partition("/")[2] for row in task.ids[:360]] == list(TASKS.build("digits").ids)
 
 
+def test_samples_without_a_training_set_are_a_pool(tmp_path: Any) -> None:
+    file, draws = tmp_path / "mine.npz", np.random.default_rng(0)
+    np.savez(file, x=draws.random((30, 4), dtype=np.float32), y=np.arange(30) % 2)
+    task = Trials(TASKS.build(f"npz:path={file}"), 2, None, seed=0)
+    (train, test), (other, _) = task.rows_of(0), task.rows_of(1)
+    assert sorted([*train, *test]) == list(range(30))
+    assert len(train) == 15
+    assert train != other
+
+
 def test_a_row_that_only_the_poisoned_model_gets_right_counts_as_right() -> None:
     rows = [
         Record("trial-0/a", "x", Outcome.WRONG, label=1, clean=0, adversarial=1, notes=(GAINED,)),
@@ -133,7 +143,7 @@ class Counting(LabelDefense):
 
     def learner(self, seed: int) -> Any:
         class Noted(SVC):
-            def fit(inner, x: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: N805
+            def fit(inner, x: Any, y: Any, sample_weight: Any = None) -> Any:
                 Counting.fits.append(np.array(y))
                 return super().fit(x, y, sample_weight)
 
@@ -272,7 +282,7 @@ class Broken(LabelDefense):
 
     def learner(self, seed: int) -> Any:
         class Fails(SVC):
-            def fit(inner, x: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: N805
+            def fit(inner, x: Any, y: Any, sample_weight: Any = None) -> Any:
                 if len(set(np.asarray(y)[:90])) and (np.asarray(y) == 0).sum() > 120:
                     raise ValueError("too many zeros")
                 return super().fit(x, y, sample_weight)
@@ -397,13 +407,14 @@ def test_an_oblivious_attacker_who_hurts_more_is_flagged() -> None:
         ({"defense": "pgd_at"}, "the defense pgd_at does not say how it learns from labels.*--defense svm"),
         ({"defense": "none"}, "--defense svm"),
         ({"model": "mlp"}, "leave --model out"),
+        ({"attack": "svflip", "defense": "ls_svm"}, "dual variables, and what ls_svm trains has none: .*=oblivious"),
         ({"goal": "targeted"}, "leave --goal targeted out"),
         ({"sample_timeout": 5.0}, "leave --sample-timeout out"),
         ({"threat_model": "label-flips:rate=0.001"}, "flips nothing"),
         ({"threat_model": "label-flips:k=500"}, "k is 500 and there are 180"),
         ({"threat_model": "label-flips:k=5,train=361"}, "361 training samples of a pool of 361"),
         ({"threat_model": "label-flips:k=5,attacker=oblivious,surrogate=pgd_at"}, "does not learn from labels"),
-        ({"task": "fashion-mnist"}, "no training samples at hand"),
+        ({"task": "prompts"}, "the task toychat has no labels"),
         ({"attack": "alfa", "threat_model": "linf:eps=0.1"}, "flips training labels, which linf has none of"),
         ({"attack": "alfa", "task": "digits", "threat_model": "label-flips:k=5,train=50"}, "two classes.*has 10"),
     ],

@@ -22,6 +22,7 @@ from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.learners import Floats, Ints, fitted, seed_of
 from advkit.core.oracle import Lanes
 from advkit.core.protocols import (
+    Access,
     Batch,
     Data,
     FlipsLabels,
@@ -90,7 +91,8 @@ class Trials(ClassificationTask):
 
     task:   hands out the samples
     trials: how many
-    train:  training samples of a trial; None takes half of a pool, and all of a training set
+    train:  training samples of a trial; None takes half of a pool, and all of a training set. A task without a training
+            set is a pool
     seed:   of the splits
     """
 
@@ -103,11 +105,11 @@ class Trials(ClassificationTask):
 
     def _load(self, train: int | None) -> None:
         task = self.task
-        if isinstance(task, Pooled):
-            held = task.pool()
-            self._x, self._y, self._names = held.x, held.y, list(held.ids)
-            self._fixed: list[int] | None = None
-            self.split = "all"
+        data = None if isinstance(task, Pooled) else task.training()
+        self._fixed: list[int] | None = None
+        if data is None:
+            self._x, self._y, self._names = _pool(task)
+            self.split = "all" if isinstance(task, Pooled) else task.split
             self.train = len(self._y) // 2 if train is None else train
             if not 2 <= self.train < len(self._y):
                 raise UsageError(
@@ -115,16 +117,9 @@ class Trials(ClassificationTask):
                     "and the others to test on"
                 )
             return
-        data = task.training()
-        if data is None:
-            raise UsageError(
-                f"the task {task.name} has no training samples at hand whose labels could be flipped: give it some "
-                f"(e.g. {task.name}:root=FOLDER), or name digits-pair, moons, or an npz file with x_train and y_train"
-            )
-        batch = next(iter(task.batches(len(task))))
-        assert batch.labels is not None
-        self._x, self._y = torch.cat((data.x, batch.x)), torch.cat((data.y, batch.labels))
-        self._names = [*(f"train/{row}" for row in range(len(data.y))), *batch.ids]
+        x, y, names = _pool(task)
+        self._x, self._y = torch.cat((data.x, x)), torch.cat((data.y, y))
+        self._names = [*(f"train/{row}" for row in range(len(data.y))), *names]
         self._fixed = list(range(len(data.y)))
         self.train = len(data.y) if train is None else train
         if not 2 <= self.train <= len(data.y):
@@ -189,6 +184,19 @@ class Trials(ClassificationTask):
     @override
     def class_names(self) -> tuple[str, ...]:
         return self.task.class_names()
+
+
+def _pool(task: Task) -> tuple[Tensor, Tensor, list[str]]:
+    """Samples, labels and ids of a pool; of another task, of what it hands out. UsageError without labels."""
+    if isinstance(task, Pooled):
+        held = task.pool()
+        return held.x, held.y, list(held.ids)
+    if task.space is None:
+        raise UsageError(f"the task {task.name} has no labels that could be flipped; name one such as digits-pair")
+    batch = next(iter(task.batches(len(task))))
+    if batch.labels is None or int(batch.labels.min()) < 0:
+        raise UsageError(f"the task {task.name} has no labels that could be flipped; name one such as digits-pair")
+    return batch.x, batch.labels, list(batch.ids)
 
 
 @dataclass(frozen=True)
@@ -367,6 +375,15 @@ def oblivious(case: Case) -> bool:
     return asks(case) and _threat(case).attacker == "oblivious"
 
 
+def _unreadable(case: Case) -> str:
+    """Why the attack can't read what the defense trains; empty where it can."""
+    reads = case.attack is not None and Access(case.attack.needs) >= Access.GRADIENTS
+    if not reads or getattr(case.defense, "duals", False):
+        return ""
+    name = DEFENSES.label(case.defense)
+    return f"{case.label.attack} reads dual variables, and what {name} trains has none"
+
+
 def surrogate(case: Case) -> str:
     """The spec of what an oblivious attacker trains."""
     assert isinstance(case.attack, FlipsLabels)
@@ -420,6 +437,8 @@ class Poisoning(BaseScenario):
                     f"the training samples of trial {trial} of {case.task.name} have one class only ({only}); expected "
                     "two or more: take more samples, or other ones"
                 )
+        if asks(case) and not oblivious(case) and (reason := _unreadable(case)):
+            return f"{reason}: --threat-model label-flips:...,attacker=oblivious trains a surrogate in its place"
         if oblivious(case):
             built = DEFENSES.build(surrogate(case))
             if not isinstance(built, Learns):
@@ -459,6 +478,9 @@ class Poisoning(BaseScenario):
         spec = f"label-flips:{_settings_text(other)}"
         name = "oblivious" if knows_less else "adaptive"
         title = "oblivious (defense unknown)" if knows_less else "adaptive (defense known)"
+        if not knows_less and (reason := _unreadable(case)):
+            yield Companion(name, title, None, without=reason)
+            return
         yield Companion(
             name,
             title,
