@@ -203,14 +203,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of tasks, attacks, defenses or attackers")
     parser.add_argument("--skip", nargs="*", default=[], help="the same, left out")
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--tables", action="store_true", help="print the page's tables, and run nothing")
+    parser.add_argument("--tables", action="store_true", help="write the page's tables, and run nothing")
     parser.add_argument("--figures", action="store_true", help="draw the page's figures, and run nothing")
     asked = parser.parse_args()
     held: dict[str, Any] = {"trials": TRIALS, "tasks": TASKS, "attacks": ATTACKS, "cells": []}
     if FILE.exists():
         held["cells"] = json.loads(FILE.read_text(encoding="utf-8"))["cells"]
     if asked.tables:
-        print(tables(held["cells"]))
+        page = DOCS / "poisoning.md"
+        head, _, rest = page.read_text(encoding="utf-8").partition("<!-- tables -->\n")
+        tail = rest[rest.index("![") :]
+        page.write_text(f"{head}<!-- tables -->\n\n{tables(held['cells'])}\n{tail}", encoding="utf-8")
     if asked.figures:
         draw(held["cells"])
     if asked.tables or asked.figures:
