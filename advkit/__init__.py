@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from advkit.defenses.labels.floral import FLORAL
     from advkit.evaluation.api import certify, evaluate
     from advkit.evaluation.matrix import matrix
     from advkit.evaluation.report.document import Report
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "certify", "evaluate", "matrix"]
+__all__ = ["FLORAL", "Report", "__version__", "certify", "evaluate", "matrix"]
 
 _LAZY = {
+    "FLORAL": "advkit.defenses.labels.floral",
     "certify": "advkit.evaluation.api",
     "evaluate": "advkit.evaluation.api",
     "matrix": "advkit.evaluation.matrix",

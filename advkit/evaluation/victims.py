@@ -20,6 +20,7 @@ from advkit.core.protocols import (
     CountsQueries,
     Deploys,
     KnowsClasses,
+    Learns,
     TakesCaptions,
     Task,
     Trains,
@@ -223,6 +224,14 @@ def _protected(
     asked = model if model is not None else task.defaults.model
     guard = DEFENSES.build(defense)
     spec = DEFENSES.label(guard, defense)
+    if isinstance(guard, Learns):
+        data = task.training()
+        if data is None:
+            raise NoTrainingData(
+                f"{spec} learns from labels, and the task {task.name} has no training data at hand: give it some (e.g. "
+                f"{task.name}:root=FOLDER)"
+            )
+        return Victim(guard.protect(None, data, training_rng(seed)), f"trained here, seed {seed}")
     part, _ = model_part(asked)
     if isinstance(guard, TrainsFront):
         plain = protected(
