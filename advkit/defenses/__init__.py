@@ -28,6 +28,7 @@ DEFENSES: Registry[Defense] = Registry(
         "zo_ds": "advkit.defenses.smoothing.denoised:ZODS",
         "fo_ae_ds": "advkit.defenses.smoothing.denoised:FirstOrderAEDS",
         "fo_ds": "advkit.defenses.smoothing.denoised:FirstOrderDS",
+        "convex_relu_at": "advkit.defenses.convex.relu:ConvexReLUAT",
         "bit-depth": "advkit.defenses.inputs.bit_depth:BitDepth",
         "ppl_filter": "advkit.defenses.inputs.ppl_filter:PPLFilter",
         "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",

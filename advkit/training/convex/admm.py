@@ -1,4 +1,4 @@
-"""The convex program by ADMM (arXiv 2201.01965), for more samples and patterns than a cone solver holds; no attacker."""
+"""The convex program by ADMM (arXiv 2201.01965), for sizes that no cone solver holds; without an attacker."""
 
 from __future__ import annotations
 
