@@ -32,7 +32,9 @@ class ConvexReLUAT(Solves):
     loss:       "hinge", "logistic" or "squared" (labels -1 and 1)
     beta:       weight of the penalty, on the mean of the losses, above 0; papers have sums: theirs is n times this
     patterns:   activation patterns that are sampled, and pruned to those that are usable under the attack (linear
-                programs); units of `scp`; 0 enumerates all, which a few dimensions alone allow
+                programs); units of `scp`; 0 enumerates all, which a few dimensions alone allow. A cone solver's time grows
+                with samples times patterns (280 samples of 64 pixels: 17 usable ones take 30 s); in two dimensions
+                take hundreds
     components: principal components of the standardised features; 0 takes the features. Fewer leave more patterns
                 usable; the attacker moves pixels all the same
     method:     "cone": exact, by cvxpy; "admm", "scp" (drawn hidden weights): for more samples, without an attacker
@@ -57,7 +59,7 @@ class ConvexReLUAT(Solves):
     norm: Norm = "linf"
     loss: Literal["hinge", "logistic", "squared"] = "hinge"
     beta: float = 1e-3
-    patterns: int = 200
+    patterns: int = 40
     components: int = 0
     method: Literal["cone", "admm", "scp"] = "cone"
     solver: Literal["clarabel", "scs"] = "clarabel"

@@ -84,7 +84,7 @@ class Way:
 
     loss: Loss = "hinge"
     beta: float = 1e-3
-    patterns: int = 200
+    patterns: int = 40
     method: Method = "cone"
     solver: cones.Solver = "clarabel"
 
