@@ -32,9 +32,8 @@ class ConvexReLUAT(Solves):
     loss:       "hinge", "logistic" or "squared" (labels -1 and 1)
     beta:       weight of the penalty, on the mean of the losses, above 0; papers have sums: theirs is n times this
     patterns:   activation patterns that are sampled, and pruned to those that are usable under the attack (linear
-                programs); units of `scp`; 0 enumerates all, which a few dimensions alone allow. A cone solver's time grows
-                with samples times patterns (280 samples of 64 pixels: 17 usable ones take 30 s); in two dimensions
-                take hundreds
+                programs); units of `scp`; 0 enumerates all, which a few dimensions alone allow. The cone solver's time
+                grows with them (280 samples of 64 pixels: 17 usable ones take 30 s); in two dimensions take hundreds
     components: principal components of the standardised features; 0 takes the features. Fewer leave more patterns
                 usable; the attacker moves pixels all the same
     method:     "cone": exact, by cvxpy; "admm", "scp" (drawn hidden weights): for more samples, without an attacker

@@ -93,6 +93,8 @@ def solve(program: Program, patterns: Patterns, solver: Solver = "clarabel", *, 
     count = patterns.shape[1]
     if patterns.shape[0] != n or count < 1:
         raise UsageError(f"patterns are {list(patterns.shape)}; expected [{n}, P] with P of at least 1")
+    if solver.upper() not in cp.installed_solvers():
+        raise MissingExtra(f"the solver {solver} is not installed: pip install 'advkit[convex]' brings clarabel")
     if gated and program.moves is not None:
         raise UsageError("the gated bound is for training without an attacker; leave moves out")
     check_size(n, count, program.moves is not None)
@@ -112,7 +114,7 @@ def solve(program: Program, patterns: Patterns, solver: Solver = "clarabel", *, 
     if moves is not None and robust:
         # samples that the same units are active on share their worst case
         distinct, place = np.unique(gates, axis=0, return_inverse=True)
-        worst = cp.Variable(len(distinct))
+        worst = cp.Variable(len(distinct), nonneg=True)
         limits.append(_reach(cp, moves.lift @ (v - w) @ distinct.T, moves.q) <= worst)
         reach = worst[place.reshape(-1)]
     penalty = cp.sum(cp.norm(v, 2, axis=0)) + cp.sum(cp.norm(w, 2, axis=0))
@@ -126,10 +128,6 @@ def solve(program: Program, patterns: Patterns, solver: Solver = "clarabel", *, 
             told = chain.solve_via_data(problem, data, solver_opts=_tight(solver))
             problem.unpack_results(told, chain, inverse)
         except cp.error.SolverError as error:
-            if solver.upper() not in cp.installed_solvers():
-                raise MissingExtra(
-                    f"the solver {solver} is not installed: pip install 'advkit[convex]' brings clarabel"
-                ) from error
             raise SolveFailed(_advice(f"{solver} gave up ({error})", n, count)) from error
     if problem.status not in GOOD or v.value is None:
         raise SolveFailed(_advice(f"{solver} ended with status {problem.status}", n, count))

@@ -159,7 +159,8 @@ def train(program: Program, way: Way, rng: np.random.Generator) -> Trained:
         }
         network = done.network
     else:
-        ended = admm.iterate(program, kept, admm.ADMM(rho=max(1.0, len(program.x) / 12), steps=5000))
+        rho = len(program.x) / (12 if program.loss == "squared" else 27)
+        ended = admm.iterate(program, kept, admm.ADMM(rho=rho, steps=5000))
         told |= {
             "optimum": ended.objective,
             "gap": None,
