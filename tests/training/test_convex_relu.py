@@ -263,7 +263,7 @@ def descended(program: Program, restarts: int, neurons: int, steps: int, seed: i
 @pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_no_gradient_run_is_better(loss: Loss) -> None:
     program, _, found = exact(loss)
-    reached = descended(program, restarts=20, neurons=20, steps=400)
+    reached = descended(program, restarts=20, neurons=15, steps=300)
     assert reached.min() >= found.objective - 1e-7
     assert reached.min() <= 1.1 * found.objective  # descent was no straw man
 
@@ -564,16 +564,16 @@ def test_training_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     assert "is no better than that of a network that always answers 0" in caplog.text
 
 
-def test_other_methods_come_near_the_same_optimum() -> None:
+@pytest.mark.parametrize("loss", HINGE_FIRST)
+def test_other_methods_come_near_the_same_optimum(loss: Loss) -> None:
     x, y, _ = planar()
-    for loss in LOSSES:
-        program, drawn = Program(x, y, loss, 1e-2), np.random.default_rng
-        values = {
-            method: fit.train(program, fit.Way(loss=loss, method=method, patterns=count), drawn(0)).told["optimum"]
-            for method, count in (("cone", 60), ("admm", 60), ("scp", 400))
-        }
-        assert values["admm"] == pytest.approx(values["cone"], rel=1e-3)
-        assert 1 - 1e-6 < values["scp"] / values["cone"] < 1.15
+    program, drawn = Program(x, y, loss, 1e-2), np.random.default_rng
+    values = {
+        method: fit.train(program, fit.Way(loss=loss, method=method, patterns=count), drawn(0)).told["optimum"]
+        for method, count in (("cone", 60), ("admm", 60), ("scp", 400))
+    }
+    assert values["admm"] == pytest.approx(values["cone"], rel=1e-3)
+    assert 1 - 1e-6 < values["scp"] / values["cone"] < 1.15
 
 
 # --- bad input

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import nn
 from typing_extensions import override
 
 from advkit.core.checks import at_least, not_negative, one_of, positive
 from advkit.core.errors import BadInput, NoTrainingData
 from advkit.core.protocols import Data, Rng, Solves
+from advkit.models.mlp import MLP
 from advkit.models.torch import TorchModel
 from advkit.models.two_layer import Norm, P, TwoLayer
 
@@ -109,7 +109,7 @@ class ConvexReLUAT(Solves):
             seed = rng.at("patterns", label).generator().initial_seed()
             program = Program(rows_of_x, against, self.loss, self.beta, moves)
             found.append(train(program, way, np.random.default_rng(seed)))
-        model = _exported([each.network for each in found], columns, data)
+        model = _exported([each.network for each in found], columns, data, rng)
         certified = TwoLayer.around(model, self.norm, self.eps).margins(data.x[rows], data.y[rows]) > 0
         told = {
             "samples": len(y),
@@ -136,7 +136,7 @@ class ConvexReLUAT(Solves):
         return torch.cat(places).sort().values[: self.rows]
 
 
-def _exported(networks: list[Any], columns: Any, data: Data) -> TorchModel:
+def _exported(networks: list[Any], columns: Any, data: Data, rng: Rng) -> TorchModel:
     """`mlp:hidden=K`: the networks' units side by side, standardisation and bias in the first layer.
 
     One network f of two classes has the logits -f/2 and f/2, whose cross-entropy is the logistic loss of f; several
@@ -151,15 +151,11 @@ def _exported(networks: list[Any], columns: Any, data: Data) -> TorchModel:
     if not len(first):  # the optimum is f = 0
         first, bias = torch.zeros(1, columns.scale.size), torch.zeros(1)
         second = torch.zeros(data.classes, 1)
-    module = nn.Sequential(
-        nn.Flatten(), nn.Linear(first.shape[1], len(first)), nn.ReLU(), nn.Linear(len(first), data.classes)
-    )
+    model = MLP(hidden=(len(first),))(tuple(data.x.shape[1:]), data.classes, rng, space=data.space)
     held = {"1.weight": first, "1.bias": bias, "3.weight": second, "3.bias": torch.zeros(data.classes)}
-    module.load_state_dict({name: tensor.float() for name, tensor in held.items()})
-    spec = f"mlp:hidden={len(first)}"
-    return TorchModel(
-        module.eval(), data.space, data.classes, name=spec, source="a convex program of advkit", architecture=spec
-    )
+    model.module.load_state_dict({name: tensor.float() for name, tensor in held.items()})
+    model.source = "a convex program of advkit"
+    return model
 
 
 def _summary(told: dict[str, Any]) -> str:
