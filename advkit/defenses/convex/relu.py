@@ -19,7 +19,7 @@ from advkit.models.two_layer import Norm, P, TwoLayer
 
 @dataclass(frozen=True, kw_only=True)
 class ConvexReLUAT(Solves):
-    """Convex adversarial training: a two-layer ReLU network at the global optimum, with a certificate per sample.
+    """Convex adversarial training (Bai et al., arXiv 2201.01965): a globally optimal two-layer ReLU network, certified.
 
     A convex program (Pilanci & Ergen, arXiv 2002.10553) has the network's optimum: its variables are the weights of one
     pair of units per activation pattern, its constraints keep every unit's pattern. Under attack they keep it on each
