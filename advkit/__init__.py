@@ -6,14 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from advkit.defenses.labels.floral import FLORAL
     from advkit.evaluation.api import certify, evaluate
     from advkit.evaluation.matrix import matrix
     from advkit.evaluation.report.document import Report
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "certify", "evaluate", "matrix"]
+__all__ = ["FLORAL", "Report", "__version__", "certify", "evaluate", "matrix"]
 
 _LAZY = {
+    "FLORAL": "advkit.defenses.labels.floral",
     "certify": "advkit.evaluation.api",
     "evaluate": "advkit.evaluation.api",
     "matrix": "advkit.evaluation.matrix",

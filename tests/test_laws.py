@@ -16,16 +16,19 @@ from advkit.models import MODELS
 from advkit.testing import (
     ATTACK_LAWS,
     BALLS,
+    LABEL_LAWS,
     MINIMA,
     RADII,
     TEXT_LAWS,
     THREAT_LAWS,
     accepts,
     check_defense,
+    check_label_law,
     check_law,
     check_text_law,
     check_threat_law,
     check_training,
+    on_labels,
     on_text,
     subjects,
 )
@@ -44,6 +47,8 @@ OWN = [
 NAMES = [name for name in OWN if ATTACKS.spec(ATTACKS.build(name)).partition(":")[0] == name]
 # Attacks made for text find no slot in a ball; they have laws of their own, on a language model.
 TEXT = [name for name in NAMES if on_text(ATTACKS.load(name))]
+# Attacks on training labels have no inputs to change, and laws of their own, too.
+ON_LABELS = [name for name in NAMES if on_labels(ATTACKS.build(name))]
 SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subjects(ATTACKS.build(name)).items()}
 REFUSED = {(name, norm) for name in NAMES for norm in BALLS} - set(SUBJECTS)
 # Attacks that run toward many classes, and suites of attacks, take minutes together.
@@ -82,9 +87,15 @@ def test_attack_on_text(name, law):
     check_text_law(law, ATTACKS.build(name))
 
 
+@pytest.mark.parametrize("law", LABEL_LAWS)
+@pytest.mark.parametrize("name", ON_LABELS)
+def test_attack_on_labels(name, law):
+    check_label_law(law, ATTACKS.build(name))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_attack_works_in_some_ball_or_on_text(name):
-    assert any(attack == name for attack, _ in SUBJECTS) != (name in TEXT)
+def test_every_attack_works_in_some_ball_or_on_text_or_labels(name):
+    assert any(attack == name for attack, _ in SUBJECTS) + (name in TEXT) + (name in ON_LABELS) == 1
 
 
 @pytest.mark.parametrize(("name", "norm"), sorted(REFUSED), ids=["-".join(pair) for pair in sorted(REFUSED)])
@@ -121,8 +132,9 @@ def test_every_registered_ball_is_covered():
     covered = {spec.partition(":")[0] for spec in THREATS.values()}
     # A grid is played cell by cell; the ball of a cell is `transfer`'s. An item of a stream is attacked and judged in
     # the ball that the stream names, which is one of those covered. `suffix` is no ball and has laws of its own, and
-    # `certified` has no attacker: what is drawn there has its tests in test_certification.py.
-    assert set(THREAT_MODELS.names()) - covered == {"tapm", "online", "suffix", "certified"}
+    # `certified` has no attacker: what is drawn there has its tests in test_certification.py. `label-flips` bounds how
+    # many labels are changed: tests/evaluation/test_poisoning.py.
+    assert set(THREAT_MODELS.names()) - covered == {"tapm", "online", "suffix", "certified", "label-flips"}
 
 
 def test_radii_fit_the_registry():

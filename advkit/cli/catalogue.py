@@ -24,13 +24,17 @@ VARIES: Final = "varies"  # with the settings: an attack around another one need
 OTHER: Final = "other"
 IMAGES, EVENTS, TEXT = "images", "events", "text"
 
+LABELS = "learns from labels"
+"""Defenses that are ways to learn, and need data without training a model that is handed over."""
+
 # In the order in which they are listed. Parts of other packages follow, under the name of their module's folder.
 GROUPS: dict[str, Words] = {
     "attacks": (
-        "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "suites", "peers",
+        "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "labels", "suites",
+        "peers",
     ),
-    "defenses": ("none", "trains the model", "in front of any model", "smoothing", "filter"),
-    "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates"),
+    "defenses": ("none", "trains the model", "in front of any model", "smoothing", "filter", LABELS),
+    "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates", "labels"),
     "tasks": (IMAGES, EVENTS, TEXT),
     "recipes": ("cifar10", "cifar100", "imagenet"),
 }  # fmt: skip
@@ -42,6 +46,7 @@ _GROUP: dict[str, str] = {
     "advkit.defenses.none": "none",
     "advkit.defenses.adversarial": "trains the model",
     "advkit.defenses.inputs": "in front of any model",
+    "advkit.defenses.labels": LABELS,
     "advkit.defenses.inputs.ppl_filter": "filter",
     "advkit.defenses.smoothing": "smoothing",
     "advkit.threat_models.lp": "ball",
@@ -53,6 +58,7 @@ _GROUP: dict[str, str] = {
     "advkit.threat_models.tapm": "transfer",
     "advkit.threat_models.online": "stream",
     "advkit.threat_models.certified": "certificates",
+    "advkit.threat_models.labels": "labels",
 }
 
 _LP: Words = ("linf", "l2", "l1")
@@ -80,6 +86,7 @@ _INPUTS: dict[str, Words] = {
     "advkit.threat_models.online": (IMAGES, EVENTS),
     "advkit.defenses": (IMAGES,),
     "advkit.defenses.none": (IMAGES, EVENTS, TEXT),
+    "advkit.defenses.labels": (IMAGES, EVENTS),
     "advkit.defenses.inputs.bit_depth": (IMAGES, EVENTS),
     "advkit.defenses.inputs.ppl_filter": (TEXT,),
     "advkit.tasks.npz": (IMAGES,),
@@ -115,9 +122,9 @@ def _attack(target: str) -> Facts:
 
 
 def _defense(target: str) -> Facts:
-    trains = _text(_declared(target, "needs_data")) == "true"
+    trains, group = _text(_declared(target, "needs_data")) == "true", _group("defenses", target)
     return {
-        "group": "trains the model" if trains else _group("defenses", target),
+        "group": "trains the model" if trains and group != LABELS else group,
         "inputs": _longest(_INPUTS, target) or (),
     }
 

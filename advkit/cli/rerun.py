@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from advkit.evaluation.report import Report
 
 DISAGREES = 3
-BESIDE = "beside.jsonl"
 
 
 def rerun(
@@ -55,7 +54,7 @@ def rerun(
     from advkit.evaluation.plan import Request, plan
     from advkit.evaluation.report import Report
     from advkit.evaluation.report.verify import records_file, verify
-    from advkit.evaluation.run.store import check_folder
+    from advkit.evaluation.run.store import beside_files, check_folder
 
     file = report / "report.json" if report.is_dir() else report
     old = Report.load(file)
@@ -80,7 +79,7 @@ def rerun(
         )
     for fault in faults:
         typer.echo(printable(f"not verified: {fault}"), err=True)
-    beside = (home / BESIDE).is_file()
+    beside = bool(beside_files(records))
     _refuse_objects(file, asked)
     _check_data(asked, old)
     resolved = plan(replace(asked, device=device, batch_size=batch_size, beside=beside))
@@ -123,11 +122,11 @@ def _refuse_outside(file: Path, asked: Request) -> None:
 def _refuse_objects(file: Path, asked: Request) -> None:
     """Raise ReportError where a part of the report has no name by which it can be made again."""
     from advkit.core.errors import ReportError
-    from advkit.evaluation.plan import NO_ATTACK, registries
+    from advkit.evaluation.plan import NO_ATTACK, NO_MODEL, registries
 
     for name, registry in registries().items():
         spec = getattr(asked, name)
-        if (name, spec) == ("attack", NO_ATTACK):
+        if (name, spec) in (("attack", NO_ATTACK), ("model", NO_MODEL)):
             continue
         if not registry.names_part(spec):
             raise ReportError(
@@ -140,9 +139,9 @@ def _check_data(asked: Request, old: Report) -> None:
     """Raise ReportError where the data are others than the report's, before a model is loaded or trained."""
     from advkit.core.errors import ReportError
     from advkit.core.protocols import Bindable
-    from advkit.evaluation.inputs import task_of
+    from advkit.evaluation.plan import task_of_request
 
-    task = task_of(asked.task)
+    task = task_of_request(asked)
     if isinstance(task, Bindable):  # its samples wait for a model's space
         return
     then, now = old.to_dict()["dataset"]["sha256"], task.digest()
@@ -173,9 +172,7 @@ def _check_case(records: Path, now: Mapping[str, Any]) -> None:
 
 def _all_records(file: Path) -> dict[tuple[str, str, str], Record]:
     """A run's records and those of the other side beside them, by file, attack and row."""
-    from advkit.evaluation.run.store import read_records
+    from advkit.evaluation.run.store import beside_files, read_records
 
-    found = [file, *(other for other in [file.with_name(BESIDE)] if other.is_file())]
-    return {
-        ("beside" if each.name == BESIDE else "", str(r.made_by), r.id): r for each in found for r in read_records(each)
-    }
+    found = {"": file, **{each.stem: each for each in beside_files(file)}}
+    return {(name, str(r.made_by), r.id): r for name, each in found.items() for r in read_records(each)}

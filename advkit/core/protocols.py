@@ -1042,6 +1042,20 @@ class Adapts(Protocol):
         """Names of defenses."""
 
 
+@runtime_checkable
+class FlipsLabels(Protocol):
+    """An attack on training labels: its rows are labels, and what it asks its oracle for are trainings."""
+
+    @property
+    @abstractmethod
+    def surrogate(self) -> str:
+        """What it trains where it does not know the defense, as a defense's spec; empty where it trains nothing."""
+
+    @abstractmethod
+    def flip(self, oracle: Any, y: Any, budget: int, rng: Any) -> Any:
+        """The labels y, long numbers [n], with at most `budget` of them changed."""
+
+
 class Selector(Protocol):
     """Decides on the items of one stream, one by one."""
 
@@ -1169,6 +1183,15 @@ class KnowsIds(Protocol):
 
 
 @runtime_checkable
+class Pooled(Protocol):
+    """A task whose training and test samples are one pool, which may be split anew."""
+
+    @abstractmethod
+    def pool(self) -> Any:
+        """All samples, with `x`, `y` and `ids` (`tasks.base.Rows`)."""
+
+
+@runtime_checkable
 class OfFiles(Protocol):
     """A task with a file for every row, which may be damaged, repaired or replaced."""
 
@@ -1280,6 +1303,15 @@ class TrainsFront(Protocol):
     @abstractmethod
     def around(self, model: Any, data: Data, rng: Rng) -> Any:
         """What is trained: the model behind a front whose weights are drawn from rng, pre-trained where it is so."""
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A defense that is a way to learn from labels which may be wrong, and brings the model itself."""
+
+    @abstractmethod
+    def learner(self, seed: int) -> Any:
+        """A classifier with scikit-learn's interface, not fitted; the same seed gives the same model."""
 
 
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")

@@ -95,7 +95,8 @@ def evaluate(
                   verdicts stay full precision, and samples that only the fast model believed broken are attacked again
     beside:       also evaluate companions: transfer from public models where the defense claims to hold against it
                   (PubDef), the attack made without knowing of the defense where it can be taken off (transformations
-                  and filters of the input), the attack in white box where the threat model is a transfer grid
+                  and filters of the input; labels flipped without knowing what is trained on them), the attack in white
+                  box where the threat model is a transfer grid, a defense on labels without what makes it one
     sample_timeout: seconds after which a sample that is attacked, or judged, alone is given up as an error; None waits
                   for ever. Batches that take longer are halved, down to single samples. What hangs in compiled code
                   can be stopped with `workers` alone, where its process is ended

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from advkit.core.protocols import Access, Adapts, Record, Suite, Undefended
+from advkit.core.protocols import Access, Adapts, FlipsLabels, Record, Suite, Undefended
+from advkit.defenses.labels.base import LabelDefense
 from advkit.evaluation.run.case import Case
 from advkit.threat_models.capability import KNOWLEDGE
 
@@ -24,7 +25,7 @@ def access_of(case: Case, records: Sequence[Record], stage: str = "") -> str:
     """
     if case.attack is None:
         return KNOWLEDGE[Access.NOTHING]
-    if case.surrogates:
+    if case.surrogates or (_flips_labels(case) and any(record.source for record in records)):
         return "transfer"
     needs = Access(max(int(attack.needs) for attack in _attacks(case, stage)))
     if any(record.backwards for record in records):
@@ -42,7 +43,20 @@ def attacker_of(case: Case, records: Sequence[Record]) -> dict[str, str]:
              asked (oblivious), "known" where it was, "adaptive" where the attack was made for it
     """
     access = access_of(case, records)
+    if _flips_labels(case):
+        return {"access": access, "defense": _of_trained(case, access)}
     return {"access": access, "defense": _of_defense(case, access)}
+
+
+def _flips_labels(case: Case) -> bool:
+    return isinstance(case.attack, FlipsLabels)
+
+
+def _of_trained(case: Case, access: str) -> str:
+    """What an attacker who moves before training makes of the defense: unknown where it never trained it."""
+    if isinstance(case.defense, LabelDefense) and not case.defense.defends:
+        return "none"
+    return "unknown" if access in ("transfer", KNOWLEDGE[Access.NOTHING]) else "adaptive"
 
 
 def _of_defense(case: Case, access: str) -> str:

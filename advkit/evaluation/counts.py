@@ -25,6 +25,8 @@ REFUSED_WHEN_CLEAN = "refused_when_clean"
 
 CLEAN_WRONG, CLEAN_CORRECT, NOT_CONTESTED = "clean_wrong", "clean_correct", "not_contested"
 """Notes of a record whose outcome alone does not say how its row was when clean."""
+GAINED = "right_after"
+"""Note of a row that was wrong when clean and is right after the attack, which changed the model and not the row."""
 _NO_ANSWER = frozenset({"clean_non_finite", "clean_raised"})
 """Notes of rows without a clean answer: neither right nor contested."""
 
@@ -41,7 +43,8 @@ class Counts:
     broken:     attackable rows that some attack broke
     unknown:    attackable rows not broken whose answer was not finite or whose attack raised
     robust:     the rest of the attackable rows; an attack that left the threat model has failed there
-    right_after: rows right before any attack that none broke: those on which there was nothing to win are among them
+    right_after: rows right before any attack that none broke: those on which there was nothing to win are among them,
+                and so are rows that were wrong and that a changed model gets right (`GAINED`)
     right_unknown: the unknown rows that were right when clean
     eight_bit:  rows right before any attack and not broken by the returned input rounded to 8 bits; None where that has
                 no meaning
@@ -110,7 +113,7 @@ def count(records: Iterable[Record]) -> Counts:
         right, outcomes = was_right(group[0]), {r.outcome for r in group}
         found["correct"] += right
         if not contested(group[0]):
-            found["right after"] += right
+            found["right after"] += right or all(GAINED in r.notes for r in group)
             found["eight"] += right
             continue
         end = "broken" if Outcome.BROKEN in outcomes else "unknown" if outcomes & UNKNOWN else "robust"

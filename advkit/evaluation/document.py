@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,7 +135,8 @@ def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "sha256": task.digest(),
     }
     low, high = space_range(task.space)
-    return block | ({} if low is None or high is None else {"input_range": [low, high]})
+    bounded = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
+    return block | ({"input_range": [low, high]} if bounded else {})
 
 
 def _model(case: Case) -> dict[str, Any]:

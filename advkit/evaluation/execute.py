@@ -11,7 +11,7 @@ from typing import Any
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
-from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
+from advkit.core.protocols import FlipsLabels, OfFiles, Outcome, Record, ids_of
 from advkit.core.state import plainly
 from advkit.evaluation.certificates import refuted
 from advkit.evaluation.counts import by_label
@@ -26,7 +26,7 @@ from advkit.evaluation.run.engine import run as run_scenario
 from advkit.evaluation.run.rehearsal import answered, first_rows
 from advkit.evaluation.run.rehearsal import preflight as preflight_scenario
 from advkit.evaluation.run.scenario import Companion
-from advkit.evaluation.run.store import Store, read_examples
+from advkit.evaluation.run.store import Store, beside_name, read_examples
 from advkit.evaluation.scenarios import scenario_of
 from advkit.evaluation.trust import diagnostics
 from advkit.evaluation.trust.findings import Finding, found
@@ -74,7 +74,8 @@ def _execute(
     plan: Plan, folder: Path, watch: Watch | None, command: str, workers: int | None, *, lasting: bool
 ) -> Report:
     asked: list[tuple[str, Case, Companion | None]] = [("records", plan.case, None)]
-    asked += [("beside", each.case, each) for each in plan.companions if each.case is not None]
+    run_beside = [(each, each.case) for each in plan.companions if each.case is not None]
+    asked += [(beside_name(each.name, i), case, each) for i, (each, case) in enumerate(run_beside)]
     for _, case, _ in asked:
         preflight(case)
     if isinstance(plan.case.task, OfFiles):
@@ -137,12 +138,19 @@ def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
 
 def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
     """Whether a companion whose attacker knows less breaks more."""
+    weaker = [other for other in others if other.companion is not None and other.companion.knows_less]
+    if isinstance(run.case.attack, FlipsLabels):
+        return [
+            finding
+            for other in weaker
+            for name in {str(record.made_by) for record in other.records}
+            if (finding := diagnostics.oblivious_beats_adaptive(run.records, other.records, name)) is not None
+        ]
     breaks = [
         diagnostics.black_box_beats_white_box(
             run.records, other.records, str(other.case.label), randomized=run.case.randomized
         )
-        for other in others
-        if other.companion is not None and other.companion.knows_less
+        for other in weaker
     ]
     breaks += [
         _refuted(run, other, other.companion.within)
@@ -166,7 +174,7 @@ def _refuted(run: Run, other: Run, within: float) -> Finding | None:
 
 
 def _left_out(companion: Companion) -> Finding:
-    evidence = f"the threat model that the defense claims ({companion.name}) was not evaluated: {companion.without}"
+    evidence = f"{companion.title} ({companion.name}) was not evaluated beside it: {companion.without}"
     return found("companion_missing", "info", evidence)
 
 

@@ -11,7 +11,17 @@ import torch
 from advkit.attacks import ATTACKS
 from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
-from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, Votes, WantsData
+from advkit.core.protocols import (
+    Batched,
+    Label,
+    Learns,
+    MadeForGoal,
+    MadeForThreatModel,
+    PerSample,
+    Task,
+    Votes,
+    WantsData,
+)
 from advkit.core.registry import Registry
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
@@ -29,6 +39,8 @@ from advkit.threat_models.transfer import Transfer
 
 NO_ATTACK = "none"
 """The attack of a request whose scenario works without one: a certificate."""
+NO_MODEL = "none"
+"""The model of a request whose defense brings its own: what it learns from labels."""
 PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
 
 
@@ -132,11 +144,12 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     work = task_of(request.task)
     parts, asked = _built(request, work)
     scenario = SCENARIOS.build(parts.threat.scenario)
-    parts = scenario.resolve(parts)
+    parts = scenario.resolve(replace(parts, seed=request.seed))
+    work = parts.task
     n = _rows(request, work)
     try:
         victim = protected(
-            request.model,
+            _model_asked(request.model, parts.defense),
             parts.defense,
             work,
             seed=request.seed,
@@ -155,6 +168,24 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     companions = tuple(scenario.companions(case)) if request.beside else ()
     trained = DEFENSES.build(victim.defense) if victim.defense else parts.defense
     return Plan(request, case, scenario, victim, trained, companions)
+
+
+def task_of_request(request: Request) -> Task:
+    """The task of a request as its scenario takes it; nothing is trained or loaded but the data."""
+    parts, _ = _built(request, task_of(request.task))
+    return SCENARIOS.build(parts.threat.scenario).resolve(replace(parts, seed=request.seed)).task
+
+
+def _model_asked(model: Any, defense: Any) -> Any:
+    """The model that was asked for; UsageError where the defense brings its own, or where none would do."""
+    none = isinstance(model, str) and model.strip() == NO_MODEL
+    if not isinstance(defense, Learns):
+        if none:
+            raise UsageError(f"the defense {DEFENSES.label(defense)} protects a model: name one, such as mlp or cnn")
+        return model
+    if model is not None and not none:
+        raise UsageError(f"the defense {DEFENSES.label(defense)} is itself what learns a model: leave --model out")
+    return None
 
 
 def _wants_data(attack: object) -> bool:
@@ -193,7 +224,7 @@ def _built(request: Request, work: Task) -> tuple[Parts, dict[str, Any]]:
     rule = GOALS.build(goal)
     threat = with_public_sources(threat, work, DEFENSES.label(defense).partition(":")[0])
     asked = {"attack": request.attack, "defense": request.defense, "threat_model": threat_model, "goal": goal}
-    return Parts(attack, defense, work, threat, rule), {**asked, "task": request.task}
+    return Parts(attack, defense, work, threat, rule), {**asked, "task": request.task, "task_object": work}
 
 
 def _said(given: Any, made_for: str, usual: str) -> Any:
@@ -211,12 +242,13 @@ def _case(
 ) -> Case:
     task = bound(work, victim.model.space)
     speed = Speed.parse(request.speed)
-    model = request.model if request.model is not None else task.defaults.model
+    model = NO_MODEL if isinstance(parts.defense, Learns) else request.model
+    model = model if model is not None else task.defaults.model
     specs = {
         "attack": NO_ATTACK if parts.attack is None else ATTACKS.label(parts.attack, asked["attack"]),
         "defense": DEFENSES.label(parts.defense, asked["defense"]),
-        "task": TASKS.label(work, asked["task"]),
-        "model": spec_of_model(model, victim.model),
+        "task": TASKS.label(asked["task_object"], asked["task"]),
+        "model": NO_MODEL if model == NO_MODEL else spec_of_model(model, victim.model),
         "threat_model": THREAT_MODELS.label(parts.threat, asked["threat_model"]),
         "goal": GOALS.label(parts.rule, asked["goal"]),
         **({"speed": str(speed)} if speed.switches else {}),

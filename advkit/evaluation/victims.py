@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, claimed, why, write_whole
-from advkit.core.protocols import Bindable, CountsQueries, Deploys, KnowsClasses, Solves, Task, Trains, TrainsFront
+from advkit.core.protocols import (
+    Bindable,
+    CountsQueries,
+    Deploys,
+    KnowsClasses,
+    Learns,
+    Solves,
+    Task,
+    Trains,
+    TrainsFront,
+)
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
@@ -185,6 +195,14 @@ def _protected(
     asked = model if model is not None else task.defaults.model
     guard = DEFENSES.build(defense)
     spec = DEFENSES.label(guard, defense)
+    if isinstance(guard, Learns):
+        data = task.training()
+        if data is None:
+            raise NoTrainingData(
+                f"{spec} learns from labels, and the task {task.name} has no training data at hand: give it some (e.g. "
+                f"{task.name}:root=FOLDER)"
+            )
+        return Victim(guard.protect(None, data, training_rng(seed)), f"trained here, seed {seed}")
     part, _ = model_part(asked)
     if isinstance(guard, TrainsFront):
         plain = protected(

@@ -16,6 +16,7 @@ from advkit.core.spaces import Box
 from advkit.tasks.archives import archive_keys, read_archive
 from advkit.tasks.arrays import as_labels, as_rows
 from advkit.tasks.base import ArrayTask, Counted, Rows, default_ball, row_ids
+from advkit.tasks.classes import are_texts, as_texts, numbered
 
 KEYS = ("x", "y", "x_train", "y_train")
 MEMORY = 16 * 2**30
@@ -26,8 +27,8 @@ MEMORY = 16 * 2**30
 class Npz(ArrayTask):
     """NumPy archive (.npz) of samples and labels: keys x and y, and x_train and y_train for a training set.
 
-    path:    the file. x: floats in [low, high], or 8-bit images, whose 0 to 255 become low to high. y: labels from 0.
-             Never unpickled
+    path:    the file. x: floats in [low, high], or 8-bit images, whose 0 to 255 become low to high. y: labels from 0,
+             or texts, whose classes are sorted and keep their names. Never unpickled
     layout:  "rows": x as it is; "hwc": images with channels last; "hw": images without a channel
     low:     smallest legal value
     high:    largest legal value
@@ -66,12 +67,33 @@ class Npz(ArrayTask):
     @cached_property
     def count_classes(self) -> int:
         """The largest label and one."""
+        if self._texts is not None:
+            return len(self._texts[1])
         labels = [self._labels(key) for key in ("y", "y_train") if key in self._arrays]
         return 1 + max((int(each.max()) for each in labels if each.numel()), default=0)
 
     @property
     def counts_labels(self) -> bool:
-        return vars(self)["classes"] is None
+        return vars(self)["classes"] is None and self._texts is None
+
+    @cached_property
+    def _texts(self) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+        """Labels that are texts, as numbers by key, and the classes' names; None where they are numbers."""
+        held = {key: self._arrays[key] for key in ("y", "y_train") if key in self._arrays}
+        if not any(map(are_texts, held.values())):
+            return None
+        for key, array in held.items():
+            if not are_texts(array) or array.ndim != 1:
+                raise BadInput(
+                    f"{self.path}: {key} is {array.dtype} {list(array.shape)} and other labels are texts; expected one "
+                    "text per sample in both"
+                )
+        numbers, names = numbered([text for array in held.values() for text in as_texts(array)], self.path)
+        parts = numbers.split([len(array) for array in held.values()])
+        return dict(zip(held, parts, strict=True)), names
+
+    def class_names(self) -> tuple[str, ...]:
+        return super().class_names() if self._texts is None else self._texts[1]
 
     def with_classes(self, classes: int) -> Self:
         return replace(self, classes=classes)
@@ -103,7 +125,7 @@ class Npz(ArrayTask):
         return self._converted[key]
 
     def _labels(self, key: str) -> Tensor:
-        return as_labels(self._arrays[key], f"{self.path}: {key}")
+        return as_labels(self._arrays[key], f"{self.path}: {key}") if self._texts is None else self._texts[0][key]
 
     def load(self) -> Rows:
         y = self._labels("y")

@@ -2,13 +2,15 @@
 
 `check_attack(attack)`, `check_threat_model(threat)`, `check_defense(defense)`, `check_training(defense)` of a defense
 that trains, and `check_scenario(scenario)` raise AssertionError at the first law that is broken, naming it;
-ATTACK_LAWS, THREAT_LAWS (TOKEN_LAWS for slots of tokens), DEFENSE_LAWS and SCENARIO_LAWS hold the laws one by one.
+ATTACK_LAWS (TEXT_LAWS, LABEL_LAWS), THREAT_LAWS (TOKEN_LAWS for slots of tokens), DEFENSE_LAWS and SCENARIO_LAWS hold
+the laws one by one.
 """
 
 from __future__ import annotations
 
 from advkit.testing.attack_laws import ATTACK_LAWS, Subject, check_attack, check_law, subjects
 from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, check_training, protect_twice, stripes
+from advkit.testing.label_laws import LABEL_LAWS, check_label_law, on_labels
 from advkit.testing.play import BALLS, MINIMA, RADII, Played, accepts, aimed, play, shortened
 from advkit.testing.scenario_laws import SCENARIO_LAWS, check_scenario
 from advkit.testing.text_laws import TEXT_LAWS, check_text_law, on_text
@@ -29,6 +31,7 @@ __all__ = [
     "ATTACK_LAWS",
     "BALLS",
     "DEFENSE_LAWS",
+    "LABEL_LAWS",
     "MINIMA",
     "RADII",
     "SCENARIO_LAWS",
@@ -44,6 +47,7 @@ __all__ = [
     "aimed",
     "check_attack",
     "check_defense",
+    "check_label_law",
     "check_law",
     "check_scenario",
     "check_text_law",
@@ -55,6 +59,7 @@ __all__ = [
     "nan_off",
     "network",
     "noisy",
+    "on_labels",
     "on_text",
     "play",
     "protect_twice",

@@ -17,6 +17,7 @@ from advkit.core.protocols import Access, Attack, SeeksMinimum, Serves
 from advkit.core.registry.contract import lacking_in
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.testing.label_laws import LABEL_LAWS, check_label_law, on_labels
 from advkit.testing.play import (
     BALLS,
     BITS,
@@ -642,7 +643,8 @@ def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None
     """Every law in every ball that the attack accepts; at least one of them must be accepted.
 
     balls: norm -> maker of a ball from eps and box; the norms are keys of BALLS and MINIMA. Raises AssertionError at
-    the first law that is broken, naming it. Attacks made for text have laws of their own (`TEXT_LAWS`) instead.
+    the first law that is broken, naming it. Attacks made for text, and those on training labels, have laws of their own
+    (`TEXT_LAWS`, `LABEL_LAWS`) instead.
     """
     if isinstance(attack, type):
         raise AssertionError(f"law is_an_object: {attack.__name__} is a class; check an object: {attack.__name__}()")
@@ -655,6 +657,10 @@ def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None
     if on_text(attack):
         for name in TEXT_LAWS:
             check_text_law(name, attack)
+        return
+    if on_labels(attack):
+        for name in LABEL_LAWS:
+            check_label_law(name, attack)
         return
     found = subjects(attack, balls)
     if not found:

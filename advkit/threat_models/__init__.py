@@ -21,6 +21,7 @@ THREAT_MODELS: Registry[ThreatModel[Any]] = Registry(
         "tapm": "advkit.threat_models.tapm:Tapm",
         "online": "advkit.threat_models.online:Online",
         "certified": "advkit.threat_models.certified:Certified",
+        "label-flips": "advkit.threat_models.labels:LabelFlips",
         "minimum-l2": "advkit.threat_models.minimum:MinimumL2",
         "flips": "advkit.threat_models.events:Flips",
         "suffix": "advkit.threat_models.tokens:Suffix",

@@ -21,7 +21,7 @@ from advkit.cli.catalogue import ANY, GROUPS, VARIES, facts
 from advkit.cli.list import REGISTRIES, registry_of
 from advkit.core.errors import AdvkitError, UsageError
 from advkit.core.oracle import MeteredOracle
-from advkit.core.protocols import Access, Data
+from advkit.core.protocols import Access, Data, Learns
 from advkit.core.registry import parse_spec
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box
@@ -29,6 +29,7 @@ from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.models.ensemble import Ensemble
 from advkit.tasks import TASKS
+from advkit.testing.label_laws import on_labels
 from advkit.testing.play import BALLS, MINIMA, RADII, legal, names, shortened
 from advkit.testing.text_laws import on_text
 from advkit.testing.victims import uniform
@@ -44,6 +45,7 @@ THREATS = {
     "transfer": "transfer:eps=0.1,sources=zoo:digits-mlp",
     "tapm": "tapm:eps=0.1",
     "online": ("online:inner=[linf:eps=0.1]", "online:inner=flips"),
+    "label-flips": "label-flips:rate=0.1",
 }
 
 
@@ -53,7 +55,8 @@ def own(registry: Any) -> list[str]:
 
 BUILT = {name: ATTACKS.build(name) for name in own(ATTACKS) if not name.endswith(":")}
 ON_TEXT = [name for name, attack in BUILT.items() if on_text(attack)]
-PLAYED = [name for name in BUILT if name not in ON_TEXT]
+ON_LABELS = [name for name, attack in BUILT.items() if on_labels(attack)]
+PLAYED = [name for name in BUILT if name not in (*ON_TEXT, *ON_LABELS)]
 
 
 # --- what is said of attacks
@@ -123,6 +126,14 @@ def test_attacks_on_text_are_made_for_the_suffix_and_what_it_says(name: str) -> 
     assert all(refusal(attack, victim(name), norm, "untargeted") is not None for norm in BALLS)
 
 
+@pytest.mark.parametrize("name", ON_LABELS)
+def test_attacks_on_labels_are_made_for_label_flips_and_wrong_answers(name: str) -> None:
+    attack, known = ATTACKS.build(name), facts("attacks", ATTACKS.target(name))
+    assert known["norms"] == (parse_spec(attack.default_threat_model).name,) == ("label-flips",)
+    assert known["goals"] == ("untargeted",)
+    assert all(refusal(attack, victim(name), norm, "untargeted") is not None for norm in BALLS)
+
+
 def test_a_chosen_backward_rule_works_where_the_attack_inside_does() -> None:
     model = MODELS.build("snn:widths=4,down=stride,hidden=0")(SHAPE, CLASSES, RowRng.from_ids(0, ["net"]))
     known = facts("attacks", ATTACKS.target("spiking"))
@@ -189,9 +200,11 @@ def test_the_inputs_of_a_defense_are_those_it_protects(
     monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path))
     known = facts("defenses", DEFENSES.target(name))
     trains = DEFENSES.build(name).needs_data
-    # A front before a model that is finished is trained, and the model is not.
-    assert known["group"] == "smoothing" or (known["group"] == "trains the model") == trains
-    settings = ":recipe=[epochs=1,batch_size=16]" if trains else ""
+    # A front before a model that is finished is trained, and the model is not; what learns from labels brings its own.
+    learns = isinstance(DEFENSES.build(name), Learns)
+    assert (known["group"] == catalogue.LABELS) == learns
+    assert learns or known["group"] == "smoothing" or (known["group"] == "trains the model") == trains
+    settings = ":recipe=[epochs=1,batch_size=16]" if trains and not learns else ""
     rng = RowRng.from_ids(0, ["defense"])
     protected = []
     for inputs, task in (("images", "digits"), ("events", "digits-dvs"), ("text", "prompts")):

@@ -16,12 +16,20 @@ CASES = {
     "certification": {"attack": "none", "defense": "smoothing", "threat_model": "certified:n=100,n0=20"},
     "evasion": {"attack": "pgd:steps=3", "threat_model": "linf:eps=0.1"},
     "grid": {"attack": "pgd:steps=3", "threat_model": "tapm:sources=zoo:digits-public-mlp,attacks=fgsm"},
+    "poisoning": {
+        "attack": "farfirst",
+        "defense": "svm:C=10",
+        "task": "digits-pair",
+        "model": None,
+        "threat_model": "label-flips:rate=0.25,trials=2,attacker=oblivious",
+        "n": None,
+    },
     "stream": {"attack": "online:inner=fgsm,k=3", "threat_model": "online:k=3,permutations=20"},
 }
 
 
 def case_of(name):
-    return resolve(task="digits", model="zoo:digits-mlp", n=24, device="cpu", **CASES[name])
+    return resolve(**{"task": "digits", "model": "zoo:digits-mlp", "n": 24, "device": "cpu", **CASES[name]})
 
 
 def test_every_scenario_has_a_case():

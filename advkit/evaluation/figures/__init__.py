@@ -6,6 +6,7 @@
 | `success_by_distance` | fraction of attacked samples broken within a distance | where there is a radius, or no norm |
 | `transfer_grid` | accuracy for each source and attack | with fewer than two attacks that name a source |
 | `certified_curve` | certified accuracy against the radius, an attack's beside it | without certificates |
+| `accuracy_by_trial` | accuracy after training on clean and on flipped labels, trial by trial | without records |
 | `searches` | best score so far against evaluations, one line per sample | without traces of searches |
 | `transcripts` | a Markdown page: what was sent to the model and what it answered | without texts |
 
@@ -37,6 +38,7 @@ FIGURES: Mapping[str, str] = {
     "success_by_distance": "advkit.evaluation.figures.plots:success_by_distance_of",
     "transfer_grid": "advkit.evaluation.figures.plots:transfer_heatmap_of",
     "certified_curve": "advkit.evaluation.figures.plots:certified_curve_of",
+    "accuracy_by_trial": "advkit.evaluation.figures.poisoning_plots:accuracy_by_trial_of",
     "searches": "advkit.evaluation.figures.text_plots:searches_of",
     "transcripts": "advkit.evaluation.figures.text_plots:transcripts_of",
 }

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Record
 from advkit.evaluation.counts import count
+from advkit.evaluation.poisonings import trials_of
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.text import describe_threat
 from advkit.evaluation.run.store import read_records, records_path
-from advkit.evaluation.stats import Interval, mcnemar_exact, newcombe_paired, rate
+from advkit.evaluation.stats import Interval, mcnemar_exact, newcombe_paired, rate, student_t_over_seeds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -271,8 +272,25 @@ def compare(a: str | Path, b: str | Path, level: float = 0.95, force: bool = Fal
     records = [read_records(records_path(run)) for run in (a, b)]
     for name, run, found in zip("AB", runs, records, strict=True):
         _check_agreement(name, run, found)
+    if all(run["threat_model"].get("phase") == "training_time" for run in (first, second)):
+        notes += _over_trials(records[0], records[1], level)
     made = compare_records(records[0], records[1], _names(first, second), level, notes)
     return replace(made, headline="certified accuracy at any radius") if all(proven) else made
+
+
+def _over_trials(a: Sequence[Record], b: Sequence[Record], level: float) -> list[str]:
+    """What trials say of two poisonings, whose rows share trainings."""
+    found = [{each.number: each.robust for each in trials_of(records)} for records in (a, b)]
+    shared = sorted(found[0].keys() & found[1].keys())
+    if not shared:
+        return []
+    told = student_t_over_seeds([found[0][trial] - found[1][trial] for trial in shared], level)
+    ci = told.interval
+    interval = "" if ci is None else f", {100 * level:g} % interval [{100 * ci.low:+.1f}, {100 * ci.high:+.1f}]"
+    return [
+        "the rows of a trial share one training, and the intervals and p-values count rows: over "
+        f"{len(shared)} paired trials robust accuracy differs by {100 * told.mean:+.1f} points{interval}"
+    ]
 
 
 def same_threat(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

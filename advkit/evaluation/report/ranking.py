@@ -152,8 +152,22 @@ class _Item:
 
     @cached_property
     def counted(self) -> bool:
-        """Whether the score is a count of samples that the records give, and so can be taken sample by sample."""
-        return self.found.headline and not self.refuted and worst_case(self.name, self.records) is not None
+        """Whether the score is a count of samples that the records give, and so can be taken sample by sample.
+
+        Not where the attacker moves before training: each attack then leaves another model, and no attacker can have
+        what one of them breaks and what another does.
+        """
+        return (
+            not self.trains
+            and self.found.headline
+            and not self.refuted
+            and worst_case(self.name, self.records) is not None
+        )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the attacker moved before training."""
+        return bool(self.data["threat_model"].get("phase") == "training_time")
 
     @cached_property
     def ids(self) -> frozenset[str]:
@@ -471,6 +485,8 @@ def _how(by_sample: Sequence[_Item], elsewhere: Sequence[_Item], rest: Sequence[
         return f"worst case per sample over {len(by_sample) + len(elsewhere)} reports{more}"
     if any(_score(item.data)[1] is not None for item in rest):
         why = "certificates of several runs are not put together"
+    elif any(item.trains for item in rest):
+        why = "each attack trained another model"
     elif all(item.found.records and item.found.headline for item in rest):
         why = "their samples differ"
     elif all(item.found.records for item in rest):

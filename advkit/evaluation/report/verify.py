@@ -23,6 +23,7 @@ from advkit.core.protocols import Outcome, Record
 from advkit.core.smoothing import largest_radius, linf_radius
 from advkit.core.strict_json import read_object
 from advkit.core.text import printable
+from advkit.evaluation import poisonings
 from advkit.evaluation.certificates import ABSTAINED, ACCURACY, LARGEST, RADIUS, agrees
 from advkit.evaluation.certificates import figures as certified_figures
 from advkit.evaluation.counts import (
@@ -43,13 +44,12 @@ from advkit.evaluation.counts import (
 )
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.examples import records_beside
-from advkit.evaluation.run.store import read_records
+from advkit.evaluation.run.store import beside_files, beside_name, read_records
 
-BESIDE = "beside.jsonl"
 _LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none"})
-COUNTED = frozenset({"certification", "evasion", "grid", "stream"})
+COUNTED = frozenset({"certification", "evasion", "grid", "poisoning", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
-CERTIFICATION = "certification"
+CERTIFICATION, POISONING = "certification", "poisoning"
 _ROUND_OFF = 1e-9
 _LEAST = re.compile(re.escape(least_name("*")).replace(re.escape("*"), "(.+)"))
 _OF_JUDGES = frozenset({STRICTEST_JUDGE, ANY_JUDGE, ALL_JUDGES, f"{ALL_JUDGES}_upper"})
@@ -103,12 +103,12 @@ def verified(report: Report) -> tuple[Verification, list[Record]]:
         if file is None:
             return Verification((), tuple(report.metrics), records=False, headline=False), []
         records = read_records(file)
-        beside_file = file.with_name(BESIDE)
-        beside = read_records(beside_file) if beside_file.is_file() else []
+        beside = {each.stem: read_records(each) for each in beside_files(file)}
     except ReportError as error:
         return Verification((printable(str(error)),)), []
     data = report.current
-    faults = [*_samples(data, file, records), *_attacks(data, records, beside), *_attacker(report, data, records)]
+    others = [record for each in beside.values() for record in each]
+    faults = [*_samples(data, file, records), *_attacks(data, records, others), *_attacker(report, data, records)]
     config, unread = _config(file)
     faults += unread
     if config is not None:
@@ -210,19 +210,21 @@ def _short(value: Any) -> str:
 
 
 def _metrics(
-    data: Mapping[str, Any], records: Sequence[Record], beside: Sequence[Record]
+    data: Mapping[str, Any], records: Sequence[Record], beside: Mapping[str, Sequence[Record]]
 ) -> tuple[set[str], list[str]]:
     """Names of the metrics that were counted again, and what does not agree."""
     metrics, confirmed, wrong = data["metrics"], set[str](), list[str]()
     if data["section"]["scenario"] not in COUNTED:
         return confirmed, wrong
     counted = {name: (name, records) for name in metrics}
-    for companion in data["companions"]:
+    for place, companion in enumerate(data["companions"]):
         prefix = f"{companion['name']}_"
-        own = {name: (name.removeprefix(prefix), beside) for name in metrics if name.startswith(prefix)}
+        of_it = beside.get(beside_name(companion["name"], place), ())
+        own = {name: (name.removeprefix(prefix), of_it) for name in metrics if name.startswith(prefix)}
         # `white_box_...` of a report that has no companion of that name is its own.
         counted |= own
-    tables = {id(records): figures_of(records), id(beside): figures_of(beside)}
+    of_scenario = poisoned_figures if data["section"]["scenario"] == POISONING else figures_of
+    tables = {id(of): of_scenario(of) for _, of in counted.values()} | {id(records): of_scenario(records)}
     if data["section"]["scenario"] == CERTIFICATION:
         confirmed, wrong = _certificates(data, records)
     for name, (base, of) in counted.items():
@@ -333,6 +335,17 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
     for name, block in measured(records).items():
         figures |= {f"{name}_{kind}": block[kind] for kind in ("mean", "median")}
     return figures
+
+
+def poisoned_figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """The metrics of a poisoning, as `figures_of` has them."""
+    if not records:
+        return {}
+    told = poisonings.figures(records)
+    return {
+        name: (entry["numerator"], entry["denominator"]) if "numerator" in entry else entry["value"]
+        for name, entry in told.items()
+    }
 
 
 def per_class_of(records: Sequence[Record]) -> list[tuple[int, int]]:

@@ -25,13 +25,17 @@ Records = Mapping[str, Record]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a request names, built, before a victim is found or trained; attack None where it asks for none."""
+    """What a request names, built, before a victim is found or trained; attack None where it asks for none.
+
+    seed: of the run
+    """
 
     attack: Attack | None
     defense: Defense
     task: Task
     threat: ThreatModel[Any]
     rule: Rule
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("advkit")
 
 RECORDS_NAME = "records.jsonl"
+BESIDE = "beside"
+"""What the store of the first companion is called; those of further ones `beside-NAME`."""
 _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
 _WHERE_ANY = ("figures", "trace", "texts", "stage", "source")
@@ -103,6 +105,17 @@ def from_line(line: str) -> Record:
         label = Label.parse(values["attack"])
         values |= {"attack": label.attack, "stage": label.stage, "source": label.source}
     return Record(**values)
+
+
+def beside_name(companion: str, place: int) -> str:
+    """The name of a companion's store: `place` counts the companions that were run, from 0."""
+    return BESIDE if place == 0 else f"{BESIDE}-{companion}"
+
+
+def beside_files(records: Path) -> list[Path]:
+    """The records of companions beside those of a case, that of the first one first."""
+    found = [records.with_name(f"{BESIDE}.jsonl"), *sorted(records.parent.glob(f"{BESIDE}-*.jsonl"))]
+    return [each for each in found if each.is_file() and not each.stem.endswith(".seconds")]
 
 
 def records_path(run: str | Path) -> Path:

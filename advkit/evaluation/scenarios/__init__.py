@@ -16,6 +16,7 @@ SCENARIOS: Registry[Scenario] = Registry(
         "certification": "advkit.evaluation.scenarios.certification:Certification",
         "evasion": "advkit.evaluation.scenarios.evasion:Evasion",
         "grid": "advkit.evaluation.scenarios.grid:Grid",
+        "poisoning": "advkit.evaluation.scenarios.poisoning:Poisoning",
         "stream": "advkit.evaluation.scenarios.stream:Stream",
     },
     group="advkit.scenarios",

@@ -24,6 +24,7 @@ from advkit.core.protocols import (
     AddsTokens,
     Ball,
     Counted,
+    FlipsLabels,
     Label,
     Outcome,
     Radius,
@@ -36,6 +37,7 @@ from advkit.core.protocols import (
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
 from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
+from advkit.evaluation.poisonings import hurts_more
 from advkit.evaluation.run.batch import TIMED_OUT, attacked_model, own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
@@ -427,6 +429,8 @@ def _bare_chat(case: Case) -> list[Finding]:
 
 
 def _classes(case: Case) -> list[Finding]:
+    if isinstance(case.attack, FlipsLabels):
+        return []
     classes = int(case.task.classes)
     needed = 4 if _setting(case, "loss", "") == "dlr" else 3
     if classes >= needed or isinstance(case.victim.space, Transcripts):
@@ -712,6 +716,22 @@ def _black_box_stages(case: Case, groups: Mapping[Label, Sequence[Record]]) -> l
         "derivative, averaged for what draws), and take the figure as an upper bound until then"
     )
     return [found("black_box_beats_white_box", severity, evidence, lost / n, BETTER, str(case.label), advice=advice)]
+
+
+def oblivious_beats_adaptive(adaptive: Iterable[Record], other: Iterable[Record], name: str) -> Finding | None:
+    """A finding when labels flipped by an attacker who does not know the defense cost it more accuracy.
+
+    Two attackers leave two models, so trials are compared and not samples: a paired one-sided t test, 5 %.
+    """
+    drop, p = hurts_more(adaptive, other)
+    if drop <= BETTER or p >= 0.05:
+        return None
+    evidence = (
+        f"{name}, which does not know the defense, costs it {100 * drop:.1f} points more accuracy than the attacker "
+        f"who trains the defense itself (paired over trials, p = {p:.2g})"
+    )
+    advice = "the adaptive attack was too weak: report the lower accuracy"
+    return found("black_box_beats_white_box", graded(drop, 0.01), evidence, drop, BETTER, name, advice=advice)
 
 
 def black_box_beats_white_box(

@@ -1,0 +1,1 @@
+"""Attacks on training labels: each returns the labels with some of them flipped, before anything is trained."""

@@ -1,0 +1,1 @@
+"""Defenses against poisoned labels: each is a way to learn a classifier from labels that may be wrong."""
