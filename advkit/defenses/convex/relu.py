@@ -33,7 +33,7 @@ class ConvexReLUAT(Solves):
     beta:       weight of the penalty, on the mean of the losses, above 0; papers have sums: theirs is n times this
     patterns:   activation patterns that are sampled, and pruned to those that are usable under the attack (linear
                 programs); units of `scp`; 0 enumerates all, which a few dimensions alone allow. The cone solver's time
-                grows with them (280 samples of 64 pixels: 17 usable ones take 30 s); in two dimensions take hundreds
+                grows with them (178 samples of 64 pixels: 20 usable ones take a minute); in two dimensions take hundreds
     components: principal components of the standardised features; 0 takes the features. Fewer leave more patterns
                 usable; the attacker moves pixels all the same
     method:     "cone": exact, by cvxpy; "admm", "scp" (drawn hidden weights): for more samples, without an attacker
@@ -58,7 +58,7 @@ class ConvexReLUAT(Solves):
     norm: Norm = "linf"
     loss: Literal["hinge", "logistic", "squared"] = "hinge"
     beta: float = 1e-3
-    patterns: int = 40
+    patterns: int = 20
     components: int = 0
     method: Literal["cone", "admm", "scp"] = "cone"
     solver: Literal["clarabel", "scs"] = "clarabel"
