@@ -73,6 +73,13 @@ def on_balls(network: Network, x: Array, y: Array, points: int = 21) -> float:
     return float((y[:, None] * f > 0).all(1).mean())
 
 
+def worst_case(program: Program, network: Network, points: int = 21) -> float:
+    """The robust objective on a grid of every ball."""
+    f = network(balls(program.x, points)).reshape(len(program.y), -1)
+    worst = losses(program.loss, f, program.y[:, None]).max(1).mean()
+    return float(worst + program.beta * network.penalty())
+
+
 def value(loss: Loss, f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if loss == "squared":
         return 0.5 * (f - y) ** 2
@@ -197,6 +204,10 @@ def protocol_b() -> dict[str, Any]:
                 "pgd_at_seconds": spent / 3,
                 "train": {name: [float((y * net(x) > 0).mean()) for net in nets] for name, nets in named.items()},
                 "robust": {name: [on_balls(net, x, y) for net in nets] for name, nets in named.items()},
+                "certified_of": {
+                    name: [int((program.margins(net) > 0).sum()) for net in nets] for name, nets in named.items()
+                },
+                "robust_objective": {name: [worst_case(program, net) for net in nets] for name, nets in named.items()},
             }
         )
     return {"runs": runs, "samples": 24, "eps": EPS}

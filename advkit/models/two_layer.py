@@ -25,8 +25,9 @@ DUAL: dict[str, float] = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
 class Layers:
     """The weights of x -> second @ max(0, first @ x + bias) + shift, in float64.
 
-    first: [units, features], second: [classes, units]
-    digits: unit round-off of the type that the network computes in
+    first:     [units, features]
+    second:    [classes, units]
+    round_off: of the type that the network computes in, relative to a number
     """
 
     first: Tensor
@@ -51,8 +52,9 @@ class Layers:
             for layer in (one, two)
             for tensor in (layer.weight, layer.bias)
         ]
+        first, bias, second, shift = (each.double() for each in weights)
         # eps of a type is twice its unit round-off
-        return cls(*(each.double() for each in weights), round_off=torch.finfo(one.weight.dtype).eps / 2)
+        return cls(first, bias, second, shift, torch.finfo(one.weight.dtype).eps / 2)
 
     def margins(self, x: Tensor, y: Tensor, norm: str, eps: float) -> Tensor:
         """By how much the logit of class y leads all others, at least, anywhere within eps of each sample; float64 [B].

@@ -482,36 +482,13 @@ def test_the_order_of_features_and_patterns_does_not_matter() -> None:
 # --- property 9: protocol B, small enough for a test: docs/convex_relu_at.md has all of it
 
 
-def adversarially(x: Array, y: Array, eps: float, seed: int, neurons: int = 60, steps: int = 4000) -> Network:
-    """A network of PGD adversarial training with Adam: five inner steps, hinge loss, beta 1e-4."""
-    drawn = torch.Generator().manual_seed(seed)
-    clean, labels = torch.from_numpy(x), torch.from_numpy(y)
-    u = torch.randn(3, neurons, generator=drawn, dtype=torch.float64).requires_grad_()
-    alpha = (torch.randn(neurons, generator=drawn, dtype=torch.float64) / neurons**0.5).requires_grad_()
-    optimizer = torch.optim.Adam([u, alpha], lr=0.01)
-    free = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
-    for _ in range(steps):
-        z = clean + eps * free * (2 * torch.rand(clean.shape, generator=drawn, dtype=torch.float64) - 1)
-        for _ in range(5):
-            z.requires_grad_()
-            (gradient,) = torch.autograd.grad((labels * (torch.relu(z @ u.detach()) @ alpha.detach())).sum(), z)
-            z = (z.detach() - 0.5 * eps * free * gradient.sign()).clamp(clean - eps * free, clean + eps * free)
-        loss = (1 - labels * (torch.relu(z @ u) @ alpha)).clamp_min(0).mean()
-        loss = loss + 5e-5 * (u.square().sum() + alpha.square().sum())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Network(u.detach().numpy(), alpha.detach().numpy())
-
-
 def on_the_balls(network: Network, x: Array, y: Array, eps: float) -> float:
     """The share of samples that are right on all of a 21 x 21 grid of their ball."""
     f = network(ball(x, eps, 21).reshape(-1, 3)).reshape(len(y), -1)
     return float((y[:, None] * f > 0).all(1).mean())
 
 
-@pytest.mark.slow
-def test_convex_training_is_robust_on_all_training_samples_and_pgd_training_is_not() -> None:
+def test_convex_training_is_robust_on_all_training_samples_and_standard_training_is_not() -> None:
     for seed in (0, 1):
         x, y, moves = planar(24, seed=seed)
         program = Program(x, y, "hinge", 1e-4, moves)
@@ -520,7 +497,10 @@ def test_convex_training_is_robust_on_all_training_samples_and_pgd_training_is_n
         found = solve(program, kept)
         assert on_the_balls(found.network, x, y, 0.08) == 1.0
         assert (program.margins(found.network) > 0).all()
-        assert on_the_balls(adversarially(x, y, 0.08, seed), x, y, 0.08) < 1.0
+        # PGD training mostly gets there, too, without a certificate: docs/convex_relu_at.md
+        plain = solve(Program(x, y, "hinge", 1e-4), drawn[:, :200])
+        assert (y * plain.network(x) > 0).all()
+        assert on_the_balls(plain.network, x, y, 0.08) < 1.0
 
 
 # --- from samples to a network

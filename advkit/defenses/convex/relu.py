@@ -33,7 +33,7 @@ class ConvexReLUAT(Solves):
     beta:       weight of the penalty, on the mean of the losses, above 0; papers have sums: theirs is n times this
     patterns:   activation patterns that are sampled, and pruned to those that are usable under the attack (linear
                 programs); units of `scp`; 0 enumerates all, which a few dimensions alone allow. The cone solver's time
-                grows with them (178 samples of 64 pixels: 20 usable ones take a minute); in two dimensions take hundreds
+                grows with them (178 samples of 64 pixels: 20 usable ones take a minute); in 2-D take hundreds
     components: principal components of the standardised features; 0 takes the features. Fewer leave more patterns
                 usable; the attacker moves pixels all the same
     method:     "cone": exact, by cvxpy; "admm", "scp" (drawn hidden weights): for more samples, without an attacker
@@ -145,7 +145,11 @@ def _exported(networks: list[Any], columns: Any, data: Data, rng: Rng) -> TorchM
     layers = [columns.unfolded(each) for each in networks]
     first = torch.from_numpy(np.concatenate([weights for weights, _ in layers]))
     bias = torch.from_numpy(np.concatenate([each for _, each in layers]))
-    second = torch.block_diag(*(torch.from_numpy(each.alpha)[None] for each in networks))
+    second = torch.zeros(len(networks), len(first), dtype=torch.float64)
+    start = 0
+    for row, each in enumerate(networks):
+        second[row, start : start + len(each.alpha)] = torch.from_numpy(each.alpha)
+        start += len(each.alpha)
     if data.classes == 2:
         second = torch.cat([-second, second]) / 2
     if not len(first):  # the optimum is f = 0

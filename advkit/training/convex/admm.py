@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class Normal:
     inverses are formed: they are well conditioned, and a product costs less than two triangular solves.
     """
 
-    def __init__(self, x: Array, gates: Array, c: float, kind: type[np.floating] = np.float64) -> None:
+    def __init__(self, x: Array, gates: Array, c: float, kind: Any = np.float64) -> None:
         block = np.linalg.inv(np.eye(x.shape[1]) + x.T @ x)
         spread = x @ block
         outer = np.linalg.inv(np.eye(len(x)) / c + 2 * (spread @ x.T) * (gates @ gates.T))
@@ -146,7 +147,7 @@ def iterate(program: Program, patterns: Patterns, settings: ADMM | None = None) 
     if program.moves is not None:
         raise UsageError("ADMM trains without an attacker; leave eps out, or take the cone solver")
     began = time.perf_counter()
-    kind = np.float32 if asked.single else np.float64
+    kind: Any = np.float32 if asked.single else np.float64
     gates = patterns.astype(np.float64)
     n, count, plain = len(program.y), patterns.shape[1], program.loss == "squared"
     rho, relax = asked.rho, kind(asked.relax)
@@ -156,8 +157,9 @@ def iterate(program: Program, patterns: Patterns, settings: ADMM | None = None) 
     y = program.y.astype(kind)
     pull = normal.back(y) / kind(rho)
     # Every split has one variable z, its copy plus its scaled dual; the copy is a proximal step from z.
-    z_norm = np.zeros((program.x.shape[1], 2 * count), kind)
-    z_sign, z_loss = np.zeros((n, 2 * count), kind), np.zeros(n, kind)
+    z_norm: Array = np.zeros((program.x.shape[1], 2 * count), kind)
+    z_sign: Array = np.zeros((n, 2 * count), kind)
+    z_loss: Array = np.zeros(n, kind)
     v, s, t = z_norm, z_sign, z_loss
     converged, rounds = False, 0
     for rounds in range(1, asked.steps + 1):
@@ -198,7 +200,8 @@ def iterate(program: Program, patterns: Patterns, settings: ADMM | None = None) 
 def _shrunk(z: Array, by: float) -> Array:
     """Every column shortened by `by`; those that are no longer become zero."""
     norms = np.sqrt(np.einsum("ij,ij->j", z, z))
-    return z * np.maximum(0, 1 - by / np.maximum(norms, 1e-30)).astype(z.dtype)
+    found: Array = z * np.maximum(0, 1 - by / np.maximum(norms, 1e-30)).astype(z.dtype)
+    return found
 
 
 def _rms(values: Array) -> float:

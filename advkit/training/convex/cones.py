@@ -184,4 +184,4 @@ def _gap(told: Any) -> float:
     primal, dual = ends.get("pobj"), ends.get("dobj")
     if primal is None or dual is None:
         return math.nan
-    return abs(primal - dual) / max(1e-12, abs(primal))
+    return float(abs(primal - dual) / max(1e-12, abs(primal)))

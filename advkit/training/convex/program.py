@@ -20,7 +20,7 @@ Loss = Literal["squared", "hinge", "logistic"]
 LOSSES: tuple[Loss, ...] = ("squared", "hinge", "logistic")
 ZEROS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 0.0)
 """Shares of the largest block's norm up to which a block may count as zero: solvers leave noise there."""
-SAME = 1e-7
+SAME = 5e-7
 """Relative change of the objective that leaving such blocks out may make."""
 
 
@@ -210,7 +210,7 @@ def recovered(v: Array, w: Array, tolerance: float) -> Network:
 
 
 def thinned(program: Program, objective: float, v: Array, w: Array) -> Network:
-    """The recovered network with the fewest units whose objective is the solution's, within 1e-7 of it.
+    """The recovered network with the fewest units whose objective is the solution's, within 5e-7 of it.
 
     A fixed tolerance of 1e-6 changed a hinge objective by 5e-6 of it; none keeps a solver's noise as units.
     """
