@@ -311,7 +311,46 @@ def harness() -> dict[str, Any]:
     return found
 
 
-PARTS = {"optimum": optimum, "robust": robust, "protocol_b": protocol_b, "admm": admm, "harness": harness}
+def beside() -> dict[str, Any]:
+    """The digits' test samples under AutoAttack and under images made on an undefended network (an attacker who does
+    not know the defense), beside networks of 64 units that are trained step by step."""
+    from advkit.evaluation import api
+    from advkit.evaluation.victims import train_victim
+
+    recipe = "recipe=[epochs=200,batch_size=32,validation=0]"
+    defenses = {"none": f"none:{recipe}", "pgd_at": f"pgd_at:eps=0.1,{recipe}"}
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        train_victim("mlp:hidden=64", defenses["none"], DIGITS, seed=1, device="cpu", out=Path(folder) / "source")
+        source = f"path:{folder}/source/model.safetensors"
+        for name, defense in {**defenses, "convex_relu_at": "convex_relu_at:eps=0.1,patterns=16"}.items():
+            entry = {}
+            for kind, attack, threat in (
+                ("adaptive", "autoattack", "linf:eps=0.1"),
+                ("oblivious", "mi", f"transfer:eps=0.1,sources={source}"),
+            ):
+                report = api.evaluate(
+                    attack=attack,
+                    defense=defense,
+                    task=DIGITS,
+                    threat_model=threat,
+                    out=Path(folder) / f"{name}-{kind}",
+                    device="cpu",
+                )
+                entry |= {"clean": report.metrics["clean_accuracy"]["value"]}
+                entry |= {kind: report.metrics["robust_accuracy"]["value"], "n": report.metrics["clean_accuracy"]["denominator"]}
+            found[name] = entry
+    return found
+
+
+PARTS = {
+    "optimum": optimum,
+    "robust": robust,
+    "protocol_b": protocol_b,
+    "admm": admm,
+    "harness": harness,
+    "beside": beside,
+}
 
 
 def main() -> None:
