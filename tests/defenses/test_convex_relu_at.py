@@ -66,7 +66,7 @@ def test_one_network_for_two_classes() -> None:
     json.dumps(told, allow_nan=False)
     # the exported network has the values of the program: logits -f/2 and f/2
     x, y = plane()
-    logits = model(x).double()
+    logits = model(x).detach().double()
     assert torch.allclose(logits[:, 0], -logits[:, 1])
     f = logits[:, 1] - logits[:, 0]
     hinge = (1 - (2 * y - 1) * f).clamp_min(0).mean()

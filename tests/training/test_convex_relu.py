@@ -263,7 +263,7 @@ def descended(program: Program, restarts: int, neurons: int, steps: int, seed: i
 @pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_no_gradient_run_is_better(loss: Loss) -> None:
     program, _, found = exact(loss)
-    reached = descended(program, restarts=20, neurons=15, steps=300)
+    reached = descended(program, restarts=20, neurons=12, steps=250)
     assert reached.min() >= found.objective - 1e-7
     assert reached.min() <= 1.1 * found.objective  # descent was no straw man
 
@@ -344,7 +344,7 @@ def test_the_bound_holds_for_networks_that_change_sign_in_the_ball() -> None:
         assert (lower > seen - 2).all()
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, pytest.param(3.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [1.0, *(pytest.param(each, marks=pytest.mark.slow) for each in (2.0, 3.0))])
 def test_other_norms_and_radii_per_feature(p: float) -> None:
     x, y, _ = planar()
     moves = Moves.ball([0.08, 0.04, 0.0], p)
@@ -451,7 +451,7 @@ def test_the_proximal_step_is_a_minimum(loss: Loss, rho: float) -> None:
 # --- property 8: invariances
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_a_radius_of_zero_is_standard_training(loss: Loss) -> None:
     x, y, _ = planar(8)
     every = patterns.enumerated(x)
@@ -488,6 +488,7 @@ def on_the_balls(network: Network, x: Array, y: Array, eps: float) -> float:
     return float((y[:, None] * f > 0).all(1).mean())
 
 
+@pytest.mark.slow
 def test_convex_training_is_robust_on_all_training_samples_and_standard_training_is_not() -> None:
     for seed in (0, 1):
         x, y, moves = planar(24, seed=seed)

@@ -89,9 +89,12 @@ class ConvexReLUAT(Solves):
 
         Raises BadInput, MissingExtra, AdvkitError; see the class.
         """
+        from advkit.training.convex import cones
         from advkit.training.convex.fit import Columns, Trained, Way, train
         from advkit.training.convex.program import Program
 
+        if self.method == "cone":
+            cones.cvxpy()  # where it is missing, say so before anything is computed
         rows = self._rows(data)
         x = data.x[rows].flatten(1).double().cpu().numpy()
         y = data.y[rows].cpu().numpy()
