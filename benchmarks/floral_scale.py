@@ -2,8 +2,8 @@
 
 python benchmarks/floral_scale.py [--only small large] [--out docs]
 
-Each size is trained in a process of its own, on labels of which a tenth was flipped at random; CPU seconds of all threads
-and the peak memory (resident set) of the whole process are compared with the limits. Prints JSON and writes
+Each size is trained in a process of its own, on labels of which a tenth was flipped at random; CPU seconds of all
+threads and the peak memory (resident set) of the whole process are compared with the limits. Prints JSON and writes
 OUT/floral_scale.json. Synthetic data: two Gaussian classes for the large size, two moons for the small one.
 """
 

@@ -24,6 +24,10 @@ NAMES: Final[dict[str, str]] = {
     **dict.fromkeys(("randomizedsmoothing", "cohen", "gaussiansmoothing"), "did you mean 'smoothing'?"),
     **dict.fromkeys(("ds", "denoisedsmoothing", "denoiser"), "did you mean 'denoised_smoothing'?"),
     **dict.fromkeys(("zoaeds", "zo", "blackboxdefense"), "did you mean 'zo_ae_ds' or 'zo_ds'?"),
+    **dict.fromkeys(
+        ("labelsanitization", "labelsanitisation", "sanitization", "knnrelabelling"), "did you mean 'ls_svm'?"
+    ),
+    **dict.fromkeys(("confidentlearning", "cleanlearning"), "did you mean 'cleanlab'?"),
     **dict.fromkeys(("jpeg", "jpegcompression"), f"JPEG compression {_NONE_YET}"),
     **dict.fromkeys(("fastat", "fast"), "did you mean 'fgsm_rs' or 'free_at'?"),
     "distillation": f"defensive distillation {_NONE_YET}",

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from advkit.core.archives import archive_keys, read_archive
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.archives import archive_keys, read_archive
 from advkit.tasks.arrays import as_labels, as_rows
 from advkit.tasks.base import ArrayTask, Counted, Rows, default_ball, row_ids
 from advkit.tasks.classes import are_texts, as_texts, numbered
@@ -89,7 +90,7 @@ class Npz(ArrayTask):
                     "text per sample in both"
                 )
         numbers, names = numbered([text for array in held.values() for text in as_texts(array)], self.path)
-        parts = numbers.split([len(array) for array in held.values()])
+        parts = torch.split(numbers, [len(array) for array in held.values()])
         return dict(zip(held, parts, strict=True)), names
 
     def class_names(self) -> tuple[str, ...]:

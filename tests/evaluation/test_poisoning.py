@@ -336,8 +336,8 @@ def test_records_do_not_depend_on_the_batch_size(folder: Any, size: int, tmp_pat
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_reports_verify_rerun_show_compare_and_rank(folder: Any, tmp_path: Any, capsys: Any) -> None:
-    report = advkit.load_report(folder) if hasattr(advkit, "load_report") else None
     from advkit.evaluation.report import Report
 
     report = Report.load(folder)
@@ -355,6 +355,7 @@ def test_reports_verify_rerun_show_compare_and_rank(folder: Any, tmp_path: Any, 
     assert group.victims[0].score.value == Report.load(other).metrics["robust_accuracy"]["value"]
 
 
+@pytest.mark.slow
 def test_a_leaderboard_takes_the_worst_attack_and_not_what_all_of_them_break(folder: Any, tmp_path: Any) -> None:
     values = []
     for name, attack in (("a", "farfirst"), ("b", "alfa:steps=3")):
@@ -426,6 +427,14 @@ def test_what_does_not_fit_is_refused_in_one_line(settings: dict[str, Any], said
     assert "\n" not in str(refused.value)
 
 
+def test_commands_for_inputs_refuse_flips_of_labels(tmp_path: Any, capsys: Any) -> None:
+    asked = ["--attack", "farfirst", "--defense", "svm", "--task", "digits-pair", "--threat-model", FLIPS]
+    assert command(["attack", *asked, "--out", str(tmp_path / "examples")]) == 2
+    assert "there are no examples to export" in " ".join(capsys.readouterr().err.split())
+    assert command(["doctor", *asked, "--out", str(tmp_path / "doctor")]) == 2
+    assert "the battery attacks within balls" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_training_set_of_one_class_is_refused(tmp_path: Any) -> None:
     file = tmp_path / "one.npz"
     x = np.random.default_rng(0).random((20, 3), dtype=np.float32)
@@ -459,6 +468,7 @@ def test_a_kernel_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.M
         evaluated("alfa_tilt:draws=1", "svm", "label-flips:k=5,trials=1")
 
 
+@pytest.mark.slow
 def test_a_defense_on_labels_meets_attacks_on_inputs_too() -> None:
     report = advkit.evaluate(
         attack="pgd:steps=20", defense="svm", task="digits-pair", threat_model="linf:eps=0.3", device="cpu"
@@ -504,3 +514,9 @@ def test_alfa_hurts_far_more_than_random_flips_on_digits() -> None:
     )
     assert drawn - chosen >= 0.10
     assert torch.tensor(chosen) < 0.85
+
+
+@pytest.mark.slow
+def test_worker_processes_play_the_same_trials(folder: Any, tmp_path: Any) -> None:
+    evaluated(out=tmp_path / "run", workers=2)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()

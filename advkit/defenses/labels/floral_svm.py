@@ -47,7 +47,7 @@ class FLORALSVM(SVM):
 
     @override
     def ablation(self) -> FLORALSVM | None:
-        """The same rounds without an attacker: how much of the effect is early stopping alone."""
+        """The same rounds without an attacker: from the SVM they stay there, from zero it is the SVM stopped early."""
         return replace(self, budget=0.0) if self.budget else None
 
     @override
