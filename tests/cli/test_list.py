@@ -21,7 +21,7 @@ from advkit.cli.catalogue import ANY, GROUPS, VARIES, facts
 from advkit.cli.list import REGISTRIES, registry_of
 from advkit.core.errors import AdvkitError, UsageError
 from advkit.core.oracle import MeteredOracle
-from advkit.core.protocols import Access, Data, Learns
+from advkit.core.protocols import Access, Data, Learns, Solves
 from advkit.core.registry import parse_spec
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box
@@ -206,6 +206,8 @@ def test_the_inputs_of_a_defense_are_those_it_protects(
     assert (known["group"] == catalogue.LABELS) == learns
     assert learns or known["group"] == "smoothing" or (known["group"] == "trains the model") == trains
     settings = ":recipe=[epochs=1,batch_size=16]" if trains and not learns else ""
+    if isinstance(DEFENSES.build(name), Solves):
+        settings = ":patterns=3,components=2"
     rng = RowRng.from_ids(0, ["defense"])
     protected = []
     for inputs, task in (("images", "digits"), ("events", "digits-dvs"), ("text", "prompts")):

@@ -12,6 +12,7 @@ from typing_extensions import override
 from advkit.core.checks import at_least, not_negative, one_of, positive
 from advkit.core.errors import BadInput, NoTrainingData
 from advkit.core.protocols import Data, Rng, Solves
+from advkit.core.spaces import Box
 from advkit.models.mlp import MLP
 from advkit.models.torch import TorchModel
 from advkit.models.two_layer import Norm, P, TwoLayer
@@ -95,6 +96,10 @@ class ConvexReLUAT(Solves):
 
         if self.method == "cone":
             cones.cvxpy()  # where it is missing, say so before anything is computed
+        if not isinstance(data.space, Box):
+            raise BadInput(
+                f"the samples' space is {type(data.space).__name__}; expected a Box, whose values move by eps"
+            )
         rows = self._rows(data)
         x = data.x[rows].flatten(1).double().cpu().numpy()
         y = data.y[rows].cpu().numpy()
