@@ -48,6 +48,16 @@ def test_train_then_evaluate_on_the_command_line(advkit: Any, tmp_path: Path) ->
     assert report["defense"]["params"]["eps"] == 0.05
     assert report["defense"]["solved"] == made["solved"]
     assert report["metrics"]["certified"]["value"] == 1
+    # without a model the network is found again, or taken from the cache; a report of that runs again
+    said = advkit(
+        "evaluate", "--defense", SPEC, "--task", named, "--attack", "fgsm", "--threat-model", "linf:eps=0.05",
+        "--out", "found",
+    )  # fmt: skip
+    assert said.code == 0, said
+    found = json.loads(Path("found/report.json").read_text())
+    assert found["request"]["model"] == "none"
+    assert found["model"]["state_sha256"] == report["model"]["state_sha256"]
+    assert advkit("rerun", "found/report.json", "--out", "again").code == 0
 
 
 def test_show_works_without_cvxpy(advkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

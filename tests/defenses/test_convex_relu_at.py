@@ -100,6 +100,7 @@ def test_no_attack_breaks_a_certified_training_sample(attack: str, tmp_path: Pat
     )
     document = json.loads((tmp_path / "run" / "report.json").read_text())
     solved = document["defense"]["solved"]
+    assert document["request"]["model"] == "none"  # the network is the defense's own
     assert document["defense"]["origin"] == f"solved here, seed 0: {solved['summary']}"
     records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
     certified = {each["id"] for each in records if each["figures"]["certified"]}
