@@ -57,6 +57,8 @@ def test_train_then_evaluate_on_the_command_line(advkit: Any, tmp_path: Path) ->
     found = json.loads(Path("found/report.json").read_text())
     assert found["request"]["model"] == "none"
     assert found["model"]["state_sha256"] == report["model"]["state_sha256"]
+    told = " ".join(advkit("show", "found").out.split())
+    assert f"The solver says: {found['defense']['solved']['summary']}." in told
     assert advkit("rerun", "found/report.json", "--out", "again").code == 0
 
 
