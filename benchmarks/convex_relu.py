@@ -338,7 +338,8 @@ def beside() -> dict[str, Any]:
                     device="cpu",
                 )
                 entry |= {"clean": report.metrics["clean_accuracy"]["value"]}
-                entry |= {kind: report.metrics["robust_accuracy"]["value"], "n": report.metrics["clean_accuracy"]["denominator"]}
+                entry |= {kind: report.metrics["robust_accuracy"]["value"]}
+                entry |= {"n": report.metrics["clean_accuracy"]["denominator"]}
             found[name] = entry
     return found
 

@@ -185,7 +185,7 @@ def test_recovery_of_one_block_is_its_closed_form() -> None:
 # --- property 2: what bounds what
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_bounds_come_in_order(loss: Loss) -> None:
     program, every, found = exact(loss)
     gated = solve(program, every, gated=True)
@@ -217,7 +217,8 @@ def test_the_lasso_is_cvxpys() -> None:
         assert fit_output(program, hidden).objective == pytest.approx(problem.value, rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", HINGE_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_larger_ball_costs_more(loss: Loss) -> None:
     x, y, _ = planar()
     every = patterns.enumerated(x)
@@ -263,7 +264,7 @@ def descended(program: Program, restarts: int, neurons: int, steps: int, seed: i
 @pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_no_gradient_run_is_better(loss: Loss) -> None:
     program, _, found = exact(loss)
-    reached = descended(program, restarts=20, neurons=12, steps=250)
+    reached = descended(program, restarts=20, neurons=10, steps=200)
     assert reached.min() >= found.objective - 1e-7
     assert reached.min() <= 1.1 * found.objective  # descent was no straw man
 
@@ -271,7 +272,7 @@ def test_no_gradient_run_is_better(loss: Loss) -> None:
 # --- property 4: the worst case
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_the_robust_objective_is_the_grids_worst_case(loss: Loss) -> None:
     program, kept, found = robust(loss)
     assert found.violation < 1e-8
@@ -306,7 +307,7 @@ def pgd(network: Network, x: Array, y: Array, eps: float, steps: int = 100) -> A
 # --- property 5: certificates
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_no_certified_point_is_broken(loss: Loss) -> None:
     program, _, found = robust(loss)
     network, eps = found.network, 0.08
