@@ -33,6 +33,13 @@ _OF_LANGUAGE = {
     "goal": "advkit evaluate --attack beast --goal {spec} --task prompts",
     "judge": "advkit evaluate --attack beast --goal says:judges=[{spec}] --task prompts",
 }
+_OF_LABELS = {
+    "attack": "advkit evaluate --attack {spec} --defense svm --task digits-pair",
+    "defense": "advkit evaluate --attack alfa --defense {spec} --task digits-pair",
+    "threat model": "advkit evaluate --attack alfa --defense svm --task digits-pair --threat-model {spec}",
+    "task": "advkit evaluate --attack alfa --defense svm --task {spec}",
+}
+_LABELS = ("attacks.labels", "defenses.labels", "threat_models.labels", "tasks.pools", "tasks.texts")
 _TEXT = (
     "attacks.text",
     "ppl_filter",
@@ -49,6 +56,7 @@ _ARGUMENTS = {
     "l1": "eps=12",
     "l0": "eps=10",
     "transfer": "sources=zoo:NAME",
+    "label-flips": "rate=0.1",
 }
 _SAMPLES = {"path": "FILE", "root": "FOLDER"}
 
@@ -59,8 +67,11 @@ def _example_value(field: FieldInfo) -> str:
 
 def example(signature: Signature) -> str:
     """A command that uses the name; words in capitals are for the user to fill in."""
-    of_language = any(f".{part}" in signature.target for part in _TEXT)
-    template = (_OF_LANGUAGE if of_language else _EXAMPLES)[signature.kind]
+    templates = _EXAMPLES
+    for table, parts in ((_OF_LANGUAGE, _TEXT), (_OF_LABELS, _LABELS)):
+        if any(f".{part}" in signature.target for part in parts):
+            templates = table
+    template = templates[signature.kind]
     if signature.kind == "recipe":
         return template.format(spec=signature.name, task=registry_of("recipes").build(signature.name).task)
     if signature.name == "toychat":

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 from sklearn.svm import SVC
 
 import advkit
@@ -392,6 +393,7 @@ def test_an_oblivious_attacker_who_hurts_more_is_flagged() -> None:
     strong, weak = rows([0.5, 0.55, 0.6, 0.5]), rows([0.8, 0.9, 0.85, 0.9])
     drop, p = poisonings.hurts_more(weak, strong)
     assert drop == pytest.approx(0.325)
+    assert p == pytest.approx(ttest_1samp([0.3, 0.35, 0.25, 0.4], 0, alternative="greater").pvalue)
     assert p < 0.01
     assert poisonings.hurts_more(strong, weak)[1] > 0.9
     assert poisonings.hurts_more(weak, weak) == (0.0, 1.0)

@@ -146,8 +146,7 @@ class Trials(ClassificationTask):
 
     def classes_of(self, trial: int) -> list[int]:
         """Numbers of the classes that occur among the training samples of a trial."""
-        found: list[int] = self._y[self.rows_of(trial)[0]].unique().tolist()
-        return found
+        return sorted(set(self._y[self.rows_of(trial)[0]].tolist()))
 
     def tests_of(self, trial: int) -> list[str]:
         """The ids of a trial's rows, in the order of its test samples."""
