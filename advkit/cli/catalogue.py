@@ -45,6 +45,7 @@ _GROUP: dict[str, str] = {
     "advkit.attacks.suites": "suites",
     "advkit.defenses.none": "none",
     "advkit.defenses.adversarial": "trains the model",
+    "advkit.defenses.convex": "trains the model",
     "advkit.defenses.inputs": "in front of any model",
     "advkit.defenses.labels": LABELS,
     "advkit.defenses.inputs.ppl_filter": "filter",

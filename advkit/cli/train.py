@@ -91,6 +91,15 @@ def train(
         typer.echo(json.dumps(done, indent=2))
         return
     console = Console()
+    if "solved" in done:
+        for line in (
+            f"trained {done['model']} under {done['defense']} on {done['task']}: {done['solved']['summary']}",
+            f"report: {done['report']}",
+            f"checkpoint: {done['file']}",
+            f"evaluate it: {done['evaluate']}",
+        ):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        return
     console.print(
         f"trained {done['model']} under {done['defense']} on {done['task']}: {done['epochs']} epochs, "
         + ("" if done["score"] is None else f"validation score {100 * done['score']:.1f} %, ")

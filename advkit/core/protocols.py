@@ -1363,6 +1363,23 @@ class Trains(Protocol):
 
 
 @runtime_checkable
+class Solves(Protocol):
+    """A defense whose weights come of one solve: a network of its own, no recipe of steps, no weights to start from."""
+
+    @abstractmethod
+    def solve(self, data: Data, rng: Rng) -> tuple[Any, dict[str, Any]]:
+        """The model, in evaluation mode, and what there is to say of the solve, as JSON values.
+
+        `summary` among them is one phrase. The model's architecture is one that its name builds (`models`), so that it
+        can be stored.
+        """
+
+    @abstractmethod
+    def deploy(self, model: Any) -> Any:
+        """The model, as solved or as it was stored, as it answers."""
+
+
+@runtime_checkable
 class Deploys(Protocol):
     """A defense whose models answer in another way than they were trained: a smoothed classifier."""
 

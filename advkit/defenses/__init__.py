@@ -28,6 +28,7 @@ DEFENSES: Registry[Defense] = Registry(
         "zo_ds": "advkit.defenses.smoothing.denoised:ZODS",
         "fo_ae_ds": "advkit.defenses.smoothing.denoised:FirstOrderAEDS",
         "fo_ds": "advkit.defenses.smoothing.denoised:FirstOrderDS",
+        "convex_relu_at": "advkit.defenses.convex.relu:ConvexReLUAT",
         "svm": "advkit.defenses.labels.svm:SVM",
         "logreg": "advkit.defenses.labels.svm:LogReg",
         "floral": "advkit.defenses.labels.floral_svm:FLORALSVM",

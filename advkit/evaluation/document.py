@@ -170,6 +170,7 @@ def _defense(plan: Plan, case: Case, certified: bool) -> dict[str, Any]:
         "name": case.specs["defense"].partition(":")[0],
         "params": parameters(plan.defense),
         "origin": plan.victim.origin,
+        **({"solved": plan.victim.solved} if plan.victim.solved else {}),
         "is_randomized": case.randomized,
         "is_differentiable": info.differentiable,
         "can_abstain": info.abstains,

@@ -19,6 +19,7 @@ from advkit.core.protocols import (
     MadeForGoal,
     MadeForThreatModel,
     PerSample,
+    Solves,
     Task,
     ThroughView,
     Votes,
@@ -181,6 +182,8 @@ def task_of_request(request: Request) -> Task:
 def _model_asked(model: Any, defense: Any) -> Any:
     """The model that was asked for; UsageError where the defense brings its own, or where none would do."""
     none = isinstance(model, str) and model.strip() == NO_MODEL
+    if isinstance(defense, Solves):  # it finds a network of its own, or takes one that it found before
+        return None if none else model
     if not isinstance(defense, Learns):
         if none:
             raise UsageError(f"the defense {DEFENSES.label(defense)} protects a model: name one, such as mlp or cnn")
@@ -244,7 +247,8 @@ def _case(
 ) -> Case:
     task = bound(work, victim.model.space)
     speed = Speed.parse(request.speed)
-    model = NO_MODEL if isinstance(parts.defense, Learns) else request.model
+    own = isinstance(parts.defense, Learns) or (isinstance(parts.defense, Solves) and request.model in (None, NO_MODEL))
+    model = NO_MODEL if own else request.model
     model = model if model is not None else task.defaults.model
     seen, surrogates = victim.model, surrogates_of(parts.threat, task, device)
     if isinstance(parts.rule, ThroughView):

@@ -28,8 +28,18 @@ def write_training_report(
     from advkit.evaluation.figures.plots import save
     from advkit.evaluation.figures.training_plots import training_curves
 
-    document = {"schema": SCHEMA, "advkit": __version__, **made, "recipe": dict(recipe), "log": list(log)}
-    report = folder / REPORT
-    write_atomic(report, printable_json(json.dumps(document, indent=1, allow_nan=False)) + "\n")
+    report = _written(folder, {**made, "recipe": dict(recipe), "log": list(log)})
     curves = save(training_curves(log, title=f"{made['defense']} on {made['task']}"), folder / CURVES)
     return report, curves
+
+
+def write_solve_report(folder: Path, made: Mapping[str, Any]) -> Path:
+    """Write FOLDER/training.json of a model that one solve found: it has neither a recipe nor a log."""
+    return _written(folder, made)
+
+
+def _written(folder: Path, told: Mapping[str, Any]) -> Path:
+    document = {"schema": SCHEMA, "advkit": __version__, **told}
+    report = folder / REPORT
+    write_atomic(report, printable_json(json.dumps(document, indent=1, allow_nan=False)) + "\n")
+    return report

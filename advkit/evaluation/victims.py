@@ -21,6 +21,7 @@ from advkit.core.protocols import (
     Deploys,
     KnowsClasses,
     Learns,
+    Solves,
     TakesCaptions,
     Task,
     Trains,
@@ -51,12 +52,14 @@ class Victim:
     origin:  "zoo:NAME", "trained here, seed 0", the spec of a model that was ready, or "given"
     defense: spec of the defense as its weights were really trained; empty where that is the one asked for
     card:    the zoo card's measured figures and settings, or {}
+    solved:  what the defense's solver said of the model (`protocols.Solves`), or {}
     """
 
     model: Any
     origin: str
     defense: str = ""
     card: dict[str, Any] = field(default_factory=dict)
+    solved: dict[str, Any] = field(default_factory=dict)
 
 
 def cache_root() -> Path:
@@ -200,6 +203,8 @@ def protected(model: Any, defense: Any, task: Any, **settings: Any) -> Victim:
     Raises NoTrainingData, BadModel, CheckpointError, UsageError.
     """
     guard = DEFENSES.build(defense)
+    if isinstance(guard, Solves):
+        return _solved(model, guard, DEFENSES.label(guard, defense), task, **settings)
     if not isinstance(guard, Deploys):
         return _protected(model, defense, task, **settings)
     found = _protected(model, guard.trained_as, task, **settings)
@@ -248,14 +253,7 @@ def _protected(
         if not guard.needs_data:
             kept = isinstance(guard, Deploys)  # it is put around the model last
             return Victim(given if kept else guard.protect(given, None, training_rng(seed)), origin)
-        told = _trained_with(asked)
-        if told and (told == spec or (":" not in spec and told.partition(":")[0] == spec)):
-            if told != spec and (found := outside(told)):
-                raise CheckpointError(
-                    f"{origin} says that it was trained with {told}, which names what is not advkit's own "
-                    f"({'; '.join(found)}): a file may not choose what code runs here; where you trust it, name that "
-                    "defense yourself"
-                )
+        if told := _known(asked, spec):
             return Victim(given, origin, told)
         if not isinstance(guard, Trains):
             return Victim(_fitted(given, guard, task, seed, name=origin, spec=spec), origin)
@@ -307,6 +305,78 @@ def _trained_with(asked: Any) -> str:
     if isinstance(part, CheckpointFile) and str(part.file).endswith(".safetensors"):
         return str(checkpoint_extra(part.file).get("defense", ""))
     return ""
+
+
+def _known(asked: Any, spec: str) -> str:
+    """The defense that a stored model says it was trained with, where it is the one of the spec; else empty.
+
+    A spec that is a name alone takes whatever settings there are. CheckpointError where these run code of others.
+    """
+    told = _trained_with(asked)
+    if not told or (told != spec and (":" in spec or told.partition(":")[0] != spec)):
+        return ""
+    if told != spec and (found := outside(told)):
+        raise CheckpointError(
+            f"{asked} says that it was trained with {told}, which names what is not advkit's own "
+            f"({'; '.join(found)}): a file may not choose what code runs here; where you trust it, name that "
+            "defense yourself"
+        )
+    return told
+
+
+def _solved(
+    model: Any,
+    guard: Solves,
+    spec: str,
+    task: Any,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+    sample_timeout: float | None = None,
+) -> Victim:
+    """The network that a defense's solver finds for the task, from the cache where it is there.
+
+    A model may be named that `advkit train` stored of the same defense, or an `mlp`, whose width the solver sets.
+    """
+    from advkit.models.checkpoint import checkpoint_extra, load_checkpoint, save_checkpoint
+    from advkit.models.mlp import MLP
+
+    part = None if model is None else model_part(model)[0]
+    if part is not None and not isinstance(part, MLP):
+        told = _known(model, spec)
+        if not told:
+            raise BadModel(
+                f"{spec} finds a network of its own (mlp:hidden=K) and {model} is another: leave the model out, or "
+                "name one that `advkit train` stored of this defense (path:FILE)"
+            )
+        trained: Any = DEFENSES.build(told)
+        given = ready(part, task, sample_timeout).to(device)
+        said = checkpoint_extra(part.file).get("solved", {})
+        return Victim(trained.deploy(given), f"{model}: {said.get('summary', '')}", told, solved=said)
+    data = task.training()
+    if data is None:
+        raise NoTrainingData(
+            f"{spec} trains and the task {task.name} has no training data at hand: give it some (e.g. "
+            f"{task.name}:root=FOLDER)"
+        )
+    folder = cache_root() / "solved" / _fingerprint_solved(guard, data, seed)[:24]
+    file = folder / "model.safetensors"
+    try:
+        with claimed(folder, wait=True):  # another process may be solving the same
+            if not file.exists():
+                log.info("solving %s on %s (kept in %s)", spec, task.name, folder)
+                found, told_of_it = guard.solve(data, training_rng(seed))
+                save_checkpoint(found, file, extra={"solved": told_of_it}, shape=tuple(data.x.shape[1:]))
+    except OSError as error:
+        raise UsageError(f"the cache {folder} can't be written ({why(error)}): set ADVKIT_CACHE to a folder") from error
+    said = checkpoint_extra(file)["solved"]
+    held = load_checkpoint(file).to(device)
+    return Victim(guard.deploy(held), f"solved here, seed {seed}: {said['summary']}", solved=said)
+
+
+def _fingerprint_solved(guard: Any, data: Any, seed: int) -> str:
+    return hashlib.sha256("|".join(("solved", repr(guard), str(seed), _data_digest(data))).encode()).hexdigest()
 
 
 def _trained(
@@ -409,8 +479,7 @@ def train_victim(
                     held.enter_context(claimed(out))
                     fresh = _claim(out, training.fingerprint())
             with _writable(out):
-                start = training.start.to(device)
-                fitted = _fit(start, training.guard, training.data, seed, device, out / "training", progress, ranks)
+                fitted = training.fitted(device, out / "training", progress, ranks)
             with ranks.agreed(), _writable(out):
                 made = training.saved(fitted, out) if ranks.first else {}
         except UsageError:
@@ -446,12 +515,16 @@ class _Training:
         model = _asked("model", model, held, MODELS, None)
         work = task_of(task)
         if held.settings:
+            if isinstance(DEFENSES.build(defense), Solves):
+                raise UsageError(f"{defense} is solved in one go and has no recipe: leave the recipe out")
             if not isinstance(defense, str):
                 raise UsageError(
                     "a recipe text changes a defense given by its spec; set the object's own recipe instead"
                 )
             defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{held.text}]"
         guard: Any = DEFENSES.build(defense)
+        if isinstance(guard, Solves):
+            return _Solving.of(guard, defense, task, model, work, seed)
         if not isinstance(guard, Trains):
             raise UsageError(
                 f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
@@ -475,6 +548,10 @@ class _Training:
 
     def fingerprint(self) -> str:
         return _fingerprint(self.start, self.guard, self.data, self.seed)
+
+    def fitted(self, device: str, folder: Path, progress: bool, ranks: Any) -> Any:
+        """The trained model and its log."""
+        return _fit(self.start.to(device), self.guard, self.data, self.seed, device, folder, progress, ranks)
 
     def saved(self, fitted: Any, out: Path) -> dict[str, Any]:
         """Write the weights and the report; what was made, as JSON values."""
@@ -510,6 +587,54 @@ class _Training:
             made["queries"] = {"answered": int(fitted.log[-1].figures[QUERIES]), "retried": model.retried}
         report, curves = write_training_report(out, made, asdict(self.guard.recipe), log_entries(fitted.log))
         return {**made, "report": str(report), "curves": str(curves)}
+
+
+class _Solving(_Training):
+    """A defense that has no loop: one solve, and what the solver says of it in place of a log."""
+
+    @classmethod
+    def of(cls, guard: Any, defense: Any, task: Any, model: Any, work: Any, seed: int) -> _Solving:
+        from advkit.models.mlp import MLP
+        from advkit.tasks import TASKS
+
+        name = DEFENSES.label(guard, defense)
+        if model is not None and not isinstance(model_part(model)[0], MLP):
+            raise BadModel(f"{name} finds a network of its own (mlp:hidden=K): leave the model {model} out")
+        data = work.training()
+        if data is None:
+            raise NoTrainingData(
+                f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
+            )
+        return cls(None, guard, data, TASKS.label(work, task), name, seed, "")
+
+    def fingerprint(self) -> str:
+        return _fingerprint_solved(self.guard, self.data, self.seed)
+
+    def fitted(self, device: str, folder: Path, progress: bool, ranks: Any) -> Any:
+        """The model and what there is to say of it; a solve takes one process."""
+        if ranks.world > 1:
+            raise UsageError(f"{self.defense} is solved by one process, and there are {ranks.world}: start one")
+        return self.guard.solve(self.data, training_rng(self.seed))
+
+    def saved(self, fitted: Any, out: Path) -> dict[str, Any]:
+        from advkit.evaluation.training_report import write_solve_report
+        from advkit.models.checkpoint import save_checkpoint
+
+        model, solved = fitted
+        file = out / "model.safetensors"
+        extra = {"task": self.task, "defense": self.defense, "seed": self.seed, "data": _data_digest(self.data)}
+        stored = save_checkpoint(model, file, extra={**extra, "solved": solved}, shape=tuple(self.data.x.shape[1:]))
+        made: dict[str, Any] = {
+            "file": str(file),
+            "sha256": stored,
+            "model": model.describe().architecture,
+            "defense": self.defense,
+            "task": self.task,
+            "seed": self.seed,
+            "solved": solved,
+            "evaluate": f"advkit evaluate --task {self.task} --defense {self.defense} --model path:{file}",
+        }
+        return {**made, "report": str(write_solve_report(out, made))}
 
 
 @contextmanager

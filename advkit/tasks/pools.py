@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,16 @@ from advkit.tasks.digits import Digits
 from advkit.tasks.fashion_mnist import FashionMNIST
 
 
+@dataclass(frozen=True, kw_only=True)
 class PoolTask(ArrayTask, Pooled):
-    """A task over one pool; outside of poisoning half of it, in the order of the hashes of the ids, is to train on."""
+    """A task over one pool; outside of poisoning half of it, in the order of the hashes of the ids, is to train on.
+
+    split: which half the task's samples are, "test" or "train"
+    """
+
+    split: Literal["test", "train"] = "test"
 
     version = "1"
-    split = "test"
 
     @abstractmethod
     @override
@@ -37,8 +42,9 @@ class PoolTask(ArrayTask, Pooled):
         return sorted(order[: len(order) // 2]), sorted(order[len(order) // 2 :])
 
     def load(self) -> Rows:
-        held, (_, test) = self.pool(), self._halves()
-        return Rows(held.x[test], held.y[test], tuple(held.ids[row] for row in test))
+        held, (train, test) = self.pool(), self._halves()
+        rows = train if self.split == "train" else test
+        return Rows(held.x[rows], held.y[rows], tuple(held.ids[row] for row in rows))
 
     def load_training(self) -> tuple[Tensor, Tensor]:
         held, (train, _) = self.pool(), self._halves()
@@ -107,6 +113,7 @@ class DigitsPair(SomeClasses):
     """Handwritten digits of a few classes (scikit-learn), as one pool: 1 and 7 by default, 361 samples of 8x8 pixels.
 
     classes: numbers of the digits, joined by +, two or more
+    split:   the half that is evaluated, "test" or "train"
     """
 
     classes: tuple[int, ...] = Chosen(1, 7)  # type: ignore[assignment]
@@ -140,6 +147,7 @@ class FashionMNISTPair(SomeClasses):
              images inside the package
     samples: the first so many of these classes; 0 for all
     size:    side of the images: 28, or 14, 7, 4, 2 where blocks are averaged
+    split:   the half that is evaluated, "test" or "train"
     """
 
     classes: tuple[int, ...] = Chosen(0, 6)  # type: ignore[assignment]
@@ -184,6 +192,7 @@ class Moons(PoolTask):
     samples: of the pool, >= 4
     noise:   standard deviation of the Gaussian noise, >= 0, before the features are standardised
     seed:    of the pool, >= 0
+    split:   the half that is evaluated, "test" or "train"
     """
 
     samples: int = 1000

@@ -203,3 +203,14 @@ def test_sentence_embeddings_tell_films_from_weather(tmp_path: Path) -> None:
         "random_labels", "svm", f"text:path={file}", threat_model="label-flips:rate=0.1,trials=2", device="cpu"
     )
     assert (report.clean_accuracy or 0) > 0.9
+
+
+@pytest.mark.parametrize("spec", ["digits-pair:classes=3+8", "moons:samples=40"])
+def test_the_half_that_is_trained_on_can_be_evaluated(spec: str) -> None:
+    test, train = TASKS.build(spec), TASKS.build(f"{spec},split=train")
+    data = test.training()
+    assert torch.equal(train.rows.x, data.x)
+    assert torch.equal(train.rows.y, data.y)
+    assert torch.equal(train.training().x, data.x)
+    assert not set(train.ids) & set(test.ids)
+    assert len(train) + len(test) == len(test.pool().y)

@@ -295,6 +295,9 @@ def verdict(data: Data) -> str:
     said = [sentence(data), *remarks(data)]
     if not _names_threat(data):
         said.insert(1, f"Threat model: {describe_threat(data['threat_model'])}.")
+    solved = data["defense"].get("solved")
+    if isinstance(solved, Mapping) and solved.get("summary"):
+        said.append(f"The solver says: {solved['summary']}.")
     return " ".join(said)
 
 

@@ -44,7 +44,7 @@ ADVICE: Mapping[str, str] = {
     "garbled_replies": "read the replies (transcripts.md): an untrained model, a wrong template or half precision",
     "benign_failure": "check the template, the weights and the twins' targets before anything is read off",
     "no_chat_template": "load a model with its chat template; base models have none and refuse nothing",
-    "certificate_violated": "certify with noise=lattice; look for a model whose answers depend on the batch",
+    "certificate_violated": "certify with noise=lattice; look for batch-dependent answers and half precision",
     "unsound_arithmetic": "noise=lattice is sound for 8-bit images",
     "too_few_draws": "take more draws (n=100000)",
     "non_finite_votes": "look for log(0), 0/0 or overflow in the model",

@@ -472,7 +472,16 @@ def after(case: Case, records: Sequence[Record]) -> list[Finding]:
     findings = [
         finding for label, rows in groups.items() for check in checks for finding in check(case, str(label), rows)
     ]
-    return findings + _replies(records) + _black_box_stages(case, groups)
+    return findings + _replies(records) + _certificates(records) + _black_box_stages(case, groups)
+
+
+def _certificates(records: Sequence[Record]) -> list[Finding]:
+    """Samples that the victim certified and an attack inside the certified ball broke."""
+    told = _told(records, "certificate_broken")
+    if not (lost := sum(told)):
+        return []
+    evidence = f"attacks inside the certified ball changed the answer on {lost} of {len(told)} certified samples"
+    return [found("certificate_violated", "unreliable", evidence, lost / len(told), 0.0)]
 
 
 def _replies(records: Sequence[Record]) -> list[Finding]:

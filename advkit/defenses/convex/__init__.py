@@ -1,0 +1,1 @@
+"""Defenses that are trained by a convex program."""
