@@ -44,6 +44,19 @@ def test_the_example_keeps_the_laws(ray: Any) -> None:
     check_attack(ray.Ray(points=10))
 
 
+def test_the_example_on_labels_keeps_the_laws() -> None:
+    from dataclasses import dataclass
+
+    from advkit.attacks.labels.base import LabelAttack, largest, with_flips
+    from advkit.core.learners import margins
+
+    (source,) = re.findall(r"^```python\n(@dataclass[^`]*class Loudest.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"LabelAttack": LabelAttack, "largest": largest, "with_flips": with_flips}
+    names |= {"dataclass": dataclass, "margins": margins, "__name__": "builtins"}
+    exec(source, names)
+    check_attack(names["Loudest"]())
+
+
 def test_the_example_is_built_and_explained_by_its_registry_line(ray: Any) -> None:
     (line,) = re.findall(r'^\s*("ray": "advkit\.attacks\.[\w.]+:\w+",)$', TEXT, re.MULTILINE)
     ((name, target),) = ast.literal_eval("{" + line + "}").items()

@@ -53,9 +53,7 @@ def test_the_table_of_moons_is_that_of_the_file():
     assert set(found) == {"defense", *defenses}
     for defense in defenses:
         expected = [figure("moons", "farfirst", "oblivious", 0.1, defense, "clean")]
-        expected += [
-            figure("moons", attack, "oblivious", rate, defense) for attack in ATTACKED for rate in (0.1, 0.25)
-        ]
+        expected += [figure("moons", attack, "oblivious", rate, defense) for attack in ATTACKED for rate in (0.1, 0.25)]
         assert found[defense] == expected
 
 

@@ -294,3 +294,24 @@ def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.2 < below < above
     flags = Report.load(runs / "attacked" / "report.json").to_dict()["diagnostics"]["flags"]
     assert "certificate_violated" not in {flag["id"] for flag in flags}
+
+
+@pytest.mark.slow
+def test_label_poisoning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = [each for each in NOTEBOOKS if each.name.startswith("12_")]
+    notebook = executed(path, tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 3
+    said = "".join(outputs(notebook, "stream"))
+    robust = {
+        name: float(value) for name, value in re.findall(r"^(\w+)\S* +clean 1\.000 +robust ([0-9.]+)", said, re.M)
+    }
+    assert len(robust) == 8
+    # what the text says: who chooses hurts more than chance does
+    assert max(robust["alfa"], robust["alfa_tilt"], robust["farfirst"]) < robust["random_labels"] - 0.05
+    assert re.search(r"retrainings_final 8", said)
+    assert "trustworthy: False" in said
+    assert "left the threat model on 362 of 362 samples" in said
+    boundary = {
+        name: float(value) for name, value in re.findall(r"^(clean|poisoned) +accuracy .* ([0-9.]+)$", said, re.M)
+    }
+    assert boundary["poisoned"] < boundary["clean"] - 0.05

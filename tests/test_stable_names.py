@@ -28,16 +28,20 @@ NAMES = {
         "Access Outcome Space Rng Model ModelInfo Evidence Goal Oracle ThreatModel Ball Attack Perturb Selector "
         "OnlineAttack Batch Data TaskDefaults Task Defense Record"
     ),
+    "core.learners": "fitted scores margins",
+    "core.retraining": "Retraining",
     "core.rng": "RowRng philox",
     "core.smoothing": "lower_bound upper_bound radius largest_radius abstains hopeless high_probability linf_radius",
     "core.zeroth_order": "rge cge Estimate rge_queries cge_queries",
     "core.spaces": "Box Binary Tokens Transcripts Rows Product",
     "attacks": "ATTACKS",
     "attacks.base": "TensorGoal TensorOracle Best ActiveRows Live affords better descended lp_ball per_row",
+    "attacks.labels.base": "LabelAttack others with_flips largest hinge",
     "attacks.search": "Search Step",
     "attacks.suites": "Stage Suite",
     "defenses": "DEFENSES",
     "defenses.inputs.base": "InputDefense",
+    "defenses.labels.base": "LabelDefense",
     "defenses.smoothing.base": "SmoothingDefense",
     "defenses.adversarial.base": "TrainingDefense AdversarialTraining RobustObjective attacked correct_under in_mode",
     "models": "MODELS",
@@ -54,7 +58,7 @@ NAMES = {
     "tasks": "TASKS",
     "threat_models": "THREAT_MODELS GOALS JUDGES",
     "testing": (
-        "ATTACK_LAWS BALLS DEFENSE_LAWS MINIMA RADII TEXT_LAWS THREAT_LAWS TOKEN_LAWS check_attack check_defense "
+        "ATTACK_LAWS BALLS DEFENSE_LAWS LABEL_LAWS MINIMA RADII TEXT_LAWS THREAT_LAWS TOKEN_LAWS check_attack check_defense "
         "check_law check_threat_model subjects play accepts shortened linear network noisy nan_off quantised"
     ),
     "evaluation.api": "evaluate plan execute resolve",

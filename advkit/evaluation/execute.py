@@ -139,7 +139,8 @@ def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
 def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
     """Whether a companion whose attacker knows less breaks more."""
     weaker = [other for other in others if other.companion is not None and other.companion.knows_less]
-    if isinstance(run.case.attack, FlipsLabels):
+    attack: object = run.case.attack
+    if isinstance(attack, FlipsLabels):
         return [
             finding
             for other in weaker

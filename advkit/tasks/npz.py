@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from advkit.core.errors import BadInput, UsageError
@@ -89,7 +90,7 @@ class Npz(ArrayTask):
                     "text per sample in both"
                 )
         numbers, names = numbered([text for array in held.values() for text in as_texts(array)], self.path)
-        parts = numbers.split([len(array) for array in held.values()])
+        parts = torch.split(numbers, [len(array) for array in held.values()])
         return dict(zip(held, parts, strict=True)), names
 
     def class_names(self) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class LFAGreedy(LabelAttack):
         labels = y.copy()
         for _ in range(budget):
             left = np.flatnonzero(labels == y)
-            moves = [(row, to) for row in left for to in range(oracle.classes) if to != y[row]]
+            moves = [(int(row), to) for row in left for to in range(oracle.classes) if to != y[row]]
             if self.candidates is not None and self.candidates < len(moves):
                 moves = [moves[i] for i in np.sort(rng.permutation(len(moves))[: self.candidates])]
             tried = [(*self.harm(oracle, y, _moved(labels, row, to)), -i) for i, (row, to) in enumerate(moves)]

@@ -108,6 +108,10 @@ def docstrings(module: str, attribute: str, hops: int = 4) -> tuple[str, str]:
     return ast.get_docstring(tree) or "", ""
 
 
+_FIELD = r"(?:[a-z]\w*|[A-Z])"
+"""How a field may be called: a word, or one capital letter, such as the C of a support vector machine."""
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """`name: meaning` paragraphs of the class docstrings; a deeper indented line goes on with the one above."""
     found: dict[str, str] = {}
@@ -115,7 +119,7 @@ def field_docs(cls: type) -> dict[str, str]:
         names: list[str] = []
         indent = 0
         for line in inspect.cleandoc(base.__doc__).splitlines() if base.__doc__ else ():
-            start = re.match(r"(\s*)([a-z]\w*(?:, [a-z]\w*)*):\s+(\S.*)", line)
+            start = re.match(rf"(\s*)({_FIELD}(?:, {_FIELD})*):\s+(\S.*)", line)
             depth = len(line) - len(line.lstrip())
             if start and (not names or depth <= indent):
                 names = [name for name in start[2].split(", ") if name not in found]

@@ -227,7 +227,7 @@ def play(case: Case, trial: int) -> Poisoned:
     with code_of(MODEL):
         clean = fitted(_learns(case).learner(own), split.x, split.y)
         right = np.asarray(clean.predict(split.test), dtype=np.int64)
-    attacker = DEFENSES.build(surrogate(case)) if oblivious(case) else case.defense
+    attacker: object = DEFENSES.build(surrogate(case)) if oblivious(case) else case.defense
     assert isinstance(attacker, Learns)
     oracle = Retraining(
         split.x.copy(), split.y, task.classes, attacker.learner, seed_of(stream.at("attacker", "learner"))
@@ -361,13 +361,15 @@ def _threat(case: Case) -> LabelFlips:
 
 
 def _learns(case: Case) -> Learns:
-    assert isinstance(case.defense, Learns)
-    return case.defense
+    defense: object = case.defense
+    assert isinstance(defense, Learns)
+    return defense
 
 
 def asks(case: Case) -> bool:
     """Whether the attack trains anything."""
-    return isinstance(case.attack, FlipsLabels) and bool(case.attack.surrogate)
+    attack: object = case.attack
+    return isinstance(attack, FlipsLabels) and bool(attack.surrogate)
 
 
 def oblivious(case: Case) -> bool:
@@ -386,8 +388,9 @@ def _unreadable(case: Case) -> str:
 
 def surrogate(case: Case) -> str:
     """The spec of what an oblivious attacker trains."""
-    assert isinstance(case.attack, FlipsLabels)
-    return _threat(case).surrogate or case.attack.surrogate
+    attack: object = case.attack
+    assert isinstance(attack, FlipsLabels)
+    return _threat(case).surrogate or attack.surrogate
 
 
 class Poisoning(BaseScenario):
@@ -419,9 +422,11 @@ class Poisoning(BaseScenario):
     @override
     def accepts(self, case: Case) -> str | None:
         """None, or why this case can't be run; raises UsageError for a budget of nothing, BadInput for one class."""
-        if not isinstance(case.attack, FlipsLabels):
+        attack: object = case.attack
+        defense: object = case.defense
+        if not isinstance(attack, FlipsLabels):
             return "label flips need an attack on labels: name one such as alfa, farfirst or random_labels"
-        if not isinstance(case.task, Trials) or not isinstance(case.defense, Learns):
+        if not isinstance(case.task, Trials) or not isinstance(defense, Learns):
             return "poisoning trains the defense anew: name one that learns from labels, such as svm"
         if case.rule.kind != "untargeted":
             return f"label flips are evaluated by accuracy on clean labels; leave --goal {case.rule.kind} out"

@@ -429,7 +429,8 @@ def _bare_chat(case: Case) -> list[Finding]:
 
 
 def _classes(case: Case) -> list[Finding]:
-    if isinstance(case.attack, FlipsLabels):
+    attack: object = case.attack
+    if isinstance(attack, FlipsLabels):
         return []
     classes = int(case.task.classes)
     needed = 4 if _setting(case, "loss", "") == "dlr" else 3
