@@ -107,7 +107,7 @@ def acceptance(done: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draws() -> dict[str, list[float]]:
-    """Accuracy in % under far flips for four seeds of the attacker inside, the data being the same: 8 splits of digits."""
+    """Accuracy in % under far flips for four seeds of the attacker inside, on the same 8 splits of digits."""
     x, y = load_digits(return_X_y=True)
     kept = np.isin(y, (1, 7))
     x, y = x[kept] / 16, (y[kept] == 7).astype(int)
