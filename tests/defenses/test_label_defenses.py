@@ -28,7 +28,7 @@ from advkit.defenses.labels.networks import NNPGDAT
 CLEANLAB = pytest.mark.skipif(
     importlib.util.find_spec("cleanlab") is None, reason="needs cleanlab, the extra advkit[labels]"
 )
-NAMES = ["floral", "ln_svm", "ls_svm", "curie", "k_lid", "nn:epochs=20", "nn_pgd_at:epochs=10,steps=2"]
+NAMES = ["floral:rounds=100", "ln_svm", "ls_svm", "curie", "k_lid", "nn:epochs=20", "nn_pgd_at:epochs=5,steps=1,lr=0.1"]
 ALL = [*NAMES, pytest.param("cleanlab", marks=CLEANLAB)]
 
 
@@ -265,6 +265,7 @@ def test_settings_out_of_range(spec):
         DEFENSES.build(spec)
 
 
+@pytest.mark.slow
 def test_the_network_is_trained_against_perturbed_samples():
     """Robust within its radius where the plain network of the same size is less so."""
     x, y = load_digits(return_X_y=True)
