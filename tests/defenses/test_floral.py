@@ -599,12 +599,14 @@ def test_scikit_learns_checks(estimator, check):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{"kernel": "linear"}, {"kernel": "precomputed"}, {"landmarks": 10}], ids=lambda each: str(each)
+    "settings",
+    [{"rounds": 500}, {"kernel": "linear"}, {"kernel": "precomputed"}, {"landmarks": 10}],
+    ids=lambda each: str(each),
 )
-def test_scikit_learns_checks_of_other_kernels(settings):
+def test_scikit_learns_checks_of_other_settings(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outcomes = check_estimator(FLORAL(rounds=30, **settings), on_fail=None, on_skip=None)
+        outcomes = check_estimator(FLORAL(**{"rounds": 30, **settings}), on_fail=None, on_skip=None)
     failed = {each["check_name"] for each in outcomes if each["status"] == "failed"}
     assert failed <= set(XFAIL)
 
