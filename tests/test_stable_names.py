@@ -58,8 +58,9 @@ NAMES = {
     "tasks": "TASKS",
     "threat_models": "THREAT_MODELS GOALS JUDGES",
     "testing": (
-        "ATTACK_LAWS BALLS DEFENSE_LAWS LABEL_LAWS MINIMA RADII TEXT_LAWS THREAT_LAWS TOKEN_LAWS check_attack check_defense "
-        "check_law check_threat_model subjects play accepts shortened linear network noisy nan_off quantised"
+        "ATTACK_LAWS BALLS DEFENSE_LAWS LABEL_LAWS MINIMA RADII TEXT_LAWS THREAT_LAWS TOKEN_LAWS check_attack "
+        "check_defense check_law check_threat_model subjects play accepts shortened linear network noisy nan_off "
+        "quantised"
     ),
     "evaluation.api": "evaluate plan execute resolve",
     "evaluation.compare": "compare Comparison PairedTest",

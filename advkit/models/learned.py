@@ -68,6 +68,10 @@ class LearnedModel(KnowsClasses):
 
     def describe(self) -> ModelInfo:
         """Known by what it answers on its training samples."""
+        return self._info
+
+    @cached_property
+    def _info(self) -> ModelInfo:
         digest = hashlib.sha256(f"learned|{self.name}|{self._classes}|{self._x.shape}".encode())
         for array in (self._x, self._y, scores(self.learner, self._x, self._classes)):
             digest.update(np.ascontiguousarray(array).tobytes())

@@ -7,6 +7,7 @@ on flipped labels, and asks both models about test samples that nobody touched. 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,7 +41,9 @@ from advkit.defenses import DEFENSES
 from advkit.evaluation import poisonings
 from advkit.evaluation.counts import GAINED
 from advkit.evaluation.poisonings import BY_ATTACKER, BY_HARNESS, FLIPPED, RECOVERED, SUSPECTED, TRAINED, trial_of
-from advkit.evaluation.run.batch import reason_of
+from advkit.evaluation.run.batch import reason_of, run_alone
+from advkit.evaluation.run.case import lent
+from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
     Case,
@@ -137,6 +140,19 @@ class Trials(ClassificationTask):
         permuted = order.permutation(len(self._y))
         return np.sort(permuted[: self.train]).tolist(), np.sort(permuted[self.train :]).tolist()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the task behind it, whose samples it has: what worker processes need."""
+        return {name: value for name, value in vars(self).items() if name != "task"}
+
+    def classes_of(self, trial: int) -> list[int]:
+        """Numbers of the classes that occur among the training samples of a trial."""
+        found: list[int] = self._y[self.rows_of(trial)[0]].unique().tolist()
+        return found
+
+    def tests_of(self, trial: int) -> list[str]:
+        """The ids of a trial's rows, in the order of its test samples."""
+        return [f"trial-{trial}/{self._names[row]}" for row in self.rows_of(trial)[1]]
+
     def of(self, trial: int) -> Split:
         """The samples of a trial as learners see them."""
         train, test = self.rows_of(trial)
@@ -146,7 +162,9 @@ class Trials(ClassificationTask):
     @cached_property
     def _places(self) -> list[tuple[str, int]]:
         return [
-            (f"trial-{trial}/{self._names[row]}", row) for trial in range(self.trials) for row in self.rows_of(trial)[1]
+            place
+            for trial in range(self.trials)
+            for place in zip(self.tests_of(trial), self.rows_of(trial)[1], strict=True)
         ]
 
     @property
@@ -214,29 +232,63 @@ class Poisoned:
     message: str = ""
 
 
-def play(case: Case, trial: int) -> Poisoned:
+@dataclass(frozen=True)
+class Play:
+    """Plays the trials of a case: the unit of work, which worker processes get with the rows of a trial.
+
+    task:     with the samples of all trials
+    defense:  what is trained on clean and on flipped labels
+    attacker: what the attacker trains
+    """
+
+    task: Trials
+    defense: Learns
+    attacker: Learns
+
+    @classmethod
+    def of(cls, case: Case) -> Play:
+        """That of a case."""
+        defense: object = case.defense
+        trained: object = DEFENSES.build(surrogate(case)) if oblivious(case) else defense
+        assert isinstance(defense, Learns)
+        assert isinstance(trained, Learns)
+        return cls(_task(case), defense, trained)
+
+    def __call__(self, case: Case, batch: Batch, lanes: Lanes) -> Round:
+        """The records of test samples of one trial."""
+        return Round(_records(self, case, batch))
+
+    def clean(self, split: Split, seed: int) -> tuple[Any, Ints]:
+        """The model trained on clean labels, and its predictions for the test samples, [m]."""
+        with code_of(MODEL):
+            model = fitted(self.defense.learner(seed), split.x, split.y)
+            return model, np.asarray(model.predict(split.test), dtype=np.int64)
+
+    def travels(self) -> bool:
+        """Whether it can be sent to another process."""
+        try:
+            pickle.dumps((self.defense, self.attacker))
+        except Exception:  # pickle raises whatever the parts' own code does
+            return False
+        return True
+
+
+def play(unit: Play, case: Case, trial: int) -> Poisoned:
     """One trial: attack, count, train twice, predict.
 
     Labels that the threat model does not admit are trained on by nobody: the model trained on clean labels stands.
     """
-    task, threat = _task(case), _threat(case)
-    split = task.of(trial)
-    before = split.digest()
-    stream = streams(case.seed, trial)
-    own = seed_of(stream.at("learner"))
-    with code_of(MODEL):
-        clean = fitted(_learns(case).learner(own), split.x, split.y)
-        right = np.asarray(clean.predict(split.test), dtype=np.int64)
-    attacker: object = DEFENSES.build(surrogate(case)) if oblivious(case) else case.defense
-    assert isinstance(attacker, Learns)
+    threat, split, stream = _threat(case), unit.task.of(trial), streams(case.seed, trial)
+    before, own = split.digest(), seed_of(stream.at("learner"))
+    _, right = unit.clean(split, own)
     oracle = Retraining(
-        split.x.copy(), split.y, task.classes, attacker.learner, seed_of(stream.at("attacker", "learner"))
+        split.x.copy(), split.y, unit.task.classes, unit.attacker.learner, seed_of(stream.at("attacker", "learner"))
     )
     assert case.attack is not None
     labels = torch.from_numpy(split.y.copy())
     # The budget is counted on the harness's own labels and the copy that came back, whatever the attack says or keeps.
-    returned = case.attack(oracle, labels, None, threat, stream.at("attack"))
-    message = _refused(returned, split.y, threat, task.classes)
+    returned = case.attack(oracle, labels, None, lent(threat), stream.at("attack"))
+    message = _refused(returned, split.y, threat, unit.task.classes)
     if not message and split.digest() != before:
         message = "the attack changed samples or test labels, which no threat model of label flips admits"
     figures: dict[str, float] = {TRAINED: len(split.y), BY_ATTACKER: oracle.trainings, BY_HARNESS: 1}
@@ -244,7 +296,7 @@ def play(case: Case, trial: int) -> Poisoned:
         return Poisoned(right, right, figures, message)
     given = returned.detach().cpu().numpy().astype(np.int64)
     with code_of(MODEL):
-        model = fitted(_learns(case).learner(own), split.x, given)
+        model = fitted(unit.defense.learner(own), split.x, given)
         after = np.asarray(model.predict(split.test), dtype=np.int64)
         suspected = np.asarray(model.predict(split.x)) != given
     flipped = given != split.y
@@ -273,19 +325,18 @@ def _refused(returned: Any, y: Ints, threat: LabelFlips, classes: int) -> str:
     return f"the attack flipped {flips} labels; the threat model admits {budget}" if flips > budget else ""
 
 
-def poisoned_rows(case: Case, batch: Batch, lanes: Lanes) -> Round:
-    """The records of test samples of one trial."""
+def _records(unit: Play, case: Case, batch: Batch) -> list[Record]:
     trial = trial_of(batch.ids[0])
     assert batch.labels is not None
     labels = batch.labels.tolist()
     start = Record("", case.label.attack, Outcome.ERROR, stage=case.label.stage, source=case.label.source)
     try:
-        found = play(case, trial)
+        found = play(unit, case, trial)
     except (AdvkitError, torch.OutOfMemoryError):
         raise  # nobody's row is at fault
     except Exception as error:  # a trial is one piece of work: it ends for all of its rows
-        return Round(_failed(case, batch, labels, start, trial, error))
-    place = {row: i for i, row in enumerate(_test_ids(case, trial))}
+        return _failed(unit, case, batch, start, error)
+    place = {row: i for i, row in enumerate(unit.task.tests_of(trial))}
     records = []
     for row, label in zip(batch.ids, labels, strict=True):
         clean, after = int(found.clean[place[row]]), int(found.after[place[row]])
@@ -305,7 +356,7 @@ def poisoned_rows(case: Case, batch: Batch, lanes: Lanes) -> Round:
                 figures=dict(found.figures),
             )
         )
-    return Round(records)
+    return records
 
 
 def _outcome(clean: int, after: int, label: int, message: str) -> Outcome:
@@ -316,20 +367,18 @@ def _outcome(clean: int, after: int, label: int, message: str) -> Outcome:
     return Outcome.BROKEN if after != label else Outcome.ROBUST
 
 
-def _failed(
-    case: Case, batch: Batch, labels: Sequence[int], start: Record, trial: int, error: Exception
-) -> list[Record]:
+def _failed(unit: Play, case: Case, batch: Batch, start: Record, error: Exception) -> list[Record]:
     """Error records for the rows of a trial in which the attack or the defense raised."""
-    split = _task(case).of(trial)
-    notes: tuple[str, ...] = ()
-    clean: list[int | None] = [None] * len(labels)
-    if who := blamed(error):
-        notes = ("clean_raised", f"{who}_raised")
+    trial, who = trial_of(batch.ids[0]), blamed(error)
+    assert batch.labels is not None
+    notes: tuple[str, ...] = (f"{who}_raised",) if who else ()
+    clean: list[int | None] = [None] * len(batch.ids)
+    try:
+        _, predicted = unit.clean(unit.task.of(trial), seed_of(streams(case.seed, trial).at("learner")))
+    except Exception:  # it does not learn from clean labels either
+        notes = ("clean_raised", *notes)
     else:
-        own = seed_of(streams(case.seed, trial).at("learner"))
-        model = fitted(_learns(case).learner(own), split.x, split.y)
-        place = {row: i for i, row in enumerate(_test_ids(case, trial))}
-        predicted = model.predict(split.test)
+        place = {row: i for i, row in enumerate(unit.task.tests_of(trial))}
         clean = [int(predicted[place[row]]) for row in batch.ids]
     return [
         replace(
@@ -341,13 +390,8 @@ def _failed(
             notes=notes,
             message=reason_of(error),
         )
-        for row, label, before in zip(batch.ids, labels, clean, strict=True)
+        for row, label, before in zip(batch.ids, batch.labels.tolist(), clean, strict=True)
     ]
-
-
-def _test_ids(case: Case, trial: int) -> list[str]:
-    task = _task(case)
-    return [f"trial-{trial}/{task._names[row]}" for row in task.rows_of(trial)[1]]
 
 
 def _task(case: Case) -> Trials:
@@ -358,12 +402,6 @@ def _task(case: Case) -> Trials:
 def _threat(case: Case) -> LabelFlips:
     assert isinstance(case.threat, LabelFlips)
     return case.threat
-
-
-def _learns(case: Case) -> Learns:
-    defense: object = case.defense
-    assert isinstance(defense, Learns)
-    return defense
 
 
 def asks(case: Case) -> bool:
@@ -435,9 +473,9 @@ class Poisoning(BaseScenario):
         threat = _threat(case)
         threat.budget(case.task.train)
         for trial in range(case.task.trials):
-            found = np.unique(case.task.of(trial).y)
+            found = case.task.classes_of(trial)
             if len(found) < 2:
-                only = case.task.class_names()[int(found[0])]
+                only = case.task.class_names()[found[0]]
                 raise BadInput(
                     f"the training samples of trial {trial} of {case.task.name} have one class only ({only}); expected "
                     "two or more: take more samples, or other ones"
@@ -460,14 +498,31 @@ class Poisoning(BaseScenario):
 
     @override
     def rounds(self, case: Case, engine: Engine, records: Records) -> Iterator[Round]:
-        """Trial by trial: one is trained for all of its samples together."""
-        task = _task(case)
-        cell = replace(case, label=self._label(case), batch_size=case.n)
+        """Trial by trial: one is trained for all of its samples together.
+
+        Trials that are not on record go out as batches of one size, so that worker processes share them; what is left
+        of a trial that was cut short comes first.
+        """
+        task, unit = _task(case), Play.of(case)
+        travels = unit.travels()
+        cell = replace(case, label=self._label(case), batch_size=len(task.tests_of(0)))
         asked = set(task.ids[: case.n])
+        held = {row for row in asked if Store.key(cell.label, row) in records}
+        whole = set[str]()
         for trial in range(task.trials):
-            only = asked & set(_test_ids(case, trial))
-            if only:
-                yield from engine.run(poisoned_rows, cell, records, only)
+            rows = asked & set(task.tests_of(trial))
+            if not travels or rows & held or len(rows) < cell.batch_size:
+                yield from self._here(unit, cell, engine, records, rows)
+            else:
+                whole |= rows
+        if whole:
+            yield from engine.run(unit, cell, records, whole)
+
+    def _here(self, unit: Play, cell: Case, engine: Engine, records: Records, rows: set[str]) -> Iterator[Round]:
+        """Rows of one trial, in this process."""
+        skip = {row for row in _task(cell).ids if row not in rows or Store.key(cell.label, row) in records}
+        for batch in cell.task.batches(cell.batch_size, skip=skip):
+            yield run_alone(unit, cell, batch, engine.lanes(cell))
 
     @override
     def companions(self, case: Case) -> Sequence[Companion]:
@@ -541,4 +596,4 @@ def _settings_text(threat: LabelFlips) -> str:
     return THREAT_MODELS.spec(threat).partition(":")[2]
 
 
-__all__ = ["Poisoned", "Poisoning", "Split", "Trials", "play", "poisoned_rows"]
+__all__ = ["Play", "Poisoned", "Poisoning", "Split", "Trials", "play"]
