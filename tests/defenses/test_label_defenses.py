@@ -46,10 +46,13 @@ def blobs(n=120, classes=2, flips=0, seed=0):
 def test_every_one_learns_and_says_it_the_same_way_twice(spec, classes):
     x, poisoned, y = blobs(90, classes, flips=6)
     defense = DEFENSES.build(spec)
+    before, torchs = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", DeprecationWarning)  # of what cleanlab imports
         model, again = (fitted(defense.learner(3), x, poisoned) for _ in range(2))
+    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), torchs)
     assert model.classes_.tolist() == list(range(classes))
     assert (model.predict(x) == y).mean() >= 0.95
     every = scores(model, x, classes)
