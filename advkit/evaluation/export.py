@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import OfFiles, Outcome
+from advkit.core.protocols import FlipsLabels, OfFiles, Outcome
 from advkit.core.state import plainly
 from advkit.evaluation.counts import count
 from advkit.evaluation.execute import Watch, in_order, preflight, run
@@ -27,8 +27,15 @@ from advkit.evaluation.scenarios import scenario_of
 def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = None) -> dict[str, Any]:
     """Attack a case and write examples.safetensors, records.jsonl, and PNG files of the first broken rows.
 
-    Returns what was written, as JSON values. Raises UsageError for a grid, whose every cell has examples of its own.
+    Returns what was written, as JSON values. Raises UsageError for a grid, whose every cell has examples of its own,
+    and for flips of labels, which leave inputs as they are.
     """
+    attack: object = case.attack
+    if isinstance(attack, FlipsLabels):
+        raise UsageError(
+            f"{case.label} flips training labels and leaves inputs as they are: there are no examples to export; "
+            "`advkit evaluate` measures it"
+        )
     if len(scenario_of(case).cells(case)) != 1:
         raise UsageError("a grid has examples for every cell: name one with --threat-model transfer:sources=zoo:NAME")
     case = replace(case, keep=case.n)

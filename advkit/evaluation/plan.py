@@ -19,6 +19,7 @@ from advkit.core.protocols import (
     MadeForThreatModel,
     PerSample,
     Task,
+    ThroughView,
     Votes,
     WantsData,
 )
@@ -244,6 +245,14 @@ def _case(
     speed = Speed.parse(request.speed)
     model = NO_MODEL if isinstance(parts.defense, Learns) else request.model
     model = model if model is not None else task.defaults.model
+    seen, surrogates = victim.model, surrogates_of(parts.threat, task, device)
+    if isinstance(parts.rule, ThroughView):
+        if surrogates:
+            raise UsageError(
+                f"the goal {GOALS.label(parts.rule, asked['goal'])} reads a view of the victim, which surrogates do "
+                "not have: attack the victim itself, e.g. --threat-model linf"
+            )
+        seen = parts.rule.view(seen)
     specs = {
         "attack": NO_ATTACK if parts.attack is None else ATTACKS.label(parts.attack, asked["attack"]),
         "defense": DEFENSES.label(parts.defense, asked["defense"]),
@@ -255,7 +264,7 @@ def _case(
     }
     return Case(
         task=task,
-        victim=victim.model,
+        victim=seen,
         attack=parts.attack,
         threat=parts.threat.bind(victim.model.space),
         rule=rule_over(parts.rule, _ids(task, n)) if isinstance(parts.rule, PerSample) else parts.rule,
@@ -263,7 +272,7 @@ def _case(
         n=n,
         specs=specs,
         defense=parts.defense,
-        surrogates=surrogates_of(parts.threat, task, device),
+        surrogates=surrogates,
         seed=request.seed,
         randomized=victim.model.describe().randomized,
         draws=1 if isinstance(victim.model, Votes) else request.draws,

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from advkit.core.archives import archive_keys, read_archive
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.archives import archive_keys, read_archive
 from advkit.tasks.arrays import as_labels, as_rows
 from advkit.tasks.base import ArrayTask, Counted, Rows, default_ball, row_ids
 from advkit.tasks.classes import are_texts, as_texts, numbered

@@ -426,6 +426,14 @@ def test_what_does_not_fit_is_refused_in_one_line(settings: dict[str, Any], said
     assert "\n" not in str(refused.value)
 
 
+def test_commands_for_inputs_refuse_flips_of_labels(tmp_path: Any, capsys: Any) -> None:
+    asked = ["--attack", "farfirst", "--defense", "svm", "--task", "digits-pair", "--threat-model", FLIPS]
+    assert command(["attack", *asked, "--out", str(tmp_path / "examples")]) == 2
+    assert "there are no examples to export" in " ".join(capsys.readouterr().err.split())
+    assert command(["doctor", *asked, "--out", str(tmp_path / "doctor")]) == 2
+    assert "the battery attacks within balls" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_training_set_of_one_class_is_refused(tmp_path: Any) -> None:
     file = tmp_path / "one.npz"
     x = np.random.default_rng(0).random((20, 3), dtype=np.float32)
