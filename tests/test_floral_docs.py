@@ -78,6 +78,14 @@ def test_the_limits_of_cost_are_those_of_the_file():
         assert row[4] == ("yes" if size["holds"] else "no")
 
 
+def test_what_else_was_measured_is_that_of_the_file():
+    few, many = FILE["draws"]["200"], FILE["draws"]["500"]
+    assert f"give {min(few)} to {max(few)} % with 200 and {min(many)} to {max(many)} % with 500" in TEXT
+    near = [each for each in FILE["dual_distances"] if each < 1e-6]
+    far = max(FILE["dual_distances"])
+    assert f"on {len(near)} of {len(FILE['dual_distances'])} sets of 40 points, and at most {far} on the others" in TEXT
+
+
 def test_settings_and_defaults_are_the_classs():
     parameters = FLORAL().get_params()
     for names, cells in rows("wrong class of the largest score").items():

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
+from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
 
 import advkit
@@ -199,16 +200,16 @@ def test_a_longer_step_makes_it_rise():
 
 
 def test_without_attacker_the_machine_is_scikit_learns():
-    x, y = moons(80)
-    for C in (0.5, 5.0):
-        reference = SVC(C=C, gamma=1.0, tol=1e-10).fit(x, y)
-        ours = FLORAL(C, gamma=1.0, budget=0, rounds=4000, step_size=1.9 / 20, init="zero", output="last").fit(x, y)
-        duals = np.zeros(len(x))
-        duals[reference.support_] = np.abs(reference.dual_coef_[0])
-        gram = Dense(rbf_kernel(x, gamma=1.0))
-        best = objective(gram, duals, y)
-        assert objective(gram, ours.duals_, y) - best <= 1e-6 * abs(best)
-        assert np.abs(ours.decision_function(x) - reference.decision_function(x)).max() <= 0.02
+    x, y = moons(60)
+    C = 5.0
+    reference = SVC(C=C, gamma=1.0, tol=1e-10).fit(x, y)
+    ours = FLORAL(C, gamma=1.0, budget=0, rounds=2500, step_size=1.9 / 20, init="zero", output="last").fit(x, y)
+    duals = np.zeros(len(x))
+    duals[reference.support_] = np.abs(reference.dual_coef_[0])
+    gram = Dense(rbf_kernel(x, gamma=1.0))
+    best = objective(gram, duals, y)
+    assert objective(gram, ours.duals_, y) - best <= 1e-6 * abs(best)
+    assert np.abs(ours.decision_function(x) - reference.decision_function(x)).max() <= 0.02
 
 
 def test_the_optimum_of_a_factored_kernel_is_that_of_a_convex_solver():
@@ -434,25 +435,26 @@ def test_the_kernels_of_svc_are_ours():
 
 def test_features_stand_for_the_kernel():
     x, y = moons(60)
-    exact = FLORAL(gamma=1.0, random_state=0).fit(x, y)
-    all_rows = FLORAL(gamma=1.0, landmarks=60, random_state=0).fit(x, y)
+    exact = FLORAL(gamma=1.0, rounds=100, random_state=0).fit(x, y)
+    all_rows = FLORAL(gamma=1.0, landmarks=60, rounds=100, random_state=0).fit(x, y)
     # Landmarks at every row are the kernel itself; both start from the SVM, and the draws differ.
     assert np.abs(all_rows.gram(x, x) - rbf_kernel(x, gamma=1.0)).max() <= 1e-6
-    quiet = {"gamma": 1.0, "budget": 0, "rounds": 1500, "output": "last"}
+    quiet = {"gamma": 1.0, "budget": 0, "rounds": 300, "output": "last"}
     one, other = (FLORAL(landmarks=m, random_state=0, **quiet).fit(x, y).decision_function(x) for m in (None, 60))
     assert np.abs(one - other).max() <= 0.01
-    few = FLORAL(gamma=1.0, landmarks=25, random_state=0).fit(x, y)
+    few = FLORAL(gamma=1.0, landmarks=25, rounds=100, random_state=0).fit(x, y)
     assert abs(exact.score(x, y) - few.score(x, y)) <= 0.05
 
 
 def test_a_linear_kernel_is_never_formed_and_sparse_samples_stay_sparse():
-    x, y = make_blobs(200, n_features=4, centers=2, cluster_std=5.0, random_state=0)
-    model = FLORAL(kernel="linear", dense_limit=10, random_state=0).fit(x, y)
+    x, y = make_blobs(80, n_features=4, centers=2, cluster_std=5.0, random_state=0)
+    model = FLORAL(kernel="linear", dense_limit=10, rounds=40, random_state=0).fit(x, y)
     assert model.decision_function(x) == pytest.approx(x @ model.coef_[0] + model.intercept_[0])
     assert model.coef_[0] == pytest.approx(model.dual_coef_[0] @ x[model.support_])
     sparse = clone(model).fit(scipy.sparse.csr_matrix(x), y)
     assert sparse.decision_function(x) == pytest.approx(model.decision_function(x), abs=1e-6)
-    small = FLORAL(kernel="linear", budget=0, rounds=1, output="last").fit(x[:7], y[:7])  # 2 d > n: the dense way
+    few = np.r_[np.flatnonzero(y == 0)[:3], np.flatnonzero(y == 1)[:4]]  # 2 d > n: the dense way
+    small = FLORAL(kernel="linear", budget=0, rounds=1, output="last").fit(x[few], y[few])
     assert not hasattr(small, "coef_")
 
 
@@ -555,9 +557,9 @@ def test_a_kernel_that_is_not_positive_semi_definite_is_named_with_its_eigenvalu
 
 
 def test_eigenvalues_are_those_of_lapack():
-    x, _ = make_moons(300, noise=0.2, random_state=0)
+    x, _ = make_moons(120, noise=0.2, random_state=0)
     for gamma, shift in ((1.0, 0.0), (1.0, 0.4), (1e4, 0.0)):  # the last is nearly the identity: a crowd at the top
-        matrix = rbf_kernel(x, gamma=gamma) - shift * np.eye(300)
+        matrix = rbf_kernel(x, gamma=gamma) - shift * np.eye(120)
         exact = np.linalg.eigvalsh(matrix)
         assert largest_eigenvalue(Dense(matrix)) == pytest.approx(exact[-1], rel=1e-3 if gamma > 1 else 1e-6)
         if shift:
@@ -590,28 +592,29 @@ def test_it_is_a_name_of_the_package():
     assert floral.project is project
 
 
-@parametrize_with_checks([FLORAL(rounds=30)], expected_failed_checks=lambda _: XFAIL)
+@parametrize_with_checks([FLORAL(rounds=10)], expected_failed_checks=lambda _: XFAIL)
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{"kernel": "linear"}, {"kernel": "precomputed"}, {"landmarks": 10}], ids=lambda each: str(each)
+    "settings",
+    [{"rounds": 500}, {"kernel": "linear"}, {"kernel": "precomputed"}, {"landmarks": 10}],
+    ids=lambda each: str(each),
 )
-def test_scikit_learns_checks_of_other_kernels(settings):
+def test_scikit_learns_checks_of_other_settings(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outcomes = check_estimator(FLORAL(rounds=30, **settings), on_fail=None, on_skip=None)
+        outcomes = check_estimator(FLORAL(**{"rounds": 30, **settings}), on_fail=None, on_skip=None)
     failed = {each["check_name"] for each in outcomes if each["status"] == "failed"}
     assert failed <= set(XFAIL)
 
 
-def test_what_is_excused_fails_for_svc_too():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        outcomes = check_estimator(SVC(), on_fail=None, on_skip=None)
-    assert set(XFAIL) <= {each["check_name"] for each in outcomes if each["status"] == "failed"}
+@pytest.mark.parametrize("name", sorted(XFAIL))
+def test_what_is_excused_fails_for_svc_too(name):
+    with pytest.raises(AssertionError, match="not equivalent to fitting with removed or repeated"):
+        getattr(estimator_checks, name)("SVC", SVC())
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from advkit.defenses.labels.networks import NNPGDAT
 CLEANLAB = pytest.mark.skipif(
     importlib.util.find_spec("cleanlab") is None, reason="needs cleanlab, the extra advkit[labels]"
 )
-NAMES = ["floral", "ln_svm", "ls_svm", "curie", "k_lid", "nn:epochs=20", "nn_pgd_at:epochs=10,steps=2"]
+NAMES = ["floral:rounds=100", "ln_svm", "ls_svm", "curie", "k_lid", "nn:epochs=20", "nn_pgd_at:epochs=5,steps=1,lr=0.1"]
 ALL = [*NAMES, pytest.param("cleanlab", marks=CLEANLAB)]
 
 
@@ -46,10 +46,13 @@ def blobs(n=120, classes=2, flips=0, seed=0):
 def test_every_one_learns_and_says_it_the_same_way_twice(spec, classes):
     x, poisoned, y = blobs(90, classes, flips=6)
     defense = DEFENSES.build(spec)
+    before, torchs = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", DeprecationWarning)  # of what cleanlab imports
         model, again = (fitted(defense.learner(3), x, poisoned) for _ in range(2))
+    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), torchs)
     assert model.classes_.tolist() == list(range(classes))
     assert (model.predict(x) == y).mean() >= 0.95
     every = scores(model, x, classes)
@@ -265,6 +268,7 @@ def test_settings_out_of_range(spec):
         DEFENSES.build(spec)
 
 
+@pytest.mark.slow
 def test_the_network_is_trained_against_perturbed_samples():
     """Robust within its radius where the plain network of the same size is less so."""
     x, y = load_digits(return_X_y=True)

@@ -51,7 +51,7 @@ class Curie(CleaningDefense):
 
     @override
     def cleaned(self, x: Floats, y: Ints, rng: np.random.RandomState) -> Cleaned:
-        points = PCA(0.95).fit_transform(x) if x.shape[1] > _WIDE and len(x) > 1 else x
+        points = PCA(0.95, svd_solver="full").fit_transform(x) if x.shape[1] > _WIDE and len(x) > 1 else x
         clusters = DBSCAN(eps=self._radius(points), min_samples=self.min_samples).fit_predict(points)
         # Two labels are 2 * weight apart, as -1 and +1 are.
         marks = np.sqrt(2) * self.weight * np.eye(int(y.max()) + 1)[y]

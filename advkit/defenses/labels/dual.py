@@ -101,7 +101,8 @@ def _by_svc(gram: Dense, y: Array, upper: Array, tol: float) -> Array:
 
     C = float(upper.max())
     # The first label is taken for positive, so that negated labels have the same dual variables to the last bit.
-    machine = SVC(C=C, kernel="precomputed", tol=tol).fit(gram.matrix, y * y[0], sample_weight=upper / C)
+    machine = SVC(C=C, kernel="precomputed", tol=tol, random_state=0)  # which draws nothing; see `SVM`
+    machine.fit(gram.matrix, y * y[0], sample_weight=upper / C)
     a = np.zeros(len(y))
     a[machine.support_] = np.abs(machine.dual_coef_[0])
     return np.minimum(a, upper)

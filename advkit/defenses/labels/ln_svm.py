@@ -38,7 +38,8 @@ class LNSVMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         X, y = validate_data(self, X, y, dtype=np.float64)
         self._rows = X
         self._kernel = (self.kernel or Kernel()).fitted(X)
-        self._machine = SVC(C=self.C, kernel="precomputed").fit(self.gram(X, X), y, sample_weight=sample_weight)
+        machine = SVC(C=self.C, kernel="precomputed", random_state=0)  # draws nothing; see `SVM`
+        self._machine = machine.fit(self.gram(X, X), y, sample_weight=sample_weight)
         self.classes_ = self._machine.classes_
         return self
 
