@@ -33,7 +33,9 @@ GROUPS: dict[str, Words] = {
         "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "labels", "suites",
         "peers",
     ),
-    "defenses": ("none", "trains the model", "in front of any model", "smoothing", "filter", LABELS),
+    "defenses": (
+        "none", "trains the model", "in front of any model", "inside the model", "smoothing", "filter", LABELS,
+    ),
     "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates", "labels"),
     "tasks": (IMAGES, EVENTS, TEXT),
     "recipes": ("cifar10", "cifar100", "imagenet"),
@@ -48,6 +50,7 @@ _GROUP: dict[str, str] = {
     "advkit.defenses.inputs": "in front of any model",
     "advkit.defenses.labels": LABELS,
     "advkit.defenses.inputs.ppl_filter": "filter",
+    "advkit.defenses.representations": "inside the model",
     "advkit.defenses.smoothing": "smoothing",
     "advkit.threat_models.lp": "ball",
     "advkit.threat_models.sparse": "ball",

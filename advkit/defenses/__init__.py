@@ -41,6 +41,7 @@ DEFENSES: Registry[Defense] = Registry(
         "bit-depth": "advkit.defenses.inputs.bit_depth:BitDepth",
         "ppl_filter": "advkit.defenses.inputs.ppl_filter:PPLFilter",
         "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",
+        "eigenshield": "advkit.defenses.representations.eigenshield:EigenShield",
     },
     group="advkit.defenses",
     contract=Defense,
