@@ -123,7 +123,9 @@ def sentences() -> list[str]:
         "C = 10.",
         f"An adaptive `farfirst` leaves FLORAL {at('farfirst', floral, 'adaptive')} at C = 10, where the plain machine "
         f"keeps {at('farfirst', svm, 'adaptive')}, and {at('farfirst', mild, 'adaptive')} against "
-        f"{at('farfirst', soft, 'adaptive')} at C = 1.",
+        f"{at('farfirst', soft, 'adaptive')} at C = 1; an adaptive ALFA-tilt {at('alfa_tilt', floral, 'adaptive')} "
+        f"against {at('alfa_tilt', svm, 'adaptive')}, and {at('alfa_tilt', mild, 'adaptive')} against "
+        f"{at('alfa_tilt', soft, 'adaptive')}.",
         f"{worst('digits', floral):.3f} against {worst('digits', svm):.3f} at C = 10, "
         f"{worst('digits', mild):.3f} against {worst('digits', soft):.3f} at C = 1.",
         f"FLORAL costs {100 * (clean('moons', moons) - clean('moons', guarded)):.1f} points of clean accuracy there "
@@ -139,6 +141,14 @@ def sentences() -> list[str]:
 @pytest.mark.parametrize("number", range(10))
 def test_what_the_page_says_is_what_the_file_says(number: int) -> None:
     assert " ".join(sentences()[number].split()) in " ".join(TEXT.split())
+
+
+def test_the_page_says_what_was_run() -> None:
+    assert f"{len(CELLS)} cells" in TEXT
+    assert {rate for _, _, rate, _, attacker in CELLS if attacker == "adaptive"} == {0.25}
+    assert not any(key[3].startswith("nn_pgd_at") for key in CELLS)
+    half = [(c["robust_accuracy"]["high"] - c["robust_accuracy"]["low"]) / 2 for k, c in CELLS.items() if k[2] == 0.25]
+    assert 0.01 < sorted(half)[len(half) // 2] < 0.04
 
 
 def test_what_the_page_calls_a_gain_or_a_loss_is_one() -> None:

@@ -33,7 +33,9 @@ GROUPS: dict[str, Words] = {
         "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "labels", "suites",
         "peers",
     ),
-    "defenses": ("none", "trains the model", "in front of any model", "inside the model", "smoothing", "filter", LABELS),
+    "defenses": (
+        "none", "trains the model", "in front of any model", "inside the model", "smoothing", "filter", LABELS,
+    ),
     "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates", "labels"),
     "tasks": (IMAGES, EVENTS, TEXT),
     "recipes": ("cifar10", "cifar100", "imagenet"),
@@ -45,7 +47,6 @@ _GROUP: dict[str, str] = {
     "advkit.attacks.suites": "suites",
     "advkit.defenses.none": "none",
     "advkit.defenses.adversarial": "trains the model",
-    "advkit.defenses.convex": "trains the model",
     "advkit.defenses.inputs": "in front of any model",
     "advkit.defenses.labels": LABELS,
     "advkit.defenses.inputs.ppl_filter": "filter",
