@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from advkit.evaluation.report import Report
 
 DISAGREES = 3
-BESIDE = "beside.jsonl"
+BESIDE = ("beside.jsonl", "baseline.jsonl")
 
 
 def rerun(
@@ -80,7 +80,7 @@ def rerun(
         )
     for fault in faults:
         typer.echo(printable(f"not verified: {fault}"), err=True)
-    beside = (home / BESIDE).is_file()
+    beside = any((home / name).is_file() for name in BESIDE)
     _refuse_objects(file, asked)
     _check_data(asked, old)
     resolved = plan(replace(asked, device=device, batch_size=batch_size, beside=beside))
@@ -175,7 +175,7 @@ def _all_records(file: Path) -> dict[tuple[str, str, str], Record]:
     """A run's records and those of the other side beside them, by file, attack and row."""
     from advkit.evaluation.run.store import read_records
 
-    found = [file, *(other for other in [file.with_name(BESIDE)] if other.is_file())]
+    found = [file, *(other for name in BESIDE if (other := file.with_name(name)).is_file())]
     return {
-        ("beside" if each.name == BESIDE else "", str(r.made_by), r.id): r for each in found for r in read_records(each)
+        (each.name if each.name in BESIDE else "", str(r.made_by), r.id): r for each in found for r in read_records(each)
     }

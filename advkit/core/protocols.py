@@ -298,6 +298,15 @@ class Undefended(Protocol):
 
 
 @runtime_checkable
+class TakesStandIn(Protocol):
+    """A model behind an input transformation whose derivative an attacker may replace (BPDA)."""
+
+    @abstractmethod
+    def with_identity(self) -> Any:
+        """The same answers, with the derivative of the identity in place of the transformation's."""
+
+
+@runtime_checkable
 class UnderSpeed(Protocol):
     """A model that says itself what it is under speed switches, because it is queried in more ways than one."""
 
@@ -1263,6 +1272,26 @@ class TrainsFront(Protocol):
     @abstractmethod
     def around(self, model: Any, data: Data, rng: Rng) -> Any:
         """What is trained: the model behind a front whose weights are drawn from rng, pre-trained where it is so."""
+
+
+@runtime_checkable
+class TrainsApart(Protocol):
+    """A defense that trains networks of its own, on data of its own, before it stands in front of any model."""
+
+    @abstractmethod
+    def trainer(self) -> Any:
+        """What is trained and how: a `recipe`, an `objective()`, the networks and their data (`begun(seed)`), and
+        `keep(model, path, extra)`, which writes a file that the defense's `weights` names."""
+
+
+@runtime_checkable
+class Compared(Protocol):
+    """A defense beside which a simpler one is evaluated, to tell what it adds."""
+
+    @property
+    @abstractmethod
+    def baseline(self) -> str:
+        """Spec of the simpler defense; empty for none."""
 
 
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")

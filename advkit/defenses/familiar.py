@@ -24,7 +24,10 @@ NAMES: Final[dict[str, str]] = {
     **dict.fromkeys(("randomizedsmoothing", "cohen", "gaussiansmoothing"), "did you mean 'smoothing'?"),
     **dict.fromkeys(("ds", "denoisedsmoothing", "denoiser"), "did you mean 'denoised_smoothing'?"),
     **dict.fromkeys(("zoaeds", "zo", "blackboxdefense"), "did you mean 'zo_ae_ds' or 'zo_ds'?"),
-    **dict.fromkeys(("jpeg", "jpegcompression"), f"JPEG compression {_NONE_YET}"),
+    **dict.fromkeys(("jpegcompression", "jpg", "compression"), "did you mean 'jpeg'?"),
+    **dict.fromkeys(("totalvariation", "tvm", "totvarmin", "totalvarmin", "tvdenoising"), "did you mean 'tv'?"),
+    **dict.fromkeys(("gaussianblur", "boxblur", "spatialsmoothing", "averageblur"), "did you mean 'blur'?"),
+    **dict.fromkeys(("raw", "rawisp", "allyouneedisraw", "isp"), "did you mean 'raw_isp'?"),
     **dict.fromkeys(("fastat", "fast"), "did you mean 'fgsm_rs' or 'free_at'?"),
     "distillation": f"defensive distillation {_NONE_YET}",
 }

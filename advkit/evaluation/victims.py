@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
-from advkit.core.files import LOCK, claimed, why, write_whole
+from advkit.core.files import LOCK, cache_root, claimed, why, write_whole
 from advkit.core.protocols import Bindable, CountsQueries, Deploys, KnowsClasses, Task, Trains, TrainsFront
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
@@ -44,15 +43,6 @@ class Victim:
     origin: str
     defense: str = ""
     card: dict[str, Any] = field(default_factory=dict)
-
-
-def cache_root() -> Path:
-    """Where trained models are kept: ADVKIT_CACHE, else the user's cache folder."""
-    named = os.environ.get("ADVKIT_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "advkit"
 
 
 def training_rng(seed: int) -> RowRng:

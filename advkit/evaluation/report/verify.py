@@ -1,7 +1,7 @@
 """Whether a report is what its records say: every figure that records alone give is counted again, and every hash.
 
-A report lies beside the records it was made of (`records.jsonl`), those of its companion (`beside.jsonl`) and the case
-that they belong to (`records.case.json`). Whoever edits one of them is found out here, without a model or a data set.
+A report lies beside the records it was made of (`records.jsonl`), those of its companions (`beside.jsonl`, and
+`baseline.jsonl` of another victim) and the case that they belong to (`records.case.json`). Whoever edits one of them is found out here, without a model or a data set.
 Whoever forges all of them alike is not: only a rerun tells.
 """
 
@@ -46,6 +46,7 @@ from advkit.evaluation.report.examples import records_beside
 from advkit.evaluation.run.store import read_records
 
 BESIDE = "beside.jsonl"
+BASELINE = "baseline"
 _LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none"})
 COUNTED = frozenset({"certification", "evasion", "grid", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
@@ -105,6 +106,8 @@ def verified(report: Report) -> tuple[Verification, list[Record]]:
         records = read_records(file)
         beside_file = file.with_name(BESIDE)
         beside = read_records(beside_file) if beside_file.is_file() else []
+        baseline_file = file.with_name(f"{BASELINE}.jsonl")
+        baseline = read_records(baseline_file) if baseline_file.is_file() else []
     except ReportError as error:
         return Verification((printable(str(error)),)), []
     data = report.current
@@ -114,7 +117,7 @@ def verified(report: Report) -> tuple[Verification, list[Record]]:
     if config is not None:
         faults += _of_case(data, config)
     faults += _of_request(data)
-    confirmed, wrong = _metrics(data, records, beside)
+    confirmed, wrong = _metrics(data, records, beside, baseline)
     unchecked = [name for name in data["metrics"] if name not in confirmed]
     unchecked += [] if config is not None or unread else ["reproducibility.config_sha256"]
     headline = data["section"]["headline"]
@@ -210,7 +213,7 @@ def _short(value: Any) -> str:
 
 
 def _metrics(
-    data: Mapping[str, Any], records: Sequence[Record], beside: Sequence[Record]
+    data: Mapping[str, Any], records: Sequence[Record], beside: Sequence[Record], baseline: Sequence[Record]
 ) -> tuple[set[str], list[str]]:
     """Names of the metrics that were counted again, and what does not agree."""
     metrics, confirmed, wrong = data["metrics"], set[str](), list[str]()
@@ -219,10 +222,11 @@ def _metrics(
     counted = {name: (name, records) for name in metrics}
     for companion in data["companions"]:
         prefix = f"{companion['name']}_"
-        own = {name: (name.removeprefix(prefix), beside) for name in metrics if name.startswith(prefix)}
+        its = baseline if companion["name"] == BASELINE else beside
+        own = {name: (name.removeprefix(prefix), its) for name in metrics if name.startswith(prefix)}
         # `white_box_...` of a report that has no companion of that name is its own.
         counted |= own
-    tables = {id(records): figures_of(records), id(beside): figures_of(beside)}
+    tables = {id(each): figures_of(each) for each in (records, beside, baseline)}
     if data["section"]["scenario"] == CERTIFICATION:
         confirmed, wrong = _certificates(data, records)
     for name, (base, of) in counted.items():

@@ -98,6 +98,8 @@ class Companion:
     knows_less: its attacker knows less than the headline's: where it breaks more, the headline's attack was too weak
     within:     radius of its attack where the headline's records are certificates: another class for a sample that is
                 certified at it refutes the certificate
+    records:    name of the file of its records. Other than "beside" where its victim is another model, which has clean
+                answers of its own: its attacks are then no entries of the report's list
     """
 
     name: str
@@ -109,6 +111,7 @@ class Companion:
     knows_less: bool = False
     within: float | None = None
     without: str = ""
+    records: str = "beside"
 
 
 class Engine(Protocol):

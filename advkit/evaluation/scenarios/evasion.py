@@ -18,11 +18,14 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import (
     Attack,
     BringsAttacks,
+    Compared,
     Label,
     Outcome,
     Record,
     Stage,
     Suite,
+    Trains,
+    TrainsFront,
     Undefended,
     ids_of,
     on_streams,
@@ -43,8 +46,10 @@ from advkit.evaluation.scenarios.base import (
     lacks_access,
 )
 from advkit.evaluation.scenarios.grid import claimed
+from advkit.evaluation.victims import training_rng
 from advkit.threat_models import THREAT_MODELS
 
+BASELINE = "baseline"
 OBLIVIOUS = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate", "target_nll_after", "rejected")
 
 
@@ -143,9 +148,11 @@ class Evasion(BaseScenario, RowsApart):
             escalated |= stage.alarmed(broken, before if stage.by == "nearest" else len(taken))
 
     def companions(self, case: Case) -> Sequence[Companion]:
-        """The attacker who does not know of the defense, where it can be taken off; else what the defense claims."""
+        """The attacker who does not know of the defense, where it can be taken off, and the simpler defense that it is
+        compared with; else what the defense claims.
+        """
         if isinstance(case.victim, Undefended) and case.victim.undefended is not None and not case.surrogates:
-            return [_oblivious(case, case.victim.undefended)]
+            return [_oblivious(case, case.victim.undefended), *_baseline(case, case.victim.undefended)]
         claim = case.defense.claims if case.defense is not None else ""
         if not claim or not isinstance(THREAT_MODELS.build(claim), BringsAttacks):
             return ()
@@ -208,3 +215,28 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
     return Companion(
         "oblivious", title, other, OBLIVIOUS, "oblivious_robust_accuracy", prefix="oblivious_", knows_less=True
     )
+
+
+def _baseline(case: Case, undefended: Any) -> list[Companion]:
+    """The same attack on the model behind the simpler defense that a defense is compared with, where it names one."""
+    if not isinstance(case.defense, Compared) or not case.defense.baseline:
+        return []
+    simpler = DEFENSES.build(case.defense.baseline)
+    spec = DEFENSES.label(simpler)
+    if simpler.needs_data or isinstance(simpler, Trains | TrainsFront):
+        raise UsageError(f"baseline is {spec}, which trains; expected a defense that trains nothing, such as blur")
+    victim = simpler.protect(undefended, None, training_rng(case.seed))
+    other = replace(
+        case,
+        victim=victim,
+        defense=simpler,
+        specs={**case.specs, "defense": spec},
+        randomized=victim.describe().randomized,
+    )
+    metrics = ("clean_accuracy", "robust_accuracy", "robust_accuracy_upper")
+    title = f"baseline {spec}, defense known"
+    return [
+        Companion(
+            BASELINE, title, other, metrics, f"{BASELINE}_robust_accuracy", prefix=f"{BASELINE}_", records=BASELINE
+        )
+    ]
