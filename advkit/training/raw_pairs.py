@@ -116,7 +116,9 @@ def read_camera_raw(path: Path, black: float | None = None) -> CameraRaw:
                 output_bps=16, use_camera_wb=True, no_auto_bright=True, user_flip=0, gamma=(2.4, 12.92)
             )
     except (rawpy.LibRawError, OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} is no readable camera RAW file ({first_line(error)}); repair or remove it") from error
+        told = error.args[0] if error.args else error  # LibRaw's messages are bytes
+        said = told.decode("utf-8", "replace") if isinstance(told, bytes) else first_line(error)
+        raise BadInput(f"{path} is no readable camera RAW file ({said}); repair or remove it") from error
     if black is not None:
         levels = [black] * 4
     elif not any(levels) and values.min() > 0:
