@@ -177,5 +177,7 @@ def _all_records(file: Path) -> dict[tuple[str, str, str], Record]:
 
     found = [file, *(other for name in BESIDE if (other := file.with_name(name)).is_file())]
     return {
-        (each.name if each.name in BESIDE else "", str(r.made_by), r.id): r for each in found for r in read_records(each)
+        (each.name if each.name in BESIDE else "", str(r.made_by), r.id): r
+        for each in found
+        for r in read_records(each)
     }

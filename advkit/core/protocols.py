@@ -1280,8 +1280,10 @@ class TrainsApart(Protocol):
 
     @abstractmethod
     def trainer(self) -> Any:
-        """What is trained and how: a `recipe`, an `objective()`, the networks and their data (`begun(seed)`), and
-        `keep(model, path, extra)`, which writes a file that the defense's `weights` names."""
+        """What is trained and how: a `recipe`, an `objective()`, the networks and their data (`begun(seed)`),
+        `keep(model, path, extra)`, which writes a file and returns its sha256, and the spec of the defense that uses
+        one (`use(path)`).
+        """
 
 
 @runtime_checkable

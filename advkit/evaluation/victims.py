@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
 from advkit.core.files import LOCK, cache_root, claimed, why, write_whole
-from advkit.core.protocols import Bindable, CountsQueries, Deploys, KnowsClasses, Task, Trains, TrainsFront
+from advkit.core.protocols import (
+    Bindable,
+    CountsQueries,
+    Deploys,
+    KnowsClasses,
+    Task,
+    Trains,
+    TrainsApart,
+    TrainsFront,
+)
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
@@ -346,7 +355,10 @@ def train_victim(
 
 @dataclass(frozen=True)
 class _Training:
-    """What there is to train, and how it is called."""
+    """What there is to train, and how it is called.
+
+    apart: networks of a defense's own (`TrainsApart`): the guard is its trainer
+    """
 
     start: Any
     guard: Any
@@ -355,6 +367,7 @@ class _Training:
     defense: str
     seed: int
     model: str
+    apart: bool = False
 
     @classmethod
     def asked(cls, model: Any, defense: Any, task: Any, recipe: str, seed: int) -> _Training:
@@ -376,6 +389,10 @@ class _Training:
                 )
             defense = f"{defense}{',' if ':' in defense else ':'}recipe=[{held.text}]"
         guard: Any = DEFENSES.build(defense)
+        if isinstance(guard, TrainsApart):
+            trainer = guard.trainer()
+            start, data = trainer.begun(seed)
+            return cls(start, trainer, data, data.name, DEFENSES.label(guard, defense), seed, start.name, apart=True)
         if not isinstance(guard, Trains):
             raise UsageError(
                 f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
@@ -411,7 +428,10 @@ class _Training:
         file = out / "model.safetensors"
         extra = {"task": self.task, "defense": self.defense, "seed": self.seed, "data": _data_digest(self.data)}
         model = fitted.model.to("cpu")
-        if isinstance(model, Denoised):
+        task = f"--task {self.task} "
+        if self.apart:
+            stored, task, use = self.guard.keep(model, file, extra), "", f"--defense {self.guard.use(file)}"
+        elif isinstance(model, Denoised):
             stored = save_front(model, file, tuple(self.data.x.shape[1:]), extra)
             defense = f"{self.defense}{',' if ':' in self.defense else ':'}weights={file}"
             use = f"--model {self.model} --defense {defense}"
@@ -420,7 +440,7 @@ class _Training:
         made: dict[str, Any] = {
             "file": str(file),
             "sha256": stored,
-            "model": model.describe().architecture,
+            "model": model.describe().architecture or self.model,
             "defense": self.defense,
             "task": self.task,
             "seed": self.seed,
@@ -428,7 +448,7 @@ class _Training:
             "best_epoch": fitted.best_epoch,
             "score": None if math.isnan(fitted.best.score) else fitted.best.score,
             "halted": fitted.halted,
-            "evaluate": f"advkit evaluate --task {self.task} {use}",
+            "evaluate": f"advkit evaluate {task}{use}",
         }
         if isinstance(model, CountsQueries):
             made["queries"] = {"answered": int(fitted.log[-1].figures[QUERIES]), "retried": model.retried}

@@ -86,10 +86,7 @@ class PyNET(nn.Module):
         self.up_last = _Up(32, 16)
         last = {5: 512, 4: 256, 3: 128, 2: 64, 1: 32, 0: 16}
         self.out = nn.ModuleDict(
-            {
-                str(level): nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(width, 3, 3))
-                for level, width in last.items()
-            }
+            {str(level): nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(width, 3, 3)) for level, width in last.items()}
         )
 
     def forward(self, planes: Tensor, level: int = 1) -> Tensor:

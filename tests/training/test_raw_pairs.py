@@ -132,7 +132,9 @@ def test_a_folder_may_hold_photographs_and_camera_files(tmp_path: Path, caplog: 
     # the third and the sixth are cuts of the camera file: its planes, as they are
     planes = raw.pack(((torch.from_numpy(sensor.astype(np.float32)) - 64) / 959)[None])[0]
     found = [
-        torch.allclose(planes[:, top : top + 16, left : left + 16], data.x[2, 3:]) for top in range(5) for left in range(7)
+        torch.allclose(planes[:, top : top + 16, left : left + 16], data.x[2, 3:])
+        for top in range(5)
+        for left in range(7)
     ]
     assert any(found)
 

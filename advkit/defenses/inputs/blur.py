@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advkit.core.checks import at_least_one, one_of, positive
+from advkit.core.checks import at_least, one_of, positive
 from advkit.core.errors import BadModel
 from advkit.defenses.inputs.base import InputDefense
 
@@ -21,18 +21,17 @@ class Blur(InputDefense):
     Images are mirrored at the border. Differentiates, so that an adaptive attacker goes through it.
 
     kind:   "box", all neighbours alike, or "gaussian"
-    radius: of the neighbourhood, in pixels: 2 * radius + 1 on a side; of a Gaussian 0 takes 3 sigma
+    radius: of the neighbourhood, in pixels: 2 * radius + 1 on a side; 0 for 1 of a box, 3 sigma of a Gaussian
     sigma:  standard deviation of the Gaussian, in pixels
     """
 
     kind: Literal["box", "gaussian"] = "box"
-    radius: int = 1
+    radius: int = 0
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
         one_of(self, "kind", ("box", "gaussian"))
-        if self.kind == "box" or self.radius:
-            at_least_one(self, "radius")
+        at_least(self, 0, "radius")
         positive(self, "sigma", what="standard deviation")
 
     def transform(self, x: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ class Blur(InputDefense):
         if x.ndim != 4:
             raise BadModel(f"blur takes images [B, C, H, W], got {list(x.shape)}")
         if self.kind == "box":
-            weights = [1.0] * (2 * self.radius + 1)
+            weights = [1.0] * (2 * (self.radius or 1) + 1)
         else:
             reach = self.radius or max(1, round(3 * self.sigma))
             places = torch.arange(-reach, reach + 1, dtype=torch.float64)

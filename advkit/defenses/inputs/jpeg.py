@@ -33,19 +33,20 @@ CHROMINANCE = (
 class JPEG(InputDefense):
     """JPEG compression: every image is written and read by Pillow before the model sees it (colour 4:2:0, or gray).
 
-    Rounding has no derivative. The attacker's view answers what Pillow does; for a derivative it takes that of a smooth
-    JPEG in torch, whose rounding is x - sin(2 pi x) / (2 pi), or the identity's (BPDA).
+    Rounding has no derivative. The attacker's view answers what Pillow does, with the derivative of the identity (BPDA)
+    or of a smooth JPEG in torch, whose rounding is x - sin(2 pi x) / (2 pi). The identity's was the stronger one where
+    both were tried (docs/raw_isp.md).
 
     quality: as Pillow counts it, 1 to 95
-    view:    "smooth" or "identity"
+    view:    "identity" or "smooth"
     """
 
     quality: int = 75
-    view: Literal["smooth", "identity"] = "smooth"
+    view: Literal["identity", "smooth"] = "identity"
 
     def __post_init__(self) -> None:
         check(self, "quality", 1 <= self.quality <= 95, "a whole number from 1 to 95")
-        one_of(self, "view", ("smooth", "identity"))
+        one_of(self, "view", ("identity", "smooth"))
 
     def transform(self, x: Tensor) -> Tensor:
         """The images read back, values k/255."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -149,14 +148,26 @@ class IspTrainer:
 
     def told(self) -> dict[str, Any]:
         """Everything but the images and the features, as JSON values."""
-        settings = asdict(replace(self, features=None))
-        del settings["features"]
-        told: dict[str, Any] = json.loads(canonical_json(settings))
-        return told
+        return {
+            "networks": asdict(self.networks),
+            "noise": self.noise,
+            "images": self.images,
+            "black": self.black,
+            "crops": self.crops,
+            "crop": self.crop,
+            "recipe": repr(self.recipe),  # which leaves out settings of later versions that are at their defaults
+        }
 
     def keep(self, model: Any, path: Path, extra: Mapping[str, Any]) -> str:
         """Write what was trained; returns the file's sha256."""
         return save_purifier(model.module, path, {**extra, "trainer": self.told()})
+
+    def use(self, path: Path) -> str:
+        """The spec of the defense with the networks of a file."""
+        from advkit.defenses import DEFENSES
+
+        held = self.networks
+        return DEFENSES.spec(RawISP(f=held.f, g=held.g, width=held.width, weights=str(path)))
 
 
 @dataclass(frozen=True, kw_only=True)
