@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ _DARK = 1e-6
 def _convolutions(*channels: int) -> nn.Sequential:
     """3x3 convolutions with a ReLU between them."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
+    for inputs, outputs in pairwise(channels):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -78,7 +79,8 @@ class ResidualToRaw(nn.Module):
         root = _roots(start)
         moved = (root + self.net(torch.cat((image, root), 1))).clamp(0, 1)
         # (root + change)**2, written so that no change gives the analytic planes to the bit
-        return start + (moved - root) * (moved + root)
+        planes: Tensor = start + (moved - root) * (moved + root)
+        return planes
 
 
 class ResidualToRGB(nn.Module):
@@ -90,7 +92,8 @@ class ResidualToRGB(nn.Module):
 
     def forward(self, planes: Tensor) -> Tensor:
         image = raw.develop(planes)
-        return image + self.net(torch.cat((image, _roots(planes)), 1))
+        change: Tensor = self.net(torch.cat((image, _roots(planes)), 1))
+        return image + change
 
 
 class UNetToRGB(nn.Module):
@@ -189,7 +192,7 @@ class Purifier(nn.Module):
 
     Takes [B, C, H, W] of any size in [0, 1]; every image by itself. One-channel images go through as gray colour
     images, and the mean of the three channels comes back. Stands before a model of images of any kind:
-    `nn.Sequential(purifier, segmenter)`, or `detector([image for image in purifier(batch)])`.
+    `nn.Sequential(purifier, segmenter)`, or `detector(list(purifier(batch)))`.
 
     Raises BadModel for other numbers of channels.
     """

@@ -1,4 +1,4 @@
-"""Pairs of RAW planes and RGB images to train camera networks on: photographs, camera RAW files, paired data sets.
+"""Pairs of RAW planes and RGB images to train on: photographs, camera RAW files, paired data sets.
 
 A pair is seven planes [7, H, W] in [0, 1]: the sRGB image, then R, G, G and B of a mosaic of twice its height and width.
 """
@@ -48,6 +48,8 @@ CAMERA = (".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".pef", ".raf"
 ZURICH_RAW, ZURICH_RGB = "huawei_raw", "canon"
 ZURICH_WHITE = 1020.0
 GAIN_SPREAD = 0.1
+MEMORY = 2**30
+"""Bytes of decoded images that are kept for further crops."""
 EXPOSURES = (0.7, 1.1)
 
 
@@ -157,6 +159,46 @@ def _pattern_of(held: Any, path: Path) -> str:
 Cut = Callable[[torch.Generator, int], Tensor]
 
 
+class _Decoded:
+    """Files as they were read, the last ones in memory: a data set of RAW pairs does not fit."""
+
+    def __init__(self, limit: int = MEMORY) -> None:
+        self.limit = limit
+        self._held: dict[Path, Tensor] = {}
+
+    def get(self, path: Path, read: Callable[[Path], Tensor]) -> Tensor:
+        """What `read` makes of a file."""
+        if path not in self._held:
+            found = read(path)
+            while self._held and self._bytes() + found.nbytes > self.limit:
+                del self._held[next(iter(self._held))]
+            self._held[path] = found
+        return self._held[path]
+
+    def _bytes(self) -> int:
+        return sum(each.nbytes for each in self._held.values())
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that pairs are cut from, read when it is asked for.
+
+    read: its content: a photograph [3, H, W], or a measured pair [7, H/2, W/2]
+    """
+
+    path: Path
+    read: Callable[[Path], Tensor]
+    decoded: _Decoded
+
+    def __call__(self, generator: torch.Generator, crop: int) -> Tensor:
+        content = self.decoded.get(self.path, self.read)
+        measured = content.shape[0] == 7
+        size = [int(side) * (2 if measured else 1) for side in content.shape[1:]]
+        if min(size) < crop:
+            raise BadInput(f"{self.path} has {size[0]} x {size[1]} pixels; expected at least {crop} x {crop}")
+        return (_measured_pair if measured else synthetic_pair)(content, generator, crop)
+
+
 def _whole(generator: torch.Generator, below: int) -> int:
     return int(torch.randint(below, (), generator=generator))
 
@@ -238,12 +280,16 @@ def sources(images: str | Path = "", crop: int = 96, black: float | None = None)
 
     Raises UsageError where there is nothing to train on.
     """
+    decoded = _Decoded()
     if not images:
-        return [(path.name, partial(_cut_photograph, read_rgb(path))) for path in shipped_photographs()]
+        return [(path.name, _File(path, read_rgb, decoded)) for path in shipped_photographs()]
     folder = Path(images).expanduser()
     if not folder.is_dir():
         raise UsageError(f"there is no folder {images}; images= names a folder of photographs or camera RAW files")
-    held = list(_files(folder, black))
+    paired = _zurich(folder)
+    if paired is not None:
+        return [(path.name, _File(path, _with_partner, decoded)) for path in _mosaics(paired)]
+    held = list(_files(folder, black, decoded))
     fit = [(name, cut) for name, size, cut in held if min(size) >= crop]
     if len(fit) < len(held):
         log.warning("%s: %d of %d images are smaller than %d pixels", folder, len(held) - len(fit), len(held), crop)
@@ -256,29 +302,48 @@ def sources(images: str | Path = "", crop: int = 96, black: float | None = None)
     return fit
 
 
-def _files(folder: Path, black: float | None) -> Iterator[tuple[str, Sequence[int], Cut]]:
-    """Names, sensor sizes and cuts of all that a folder holds."""
-    paired = _zurich(folder)
-    if paired is not None:
-        for path in sorted((paired / ZURICH_RAW).glob("*.png")):
-            image = paired / ZURICH_RGB / f"{path.stem}.jpg"
-            if not image.is_file():
-                raise BadInput(f"{path} has no partner {image}; expected one image for every mosaic")
-            pair = read_zurich(path, image)
-            yield path.name, [2 * size for size in pair.shape[1:]], partial(_measured_pair, pair)
-        return
+def _partner(mosaic: Path) -> Path:
+    return mosaic.parent.parent / ZURICH_RGB / f"{mosaic.stem}.jpg"
+
+
+def _with_partner(mosaic: Path) -> Tensor:
+    return read_zurich(mosaic, _partner(mosaic))
+
+
+def _mosaics(folder: Path) -> list[Path]:
+    """The mosaics of a data set, each of which has an image."""
+    found = sorted((folder / ZURICH_RAW).glob("*.png"))
+    if not found:
+        raise UsageError(f"{folder / ZURICH_RAW} holds no PNG files; expected a mosaic for every image")
+    for path in found:
+        if not _partner(path).is_file():
+            raise BadInput(f"{path} has no partner {_partner(path)}; expected one image for every mosaic")
+    return found
+
+
+def _files(folder: Path, black: float | None, decoded: _Decoded) -> Iterator[tuple[str, Sequence[int], Cut]]:
+    """Names, sensor sizes and cuts of all that a folder holds; camera files are read once, images only their size."""
+    from PIL import Image
+
     for path in sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith(".")):
         if path.suffix.lower() in CAMERA:
-            shot = read_camera_raw(path, black)
-            pair = torch.cat((shot.rgb, shot.planes))
-            yield path.name, [2 * size for size in pair.shape[1:]], partial(_measured_pair, pair)
+            shot = _File(path, partial(_camera_pair, black=black), decoded)
+            yield path.name, [2 * int(size) for size in decoded.get(path, shot.read).shape[1:]], shot
         elif path.suffix.lower() in EXTENSIONS:
-            image = read_rgb(path)
-            yield path.name, image.shape[1:], partial(_cut_photograph, image)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    with Image.open(path, formats=FORMATS) as image:
+                        size = image.size
+            except Exception as error:  # decoders raise nearly anything on a damaged file
+                said = f"{path} is no readable image ({first_line(error)}); repair or remove it"
+                raise BadInput(said) from error
+            yield path.name, size, _File(path, read_rgb, decoded)
 
 
-def _cut_photograph(image: Tensor, generator: torch.Generator, crop: int) -> Tensor:
-    return synthetic_pair(image, generator, crop)
+def _camera_pair(path: Path, black: float | None) -> Tensor:
+    shot = read_camera_raw(path, black)
+    return torch.cat((shot.rgb, shot.planes))
 
 
 def pairs(
@@ -287,14 +352,14 @@ def pairs(
     crops: int = 192,
     crop: int = 96,
     black: float | None = None,
-    only: Sequence[tuple[str, Cut]] | None = None,
 ) -> Data:
     """Training pairs [crops, 7, crop/2, crop/2], an equal share from every image; labels are all 0.
 
-    only: sources to cut from in place of those of `images`
+    Of more images than crops those are taken that lie evenly in the order of their names.
     """
-    held = sources(images, crop, black) if only is None else only
+    held = sources(images, crop, black)
     generator = rng.at("pairs").generator()
-    cut = torch.stack([held[number % len(held)][1](generator, crop) for number in range(crops)])
+    taken = [number * len(held) // crops if len(held) > crops else number % len(held) for number in range(crops)]
+    cut = torch.stack([held[place][1](generator, crop) for place in taken])
     space = Box(0.0, 1.0, tuple(cut.shape[1:]))
     return Data(cut, torch.zeros(crops, dtype=torch.long), space, 1, name="RAW pairs")

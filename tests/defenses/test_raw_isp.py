@@ -24,7 +24,7 @@ from advkit.evaluation.report.verify import verify
 from advkit.evaluation.victims import train_victim
 from advkit.models import MODELS, raw
 from advkit.models.isp import load_purifier
-from advkit.models.torch import TorchModel, seeded
+from advkit.models.torch import TorchModel
 from advkit.testing import check_defense
 from advkit.testing.defense_laws import stripes
 from advkit.testing.victims import network, uniform
@@ -321,6 +321,5 @@ def test_settings_without_meaning_are_refused(spec: str, said: str) -> None:
 
 
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no folder .*nowhere; images= names"):
+    with pytest.raises(UsageError, match=r"there is no folder .*nowhere; images= names"):
         RawISP(images=str(tmp_path / "nowhere")).purifier()
-    assert seeded

@@ -222,7 +222,7 @@ def test_it_stands_before_a_segmentation_model_and_a_detector() -> None:
     assert (leaf.grad != 0).any(1).float().mean() > 0.5
 
     leaf = x.clone().requires_grad_()
-    found = detector([image for image in purifier(leaf)])
+    found = detector(list(purifier(leaf)))
     assert len(found) == 2
     assert {"boxes", "labels", "scores"} <= found[0].keys()
     loss = sum(each["scores"].sum() for each in found)

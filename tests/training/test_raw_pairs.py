@@ -91,11 +91,11 @@ def test_what_a_camera_file_does_not_say_is_one_clear_line(tmp_path: Path) -> No
     pytest.importorskip("rawpy", reason="the extra raw brings rawpy")
     sensor = np.random.default_rng(0).integers(200, 1024, (24, 30)).astype(np.uint16)
     silent = write_dng(tmp_path / "silent.dng", sensor, black=None)
-    with pytest.raises(BadInput, match="says no black level, and its darkest pixel is 20. of 1023: give black="):
+    with pytest.raises(BadInput, match=r"says no black level, and its darkest pixel is 20. of 1023: give black="):
         read_camera_raw(silent)
     assert read_camera_raw(silent, black=0.0).black == (0.0,) * 4
     trans = write_dng(tmp_path / "trans.dng", sensor, "GGRGGBGGBGGRBRGRBGGGBGGRGGRGGBRBGBRG", cells=(6, 6))
-    with pytest.raises(BadInput, match="no Bayer pattern .*6 x 6 pixels"):
+    with pytest.raises(BadInput, match=r"no Bayer pattern .*6 x 6 pixels"):
         read_camera_raw(trans)
     over = write_dng(tmp_path / "over.dng", sensor, black=1023)
     with pytest.raises(BadInput, match="black level 1023 and white level 1023; expected black below white"):
@@ -155,7 +155,23 @@ def test_zurichs_layout_is_read(tmp_path: Path) -> None:
         sources(tmp_path, crop=32)
     photo(tmp_path / "train" / raw_pairs.ZURICH_RGB, "0.jpg", 32, 36)
     with pytest.raises(BadInput, match=r"is \[32, 32\] and 0\.jpg \[32, 36\]; expected one size"):
-        sources(tmp_path, crop=32)
+        pairs(RNG, tmp_path, crops=1, crop=32)
+    photo(tmp_path / "train" / raw_pairs.ZURICH_RGB, "0.jpg", 32, 32)
+    with pytest.raises(BadInput, match=r"0\.png has 32 x 32 pixels; expected at least 48 x 48"):
+        pairs(RNG, tmp_path, crops=1, crop=48)
+
+
+def test_only_so_many_bytes_of_images_stay_in_memory(tmp_path: Path) -> None:
+    read = []
+
+    def once(path: Path) -> torch.Tensor:
+        read.append(path.name)
+        return torch.zeros(100)  # 400 bytes
+
+    held = raw_pairs._Decoded(limit=1000)
+    for name in "aabbacab":
+        held.get(Path(name), once)
+    assert "".join(read) == "abcab"
 
 
 def test_folders_with_nothing_to_train_on_are_refused(tmp_path: Path) -> None:

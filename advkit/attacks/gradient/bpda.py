@@ -19,7 +19,8 @@ from advkit.core.protocols import Access, Ball, MadeForGoal, MadeForThreatModel,
 
 PASSED_ON = frozenset({"restarts", "targets", "eot", "queries", "serves", "complaint"})
 """What the attack inside is planned with or says of itself besides its abilities."""
-BOTH = "both"
+Through = Literal["identity", "own", "both"]
+BOTH: Through = "both"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,14 @@ class BPDA(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
     """
 
     attack: str = "pgd"
-    through: Literal["identity", "own", "both"] = "identity"
+    through: Through = "identity"
 
     needs: ClassVar[Access] = Access.GRADIENTS
 
-    def __new__(cls, *, attack: str = "pgd", through: str = "identity") -> BPDA:
+    def __new__(cls, *, attack: str = "pgd", through: Through = "identity") -> BPDA:
         """Only both together are a suite and have stages; a copy with other settings may be of the other kind."""
         if cls is _Both and through != BOTH:
-            return BPDA(attack=attack, through=through)  # type: ignore[arg-type]
+            return BPDA(attack=attack, through=through)
         return object.__new__(_Both if through == BOTH else cls)
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class _Both(BPDA, Suite):
     @override
     def stages(self) -> tuple[Stage, ...]:
         """The defense's own derivative, then the identity's."""
-        names: tuple[Literal["own", "identity"], ...] = ("own", "identity")
+        names: tuple[Through, ...] = ("own", "identity")
         return tuple(Stage(name=name, attack=BPDA(attack=self.attack, through=name)) for name in names)
 
     __call__ = Suite.__call__

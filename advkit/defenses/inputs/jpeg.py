@@ -104,12 +104,13 @@ def smooth_jpeg(x: Tensor, quality: int, rounding: Callable[[Tensor], Tensor] = 
     luminance, chrominance = tables(quality).to(x)
     if x.shape[1] == 1:
         return (_coded(whole - 128, luminance, rounding)[..., :height, :width] + 128).clamp(0, 255) / 255
-    red, green, blue = whole.split(1, 1)
+    red, green, blue = whole[:, :1], whole[:, 1:2], whole[:, 2:]
     y = 0.299 * red + 0.587 * green + 0.114 * blue
     colours = torch.cat((blue - y, red - y), 1) / whole.new_tensor((1.772, 1.402))[:, None, None]
     y = _coded(y - 128, luminance, rounding) + 128
     coded = _coded(F.avg_pool2d(colours, 2), chrominance, rounding)
-    cb, cr = F.interpolate(coded, scale_factor=2, mode="bilinear", align_corners=False).split(1, 1)
+    chroma = F.interpolate(coded, scale_factor=2, mode="bilinear", align_corners=False)
+    cb, cr = chroma[:, :1], chroma[:, 1:]
     again = torch.cat((y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb), 1)
     return (again[..., :height, :width]).clamp(0, 255) / 255
 

@@ -175,10 +175,10 @@ class RawISP(TrainsApart, Compared):
     """Purification through camera RAW: the image becomes RAW planes (F) and an image again, by two pipelines.
 
     x -> clamp(w G(F(x)) + (1 - w) S(F(x)), 0, 1), in front of any model: F and G are small networks, S is a
-    conventional pipeline (Malvar demosaicing, white balance, colour matrix, sRGB). F learns to map noisy images to clean
-    RAW; no adversarial example is trained on. Every operator differentiates, so that attackers with gradients go
-    through the whole chain; `bpda:pgd` takes the identity's derivative in its place. All of the protection that was
-    measured is against attackers who do not know of it (docs/raw_isp.md).
+    conventional pipeline (Malvar demosaicing, white balance, colour matrix, sRGB). F learns to map noisy images to
+    clean RAW; no adversarial example is trained on. Every operator differentiates, so that attackers with gradients go
+    through the whole chain; `bpda:pgd` takes the identity's derivative in its place. What was measured of either is in
+    docs/raw_isp.md.
 
     f:        "residual", a change of the planes that unprocessing gives, or "plain", the released code's network
     g:        "residual", a change of S's image; "unet"; or "pynet" (47.6 million weights, for a GPU)

@@ -1,8 +1,8 @@
 """Whether a report is what its records say: every figure that records alone give is counted again, and every hash.
 
 A report lies beside the records it was made of (`records.jsonl`), those of its companions (`beside.jsonl`, and
-`baseline.jsonl` of another victim) and the case that they belong to (`records.case.json`). Whoever edits one of them is found out here, without a model or a data set.
-Whoever forges all of them alike is not: only a rerun tells.
+`baseline.jsonl` of another victim) and the case that they belong to (`records.case.json`). Whoever edits one of them is
+found out here, without a model or a data set. Whoever forges all of them alike is not: only a rerun tells.
 """
 
 from __future__ import annotations
