@@ -53,6 +53,7 @@ RAW = {
     "lossy": "raw_isp:f=plain,g=unet",
 }
 """What is compared: the default; its conventional pipeline alone, denoised; the released F's network before a U-Net."""
+KINDS = ("Gaussian blur", "JPEG", "total variation", "bit depth")
 PHOTOGRAPHS, SAMPLES = "photographs", "imagenet-samples"
 
 
@@ -212,8 +213,10 @@ def main() -> None:
                 row["clean"] = counted(target["clean"]["counts"][0][0], len(x))
                 row["oblivious"][str(eps)] = counted(right - wrong, len(x))
             kept(f"{name}: oblivious at {eps}/255")
+        order = sorted(rows, key=lambda label: KINDS.index(label.partition(" (")[0]) if "(" in label else -1)
         for eps in given.eps:
-            for label, row in rows.items():
+            for label in order:
+                row = rows[label]
                 if str(eps) in row["adaptive"]:
                     continue
                 if time.monotonic() - began > given.seconds:

@@ -1,6 +1,6 @@
 """Pairs of RAW planes and RGB images to train on: photographs, camera RAW files, paired data sets.
 
-A pair is seven planes [7, H, W] in [0, 1]: the sRGB image, then R, G, G and B of a mosaic of twice its height and width.
+A pair is seven planes [7, H, W] in [0, 1]: the sRGB image, then R, G, G, B of a mosaic of twice its height and width.
 """
 
 from __future__ import annotations

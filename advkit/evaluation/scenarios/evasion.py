@@ -219,9 +219,10 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
 
 def _baseline(case: Case, undefended: Any) -> list[Companion]:
     """The same attack on the model behind the simpler defense that a defense is compared with, where it names one."""
-    if not isinstance(case.defense, Compared) or not case.defense.baseline:
+    defense: Any = case.defense
+    if not isinstance(defense, Compared) or not defense.baseline:
         return []
-    simpler: Any = DEFENSES.build(case.defense.baseline)
+    simpler: Any = DEFENSES.build(defense.baseline)
     spec = DEFENSES.label(simpler)
     if simpler.needs_data or isinstance(simpler, Trains | TrainsFront):
         raise UsageError(f"baseline is {spec}, which trains; expected a defense that trains nothing, such as blur")
