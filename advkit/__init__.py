@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from advkit.evaluation.api import certify, evaluate
     from advkit.evaluation.matrix import matrix
     from advkit.evaluation.report.document import Report
+
+# MKL, torch's matrix library on x86, lets a product's last bits depend on where its rows lie in memory, so that a sample's
+# result would depend on its place in the batch (`Linear(294, 10)`, torch 2.14). It reads this at its first call.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"
 __all__ = ["Report", "__version__", "certify", "evaluate", "matrix"]

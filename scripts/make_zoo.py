@@ -117,6 +117,13 @@ PLANS = [
         train=60_000,
         certified="certified:n=1000,radii=0+0.25+0.5",
     ),
+    Plan(
+        "fashion-mnist-dual-encoder",
+        "fashion-mnist-captions",
+        "dual-encoder",
+        recipe="epochs=3,batch_size=64,validation=0,select=last",
+        train=16_000,
+    ),
     digits("public-mlp", "mlp:hidden=64", seed=101, role="public", seen=True),
     digits("public-cnn", "cnn", seed=102, role="public", seen=True),
     digits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def pgd_overhead(
     """CPU time of PGD's loop over that of the bare forward and backward passes it makes, at several batch sizes.
 
     Two figures each: the loop alone, at the batch's own shape, and in the harness's lanes, whose padding buys bits that
-    do not depend on the batch (on a CPU one row is evaluated together with fifteen copies).
+    do not depend on the batch (on a CPU one row is evaluated together with copies of it).
     """
     rows = _correct_rows(model, task, max(sizes))
     with one_thread(), frozen(*rows.model.modules()):
@@ -87,7 +88,7 @@ def _loop_ratios(rows: _Rows, steps: int, repetitions: int) -> dict[str, Any]:
     sides: tuple[Callable[[], object], ...] = (
         partial(_bare, rows.model, rows.x, rows.goal.labels, steps),
         partial(loop, Lanes(chunk=size, multiple=1)),
-        partial(loop, Lanes()),
+        partial(loop, Lanes.probed(rows.model, rows.x, rows=math.inf)),
     )
     times = [_timed(sides, turn, max(1, 50 // size)) for turn in range(repetitions + 1)][1:]  # the first warms up
     return {

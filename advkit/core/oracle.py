@@ -7,9 +7,12 @@ a row's bits do not depend on the batch it happens to travel in.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -29,20 +32,39 @@ LARGE = 3 * 128 * 128
 """Numbers in a row from which on a CPU evaluates four rows at a time."""
 
 
+_TRIED = (16, 32, 48, 64)
+_LARGER = (128, 256)
+_TRIED_LARGE = (4, 8)
+"""Sizes of a call that a probe tries; for large rows the last ones.
+
+None between them, and none below, though most networks give the same bits there: torch computes what a vector register
+does not fill, at the end of a call, by other code, whose GELU or tanh differs in so few numbers that a probe misses it.
+"""
+
+_WORTH = 20_000
+"""Rows sent from which a trial of the larger sizes, 384 rows, is under 2 % of a run."""
+
+_CALL = 4
+"""What a call costs beside its rows, in rows: as much as cutting a batch may pad to save one."""
+
+
 @dataclass
 class Lanes:
     """The shapes in which a victim is evaluated.
 
     Matrix kernels choose their code by the batch's shape, and another choice may change a row's last bits; one sign of
-    a gradient later the row ends elsewhere. Feeding chunks of one size, the last one padded to a multiple, makes every
-    row's bits its own.
+    a gradient later the row ends elsewhere. Calls are made in shapes that a probe found to give the same bits, the last
+    one padded to the next of them, so that every row's bits are its own.
 
     chunk:    most rows in one call of the model
     multiple: a call's rows are padded to a multiple of this; 1 pads nothing
+    sizes:    the numbers of rows that a call may have, ascending, chunk the last; they count in place of `multiple`.
+              Empty: all multiples up to chunk
     """
 
     chunk: int = 64
     multiple: int = 16
+    sizes: tuple[int, ...] = ()
 
     @staticmethod
     def own(model: Any) -> Lanes | None:
@@ -62,27 +84,121 @@ class Lanes:
         return cls(chunk=4, multiple=4) if size >= LARGE else cls()
 
     @classmethod
-    def probed(cls, model: Callable[[Tensor], Tensor], x: Tensor, backward: bool = True) -> Lanes:
-        """Lanes of `multiple` 16 where the model gives the same bits at 16 rows as at 64, else 64 throughout.
+    def of_sizes(cls, sizes: Iterable[int]) -> Lanes:
+        """Calls of these numbers of rows."""
+        kept = tuple(sorted(set(sizes)))
+        return cls(kept[-1], kept[0], kept)
 
-        Tried on the rows at hand, repeated up to 64; forward and, with `backward`, input gradient must agree.
+    @classmethod
+    def probed(cls, model: Callable[[Tensor], Tensor], x: Tensor, backward: bool = True, rows: float = 0) -> Lanes:
+        """Calls of those sizes in which this model gives a row the same bits as in most others.
+
+        Tried on the rows at hand, over and over; forward and, with `backward`, input gradient must agree.
+
+        rows: about how many rows the run will send; calls of more than 64 are tried where there are so many that the
+              trial is nothing beside them
         """
         own = cls.own(model)
         if own is not None:
             return own
         lanes = cls.fitting(x)
-        if lanes.multiple in (1, lanes.chunk) or not x.is_floating_point():
+        if lanes.multiple == 1 or not x.is_floating_point():
             return lanes
-        rows = x.detach()[torch.arange(lanes.chunk, device=x.device) % len(x)]
+        tried = _TRIED_LARGE if lanes.chunk in _TRIED_LARGE else _TRIED + (_LARGER if rows >= _WORTH else ())
+        held = x.detach()[torch.arange(max(tried), device=x.device) % lanes.chunk % len(x)]
         try:
-            whole = _probe(model, rows, backward)
-            parts = [_probe(model, part, backward) for part in torch.split(rows, lanes.multiple)]
+            found = _agreeing(model, held, tried, lanes.chunk, backward)
+            if len(found) > 1:
+                _check_places(model, held[: min(tried)], backward)
         except torch.OutOfMemoryError:  # no call of 64 rows will ever be made
             return replace(lanes, chunk=lanes.multiple)
         except Exception:  # a model without gradients, or one that raises on one of these rows
             return replace(lanes, multiple=lanes.chunk)
-        same = all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
-        return lanes if same else replace(lanes, multiple=lanes.chunk)
+        return cls.of_sizes(found)
+
+    @classmethod
+    def shared(cls, found: Sequence[Lanes]) -> Lanes:
+        """Shapes that suit all of these."""
+        probed = [set(lanes.sizes) for lanes in found if lanes.sizes]
+        others = [lanes for lanes in found if not lanes.sizes]
+        common = set.intersection(*probed) if probed else set()
+        if probed and all(lanes.multiple == 1 for lanes in others):
+            return cls.of_sizes(common or {max(min(each) for each in probed)})
+        if probed:
+            even = {16, 32, 48, 64} <= common
+            others.append(cls() if even else cls(multiple=64))
+        return max(others, key=lambda lanes: lanes.multiple)
+
+    def padded(self, rows: int) -> int:
+        """The rows of the call that so many are sent in, at most `chunk`."""
+        if not self.sizes:
+            return rows + -rows % self.multiple
+        return next(size for size in self.sizes if size >= rows) if rows else 0
+
+    def split(self, rows: int) -> tuple[int, ...]:
+        """How many rows of a batch go into each call, in their order."""
+        if rows <= (self.sizes[0] if self.sizes else self.chunk):
+            return (rows,)
+        if not self.sizes:
+            return (*([self.chunk] * (rows // self.chunk)), *([rows % self.chunk] if rows % self.chunk else []))
+        return _cut(rows, self.sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The cheapest calls for so many rows, largest first; the last one may have to be padded."""
+    whole = max(0, rows // sizes[-1] - 1)
+    rest = rows - whole * sizes[-1]
+    cost, last = [0.0], [0]
+    for covered in range(1, rest + 1):
+        each = min(sizes, key=lambda size: cost[max(0, covered - size)] + size)
+        cost.append(cost[max(0, covered - each)] + each + _CALL)
+        last.append(each)
+    calls = []
+    while rest > 0:
+        calls.append(last[rest])
+        rest -= last[rest]
+    calls = [sizes[-1]] * whole + sorted(calls, reverse=True)
+    calls[-1] += rest
+    return tuple(calls)
+
+
+def _check_places(model: Callable[[Tensor], Tensor], rows: Tensor, backward: bool) -> None:
+    """Warn where a row's bits depend on its place in a call."""
+    turned = torch.arange(len(rows)).roll(1).to(rows.device)
+    whole, moved = _probe(model, rows, backward), _probe(model, rows[turned], backward)
+    if not all(torch.equal(a[turned], b) for a, b in zip(whole, moved, strict=True)):
+        log.warning(
+            "a sample's last bits depend on its place in the batch, so records may depend on the batch size; on x86, "
+            "set MKL_CBWR=AUTO in the environment, or import advkit before torch computes anything"
+        )
+
+
+def _agreeing(
+    model: Callable[[Tensor], Tensor], rows: Tensor, tried: tuple[int, ...], chunk: int, backward: bool
+) -> list[int]:
+    """The sizes of a call that give rows the same bits as calls of `chunk`, or of most below it where these are alone.
+
+    rows: [max(tried), ...], the first `chunk` of them over and over
+    """
+    wholes = [size for size in tried if size <= chunk][-1:-3:-1]
+    found: list[int] = []
+    for whole in wholes:
+        known = _probe(model, rows[:whole], backward)
+        agree = [whole]
+        for place, size in enumerate(tried):
+            # At the front and at the back by turns: the last rows of a call are the ones that other code may take.
+            start = whole - size if place % 2 and size < whole else 0
+            if size == whole or (size > whole and whole != wholes[0]):
+                continue
+            answers = _probe(model, rows[start : start + size], backward)
+            at = (start + torch.arange(size)) % whole
+            if all(torch.equal(a, b[at.to(b.device)]) for a, b in zip(answers, known, strict=True)):
+                agree.append(size)
+        found = max(found, agree, key=len)
+        if len(found) > 1:
+            break
+    return found
 
 
 def _probe(model: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> tuple[Tensor, ...]:
@@ -290,6 +406,15 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
+_SHAPES = "torch.fx.experimental.symbolic_shapes"
+"""What torch imports, and sympy with it, once a gradient is asked for with the outputs' own gradients."""
+
+_SUMMED = 10_000
+"""Passes whose loss is summed first: the import costs as much as so many sums, and small runs never need it."""
+
+_passes = itertools.count()
+
+
 class MeteredOracle:
     """All an attack sees of a model.
 
@@ -298,8 +423,8 @@ class MeteredOracle:
     access:  NOTHING refuses all, LABELS answers one-hot decisions, SCORES the answers, GRADIENTS everything
     queries: answers each row may ask for; None is unlimited
     decides: its answers are the verdict's, so that a row which reached its goal may stop
-    lanes:   shapes of the calls, where the model does not say its own; None pads on the CPU and leaves models in
-             training mode alone, because batch statistics would see the padding
+    lanes:   shapes of the calls, where the model does not say its own; None pads nothing, so that a row's last bits may
+             depend on its batch, and sends a model in training mode, which has batch statistics, all rows at once
     data:    what labelled data the attacker holds, for attacks that need some; None where none was handed over
     keys:    of the meter's rows, int64 on the CPU, for models that draw by row (`RowRng.keys`): every query of a row
              draws anew, whatever is asked beside it; None leaves such a model to torch's generators
@@ -427,11 +552,8 @@ class MeteredOracle:
                 raise
         gradient = None
         if loss.requires_grad:
-            # Every row's own gradient, as that of the sum would be, without a sum and what its backward makes.
-            if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
-                self._ones = torch.ones_like(loss, requires_grad=False)
             try:
-                (gradient,) = torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+                (gradient,) = self._backward(loss, leaf)
             except BaseException as error:
                 blame(error, BACKWARD)
                 raise
@@ -439,6 +561,14 @@ class MeteredOracle:
             self.meter.detached = True
             gradient = torch.zeros_like(leaf, requires_grad=False)
         return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+
+    def _backward(self, loss: Tensor, leaf: Tensor) -> tuple[Tensor | None, ...]:
+        """Every row's own gradient: that of the sum, and after the first passes without making the sum."""
+        if _SHAPES not in sys.modules and next(_passes) < _SUMMED:
+            return torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+        if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
+            self._ones = torch.ones_like(loss, requires_grad=False)
+        return torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
 
     def _aimed(self, goal: Any, sizes: list[int], device: torch.device) -> list[Any]:
         """The goal of every chunk; those of the goal asked for last are kept, since a walk keeps its goal."""
@@ -501,13 +631,14 @@ class MeteredOracle:
         lanes = self.lanes
         if lanes is None:
             training = isinstance(self.model, Modular) and any(m.training for m in self.model.modules())
-            lanes = Lanes(chunk=max(1, len(x)), multiple=1) if training else Lanes.fitting(x)
+            lanes = Lanes(max(1, len(x)), 1) if training else replace(Lanes.fitting(x), multiple=1)
             self.lanes = lanes
-        return ([x] if len(x) <= lanes.chunk else list(torch.split(x, lanes.chunk))), lanes
+        sizes = lanes.split(len(x))
+        return ([x] if len(sizes) == 1 else list(torch.split(x, sizes))), lanes
 
     @staticmethod
     def _padded(x: Tensor, lanes: Lanes) -> Tensor:
-        short = -len(x) % lanes.multiple
+        short = lanes.padded(len(x)) - len(x)
         if not short:
             return x.clone()
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
@@ -523,7 +654,7 @@ class MeteredOracle:
 
     def _forward(self, x: Tensor, lanes: Lanes | None, keys: Tensor | None) -> Tensor:
         before = 0 if self._counting is None else self._counting.tokens
-        x = x if lanes is None or not -len(x) % lanes.multiple else self._padded(x, lanes)
+        x = x if lanes is None or lanes.padded(len(x)) == len(x) else self._padded(x, lanes)
         try:
             answer: Tensor
             if self._drawing is None or keys is None:

@@ -353,6 +353,31 @@ class Copies(Protocol):
 
 
 @runtime_checkable
+class Embeds(Protocol):
+    """A model that makes vectors of its inputs, and classes of these."""
+
+    @abstractmethod
+    def toward(self, vector: Tensor) -> Any:
+        """The same model with scores [B, C] whose mean over the classes is the cosine of embedding and vector [d].
+
+        A number is added to all scores of a row: classes, probabilities and margins stay as they are. None where what
+        is inside has no embedding; BadInput for a vector of another length.
+        """
+
+
+@runtime_checkable
+class TakesCaptions(Protocol):
+    """A model whose classes are texts, and which answers others as well (zero-shot)."""
+
+    @abstractmethod
+    def with_captions(self, captions: tuple[tuple[str, ...], ...] | None, names: tuple[str, ...]) -> Any:
+        """The same model with texts for these classes; itself where they are its own.
+
+        captions: of every class, as many for each; None where a task has none, and the model makes them of the names
+        """
+
+
+@runtime_checkable
 class Likelihood(Protocol):
     """A language model that tells how likely a text is."""
 
@@ -399,8 +424,8 @@ class Describes(Protocol):
         """ModelInfo of a model, plain JSON values of a threat model."""
 
 
-Figure = float | bool | str | None
-"""What can be said of a row; a text is kept with the row and never averaged."""
+Figure = float | bool | str | Sequence[float] | None
+"""What can be said of a row; texts and sequences of numbers are kept with the row and never averaged."""
 
 
 @dataclass(frozen=True)
@@ -415,6 +440,9 @@ class Evidence:
     clean, answer: the victim's answers to `origin` and `handed`
     twins:    the rows that belong beside the origins and are never attacked; None where the task has none
     rng:      streams of the rows, for what is drawn while looking
+    labels:   true classes, long [B]; None where the task has none
+    shifted:  a number that means nothing for classes was added to all scores of a row (`ThroughView`), so that rows
+              can't be ranked against each other by a score
     """
 
     victim: Any
@@ -426,6 +454,8 @@ class Evidence:
     answer: Any
     twins: Any
     rng: Rng
+    labels: Tensor | None = None
+    shifted: bool = False
 
 
 class Goal(Protocol[Y_contra]):
@@ -528,14 +558,14 @@ class Worded(Protocol):
 
 @runtime_checkable
 class Examines(Protocol):
-    """A goal, a threat model or a victim that has more to say of an attack than whether it succeeded."""
+    """A goal, a threat model, a victim or a task that has more to say of an attack than whether it succeeded."""
 
     @abstractmethod
     def examine(self, evidence: Evidence) -> Mapping[str, Sequence[Figure]]:
-        """Named sequences of a number, a truth value, a text or None per row.
+        """Named sequences of a number, a truth value, a text, numbers or None per row.
 
-        Texts stand in the records as `texts`, the others as `figures`, which are averaged over all rows, those included
-        on which the attack failed; truth values become rates.
+        Texts stand in the records as `texts`, rows of numbers as `scores`, the others as `figures`, which are averaged
+        over all rows, those included on which the attack failed; truth values become rates.
         """
 
 
@@ -546,6 +576,24 @@ class Refuses(Protocol):
     @abstractmethod
     def misfit(self, model: Any) -> str | None:
         """Why a model can't be attacked with this goal, or None."""
+
+
+@runtime_checkable
+class ThroughView(Protocol):
+    """A rule whose goals read more than classes of an answer, and which says of which view of the victim."""
+
+    @abstractmethod
+    def view(self, model: Any) -> Any:
+        """The model whose answers the goals read; its classes are the model's. BadModel where there is none."""
+
+
+@runtime_checkable
+class MetByTruth(Protocol):
+    """A goal that says itself which rows meet it by being right; of others a right answer is asked whether it does."""
+
+    @abstractmethod
+    def met_by_truth(self) -> Tensor:
+        """Bool [B]."""
 
 
 @runtime_checkable
@@ -1208,6 +1256,16 @@ class OfKind(Protocol):
 
 
 @runtime_checkable
+class Captioned(Protocol):
+    """A task whose classes have captions."""
+
+    @property
+    @abstractmethod
+    def captions(self) -> tuple[tuple[str, ...], ...]:
+        """For every class, in the order of the labels, its captions; as many for each."""
+
+
+@runtime_checkable
 class Bindable(Protocol):
     """A task whose rows depend on the model (token ids).
 
@@ -1363,8 +1421,9 @@ class Record:
     spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
     has no meaning). `measures` are what the threat model measures of the change beside its distance. `figures` are what
     goal and threat model say of the row whether it was broken or not; `trace` is what the attack noted step by step,
-    evidence of how it went and of nothing else; `texts` are what was said of the row in words. `stage` and `source`
-    belong to the attack's `Label`. The last five stand in a file only where there are any.
+    evidence of how it went and of nothing else; `texts` are what was said of the row in words, `scores` rows of numbers
+    by which a task ranks the rows against each other. `stage` and `source` belong to the attack's `Label`. The last six
+    stand in a file only where there are any.
     """
 
     id: str
@@ -1387,6 +1446,7 @@ class Record:
     figures: dict[str, float | bool] = field(default_factory=dict, hash=False)
     trace: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     texts: dict[str, str] = field(default_factory=dict, hash=False)
+    scores: dict[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     stage: str = ""
     source: str = ""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from advkit.core.errors import UsageError
 
@@ -43,7 +43,7 @@ def lower_bound(k: ArrayLike, n: ArrayLike, alpha: float) -> Any:
     """
     check_alpha(alpha)
     hits, draws = _counts(k, n)
-    inner = stats.beta.ppf(alpha, np.maximum(hits, 1), np.maximum(draws - hits, 0) + 1)
+    inner = special.betaincinv(np.maximum(hits, 1), np.maximum(draws - hits, 0) + 1, alpha)
     bound = np.where(hits == 0, 0.0, np.where(hits == draws, alpha ** (1 / draws), inner))
     return float(bound) if bound.ndim == 0 else bound
 
@@ -66,7 +66,7 @@ def radius(k: ArrayLike, n: ArrayLike, sigma: float, alpha: float, slack: ArrayL
     if not sigma > 0:
         raise UsageError(f"sigma is {sigma!r}; expected a standard deviation above 0")
     bound = np.asarray(lower_bound(k, n, alpha)) - np.asarray(slack, dtype=np.float64)
-    found = sigma * stats.norm.ppf(np.clip(bound, 0.5, 1 - 2.0**-53)) * _DOWN
+    found = sigma * special.ndtri(np.clip(bound, 0.5, 1 - 2.0**-53)) * _DOWN
     return float(found) if found.ndim == 0 else found
 
 
@@ -86,7 +86,7 @@ def abstains(first: ArrayLike, second: ArrayLike, alpha: float) -> Bools:
     ahead, behind = np.broadcast_arrays(np.asarray(first), np.asarray(second))
     if not bool(np.all((behind >= 0) & (ahead >= behind))):
         raise UsageError("the votes of the class in front are fewer than those of the next, or negative")
-    value = np.minimum(1.0, 2 * stats.binom.cdf(behind, ahead + behind, 0.5))
+    value = np.minimum(1.0, 2 * special.betainc(ahead, behind + 1, 0.5))
     return np.asarray(np.where(ahead + behind == 0, 1.0, value) > alpha)
 
 

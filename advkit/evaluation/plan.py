@@ -11,7 +11,17 @@ import torch
 from advkit.attacks import ATTACKS
 from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
-from advkit.core.protocols import Batched, Label, MadeForGoal, MadeForThreatModel, PerSample, Task, Votes, WantsData
+from advkit.core.protocols import (
+    Batched,
+    Label,
+    MadeForGoal,
+    MadeForThreatModel,
+    PerSample,
+    Task,
+    ThroughView,
+    Votes,
+    WantsData,
+)
 from advkit.core.registry import Registry
 from advkit.core.speed import Speed
 from advkit.defenses import DEFENSES
@@ -212,6 +222,14 @@ def _case(
     task = bound(work, victim.model.space)
     speed = Speed.parse(request.speed)
     model = request.model if request.model is not None else task.defaults.model
+    seen, surrogates = victim.model, surrogates_of(parts.threat, task, device)
+    if isinstance(parts.rule, ThroughView):
+        if surrogates:
+            raise UsageError(
+                f"the goal {GOALS.label(parts.rule, asked['goal'])} reads a view of the victim, which surrogates do "
+                "not have: attack the victim itself, e.g. --threat-model linf"
+            )
+        seen = parts.rule.view(seen)
     specs = {
         "attack": NO_ATTACK if parts.attack is None else ATTACKS.label(parts.attack, asked["attack"]),
         "defense": DEFENSES.label(parts.defense, asked["defense"]),
@@ -223,7 +241,7 @@ def _case(
     }
     return Case(
         task=task,
-        victim=victim.model,
+        victim=seen,
         attack=parts.attack,
         threat=parts.threat.bind(victim.model.space),
         rule=rule_over(parts.rule, _ids(task, n)) if isinstance(parts.rule, PerSample) else parts.rule,
@@ -231,7 +249,7 @@ def _case(
         n=n,
         specs=specs,
         defense=parts.defense,
-        surrogates=surrogates_of(parts.threat, task, device),
+        surrogates=surrogates,
         seed=request.seed,
         randomized=victim.model.describe().randomized,
         draws=1 if isinstance(victim.model, Votes) else request.draws,

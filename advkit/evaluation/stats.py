@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from advkit.core.errors import UsageError
 
@@ -92,7 +92,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of k successes in n > 0 trials."""
     _check_counts(k, n)
     _check_level(level)
-    z = float(stats.norm.isf((1 - level) / 2))
+    z = float(-special.ndtri((1 - level) / 2))
     share = k / n
     stretch = 1 + z * z / n
     center = (share + z * z / (2 * n)) / stretch
@@ -110,9 +110,9 @@ def clopper_pearson(k: int, n: int, level: float = 0.95, side: Side = "two-sided
     alpha = 1 - level if side != "two-sided" else (1 - level) / 2
     low, high = 0.0, 1.0
     if side != "upper" and k > 0:
-        low = float(stats.beta.ppf(alpha, k, n - k + 1))
+        low = float(special.betaincinv(k, n - k + 1, alpha))
     if side != "lower" and k < n:
-        high = float(stats.beta.isf(alpha, k + 1, n - k))
+        high = float(special.betainccinv(k + 1, n - k, alpha))
     return Interval(low, high, level, "clopper_pearson")
 
 
@@ -161,7 +161,7 @@ def student_t_over_seeds(values: Sequence[float], level: float = 0.95) -> SeedSu
     if array.size == 1:
         return SeedSummary((mean,), mean, None, None)
     sd = float(array.std(ddof=1))
-    half = float(stats.t.isf((1 - level) / 2, array.size - 1)) * sd / math.sqrt(array.size)
+    half = float(-special.stdtrit(array.size - 1, (1 - level) / 2)) * sd / math.sqrt(array.size)
     interval = Interval(mean - half, mean + half, level, "student_t_over_seeds")
     return SeedSummary(tuple(float(v) for v in array), mean, sd, interval)
 
@@ -172,7 +172,7 @@ def mcnemar_exact(b: int, c: int) -> float:
         raise UsageError(f"discordant counts {b} and {c}: expected whole numbers >= 0")
     if b + c == 0:
         return 1.0
-    return min(1.0, 2 * float(stats.binom.cdf(min(b, c), b + c, 0.5)))
+    return min(1.0, 2 * float(special.betainc(max(b, c), min(b, c) + 1, 0.5)))
 
 
 def newcombe_paired(e: int, b: int, c: int, d: int, level: float = 0.95) -> Interval:

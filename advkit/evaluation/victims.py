@@ -15,9 +15,11 @@ from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainin
 from advkit.core.files import LOCK, cache_root, claimed, why, write_whole
 from advkit.core.protocols import (
     Bindable,
+    Captioned,
     CountsQueries,
     Deploys,
     KnowsClasses,
+    TakesCaptions,
     Task,
     Trains,
     TrainsApart,
@@ -88,7 +90,9 @@ def ready(spec: Any, task: Any, sample_timeout: float | None = None) -> Any:
     part, builder = model_part(spec)
     if isinstance(part, Architecture):
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
-    made = part(_row_shape(task), task.classes, training_rng(0), space=task.space) if builder else part
+    made = part
+    if builder:  # a model that was handed over keeps the captions that it has
+        made = with_captions_of(task, part(_row_shape(task), task.classes, training_rng(0), space=task.space))
     model = introduced(as_model(made, task), task, wrapped=not is_model(made), sample_timeout=sample_timeout)
     return agreeing(model, task)
 
@@ -134,7 +138,15 @@ def _counts_labels(task: Task) -> bool:
 def blank(spec: Any, task: Any, seed: int) -> Any:
     """An untrained model of an architecture, its weights drawn from the seed."""
     part, _ = model_part(spec)
-    return part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
+    made = part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
+    return with_captions_of(task, made)
+
+
+def with_captions_of(task: Task, model: Any) -> Any:
+    """The model with the captions of the task's classes, where its classes are texts."""
+    if not isinstance(model, TakesCaptions):
+        return model
+    return model.with_captions(task.captions if isinstance(task, Captioned) else None, task.class_names())
 
 
 def bound(task: Task, space: Any) -> Task:
@@ -212,7 +224,7 @@ def _protected(
     for card in cards:
         if card.defense != spec and outside(card.defense):
             continue
-        held = zoo.load(card.name)
+        held = with_captions_of(task, zoo.load(card.name))
         if held.space.shape is None or tuple(held.space.shape) == shape:
             return Victim(
                 held.to(device), f"zoo:{card.name}", card.defense, {"card": card.name, "measured": dict(card.measured)}

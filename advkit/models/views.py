@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from advkit.core.errors import BadModel
-from advkit.core.protocols import Averages, KnowsClasses, ModelInfo, TakesStandIn, Undefended
+from advkit.core.protocols import Averages, Embeds, KnowsClasses, ModelInfo, TakesStandIn, Undefended
 from advkit.models.torch import tensors_sha256
 
 Transform = Callable[[Tensor], Tensor]
@@ -190,7 +190,7 @@ def averaged(model: Any, draws: int, seed: int | None = None) -> Any:
     return model if draws == 1 and seed is None else Averaged(model, draws, seed)
 
 
-class Preprocessed(Undefended, KnowsClasses, TakesStandIn):
+class Preprocessed(Undefended, KnowsClasses, TakesStandIn, Embeds):
     """A model behind an input transformation: x -> transform(x) -> model.
 
     model:      what answers; its own attacker_view is kept to
@@ -253,6 +253,12 @@ class Preprocessed(Undefended, KnowsClasses, TakesStandIn):
     def with_identity(self) -> Preprocessed:
         inside = self.transform.forward if isinstance(self.transform, _StraightThrough) else self.transform
         return self._around(self.model, straight_through(inside), None)
+
+    @override
+    def toward(self, vector: Tensor) -> Preprocessed | None:
+        """The same around the model seen toward the vector; None where that has no embeddings."""
+        inner = self.model.toward(vector) if isinstance(self.model, Embeds) else None
+        return None if inner is None else self._around(inner, self.transform, self.backward)
 
     def attacker_view(self) -> Any:
         """The same answers with a useful backward pass, averaged over draws where they vary."""

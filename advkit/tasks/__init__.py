@@ -9,6 +9,7 @@ TASKS: Registry[Task] = Registry(
     "task",
     {
         "fashion-mnist": "advkit.tasks.fashion_mnist:FashionMNIST",
+        "fashion-mnist-captions": "advkit.tasks.captions:FashionMNISTCaptions",
         "digits": "advkit.tasks.digits:Digits",
         "cifar10": "advkit.tasks.cifar:CIFAR10",
         "cifar100": "advkit.tasks.cifar:CIFAR100",

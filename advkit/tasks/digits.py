@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from advkit.core.protocols import TaskDefaults
@@ -19,12 +23,29 @@ TRAIN = 1_437
 @cache
 def _shuffled() -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """x in [0, 1], y and each row's place in scikit-learn's file, in the order of the hashes of these places."""
+    images, labels = _held()
+    order = by_hash([f"digits/{row}" for row in range(len(labels))])
+    x = torch.from_numpy(images[order]).float().unsqueeze(1) / 16
+    return x, torch.from_numpy(labels[order]).long(), tuple(order)
+
+
+def _held() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Images (1797, 8, 8) with levels 0 to 16, and labels, as `sklearn.datasets.load_digits` gives them.
+
+    Its file is read where it lies: importing scikit-learn for it costs more than a small evaluation. Where the file is
+    not at its place, scikit-learn is asked.
+    """
+    package = find_spec("sklearn")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            if table.shape == (1_797, 65):
+                return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     from sklearn.datasets import load_digits
 
     held = load_digits()
-    order = by_hash([f"digits/{row}" for row in range(len(held.target))])
-    x = torch.from_numpy(held.images[order]).float().unsqueeze(1) / 16
-    return x, torch.from_numpy(held.target[order]).long(), tuple(order)
+    return held.images, held.target
 
 
 @dataclass(frozen=True, kw_only=True)

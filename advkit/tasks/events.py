@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from advkit.core.archives import archive_keys, read_archive
 from advkit.core.errors import BadInput, MissingExtra, UsageError
 from advkit.core.protocols import Data, OfFiles, Rng, TaskDefaults
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary
-from advkit.tasks.archives import archive_keys, read_archive
 from advkit.tasks.base import (
     ArrayTask,
     ClassificationTask,

@@ -10,10 +10,10 @@ from typing import Any, Literal, Self
 import numpy as np
 from torch import Tensor
 
+from advkit.core.archives import archive_keys, read_archive
 from advkit.core.errors import BadInput, UsageError
 from advkit.core.protocols import TaskDefaults
 from advkit.core.spaces import Box
-from advkit.tasks.archives import archive_keys, read_archive
 from advkit.tasks.arrays import as_labels, as_rows
 from advkit.tasks.base import ArrayTask, Counted, Rows, default_ball, row_ids
 

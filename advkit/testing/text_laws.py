@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import AccessDenied, UsageError
-from advkit.core.oracle import Meter, MeteredOracle
+from advkit.core.oracle import Lanes, Meter, MeteredOracle
 from advkit.core.protocols import Access, MadeForThreatModel
 from advkit.core.rng import RowRng
 from advkit.core.spaces import SLOT
@@ -83,7 +83,7 @@ def play_text(
     x = transcripts(model.tokenizer, PROMPTS, room=2 * TOKENS)[index]
     suffix = Suffix(**{"n": TOKENS, "queries": queries, **threat}).bind(model.space)
     granted = attack.needs if access is None else access
-    oracle = MeteredOracle(asked(model), len(x), granted, queries)
+    oracle = MeteredOracle(asked(model), len(x), granted, queries, lanes=Lanes.fitting(x))
     ids = [names(len(PROMPTS))[row] for row in rows]
     before = model.tokens
     z = attack(oracle, x, Says(torch.zeros(len(x), dtype=torch.long)), suffix, RowRng.from_ids(seed, ids))
@@ -200,7 +200,7 @@ def survives_nan(attack: Any) -> None:
 def other_threat_models_are_refused(attack: Any) -> None:
     """In a ball the attack is refused in words that name its own threat model."""
     x = uniform(3, 2, 8)
-    oracle = MeteredOracle(linear(), len(x), attack.needs)
+    oracle = MeteredOracle(linear(), len(x), attack.needs, lanes=Lanes.fitting(x))
     try:
         attack(oracle, x, Untargeted(torch.zeros(2, dtype=torch.long)), Linf(0.1), RowRng.from_ids(0, names(2)))
     except UsageError as refusal:

@@ -39,6 +39,7 @@ GOALS: Registry[Rule] = Registry(
         "ordered-topk": "advkit.threat_models.goals.ordered_topk:OrderedTopKRule",
         "topk": "advkit.threat_models.goals.ordered_topk:TopKRule",
         "out-of-topk": "advkit.threat_models.goals.ordered_topk:OutOfTopKRule",
+        "near": "advkit.threat_models.goals.near:NearRule",
         "says": "advkit.threat_models.goals.says:SaysRule",
     },
     group="advkit.goals",

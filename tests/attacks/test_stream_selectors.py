@@ -83,6 +83,7 @@ def test_optimal_dp_keeps_step_with_a_budget_beyond_the_stream_start():
         assert (rule.select(values, k) == stream_by_stream(rule, values, k)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", range(1, 11))
 def test_monte_carlo_is_exact(k):
     n, count = 100, 20_000

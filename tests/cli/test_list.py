@@ -39,6 +39,7 @@ SOURCES = {"ens": "several", "svre": "several", "cwa": "several", "lgv": "severa
 ON_CLASSES = {"untargeted": "untargeted", "targeted": "targeted"} | {
     name: f"{name}:k=2" for name in ("ordered-topk", "topk", "out-of-topk")
 }
+ON_CLASSES["near"] = "near:file=target.npy"  # read by the view of a model alone: attacks see its scores
 THREATS = {
     **{name: f"{name}:eps={RADII[name]}" for name in BALLS},
     "transfer": "transfer:eps=0.1,sources=zoo:digits-mlp",

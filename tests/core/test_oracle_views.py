@@ -56,8 +56,10 @@ def test_large_rows_are_called_four_at_a_time_and_keep_their_bits() -> None:
     lanes = Lanes.fitting(x)
     assert (lanes.chunk, lanes.multiple) == (4, 4)
     assert (Lanes.fitting(x[:, :, :64]).chunk, Lanes.fitting(x[:0]).multiple) == (64, 16)
-    _, whole, answer = MeteredOracle(model, 7).gradient(x, Untargeted(labels))
+    _, whole, answer = MeteredOracle(model, 7, lanes=lanes).gradient(x, Untargeted(labels))
     for row in range(7):
-        _, alone, one = MeteredOracle(model, 1).gradient(x[row : row + 1], Untargeted(labels[row : row + 1]))
+        _, alone, one = MeteredOracle(model, 1, lanes=lanes).gradient(
+            x[row : row + 1], Untargeted(labels[row : row + 1])
+        )
         assert torch.equal(alone[0], whole[row])
         assert torch.equal(one[0], answer[row])

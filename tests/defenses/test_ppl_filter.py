@@ -73,6 +73,7 @@ def by_hand_bare(model, row):
     return math.exp(-float(logp[range(len(user) - 1), user[1:]].mean()))
 
 
+@pytest.mark.slow
 def test_the_threshold_is_the_largest_clean_perplexity_and_what_lies_above_is_held_back():
     model = tiny_lm(0)
     x = transcripts(model.tokenizer, PAIRS)

@@ -450,6 +450,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SINGLE)
 def test_resumed_runs_end_with_the_same_bits(spec, tmp_path):
     # Resuming is a law of the loop; what is checked here is that an objective's own state is complete.

@@ -362,6 +362,7 @@ def test_the_curve_is_drawn(run):
     assert file.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_verdicts_of_a_smoothed_model_do_not_depend_on_the_batch(tmp_path):
     settings = {"attack": "pgd:steps=2,eot=2", "defense": "smoothing:sigma=0.25,n_predict=100"}
     found = []

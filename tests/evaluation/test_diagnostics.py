@@ -192,6 +192,7 @@ def test_probabilities_are_named(plain: TorchModel) -> None:
     assert battery(case(broken))[0] == {"probability_output"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_quantised_input_hides_its_gradient(plain: TorchModel, cut: bool) -> None:
     broken = wrapped(Before, quantised(plain, 3), Tensor.detach) if cut else quantised(plain, 3)
@@ -340,6 +341,7 @@ def test_the_battery_needs_a_ball_and_rows(plain: TorchModel) -> None:
         expensive.battery(case(plain), rows=0)
 
 
+@pytest.mark.slow
 def test_the_battery_repeats_itself_and_gives_randomness_back(hardened: TorchModel) -> None:
     state = torch.random.get_rng_state()
     once = expensive.battery(case(hardened), rows=12, draws=20, queries=20)
@@ -624,6 +626,7 @@ class Seen:
         return self.inner(z).detach()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ball", [Linf(0.3), L2(0.6)])
 def test_random_search_keeps_the_first_hit_in_any_batch(ball: Any) -> None:
     model = linear(features=6, classes=2)
@@ -646,6 +649,7 @@ def test_random_search_keeps_the_first_hit_in_any_batch(ball: Any) -> None:
         assert torch.equal(alone, best[index])
 
 
+@pytest.mark.slow
 def test_where_there_are_no_balls_the_battery_says_so_and_names_none() -> None:
     with pytest.raises(UsageError, match="transcripts have none") as refused:
         expensive.battery(resolve("beast:k=2,length=2", "ppl_filter", "prompts", "toychat", n=2, device="cpu"))

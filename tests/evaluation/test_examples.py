@@ -68,6 +68,7 @@ def test_as_many_as_were_kept() -> None:
         advkit.evaluate("fgsm", keep=0, **DIGITS).adversarial()
 
 
+@pytest.mark.slow
 def test_one_attack_by_its_label() -> None:
     report = advkit.evaluate("autoattack", defense="pgd_at", **DIGITS)
     for entry in report.attacks:

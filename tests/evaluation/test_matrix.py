@@ -630,6 +630,7 @@ def test_the_module_is_not_loaded_by_the_package() -> None:
     assert api.matrix is advkit.matrix
 
 
+@pytest.mark.slow
 def test_the_stored_request_makes_the_matrix_again(tmp_path: Path) -> None:
     pubdef = "zoo:digits-mlp-pubdef"
     given: dict[str, Any] = {"sources": ["public"], "attacks": ["fgsm", "mi+ti"], "targets": [pubdef], "n": 10}
@@ -653,6 +654,7 @@ def test_a_matrix_of_schema_1_0_is_read_and_has_no_request(made: tuple[Matrix, P
         _ = again.request
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [128, 20, 3])
 def test_memory_that_ends_makes_the_batches_smaller_and_the_images_the_same(
     made: tuple[Matrix, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int

@@ -34,6 +34,7 @@ def test_scenarios_keep_the_laws(name):
     check_scenario(scenario_of(case), case)
 
 
+@pytest.mark.slow
 def test_a_suite_keeps_the_laws():
     case = resolve("lean", task="digits", model="zoo:digits-mlp", threat_model="linf:eps=0.05", n=24, device="cpu")
     check_scenario(Evasion(), case)

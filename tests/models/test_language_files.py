@@ -169,6 +169,7 @@ def gpt2(vocabulary):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [llama, gpt2])
 def test_merged_prompts_of_the_library_are_separate_ones(kind, monkeypatch):
     inner = chat_tokenizer()

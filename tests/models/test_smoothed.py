@@ -114,7 +114,9 @@ def test_a_rows_votes_depend_on_its_key_and_on_nothing_beside_it():
     rows = torch.tensor([4, 1])
     assert torch.equal(smoothed.drawing(x[rows], keys[rows]), whole[rows])
     view = smoothed.attacker_view()
-    assert torch.equal(view.drawing(x[rows], keys[rows]), view.drawing(x, keys)[rows])
+    turned = torch.tensor([4, 1, 0, 3, 5, 2])  # as many rows: calls of other shapes may differ in the last bits
+    assert torch.equal(view.drawing(x[turned], keys[turned]), view.drawing(x, keys)[turned])
+    assert torch.allclose(view.drawing(x[rows], keys[rows]), view.drawing(x, keys)[rows], atol=1e-5)
 
 
 def test_every_query_of_an_oracle_draws_anew_whatever_is_asked_beside_it():

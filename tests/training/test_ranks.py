@@ -158,6 +158,7 @@ def small_runs(ranks: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return all_trained(ranks, LIGHT), shared(ranks)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     found = together(tmp_path / "two", 2, small_runs)  # one start for both: it is what takes the time
     for number, spec in enumerate(LIGHT):

@@ -16,7 +16,7 @@ from advkit.attacks import ATTACKS
 from advkit.attacks.gradient.pgd import PGD
 from advkit.core.checks import at_least_one, fraction, one_of
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.oracle import MeteredOracle, frozen
+from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Ball, Data, Rng
 from advkit.core.rng import RowRng
 from advkit.defenses.adversarial.base import TrainingDefense, in_mode
@@ -246,7 +246,8 @@ def _correct(model: Any, x: Tensor, y: Tensor) -> Tensor:
     """Bool [B] on the CPU: rows that the model, in evaluation mode, gets right."""
     device = _device(model)
     with in_mode(model, False), frozen(*model.modules()):
-        answer = MeteredOracle(model, rows=len(x))(x.to(device))
+        x = x.to(device)
+        answer = MeteredOracle(model, rows=len(x), lanes=Lanes.fitting(x))(x)
     return (answer.argmax(1).cpu() == y.cpu()).cpu()
 
 

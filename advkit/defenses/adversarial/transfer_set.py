@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, UsageError
-from advkit.core.oracle import MeteredOracle, frozen
+from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import Ball, Boxed, Data, Rng, Task
 from advkit.core.rng import RowRng
 from advkit.core.text import first_line
@@ -68,7 +68,7 @@ class Maker:
         x, y = x.to(self.device), y.to(self.device)
         origin = x if self.augment is None else self.augment(x, rng.at("augment"))
         with in_mode(self.source, False), frozen(*self.source.modules()):
-            oracle = MeteredOracle(self.source, rows=len(x), decides=False)
+            oracle = MeteredOracle(self.source, rows=len(x), decides=False, lanes=Lanes.fitting(x))
             z = self.attack(oracle, origin, Untargeted(y), self.ball, rng.at("attack"))
         stored = (self.ball.finish(z, origin) * 255).round().clamp(0, 255).to(torch.uint8)
         if not bool(self.ball.admits(stored.to(origin) / 255, origin).all()):

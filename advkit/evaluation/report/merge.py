@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from advkit.core.errors import ReportError
+from advkit.evaluation.counts import RECALL_AT
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.render import SEVERITIES
 from advkit.evaluation.report.schema import placeholders
@@ -22,6 +23,7 @@ _ADDITIVE = (
     "attack_success_rate",
     "abstention_rate",
     "robust_accuracy_upper",
+    *(f"{prefix}recall_at_{k}_image_to_text" for prefix in ("clean_", "") for k in RECALL_AT),
 )
 """Metrics whose counts are per sample, so that those of two shards add up."""
 _MEANS = ("average_certified_radius",)

@@ -308,7 +308,8 @@ def _items(ranked: Sequence[tuple[str, Report, dict[str, Any]]]) -> Iterator[_It
 
 def _lean(record: Record) -> Record:
     """Without what no score is made of."""
-    return replace(record, texts={}, trace=()) if record.texts or record.trace else record
+    more = record.texts or record.trace or record.scores
+    return replace(record, texts={}, trace=(), scores={}) if more else record
 
 
 def _victim_of(data: Mapping[str, Any]) -> _Key:

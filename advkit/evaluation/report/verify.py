@@ -38,6 +38,7 @@ from advkit.evaluation.counts import (
     least_change,
     least_name,
     measured,
+    recalls,
     tail_accuracy,
     weakest_classes,
 )
@@ -325,6 +326,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
         worst = classes[weakest_classes(classes)[0]]
         figures["tail_30_accuracy"] = tail_accuracy(classes)
         figures["worst_class_accuracy"] = (worst.right_after, worst.n)
+    figures |= {name: (each.found, each.queries) for name, each in recalls(records).items()}
     if len(by_label(records)) != 1:
         return figures
     values: dict[str, list[float | bool]] = defaultdict(list)

@@ -29,17 +29,19 @@ from advkit.core.protocols import (
     DrawsByRow,
     Goal,
     Lattice,
+    MetByTruth,
     Model,
     Outcome,
     Record,
     ThreatModel,
+    ThroughView,
     Wraps,
     whole_batch,
 )
 from advkit.core.rng import RowRng
 from advkit.evaluation.counts import clean_notes
 from advkit.evaluation.run.case import Case, lent
-from advkit.evaluation.run.judge import Judge, Verdict, finite
+from advkit.evaluation.run.judge import Judge, Said, Verdict, finite
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
@@ -400,9 +402,7 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
         if len(doubted):
             attempts.again(doubted.to(batch.x.device), model)
             verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
-    said = judge.examine(
-        verdict, attempts.returned, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
-    )
+    said = _examined(attempts, clean, judge, verdict, rng)
     admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
     shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.returned)
     return Round(_records(attempts, clean, judge, verdict, said), batch.x, shown, attempts.tokens)
@@ -415,10 +415,26 @@ def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
     clean = _clean(case, batch, judge, rng.at("goal"))
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
     verdict = judge.judge(batch.x, batch.x, clean.goal, case.threat)
-    said = judge.examine(
-        verdict, batch.x, batch.x, clean.answer, clean.goal, case.threat, batch.twins, rng.at("examine")
-    )
+    said = _examined(attempts, clean, judge, verdict, rng)
     return Round(_records(attempts, clean, judge, verdict, said))
+
+
+def _examined(attempts: _Attempts, clean: _Clean, judge: Judge, verdict: Verdict, rng: RowRng) -> list[Said]:
+    """What there is to say of every row of the batch."""
+    case, batch = attempts.case, attempts.batch
+    return judge.examine(
+        verdict,
+        attempts.returned,
+        batch.x,
+        clean.answer,
+        clean.goal,
+        case.threat,
+        batch.twins,
+        rng.at("examine"),
+        task=case.task,
+        labels=batch.labels,
+        shifted=isinstance(case.rule, ThroughView),
+    )
 
 
 def _judge(case: Case, lanes: Lanes, rng: RowRng) -> Judge:
@@ -436,14 +452,16 @@ def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
         goal = case.goal(batch.labels, answer, rng, batch.ids)
         # An untargeted attacker has nothing left to win on a row that is wrong when clean; another one has, unless the
         # row meets the goal already, or would were the victim right about it.
-        lost = wrong if case.rule.kind == "untargeted" else _met_by_truth(goal, batch.labels, answer)
+        lost = wrong if case.rule.kind == "untargeted" else met_by_truth(goal, batch.labels, answer)
         contested = sane & ~lost & ~judge.majority(goal, answers)
     attacked = sane if case.attack_misclassified else contested  # a grid counts every image
     return _Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), contested.cpu(), attacked)
 
 
-def _met_by_truth(goal: Goal[Tensor], labels: Tensor, answer: Tensor) -> Tensor:
+def met_by_truth(goal: Goal[Tensor], labels: Tensor, answer: Tensor) -> Tensor:
     """Bool [B]: rows whose goal a right answer reaches, such as a target that is the row's own class."""
+    if isinstance(goal, MetByTruth):
+        return goal.met_by_truth()
     if answer.ndim == 1:
         return goal.reached(labels)
     if answer.ndim != 2 or not bool(((labels >= 0) & (labels < answer.shape[1])).all()):
@@ -494,7 +512,7 @@ def _records(
     clean: _Clean,
     judge: Judge,
     verdict: Verdict,
-    said: Sequence[tuple[dict[str, float | bool], dict[str, str]]],
+    said: Sequence[Said],
 ) -> list[Record]:
     """One record per row of the batch."""
     case, batch, cost = attempts.case, attempts.batch, attempts.cost
@@ -535,9 +553,10 @@ def _records(
                 notes=notes,
                 message=attempts.errors.get(i, ""),
                 measures={name: float(value[i]) for name, value in verdict.measures.items()},
-                figures=said[i][0],
+                figures=said[i].figures,
                 trace=attempts.trace.get(i, ()),
-                texts=said[i][1],
+                texts=said[i].texts,
+                scores=said[i].scores,
                 stage=case.label.stage,
                 source=case.label.source,
             )

@@ -249,10 +249,15 @@ def lanes_of(case: Case) -> Lanes:
     with own_randomness(case.device, "lanes"):
         # A smoothed model has no shapes of its own: those of the model that it calls for every draw count.
         asked = [(model.base if isinstance(model, DrawsByRow) else model, backward) for model, backward in probes]
-        found = [Lanes.probed(model, first, backward) for model, backward in asked]
+        found = [Lanes.probed(model, first, backward, _rows_sent(case)) for model, backward in asked]
         if case.views is not None:
             found += [case.views.lanes(name, model, first, back) for name, model, back in models_attacked(case)]
-    return max(found, key=lambda lanes: lanes.multiple)
+    return Lanes.shared(found)
+
+
+def _rows_sent(case: Case) -> float:
+    """About how many rows the case sends in batches that fill a call of more than 64; 0 where none does."""
+    return planned_passes(case.attack) * case.n if case.attack is not None and case.batch_size > 64 else 0
 
 
 def _first_rows(case: Case) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ def submitted(returned: Tensor, origin: Tensor, threat: ThreatModel[Tensor]) -> 
     shape = (-1,) + (1,) * (origin.ndim - 1)
     seen = threat.finish(torch.where(admitted.view(shape), returned, origin), origin)
     return seen, admitted & threat.admits(seen, origin)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What was said of one row; see the fields of these names of `protocols.Record`."""
+
+    figures: dict[str, float | bool] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,25 +190,42 @@ class Judge:
         threat: ThreatModel[Tensor],
         twins: Tensor | None,
         rng: Rng,
-    ) -> list[tuple[dict[str, float | bool], dict[str, str]]]:
-        """What goal, threat model and victim have to say of every row, figures and texts; see `protocols.Goal`."""
+        *,
+        task: object = None,
+        labels: Tensor | None = None,
+        shifted: bool = False,
+    ) -> list[Said]:
+        """What goal, threat model, victim and task have to say of every row; see `protocols.Examines`."""
         said: dict[str, Sequence[Figure]] = {}
-        parts: tuple[tuple[str, object], ...] = ((JUDGE, goal), (GOAL, threat), (MODEL, self.victim))
+        parts: tuple[tuple[str, object], ...] = ((JUDGE, goal), (GOAL, threat), (MODEL, self.victim), (GOAL, task))
         experts = [(who, part.examine) for who, part in parts if isinstance(part, Examines)]
         if experts:
             admitted = verdict.admitted.to(origin.device).view(-1, *(1,) * (origin.ndim - 1))
             known = torch.where(admitted, returned, origin) if returned.shape == origin.shape else origin
             evidence = Evidence(
-                self.victim, self.answer, origin, known, verdict.submitted, clean, verdict.answer, twins, rng
+                self.victim,
+                self.answer,
+                origin,
+                known,
+                verdict.submitted,
+                clean,
+                verdict.answer,
+                twins,
+                rng,
+                labels,
+                shifted,
             )
             for who, ask in experts:
                 with code_of(who):
                     said |= ask(evidence)
-        rows: list[tuple[dict[str, float | bool], dict[str, str]]] = [({}, {}) for _ in range(len(origin))]
+        rows = [Said() for _ in range(len(origin))]
         for name, values in said.items():
-            for (figures, texts), value in zip(rows, values, strict=True):
+            for row, value in zip(rows, values, strict=True):
                 if isinstance(value, str):
-                    texts[name] = value
-                elif value is not None and math.isfinite(value):
-                    figures[name] = value if isinstance(value, bool) else float(value)
+                    row.texts[name] = value
+                elif isinstance(value, list | tuple):
+                    if all(math.isfinite(each) for each in value):
+                        row.scores[name] = tuple(map(float, value))
+                elif value is not None and math.isfinite(number := cast(float, value)):
+                    row.figures[name] = value if isinstance(value, bool) else float(number)
         return rows

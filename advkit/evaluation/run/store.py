@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ log = logging.getLogger("advkit")
 RECORDS_NAME = "records.jsonl"
 _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
-_WHERE_ANY = ("figures", "trace", "texts", "stage", "source")
+_WHERE_ANY = ("figures", "trace", "texts", "scores", "stage", "source")
 """Fields that most records have nothing for: written only where they have."""
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def written(records: Iterable[Record]) -> tuple[str, ...]:
@@ -40,9 +41,8 @@ def written(records: Iterable[Record]) -> tuple[str, ...]:
 
 def to_line(record: Record) -> str:
     """One line of JSON, keys in the record's order."""
-    values = asdict(record)
-    said = {name: values[name] for name in _NAMES if name not in _WHERE_ANY or values[name]}
-    return json.dumps(said, separators=(",", ":"))
+    said = {name: value for name in _NAMES if (value := getattr(record, name)) or name not in _WHERE_ANY}
+    return _ENCODER.encode(said)
 
 
 _MOST = 2**63  # of a whole number: arrays of such are made of records
@@ -83,6 +83,10 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "measures": lambda value: isinstance(value, dict) and all(map(_real, value.values())),
     "figures": lambda value: isinstance(value, dict) and all(type(v) is bool or _real(v) for v in value.values()),
     "texts": lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
+    "scores": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(row, list) and all(_real(v) and math.isfinite(v) for v in row) for row in value.values())
+    ),
     "trace": lambda value: isinstance(value, list) and all(isinstance(each, dict) and _plain(each) for each in value),
 }
 
@@ -98,6 +102,7 @@ def from_line(line: str) -> Record:
     values["outcome"] = Outcome(values["outcome"])
     values["notes"] = tuple(values["notes"])
     values["trace"] = tuple(values.get("trace", ()))
+    values["scores"] = {name: tuple(row) for name, row in values.get("scores", {}).items()}
     if not values.get("stage") and not values.get("source"):
         # Runs of earlier versions wrote the label as one text.
         label = Label.parse(values["attack"])

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from advkit.core.protocols import Access, Record, Worded, Wording
-from advkit.evaluation.counts import ANY_JUDGE, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts
+from advkit.evaluation.counts import ANY_JUDGE, RECALL_AT, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.scenario import Companion, Engine, Headline, Parts, Records, Section
@@ -94,6 +94,13 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
         (words.success, "attack_success_rate"),
     ]
     sentence = f"{words.robust.capitalize()} is {{robust_accuracy}}: {how}."
+    table += [
+        (f"recall@{k}, {way.replace('_', ' ')}{', clean' * bool(prefix)}", name)
+        for way in ("image_to_text", "text_to_image")
+        for k in RECALL_AT
+        for prefix in ("clean_", "")
+        if (name := f"{prefix}recall_at_{k}_{way}") in metrics
+    ]
     if case.rule.kind != "untargeted":
         headline = Headline("attack_success_rate", words.success.capitalize(), "lower")
         sentence = f"{words.success.capitalize()} is {{attack_success_rate}}: {how}."

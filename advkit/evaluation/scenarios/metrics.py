@@ -33,6 +33,7 @@ from advkit.evaluation.counts import (
     least_change,
     least_name,
     measured,
+    recalls,
     tail_accuracy,
     weakest_classes,
 )
@@ -64,6 +65,7 @@ def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     if c.eight_bit is not None and not (isinstance(case.threat, Lattice) and case.threat.lattice):
         metrics["robust_accuracy_8bit"] = rate(c.eight_bit, c.n, "all_samples")
     metrics |= judged_by_all(case, records) | least_metrics(case, records)
+    metrics |= {name: rate(each.found, each.queries, each.what) for name, each in recalls(records).items()}
     if len(by_label(records)) == 1:
         metrics |= figured(case, records)
         for name, values in measured(records).items():

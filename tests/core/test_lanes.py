@@ -1,0 +1,131 @@
+"""Lanes: calls of sizes in which a row gets the same bits, found by a probe, and how a batch is cut into them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from advkit.core.oracle import _CALL, Lanes, MeteredOracle
+from advkit.core.protocols import Access
+from advkit.threat_models.goals.untargeted import Untargeted
+
+SIZES = (16, 32, 48, 64)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.GELU(), nn.Flatten(), nn.Linear(6 * 49, 10)]
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), *layers).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (*SIZES, 128, 256), (7, 9), (64,), (1, 2, 3, 4, 6, 8)])
+def test_calls_cover_a_batch_and_every_call_has_an_allowed_size(sizes: tuple[int, ...]) -> None:
+    lanes = Lanes.of_sizes(sizes)
+    for rows in [*range(140), 250, 999]:
+        calls = lanes.split(rows)
+        assert sum(calls) == rows
+        assert all(lanes.padded(each) in ((0,) if rows == 0 else sizes) for each in calls)
+        assert all(each in sizes for each in calls[:-1])  # the last one alone is padded
+
+
+def test_a_batch_is_cut_as_cheaply_as_can_be() -> None:
+    sizes = (4, 6, 9, 16)
+    lanes = Lanes.of_sizes(sizes)
+
+    def cost(calls: tuple[int, ...]) -> int:
+        return sum(lanes.padded(each) + _CALL for each in calls)
+
+    for rows in range(1, 33):
+        best = min(
+            sum(calls) + _CALL * len(calls)
+            for many in range(1, 9)
+            for calls in itertools.combinations_with_replacement(sizes, many)
+            if sum(calls) >= rows
+        )
+        assert cost(lanes.split(rows)) == best
+
+
+def test_a_probe_keeps_sizes_that_give_the_same_bits_and_no_other() -> None:
+    x = torch.rand(64, 1, 14, 14, generator=torch.Generator().manual_seed(1))
+
+    def odd(z: torch.Tensor) -> torch.Tensor:
+        """Calls of 32 and 128 rows differ in the last bit."""
+        answer = z.flatten(1)[:, :10] * 2
+        return answer * (1 + 2.0**-23) if len(z) in (32, 128) else answer
+
+    assert Lanes.probed(odd, x).sizes == (16, 48, 64)
+    assert Lanes.probed(odd, x, rows=1e9).sizes == (16, 48, 64, 256)
+
+    def alone(z: torch.Tensor) -> torch.Tensor:
+        """What 64 rows get, no other call gives."""
+        return z.flatten(1)[:, :10] * (3 if len(z) >= 64 else 2)
+
+    assert Lanes.probed(alone, x).sizes == (16, 32, 48)
+
+    def never(z: torch.Tensor) -> torch.Tensor:
+        return z.flatten(1)[:, :10] * len(z)
+
+    assert Lanes.probed(never, x).sizes == (64,)  # every call has 64 rows, as it ever was
+
+
+def test_rows_in_probed_calls_have_the_same_bits_in_any_batch() -> None:
+    net = network()
+    x = torch.rand(130, 1, 14, 14, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(130) % 10
+    lanes = Lanes.probed(net, x[:64], rows=1e9)
+    found = {}
+    for batch in (1, 7, 50, 130):
+        parts = [
+            MeteredOracle(net, len(part), lanes=lanes).gradient(part, Untargeted(goal))
+            for part, goal in zip(x.split(batch), labels.split(batch), strict=True)
+        ]
+        found[batch] = [torch.cat(each) for each in zip(*parts, strict=True)]
+    for batch in (1, 7, 50):
+        assert all(torch.equal(a, b) for a, b in zip(found[batch], found[130], strict=True))
+
+
+@pytest.mark.parametrize("features", [294, 297, 2])
+def test_rows_of_any_width_have_the_same_bits_at_any_place(features: int) -> None:
+    """Rows that are no multiple of 16 bytes long begin at other places of a vector; see `advkit/__init__.py`."""
+    torch.manual_seed(3)
+    net = nn.Linear(features, 10).requires_grad_(False)
+    x = torch.rand(16, features)
+    whole = net(x)
+    for row in range(16):
+        assert torch.equal(net(x[row : row + 1].expand(16, -1).contiguous())[0], whole[row])
+
+
+def test_a_place_that_matters_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def placed(z: torch.Tensor) -> torch.Tensor:
+        return z * (1 + torch.arange(len(z))[:, None] % 16)
+
+    x = torch.rand(64, 3)
+    Lanes.probed(placed, x)
+    assert "depend on its place in the batch" in caplog.text
+    caplog.clear()
+    Lanes.probed(lambda z: z * 2, x)
+    assert not caplog.text
+
+
+def test_several_models_share_the_sizes_that_suit_all() -> None:
+    first, second = Lanes.of_sizes((4, 8, 16, 64)), Lanes.of_sizes((8, 16, 32, 64, 128))
+    assert Lanes.shared([first, second]).sizes == (8, 16, 64)
+    assert Lanes.shared([first, Lanes(1, 1)]) == first  # that model says its own when it is asked
+    assert Lanes.shared([first, Lanes(64, 64)]) == Lanes(64, 64)
+    assert Lanes.shared([Lanes.of_sizes((16, 32, 48, 64)), Lanes(64, 16)]) == Lanes(64, 16)
+    assert Lanes.shared([Lanes(64, 16), Lanes(64, 64)]) == Lanes(64, 64)
+
+
+def test_a_direct_call_pads_nothing() -> None:
+    seen: list[int] = []
+
+    def model(z: torch.Tensor) -> torch.Tensor:
+        seen.append(len(z))
+        return z.flatten(1)
+
+    MeteredOracle(model, 3, Access.SCORES)(torch.rand(3, 2))
+    MeteredOracle(model, 130, Access.SCORES)(torch.rand(130, 2))
+    assert seen == [3, 64, 64, 2]
