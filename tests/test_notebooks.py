@@ -315,4 +315,6 @@ def test_raw_purification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # what the text says of the smoothed pipeline at the largest radius
     assert lines["smoothed, oblivious"][2] > 1 / 3
     assert lines["smoothed, adaptive"][2] < lines["smoothed, oblivious"][2] - 0.1
-    assert lines["smoothed, adaptive"][2] <= max(lines["box blur, adaptive"][2], lines["no defense, attacked"][2]) + 0.05
+    assert (
+        lines["smoothed, adaptive"][2] <= max(lines["box blur, adaptive"][2], lines["no defense, attacked"][2]) + 0.05
+    )

@@ -73,7 +73,7 @@ ATTACKS: Registry[Attack] = Registry(
         "gcg": "advkit.attacks.text.gcg:GCG",
         "random_suffix": "advkit.attacks.text.baselines:RandomSuffix",
         "sampled_suffix": "advkit.attacks.text.baselines:SampledSuffix",
-        "bpda:": "advkit.attacks.gradient.bpda:BPDA",
+        "bpda:": "advkit.attacks.adaptive.bpda:BPDA",
         "spiking:": "advkit.attacks.events.spiking:Spiking",
         "transfer:": "advkit.attacks.transfer.engine:Composed",
         "foolbox:": "advkit.attacks.peers:Foolbox",

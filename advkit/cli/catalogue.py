@@ -27,7 +27,8 @@ IMAGES, EVENTS, TEXT = "images", "events", "text"
 # In the order in which they are listed. Parts of other packages follow, under the name of their module's folder.
 GROUPS: dict[str, Words] = {
     "attacks": (
-        "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "suites", "peers",
+        "gradient", "adaptive", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "suites",
+        "peers",
     ),
     "defenses": ("none", "trains the model", "in front of any model", "smoothing", "filter"),
     "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates"),
@@ -58,6 +59,7 @@ _GROUP: dict[str, str] = {
 _LP: Words = ("linf", "l2", "l1")
 _NORMS: dict[str, Words] = {
     "advkit.attacks.gradient": (*_LP, "l0"),
+    "advkit.attacks.adaptive": (*_LP, "l0"),
     "advkit.attacks.gradient.apgd": _LP,
     "advkit.attacks.gradient.targeted": _LP,
     "advkit.attacks.minimal": _LP,

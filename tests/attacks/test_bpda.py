@@ -10,7 +10,7 @@ import torch
 
 import advkit
 from advkit.attacks import ATTACKS
-from advkit.attacks.gradient.bpda import BPDA
+from advkit.attacks.adaptive.bpda import BPDA
 from advkit.core.errors import UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
