@@ -101,6 +101,7 @@ def test_gradients_of_the_embedded_networks_reach_nearly_every_pixel() -> None:
     assert (gradient != 0).any(1).float().mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_other_settings_are_trained_once_and_kept(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     x = uniform(1, 2, 3, 16, 16)
     with caplog.at_level(logging.INFO, logger="advkit"):
@@ -159,22 +160,6 @@ def test_training_halves_the_loss_on_noisy_images() -> None:
     assert len(done.log) == 30  # of ten steps each
     assert noisy(done.last) < 0.5 * noisy(start)
     assert done.log[-1].loss < 0.5 * done.log[0].loss
-
-
-@pytest.mark.slow
-def test_training_the_residual_halves_the_loss_on_noisy_images() -> None:
-    defense = RawISP(width=16, crops=60, crop=48, recipe=replace(QUICK, epochs=30, batch_size=6))
-    trainer = defense.trainer()
-    start, data = trainer.begun(0)
-    image, planes = data.x[:, :3], data.x[:, 3:]
-    noise = 0.1 * RowRng.from_ids(5, [str(row) for row in range(len(data))]).normal(image)
-
-    def noisy(model: TorchModel) -> float:
-        with torch.no_grad():
-            return float((model.module.to_raw(image + noise) - planes).square().mean())
-
-    done = fit(start, data, trainer.objective(), trainer.recipe, RowRng.from_ids(0, ["t"]), progress=False)
-    assert noisy(done.last) < 0.5 * noisy(start)
 
 
 def test_a_run_that_was_cut_off_ends_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
