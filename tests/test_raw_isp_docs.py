@@ -45,7 +45,7 @@ def test_every_command_and_option_exists(line: str) -> None:
             registry.build(asked[option])
 
 
-@pytest.mark.parametrize(("place", "task"), enumerate(("imagenet-samples", "photographs")))
+@pytest.mark.parametrize(("place", "task"), list(enumerate(("imagenet-samples", "photographs"))))
 def test_the_tables_are_those_of_the_file(place: int, task: str) -> None:
     held, shown = FILE["tasks"][task]["rows"], tables()[place]
     assert len(shown) == len(held)
