@@ -634,7 +634,7 @@ class MeteredOracle:
             lanes = Lanes(max(1, len(x)), 1) if training else replace(Lanes.fitting(x), multiple=1)
             self.lanes = lanes
         sizes = lanes.split(len(x))
-        return ([x] if len(sizes) == 1 else list(torch.split(x, sizes))), lanes
+        return ([x] if len(sizes) == 1 else list(torch.split(x, list(sizes)))), lanes
 
     @staticmethod
     def _padded(x: Tensor, lanes: Lanes) -> Tensor:

@@ -326,6 +326,21 @@ class KnowsClasses(Protocol):
 
 
 @runtime_checkable
+class AnswersSamples(Protocol):
+    """A model, a task or training data whose right answer to a sample is that sample, as far as it can be recovered."""
+
+    @property
+    @abstractmethod
+    def answer_shape(self) -> tuple[int, ...]:
+        """Of one answer; empty where answers are classes."""
+
+
+def answer_shape(part: object) -> tuple[int, ...]:
+    """The shape of one answer where answers are samples; empty where they are classes."""
+    return tuple(part.answer_shape) if isinstance(part, AnswersSamples) else ()
+
+
+@runtime_checkable
 class Headed(Protocol):
     """A model that knows its last linear layer."""
 
@@ -509,6 +524,31 @@ class Rule(Protocol):
     def __call__(self, labels: Tensor, clean: Tensor, rng: Rng, /) -> Any:
         """The Goal of a batch with true classes `labels`, long [B], and clean answers `clean`."""
         ...
+
+
+@runtime_checkable
+class AboutSamples(Protocol):
+    """A rule whose goals are about the clean samples themselves, where there are no labels."""
+
+    @abstractmethod
+    def about(self, x: Any) -> Any:
+        """The Goal of a batch of clean samples x."""
+
+
+@runtime_checkable
+class Graded(Protocol):
+    """A rule by which every sample has a figure that the attacker drives on after the goal is reached.
+
+    So no sample stops early, and those that meet the goal when clean are attacked as well.
+    """
+
+    @property
+    @abstractmethod
+    def grades(self) -> Sequence[str]:
+        """Names of the figures (`Examines`) whose means are reported with intervals; larger is better for the attacker.
+
+        The first is the one that decides.
+        """
 
 
 @runtime_checkable
@@ -1150,13 +1190,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Data:
-    """A training set: x [N, ...] in `space`, y long [N]."""
+    """A training set: x [N, ...] in `space`, y long [N].
+
+    answer_shape: of one right answer where that is the sample itself; y and classes mean nothing then
+    """
 
     x: Tensor
     y: Tensor
     space: Any
     classes: int
     name: str = ""
+    answer_shape: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)

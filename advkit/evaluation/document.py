@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import DrawsByRow, Judged, Record
+from advkit.core.protocols import DrawsByRow, Graded, Judged, Record, answer_shape
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
@@ -29,6 +29,8 @@ from advkit.evaluation.scenarios.metrics import attack_entries, cumulative, task
 from advkit.evaluation.trust.diagnostics import in_chat_template
 
 PROTOCOL_VERSION = "1"
+STOPPING = "a row leaves once its goal is reached on the victim; survivors spend the whole budget"
+STOPPING_GRADED = "every row spends the whole budget, those included that reach the goal"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
             "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
         "input_shape": list(first.x.shape[1:]),
-        "n_classes": task.classes,
+        **({} if answer_shape(task) else {"n_classes": task.classes}),
         "sha256": task.digest(),
     }
     low, high = space_range(task.space)
@@ -180,7 +182,7 @@ def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "name": case.specs.get("attack", case.label.attack),
         "aggregation": "worst_case_per_sample" if len(by_label(records)) > 1 else "single_attack",
         "n_eval_repeats": case.draws if case.randomized else 1,
-        "stopping": "a row leaves once its goal is reached on the victim; survivors spend the whole budget",
+        "stopping": STOPPING_GRADED if isinstance(case.rule, Graded) else STOPPING,
     }
     if case.aimed:
         block["attacked"] = NOT_TARGET

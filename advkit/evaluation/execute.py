@@ -11,7 +11,7 @@ from typing import Any
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
-from advkit.core.protocols import OfFiles, Outcome, Record, ids_of
+from advkit.core.protocols import OfFiles, Outcome, Record, answer_shape, ids_of
 from advkit.core.state import plainly
 from advkit.evaluation.attacker import attacker_of
 from advkit.evaluation.certificates import refuted
@@ -103,10 +103,9 @@ def _execute(
 def _first_look(case: Case) -> tuple[list[Finding], bool]:
     """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
     first = first_rows(case)
-    if first.labels is None:
+    if first.labels is None and not answer_shape(case.task):
         return [], case.randomized
     first, _ = answered(case, first)
-    assert first.labels is not None
     # Long enough for any model that answers single samples in time: what is found here decides how verdicts are made.
     seconds = None if case.sample_timeout is None else case.sample_timeout * len(first.x) * diagnostics.CALLS
     try:

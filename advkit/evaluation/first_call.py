@@ -15,7 +15,7 @@ from torch import Tensor
 from advkit.core.errors import AdvkitError, BadModel
 from advkit.core.limits import limited
 from advkit.core.oracle import frozen
-from advkit.core.protocols import Task
+from advkit.core.protocols import Task, answer_shape
 from advkit.evaluation.run.batch import own_randomness
 from advkit.models.torch import Calls, FunctionModel, TorchModel, check_mode, checked_logits
 
@@ -44,7 +44,7 @@ def introduced(model: Any, task: Task, *, wrapped: bool, sample_timeout: float |
         if not torch.equal(given, x):
             calls = Calls(copies=True, alone=calls.alone)
             answer, _ = _answered(_calling(model, calls), x.clone(), calls, task, sample_timeout)
-    if answer.ndim < 2:
+    if answer.ndim < 2 or answer_shape(task):
         return _calling(model, calls)
     made = _calling(model, _masked(answer, calls))
     if not wrapped and model.classes not in (None, answer.shape[1]):
@@ -62,6 +62,7 @@ def _calling(model: Any, calls: Calls) -> Any:
 
 def _answered(model: Any, x: Tensor, calls: Calls, task: Task, sample_timeout: float | None) -> tuple[Tensor, Calls]:
     """The logits of the rows, and how they were got: together, or one by one where the model takes no more."""
+    shape = answer_shape(task)
 
     def ask(rows: Tensor) -> Any:
         with limited(None if sample_timeout is None else sample_timeout * len(rows)):
@@ -70,7 +71,7 @@ def _answered(model: Any, x: Tensor, calls: Calls, task: Task, sample_timeout: f
     try:
         answer = ask(x)
         if not isinstance(answer, Tensor) or answer.ndim == 0 or len(answer) == len(x):
-            return checked_logits(answer, len(x)), calls
+            return checked_logits(answer, len(x), shape), calls
         problem: Exception | None = None
     except (AdvkitError, torch.OutOfMemoryError):
         raise
@@ -80,20 +81,20 @@ def _answered(model: Any, x: Tensor, calls: Calls, task: Task, sample_timeout: f
     last: Exception | None = None
     for row in range(len(x)):
         try:
-            parts[row] = checked_logits(ask(x[row : row + 1].clone()), 1)
+            parts[row] = checked_logits(ask(x[row : row + 1].clone()), 1, shape)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             last = error
     if problem is None and last is not None:
-        return checked_logits(answer, len(x)), calls
+        return checked_logits(answer, len(x), shape), calls
     if not parts:
         assert problem is not None
         raise BadModel(_refusal(x, problem, task)) from last
     if len(parts) < len(x):  # it raises on single samples, which is for their records; the others may go together
         try:
             rows = list(parts)
-            return checked_logits(ask(x[rows]), len(rows)), calls
+            return checked_logits(ask(x[rows]), len(rows), shape), calls
         except torch.OutOfMemoryError:
             raise
         except Exception:

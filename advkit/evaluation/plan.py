@@ -13,6 +13,7 @@ from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
 from advkit.core.protocols import (
     Batched,
+    Graded,
     Label,
     MadeForGoal,
     MadeForThreatModel,
@@ -258,7 +259,8 @@ def _case(
         keep=request.keep,
         speed=speed,
         sample_timeout=request.sample_timeout,
-        attack_misclassified=isinstance(parts.threat, Transfer) and parts.threat.attacks_all,
+        attack_misclassified=isinstance(parts.rule, Graded)
+        or (isinstance(parts.threat, Transfer) and parts.threat.attacks_all),
     )
 
 

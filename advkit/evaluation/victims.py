@@ -24,12 +24,14 @@ from advkit.core.protocols import (
     Trains,
     TrainsApart,
     TrainsFront,
+    answer_shape,
 )
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
+from advkit.models.reconstructor import Reconstructor
 from advkit.tasks.base import ClassificationTask
 
 if TYPE_CHECKING:
@@ -104,6 +106,9 @@ def agreeing(model: Any, task: Task) -> Any:
     """
     if task.space is None:  # a task that waits for a model's space says itself which models it is for
         return model
+    if wanted := answer_shape(task):
+        _check_recovers(model, task, wanted)
+        return model
     classes = model.classes if isinstance(model, KnowsClasses) else None
     if classes is None or classes == task.classes or (_counts_labels(task) and classes > task.classes):
         return model
@@ -111,6 +116,18 @@ def agreeing(model: Any, task: Task) -> Any:
         f"the model answers {classes} classes, the task {task.name} has {task.classes}: choose a model trained for "
         "this task" + (", or say classes= in the task" if _may_have_more(task) else "")
     )
+
+
+def _check_recovers(model: Any, task: Task, wanted: tuple[int, ...]) -> None:
+    """BadModel where a model is known to answer something else than samples of that shape."""
+    classes = model.classes if isinstance(model, KnowsClasses) else None
+    given = answer_shape(model)
+    if classes is not None or (given and given != wanted):
+        seen = f"samples {list(given)}" if given else f"{classes} classes"
+        raise BadModel(
+            f"the model answers {seen}, and the task {task.name} wants reconstructed samples {list(wanted)}: use "
+            "reconstructor, or a function or module whose answer has that shape"
+        )
 
 
 def with_classes_of(task: Task, model: Any) -> Task:
@@ -138,6 +155,11 @@ def _counts_labels(task: Task) -> bool:
 def blank(spec: Any, task: Any, seed: int) -> Any:
     """An untrained model of an architecture, its weights drawn from the seed."""
     part, _ = model_part(spec)
+    if answer_shape(task) and not isinstance(part, Reconstructor):
+        raise BadModel(
+            f"{MODELS.spec(part)} answers classes, and the task {task.name} wants reconstructed samples: use "
+            "reconstructor"
+        )
     made = part(_row_shape(task), task.classes, training_rng(seed).at("init"), space=task.space)
     return with_captions_of(task, made)
 

@@ -12,6 +12,7 @@ MODELS: Registry[Any] = Registry(
     {
         "cnn": "advkit.models.cnn:CNN",
         "mlp": "advkit.models.mlp:MLP",
+        "reconstructor": "advkit.models.reconstructor:Reconstructor",
         "resnet8": "advkit.models.resnet:ResNet8",
         "resnet18": "advkit.models.resnet:ResNet18",
         "wrn-28-10": "advkit.models.resnet:WRN28x10",

@@ -168,7 +168,7 @@ def save_checkpoint(
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"checkpoints are safetensors files, got {path}; end the name in .safetensors")
     shape = shape or (model.space.shape if isinstance(model.space, Sized) else None)
-    if shape is None or model.classes is None:
+    if shape is None or (model.classes is None and not model.answer_shape):
         raise CheckpointError(
             "a checkpoint says the shape of a sample and the number of classes; the model knows neither"
         )
@@ -186,7 +186,7 @@ def save_checkpoint(
         "format": FORMAT,
         "architecture": architecture,
         "shape": canonical_json(list(shape)),
-        "classes": str(model.classes),
+        "classes": str(model.classes or 0),  # 0: answers are samples
         "mean": canonical_json(list(model.mean)),
         "std": canonical_json(list(model.std)),
         "space": json.dumps(_space_to_json(model.space), sort_keys=True),  # bounds may be infinite
@@ -282,7 +282,9 @@ def _load_own(
             "choose the task it was made for"
         )
     if classes is not None and classes != held_classes:
-        raise BadModel(f"{path.name} answers {held_classes} classes, this task has {classes}")
+        answers = f"{held_classes} classes" if held_classes else "samples"
+        wanted = f"has {classes} classes" if classes else "wants reconstructed samples"
+        raise BadModel(f"{path.name} answers {answers}, this task {wanted}")
     spec = metadata.get("architecture", "")
     if not _trusted(spec, architecture, path):
         spec = architecture
@@ -294,13 +296,14 @@ def _load_own(
     model = TorchModel(
         module,
         space,
-        held_classes,
+        held_classes or None,
         mean,
         std,
         described["name"],
         described["source"],
         described["license"],
         architecture=spec,
+        answer_shape=built.answer_shape,
     )
     model = type(built).of(model)  # a spiking network is one again
     if model.state_sha256() != described["state_sha256"]:

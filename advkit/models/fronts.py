@@ -19,7 +19,7 @@ from typing_extensions import override
 from advkit.core.checks import at_least, at_least_one, check, one_of
 from advkit.core.errors import BadModel, BudgetExhausted, CheckpointError, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import CountsQueries, Headed, KnowsClasses, ModelInfo, Sized, Undefended
+from advkit.core.protocols import CountsQueries, Headed, KnowsClasses, ModelInfo, Sized, Undefended, answer_shape
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, checked_logits, image_shape, tensors_sha256
 
@@ -239,6 +239,7 @@ class Denoised(TorchModel, Undefended, CountsQueries):
             victim.space,
             victim.classes if isinstance(victim, KnowsClasses) else None,
             name=f"{victim.describe().name} behind a {networks.text()}",
+            answer_shape=answer_shape(victim),
         )
         self.victim = victim
         self.networks = networks
@@ -275,7 +276,7 @@ class Denoised(TorchModel, Undefended, CountsQueries):
         return self._asked(self.front(x))
 
     def ask(self, images: Tensor) -> Tensor:
-        """The model's own logits [B, C] of samples, counted.
+        """The model's own logits [B, C] of samples, or its own reconstructions of them, counted.
 
         Raises BudgetExhausted before it is asked where the limit does not allow it, BadModel for answers of another
         shape or number of classes and for NaN or infinity. Called like any other model the chain answers what is not
@@ -283,7 +284,7 @@ class Denoised(TorchModel, Undefended, CountsQueries):
         """
         logits = self._asked(images)
         if not bool(torch.isfinite(logits).all()):
-            bad = int((~torch.isfinite(logits)).any(1).sum())
+            bad = int((~torch.isfinite(logits)).flatten(1).any(1).sum())
             raise BadModel(f"the model answers NaN or infinity for {bad} of {len(images)} samples")
         return logits
 
@@ -297,7 +298,9 @@ class Denoised(TorchModel, Undefended, CountsQueries):
                 self.queries.spent += self.victim.answered - counts
             raise
         self.queries.spent += len(images)
-        logits = checked_logits(answer, len(images))
+        logits = checked_logits(answer, len(images), self.answer_shape)
+        if self.answer_shape:
+            return logits
         if logits.ndim != 2:
             raise BadModel(
                 f"the model answers decisions [{len(images)}]; expected logits or probabilities [B, C]: wrap it so "

@@ -22,7 +22,18 @@ from typing_extensions import override
 
 from advkit.core.errors import BadModel, UnknownName
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Copies, Data, Headed, KnowsClasses, Model, ModelInfo, Rng, Task
+from advkit.core.protocols import (
+    AnswersSamples,
+    Copies,
+    Data,
+    Headed,
+    KnowsClasses,
+    Model,
+    ModelInfo,
+    Rng,
+    Task,
+    answer_shape,
+)
 from advkit.core.spaces import Box
 from advkit.core.state import as_caller
 
@@ -144,12 +155,21 @@ def _described(answer: Any) -> str:
     return f"{type(answer).__name__} ({inside})"
 
 
-def checked_logits(answer: Any, rows: int) -> Tensor:
+def checked_logits(answer: Any, rows: int, shape: tuple[int, ...] = ()) -> Tensor:
     """The logits [rows, classes], or decisions [rows] as whole numbers, in what a model returned for `rows` inputs.
+
+    shape: of one answer where answers are samples: float [rows, *shape] is expected then
 
     BadModel names what came back in place of them.
     """
+    if shape and isinstance(answer, Tensor) and (answer.shape != (rows, *shape) or not answer.is_floating_point()):
+        raise BadModel(
+            f"the model returns a tensor {list(answer.shape)} of type {answer.dtype} for {rows} inputs; this task "
+            f"wants reconstructed samples, float {[rows, *shape]}"
+        )
     logits = logits_of(answer)
+    if shape:
+        return cast(Tensor, logits) if logits is answer else checked_logits(logits, rows, shape)
     seen = f"the model returns a tensor of shape {list(logits.shape)} for {rows} inputs"
     one = (logits.ndim == 2 and logits.shape[1] == 1) or (logits.ndim == 1 and logits.is_floating_point())
     if one and len(logits) == rows:
@@ -216,8 +236,8 @@ def _acts_in_training(layer: nn.Module) -> bool:
     return any(code is not None and "training" in code.co_names for code in codes)
 
 
-class TorchModel(Headed, KnowsClasses, Copies):
-    """A torch module that speaks the attacker's space and answers logits [B, classes].
+class TorchModel(Headed, KnowsClasses, AnswersSamples, Copies):
+    """A torch module that speaks the attacker's space and answers logits [B, classes], or samples.
 
     module:       takes normalised rows; its mode, weights and flags are never changed here
     space:        legal inputs, before normalising (default: the box [0, 1])
@@ -228,11 +248,13 @@ class TorchModel(Headed, KnowsClasses, Copies):
     license:      of the weights
     architecture: spec that builds the module again ("cnn:width=16"); empty where unknown
     calls:        how the module has to be called
+    answer_shape: of one answer where answers are reconstructed samples [B, *answer_shape]; empty: logits
 
     Raises BadModel where mean and std do not fit each other or a std is not positive.
     """
 
     classes: int | None = None
+    answer_shape: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -247,6 +269,7 @@ class TorchModel(Headed, KnowsClasses, Copies):
         *,
         architecture: str = "",
         calls: Calls | None = None,
+        answer_shape: tuple[int, ...] = (),
     ) -> None:
         if not isinstance(cast(object, module), nn.Module):
             raise BadModel(f"a torch module was expected, got {type(module).__name__}; wrap functions with as_model")
@@ -264,6 +287,7 @@ class TorchModel(Headed, KnowsClasses, Copies):
         self.license = license
         self.architecture = architecture
         self.calls = calls or Calls()
+        self.answer_shape = tuple(answer_shape)
         self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
@@ -371,6 +395,7 @@ class TorchModel(Headed, KnowsClasses, Copies):
             "license": self.license,
             "architecture": self.architecture,
             "calls": self.calls,
+            "answer_shape": self.answer_shape,
         }
 
     @classmethod
@@ -400,16 +425,18 @@ class TorchModel(Headed, KnowsClasses, Copies):
         return moved
 
 
-class FunctionModel(KnowsClasses):
+class FunctionModel(KnowsClasses, AnswersSamples):
     """A bare callable as a model: rows in, logits out, nothing known of what is inside.
 
-    function: tensor [B, ...] -> logits [B, classes]
+    function: tensor [B, ...] -> logits [B, classes], or samples [B, *answer_shape]
     identity: what its hash is made of. Empty: a fresh one per object, so that a run of an unnamed function is never
               taken for the run of another
     calls:    how it has to be called
+    answer_shape: of one answer where answers are reconstructed samples; empty: logits
     """
 
     classes: int | None = None
+    answer_shape: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -420,6 +447,7 @@ class FunctionModel(KnowsClasses):
         identity: str = "",
         *,
         calls: Calls | None = None,
+        answer_shape: tuple[int, ...] = (),
     ) -> None:
         self.function = function
         self.space = Box() if space is None else space
@@ -427,6 +455,7 @@ class FunctionModel(KnowsClasses):
         self.name = name or getattr(function, "__name__", type(function).__name__)
         self.identity = identity or uuid.uuid4().hex
         self.calls = calls or Calls()
+        self.answer_shape = tuple(answer_shape)
 
     def __repr__(self) -> str:
         return f"FunctionModel({self.name}, classes={self.classes}, space={self.space})"
@@ -486,13 +515,14 @@ def as_model(thing: Any, task: Task | Data | None = None) -> Model[Any, Any]:
     `TorchModel(module, mean=..., std=...)`. Raises BadModel for anything else.
     """
     space = None if task is None else task.space
-    classes = None if task is None else task.classes
+    shape = () if task is None else answer_shape(task)
+    classes = None if task is None or shape else task.classes
     if isinstance(thing, nn.Module):
-        return TorchModel(thing, space=space, classes=classes)
+        return TorchModel(thing, space=space, classes=classes, answer_shape=shape)
     if isinstance(thing, Model) and not isinstance(thing, type):
         return thing
     if callable(thing) and not isinstance(thing, type):
-        return FunctionModel(thing, space=space, classes=classes)
+        return FunctionModel(thing, space=space, classes=classes, answer_shape=shape)
     from advkit.models.familiar import what_it_is
 
     advice = what_it_is(thing)

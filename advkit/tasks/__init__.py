@@ -20,6 +20,8 @@ TASKS: Registry[Task] = Registry(
         "fashion-mnist-dvs": "advkit.tasks.events:FashionMNISTDVS",
         "digits-dvs": "advkit.tasks.events:DigitsDVS",
         "events": "advkit.tasks.events:EventFolder",
+        "digits-reconstruction": "advkit.tasks.reconstruction:DigitsReconstruction",
+        "fashion-mnist-reconstruction": "advkit.tasks.reconstruction:FashionMNISTReconstruction",
         "prompts": "advkit.tasks.prompts:Prompts",
     },
     group="advkit.tasks",

@@ -41,6 +41,7 @@ GOALS: Registry[Rule] = Registry(
         "out-of-topk": "advkit.threat_models.goals.ordered_topk:OutOfTopKRule",
         "near": "advkit.threat_models.goals.near:NearRule",
         "says": "advkit.threat_models.goals.says:SaysRule",
+        "reconstruction": "advkit.threat_models.goals.reconstruction:ReconstructionRule",
     },
     group="advkit.goals",
     contract=Rule,

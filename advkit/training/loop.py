@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from advkit.core.checks import at_least_one, check, fraction, not_negative, one_of
 from advkit.core.errors import AdvkitError, BadInput, BadModel, CheckpointError, StaleRun, UsageError
-from advkit.core.protocols import Data, Rng
+from advkit.core.protocols import Data, Rng, answer_shape
 from advkit.core.rng import RowRng
 from advkit.core.strict_json import read_object
 from advkit.core.tail import weakest
@@ -150,15 +150,22 @@ class Recipe:
         return self.lr
 
 
-def correct(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Float [B]: 1 where the model's largest logit is the label's."""
+def correct(model: Any, x: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
+    """Float [B]: 1 where the model's largest logit is the label's.
+
+    Of a model that answers samples, 1 minus the root mean squared error to the clean sample, x where none is given.
+    """
     with torch.no_grad():
         answer: Tensor = model(x)
+    if answer_shape(model):
+        return 1 - (answer - (x if clean is None else clean)).square().flatten(1).mean(1).sqrt()
     return (answer.argmax(dim=1) == y).float()
 
 
 class Objective:
     """The loss of a training run, with whatever state it keeps; the base class is plain cross-entropy.
+
+    Of models that answer samples it is the mean squared error to the clean ones.
 
     A defense makes a fresh one for every run. Rows are given by their place in the training data, validation rows
     included, as a long tensor on the device of x; rng holds one stream per row of the batch.
@@ -178,6 +185,11 @@ class Objective:
     whole: str = ""
     eager: str = ""
 
+    @property
+    def for_samples(self) -> bool:
+        """Whether it trains models that answer samples, too; losses on classes do not."""
+        return type(self) is Objective
+
     def prepare(self, model: TorchModel, data: Data, rng: Rng) -> None:
         """Called once before the first epoch with the initial weights, and again when a run is resumed.
 
@@ -186,7 +198,7 @@ class Objective:
 
     def loss(self, model: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
         """The scalar to descend on a batch of augmented clean rows; the model's module is in training mode."""
-        return F.cross_entropy(model(x), y)
+        return F.mse_loss(model(x), x) if answer_shape(model) else F.cross_entropy(model(x), y)
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Weights of the objective's own that are trained with the model's; asked for after `prepare`.
@@ -382,6 +394,7 @@ def fit(
             raise BadModel(f"only torch models are trained here, got {type(model).__name__}")
         held = validation_rows(len(data), recipe.validation)
         _check(model, data, held)
+        _check_answers(model, data, objective)
         check_rows(len(data) - held, recipe.batch_size, ranks, _batch_statistics(model.module))
         _check_speed(objective, recipe)
     place = model.device if device is None else torch.device(device)
@@ -396,7 +409,7 @@ def _check(model: TorchModel, data: Data, held: int) -> None:
         raise BadInput(f"{len(data)} training samples leave none to train on after {held} for validation")
     if len(data.x) != len(data.y):
         raise BadInput(f"{len(data.x)} training samples and {len(data.y)} labels; expected one label per sample")
-    if int(data.y.min()) < 0 or int(data.y.max()) >= data.classes:
+    if not data.answer_shape and (int(data.y.min()) < 0 or int(data.y.max()) >= data.classes):
         raise BadInput(
             f"training labels from {int(data.y.min())} to {int(data.y.max())}; expected 0 to {data.classes - 1}"
         )
@@ -407,6 +420,20 @@ def _check(model: TorchModel, data: Data, held: int) -> None:
         raise BadInput(f"training data: {complaint}")
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise BadModel(f"{model.name} has no parameter that requires a gradient; nothing can be trained")
+
+
+def _check_answers(model: TorchModel, data: Data, objective: Objective) -> None:
+    """Raise where samples are to be recovered and the loss is about classes, or the model answers the other kind."""
+    given = answer_shape(model)
+    if given != data.answer_shape:
+        seen = f"samples {list(given)}" if given else "classes"
+        wanted = f"samples {list(data.answer_shape)}" if data.answer_shape else f"{data.classes} classes"
+        raise BadModel(f"{model.name} answers {seen}, and the training data {data.name} wants {wanted}")
+    if given and not objective.for_samples:
+        raise UsageError(
+            f"{data.name} has samples to recover and no classes, and {type(objective).__name__} is a loss on classes: "
+            "train with none, or with fo_ds, zo_ds, fo_ae_ds or zo_ae_ds"
+        )
 
 
 @contextmanager

@@ -79,9 +79,9 @@ class LowestMargin(Best):
         """As `Best.compare`; the loss that is passed does not count."""
         reached, wins = super().compare(z, answer, self.of(rows).goal.margin(answer), rows)
         if rows is None:
-            self.answer = torch.where(wins[:, None], answer, self.answer)
+            self.answer = torch.where(per_row(wins, answer), answer, self.answer)
         else:
-            self.answer[rows] = torch.where(wins[:, None], answer, self.answer[rows])
+            self.answer[rows] = torch.where(per_row(wins, answer), answer, self.answer[rows])
         return reached, wins
 
 

@@ -112,7 +112,7 @@ class _NearestPoints(PerRow):
         distance = torch.where(reached, distance, torch.inf)
         closer = distance < self.away
         self.near = torch.where(per_row(closer, z), z, self.near)
-        self.answer = torch.where(closer[:, None], answer, self.answer)
+        self.answer = torch.where(per_row(closer, answer), answer, self.answer)
         self.away = torch.minimum(distance, self.away)
         return reached
 
@@ -439,7 +439,7 @@ def _search(
         margin = active.goal.margin(answer).to(x.dtype)
         inside = (t <= edge) | (edge == 1)
         # Best never takes an answer that is not finite.
-        best.offer(z, torch.where(inside[:, None], answer, torch.nan), margin, active.index)
+        best.offer(z, torch.where(per_row(inside, answer), answer, torch.nan), margin, active.index)
         low, low_margin = torch.where(reached, low, t), torch.where(reached, low_margin, margin)
         high, high_margin = torch.where(reached, t, high), torch.where(reached, margin, high_margin)
     if active.affords():

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _scanned() -> EntryPoints:
+def _scanned() -> Any:
     """Every installed package's entry points, read once for all groups: a scan costs some 15 ms."""
     return entry_points()
 

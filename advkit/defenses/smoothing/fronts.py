@@ -28,7 +28,6 @@ from advkit.core.spaces import Box
 from advkit.core.zeroth_order import Estimate, Mode, cge, cge_queries, rge, rge_queries
 from advkit.defenses.smoothing.base import SmoothingDefense
 from advkit.models.fronts import Denoised, Denoiser, Front, Networks, Queries, load_front
-from advkit.models.smoothed import Smoothed
 from advkit.models.torch import TorchModel, as_model, check_mode, device_of, seeded
 from advkit.training.loop import Epoch, Objective, Recipe, Review, correct, fit, validation_rows
 from advkit.training.ranks import launched
@@ -44,6 +43,8 @@ _UNKNOWN = -1
 
 class Reconstruction(Objective):
     """Mean squared error of an auto-encoder, over pixels and rows."""
+
+    for_samples = True
 
     @override
     def loss(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
@@ -130,7 +131,8 @@ class Terms(NamedTuple):
     """How much of the two losses there is, each >= 0.
 
     mse:       squared distance of denoised noisy samples to the clean ones, summed over pixels
-    stability: cross-entropy of the chain's answers on noisy samples with the model's own on the clean ones
+    stability: cross-entropy of the chain's answers on noisy samples with the model's own on the clean ones; where
+               answers are samples, their mean squared error to these
     """
 
     mse: float
@@ -141,10 +143,15 @@ class Terms(NamedTuple):
 class FrontDefense(SmoothingDefense, Trains, TrainsFront):
     """A defense that trains a front for a finished model, which is queried and never changed, and smooths the chain.
 
+    A model that answers reconstructed samples has no classes to vote on: its chain is trained under noise, by the mean
+    squared error of its answers, and answers without noise. `n_predict`, `alpha`, `draws`, `answers`, `votes` and
+    `vote_sigma` have no meaning then.
+
     denoiser: mlp, on flattened samples, or dncnn, for images; the identity at first
     width:    units or channels of its layers; 0 for 256 of mlp, 64 of dncnn
     depth:    hidden layers of mlp, convolutions of dncnn; 0 for 2 of mlp, 17 of dncnn
-    targets:  "model": what the model answers on clean samples, asked once for each; "labels": those of the data
+    targets:  "model": what the model answers on clean samples, asked once for each; "labels": those of the data. Where
+              answers are samples, the label is the clean sample, and the loss that of reconstruction
     answers:  what the model answers: logits, probabilities, or labels (rows whose largest entry is the class)
     votes:    of labels: the loss is that of the votes of so many copies of a sample under noise; the same noise for all
               points at which a row's loss is asked for
@@ -215,15 +222,14 @@ class FrontDefense(SmoothingDefense, Trains, TrainsFront):
         return FrontObjective(self)
 
     @override
-    def deploy(self, model: Any) -> Smoothed:
-        """The smoothed chain, with a count of queries of its own."""
-        if isinstance(model, Denoised):
-            return super().deploy(model.apart())
-        return super().deploy(load_front(self.weights, model, self.networks))
+    def deploy(self, model: Any) -> Any:
+        """The smoothed chain, with a count of queries of its own; the chain itself where answers are samples."""
+        chain = model.apart() if isinstance(model, Denoised) else load_front(self.weights, model, self.networks)
+        return chain if chain.answer_shape else super().deploy(chain)
 
     @override
-    def protect(self, model: Any, data: Data | None, rng: Rng, /) -> Smoothed:
-        """The model behind a front that was trained on the data, smoothed. Raises NoTrainingData without data."""
+    def protect(self, model: Any, data: Data | None, rng: Rng, /) -> Any:
+        """The model behind a front that was trained on the data, deployed. Raises NoTrainingData without data."""
         if self.weights:
             return self.deploy(model)
         if data is None:
@@ -275,7 +281,12 @@ class AutoEncoded(FrontDefense):
         front = chain.front
         assert front.encoder is not None
         assert front.decoder is not None
-        coder = TorchModel(nn.Sequential(front.encoder, front.decoder), chain.space, name="auto-encoder")
+        coder = TorchModel(
+            nn.Sequential(front.encoder, front.decoder),
+            chain.space,
+            name="auto-encoder",
+            answer_shape=data.answer_shape,
+        )
         done = fit(coder, data, Reconstruction(), self.pretraining, rng.at("autoencoder"), progress=False)
         coder.module.load_state_dict(done.last.module.state_dict())
         log.info("the auto-encoder's mean squared error is %.4f", done.log[-1].loss)
@@ -292,12 +303,14 @@ class FrontObjective(Objective):
     """
 
     eager = "the chain asks a model that is not torch's to compile"
+    for_samples = True
 
     def __init__(self, defense: FrontDefense) -> None:
         super().__init__()
         self.defense = defense
         self.estimator = defense.estimates
         self.labels = torch.empty(0, dtype=torch.long)
+        self.recovered: Tensor | None = None
         self.queries = Queries()
         self.base = 0
 
@@ -311,6 +324,13 @@ class FrontObjective(Objective):
         self.data, self.queries, self.base = data, model.queries, model.queries.spent
         self.held = validation_rows(len(data), self.defense.recipe.validation)
         self.labels = torch.full((len(data),), _UNKNOWN, dtype=torch.long)
+        if model.answer_shape and self._asks_labels:
+            if self.defense.recipe.augment != "none":
+                raise UsageError(
+                    "targets=model keeps the model's answers to the samples as they are, and "
+                    f"augment={self.defense.recipe.augment} changes them: use targets=labels, or augment=none"
+                )
+            self.recovered = torch.zeros(len(data), *model.answer_shape, dtype=data.x.dtype)
         front = model.front
         with torch.no_grad():
             at = front.encode(data.x[:1].to(model.device))
@@ -322,7 +342,7 @@ class FrontObjective(Objective):
     def _price(self, epoch: int) -> int:
         """Queries of an epoch: the losses of its rows, labels that are not known yet, validation."""
         defense, trained = self.defense, len(self.labels) - self.held
-        copies = defense.votes if defense.answers == "labels" else 1
+        copies = defense.votes if defense.answers == "labels" and not self.data.answer_shape else 1
         price = trained * self.estimator.queries(self.d) * copies if defense.terms.stability else 0
         if self._asks_labels:
             price += int((self.labels[self.held :] == _UNKNOWN).sum())
@@ -343,21 +363,29 @@ class FrontObjective(Objective):
         budget = self.defense.budget
         return self.queries.within(None if budget is None else budget - self.spent)
 
-    def _targets(self, model: Denoised, y: Tensor, rows: Tensor) -> Tensor:
-        """The classes [B] that answers on noisy samples are held against."""
+    def _targets(self, model: Denoised, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """The classes [B], or the samples [B, ...], that answers on noisy samples are held against."""
         if not self._asks_labels:
-            return y
+            return x if model.answer_shape else y
         self.labels = self.labels.to(y.device)
         unknown = rows[self.labels[rows] == _UNKNOWN]
         if len(unknown):
             clean = self.data.x[unknown.to(self.data.x.device)].to(y.device)
             with torch.no_grad():
-                self.labels[unknown] = model.ask(clean).argmax(1)
-        return self.labels[rows]
+                answer = model.ask(clean)
+            if self.recovered is None:
+                self.labels[unknown] = answer.argmax(1)
+            else:  # the label says no more than that the answer is known
+                self.recovered = self.recovered.to(y.device)
+                self.recovered[unknown] = answer.to(self.recovered.dtype)
+                self.labels[unknown] = 0
+        return self.labels[rows] if self.recovered is None else self.recovered.to(y.device)[rows]
 
     def _losses(self, model: Denoised, images: Tensor, of: Tensor, targets: Tensor, rng: Rng) -> Tensor:
-        """Cross-entropy [n] of the model's answers with the targets of their rows."""
+        """Cross-entropy [n] of the model's answers with the targets of their rows; of samples, mean squared error."""
         answers, target = self.defense.answers, targets[of]
+        if model.answer_shape:
+            return (model.ask(images) - target).square().flatten(1).mean(1)
         if answers == "logits":
             return F.cross_entropy(model.ask(images), target, reduction="none")
         if answers == "probabilities":
@@ -397,7 +425,7 @@ class FrontObjective(Objective):
             z = front.decode(z)
         self.rows_here = len(x)
         with self._within_budget():
-            targets = self._targets(model, y, rows)
+            targets = self._targets(model, x, y, rows)
 
             def losses(points: Tensor, of: Tensor) -> Tensor:
                 images = points if estimator.at_images else front.decode(points)
@@ -410,9 +438,9 @@ class FrontObjective(Objective):
 
     @override
     def score(self, model: Any, x: Tensor, y: Tensor, rows: Tensor, rng: Rng) -> Tensor:
-        """Correctness under noise."""
+        """Correctness under noise; where answers are samples, 1 minus the error to the clean ones."""
         with self._within_budget():
-            return correct(model, x + self.defense.sigma * rng.at("noise").normal(x), y)
+            return correct(model, x + self.defense.sigma * rng.at("noise").normal(x), y, x)
 
     @override
     def review(self, entry: Epoch, log: Sequence[Epoch]) -> Review:
@@ -432,9 +460,12 @@ class FrontObjective(Objective):
 
     @override
     def state(self) -> dict[str, Tensor]:
-        """The model's labels and the count of queries."""
-        return {"labels": self.labels, "queries": torch.tensor(self.spent)}
+        """The model's labels, or its answers where they are samples, and the count of queries."""
+        told = {} if self.recovered is None else {"recovered": self.recovered}
+        return {"labels": self.labels, "queries": torch.tensor(self.spent), **told}
 
     @override
     def load(self, state: dict[str, Tensor]) -> None:
         self.labels, self.base = state["labels"].clone(), self.queries.spent - int(state["queries"])
+        if "recovered" in state:
+            self.recovered = state["recovered"].clone()

@@ -23,10 +23,11 @@ _ADDITIVE = (
     "attack_success_rate",
     "abstention_rate",
     "robust_accuracy_upper",
+    "over_threshold",
     *(f"{prefix}recall_at_{k}_image_to_text" for prefix in ("clean_", "") for k in RECALL_AT),
 )
 """Metrics whose counts are per sample, so that those of two shards add up."""
-_MEANS = ("average_certified_radius",)
+_MEANS = ("average_certified_radius", "rmse", "clean_rmse", "oblivious_rmse")
 """Means over all samples, so that those of two shards weigh by their samples."""
 _CASE = ("kind", "task", "dataset", "model", "defense", "threat_model", "protocol", "attacks", "seed", "section")
 _SAME = ("name", "attack", "stage", "source", "params", "order", "conditional", "beside")

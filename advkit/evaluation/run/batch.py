@@ -28,6 +28,7 @@ from advkit.core.protocols import (
     CountsQueries,
     DrawsByRow,
     Goal,
+    Graded,
     Lattice,
     MetByTruth,
     Model,
@@ -187,7 +188,7 @@ def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception, who: str) 
     except Exception:
         notes = ("clean_raised", *notes)
     else:
-        before = int(judge.decide(clean.answer)[0])
+        before = judge.decisions(clean.answer)[0]
         notes = (*_state_of(clean, 0, Outcome.ERROR, label, before), *notes)
     record = Record(
         id=batch.ids[0],
@@ -256,7 +257,7 @@ def attacked_model(case: Case) -> tuple[Any, bool]:
     if not case.surrogates:
         # The view is for differentiating; who may only ask, asks the victim as it is deployed.
         view = case.victim.attacker_view() if Access(case.threat.access) >= Access.GRADIENTS else case.victim
-        exact = view is case.victim and not case.randomized
+        exact = view is case.victim and not case.randomized and not isinstance(case.rule, Graded)
         return view, exact and not (isinstance(case.threat, Lattice) and case.threat.lattice)
     if len(case.surrogates) == 1:
         return case.surrogates[0][1], False
@@ -444,12 +445,13 @@ def _judge(case: Case, lanes: Lanes, rng: RowRng) -> Judge:
 def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
     """The rows before any attack, and what the attacker wants of them."""
     answers = judge.answers(batch.x, "clean")
-    answer, wrong = answers[0], judge.majority(batch.goal, answers)
-    sane = finite(answer)
+    answer = answers[0]
+    sane, goal = finite(answer), case.goal_of(batch, answer, rng)
     if batch.labels is None:
-        goal, contested = batch.goal, ~wrong & sane
+        wrong = judge.majority(goal, answers)
+        contested = ~wrong & sane
     else:
-        goal = case.goal(batch.labels, answer, rng, batch.ids)
+        wrong = judge.majority(batch.goal, answers)
         # An untargeted attacker has nothing left to win on a row that is wrong when clean; another one has, unless the
         # row meets the goal already, or would were the victim right about it.
         lost = wrong if case.rule.kind == "untargeted" else met_by_truth(goal, batch.labels, answer)
@@ -517,7 +519,7 @@ def _records(
     """One record per row of the batch."""
     case, batch, cost = attempts.case, attempts.batch, attempts.cost
     labels = None if batch.labels is None else batch.labels.cpu()
-    before = judge.decide(clean.answer).cpu()
+    before, afterwards = judge.decisions(clean.answer), judge.decisions(verdict.answer)
     records = []
     for i, row in enumerate(batch.ids):
         label, outcome = None if labels is None else int(labels[i]), _outcome(attempts, clean, verdict, i)
@@ -531,7 +533,7 @@ def _records(
             ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
             (TIMED_OUT, attempts.late[i]),
         )
-        notes = (*_state_of(clean, i, outcome, label, int(before[i])), *(name for name, holds in found if bool(holds)))
+        notes = (*_state_of(clean, i, outcome, label, before[i]), *(name for name, holds in found if bool(holds)))
         if outcome == Outcome.ERROR:
             attempts.errors.setdefault(i, ASKED_NON_FINITE)
         records.append(
@@ -540,8 +542,8 @@ def _records(
                 attack=case.label.attack,
                 outcome=outcome,
                 label=label,
-                clean=int(before[i]),
-                adversarial=int(verdict.decision[i]),
+                clean=before[i],
+                adversarial=afterwards[i],
                 reached=bool(verdict.reached[i]),
                 distance=_number(verdict.distance[i]),
                 margin=_number(verdict.margin[i]),
@@ -564,7 +566,7 @@ def _records(
     return records
 
 
-def _state_of(clean: _Clean, row: int, outcome: Outcome, label: int | None, before: int) -> tuple[str, ...]:
+def _state_of(clean: _Clean, row: int, outcome: Outcome, label: int | None, before: int | None) -> tuple[str, ...]:
     """What a record's notes must say of how its row was when clean."""
     if not clean.finite[row]:
         return ("clean_non_finite",)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from advkit.core.protocols import (
+    AboutSamples,
     Attack,
+    Batch,
     Boxed,
     Data,
     Defense,
@@ -104,7 +106,7 @@ class Case:
 
         A language model has two answers here, and the wrong one is what the attacker wants: there is no third.
         """
-        return self.rule.kind != "untargeted" and not isinstance(self.rule, Judged)
+        return self.rule.kind != "untargeted" and not isinstance(self.rule, (Judged, AboutSamples))
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.
@@ -135,6 +137,12 @@ class Case:
         """What the attacker wants of a batch of these samples; see `protocols.Rule`."""
         rule = self.rule.of(ids) if isinstance(self.rule, PerSample) else self.rule
         return rule(labels, answer, rng)
+
+    def goal_of(self, batch: Batch, answer: Any, rng: Any) -> Any:
+        """The same for whole batches; where samples have no labels it is about them, or what the task says."""
+        if batch.labels is not None:
+            return self.goal(batch.labels, answer, rng, batch.ids)
+        return self.rule.about(batch.x) if isinstance(self.rule, AboutSamples) else batch.goal
 
     def digest(self) -> str:
         """sha256 of the config; names the run folder."""

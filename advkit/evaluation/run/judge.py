@@ -30,12 +30,18 @@ from advkit.core.protocols import (
     Rng,
     ThreatModel,
     Votes,
+    answer_shape,
 )
 from advkit.core.rng import RowRng
 
 
 def decide(answer: Tensor) -> Tensor:
-    """Long [B]: the class of each answer (logits [B, C], or decisions [B] with -1 for abstaining)."""
+    """Long [B]: the class of each answer (logits [B, C], or decisions [B] with -1 for abstaining).
+
+    Answers that are samples decide for no class: -1.
+    """
+    if answer.ndim > 2:
+        return torch.full((len(answer),), -1, dtype=torch.long, device=answer.device)
     return answer.argmax(1) if answer.ndim > 1 else answer.long()
 
 
@@ -137,6 +143,12 @@ class Judge:
         decision = decide(answer)
         return decision.masked_fill(self.victim.abstained(answer), -1) if isinstance(self.victim, Votes) else decision
 
+    def decisions(self, answer: Tensor) -> list[int | None]:
+        """The same as numbers; None for the rows of a victim whose answers are samples."""
+        if answer.ndim > 2 or answer_shape(self.victim):
+            return [None] * len(answer)
+        return list(self.decide(answer).tolist())
+
     def majority(self, goal: Goal[Tensor], answers: Sequence[Tensor]) -> Tensor:
         """Bool [B]: rows whose goal most of the draws' answers reach.
 
@@ -164,7 +176,8 @@ class Judge:
             eight_bit = self.reached(space.quantize(seen), goal, "8 bit")[0]
         scores = answer.is_floating_point() and answer.ndim > 1
         margin = goal.margin(answer) if scores else torch.zeros(len(answer), dtype=torch.float32)
-        spread = answer.amax(1) - answer.amin(1) if scores else torch.ones(len(answer), dtype=torch.float32)
+        flat = answer.flatten(1) if scores else answer
+        spread = flat.amax(1) - flat.amin(1) if scores else torch.ones(len(answer), dtype=torch.float32)
         measured = threat.measures(seen, origin) if isinstance(threat, Measures) else {}
         return Verdict(
             admitted=admitted.cpu(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
 from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import Averages, Batch, Model, Refuses
+from advkit.core.protocols import AboutSamples, Averages, Batch, Model, Refuses, answer_shape
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
@@ -27,6 +27,7 @@ def preflight(case: Case, scenario: Scenario) -> None:
     """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
     if reason := scenario.accepts(case):
         raise UsageError(reason)
+    _check_rule(case)
     if isinstance(case.rule, Refuses) and (reason := case.rule.misfit(case.victim)):
         raise UsageError(reason)
     _check_models(case)
@@ -37,6 +38,21 @@ def preflight(case: Case, scenario: Scenario) -> None:
     with own_randomness(case.device, "rehearsal"):
         for cell in scenario.cells(case):
             rehearse(cell, first, answer)
+
+
+def _check_rule(case: Case) -> None:
+    """UsageError for a goal on classes where answers are samples, and the other way round."""
+    kind, name = case.rule.kind, case.task.name
+    if answer_shape(case.task) and not isinstance(case.rule, AboutSamples):
+        raise UsageError(
+            f"the goal {kind} is about classes, and answers of the task {name} are reconstructed samples: use "
+            "--goal reconstruction:rmse=..."
+        )
+    if isinstance(case.rule, AboutSamples) and not answer_shape(case.task):
+        raise UsageError(
+            f"the goal {kind} is about reconstructed samples, and answers of the task {name} are not: use "
+            "--goal untargeted, or a task such as digits-reconstruction"
+        )
 
 
 def _check_models(case: Case) -> None:
@@ -56,7 +72,7 @@ def _first_answer(case: Case, first: Batch) -> tuple[Batch, Tensor]:
     A row on which it raises is for that row's record; where it raises on all of them, the model does not fit.
     """
     batch, answer = answered(case, first)
-    if answer.ndim == 2 and answer.shape[1] != case.task.classes:
+    if not answer_shape(case.task) and answer.ndim == 2 and answer.shape[1] != case.task.classes:
         raise BadModel(
             f"the model answers {answer.shape[1]} classes, the task {case.task.name} has {case.task.classes}: "
             "choose a model trained for this task"
@@ -136,7 +152,7 @@ def answered(case: Case, batch: Batch) -> tuple[Batch, Tensor]:
             f"the model can't take inputs of shape {tuple(batch.x.shape[1:])} of task {case.task.name}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return batch, checked_logits(answer, len(batch.x))
+    return batch, checked_logits(answer, len(batch.x), answer_shape(case.task))
 
 
 class _SecondQuestion(Exception):
@@ -157,7 +173,8 @@ class _StubModel:
         if not self.left:
             raise _SecondQuestion
         self.left -= 1
-        return self.answer.expand(len(x), -1) + 0.0 * x.flatten(1).sum(1, keepdim=True)
+        nothing = 0.0 * x.flatten(1).sum(1).view(-1, *(1,) * (self.answer.ndim - 1))
+        return self.answer.expand(len(x), *self.answer.shape[1:]) + nothing
 
     def __getattr__(self, name: str) -> Any:
         raise _SecondQuestion
@@ -174,7 +191,7 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
         return
     row = torch.zeros(1, dtype=torch.long, device=batch.x.device)
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device).at("rehearsal")
-    goal = case.goal(batch.labels, clean, rng.at("goal"), batch.ids) if batch.labels is not None else batch.goal
+    goal = case.goal_of(batch, clean, rng.at("goal"))
     model = _StubModel(clean[:1])
     oracle = MeteredOracle(
         model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data

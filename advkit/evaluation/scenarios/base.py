@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Access, Record, Worded, Wording
+from advkit.core.protocols import Access, Graded, Record, Worded, Wording
 from advkit.evaluation.counts import ANY_JUDGE, RECALL_AT, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
@@ -115,9 +115,22 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean: {how}. "
             f"{words.success.capitalize()} is {{attack_success_rate}}."
         )
+    if isinstance(case.rule, Graded) and case.rule.grades[0] in metrics:
+        name, *others = (each for each in case.rule.grades if each in metrics)
+        headline = Headline(name, f"Mean {spoken(name)} under attack", "lower")
+        table = [*((spoken(each), each) for each in others), (f"{spoken(name)} under attack", name), *table]
+        sentence = (
+            f"The mean {spoken(name)} under attack is {{{name}}}: {how}. {words.robust.capitalize()} are "
+            "{robust_accuracy} of the samples."
+        )
     section = Section(metrics, headline, table, sentence, figures_of(case, metrics), words, settings_of(case))
     counted = judge_counts(case, records)
     return section if counted is None else _judged_section(section, counted)
+
+
+def spoken(figure: str) -> str:
+    """A figure's name as it stands in a table."""
+    return figure.replace("_", " ").replace("rmse", "RMSE")
 
 
 def _judged_section(section: Section, counted: JudgeCounts) -> Section:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from advkit.core.blame import MODEL, code_of
 from advkit.core.noise import block_size
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, Label, Outcome, Record
+from advkit.core.protocols import Batch, Label, Outcome, Record, answer_shape
 from advkit.core.rng import RowRng
 from advkit.core.smoothing import hopeless, largest_radius, linf_radius, radius
 from advkit.evaluation.certificates import ABSTAINED, ACCURACY, LABEL, LARGEST, RADIUS, figures
@@ -119,6 +119,8 @@ class Certification(BaseScenario, RowsApart):
         """None, or why this case can't be run; raises BadInput for samples that no certificate is about."""
         if not isinstance(case.threat, Certified):
             return f"certification needs the threat model certified, and this is {case.specs.get('threat_model')}"
+        if answer_shape(case.task):
+            return f"a certificate speaks of classes, and answers of the task {case.task.name} are samples: evaluate it"
         if not isinstance(case.victim, Smoothed):
             return (
                 "only smoothed models are certified: name a defense that smooths, e.g. --defense smoothing:sigma=0.25"

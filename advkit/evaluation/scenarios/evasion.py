@@ -19,6 +19,7 @@ from advkit.core.protocols import (
     Attack,
     BringsAttacks,
     Compared,
+    Graded,
     Label,
     Outcome,
     Record,
@@ -51,6 +52,7 @@ from advkit.threat_models import THREAT_MODELS
 
 BASELINE = "baseline"
 OBLIVIOUS = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate", "target_nll_after", "rejected")
+"""What is taken over from the attacker who does not know of the defense, beside the figure of a rule that grades."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class Evasion(BaseScenario, RowsApart):
             return "this threat model needs an attack: name one with --attack"
         if on_streams(case.attack):
             return f"{case.label} is an attack on streams; give it one with --threat-model online"
+        if isinstance(case.attack, Suite) and isinstance(case.rule, Graded):
+            return (
+                f"the suite {case.label} leaves samples that are broken alone, and the goal {case.rule.kind} wants the "
+                "worst answer on every sample: name one of its attacks, such as pgd"
+            )
         if isinstance(case.attack, Suite) and case.surrogates and not lacks_access(case):
             return (
                 f"the suite {case.label} follows rows by the victim's verdicts; under transfer name one of its attacks"
@@ -212,9 +219,9 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
         specs={**case.specs, "attack": label},
     )
     title = "oblivious (defense unknown)"
-    return Companion(
-        "oblivious", title, other, OBLIVIOUS, "oblivious_robust_accuracy", prefix="oblivious_", knows_less=True
-    )
+    grade = case.rule.grades[:1] if isinstance(case.rule, Graded) else ()
+    shown = f"oblivious_{grade[0] if grade else 'robust_accuracy'}"
+    return Companion("oblivious", title, other, (*OBLIVIOUS, *grade), shown, prefix="oblivious_", knows_less=True)
 
 
 def _baseline(case: Case, undefended: Any) -> list[Companion]:

@@ -12,6 +12,7 @@ import numpy as np
 from advkit.core.protocols import (
     CountsOver,
     CountsPart,
+    Graded,
     Judged,
     Label,
     Lattice,
@@ -38,7 +39,7 @@ from advkit.evaluation.counts import (
     weakest_classes,
 )
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.stats import DenominatorKind, rate
+from advkit.evaluation.stats import DenominatorKind, bootstrap_mean, rate
 
 MOST_CLASSES_LISTED = 20
 
@@ -49,7 +50,7 @@ def success_kind(case: Case) -> DenominatorKind:
     Of an untargeted goal, the samples that are right when clean. Of another, the samples of which neither the label nor
     the clean answer is what the attacker wants: those wrong when clean are attacked and counted, too.
     """
-    return "clean_correct" if case.rule.kind == "untargeted" else "clean_not_target"
+    return "clean_correct" if case.rule.kind == "untargeted" or isinstance(case.rule, Graded) else "clean_not_target"
 
 
 def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
@@ -68,6 +69,8 @@ def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     metrics |= {name: rate(each.found, each.queries, each.what) for name, each in recalls(records).items()}
     if len(by_label(records)) == 1:
         metrics |= figured(case, records)
+    metrics |= graded(case, records)
+    if len(by_label(records)) == 1:
         for name, values in measured(records).items():
             for kind in ("mean", "median"):
                 metrics[f"{name}_{kind}"] = {"value": values[kind], "n": int(values["n"])}
@@ -121,6 +124,29 @@ def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
         else {"value": float(np.mean(found)), "n": len(found)}
         for name, found in values.items()
     }
+
+
+def graded(case: Case, records: Iterable[Record]) -> dict[str, Any]:
+    """Means with bootstrap intervals of the figures by which the case's rule grades every sample.
+
+    Of several attacks the worst for each sample. A sample that nobody could grade, because the victim raised or
+    answered no number, is in none of them: `n` says how many are.
+    """
+    if not isinstance(case.rule, Graded):
+        return {}
+    found: dict[str, Any] = {}
+    records = list(records)
+    for name in case.rule.grades:
+        worst: dict[str, float] = {}
+        for record in records:
+            if name in record.figures:
+                worst[record.id] = max(float(record.figures[name]), worst.get(record.id, -math.inf))
+        if worst:
+            # by id, so that the resamples do not depend on the order in which records were made
+            values = [worst[row] for row in sorted(worst)]
+            interval = bootstrap_mean(values).to_dict()
+            found[name] = {"value": float(np.mean(values)), "n": len(values), "ci": interval}
+    return found
 
 
 def within_levels(case: Case, records: Iterable[Record]) -> dict[str, Any]:
@@ -264,6 +290,7 @@ __all__ = [
     "count",
     "cumulative",
     "figured",
+    "graded",
     "judge_counts",
     "judged_by_all",
     "least_metrics",

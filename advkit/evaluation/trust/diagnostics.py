@@ -23,6 +23,7 @@ from advkit.core.protocols import (
     Access,
     AddsTokens,
     Ball,
+    Batch,
     Counted,
     Label,
     Outcome,
@@ -62,10 +63,11 @@ BETTER = 0.002  # fraction of samples by which a black-box attack may be ahead b
 # Before the run
 
 
-def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> list[Finding]:
+def cheap(case: Case, x: Tensor, labels: Tensor | None, ids: Sequence[str] = ()) -> list[Finding]:
     """Checks on the first batch (at most 64 rows used) for at most 6 forwards and 2 forwards with backward.
 
-    x: [B, ...] in the victim's space; labels: long [B]; ids: of the samples, for goals that differ by sample.
+    x: [B, ...] in the victim's space; labels: long [B], None where answers are samples; ids: of the samples, for goals
+    that differ by sample.
     Deterministic; the caller's randomness and the model are given back as they were. The gradient checks run where the
     threat model grants the victim's gradients.
     """
@@ -75,7 +77,7 @@ def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> lis
         # The model is not queried: a forward in training mode would also move the batch statistics.
         evidence = f"the model is in training mode ({training} layers): dropout and batch statistics change its output"
         return [found("training_mode", "unreliable", evidence, float(training), 0.0)]
-    x, labels, ids = x[:FIRST_ROWS], labels[:FIRST_ROWS], ids[:FIRST_ROWS]
+    x, labels, ids = x[:FIRST_ROWS], None if labels is None else labels[:FIRST_ROWS], ids[:FIRST_ROWS]
     if not len(x):
         return []
     with frozen(*tops), own_randomness(case.device, case.seed, "diagnostics"):
@@ -89,14 +91,15 @@ def cheap(case: Case, x: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> lis
         outputs.append(oracle(x.clone()))
         findings = _changed_input(case, changed, len(x))
         findings += _dependent(outputs, parts) or _randomized(case, outputs, labels)
-        findings += _probabilities(outputs[0])
+        findings += [] if labels is None else _probabilities(outputs[0])
         if calls:
             evidence = f"the model calls {', '.join(sorted(set(calls)))} in its forward pass"
             findings.append(found("inference_time_optimization", "warning", evidence, float(len(calls)), 0.0))
         if _gives_gradients(case):
             findings += _gradients(case, x, labels, outputs[0], ids) + _replaced(case)
     findings += _short_walk(case) + _bare_chat(case) + _long_suffix(case)
-    return findings + _precision(tops, outputs[0]) + _classes(case) + _preprocessing(case, outputs[0], labels)
+    findings += _precision(tops, outputs[0])
+    return findings if labels is None else findings + _classes(case) + _preprocessing(case, outputs[0], labels)
 
 
 @contextmanager
@@ -246,12 +249,12 @@ def _usual(attack: Any) -> object:
     return next((each.default for each in fields(attack) if each.name == "step_size"), None)
 
 
-def _randomized(case: Case, outputs: Sequence[Tensor], labels: Tensor) -> list[Finding]:
+def _randomized(case: Case, outputs: Sequence[Tensor], labels: Tensor | None) -> list[Finding]:
     if isinstance(case.victim, Votes):
         return []  # how often a vote may be mistaken is a setting of its own
     sane = torch.stack([finite(output) for output in outputs]).all(0)
     repeats = [output[sane] for output in outputs]
-    correct = {int((decide(output) == labels[sane]).sum()) for output in repeats}
+    correct = {0} if labels is None else {int((decide(output) == labels[sane]).sum()) for output in repeats}
     spread = 0.0
     if repeats[0].ndim > 1 and repeats[0].is_floating_point() and len(repeats[0]):
         units = [nn.functional.normalize(output.double().flatten(1), dim=1) for output in repeats]
@@ -259,12 +262,11 @@ def _randomized(case: Case, outputs: Sequence[Tensor], labels: Tensor) -> list[F
     if len(correct) > 1 or spread > SPREAD:
         # An attack that averages over draws, or a view made for attackers, copes with this.
         averaged = _setting(case, "eot", 1) > 1 or case.victim.attacker_view() is not case.victim
-        evidence = (
-            f"the same inputs get different outputs ({min(correct)} to {max(correct)} of {len(repeats[0])} samples "
-            f"correct in {REPEATS} forward passes)"
-        )
+        seen = f"{min(correct)} to {max(correct)} of {len(repeats[0])} samples correct in {REPEATS} forward passes"
+        seen = f"a normalised distance of up to {spread:.1e} in {REPEATS} forward passes" if labels is None else seen
+        evidence = f"the same inputs get different outputs ({seen})"
         return [found("randomized_output", "warning" if averaged else "unreliable", evidence, spread, SPREAD)]
-    if labels.device.type == "cpu" and any(not torch.equal(output, repeats[0]) for output in repeats[1:]):
+    if repeats[0].device.type == "cpu" and any(not torch.equal(output, repeats[0]) for output in repeats[1:]):
         evidence = "the same inputs get outputs that differ in their last bits on a CPU"
         advice = "look for randomness, or for state that a call leaves behind"
         return [found("randomized_output", "info", evidence, spread, SPREAD, advice=advice)]
@@ -344,14 +346,15 @@ def _where_answered(view: Any, start: Tensor, goal: Any) -> _FirstGradients | No
     )
 
 
-def _gradients(case: Case, x: Tensor, labels: Tensor, clean: Tensor, ids: Sequence[str]) -> list[Finding]:
+def _gradients(case: Case, x: Tensor, labels: Tensor | None, clean: Tensor, ids: Sequence[str]) -> list[Finding]:
     """The attacker's two gradients at a random point of the ball; where there is no radius, at the rows themselves."""
     rng = RowRng.from_ids(case.seed, [str(i) for i in range(len(x))], device=x.device).at("diagnostics")
     radius = case.threat.describe().get("eps")
     start = case.threat.sample(x, rng.at("start")) if radius and isinstance(case.threat, Ball) else x
     view, _ = attacked_model(case)
     try:
-        first = _where_answered(view, start, case.goal(labels, clean, rng.at("goal"), ids))
+        goal = case.goal_of(Batch(tuple(ids), x, None, labels), clean, rng.at("goal"))
+        first = _where_answered(view, start, goal)
     except AdvkitError:
         raise
     except Exception as error:
