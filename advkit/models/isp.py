@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advkit.core.checks import at_least_one, check, fraction, not_negative, one_of
+from advkit.core.checks import at_least_one, fraction, not_negative, one_of
 from advkit.core.errors import BadModel, CheckpointError
 from advkit.models import raw
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
@@ -313,8 +313,3 @@ def extra_of(path: str | Path) -> dict[str, Any]:
 def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     word = f"{tensors_sha256(tensors.items())}|{canonical_json(dict(metadata))}"
     return hashlib.sha256(word.encode()).hexdigest()
-
-
-def check_size(settings: object, name: str, value: int) -> None:
-    """UsageError unless a crop of so many sensor pixels is even and large enough for every network."""
-    check(settings, name, value >= 16 and value % 2 == 0, "an even number of at least 16 pixels")
