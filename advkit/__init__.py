@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from advkit.evaluation.matrix import matrix
     from advkit.evaluation.report.document import Report
 
-# MKL, torch's matrix library on x86, lets a product's last bits depend on where its rows lie in memory, so that a sample's
-# result would depend on its place in the batch (`Linear(294, 10)`, torch 2.14). It reads this at its first call.
+# MKL, torch's matrix library on x86, lets a product's last bits depend on where its rows lie in memory, so that a
+# sample's result would depend on its place in the batch (`Linear(294, 10)`, torch 2.14). It reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"

@@ -17,9 +17,12 @@ from pathlib import Path
 
 from advkit.core.errors import UnknownName
 from advkit.evaluation.api import certify, evaluate
-from advkit.evaluation.victims import train_victim
+from advkit.evaluation.victims import protected, train_victim
 from advkit.models import zoo
 from advkit.models.checkpoint import load_checkpoint
+from advkit.models.projected import Projected
+from advkit.models.torch import TorchModel
+from advkit.tasks import TASKS
 
 log = logging.getLogger("advkit")
 
@@ -35,6 +38,7 @@ class Plan:
     attack: what the card's figures are measured with
     names:  the report's metrics by their names on the card
     certified: threat model of the certificates by which a smoothed model is measured, in place of an attack
+    base:   model of the zoo that a defense without training of its own is fitted to
     """
 
     name: str
@@ -50,6 +54,7 @@ class Plan:
     attack: str = "pgd:steps=40,step_size=0.1"
     names: Mapping[str, str] = field(default_factory=lambda: {"pgd-40 accuracy": "robust_accuracy"})
     certified: str = ""
+    base: str = ""
 
 
 def fashion(name: str, model: str, defense: str = "none", epochs: int = 6, **more: object) -> Plan:
@@ -118,6 +123,18 @@ PLANS = [
         certified="certified:n=1000,radii=0+0.25+0.5",
     ),
     Plan(
+        "fashion-mnist-cnn-eigenshield",
+        "fashion-mnist",
+        "cnn",
+        "eigenshield:calibration_attack=[pgd:steps=10],threat_model=[linf:eps=0.1]",
+        train=60_000,
+        names={
+            "pgd-40 accuracy, adaptive": "robust_accuracy",
+            "pgd-40 accuracy, oblivious": "oblivious_robust_accuracy",
+        },
+        base="fashion-mnist-cnn",
+    ),
+    Plan(
         "fashion-mnist-dual-encoder",
         "fashion-mnist-captions",
         "dual-encoder",
@@ -162,7 +179,7 @@ def measured(plan: Plan) -> dict[str, float]:
             f"certified accuracy at {each['radius']:g}": each["certified_accuracy"]["value"] for each in proven[CURVE]
         }
         return {**at, "average certified radius": proven["average_certified_radius"]["value"]}
-    victim = {"task": plan.task, "model": f"zoo:{plan.name}", "beside": False}
+    victim = {"task": plan.task, "model": f"zoo:{plan.name}", "beside": bool(plan.base)}
     attacked = evaluate(plan.attack, **victim)
     clean = attacked.clean_accuracy
     if plan.task.endswith("-dvs"):  # these are attacked on fewer rows than there are
@@ -171,8 +188,8 @@ def measured(plan: Plan) -> dict[str, float]:
     return {"clean accuracy": clean, **{name: metrics[metric]["value"] for name, metric in plan.names.items()}}
 
 
-def make(plan: Plan, root: str, work: Path) -> None:
-    """Train, store, measure what was stored, and write the card."""
+def trained(plan: Plan, root: str, work: Path) -> TorchModel:
+    """The model, trained now."""
     done = train_victim(
         plan.model,
         plan.defense,
@@ -183,7 +200,20 @@ def make(plan: Plan, root: str, work: Path) -> None:
         out=work / plan.name,
         progress=True,
     )
-    model = load_checkpoint(done["file"], sha256=done["sha256"])
+    return load_checkpoint(done["file"], sha256=done["sha256"])
+
+
+def fitted(plan: Plan, root: str) -> Projected:
+    """The base under its defense, fitted now."""
+    task = TASKS.build(task_spec(plan, root))
+    found: Projected = protected(f"zoo:{plan.base}", plan.defense, task, seed=plan.seed).model
+    return found
+
+
+def make(plan: Plan, root: str, work: Path) -> None:
+    """Train, store, measure what was stored, and write the card."""
+    model = fitted(plan, root) if plan.base else trained(plan, root, work)
+    made = f"fitted to {plan.base}" if plan.base else f"recipe {plan.recipe}"
     described = {
         "name": plan.name,
         "task": plan.task,
@@ -192,9 +222,9 @@ def make(plan: Plan, root: str, work: Path) -> None:
         "group": plan.group,
         "role": plan.role,
         "seen_by": ("pubdef",) if plan.seen else (),
+        "base": plan.base,
         "command": f"python scripts/make_zoo.py --root FOLDER {plan.name}",
-        "notes": f"recipe {plan.recipe}"
-        + (f"; first {plan.train} training images" if plan.task.startswith("fashion-mnist") else ""),
+        "notes": made + (f"; first {plan.train} training images" if plan.task.startswith("fashion-mnist") else ""),
     }
     zoo.publish(model, described)
     figures = measured(plan)

@@ -35,6 +35,7 @@ def test_all_are_there() -> None:
         "08_catastrophic_overfitting.ipynb",
         "09_certificates.ipynb",
         "10_raw_purification.ipynb",
+        "11_eigenshield.ipynb",
     ]
 
 
@@ -318,3 +319,28 @@ def test_raw_purification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (
         lines["smoothed, adaptive"][2] <= max(lines["box blur, adaptive"][2], lines["no defense, attacked"][2]) + 0.05
     )
+
+
+@pytest.mark.slow
+def test_eigenshield(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = (each for each in NOTEBOOKS if each.stem == "11_eigenshield")
+    notebook = executed(path, tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 3
+    said = "".join(outputs(notebook, "stream"))
+    assert said.startswith("8 spikes")
+    rows = dict(re.findall(r"^(clean|attacked|adaptive) +(without filter.*)$", said, re.MULTILINE))
+    before, after = ({name: float(re.findall(r"0\.\d+", row)[i]) for name, row in rows.items()} for i in (0, 1))
+    # what the text says: the planted attack is undone, the adaptive one is not
+    assert before["attacked"] < 0.35
+    assert after["attacked"] > 0.85
+    assert after["clean"] >= before["clean"] - 0.01
+    assert after["adaptive"] < 0.01
+    (inside,) = re.findall(r"displacement (\d+)%", said)
+    assert int(inside) > 50
+    robust, oblivious = (
+        float(re.findall(rf"^{name} +([\d.]+) %", said, re.MULTILINE)[0])
+        for name in ("robust accuracy", r"oblivious \(defense unknown\)")
+    )
+    (without,) = re.findall(r"without the filter: clean [\d.]+%, robust ([\d.]+)%", said)
+    assert abs(robust - float(without)) < 5
+    assert abs(robust - oblivious) < 5

@@ -28,6 +28,10 @@ NAMES = {
         "Access Outcome Space Rng Model ModelInfo Evidence Goal Oracle ThreatModel Ball Attack Perturb Selector "
         "OnlineAttack Batch Data TaskDefaults Task Defense Record"
     ),
+    "core.rmt": (
+        "mp_edges mp_atom mp_density mp_cdf mp_median tracy_widom_cdf tracy_widom_quantile tracy_widom_scale "
+        "tracy_widom_edge bbp_threshold spiked overlap debiased"
+    ),
     "core.rng": "RowRng philox",
     "core.smoothing": "lower_bound upper_bound radius largest_radius abstains hopeless high_probability linf_radius",
     "core.zeroth_order": "rge cge Estimate rge_queries cge_queries",

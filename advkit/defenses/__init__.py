@@ -35,6 +35,7 @@ DEFENSES: Registry[Defense] = Registry(
         "raw_isp": "advkit.defenses.inputs.raw_isp:RawISP",
         "ppl_filter": "advkit.defenses.inputs.ppl_filter:PPLFilter",
         "random-resize": "advkit.defenses.inputs.random_resize:RandomResize",
+        "eigenshield": "advkit.defenses.representations.eigenshield:EigenShield",
     },
     group="advkit.defenses",
     contract=Defense,

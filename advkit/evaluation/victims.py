@@ -239,6 +239,8 @@ def _protected(
                     "defense yourself"
                 )
             return Victim(given, origin, told)
+        if not isinstance(guard, Trains):
+            return Victim(_fitted(given, guard, task, seed, name=origin, spec=spec), origin)
         return _trained(given, guard, task, seed, device, progress, name=origin, spec=spec)
 
     shape = _row_shape(task)
@@ -251,14 +253,29 @@ def _protected(
             return Victim(
                 held.to(device), f"zoo:{card.name}", card.defense, {"card": card.name, "measured": dict(card.measured)}
             )
-    if not guard.needs_data and not isinstance(guard, Trains):
+    if not isinstance(guard, Trains):
         # What trains nothing goes around the task's undefended model of that architecture.
         plain = protected(model, "none", task, seed=seed, device=device, progress=progress)
         if isinstance(guard, Deploys):
             return plain
-        return replace(plain, model=guard.protect(plain.model, None, training_rng(seed)))
+        if guard.needs_data:
+            made = _fitted(plain.model, guard, task, seed, name=plain.origin, spec=spec)
+        else:
+            made = guard.protect(plain.model, None, training_rng(seed))
+        return replace(plain, model=made, defense="")
     start, name = blank(part, task, seed).to(device), MODELS.spec(part)
     return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)
+
+
+def _fitted(model: Any, guard: Any, task: Any, seed: int, *, name: str, spec: str) -> Any:
+    """A finished model under a defense that trains no weights, and fits itself to the model and to training data."""
+    data = task.training()
+    if data is None:
+        raise NoTrainingData(
+            f"{spec} is fitted to {name} on training data, and the task has none at hand: give it some (e.g. "
+            f"{task.name}:root=FOLDER)"
+        )
+    return guard.protect(model, data, training_rng(seed))
 
 
 def _trained_with(asked: Any) -> str:
@@ -289,8 +306,6 @@ def _trained(
             f"training data at hand: give it some (e.g. {task.name}:root=FOLDER), or name a trained model "
             "(--model path:FILE.safetensors)"
         )
-    if not isinstance(guard, Trains):
-        raise BadModel(f"model {name} has no trained weights, and the defense {spec} does not train any")
     start = _start(start, guard, data, seed)
     folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
     log.info("training %s with %s on %s (kept in %s)", name, spec, task.name, folder)

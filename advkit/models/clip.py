@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -126,9 +126,7 @@ class Towers(ImageText):
     @override
     def texts(self) -> Tensor:
         if not self.captions_known:
-            raise BadModel(
-                "this model has no captions yet, and so no classes: give it some by with_captions"
-            )
+            raise BadModel("this model has no captions yet, and so no classes: give it some by with_captions")
         return self.vectors
 
     @override
@@ -160,6 +158,8 @@ class Towers(ImageText):
 
 
 class _OpenCLIP(Towers):
+    pooled: ClassVar[str] = "tower.visual"
+
     @override
     def image(self, x: Tensor) -> Tensor:
         made: Tensor = self.tower.encode_image(x, normalize=False)
@@ -172,6 +172,8 @@ class _OpenCLIP(Towers):
 
 
 class _Transformers(Towers):
+    pooled: ClassVar[str] = "tower.visual_projection"
+
     @override
     def image(self, x: Tensor) -> Tensor:
         return _pooled(self.tower.get_image_features(pixel_values=x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,12 @@ _DIGEST = 32
 
 
 class ImageText(nn.Module, ABC):
-    """An image encoder beside the vectors of the classes' texts, in one space: logits = scale x cosine."""
+    """An image encoder beside the vectors of the classes' texts, in one space: logits = scale x cosine.
+
+    pooled: name of the layer whose output are the images' embeddings, of any norm; empty where there is none
+    """
+
+    pooled: ClassVar[str] = ""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -76,6 +81,7 @@ class Toward(nn.Module):
     def __init__(self, inner: ImageText, vector: Tensor) -> None:
         super().__init__()
         self.inner = inner
+        self.pooled = f"inner.{inner.pooled}" if inner.pooled else ""
         self.register_buffer("vector", vector)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,6 +199,8 @@ class Learned(nn.Module):
 
 class Towers(ImageText):
     """Two convolutions and a linear layer for images; sentences or learned vectors for texts."""
+
+    pooled: ClassVar[str] = "image"
 
     image: nn.Module
     text: Sentences | Learned

@@ -17,6 +17,7 @@ from advkit.core.protocols import Rng
 from advkit.core.strict_json import read_object
 
 if TYPE_CHECKING:
+    from advkit.models.projected import Projected
     from advkit.models.torch import TorchModel
 
 FOLDER = Path(__file__).parent / "weights"
@@ -40,6 +41,7 @@ class Card:
     role:     "victim" of evaluations, or "public": a surrogate that anybody may query and differentiate
     seen_by:  names of the victims whose training used this model
     measured: figures by name, such as {"clean accuracy": 0.85}
+    base:     name of the card whose model this one is a spectral filter in: the file holds the filter alone
     command:  makes the weights again
     notes:    anything else worth knowing
     """
@@ -56,6 +58,7 @@ class Card:
     role: str = "victim"
     seen_by: tuple[str, ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
+    base: str = ""
     command: str = ""
     notes: str = ""
 
@@ -78,7 +81,10 @@ class Card:
 
     def to_json(self) -> str:
         """The card file's text."""
-        return json.dumps({**asdict(self), "seen_by": list(self.seen_by)}, indent=2, ensure_ascii=True) + "\n"
+        told = {**asdict(self), "seen_by": list(self.seen_by)}
+        if not self.base:
+            del told["base"]
+        return json.dumps(told, indent=2, ensure_ascii=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "card") -> Card:
@@ -123,12 +129,33 @@ def card(name: str, folder: Path | None = None) -> Card:
     return known[name]
 
 
-def load(name: str, folder: Path | None = None) -> TorchModel:
-    """The model of a card, in evaluation mode on the CPU; CheckpointError where the weights are not the card's."""
-    from advkit.models.checkpoint import load_checkpoint
+def load(name: str, folder: Path | None = None) -> Any:
+    """The model of a card, in evaluation mode on the CPU; CheckpointError where the weights are not the card's.
 
+    A `TorchModel`, or a `Projected` around one where the card has a base.
+    """
     where = FOLDER if folder is None else folder
     described = card(name, where)
+    return _filtered(described, where) if described.base else _weights(described, where)
+
+
+def _filtered(described: Card, where: Path) -> Projected:
+    """The model of the card's base with the filter in the card's file."""
+    from advkit.models.projected import load_projected
+
+    base = card(described.base, where)
+    if base.base or (base.model, base.task) != (described.model, described.task):
+        raise CheckpointError(
+            f"card {described.name}: its base {base.name} is {base.model} for {base.task}; expected weights of "
+            f"{described.model} for {described.task}"
+        )
+    return load_projected(where / f"{described.name}.safetensors", _weights(base, where), sha256=described.sha256)
+
+
+def _weights(described: Card, where: Path) -> TorchModel:
+    from advkit.models.checkpoint import load_checkpoint
+
+    name = described.name
     _check_own(described.model, f"card {name}")
     model = load_checkpoint(where / f"{name}.safetensors", sha256=described.sha256, architecture=described.model)
     model.name, model.license, model.source = described.name, described.licence, "advkit zoo"
@@ -171,13 +198,17 @@ def public(task: str = "", folder: Path | None = None) -> tuple[Card, ...]:
     return find(task, role="public", folder=folder)
 
 
-def publish(model: TorchModel, described: Mapping[str, Any], folder: Path | None = None, *, half: bool = True) -> Card:
+def publish(
+    model: TorchModel | Projected, described: Mapping[str, Any], folder: Path | None = None, *, half: bool = True
+) -> Card:
     """Write weights and card into a zoo folder and return the card.
 
+    model:     of a `Projected` the filter alone is written, and the card names its model's card as the base
     described: the card's fields without sha256, size and model, which are taken from what is written
-    half:      store the weights in float16; they are loaded as float32 with the rounded values
+    half:      store the weights in float16; they are loaded as float32 with the rounded values. Filters stay float64
     """
     from advkit.models.checkpoint import save_checkpoint, write_atomically
+    from advkit.models.projected import Projected
 
     where = FOLDER if folder is None else folder
     told = dict(described)
@@ -187,7 +218,11 @@ def publish(model: TorchModel, described: Mapping[str, Any], folder: Path | None
     draft = Card(**told, model=model.architecture, sha256="0" * 64, size=0)
     path = where / f"{draft.name}.safetensors"
     extra = {"task": draft.task, "defense": draft.defense, "seed": draft.seed}
-    sha256 = save_checkpoint(model, path, extra=extra, half=half)
+    sha256 = (
+        model.save(path, **extra)
+        if isinstance(model, Projected)
+        else save_checkpoint(model, path, extra=extra, half=half)
+    )
     final = Card(**told, model=model.architecture, sha256=sha256, size=path.stat().st_size)
     write_atomically(where / f"{draft.name}.json", final.to_json().encode())
     return final
@@ -202,7 +237,7 @@ class ZooModel:
 
     name: str
 
-    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> TorchModel:
+    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> Any:
         model = load(self.name)
         held = model.space.shape
         if held is not None and tuple(shape) != tuple(held):

@@ -264,7 +264,8 @@ def undefended(case: Case) -> Model[Any, Any] | None:
         shape = candidate.space.shape if isinstance(candidate.space, Sized) else None
         fits = shape is None or tuple(shape) == row_shape
         if fits and candidate.classes == case.task.classes and candidate.describe().state_sha256 != own:
-            return candidate
+            found: Model[Any, Any] = candidate
+            return found
     return None
 
 

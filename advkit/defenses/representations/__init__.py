@@ -1,0 +1,1 @@
+"""Defenses that change what a model computes inside: its embeddings."""
