@@ -34,6 +34,7 @@ def test_all_are_there() -> None:
         "07_smollm2.ipynb",
         "08_catastrophic_overfitting.ipynb",
         "09_certificates.ipynb",
+        "10_raw_purification.ipynb",
         "11_eigenshield.ipynb",
         "12_label_poisoning.ipynb",
     ]
@@ -295,6 +296,30 @@ def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.2 < below < above
     flags = Report.load(runs / "attacked" / "report.json").to_dict()["diagnostics"]["flags"]
     assert "certificate_violated" not in {flag["id"] for flag in flags}
+
+
+@pytest.mark.slow
+def test_raw_purification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(NOTEBOOKS[9], tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == 2
+    said = "".join(outputs(notebook, "stream"))
+    quality = {name: float(value) for name, value in re.findall(r"^(\S.*?) +([0-9.]+) dB$", said, re.M)}
+    assert set(quality) == {"analytic, nothing learned", "S", "G", "mix"}
+    assert min(quality.values()) > 24
+    lines = {
+        name: [float(value) for value in re.findall(r"/255: ([0-9.]+)", rest)]
+        for name, rest in re.findall(r"^(\S.*?) {2,}(4/255.*)$", said, re.M)
+    }
+    assert [len(values) for values in lines.values()] == [3] * 10
+    for name in ("default", "smoothed"):
+        clean, oblivious, adaptive = (lines[f"{name}, {attacker}"] for attacker in ("clean", "oblivious", "adaptive"))
+        assert all(low <= high <= whole for low, high, whole in zip(adaptive, oblivious, clean, strict=True))
+    # what the text says of the smoothed pipeline at the largest radius
+    assert lines["smoothed, oblivious"][2] > 1 / 3
+    assert lines["smoothed, adaptive"][2] < lines["smoothed, oblivious"][2] - 0.1
+    assert (
+        lines["smoothed, adaptive"][2] <= max(lines["box blur, adaptive"][2], lines["no defense, attacked"][2]) + 0.05
+    )
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ ATTACKS: Registry[Attack] = Registry(
         "alfa": "advkit.attacks.labels.alfa:ALFA",
         "alfa_tilt": "advkit.attacks.labels.alfa:ALFATilt",
         "lfa_greedy": "advkit.attacks.labels.greedy:LFAGreedy",
+        "bpda:": "advkit.attacks.adaptive.bpda:BPDA",
         "spiking:": "advkit.attacks.events.spiking:Spiking",
         "transfer:": "advkit.attacks.transfer.engine:Composed",
         "foolbox:": "advkit.attacks.peers:Foolbox",

@@ -30,7 +30,8 @@ LABELS = "learns from labels"
 # In the order in which they are listed. Parts of other packages follow, under the name of their module's folder.
 GROUPS: dict[str, Words] = {
     "attacks": (
-        "gradient", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "labels", "suites",
+        "gradient", "adaptive", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "labels",
+        "suites",
         "peers",
     ),
     "defenses": (
@@ -67,6 +68,7 @@ _GROUP: dict[str, str] = {
 _LP: Words = ("linf", "l2", "l1")
 _NORMS: dict[str, Words] = {
     "advkit.attacks.gradient": (*_LP, "l0"),
+    "advkit.attacks.adaptive": (*_LP, "l0"),
     "advkit.attacks.gradient.apgd": _LP,
     "advkit.attacks.gradient.targeted": _LP,
     "advkit.attacks.minimal": _LP,

@@ -26,6 +26,15 @@ _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK)
 _POLL = 0.2  # seconds
 
 
+def cache_root() -> Path:
+    """Where trained models are kept: ADVKIT_CACHE, else the user's cache folder."""
+    named = os.environ.get("ADVKIT_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "advkit"
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an error says that there is no room left."""
     return isinstance(error, OSError) and error.errno in _FULL

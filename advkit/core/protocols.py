@@ -298,6 +298,15 @@ class Undefended(Protocol):
 
 
 @runtime_checkable
+class TakesStandIn(Protocol):
+    """A model behind an input transformation whose derivative an attacker may replace (BPDA)."""
+
+    @abstractmethod
+    def with_identity(self) -> Any:
+        """The same answers, with the derivative of the identity in place of the transformation's."""
+
+
+@runtime_checkable
 class UnderSpeed(Protocol):
     """A model that says itself what it is under speed switches, because it is queried in more ways than one."""
 
@@ -1414,6 +1423,28 @@ class Learns(Protocol):
     @abstractmethod
     def learner(self, seed: int) -> Any:
         """A classifier with scikit-learn's interface, not fitted; the same seed gives the same model."""
+
+
+@runtime_checkable
+class TrainsApart(Protocol):
+    """A defense that trains networks of its own, on data of its own, before it stands in front of any model."""
+
+    @abstractmethod
+    def trainer(self) -> Any:
+        """What is trained and how: a `recipe`, an `objective()`, the networks and their data (`begun(seed)`),
+        `keep(model, path, extra)`, which writes a file and returns its sha256, and the spec of the defense that uses
+        one (`use(path)`).
+        """
+
+
+@runtime_checkable
+class Compared(Protocol):
+    """A defense beside which a simpler one is evaluated, to tell what it adds."""
+
+    @property
+    @abstractmethod
+    def baseline(self) -> str:
+        """Spec of the simpler defense; empty for none."""
 
 
 _STAGE = re.compile(r"[A-Za-z_][\w.-]*")

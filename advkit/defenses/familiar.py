@@ -28,7 +28,10 @@ NAMES: Final[dict[str, str]] = {
         ("labelsanitization", "labelsanitisation", "sanitization", "knnrelabelling"), "did you mean 'ls_svm'?"
     ),
     **dict.fromkeys(("confidentlearning", "cleanlearning"), "did you mean 'cleanlab'?"),
-    **dict.fromkeys(("jpeg", "jpegcompression"), f"JPEG compression {_NONE_YET}"),
+    **dict.fromkeys(("jpegcompression", "jpg", "compression"), "did you mean 'jpeg'?"),
+    **dict.fromkeys(("totalvariation", "tvm", "totvarmin", "totalvarmin", "tvdenoising"), "did you mean 'tv'?"),
+    **dict.fromkeys(("gaussianblur", "boxblur", "spatialsmoothing", "averageblur"), "did you mean 'blur'?"),
+    **dict.fromkeys(("raw", "rawisp", "allyouneedisraw", "isp"), "did you mean 'raw_isp'?"),
     **dict.fromkeys(("fastat", "fast"), "did you mean 'fgsm_rs' or 'free_at'?"),
     "distillation": f"defensive distillation {_NONE_YET}",
 }

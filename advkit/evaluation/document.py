@@ -79,7 +79,8 @@ def document(
     attacks = run.attacks()
     if len(attacks) > 1 and all(not record.source for record in run.records):
         cumulative(attacks, run.records)
-    extra = [{**entry, "beside": True} for other in beside for entry in other.attacks()]
+    same = [other for other in beside if other.case.victim is case.victim]
+    extra = [{**entry, "beside": True} for other in same for entry in other.attacks()]
     for order, entry in enumerate(extra, start=1):
         entry["order"] = order
     content: dict[str, Any] = {

@@ -13,6 +13,7 @@ from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
 from advkit.core.protocols import FlipsLabels, OfFiles, Outcome, Record, answer_shape, ids_of
 from advkit.core.state import plainly
+from advkit.evaluation.attacker import attacker_of
 from advkit.evaluation.certificates import refuted
 from advkit.evaluation.counts import by_label
 from advkit.evaluation.document import Run, document
@@ -84,7 +85,9 @@ def _execute(
     with ExitStack() as stores:
         runs = []
         for title, case, companion in asked:
-            store = open_store(case := replace(case, randomized=randomized), folder, title, scenario_of(case))
+            if case.victim is plan.case.victim:
+                case = replace(case, randomized=randomized)
+            store = open_store(case, folder, title, scenario_of(case))
             stores.callback(store.close)
             runs.append(_run(case, companion, store, watch, workers))
         for each in runs:
@@ -92,7 +95,7 @@ def _execute(
     findings += diagnostics.after(runs[0].case, runs[0].records)
     findings += [finding for each in runs if each.kept for finding in [speed_finding(each)]]
     findings += _compared(runs[0], runs[1:])
-    findings += [_left_out(each) for each in plan.companions if each.case is None]
+    findings += _only_oblivious(runs) + [_left_out(each) for each in plan.companions if each.case is None]
     flags = [*(finding.to_dict() for finding in findings), *map(dict, runs[0].section.flags)]
     kept = None if lasting else Kept(runs[0].records, read_examples(folder))
     return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting), kept=kept)
@@ -158,6 +161,18 @@ def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:
         if other.companion is not None and other.companion.within is not None
     ]
     return [finding for finding in breaks if finding is not None]
+
+
+def _only_oblivious(runs: Sequence[Run]) -> list[Finding]:
+    """That no attacker of a defended model knew of the defense."""
+    own = [each for each in runs if each.case.victim is runs[0].case.victim]
+    if any(attacker_of(each.case, each.records)["defense"] != "unknown" for each in own):
+        return []
+    evidence = (
+        f"the defense {runs[0].case.specs['defense']} was evaluated only against attackers who do not know of it: no "
+        "attack ever asked the defended model"
+    )
+    return [found("only_oblivious", "warning", evidence)]
 
 
 def _refuted(run: Run, other: Run, within: float) -> Finding | None:

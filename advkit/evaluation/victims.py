@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
-from advkit.core.files import LOCK, claimed, why, write_whole
+from advkit.core.files import LOCK, cache_root, claimed, why, write_whole
 from advkit.core.protocols import (
     Bindable,
     Captioned,
@@ -25,6 +24,7 @@ from advkit.core.protocols import (
     TakesCaptions,
     Task,
     Trains,
+    TrainsApart,
     TrainsFront,
     answer_shape,
 )
@@ -60,15 +60,6 @@ class Victim:
     defense: str = ""
     card: dict[str, Any] = field(default_factory=dict)
     solved: dict[str, Any] = field(default_factory=dict)
-
-
-def cache_root() -> Path:
-    """Where trained models are kept: ADVKIT_CACHE, else the user's cache folder."""
-    named = os.environ.get("ADVKIT_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "advkit"
 
 
 def training_rng(seed: int) -> RowRng:
@@ -491,7 +482,10 @@ def train_victim(
 
 @dataclass(frozen=True)
 class _Training:
-    """What there is to train, and how it is called."""
+    """What there is to train, and how it is called.
+
+    apart: networks of a defense's own (`TrainsApart`): the guard is its trainer
+    """
 
     start: Any
     guard: Any
@@ -500,6 +494,7 @@ class _Training:
     defense: str
     seed: int
     model: str
+    apart: bool = False
 
     @classmethod
     def asked(cls, model: Any, defense: Any, task: Any, recipe: str, seed: int) -> _Training:
@@ -525,6 +520,10 @@ class _Training:
         guard: Any = DEFENSES.build(defense)
         if isinstance(guard, Solves):
             return _Solving.of(guard, defense, task, model, work, seed)
+        if isinstance(guard, TrainsApart):
+            trainer = guard.trainer()
+            start, data = trainer.begun(seed)
+            return cls(start, trainer, data, data.name, DEFENSES.label(guard, defense), seed, start.name, apart=True)
         if not isinstance(guard, Trains):
             raise UsageError(
                 f"the defense {DEFENSES.label(guard, defense)} trains nothing: apply it with `advkit evaluate`"
@@ -564,7 +563,10 @@ class _Training:
         file = out / "model.safetensors"
         extra = {"task": self.task, "defense": self.defense, "seed": self.seed, "data": _data_digest(self.data)}
         model = fitted.model.to("cpu")
-        if isinstance(model, Denoised):
+        task = f"--task {self.task} "
+        if self.apart:
+            stored, task, use = self.guard.keep(model, file, extra), "", f"--defense {self.guard.use(file)}"
+        elif isinstance(model, Denoised):
             stored = save_front(model, file, tuple(self.data.x.shape[1:]), extra)
             defense = f"{self.defense}{',' if ':' in self.defense else ':'}weights={file}"
             use = f"--model {self.model} --defense {defense}"
@@ -573,7 +575,7 @@ class _Training:
         made: dict[str, Any] = {
             "file": str(file),
             "sha256": stored,
-            "model": model.describe().architecture,
+            "model": model.describe().architecture or self.model,
             "defense": self.defense,
             "task": self.task,
             "seed": self.seed,
@@ -581,7 +583,7 @@ class _Training:
             "best_epoch": fitted.best_epoch,
             "score": None if math.isnan(fitted.best.score) else fitted.best.score,
             "halted": fitted.halted,
-            "evaluate": f"advkit evaluate --task {self.task} {use}",
+            "evaluate": f"advkit evaluate {task}{use}",
         }
         if isinstance(model, CountsQueries):
             made["queries"] = {"answered": int(fitted.log[-1].figures[QUERIES]), "retried": model.retried}

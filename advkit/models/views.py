@@ -8,6 +8,7 @@ told which of the two its transformation wants.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import uuid
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from advkit.core.errors import BadModel
-from advkit.core.protocols import Averages, Embeds, KnowsClasses, ModelInfo, Undefended
+from advkit.core.protocols import Averages, Embeds, KnowsClasses, ModelInfo, TakesStandIn, Undefended
+from advkit.models.torch import tensors_sha256
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -93,7 +95,7 @@ def straight_through(forward: Transform, backward: Transform = identity) -> Tran
     return _StraightThrough(forward, backward)
 
 
-class Averaged(Averages, KnowsClasses):
+class Averaged(Averages, KnowsClasses, TakesStandIn):
     """The mean answer over draws of a random model (EOT).
 
     Answers are averaged, as `Ensemble` averages its members'; draws come one after the other, so that a model that
@@ -135,6 +137,11 @@ class Averaged(Averages, KnowsClasses):
 
     def _generators(self, device: torch.device) -> AbstractContextManager[None]:
         return nullcontext() if self.seed is None else _Seeded(self.seed, device)
+
+    @override
+    def with_identity(self) -> Averaged:
+        inner = self.model.with_identity() if isinstance(self.model, TakesStandIn) else self.model
+        return Averaged(inner, self.draws, self.seed)
 
     def attacker_view(self) -> Averaged:
         view = self.model.attacker_view()
@@ -183,11 +190,12 @@ def averaged(model: Any, draws: int, seed: int | None = None) -> Any:
     return model if draws == 1 and seed is None else Averaged(model, draws, seed)
 
 
-class Preprocessed(Undefended, KnowsClasses, Embeds):
+class Preprocessed(Undefended, KnowsClasses, TakesStandIn, Embeds):
     """A model behind an input transformation: x -> transform(x) -> model.
 
     model:      what answers; its own attacker_view is kept to
-    transform:  rows [B, ...] to rows that the model takes; treats every row alike and none by its neighbours
+    transform:  rows [B, ...] to rows that the model takes; treats every row alike and none by its neighbours. A torch
+                module goes along to other devices, and its weights count
     backward:   BPDA: the function whose derivative stands for the transformation's; None where its own is useful
     randomized: the transformation draws (from torch's generators) in every call
     draws:      EOT: draws that the attacker's view averages where the transformation is random
@@ -235,6 +243,17 @@ class Preprocessed(Undefended, KnowsClasses, Embeds):
     def undefended(self) -> Any:
         return self.model
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The transformation where it is a module."""
+        inside = self.transform.forward if isinstance(self.transform, _StraightThrough) else self.transform
+        return (inside,) if isinstance(inside, nn.Module) else ()
+
+    @override
+    def with_identity(self) -> Preprocessed:
+        inside = self.transform.forward if isinstance(self.transform, _StraightThrough) else self.transform
+        return self._around(self.model, straight_through(inside), None)
+
     @override
     def toward(self, vector: Tensor) -> Preprocessed | None:
         """The same around the model seen toward the vector; None where that has no embeddings."""
@@ -265,18 +284,27 @@ class Preprocessed(Undefended, KnowsClasses, Embeds):
         return made
 
     def modules(self) -> tuple[nn.Module, ...]:
-        return tuple(self.model.modules())
+        return (*self.networks, *self.model.modules())
 
     def describe(self) -> ModelInfo:
         info: ModelInfo = self.model.describe()
+        word = f"preprocessed|{self.mark}|{info.state_sha256}"
+        for each in self.networks:
+            word += f"|{tensors_sha256(each.state_dict().items())}"
         return replace(
             info,
+            n_parameters=info.n_parameters + sum(w.numel() for each in self.networks for w in each.parameters()),
             name=f"{info.name} behind {self.label or 'an input transformation'}",
-            state_sha256=hashlib.sha256(f"preprocessed|{self.mark}|{info.state_sha256}".encode()).hexdigest(),
+            state_sha256=hashlib.sha256(word.encode()).hexdigest(),
             randomized=info.randomized or self.randomized,
             differentiable=info.differentiable and self.backward is None,
         )
 
     def to(self, device: torch.device | str) -> Preprocessed:
         moved = self.model.to(device)
-        return self if moved is self.model else self._around(moved, self.transform, self.backward)
+        if moved is self.model:
+            return self
+        transform = self.transform
+        if isinstance(transform, nn.Module):
+            transform = copy.deepcopy(transform).to(device)
+        return self._around(moved, transform, self.backward)

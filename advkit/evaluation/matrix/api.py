@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from advkit.core.files import cache_root
 from advkit.core.state import plainly
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.matrix.answers import Answers
@@ -23,7 +24,6 @@ from advkit.evaluation.matrix.plan import Budget, MatrixPlan, MatrixRequest, res
 from advkit.evaluation.matrix.table import Progress, Tables, Watch
 from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.run.workers import Workers
-from advkit.evaluation.victims import cache_root
 from advkit.threat_models.tapm import PUBLIC
 
 log = logging.getLogger("advkit")

@@ -1,8 +1,8 @@
 """Whether a report is what its records say: every figure that records alone give is counted again, and every hash.
 
-A report lies beside the records it was made of (`records.jsonl`), those of its companion (`beside.jsonl`) and the case
-that they belong to (`records.case.json`). Whoever edits one of them is found out here, without a model or a data set.
-Whoever forges all of them alike is not: only a rerun tells.
+A report lies beside the records it was made of (`records.jsonl`), those of its companions (`beside.jsonl`,
+`beside-NAME.jsonl`) and the case that they belong to (`records.case.json`). Whoever edits one of them is
+found out here, without a model or a data set. Whoever forges all of them alike is not: only a rerun tells.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ _LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none
 COUNTED = frozenset({"certification", "evasion", "grid", "poisoning", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
 CERTIFICATION, POISONING = "certification", "poisoning"
+APART = frozenset({"baseline"})
+"""Companions of another victim: their attacks are no entries of the report's list."""
 _ROUND_OFF = 1e-9
 _LEAST = re.compile(re.escape(least_name("*")).replace(re.escape("*"), "(.+)"))
 _OF_JUDGES = frozenset({STRICTEST_JUDGE, ANY_JUDGE, ALL_JUDGES, f"{ALL_JUDGES}_upper"})
@@ -108,7 +110,8 @@ def verified(report: Report) -> tuple[Verification, list[Record]]:
     except ReportError as error:
         return Verification((printable(str(error)),)), []
     data = report.current
-    others = [record for each in beside.values() for record in each]
+    apart = {beside_name(each["name"], place) for place, each in enumerate(data["companions"]) if each["name"] in APART}
+    others = [record for name, each in beside.items() if name not in apart for record in each]
     faults = [*_samples(data, file, records), *_attacks(data, records, others), *_attacker(report, data, records)]
     config, unread = _config(file)
     faults += unread

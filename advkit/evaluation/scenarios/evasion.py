@@ -18,12 +18,15 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import (
     Attack,
     BringsAttacks,
+    Compared,
     Graded,
     Label,
     Outcome,
     Record,
     Stage,
     Suite,
+    Trains,
+    TrainsFront,
     Undefended,
     ids_of,
     on_streams,
@@ -44,8 +47,10 @@ from advkit.evaluation.scenarios.base import (
     lacks_access,
 )
 from advkit.evaluation.scenarios.grid import claimed
+from advkit.evaluation.victims import training_rng
 from advkit.threat_models import THREAT_MODELS
 
+BASELINE = "baseline"
 OBLIVIOUS = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate", "target_nll_after", "rejected")
 """What is taken over from the attacker who does not know of the defense, beside the figure of a rule that grades."""
 
@@ -150,9 +155,11 @@ class Evasion(BaseScenario, RowsApart):
             escalated |= stage.alarmed(broken, before if stage.by == "nearest" else len(taken))
 
     def companions(self, case: Case) -> Sequence[Companion]:
-        """The attacker who does not know of the defense, where it can be taken off; else what the defense claims."""
+        """The attacker who does not know of the defense, where it can be taken off, and the simpler defense that it is
+        compared with; else what the defense claims.
+        """
         if isinstance(case.victim, Undefended) and case.victim.undefended is not None and not case.surrogates:
-            return [_oblivious(case, case.victim.undefended)]
+            return [_oblivious(case, case.victim.undefended), *_baseline(case, case.victim.undefended)]
         claim = case.defense.claims if case.defense is not None else ""
         if not claim or not isinstance(THREAT_MODELS.build(claim), BringsAttacks):
             return ()
@@ -215,3 +222,25 @@ def _oblivious(case: Case, undefended: Any) -> Companion:
     grade = case.rule.grades[:1] if isinstance(case.rule, Graded) else ()
     shown = f"oblivious_{grade[0] if grade else 'robust_accuracy'}"
     return Companion("oblivious", title, other, (*OBLIVIOUS, *grade), shown, prefix="oblivious_", knows_less=True)
+
+
+def _baseline(case: Case, undefended: Any) -> list[Companion]:
+    """The same attack on the model behind the simpler defense that a defense is compared with, where it names one."""
+    defense: Any = case.defense
+    if not isinstance(defense, Compared) or not defense.baseline:
+        return []
+    simpler: Any = DEFENSES.build(defense.baseline)
+    spec = DEFENSES.label(simpler)
+    if simpler.needs_data or isinstance(simpler, Trains | TrainsFront):
+        raise UsageError(f"baseline is {spec}, which trains; expected a defense that trains nothing, such as blur")
+    victim = simpler.protect(undefended, None, training_rng(case.seed))
+    other = replace(
+        case,
+        victim=victim,
+        defense=simpler,
+        specs={**case.specs, "defense": spec},
+        randomized=victim.describe().randomized,
+    )
+    metrics = ("clean_accuracy", "robust_accuracy", "robust_accuracy_upper")
+    title = f"baseline {spec}, defense known"
+    return [Companion(BASELINE, title, other, metrics, f"{BASELINE}_robust_accuracy", prefix=f"{BASELINE}_")]

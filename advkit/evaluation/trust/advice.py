@@ -37,6 +37,7 @@ ADVICE: Mapping[str, str] = {
     "judge_error": "let the judge answer every reply, the empty one too, and run again with another --out",
     "goal_error": "fix the goal or the threat model, and run again with another --out",
     "timed_out": "see what hangs, or give it more time (--sample-timeout), and run again with another --out",
+    "only_oblivious": "attack the defended model itself (--threat-model linf:eps=...), which takes its attacker view",
     "companion_missing": "name public surrogates of the task with --threat-model tapm:sources=zoo:NAME+zoo:NAME",
     "transfer_failure": "attack the model itself, or a surrogate that resembles it more",
     "not_refused_clean": "take prompts that the model refuses, or judges that know its words of refusal "

@@ -1,0 +1,1 @@
+"""Attacks that are made for what stands in front of a model."""
