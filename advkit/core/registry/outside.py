@@ -22,8 +22,11 @@ OUTSIDE = {
     "http": "sends samples to a web service",
     "https": "sends samples to a web service",
     "gguf": "opens a file or a package's weights",
+    "clip": "opens a folder",
+    "open_clip": "opens a folder",
 }
 """Prefixes of parts that come from outside advkit, and what using one does."""
+_OUTSIDE = {fold(name): what for name, what in OUTSIDE.items()}
 _SHOWN = 60
 _NUMBER = re.compile(r"[-+.\d][-+.\de_]*", re.IGNORECASE)
 _PIECE = re.compile(r"[^\[\],=+]+")
@@ -43,8 +46,8 @@ def outside(spec: str) -> list[str]:
         # A matrix names a model behind a defense as DEFENSE@MODEL.
         names = [fold(name.strip()) for name in re.split("[:@]", piece)]
         for position, name in enumerate(names):
-            if name in OUTSIDE and position + 1 < len(names):
-                found.append(f"{shown} ({OUTSIDE[name]})")
+            if name in _OUTSIDE and position + 1 < len(names):
+                found.append(f"{shown} ({_OUTSIDE[name]})")
             elif name in others:
                 found.append(f"{shown} (runs the installed {others[name].value})")
     found.extend(f"{file[0]} (opens a file)" for file in re.finditer(r"[^\[\],=+:]+\.ya?ml\b", spec, re.IGNORECASE))
