@@ -347,6 +347,7 @@ def test_eigenshield(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(robust - oblivious) < 5
 
 
+@pytest.mark.slow
 def test_label_poisoning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = [each for each in NOTEBOOKS if each.name.startswith("12_")]
     notebook = executed(path, tmp_path, monkeypatch)

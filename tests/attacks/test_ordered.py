@@ -16,7 +16,7 @@ from advkit.attacks.ordered.cw_topk import CWTopK
 from advkit.attacks.ordered.loop import AdamW
 from advkit.attacks.ordered.quadattack import QuadAttack
 from advkit.core.errors import UsageError
-from advkit.core.oracle import MeteredOracle
+from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel
@@ -224,7 +224,7 @@ def test_a_thousand_classes_do_not_mix_rows():
                 return super().gradient(z, aim, of)
 
         names = [ids(5)[i] for i in rows.tolist()]
-        oracle = Listening(model, len(rows))
+        oracle = Listening(model, len(rows), lanes=Lanes())
         find(attack, model, x[rows], goal.take(rows), names=names, oracle=oracle)
         points.append(torch.stack(asked)[:, rows.tolist().index(2)])
     assert not torch.equal(points[0][0], points[0][-1])

@@ -418,7 +418,8 @@ def test_reports_load_without_torch_and_scenarios() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     loaded = {".".join(name.split(".")[:3]) for name in done.stdout.split()}
     assert loaded == {
-        f"advkit.evaluation.{room}" for room in ("certificates", "counts", "report", "run", "stats", "trust")
+        f"advkit.evaluation.{room}"
+        for room in ("certificates", "counts", "poisonings", "report", "run", "stats", "trust")
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import advkit
 from advkit.attacks.events.spiking import under_rule
 from advkit.core.errors import BadModel
-from advkit.core.oracle import MeteredOracle
+from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box
@@ -144,7 +144,7 @@ def test_a_rows_gradient_is_its_own_to_the_last_bit(rule: str) -> None:
     goal = Untargeted(torch.arange(70) % 10)
 
     def through(rows: Tensor) -> Tensor:
-        oracle = MeteredOracle(model, len(rows), Access.GRADIENTS)
+        oracle = MeteredOracle(model, len(rows), Access.GRADIENTS, lanes=Lanes())
         return oracle.gradient(x[rows], goal.take(rows))[1]
 
     whole = through(torch.arange(70))
