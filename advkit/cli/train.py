@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,7 +103,7 @@ def train(
         return
     console.print(
         f"trained {done['model']} under {done['defense']} on {done['task']}: {done['epochs']} epochs, "
-        + ("" if done["score"] is None else f"validation score {100 * done['score']:.1f} %, ")
+        + ("" if done["score"] is None else f"{_score(done)}, ")
         + f"weights of epoch {done['best_epoch']}",
         soft_wrap=True,
         highlight=False,
@@ -121,3 +122,10 @@ def train(
         highlight=False,
         markup=False,
     )
+
+
+def _score(done: Mapping[str, Any]) -> str:
+    """The validation score of the weights kept, as a line says it; of reconstructed samples it is no rate."""
+    if done.get("scores") == "samples":
+        return f"validation score {done['score']:.4f} (1 minus the root mean squared error)"
+    return f"validation score {100 * done['score']:.1f} %"

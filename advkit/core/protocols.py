@@ -1026,6 +1026,15 @@ class Suite(Protocol):
 
 
 @runtime_checkable
+class SeeksNearest(Protocol):
+    """An attack that looks for the nearest point that reaches the goal, and for nothing worse (minimum norm)."""
+
+    @property
+    @abstractmethod
+    def seeks_nearest(self) -> bool: ...
+
+
+@runtime_checkable
 class WholeBatch(Protocol):
     """An attack that wants all rows of the evaluation at once: what it makes of one depends on the others.
 

@@ -33,6 +33,7 @@ from advkit.core.rng import RowRng
 from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
+from advkit.models.external import PythonFactory
 from advkit.models.reconstructor import Reconstructor
 from advkit.tasks.base import ClassificationTask
 
@@ -98,7 +99,10 @@ def ready(spec: Any, task: Any, sample_timeout: float | None = None) -> Any:
         raise BadModel(f"{spec} is an architecture without weights: name a trained model, e.g. zoo:NAME or path:FILE")
     made = part
     if builder:  # a model that was handed over keeps the captions that it has
-        made = with_captions_of(task, part(_row_shape(task), task.classes, training_rng(0), space=task.space))
+        wanted = answer_shape(task)
+        more = {"answer_shape": wanted} if wanted and isinstance(part, PythonFactory) else {}
+        made = part(_row_shape(task), task.classes, training_rng(0), space=task.space, **more)
+        made = with_captions_of(task, made)
     model = introduced(as_model(made, task), task, wrapped=not is_model(made), sample_timeout=sample_timeout)
     return agreeing(model, task)
 
@@ -582,6 +586,7 @@ class _Training:
             "epochs": len(fitted.log),
             "best_epoch": fitted.best_epoch,
             "score": None if math.isnan(fitted.best.score) else fitted.best.score,
+            "scores": "samples" if answer_shape(model) else "classes",
             "halted": fitted.halted,
             "evaluate": f"advkit evaluate {task}{use}",
         }

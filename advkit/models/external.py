@@ -24,18 +24,22 @@ def _space(space: Any, shape: tuple[int, ...]) -> Any:
     return Box(0.0, 1.0, tuple(shape)) if space is None else space
 
 
-def _probed(module: nn.Module, shape: tuple[int, ...], name: str, hint: str) -> int:
-    """How many logits the module answers to one sample of zeros; BadModel where it does not take this shape."""
+def _answer(module: nn.Module, shape: tuple[int, ...], name: str, hint: str) -> Any:
+    """What the module answers to one sample of zeros; BadModel where it does not take this shape."""
     try:
         floating = next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.float32)
         with torch.no_grad():
-            answer = as_caller(module, torch.zeros(1, *shape, dtype=floating, device="cpu"))
+            return as_caller(module, torch.zeros(1, *shape, dtype=floating, device="cpu"))
     except Exception as error:  # code of others raises whatever it likes
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise BadModel(
             f"{name} does not take samples of shape {list(shape)} ({type(error).__name__}: {first}); {hint}"
         ) from error
-    logits = checked_logits(answer, 1)
+
+
+def _probed(module: nn.Module, shape: tuple[int, ...], name: str, hint: str) -> int:
+    """How many logits the module answers to one sample of zeros; BadModel where it does not take this shape."""
+    logits = checked_logits(_answer(module, shape, name, hint), 1)
     if logits.ndim != 2:
         raise BadModel(
             f"{name} answers decisions of shape {list(logits.shape)}; expected logits of shape [rows, classes]"
@@ -199,7 +203,8 @@ class PythonFactory:
 
     target:     module:factory; the module may lie in the working directory. The factory gets `shape` (of one row) and
                 `classes` where it has parameters of these names, and returns a torch module, an advkit model or a
-                function from rows to logits. A torch module is put into evaluation mode
+                function from rows to logits (to reconstructed samples, where the task wants those). A torch module is
+                put into evaluation mode
     mean, std:  normalisation of a torch module, per channel; empty: samples enter as they are
     checkpoint: .safetensors, .pt or .pth for a torch module
     sha256:     of the checkpoint; checked before it is opened
@@ -211,7 +216,10 @@ class PythonFactory:
     checkpoint: str = ""
     sha256: str = ""
 
-    def __call__(self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None) -> Any:
+    def __call__(
+        self, shape: tuple[int, ...], classes: int, rng: Rng, *, space: Any = None, answer_shape: tuple[int, ...] = ()
+    ) -> Any:
+        """The factory's model; `answer_shape` is that of one answer where answers are reconstructed samples."""
         from advkit.models import MODELS
 
         shape = tuple(shape)
@@ -229,19 +237,26 @@ class PythonFactory:
         try:
             seeded(build, rng, dtype=None)
         except TypeError as error:
-            raise BadModel(f"{spec} can't be called with {', '.join(given) or 'no arguments'}: {error}") from error
+            raise BadModel(
+                f"{spec} can't be called with {', '.join(given) or 'no arguments'}: {error}; expected a factory, which "
+                "takes no arguments (or shape and classes) and returns the model"
+            ) from error
         thing = made[0]
         if not isinstance(thing, nn.Module):
             if self.checkpoint or self.mean or self.std:
                 raise BadModel(f"{spec} returns no torch module: checkpoint, mean and std do not apply to it")
             model = as_model(thing)
             if isinstance(model, FunctionModel) and model is not thing:
-                model.space, model.classes = _space(space, shape), classes
+                model.space, model.classes = _space(space, shape), None if answer_shape else classes
+                model.answer_shape = answer_shape
             return model
         if self.checkpoint:
             fill_from_file(thing, self.checkpoint, self.sha256, spec)
         thing.eval()
-        answered = _probed(thing.cpu(), shape, spec, "let the factory use its parameter shape")
+        hint = "let the factory use its parameter shape"
+        if answer_shape:
+            checked_logits(_answer(thing.cpu(), shape, spec, hint), 1, answer_shape)
+        answered = None if answer_shape else _probed(thing.cpu(), shape, spec, hint)
         return TorchModel(
             thing,
             _space(space, shape),
@@ -250,6 +265,7 @@ class PythonFactory:
             self.std,
             name=spec,
             source="python factory",
+            answer_shape=answer_shape,
             architecture=MODELS.spec(replace(self, mean=(), std=(), checkpoint="", sha256="")),
         )
 

@@ -246,5 +246,6 @@ class ZooModel:
                 f"its task is {card(self.name).task}"
             )
         if classes != model.classes:
-            raise BadModel(f"zoo:{self.name} answers {model.classes} classes, this task has {classes}")
+            wanted = f"has {classes}" if classes else "wants reconstructed samples"
+            raise BadModel(f"zoo:{self.name} answers {model.classes} classes, this task {wanted}")
         return model

@@ -204,6 +204,7 @@ class _Boundary(_Runs):
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
+    seeks_nearest: ClassVar[bool] = True
     name: ClassVar[str]
     alpha_max: float = 0.1
     eta: float = 1.05

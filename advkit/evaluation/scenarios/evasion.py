@@ -23,6 +23,7 @@ from advkit.core.protocols import (
     Label,
     Outcome,
     Record,
+    SeeksNearest,
     Stage,
     Suite,
     Trains,
@@ -99,6 +100,16 @@ class Evasion(BaseScenario, RowsApart):
             return (
                 f"the suite {case.label} leaves samples that are broken alone, and the goal {case.rule.kind} wants the "
                 "worst answer on every sample: name one of its attacks, such as pgd"
+            )
+        if isinstance(case.rule, Graded) and case.speed.precision != "fp32":
+            return (
+                f"speed {case.speed.precision} finds smaller errors than fp32, and the goal {case.rule.kind} "
+                "reports the error of the worst answer found: use fp32"
+            )
+        if isinstance(case.rule, Graded) and isinstance(case.attack, SeeksNearest):
+            return (
+                f"{case.label.attack} looks for the nearest point that reaches the goal and stops there, and the goal "
+                f"{case.rule.kind} wants the worst answer within the budget: use another attack, such as pgd or apgd-ce"
             )
         if isinstance(case.attack, Suite) and case.surrogates and not lacks_access(case):
             return (
