@@ -137,6 +137,16 @@ def count(records: Iterable[Record]) -> Counts:
     )
 
 
+def worst_figures(records: Iterable[Record], name: str) -> list[float]:
+    """The largest value of a figure for every sample that has one, in the order of the ids."""
+    worst: dict[str, float] = {}
+    for record in records:
+        if name in record.figures:
+            worst[record.id] = max(float(record.figures[name]), worst.get(record.id, -math.inf))
+    # by id, so that resamples do not depend on the order in which records were made
+    return [worst[row] for row in sorted(worst)]
+
+
 def by_label(records: Iterable[Record]) -> dict[Label, list[Record]]:
     """Records per attack, in order of first appearance."""
     groups: dict[Label, list[Record]] = {}

@@ -136,6 +136,11 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95, n_resamples: in
     return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
 
 
+def graded_entry(values: Sequence[float]) -> dict[str, Any]:
+    """A report's entry for the mean of one value per sample, with its interval."""
+    return {"value": float(np.mean(values)), "n": len(values), "ci": bootstrap_mean(values).to_dict()}
+
+
 def hierarchical_bootstrap(
     groups: Sequence[Sequence[float]], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> Interval:

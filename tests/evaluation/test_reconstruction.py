@@ -108,7 +108,7 @@ def test_reached_margin_and_error_agree():
     answer = clean.clone()
     answer[0], answer[1], answer[2], answer[3, 0, 0, 0] = 0.25, 0.5, 0.75, torch.nan
     goal = GOALS.build("reconstruction:rmse=0.5").about(clean)
-    torch.testing.assert_close(goal.error(answer)[:3], torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(goal.error(answer)[:3], torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     assert goal.reached(answer).tolist() == [False, False, True, False]
     torch.testing.assert_close(goal.margin(answer)[:3], torch.tensor([0.25, 0.0, -0.25]))
     assert goal.margin(answer)[3] == torch.inf

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advkit.core.errors import ReportError, UsageError
+from advkit.core.errors import AdvkitError, ReportError, UsageError
 from advkit.core.protocols import Record
 from advkit.evaluation.counts import count
 from advkit.evaluation.poisonings import trials_of
@@ -18,6 +18,7 @@ from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.text import describe_threat
 from advkit.evaluation.run.store import read_records, records_path
 from advkit.evaluation.stats import Interval, mcnemar_exact, newcombe_paired, rate, student_t_over_seeds
+from advkit.threat_models import GOALS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -244,7 +245,8 @@ def compare_records(
 def compare(a: str | Path, b: str | Path, level: float = 0.95, force: bool = False) -> Comparison:
     """Compare two runs given by folder or report.json.
 
-    Raises ReportError when they are on different data, UsageError when their threat models differ and `force` is off.
+    Raises ReportError when they are on different data, UsageError when their threat models or goals differ and `force`
+    is off.
     """
     runs = (Report.load(a), Report.load(b))
     first, second = (run.current for run in runs)
@@ -261,6 +263,15 @@ def compare(a: str | Path, b: str | Path, level: float = 0.95, force: bool = Fal
         if not force:
             raise UsageError(f"the runs have different threat models ({sides}); --force compares them all the same")
         notes.append(f"different threat models: {sides}")
+    goals = [_goal(run) for run in (first, second)]
+    if goals[0] != goals[1]:
+        sides = f"A {goals[0]}; B {goals[1]}"
+        if not force:
+            raise UsageError(
+                f"the runs have different goals ({sides}), of which one may be harder to reach: run both with the same "
+                "--goal; --force compares them all the same"
+            )
+        notes.append(f"different goals, of which one may be harder to reach: {sides}")
     attacks = [[(x["name"], x["params"]) for x in run["attacks"]] for run in (first, second)]
     if attacks[0] != attacks[1]:
         sides = " against ".join("+".join(x["name"] for x in run["attacks"]) or "none" for run in (first, second))
@@ -276,6 +287,15 @@ def compare(a: str | Path, b: str | Path, level: float = 0.95, force: bool = Fal
         notes += _over_trials(records[0], records[1], level)
     made = compare_records(records[0], records[1], _names(first, second), level, notes)
     return replace(made, headline="certified accuracy at any radius") if all(proven) else made
+
+
+def _goal(run: Mapping[str, Any]) -> str:
+    """The goal with its parameters, as it was asked for; its kind alone where a report does not say them."""
+    asked, kind = run.get("request", {}).get("goal"), str(run["threat_model"].get("goal"))
+    try:  # settings in one order, those left out that have their default
+        return kind if asked is None else GOALS.label(GOALS.build(str(asked)))
+    except AdvkitError:  # a goal that was handed over, or of a package that is not here
+        return str(asked)
 
 
 def _over_trials(a: Sequence[Record], b: Sequence[Record], level: float) -> list[str]:

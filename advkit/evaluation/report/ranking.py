@@ -14,14 +14,14 @@ from typing import Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.counts import contested, count, was_right
+from advkit.evaluation.counts import contested, count, was_right, worst_figures
 from advkit.evaluation.report.board import LADDER, WHITE_BOX, Attack, Beside, Board, Group, Score, Victim, heading
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import REPORT_NAME, Report
 from advkit.evaluation.report.render import lines_of
 from advkit.evaluation.report.text import describe_threat
-from advkit.evaluation.report.verify import Verification, verified, worst_case
-from advkit.evaluation.stats import rate
+from advkit.evaluation.report.verify import EVASION, Verification, verified, worst_case
+from advkit.evaluation.stats import graded_entry, rate
 
 _OF_ATTACKER = frozenset({"sources", "seen", "attacks", "attacks_all"})
 """Details of a threat model that say what the attacker did, not what he may do."""
@@ -161,8 +161,15 @@ class _Item:
             not self.trains
             and self.found.headline
             and not self.refuted
-            and worst_case(self.name, self.records) is not None
+            and (self.graded or worst_case(self.name, self.records) is not None)
         )
+
+    @property
+    def graded(self) -> bool:
+        """Whether the score is the mean of a figure that every sample has, larger for worse."""
+        ci = self.metric.get("ci") or {}
+        of_samples = ci.get("method") == "bootstrap_percentile" and self.data["section"]["scenario"] == EVASION
+        return of_samples and bool(worst_figures(self.records, self.name))
 
     @property
     def trains(self) -> bool:
@@ -504,6 +511,8 @@ def _rank_key(item: _Item, better: str) -> tuple[bool, float, str]:
 
 def _counted(item: _Item, pool: Sequence[Record]) -> Score:
     """The headline of a report, counted over other records."""
+    if item.graded:
+        return Score.of(graded_entry(worst_figures(pool, item.name)))
     figure = worst_case(item.name, pool)
     if isinstance(figure, tuple):
         return Score.of(_rate(figure, item.metric))

@@ -42,15 +42,17 @@ from advkit.evaluation.counts import (
     recalls,
     tail_accuracy,
     weakest_classes,
+    worst_figures,
 )
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.examples import records_beside
 from advkit.evaluation.run.store import beside_files, beside_name, read_records
+from advkit.evaluation.stats import graded_entry
 
 _LESS_THAN_GRADIENTS = frozenset({"black_box_score", "black_box_decision", "none"})
 COUNTED = frozenset({"certification", "evasion", "grid", "poisoning", "stream"})
 """Scenarios of advkit's own whose accuracies are counts of records; what others compute is theirs."""
-CERTIFICATION, POISONING = "certification", "poisoning"
+CERTIFICATION, EVASION, POISONING = "certification", "evasion", "poisoning"
 APART = frozenset({"baseline"})
 """Companions of another victim: their attacks are no entries of the report's list."""
 _ROUND_OFF = 1e-9
@@ -241,6 +243,14 @@ def _metrics(
         confirmed.add(name)
         if not _agrees(entry, figure):
             wrong.append(f"{name} is {_said(entry)}, the records say {_counted(figure)}")
+    if data["section"]["scenario"] == EVASION:
+        headline = (data["section"]["headline"] or {}).get("metric")
+        for name, (base, of) in counted.items():
+            if not isinstance(metrics[name], Mapping) or not {"value", "n"} <= metrics[name].keys():
+                continue
+            if values := worst_figures(of, base):
+                confirmed.add(name)
+                wrong += _of_mean(name, metrics[name], values, name == headline)
     classes = {name: entry for name, entry in metrics.items() if name.startswith(_CLASS)}
     if classes:
         confirmed |= classes.keys()
@@ -300,6 +310,28 @@ def _certificates(data: Mapping[str, Any], records: Sequence[Record]) -> tuple[s
     if sigma is not None and sigmas - {sigma}:
         wrong.append(f"defense.params.sigma is {_short(sigma)}, the votes were taken under {_short(sorted(sigmas))}")
     return set(told), wrong
+
+
+def _of_mean(name: str, entry: Mapping[str, Any], values: Sequence[float], headline: bool) -> Iterator[str]:
+    """What does not agree of a mean over samples: its value, how many they are, and the seeded interval.
+
+    headline: it ranks the report, and so has an interval
+    """
+    made = graded_entry(values)
+    if not _agrees(entry, made["value"]):
+        yield f"{name} is {_said(entry)}, the records say {_counted(made['value'])}"
+    if entry["n"] != made["n"]:
+        yield f"{name} is over n = {entry['n']} samples, the records say {made['n']}"
+    ci = entry.get("ci")
+    if ci is None and not headline:
+        return
+    told = ci if isinstance(ci, Mapping) else {}
+    limits = [(told.get(key), made["ci"][key]) for key in ("low", "high")]
+    if any(not isinstance(one, (int, float)) or not math.isclose(one, two, rel_tol=1e-6) for one, two in limits):
+        shown = "none" if not told else f"[{told.get('low')}, {told.get('high')}]"
+        yield f"the interval of {name} is {shown}, the records say [{made['ci']['low']}, {made['ci']['high']}]"
+    elif any(told.get(key) != made["ci"][key] for key in ("level", "method")):
+        yield f"the interval of {name} is said to be another than the one that its figures are of"
 
 
 def worst_case(name: str, records: Sequence[Record]) -> Figure | None:

@@ -40,7 +40,7 @@ from advkit.core.protocols import (
     whole_batch,
 )
 from advkit.core.rng import RowRng
-from advkit.evaluation.counts import clean_notes
+from advkit.evaluation.counts import UNKNOWN, clean_notes
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, Said, Verdict, finite
 from advkit.evaluation.run.speed import VICTIM
@@ -534,6 +534,7 @@ def _records(
             (TIMED_OUT, attempts.late[i]),
         )
         notes = (*_state_of(clean, i, outcome, label, before[i]), *(name for name, holds in found if bool(holds)))
+        lost = outcome in UNKNOWN or (outcome == Outcome.WRONG and bool(attempts.asked_non_finite[i]))
         if outcome == Outcome.ERROR:
             attempts.errors.setdefault(i, ASKED_NON_FINITE)
         records.append(
@@ -555,7 +556,8 @@ def _records(
                 notes=notes,
                 message=attempts.errors.get(i, ""),
                 measures={name: float(value[i]) for name, value in verdict.measures.items()},
-                figures=said[i].figures,
+                # The error of a sample without a verdict is that of its clean self: no error under attack.
+                figures={} if lost and isinstance(case.rule, Graded) else said[i].figures,
                 trace=attempts.trace.get(i, ()),
                 texts=said[i].texts,
                 scores=said[i].scores,

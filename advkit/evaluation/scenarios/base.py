@@ -120,8 +120,8 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
         headline = Headline(name, f"Mean {spoken(name)} under attack", "lower")
         table = [*((spoken(each), each) for each in others), (f"{spoken(name)} under attack", name), *table]
         sentence = (
-            f"The mean {spoken(name)} under attack is {{{name}}}: {how}. {words.robust.capitalize()} are "
-            "{robust_accuracy} of the samples."
+            f"The mean {spoken(name)} under attack is {{{name}}}, over the samples with a verdict: {how}. "
+            f"{words.robust.capitalize()} are {{robust_accuracy}} of the samples."
         )
     section = Section(metrics, headline, table, sentence, figures_of(case, metrics), words, settings_of(case))
     counted = judge_counts(case, records)

@@ -37,9 +37,10 @@ from advkit.evaluation.counts import (
     recalls,
     tail_accuracy,
     weakest_classes,
+    worst_figures,
 )
 from advkit.evaluation.run.case import Case
-from advkit.evaluation.stats import DenominatorKind, bootstrap_mean, rate
+from advkit.evaluation.stats import DenominatorKind, graded_entry, rate
 
 MOST_CLASSES_LISTED = 20
 
@@ -129,23 +130,16 @@ def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
 def graded(case: Case, records: Iterable[Record]) -> dict[str, Any]:
     """Means with bootstrap intervals of the figures by which the case's rule grades every sample.
 
-    Of several attacks the worst for each sample. A sample that nobody could grade, because the victim raised or
-    answered no number, is in none of them: `n` says how many are.
+    Of several attacks the worst for each sample. A sample that nobody could grade, because the attack or the victim
+    raised, took too long or answered no number, is in none of them: `n` says how many are.
     """
     if not isinstance(case.rule, Graded):
         return {}
     found: dict[str, Any] = {}
     records = list(records)
     for name in case.rule.grades:
-        worst: dict[str, float] = {}
-        for record in records:
-            if name in record.figures:
-                worst[record.id] = max(float(record.figures[name]), worst.get(record.id, -math.inf))
-        if worst:
-            # by id, so that the resamples do not depend on the order in which records were made
-            values = [worst[row] for row in sorted(worst)]
-            interval = bootstrap_mean(values).to_dict()
-            found[name] = {"value": float(np.mean(values)), "n": len(values), "ci": interval}
+        if values := worst_figures(records, name):
+            found[name] = graded_entry(values)
     return found
 
 

@@ -37,7 +37,10 @@ class Reconstruction(PerRow, Examines):
     rmse: float
 
     def squared(self, answer: Tensor) -> Tensor:
-        """Mean squared error [B]."""
+        """Mean squared error [B], in the answers' dtype."""
+        return self._difference(answer, answer.dtype).square().flatten(1).mean(1)
+
+    def _difference(self, answer: Tensor, dtype: torch.dtype) -> Tensor:
         if len(answer) != len(self.clean):
             raise BadInput(
                 f"an answer of {len(answer)} samples to a goal of {len(self.clean)}; take(rows) the goal of the "
@@ -48,11 +51,12 @@ class Reconstruction(PerRow, Examines):
                 f"the model answers {answer.dtype} {list(answer.shape)}; expected reconstructed samples, float "
                 f"{list(self.clean.shape)}"
             )
-        return (answer - self.clean.to(answer.dtype)).square().flatten(1).mean(1)
+        return answer.to(dtype) - self.clean.to(dtype)
 
     def error(self, answer: Tensor) -> Tensor:
-        """Root mean squared error [B] to the clean sample."""
-        return self.squared(answer).sqrt()
+        """Root mean squared error [B] to the clean sample, float64: squares of large float32 answers overflow."""
+        wide = answer.dtype if answer.device.type == "mps" else torch.float64  # which has no float64
+        return self._difference(answer, wide).square().flatten(1).mean(1).sqrt()
 
     def reached(self, answer: Tensor) -> Tensor:
         """Bool [B]."""
@@ -60,7 +64,8 @@ class Reconstruction(PerRow, Examines):
 
     def margin(self, answer: Tensor) -> Tensor:
         """Float [B]: the threshold minus the error; +inf where the answer is not finite."""
-        return torch.where(finite_rows(answer), self.rmse - self.error(answer), torch.inf)
+        margin = (self.rmse - self.error(answer)).to(answer.dtype)
+        return torch.where(finite_rows(answer), margin, torch.inf)
 
     def loss(self, answer: Tensor) -> Tensor:
         """Float [B], smaller is better for the attacker."""
