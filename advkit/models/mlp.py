@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from advkit.core.errors import BadModel
-from advkit.models.torch import Architecture
+from advkit.models.torch import Architecture, check_widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class MLP(Architecture):
     def network(self, shape: tuple[int, ...], classes: int) -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(shape)
+        check_widths("mlp", width, *self.hidden, classes)
         for units in self.hidden:
             layers += [nn.Linear(width, units), nn.ReLU()]
             width = units

@@ -12,7 +12,7 @@ from typing_extensions import override
 from advkit.core.checks import at_least
 from advkit.core.errors import BadModel
 from advkit.core.protocols import Rng
-from advkit.models.torch import Architecture, TorchModel
+from advkit.models.torch import Architecture, TorchModel, check_widths
 
 
 class Measured(nn.Module):
@@ -66,6 +66,7 @@ class Reconstructor(Architecture):
     def network(self, shape: tuple[int, ...], classes: int) -> nn.Module:
         features = math.prod(shape)
         width = self.measurements or math.ceil(features / 4)
+        check_widths("reconstructor", features, width, *self.hidden, features)
         layers: list[nn.Module] = [Measured(features, width, self.seed)]
         for units in self.hidden:
             layers += [nn.Linear(width, units), nn.ReLU()]

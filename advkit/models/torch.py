@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -38,6 +38,8 @@ from advkit.core.spaces import Box
 from advkit.core.state import as_caller
 
 BIG_ENDIAN: bool = sys.byteorder == "big"
+MOST_WEIGHTS = 2**30
+"""Weights of the linear layers of one network, 4 GiB of float32; more is taken for a slip."""
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
@@ -569,6 +571,16 @@ class Architecture(ABC):
             name=spec or type(self).__name__,
             source="trained from random weights",
             architecture=spec,
+        )
+
+
+def check_widths(owner: str, *widths: int) -> None:
+    """BadModel where linear layers from each width to the next have more weights than MOST_WEIGHTS in all."""
+    weights = sum(one * two for one, two in pairwise(widths))
+    if weights > MOST_WEIGHTS:
+        raise BadModel(
+            f"{owner} with layers of {', '.join(map(str, widths))} units has {weights:,} weights; expected at most "
+            f"{MOST_WEIGHTS:,}: choose smaller layers"
         )
 
 

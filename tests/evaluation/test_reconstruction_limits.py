@@ -15,12 +15,14 @@ from torch import nn
 import advkit
 from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.protocols import Access
+from advkit.core.rng import RowRng
 from advkit.evaluation.report.compare import compare
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.leaderboard import scan
 from advkit.evaluation.report.verify import verify
 from advkit.evaluation.run.store import read_records
 from advkit.evaluation.victims import protected
+from advkit.models import MODELS
 from advkit.tasks import TASKS
 from advkit.threat_models.goals.reconstruction import Reconstruction
 
@@ -116,8 +118,9 @@ def test_two_runs_on_the_same_samples_rank_by_the_worst_of_each_sample(pair):
     errors = [{r.id: r.figures["rmse"] for r in read_records(folder / "records.jsonl")} for folder in pair]
     assert errors[0] != errors[1]
     board = scan(pair[0].parent)
-    (line,) = [victim for group in board.groups for victim in group.victims]
-    assert line.how == "worst case per sample over 2 reports"
+    lines = [victim for group in board.groups for victim in group.victims]
+    assert {line.how for line in lines} == {"worst case per sample over 2 reports", "one report"}
+    (line,) = [line for line in lines if line.how != "one report"]  # of who has the weights; the other asks for scores
     assert line.score.value == pytest.approx(np.mean([max(errors[0][row], errors[1][row]) for row in errors[0]]))
     assert line.score.low < line.score.value < line.score.high
 
@@ -177,3 +180,17 @@ def test_the_error_of_a_finite_answer_is_finite():
     answer = torch.stack([torch.full((1, 2, 2), 1e30), torch.full((1, 2, 2), 0.1)])
     assert goal.error(answer).tolist() == pytest.approx([1e30, 0.1])
     assert goal.reached(answer).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("spec", "classes"),
+    [
+        ("reconstructor:measurements=10000000000", 0),
+        ("reconstructor:hidden=10000000000", 0),
+        ("mlp:hidden=10000000000", 10),
+    ],
+)
+def test_a_network_that_fits_no_memory_is_refused_in_one_line(spec, classes):
+    with pytest.raises(BadModel, match="choose smaller layers") as refused:
+        MODELS.build(spec)((1, 8, 8), classes, RowRng.from_ids(0, ["sizes"]))
+    assert "\n" not in str(refused.value)
