@@ -12,7 +12,7 @@ def compare(
     a: Annotated[Path, typer.Argument(help="Run folder or report.json.")],
     b: Annotated[Path, typer.Argument(help="Run folder or report.json.")],
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Compare runs under different threat models.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compare runs under other threat models or goals.")] = False,
     level: Annotated[float, typer.Option("--level", help="Confidence level of the intervals.")] = 0.95,
 ) -> None:
     """Say which of two runs on the same rows is more robust: McNemar's exact test, Newcombe's interval."""

