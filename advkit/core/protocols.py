@@ -603,7 +603,7 @@ class Worded(Protocol):
 
 @runtime_checkable
 class Examines(Protocol):
-    """What has more to say of an attack than whether it succeeded: a goal, a threat model, a victim, a task's examiner."""
+    """A goal, threat model, victim or task's examiner that says more of an attack than whether it succeeded."""
 
     @abstractmethod
     def examine(self, evidence: Evidence) -> Mapping[str, Sequence[Figure]]:
