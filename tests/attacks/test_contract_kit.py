@@ -259,6 +259,7 @@ class NoDataclass:
         return PGD(steps=40, step_size=0.1)(oracle, x, goal, ball, rng)
 
 
+@pytest.mark.slow
 def test_a_search_may_hand_back_the_input():
     """Its first question about a row may find nothing better; a white-box step always moves."""
     check_attack(Coordinates(), LINF)

@@ -182,6 +182,7 @@ PGDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 @pytest.mark.parametrize("name", PGDS)
 def test_pgd_and_its_kin_are_the_loop_over_single_rows(name: str, norm: str) -> None:
@@ -208,6 +209,7 @@ def test_rows_go_on_where_the_oracle_does_not_decide(name: str) -> None:
     assert bool((played.meter.backwards == played.meter.backwards.max()).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(
     "attack",

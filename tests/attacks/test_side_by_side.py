@@ -116,6 +116,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("slots", [1, 2, 16])
 def test_what_is_found_does_not_depend_on_company(name, slots, monkeypatch):

@@ -57,6 +57,7 @@ def test_losses_of_a_rival_are_the_published_ones():
     assert torch.equal(goal.take(some).loss(answer[some]), margin[some])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5), ("L1", 1.8)])
 def test_targeted_flags_and_passes_against_the_reference(digits, norm, eps):
     reference = pytest.importorskip("pyautoattack.autopgd_base")

@@ -106,6 +106,7 @@ def test_the_norms_of_an_attack_are_those_it_runs_in(name: str) -> None:
     assert [*said] == runs_in
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAYED)
 def test_the_goals_of_an_attack_are_those_it_runs_for(name: str) -> None:
     known = facts("attacks", ATTACKS.target(name))

@@ -495,6 +495,7 @@ def trained(defense: Any, recipe: Recipe, spec: str = "mlp:hidden=16") -> Any:
     return fit(model, data, defense.objective(), recipe, streams(1), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "spec"),
     [

@@ -25,6 +25,7 @@ def ops():
     return bench.dispatcher_ops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", OPS)
 def test_steps_cost_no_more_operations_than_today(ops, attack):
     bare = ops["bare"]["forward" if attack == "square" else "forward_and_backward"]

@@ -91,6 +91,7 @@ def mutated(runs: Path, folder: Path, seed: int, number: int) -> int:
     return bad
 
 
+@pytest.mark.slow
 def test_one_odd_report_does_not_stop_the_board(runs: Path, tmp_path: Path) -> None:
     assert mutated(runs, tmp_path / "board", seed=0, number=60) > 20
 

@@ -64,6 +64,7 @@ RUNS: dict[str, tuple[dict[str, Any], str, str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_report_says_what_was_asked_and_what_was_known(name: str, tmp_path: Path) -> None:
     request, access, defense, words = RUNS[name]

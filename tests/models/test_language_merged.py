@@ -98,6 +98,7 @@ def sent(calls):
     return sum(rows * tokens for rows, tokens in calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", views(torch.zeros(1, 2, 1)))
