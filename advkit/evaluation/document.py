@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import DrawsByRow, Graded, Judged, Record, answer_shape
+from advkit.core.protocols import DrawsByRow, FromFile, Graded, Judged, Record, answer_shape
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
@@ -204,6 +204,8 @@ def threat_block(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     block = dict(case.threat.describe())
     details = {name: block.pop(name) for name in list(block) if name not in known}
     block["goal"] = case.rule.kind
+    if isinstance(case.rule, FromFile):
+        details["goal_sha256"] = case.rule.content_sha256  # two contents of a file are no one ranking
     block["attacker"] = attacker_of(case, records)
     block["granted"] = block["knowledge"]
     if block["knowledge"] in LESS and block["attacker"]["access"] in LESS[block["knowledge"]]:

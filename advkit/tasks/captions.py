@@ -12,27 +12,43 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.core.captions import TEMPLATES, Captions, captions_of
-from advkit.core.protocols import Captioned, Evidence, Examines, Figure, TaskDefaults
+from advkit.core.protocols import Captioned, Embeds, Evidence, Examined, Examines, Figure, TaskDefaults, Votes
 from advkit.tasks.base import data_folder
 from advkit.tasks.fashion_mnist import FashionMNIST
 
 
-class Retrieval(Captioned, Examines):
-    """A task whose images are also searched for by caption, and captions by image: ranks stand in the records."""
+@dataclass(frozen=True)
+class Ranks(Examines):
+    """The place of every image's own caption among all classes, and the scores where they compare images.
+
+    Images are compared by a caption's score only for models that embed: another classifier's scores mean something up
+    to a number that is added to all of an image. A victim that votes or abstains ranks nothing: its decision need not
+    be the class with the highest score.
+    """
 
     @override
     def examine(self, evidence: Evidence) -> dict[str, Sequence[Figure]]:
-        """The place of every image's own caption among all classes, and the scores where they compare images."""
+        """`caption_rank_before` and `_after`, and the scores `before` and `after`."""
         said: dict[str, Sequence[Figure]] = {}
-        if evidence.labels is None:
+        if evidence.labels is None or isinstance(evidence.victim, Votes):
             return said
+        compared = not evidence.shifted and isinstance(evidence.victim, Embeds) and evidence.victim.embeds
         for when, answer in (("before", evidence.clean), ("after", evidence.answer)):
             if answer.ndim != 2 or not answer.is_floating_point():  # decisions rank nothing
                 continue
             said[f"caption_rank_{when}"] = ranks(answer, evidence.labels)
-            if not evidence.shifted:
+            if compared:
                 said[when] = answer.double().cpu().tolist()
         return said
+
+
+class Retrieval(Captioned, Examined):
+    """A task whose images are also searched for by caption, and captions by image: ranks stand in the records."""
+
+    @property
+    @override
+    def examiner(self) -> Examines:
+        return Ranks()
 
 
 def ranks(scores: Tensor, labels: Tensor) -> list[Figure]:
@@ -52,7 +68,8 @@ class FashionMNISTCaptions(FashionMNIST, Retrieval):
                of a class's captions
 
     Reports have recall@1 and @5 beside the accuracies: images whose class is among the k most similar (image to text),
-    and captions with an image of their class among the k most similar images (text to image), clean and under attack.
+    and captions with an image of their class among the k most similar images (text to image, only for models that
+    embed), clean and under attack. Victims that vote or abstain have none.
     Images and the other settings are those of fashion-mnist.
 
     Raises UsageError for a template without {}, and what fashion-mnist raises.

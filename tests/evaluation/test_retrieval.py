@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,20 @@ import pytest
 import torch
 
 import advkit
-from advkit.core.protocols import Outcome, Record
-from advkit.evaluation.counts import recalls
+from advkit.core.protocols import Evidence, Label, Outcome, Record, Votes
+from advkit.core.rng import RowRng
+from advkit.evaluation.counts import recalls, unranked
 from advkit.evaluation.report import Report, merge
 from advkit.evaluation.report.verify import verify
+from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.store import from_line, read_records, to_line
+from advkit.evaluation.run.workers import Workers
 from advkit.evaluation.stats import rate
+from advkit.models import zoo
+from advkit.models.views import Preprocessed
 from advkit.tasks import TASKS
-from advkit.tasks.captions import ranks
+from advkit.tasks.captions import Ranks, ranks
+from advkit.threat_models import GOALS, THREAT_MODELS
 
 TASK = "fashion-mnist-captions"
 
@@ -49,8 +56,12 @@ def test_recall_is_what_brute_force_finds() -> None:
             asked = sorted(set(labels.tolist()))
             order = {c: sorted(range(rows), key=lambda i, c=c: (-scores[i, c], i)) for c in asked}
             text_to_image = sum(any(labels[i] == c for i in order[c][:k]) for c in asked)
-            one, other = found[f"clean_recall_at_{k}_image_to_text"], found[f"clean_recall_at_{k}_text_to_image"]
+            one = found[f"clean_recall_at_{k}_image_to_text"]
             assert (one.found, one.queries, one.what) == (image_to_text, rows, "all_samples")
+            if k >= rows:  # all of them are among the first k
+                assert f"clean_recall_at_{k}_text_to_image" not in found
+                continue
+            other = found[f"clean_recall_at_{k}_text_to_image"]
             assert (other.found, other.queries, other.what) == (text_to_image, len(asked), "captions")
 
 
@@ -69,6 +80,70 @@ def test_an_image_counts_as_the_attack_that_broke_it_left_it() -> None:
     assert (found["recall_at_1_image_to_text"].found, found["recall_at_1_image_to_text"].queries) == (0, 2)
     assert recalls([first, later, lost], at=(1,))["recall_at_1_image_to_text"].found == 1
     assert recalls([lost]) == {}
+    # an attack that came to nothing on the last image says nothing of what the first one did
+    came_to_nothing = replace(lost, id="r000", clean=0)
+    assert recalls([first, came_to_nothing], at=(1,))["recall_at_1_image_to_text"].found == 1
+
+
+def test_recalls_are_left_out_where_an_answer_has_no_rank() -> None:
+    records = [
+        replace(each, clean=0, margin=0.1) for each in made(np.array([[3.0, 1.0], [3.0, 1.0]]), np.array([0, 0]))
+    ]
+    assert "clean_recall_at_1_image_to_text" in recalls(records, at=(1,))
+    assert unranked(records[:0]) == (0, 0)
+    dropped = [records[0], replace(records[1], figures={}, scores={})]
+    assert recalls(dropped, at=(1,)) == {}
+    nan = replace(dropped[1], notes=("clean_non_finite",), margin=None)
+    assert recalls([records[0], nan], at=(1,))["clean_recall_at_1_image_to_text"].found == 1
+    both = [replace(each, figures={**each.figures, "caption_rank_after": 1.0}) for each in records]
+    assert unranked(both) == (0, 2)
+    assert unranked([both[0], dropped[1]]) == (1, 2)
+
+
+def test_a_victim_that_votes_ranks_nothing_and_one_without_embeddings_compares_no_images() -> None:
+    answer, labels = torch.tensor([[0.2, 0.8]]), torch.tensor([1])
+
+    class Voting(Votes):
+        def abstained(self, answer: object) -> torch.Tensor:
+            return torch.zeros(1, dtype=torch.bool)
+
+    def said(victim: object) -> set[str]:
+        rng = RowRng.from_ids(0, ["a"])
+        return set(Ranks().examine(Evidence(victim, None, None, None, None, answer, answer, None, rng, labels, False)))
+
+    ranked = {"caption_rank_before", "caption_rank_after"}
+    victim = zoo.load("fashion-mnist-dual-encoder")
+    assert said(Voting()) == set()
+    assert said(object()) == ranked
+    assert said(zoo.load("fashion-mnist-public-cnn")) == ranked
+    assert said(victim) == said(Preprocessed(victim, torch.abs)) == {*ranked, "before", "after"}
+    assert said(Preprocessed(zoo.load("fashion-mnist-public-cnn"), torch.abs)) == ranked
+
+
+def test_worker_processes_get_what_examines_the_task() -> None:
+    task = TASKS.build(TASK)
+    case = Case(
+        task=task,
+        victim=zoo.load("fashion-mnist-dual-encoder"),
+        attack=None,
+        threat=THREAT_MODELS.build("linf:eps=0.1"),
+        rule=GOALS.build("untargeted"),
+        label=Label("pgd"),
+        n=4,
+    )
+    with Workers(case, 1) as workers:
+        sent = torch.load(io.BytesIO(workers._payload), weights_only=False)
+    assert sent.task.examiner == task.examiner == Ranks()
+    assert len(workers._payload) < 2e6  # no images
+
+
+@pytest.mark.slow
+def test_two_workers_write_the_same_ranks(runs: dict[int, Report], tmp_path: Path) -> None:
+    settings = {"task": TASK, "n": 40, "device": "cpu", "batch_size": 7}
+    report = advkit.evaluate("pgd:steps=2", **settings, workers=2, out=tmp_path / "run")
+    one, two = (Path(each.path).with_name("records.jsonl").read_bytes() for each in (runs[7], report))
+    assert one == two
+    assert report.metrics == runs[7].metrics
 
 
 def test_records_keep_scores() -> None:
@@ -102,8 +177,6 @@ def test_records_do_not_depend_on_the_batch_size(runs: dict[int, Report]) -> Non
 
 
 def test_a_reports_recalls_are_those_of_the_model(runs: dict[int, Report]) -> None:
-    from advkit.models import zoo
-
     report, rows = runs[64], TASKS.build(TASK).rows
     with torch.no_grad():
         scores, labels = zoo.load("fashion-mnist-dual-encoder")(rows.x[:40]), rows.y[:40]

@@ -240,3 +240,57 @@ def test_the_processors_settings_may_stand_with_the_tokenizers(folder: Path, tmp
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": held}))
     one, other = (loaded(f"clip:path={place},{SPEC}", rows(SMOOTH)) for place in (folder, tmp_path))
     assert torch.equal(one(batch(SMOOTH)), other(batch(SMOOTH)))
+
+
+SMALL = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+}
+MARK = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "images", "said"),
+    [
+        ({"hf_tokenizer_name": "a", "tokenizer_kwargs": {"trust_remote_code": True}}, {}, "tokenizer_kwargs"),
+        ({"hf_tokenizer_name": "a", "tokenizer_kwargs": {"subfolder": "a"}}, {}, "subfolder"),
+        ({"tokenizer_kwargs": ["a"]}, {}, "tokenizer_kwargs"),
+        ({"trust_remote_code": True}, {}, "never run"),
+        ({"hf_tokenizer_name": "a"}, {}, "auto_map"),
+        ({"hf_model_name": "a/b"}, {}, "fetched from a hub"),
+        ({}, {"timm_model_name": "hf-hub:a/b"}, "timm_model_name"),
+        ({}, {"timm_model_name": "local-dir:b"}, "timm_model_name"),
+    ],
+)
+def test_a_folder_of_open_clip_runs_nothing_and_fetches_nothing(
+    texts: dict[str, Any], images: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("open_clip", reason="needs the extra vlm")
+    monkeypatch.setattr(library, "create_model", None)  # refused before the library is asked
+    monkeypatch.setattr(library, "get_tokenizer", None)
+    config = {**SMALL, "text_cfg": {**SMALL["text_cfg"], **texts}, "vision_cfg": {**SMALL["vision_cfg"], **images}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Tok", null]}}')
+    (tmp_path / "own.py").write_text(MARK)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        ready(f"open_clip:local-dir={tmp_path},{SPEC}", rows(SMOOTH))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_of_transformers_runs_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra vlm")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Tok", null]}}')
+    (tmp_path / "own.py").write_text(MARK)
+    with pytest.raises(CheckpointError, match="auto_map"):
+        ready(f"clip:path={tmp_path},{SPEC}", rows(SMOOTH))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_are_no_path() -> None:
+    for name in ("~nobody-of-this-name/a", "a" * 5000):
+        with pytest.raises(UsageError, match="is no path") as caught:
+            ready(f"clip:path={name}", rows(SMOOTH))
+        assert "\n" not in str(caught.value)

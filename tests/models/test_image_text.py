@@ -11,9 +11,10 @@ import torch.nn.functional as F
 import advkit
 from advkit.core import sentences
 from advkit.core.captions import captions_of
-from advkit.core.errors import BadInput, BadModel, MissingExtra
+from advkit.core.errors import BadInput, BadModel, MissingExtra, UsageError
 from advkit.core.rng import RowRng
 from advkit.core.sentences import embed, installed
+from advkit.evaluation.victims import blank
 from advkit.models import MODELS, zoo
 from advkit.models.checkpoint import load_checkpoint, save_checkpoint
 from advkit.models.image_text import ImageTextModel, Sentences, Toward, unit_means
@@ -120,7 +121,7 @@ def test_captions_of_another_number_of_classes(victim: ImageTextModel) -> None:
 
 def test_learned_vectors_know_no_captions() -> None:
     model = MODELS.build("dual-encoder:text=learned")((1, 28, 28), 10, RNG)
-    assert model.with_captions(captions_of(NAMES, ("a drawing of a {}",)), NAMES) is model
+    assert model.with_captions(captions_of(NAMES), NAMES) is model
 
 
 def test_templates_are_averaged_as_clip_does() -> None:
@@ -173,3 +174,12 @@ def test_toward_goes_through_a_transformation(victim: ImageTextModel, rows) -> N
     torch.testing.assert_close(behind(x), victim.toward(vector)(x.flip(3)))
     plain = MODELS.build("cnn")((1, 28, 28), 10, RNG)
     assert Preprocessed(plain, lambda rows: rows, label="same").toward(vector) is None
+
+
+def test_learned_vectors_read_no_captions() -> None:
+    task = TASKS.build("fashion-mnist-captions:templates=a drawing of a {}")
+    with pytest.raises(UsageError, match="leave templates= out") as caught:
+        blank("dual-encoder:text=learned", task, 0)
+    assert "\n" not in str(caught.value)
+    model = blank("dual-encoder:text=learned", TASKS.build("fashion-mnist-captions"), 0)
+    assert sum(weights.numel() for weights in model.network.image.parameters()) == 107_584

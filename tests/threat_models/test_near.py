@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 import advkit
 from advkit.core.errors import AdvkitError, BadInput, BadModel, UsageError
 from advkit.core.rng import RowRng
+from advkit.evaluation.report import leaderboard
 from advkit.evaluation.run.store import read_records
 from advkit.models import zoo
 from advkit.tasks import TASKS
@@ -216,3 +217,36 @@ def test_surrogates_have_no_such_view(target: Path) -> None:
 def test_similarities_out_of_range(similarity: float) -> None:
     with pytest.raises(UsageError, match="cosine"):
         NearRule(file="a.npy", similarity=similarity)
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    rule = NearRule(file=str(tmp_path / "a.npy"))
+    seen = set()
+    for place in (0, 1):
+        np.save(tmp_path / "a.npy", np.eye(4)[place])
+        assert rule.vector().argmax() == place
+        seen.add(rule.content_sha256)
+    assert len(seen) == 2
+    np.save(tmp_path / "b.npy", np.eye(4, dtype=np.float32))
+    assert NearRule(file=str(tmp_path / "b.npy"), row=1).content_sha256 == rule.content_sha256
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/a.npy", "a" * 5000 + ".npy"])
+def test_names_that_are_no_path(name: str) -> None:
+    with pytest.raises(BadInput, match="is no path") as error:
+        NearRule(file=name).vector()
+    assert "\n" not in str(error.value)
+
+
+def test_two_vectors_are_not_one_ranking(target: Path, tmp_path: Path) -> None:
+    boards = []
+    for place in ("one", "two"):
+        report = advkit.evaluate(
+            "fgsm", task=TASK, goal=f"near:file={target}", n=4, device="cpu", out=tmp_path / place, beside=False
+        )
+        boards.append(report.to_dict()["threat_model"]["details"]["goal_sha256"])
+        np.save(target, -np.load(target))
+    assert boards[0] != boards[1]
+    found = leaderboard.scan(tmp_path)
+    assert not found.invalid
+    assert [len(group.victims) for group in found.groups] == [1, 1]

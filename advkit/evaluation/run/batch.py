@@ -27,6 +27,7 @@ from advkit.core.protocols import (
     Batch,
     CountsQueries,
     DrawsByRow,
+    Examined,
     Goal,
     Graded,
     Lattice,
@@ -432,7 +433,7 @@ def _examined(attempts: _Attempts, clean: _Clean, judge: Judge, verdict: Verdict
         case.threat,
         batch.twins,
         rng.at("examine"),
-        task=case.task,
+        task=case.task.examiner if isinstance(case.task, Examined) else None,
         labels=batch.labels,
         shifted=isinstance(case.rule, ThroughView),
     )

@@ -204,11 +204,11 @@ class Judge:
         twins: Tensor | None,
         rng: Rng,
         *,
-        task: object = None,
+        task: Examines | None = None,
         labels: Tensor | None = None,
         shifted: bool = False,
     ) -> list[Said]:
-        """What goal, threat model, victim and task have to say of every row; see `protocols.Examines`."""
+        """What goal, threat model, victim and task's examiner have to say of every row; see `protocols.Examines`."""
         said: dict[str, Sequence[Figure]] = {}
         parts: tuple[tuple[str, object], ...] = ((JUDGE, goal), (GOAL, threat), (MODEL, self.victim), (GOAL, task))
         experts = [(who, part.examine) for who, part in parts if isinstance(part, Examines)]

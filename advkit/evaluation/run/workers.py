@@ -29,7 +29,7 @@ import torch
 from advkit.core import limits
 from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, whole_batch
+from advkit.core.protocols import Batch, Examined, Examines, whole_batch
 from advkit.core.state import Settings, callers_settings, remember
 from advkit.evaluation.run.batch import Round, Unit, counting, given_up, halved, lost, models_of, rows_of, run_alone
 from advkit.evaluation.run.case import Case
@@ -39,6 +39,15 @@ log = logging.getLogger("advkit")
 
 _STAYS = ("task", "surrogates", "defense", "views")
 """Fields of a case that are not sent with a batch: the rows travel by themselves, and models went ahead."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is sent of a task, as `protocols.Examined` has it: its rows travel by themselves."""
+
+    examiner: Examines
+
+
 _worker: dict[str, Any] = {}
 _LOOK = 0.25  # seconds between two looks at workers that are at work
 _SLOT = 3  # numbers per worker: process, job, and the moment at which it has to be back
@@ -107,7 +116,8 @@ class Workers:
             )
         payload = io.BytesIO()
         try:
-            torch.save(replace(case, task=cast(Any, None), defense=None), payload)
+            task = _Task(case.task.examiner) if isinstance(case.task, Examined) else None
+            torch.save(replace(case, task=cast(Any, task), defense=None), payload)
         except Exception as error:
             raise UsageError(
                 f"this case can't be sent to worker processes ({type(error).__name__}: {error}): use --workers 1, or "

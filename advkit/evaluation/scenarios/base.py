@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from advkit.core.protocols import Access, Graded, Record, Worded, Wording
-from advkit.evaluation.counts import ANY_JUDGE, RECALL_AT, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts
+from advkit.evaluation.counts import ANY_JUDGE, RECALL_AT, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts, unranked
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.scenario import Companion, Engine, Headline, Parts, Records, Section
@@ -123,6 +123,9 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             f"The mean {spoken(name)} under attack is {{{name}}}, over the samples with a verdict: {how}. "
             f"{words.robust.capitalize()} are {{robust_accuracy}} of the samples."
         )
+    lacking, answers = unranked(records)
+    if lacking:
+        sentence += f" Recalls are left out: {lacking:,} of {answers:,} answers have no rank in the records."
     section = Section(metrics, headline, table, sentence, figures_of(case, metrics), words, settings_of(case))
     counted = judge_counts(case, records)
     return section if counted is None else _judged_section(section, counted)

@@ -23,6 +23,7 @@ from advkit.core.protocols import (
     Record,
 )
 from advkit.evaluation.counts import (
+    RECALL_AT,
     REFUSED_WHEN_CLEAN,
     Counts,
     JudgeCounts,
@@ -67,7 +68,8 @@ def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     if c.eight_bit is not None and not (isinstance(case.threat, Lattice) and case.threat.lattice):
         metrics["robust_accuracy_8bit"] = rate(c.eight_bit, c.n, "all_samples")
     metrics |= judged_by_all(case, records) | least_metrics(case, records)
-    metrics |= {name: rate(each.found, each.queries, each.what) for name, each in recalls(records).items()}
+    at = [k for k in RECALL_AT if k < case.task.classes]  # among as many captions every one is found
+    metrics |= {name: rate(each.found, each.queries, each.what) for name, each in recalls(records, at).items()}
     if len(by_label(records)) == 1:
         metrics |= figured(case, records)
     metrics |= graded(case, records)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,11 +18,13 @@ from typing_extensions import override
 from advkit.core.archives import archive_keys, check_array, read_archive
 from advkit.core.checks import check
 from advkit.core.errors import BadInput, BadModel, UsageError
+from advkit.core.paths import place_of
 from advkit.core.protocols import (
     Embeds,
     Evidence,
     Examines,
     Figure,
+    FromFile,
     MetByTruth,
     NoneReached,
     Rng,
@@ -102,7 +104,7 @@ class Near(PerRow, Examines, NoneReached, MetByTruth):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearRule(ThroughView, Worded):
+class NearRule(ThroughView, Worded, FromFile):
     """Embedding similarity: the image's embedding comes close to a given vector, for models that embed (image-text).
 
     file:       .npy, .npz or .safetensors with the vector, [d], or several, [n, d]; its length is that of an embedding,
@@ -134,6 +136,19 @@ class NearRule(ThroughView, Worded):
 
     def vector(self) -> Tensor:
         """The vector, float64 [d], of norm 1."""
+        held = self._read()
+        held = held / held.abs().max()  # squares of numbers as they come may overflow
+        unit: Tensor = held / held.norm()
+        return unit
+
+    @property
+    @override
+    def content_sha256(self) -> str:
+        """Of the vector's numbers as float64, as they stand in the file."""
+        return hashlib.sha256(self._read().numpy().tobytes()).hexdigest()[:16]
+
+    def _read(self) -> Tensor:
+        """The vector as it stands in the file, float64 [d]."""
         held = torch.from_numpy(read_vectors(self.file, self.key).astype(np.float64))
         what = f"{self.file} holds {list(held.shape)} numbers"
         if held.ndim == 2 and self.row is None and len(held) == 1:
@@ -150,12 +165,9 @@ class NearRule(ThroughView, Worded):
             raise BadInput(f"{what}; expected one vector, [d], or several, [n, d]")
         if not bool(torch.isfinite(held).all()):
             raise BadInput(f"the vector in {self.file} holds NaN or infinity; expected finite numbers")
-        size = float(held.abs().max())
-        if size == 0:
+        if not bool(held.any()):
             raise BadInput(f"the vector in {self.file} has norm 0, and so no direction; expected another")
-        held = held / size  # squares of numbers as they come may overflow
-        unit: Tensor = held / held.norm()
-        return unit
+        return held
 
     @override
     def view(self, model: Any) -> Any:
@@ -175,13 +187,15 @@ class NearRule(ThroughView, Worded):
         return goal
 
 
-@cache
 def read_vectors(file: str, key: str = "") -> NDArray[np.floating[Any]]:
     """The real numbers in a .npy, .npz or .safetensors file; BadInput where it is none of these or holds others.
 
     key: which array of several
     """
-    path = Path(file).expanduser()
+    try:
+        path = place_of(file)
+    except ValueError as error:
+        raise BadInput(f"{error}; expected the file of a vector") from error
     kind = path.suffix.casefold()
     if kind not in (".npy", ".npz", ".safetensors"):
         raise BadInput(f"{file} is no .npy, .npz or .safetensors file; expected one that holds a vector")
