@@ -125,6 +125,7 @@ def test_every_prefix_of_models_but_the_zoo_comes_from_outside() -> None:
 def test_the_file_of_a_front_comes_from_outside() -> None:
     assert outside("zo_ae_ds:sigma=0.5,weights=a/b.safetensors") == ["weights=a/b.safetensors (opens a file)"]
     assert outside("zo_ae_ds:sigma=0.5") == []
+    assert outside("raw_isp:images=a/b,w=1") == ["images=a/b (reads a folder and trains on it)"]
     assert not outside("pgd:steps=3,loss=[dlr:python=3]")
 
 

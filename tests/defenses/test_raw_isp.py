@@ -284,6 +284,8 @@ def test_a_baseline_that_trains_is_refused(folder: Path, classifier: TorchModel)
     asked = {"model": classifier, "task": crops(8), "threat_model": "linf:eps=4/255", "device": "cpu"}
     with pytest.raises(UsageError, match="baseline is pgd_at, which trains; expected a defense that trains nothing"):
         advkit.evaluate(attack="fgsm", defense=small(folder, baseline="pgd_at"), **asked)
+    with pytest.raises(UsageError, match="which trains; expected a defense that trains nothing"):
+        advkit.evaluate(attack="fgsm", defense=small(folder, baseline="[raw_isp:f=plain]"), **asked)
     report = advkit.evaluate(attack="fgsm", defense=small(folder, baseline=""), **asked)
     assert "baseline_robust_accuracy" not in report.metrics
 

@@ -27,6 +27,7 @@ OUTSIDE = {
 }
 """Prefixes of parts that come from outside advkit, and what using one does."""
 _OUTSIDE = {fold(name): what for name, what in OUTSIDE.items()}
+_OPENED = {"weights": "opens a file", "cache": "writes to a folder", "images": "reads a folder and trains on it"}
 _SHOWN = 60
 _NUMBER = re.compile(r"[-+.\d][-+.\de_]*", re.IGNORECASE)
 _PIECE = re.compile(r"[^\[\],=+]+")
@@ -52,9 +53,9 @@ def outside(spec: str) -> list[str]:
                 found.append(f"{shown} (runs the installed {others[name].value})")
     found.extend(f"{file[0]} (opens a file)" for file in re.finditer(r"[^\[\],=+:]+\.ya?ml\b", spec, re.IGNORECASE))
     # Brackets around a value say the same as the value.
-    for key, value in re.findall(r"\b(weights|cache)\s*=[\s\[]*([^\[\],+]+)", spec):
+    for key, value in re.findall(r"\b(weights|cache|images)\s*=[\s\[]*([^\[\],+]+)", spec):
         if not _NUMBER.fullmatch(value.strip()):  # weights of a sum name no file
-            found.append(f"{key}={value.strip()} ({'opens a file' if key == 'weights' else 'writes to a folder'})")
+            found.append(f"{key}={value.strip()} ({_OPENED[key]})")
     if re.search(r"download\s*=[\s\[]*(true|yes|1|on)\b", spec, re.IGNORECASE):
         found.append("download=true (fetches from the network)")
     return list(dict.fromkeys(found))

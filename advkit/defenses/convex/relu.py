@@ -178,7 +178,9 @@ def _summary(told: dict[str, Any]) -> str:
     usable = ", ".join(f"{each['patterns_usable']} of {each['patterns_sampled']}" for each in networks[:3])
     statuses = ", ".join(sorted({each["status"] for each in networks}))
     gap = "" if worst is None else f", duality gap {worst:.1e}"
+    # A solver that stopped early, or gives no gap, has an objective and no proof that it is the least.
+    what = "optimum" if worst is not None else "objective"
     return (
-        f"optimum {optimum} ({statuses}{gap}, {networks[0]['solver']}), {usable} patterns usable, "
+        f"{what} {optimum} ({statuses}{gap}, {networks[0]['solver']}), {usable} patterns usable, "
         f"{told['certified_training_samples']} of {told['samples']} training samples certified"
     )

@@ -27,6 +27,7 @@ from advkit.core.protocols import (
     Stage,
     Suite,
     Trains,
+    TrainsApart,
     TrainsFront,
     Undefended,
     ids_of,
@@ -242,7 +243,7 @@ def _baseline(case: Case, undefended: Any) -> list[Companion]:
         return []
     simpler: Any = DEFENSES.build(defense.baseline)
     spec = DEFENSES.label(simpler)
-    if simpler.needs_data or isinstance(simpler, Trains | TrainsFront):
+    if simpler.needs_data or isinstance(simpler, Trains | TrainsApart | TrainsFront):
         raise UsageError(f"baseline is {spec}, which trains; expected a defense that trains nothing, such as blur")
     victim = simpler.protect(undefended, None, training_rng(case.seed))
     other = replace(
