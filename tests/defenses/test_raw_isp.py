@@ -285,7 +285,7 @@ def test_a_baseline_that_trains_is_refused(folder: Path, classifier: TorchModel)
     with pytest.raises(UsageError, match="baseline is pgd_at, which trains; expected a defense that trains nothing"):
         advkit.evaluate(attack="fgsm", defense=small(folder, baseline="pgd_at"), **asked)
     with pytest.raises(UsageError, match="which trains; expected a defense that trains nothing"):
-        advkit.evaluate(attack="fgsm", defense=small(folder, baseline="[raw_isp:f=plain]"), **asked)
+        advkit.evaluate(attack="fgsm", defense=small(folder, baseline="raw_isp:f=plain"), **asked)
     report = advkit.evaluate(attack="fgsm", defense=small(folder, baseline=""), **asked)
     assert "baseline_robust_accuracy" not in report.metrics
 
