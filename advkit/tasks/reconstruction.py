@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,8 +34,9 @@ class ReconstructionTask(AnswersSamples, Hashed, KnowsIds, OfKind):
     defaults: TaskDefaults
 
     @property
+    @abstractmethod
     def _images(self) -> ArrayTask:
-        raise NotImplementedError
+        """The labelled task whose images these are."""
 
     @property
     def space(self) -> Box:
