@@ -520,11 +520,7 @@ class MeteredOracle:
 
         A non-finite loss comes back as +inf and a non-finite gradient entry as 0; the meter remembers the row.
         """
-        if self.access < Access.GRADIENTS:
-            raise AccessDenied(
-                f"the attack asked for a gradient; this threat model grants {self.access.name.lower()} only "
-                "(use a query attack such as `square`, or grant access=gradients)"
-            )
+        self._may_differentiate()
         self._spend(x, of)
         chunks, lanes = self._chunks(x)
         aims = self._aimed(goal, [len(part) for part in chunks], x.device)
@@ -539,36 +535,86 @@ class MeteredOracle:
                 answer,
             )
 
+    def gradients(self, x: Tensor, goals: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [K, n] of several goals, their gradients [K, n, ...], answer [n, ...]: one forward and K backwards.
+
+        What is not finite comes back as from `gradient`.
+        """
+        self._may_differentiate()
+        self._spend(x, None)
+        chunks, lanes = self._chunks(x)
+        rows = torch.split(torch.arange(len(x), device=x.device), [len(part) for part in chunks])
+        keys = self._keys(x, None, chunks)
+        losses: list[list[Tensor]] = [[] for _ in goals]
+        gradients: list[list[Tensor]] = [[] for _ in goals]
+        answers = []
+        for part, own, key in zip(chunks, rows, keys, strict=True):
+            leaf, answer = self._called(part, key, lanes)
+            for which, goal in enumerate(goals):
+                aim = goal if len(chunks) == 1 else goal.take(own)
+                loss, gradient = self._differentiated(aim, answer, leaf, again=which < len(goals) - 1)
+                losses[which].append(loss.detach())
+                gradients[which].append(gradient[: len(part)])
+            answers.append(answer.detach())
+        with torch.no_grad():
+            each = [torch.cat(parts) for parts in gradients]
+            answer = torch.cat(answers)
+            self._note(x, answer, None, each[0])
+            asked = ~torch.isfinite(row_size(x.detach())) if self.meter.looks else None
+            others = [self._passed_back(more, None, asked) for more in each[1:]]
+            stacked = torch.stack([each[0].nan_to_num(0.0, 0.0, 0.0), *others])
+            loss = torch.stack([torch.cat(parts) for parts in losses])
+            return loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf), stacked, answer
+
+    def _may_differentiate(self) -> None:
+        if self.access < Access.GRADIENTS:
+            raise AccessDenied(
+                f"the attack asked for a gradient; this threat model grants {self.access.name.lower()} only "
+                "(use a query attack such as `square`, or grant access=gradients)"
+            )
+
     def _passed(self, x: Tensor, goal: Any, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (still with its graph), gradient and answer of one call of the model, as they come."""
+        leaf, answer = self._called(x, keys, lanes)
+        loss, gradient = self._differentiated(goal, answer, leaf)
+        return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+
+    def _called(self, x: Tensor, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor]:
+        """The leaf of one call of the model, padded, and the answer to the rows of x, with its graph."""
         with torch.enable_grad():
             leaf = self._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
             answer = self._forward(leaf, None, keys)
-            answer = answer if len(leaf) == len(x) else answer[: len(x)]
+            return leaf, answer if len(leaf) == len(x) else answer[: len(x)]
+
+    def _differentiated(
+        self, goal: Any, answer: Tensor, leaf: Tensor, again: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The goal's loss (still with its graph) and its gradient at the leaf; `again` where more will follow."""
+        with torch.enable_grad():
             try:
-                loss = goal.loss(answer)
+                loss: Tensor = goal.loss(answer)
             except BaseException as error:
                 blame(error, GOAL)
                 raise
         gradient = None
         if loss.requires_grad:
             try:
-                (gradient,) = self._backward(loss, leaf)
+                (gradient,) = self._backward(loss, leaf, again)
             except BaseException as error:
                 blame(error, BACKWARD)
                 raise
         if gradient is None:
             self.meter.detached = True
             gradient = torch.zeros_like(leaf, requires_grad=False)
-        return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+        return loss, gradient
 
-    def _backward(self, loss: Tensor, leaf: Tensor) -> tuple[Tensor | None, ...]:
+    def _backward(self, loss: Tensor, leaf: Tensor, again: bool = False) -> tuple[Tensor | None, ...]:
         """Every row's own gradient: that of the sum, and after the first passes without making the sum."""
         if _SHAPES not in sys.modules and next(_passes) < _SUMMED:
-            return torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+            return torch.autograd.grad(loss.sum(), leaf, retain_graph=again, allow_unused=True)
         if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
             self._ones = torch.ones_like(loss, requires_grad=False)
-        return torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+        return torch.autograd.grad(loss, leaf, self._ones, retain_graph=again, allow_unused=True)
 
     def _aimed(self, goal: Any, sizes: list[int], device: torch.device) -> list[Any]:
         """The goal of every chunk; those of the goal asked for last are kept, since a walk keeps its goal."""
