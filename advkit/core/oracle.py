@@ -586,9 +586,7 @@ class MeteredOracle:
             answer = self._forward(leaf, None, keys)
             return leaf, answer if len(leaf) == len(x) else answer[: len(x)]
 
-    def _differentiated(
-        self, goal: Any, answer: Tensor, leaf: Tensor, again: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _differentiated(self, goal: Any, answer: Tensor, leaf: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
         """The goal's loss (still with its graph) and its gradient at the leaf; `again` where more will follow."""
         with torch.enable_grad():
             try:

@@ -111,7 +111,7 @@ class NearestSearch:
         return Look(loss, gradient, answer, reached, distance)
 
     def linear_distance(self, look: Look) -> Tensor:
-        """How far the boundary would be, were the margins of a look linear, in the norm (not L0) [n]; 1 without slope."""
+        """How far the boundary would be, were the margins of a look linear (not in L0) [n]; 1 without slope."""
         slope = dual_length(look.gradient, NORMS[self.threat.least])
         away = look.loss.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)
         return torch.where((slope > 0) & torch.isfinite(away), away, 1.0)
@@ -156,7 +156,10 @@ class NearestSearch:
 
         Nobody leaves where the oracle's answers are not the verdict's.
         """
-        rows = self._active.staying(done) if self.oracle.decides else None
+        return self._leave(done) if self.oracle.decides else None
+
+    def _leave(self, done: Tensor) -> Tensor | None:
+        rows = self._active.staying(done)
         if rows is not None:
             self._all = self.best
             self._active = self._active.take(rows)
@@ -176,13 +179,13 @@ class NearestSearch:
         self._active = self._start
         self.nearest = self._all = self.x.clone()
         self.away = torch.full_like(self.away[:1], torch.inf).expand(len(self)).clone()
-        rows = self.leave((towards == 0).flatten(1).all(1))
+        rows = self._leave((towards == 0).flatten(1).all(1))
         for step in steps:
             towards = towards if rows is None else towards[rows]
             if not len(self) or not self.affords():
                 break
             z = self.threat.finish(self.legal(self.x + (1 + step) * towards), self.x)
-            rows = self.leave(self.ask(z)[1])
+            rows = self._leave(self.ask(z)[1])
         if len(self):  # what did not hold anywhere, or was not asked about, is for the verdict
             self.nearest = found if self._active.index is None else found[self._active.index]
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from advkit.attacks.base import kept, per_row
+from advkit.attacks.base import kept
 from advkit.attacks.minimal.base import MinimalAttack, NearestSearch, lengthened
 from advkit.core.checks import at_least_one, fraction, positive
 
