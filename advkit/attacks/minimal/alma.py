@@ -27,7 +27,7 @@ class ALMA(MinimalAttack):
     norms: ClassVar[tuple[str, ...]] = ("minimum-l1", "minimum-l2")
 
     steps: int = 200
-    first: float = 0.1
+    first: float = 0.05
     last: float = 0.01
     alpha: float = 0.9
     check_every: int = 10

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, affords, finite_rows, per_row
-from advkit.attacks.minimal.hyperplane import Norm, dual_length
+from advkit.attacks.minimal.hyperplane import Norm, close_gap, length
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
 from advkit.threat_models.lp import row_sum
@@ -20,6 +20,9 @@ from advkit.threat_models.minimum import Minimum
 OVERSHOOT = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 """How much further than the nearest point a row goes, in turn, where files of few levels round it back."""
 
+
+NEWTON = 4
+"""Rounds of a projection within the box; the steps after it make up for what is missing."""
 
 SHARE = 0.9
 """Where on the way to the nearest point found the boundary is looked for at the end of a search, at the nearest."""
@@ -114,14 +117,18 @@ class NearestSearch:
         return Look(loss, gradient, answer, reached, distance)
 
     def linear_distance(self, look: Look) -> Tensor:
-        """How far the boundary would be, were the margins of a look linear (not in L0) [n]; 1 without slope."""
+        """How far from the clean rows the boundary would be, were the margins of a look there linear (not in L0) [n].
+
+        Within the box: what black ground leaves open counts alone. 1 without slope.
+        """
         return self.linear(look.loss, look.gradient)
 
     def linear(self, value: Tensor, normal: Tensor) -> Tensor:
-        """How far a boundary of that value [n] and gradient [n, ...] would be, were it flat (not in L0); 1 without slope."""
-        slope = dual_length(normal, NORMS[self.threat.least])
-        away = value.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)
-        return torch.where((slope > 0) & torch.isfinite(away), away, 1.0)
+        """As `linear_distance`, of a boundary with that value [n] and gradient [n, ...] at the clean rows."""
+        kind = NORMS[self.threat.least]
+        low, high = self.threat.box.bounds_like(self.x)
+        away = length(close_gap(self.x, normal, value, low, high, kind, NEWTON), kind)
+        return torch.where((away > 0) & torch.isfinite(away), away, 1.0)
 
     def look_at(self, z: Tensor, faces: Sequence[TensorGoal]) -> tuple[Tensor, Tensor, Look]:
         """Losses [K, n] and gradients [K, n, ...] of several goals at z, by one forward; and the look of the first."""

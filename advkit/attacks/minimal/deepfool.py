@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import kept, per_row
-from advkit.attacks.minimal.base import NORMS, MinimalAttack, NearestSearch
+from advkit.attacks.minimal.base import NEWTON, NORMS, MinimalAttack, NearestSearch
 from advkit.attacks.minimal.faces import NearestFace, faces_of, nearest_of
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.core.checks import at_least_one, not_negative
 from advkit.threat_models.lp import row_sum
 
-NEWTON = 4  # rounds of the projection; the steps after it make up for what is missing
 PATIENCE = 3  # steps without crossing after which the overshoot grows
 GOOD, BAD, GROWTH = 0.9, 0.5, 1.2
 PUSH = 1.5  # by this factor per step
@@ -38,15 +37,22 @@ class OntoFaces(MinimalAttack, ABC):
         at_least_one(self, "steps", "rivals")
         not_negative(self, "overshoot")
 
+    returns: ClassVar[bool] = True
+
     @property
     def cap(self) -> float:
         """How long the first step may be, as a share of the distance to the nearest linearised boundary."""
         return math.inf
 
     @abstractmethod
-    def finished(self, turns: Tensor, gained: Tensor) -> Tensor:
-        """Which rows are finished, bool [n]; after how many steps from the clean row, and by how much the last such
-        step shortened the distance, as a share of it (-inf where it did not reach the goal)."""
+    def finished(self, turns: Tensor, gained: Tensor, share: Tensor) -> Tensor:
+        """Which rows are finished, bool [n].
+
+        turns:  steps from the clean row so far, long [n]
+        gained: by how much the last step shortened the distance, as a share of it [n]; -inf where it did not reach the
+                goal, negative where it led further away
+        share:  how much of a step from the clean row will be gone next [n]
+        """
 
     def _trust(self, radius: Tensor, kept_promise: Tensor, promised: Tensor) -> Tensor:
         """The longest next step: longer where the margin fell as promised, shorter where it did not."""
@@ -70,6 +76,7 @@ class OntoFaces(MinimalAttack, ABC):
         clean = value
         reached, away = done, search.away
         radius = self.cap * search.linear(value, normal)
+        share, held = torch.ones_like(value), (z, value, normal)
         tries = turns = torch.zeros_like(done, dtype=torch.long)
         for step in range(self.steps):
             low, high = search.threat.box.bounds_like(z)
@@ -82,12 +89,16 @@ class OntoFaces(MinimalAttack, ABC):
             stuck = ~move.flatten(1).any(1)
             aim = aim.without(answer, stuck)
             # What crosses late is pushed: a boundary that bends away, or a box with little room left.
-            tries = torch.where(reached, 0, tries + 1)
-            further = 1 + self.overshoot * PUSH ** (tries - PATIENCE).clamp_min(0)
+            tries = torch.where(reached, 0, tries)
+            further = 1 + self.overshoot * PUSH ** (tries + 1 - PATIENCE).clamp_min(0)
             ahead = search.legal(search.x + per_row(further, z) * (point + move - search.x))
+            ahead = torch.lerp(z, ahead, per_row(torch.where(reached, share, 1.0), z))
             if math.isfinite(self.cap):
                 size = search.distance(ahead - z + search.x)
                 ahead = torch.lerp(z, ahead, per_row((radius / size).clamp_max(1.0), z))
+                tries = tries + (size <= radius)
+            else:
+                tries = tries + 1
             promised = torch.where(reached, 0.0, -row_sum(normal * (ahead - z)))
             z, before = torch.where(per_row(done, z), z, ahead), value
             if not search.affords():
@@ -98,14 +109,21 @@ class OntoFaces(MinimalAttack, ABC):
             radius = self._trust(radius, before - value, promised)
             gained = torch.where(reached, 1 - look.distance / away, -torch.inf)
             away = torch.minimum(away, torch.where(reached, look.distance, torch.inf))
+            # A row that came across further away goes back, and from there half as far.
+            worse = reached & (gained <= 0)
+            share = torch.where(worse, share / 2, torch.where(reached, (2 * share).clamp_max(1.0), share))
+            if self.returns:
+                z, value, normal = (torch.where(per_row(worse, new), old, new) for old, new in zip(held, (z, value, normal)))
+                held = tuple(torch.where(per_row(reached, new), new, old) for old, new in zip(held, (z, value, normal)))
             answer = look.answer
-            done = done | ~aim.norms.any(1) | self.finished(turns, gained)
+            done = done | ~aim.norms.any(1) | self.finished(turns, gained, share)
             rows = search.leave(done)
             if rows is not None:
                 aim = aim.take(rows)
-                done, value, normal, reached, away, turns, tries, radius, z, answer = kept(
-                    rows, done, value, normal, reached, away, turns, tries, radius, z, answer
+                done, value, normal, reached, away, turns, tries, radius, z, answer, share = kept(
+                    rows, done, value, normal, reached, away, turns, tries, radius, z, answer, share
                 )
+                held = kept(rows, *held)
             if not len(search) or (not search.oracle.decides and bool(done.all())):
                 return
 
@@ -115,7 +133,10 @@ class DeepFool(OntoFaces):
     name: ClassVar[str] = "deepfool"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf")
 
+    returns: ClassVar[bool] = False
+
     polish: int = 1
 
-    def finished(self, turns: Tensor, gained: Tensor) -> Tensor:
+    def finished(self, turns: Tensor, gained: Tensor, share: Tensor) -> Tensor:
+        """Across, after `polish` steps from the clean row."""
         return (turns >= self.polish) & (gained > -torch.inf)

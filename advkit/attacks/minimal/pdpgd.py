@@ -53,6 +53,7 @@ class PDPGD(MinimalAttack):
     dual_last: float = 0.1
     average: float = 0.9
     secants: int = 3
+    sharp: float = 5.0
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps")
@@ -85,7 +86,7 @@ class PDPGD(MinimalAttack):
             if not len(search) or not search.affords():
                 return
             value = loss / unit
-            pull = gradient * per_row(torch.sigmoid(value) / unit * away, z)
+            pull = gradient * per_row(torch.sigmoid(value * self.sharp) / unit * away, z)
             mean = BETAS[0] * mean + (1 - BETAS[0]) * pull
             square = BETAS[1] * square + (1 - BETAS[1]) * pull.square()
             spread = (square / (1 - BETAS[1] ** step)).sqrt() + 1e-8

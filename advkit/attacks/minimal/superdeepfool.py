@@ -12,6 +12,8 @@ from advkit.attacks.minimal.base import NearestSearch
 from advkit.attacks.minimal.deepfool import OntoFaces
 from advkit.core.checks import at_least, at_least_one, not_negative
 
+LEAST = 0.1  # share of a step from the clean row below which another is not worth a question
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuperDeepFool(OntoFaces):
@@ -29,9 +31,10 @@ class SuperDeepFool(OntoFaces):
         at_least(self, 0, "secants")
         not_negative(self, "least")
 
-    def finished(self, turns: Tensor, gained: Tensor) -> Tensor:
-        """After `rounds` steps from the clean row, or one that shortened the distance by less than `least`."""
-        return (turns >= self.rounds) | ((turns > 0) & (gained > -torch.inf) & (gained < self.least))
+    def finished(self, turns: Tensor, gained: Tensor, share: Tensor) -> Tensor:
+        """After `rounds` steps from the clean row, or where these lead nowhere any more."""
+        settled = (turns > 0) & (gained > 0) & (gained < self.least)
+        return (turns >= self.rounds) | settled | (share < LEAST)
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""

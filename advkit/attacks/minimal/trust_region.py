@@ -12,6 +12,8 @@ from advkit.attacks.minimal.base import NearestSearch
 from advkit.attacks.minimal.deepfool import OntoFaces
 from advkit.core.checks import at_least, at_least_one, positive
 
+LEAST = 0.1  # share of a step from the clean row below which another is not worth a question
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrustRegion(OntoFaces):
@@ -33,9 +35,9 @@ class TrustRegion(OntoFaces):
         """See `radius`."""
         return self.radius
 
-    def finished(self, turns: Tensor, gained: Tensor) -> Tensor:
+    def finished(self, turns: Tensor, gained: Tensor, share: Tensor) -> Tensor:
         """Once across, after `rounds` steps from the clean row."""
-        return (turns >= self.rounds) & (gained > -torch.inf)
+        return ((turns >= self.rounds) & (gained > -torch.inf)) | (share < LEAST)
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
