@@ -27,17 +27,18 @@ class ALMA(MinimalAttack):
     norms: ClassVar[tuple[str, ...]] = ("minimum-l1", "minimum-l2")
 
     steps: int = 200
-    first: float = 0.05
+    first: float = 0.2
     last: float = 0.01
     alpha: float = 0.9
     check_every: int = 10
     tau: float = 0.95
     gamma: float = 1.2
+    turns: int = 3
     secants: int = 3
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "check_every")
-        at_least(self, 0, "secants")
+        at_least(self, 0, "turns", "secants")
         positive(self, "first", "last")
         fraction(self, "alpha", ends="()")
         fraction(self, "tau")
@@ -46,8 +47,7 @@ class ALMA(MinimalAttack):
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         self._descend(search, norm)
-        if self.secants:
-            search.tighten(self.secants)
+        search.tighten(self.turns, self.secants)
 
     def _descend(self, search: NearestSearch, norm: str) -> None:
         aim = search.goal.under("margin")

@@ -15,6 +15,7 @@ from advkit.attacks.minimal.base import NEWTON, NORMS, MinimalAttack, NearestSea
 from advkit.attacks.minimal.faces import NearestFace, faces_of, nearest_of
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.core.checks import at_least_one, not_negative
+from advkit.core.protocols import SeeksMinimum
 from advkit.threat_models.lp import row_sum
 
 PATIENCE = 3  # steps without crossing after which the overshoot grows
@@ -129,11 +130,12 @@ class OntoFaces(MinimalAttack, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepFool(OntoFaces):
+class DeepFool(OntoFaces, SeeksMinimum):
     name: ClassVar[str] = "deepfool"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf")
 
     returns: ClassVar[bool] = False
+    minimal: ClassVar[bool] = False
 
     polish: int = 1
 

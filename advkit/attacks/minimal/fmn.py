@@ -37,8 +37,8 @@ class FMN(MinimalAttack):
         """See the class."""
         aim = search.goal.under("margin")
         look = search.look(search.x, aim)
-        value, gradient, ever, away = look.loss, look.gradient, look.reached, search.linear_distance(look)
-        radius = torch.zeros_like(away)
+        value, gradient, ever = look.loss, look.gradient, look.reached
+        radius = torch.ones_like(value)
         rows = search.leave(look.reached)
         if rows is not None:
             aim = aim.take(rows)
@@ -48,7 +48,8 @@ class FMN(MinimalAttack):
             if not len(search) or not search.affords():
                 return
             wave = (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
-            z = self._next(search, z, value, gradient, radius, ever, self.step_size * (0.01 + 0.99 * wave))
+            z = self._next(search, z, value, gradient, radius, ever, self.step_size * (0.01 + 0.99 * wave),
+                           norm != 'l0' or step > self.steps / 2)
             if step == self.steps:
                 search.ask(z)
                 return
@@ -57,7 +58,8 @@ class FMN(MinimalAttack):
             value, gradient, ever = look.loss, look.gradient, ever | look.reached
 
     def _next(
-        self, search: NearestSearch, z: Tensor, value: Tensor, gradient: Tensor, radius: Tensor, ever: Tensor, rate: float
+        self, search: NearestSearch, z: Tensor, value: Tensor, gradient: Tensor, radius: Tensor, ever: Tensor, rate: float,
+        late: bool
     ) -> Tensor:
         """A step down and onto the radius; before the first success, onto the linearised boundary."""
         low, high = search.threat.box.bounds_like(z)
@@ -66,14 +68,14 @@ class FMN(MinimalAttack):
         # What would leave the box takes no part in the step's length: on black ground it is half of a gradient.
         free = torch.where(gradient > 0, z > low, z < high)
         move = move - lengthened(gradient * free, torch.full_like(radius, rate))
-        move = torch.where(per_row(ever, z), within(move, radius, search.threat), onto)
+        move = torch.where(per_row(ever if late else torch.ones_like(ever), z), within(move, radius, search.threat), onto)
         return search.legal(search.x + move)
 
     def _radius(self, search: NearestSearch, look: Look, radius: Tensor, ever: Tensor, gamma: float) -> Tensor:
         """The length of the next perturbation: less after a success, more after a failure."""
         if search.threat.least == "l0":
             less = torch.minimum(torch.minimum(radius - 1, (radius * (1 - gamma)).floor()), search.away - 1)
-            less = torch.where(ever, less, search.away - 1).clamp_min(1)
+            less = less.clamp_min(1)
             more = torch.maximum(radius + 1, (radius * (1 + gamma)).floor())
         else:
             less = torch.where(ever, torch.minimum(radius * (1 - gamma), search.away), search.away * (1 - gamma))

@@ -25,8 +25,10 @@ def proximal(move: Tensor, weight: Tensor, by: Tensor, threat: Minimum) -> Tenso
     move, weight: [n, ...]; by: [n]
     """
     if isinstance(threat, MinimumL0):
-        worth = threat.positions(weight * move.square()) / 2
-        return move * threat.everywhere(worth > by[:, None], move)
+        size = threat.positions(move.square()).sqrt()
+        many = threat.positions(torch.ones_like(move))
+        left = halved(size, by[:, None] * many / threat.positions(weight))
+        return move * threat.everywhere(torch.where(size > 0, left / size, 0.0), move)
     if threat.least == "l1":
         return shrunk(move, per_row(by, move) / weight)
     if threat.least == "linf":
@@ -40,32 +42,45 @@ def proximal(move: Tensor, weight: Tensor, by: Tensor, threat: Minimum) -> Tenso
     return move * weight / (weight + per_row(by / size.clamp_min(1e-30), move))
 
 
+def halved(size: Tensor, by: Tensor) -> Tensor:
+    """The d >= 0 that minimises by * sqrt(d) + (d - size)**2 / 2.
+
+    Its root is the largest one of a cubic, to which Newton's method falls from above. The closed form would do with
+    fewer operations, but its cosines have other last bits in another batch.
+    """
+    root = size.sqrt()
+    for _ in range(NEWTON):
+        steep = (3 * root.square() - size).clamp_min(1e-30)
+        root = (root - (root * (root.square() - size) + by / 2) / steep).clamp_min(0)
+    return torch.where(size * size.square() > 3.375 * by.square(), root.square(), 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PDPGD(MinimalAttack):
     name: ClassVar[str] = "pdpgd"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l0", "minimum-l1", "minimum-l2", "minimum-linf")
 
     steps: int = 200
-    step_size: float = 0.1
+    step_size: float = 0.2
     last: float = 0.01
     ratio: float = 0.01
-    dual_step: float = 0.1
+    travel: float = 20.0
     dual_last: float = 0.1
     average: float = 0.9
+    turns: int = 3
     secants: int = 3
     sharp: float = 5.0
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps")
-        at_least(self, 0, "secants")
-        positive(self, "step_size", "last", "ratio", "dual_step", "dual_last")
+        at_least(self, 0, "turns", "secants")
+        positive(self, "step_size", "last", "ratio", "travel", "dual_last")
         fraction(self, "average", ends="[)")
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         self._descend(search, norm)
-        if self.secants and norm != "l0":
-            search.tighten(self.secants)
+        search.tighten(self.turns, 0 if norm == "l0" else self.secants)
 
     def _descend(self, search: NearestSearch, norm: str) -> None:
         aim = search.goal.under("margin")
@@ -79,6 +94,8 @@ class PDPGD(MinimalAttack):
             aim = aim.take(rows)
             z = search.x
             loss, gradient, away, unit = kept(rows, loss, gradient, away, unit)
+        # A row that lies nearer than the first step is long takes shorter ones.
+        pace = (away / self.step_size).clamp_max(1.0)
         dual = torch.full_like(unit, -torch.tensor(self.ratio).log().item())
         share = torch.sigmoid(dual)  # the weight of the goal; the distance has the rest
         mean, square = torch.zeros_like(z), torch.zeros_like(z)
@@ -91,6 +108,7 @@ class PDPGD(MinimalAttack):
             square = BETAS[1] * square + (1 - BETAS[1]) * pull.square()
             spread = (square / (1 - BETAS[1] ** step)).sqrt() + 1e-8
             rate = self.step_size * self.last ** ((step - 1) / self.steps)
+            rate = per_row(rate * pace, z)
             move = z - search.x - rate / (1 - BETAS[0] ** step) * mean / spread
             move = search.legal(search.x + move) - search.x
             move = proximal(move, spread / rate, (1 - share) / share, search.threat)
@@ -98,8 +116,8 @@ class PDPGD(MinimalAttack):
             if step == self.steps:
                 search.ask(z)
                 return
-            pace = self.dual_step * (1 - (1 - self.dual_last) * (step - 1) / max(1, self.steps - 1))
-            dual = (dual + pace * value.sign()).clamp(-13.8, 13.8)
+            climb = self.travel / self.steps * (1 - (1 - self.dual_last) * (step - 1) / max(1, self.steps - 1))
+            dual = (dual + climb * value.sign()).clamp(-13.8, 13.8)
             share = self.average * share + (1 - self.average) * torch.sigmoid(dual)
             look = search.look(z, aim)
             loss, gradient = look.loss, look.gradient

@@ -39,5 +39,4 @@ class SuperDeepFool(OntoFaces):
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         super().search(search, norm)
-        if self.secants:
-            search.tighten(self.secants)
+        search.tighten(0, self.secants)

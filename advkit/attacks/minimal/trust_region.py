@@ -22,7 +22,7 @@ class TrustRegion(OntoFaces):
 
     steps: int = 100
     radius: float = 0.1
-    rounds: int = 10
+    rounds: int = 20
     secants: int = 3
 
     def __post_init__(self) -> None:
@@ -42,5 +42,4 @@ class TrustRegion(OntoFaces):
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         super().search(search, norm)
-        if self.secants:
-            search.tighten(self.secants)
+        search.tighten(0, self.secants)
