@@ -269,13 +269,25 @@ def key(line: dict[str, Any]) -> tuple[str, str, str]:
     return line["model"], line["attack"].partition(":")[0], line["threat"]
 
 
+def ratio(line: dict[str, Any], other: dict[str, Any]) -> str:
+    """Our median over another's; a dash where one is infinite, because half of its samples did not fall."""
+    mine, its = line["median"], other["median"]
+    return f"{mine / its:.3f}" if mine and its and math.isfinite(mine) and math.isfinite(its) else "-"
+
+
+def median(result: dict[str, Any]) -> str:
+    """Null in the file stands for infinity."""
+    value = result["median"]
+    return "infinite" if value is None or math.isinf(value) else f"{value:.4g}"
+
+
 def shown(line: dict[str, Any]) -> str:
     """A line for the terminal."""
     parts = [f"{line['model'].removeprefix('zoo:')} {line['attack']} {line['threat']}: success {line['success']:.3f}, "
-             f"median {line['median']:.5g}, {line['propagations']:g} propagations"]  # fmt: skip
+             f"median {median(line)}, {line['propagations']:g} propagations"]  # fmt: skip
     parts += [
-        f"    {p['peer']}: success {p['success']:.3f}, median {p['median']:.5g} (ours / theirs "
-        f"{line['median'] / p['median']:.4f}), {p['propagations']:g} propagations, CPU {p['cpu_ratio']:g}x"
+        f"    {p['peer']}: success {p['success']:.3f}, median {median(p)} (ours / theirs "
+        f"{ratio(line, p)}), {p['propagations']:g} propagations, CPU {p['cpu_ratio']:g}x"
         for p in line["peers"]
     ]
     return "\n".join(parts)
@@ -288,12 +300,12 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         model = line["model"].removeprefix("zoo:fashion-mnist-")
         out.append(
-            f"| {model} | {line['threat']} | **`{line['attack']}`** | {line['success']:.1%} | {line['median']:.4g} | | "
+            f"| {model} | {line['threat']} | **`{line['attack']}`** | {line['success']:.1%} | {median(line)} | | "
             f"{line['propagations']:.0f} | |"
         )
         out += [
-            f"| {model} | {line['threat']} | `{p['peer']}` | {p['success']:.1%} | {p['median']:.4g} | "
-            f"{line['median'] / p['median']:.3f} | {p['propagations']:.0f} | {p['cpu_ratio']:.1f} |"
+            f"| {model} | {line['threat']} | `{p['peer']}` | {p['success']:.1%} | {median(p)} | "
+            f"{ratio(line, p)} | {p['propagations']:.0f} | {p['cpu_ratio']:.1f} |"
             for p in line["peers"]
         ]
     return "\n".join(out)

@@ -36,17 +36,23 @@ OURS: Final[dict[str, str]] = {
     "vnifgsm": "vni",
     "pifgsm": "pi",
     "ensemble": "ens",
+    "fastminimumnorm": "fmn",
+    "decoupleddirectionnorm": "ddn",
+    "decoupleddirectionandnorm": "ddn",
+    "sdf": "superdeepfool",
+    "df": "deepfool",
+    "augmentedlagrangian": "alma",
+    "pdgd": "pdpgd",
+    "primaldualgradientdescent": "pdpgd",
+    "tr": "trust_region",
 }
 """Names elsewhere, without norm and ending, and the spec of the same method here."""
 
 PEERS: Final[dict[str, tuple[str, ...]]] = {
-    "deepfool": ("foolbox:L2DeepFoolAttack", "foolbox:LinfDeepFoolAttack", "torchattacks:DeepFool", "art:DeepFool"),
     "cw": ("foolbox:L2CarliniWagnerAttack", "torchattacks:CW", "art:CarliniL2Method"),
     "boundary": ("foolbox:BoundaryAttack", "art:BoundaryAttack"),
     "hopskipjump": ("foolbox:HopSkipJumpAttack", "art:HopSkipJump"),
     "ead": ("foolbox:EADAttack", "torchattacks:EADL1", "art:ElasticNet"),
-    "ddn": ("foolbox:DDNAttack",),
-    "fmn": ("foolbox:LInfFMNAttack", "foolbox:L2FMNAttack", "foolbox:L1FMNAttack"),
     "brendelbethge": ("foolbox:L2BrendelBethgeAttack", "foolbox:LinfinityBrendelBethgeAttack"),
     "newtonfool": ("foolbox:NewtonFoolAttack", "art:NewtonFool"),
     "virtualadversarial": ("art:VirtualAdversarialMethod",),
@@ -171,7 +177,10 @@ def _guess(name: str) -> str | None:
         ours = OURS.get(word) or next((known for known in ATTACKS.table if bare(known) == word), None)
         if ours is not None and not ours.endswith(":"):
             if norm:
-                return f"the norm belongs to the threat model: --attack {ours} --threat-model {_EXAMPLES[norm]}"
+                part = ATTACKS.load(ours.partition(":")[0])
+                least = str(getattr(part, "default_threat_model", "")).startswith("minimum-")
+                threat = f"minimum-{norm}" if least else _EXAMPLES[norm]
+                return f"the norm belongs to the threat model: --attack {ours} --threat-model {threat}"
             return f"did you mean {ours!r}?"
         if word in PEERS:
             return f"advkit has none of its own; other packages' run as --attack {' or '.join(PEERS[word])}"

@@ -38,8 +38,10 @@ def refusal(registry: Registry[Any], spec: Any) -> str:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("DeepFool", "foolbox:L2DeepFoolAttack"),
-        ("deep_fool", "foolbox:L2DeepFoolAttack"),
+        ("deep_fool", "did you mean 'deepfool'?"),
+        ("L2DeepFoolAttack", "--attack deepfool --threat-model minimum-l2"),
+        ("LInfFMNAttack", "--attack fmn --threat-model minimum-linf"),
+        ("DDNAttack", "did you mean 'ddn'?"),
         ("CW", "foolbox:L2CarliniWagnerAttack"),
         ("C&W", "torchattacks:CW"),
         ("carlini_wagner", "art:CarliniL2Method"),
@@ -73,7 +75,6 @@ def refusal(registry: Registry[Any], spec: Any) -> str:
         ("SimBA", "art:SimBA"),
         ("L2BrendelBethgeAttack", "foolbox:L2BrendelBethgeAttack"),
         ("ElasticNet", "foolbox:EADAttack"),
-        ("DDN", "foolbox:DDNAttack"),
         ("TPGD", "torchattacks:TPGD"),
     ],
 )

@@ -169,9 +169,9 @@ class NearestSearch:
         return torch.where(asked, least, torch.inf), z[first]
 
     def narrow(self, inner: Tensor, above: Tensor, outer: Tensor, below: Tensor, answers: int) -> None:
-        """Look for the boundary between inner points, where the goal's margin is `above` [n] zero, and outer ones, where
-        it is `below`: secants that go a little further than the margins say, where either end stays for long halves
-        of them.
+        """Look for the boundary between inner points, where the goal's margin is `above` [n] zero, and outer ones,
+        where it is `below`: secants that go a little further than the margins say, where either end stays for long
+        halves of them.
         """
         low, high = torch.zeros_like(above), torch.ones_like(above)
         for _ in range(answers):

@@ -34,12 +34,15 @@ def proximal(move: Tensor, weight: Tensor, by: Tensor, threat: Minimum) -> Tenso
     if threat.least == "linf":
         top = threshold(move.abs().flatten(1), by, weight.flatten(1))
         return torch.minimum(torch.maximum(move, -per_row(top, move)), per_row(top, move))
-    # d = move * weight / (weight + by / |d|): the length is the root of an increasing function of itself.
-    size = row_sum(move.square()).sqrt()
+    # d = move * weight s / (weight s + by) with s = |d|: the sum below is 1. Its root inverted is nearly linear in s.
+    pull, size = move * weight, torch.zeros_like(by)
     for _ in range(NEWTON):
-        each = move * weight / (weight + per_row(by / size.clamp_min(1e-30), move))
-        size = row_sum(each.square()).sqrt()
-    return move * weight / (weight + per_row(by / size.clamp_min(1e-30), move))
+        each = pull / (weight * per_row(size, move) + per_row(by, move)).clamp_min(1e-30)
+        total = row_sum(each.square())
+        fall = row_sum(each.square() * weight / (weight * per_row(size, move) + per_row(by, move)).clamp_min(1e-30))
+        size = size + torch.where(total > 1, (total.sqrt() - 1) * total / fall, 0.0)
+    heavy = weight * per_row(size, move)
+    return move * heavy / (heavy + per_row(by, move)).clamp_min(1e-30)
 
 
 def halved(size: Tensor, by: Tensor) -> Tensor:
@@ -57,6 +60,29 @@ def halved(size: Tensor, by: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PDPGD(MinimalAttack):
+    """PDPGD: primal-dual proximal gradient descent, a minimum-norm attack in L0, L1, L2 and Linf.
+
+    Adam descends the softplus of the margin, a proximal step shortens the perturbation, and the weight between the two
+    rises where the goal is not reached and falls where it is.
+
+    steps:     gradient steps, >= 1
+    step_size: of Adam, > 0, in units of the space; rows that are nearer to the linearised boundary take shorter ones
+    last:      what the step size falls to, exponentially, > 0
+    ratio:     weight of the distance over that of the goal at first, > 0
+    travel:    how far the logarithm of that ratio could move were the steps of the weight not to shrink, > 0
+    dual_last: what these steps fall to, > 0
+    average:   of the weights' moving average, in [0, 1)
+    sharp:     steepness of the softplus, > 0: the margin of the clean row counts as this
+    turns, secants: as in `alma`; no secants in L0
+
+    Costs a gradient per step, an answer, and what `turns` and `secants` say. Raises UsageError for values out of range
+    and for other threat models.
+
+    The proximal steps are exact in Adam's metric, where the published ones iterate; in L0 the penalty is the square
+    root of a position's change (the published code takes the power 2/3 there). Margins are in units of that of the
+    clean row: nothing depends on the scale of the logits.
+    """
+
     name: ClassVar[str] = "pdpgd"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l0", "minimum-l1", "minimum-l2", "minimum-linf")
 
@@ -67,14 +93,14 @@ class PDPGD(MinimalAttack):
     travel: float = 20.0
     dual_last: float = 0.1
     average: float = 0.9
+    sharp: float = 5.0
     turns: int = 3
     secants: int = 3
-    sharp: float = 5.0
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps")
         at_least(self, 0, "turns", "secants")
-        positive(self, "step_size", "last", "ratio", "travel", "dual_last")
+        positive(self, "step_size", "last", "ratio", "travel", "dual_last", "sharp")
         fraction(self, "average", ends="[)")
 
     def search(self, search: NearestSearch, norm: str) -> None:
