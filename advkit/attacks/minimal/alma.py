@@ -14,6 +14,8 @@ from advkit.attacks.minimal.hyperplane import length
 from advkit.core.checks import at_least, at_least_one, check, fraction, positive
 from advkit.threat_models.lp import row_sum
 
+FIRST = {"l1": 0.2, "l2": 0.5}
+
 
 def slope(value: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
     """The derivative of the penalty P2 at constraint values [n]: mu at zero, growing with the violation."""
@@ -29,7 +31,8 @@ class ALMA(MinimalAttack):
     row follow the penalty P2.
 
     steps:       gradient steps, >= 1
-    first:       length of the first step, > 0, as a share of the distance to the linearised boundary
+    first:       length of the first step, > 0, as a share of the distance to the linearised boundary; None is 0.2 in L1 and
+                 0.5 in L2
     last:        what the step size falls to, exponentially, after a row's first success, > 0
     alpha:       of the moving averages: multiplier, squared gradients, momentum; in (0, 1)
     check_every: steps after which the penalty grows where the goal was never reached and the margin is above `tau` of
@@ -52,7 +55,7 @@ class ALMA(MinimalAttack):
     norms: ClassVar[tuple[str, ...]] = ("minimum-l1", "minimum-l2")
 
     steps: int = 200
-    first: float = 0.2
+    first: float | None = None
     last: float = 0.01
     alpha: float = 0.9
     check_every: int = 10
@@ -75,6 +78,7 @@ class ALMA(MinimalAttack):
         search.tighten(self.turns, self.secants)
 
     def _descend(self, search: NearestSearch, norm: str) -> None:
+        first = FIRST[norm] if self.first is None else self.first
         aim = search.goal.under("margin")
         z = search.x
         look = search.look(z, aim)
@@ -109,7 +113,7 @@ class ALMA(MinimalAttack):
                 square = per_row(square, z).expand_as(z)
                 pace = True
                 size = length(search.legal(z - pull / square.sqrt().clamp_min(1e-30)) - z, NORMS[norm])
-                rate = torch.where(size > 0, self.first * away / size, 0.0)
+                rate = torch.where(size > 0, first * away / size, 0.0)
             elif rows is not None:
                 rate = rate[rows]
             square = self.alpha * square + (1 - self.alpha) * pull.square()
