@@ -29,7 +29,7 @@ class FMN(MinimalAttack):
     step_size: L2 length of the first step, > 0, in units of the space; it falls along a cosine to a hundredth
     gamma:     by how much of itself the radius changes per step at first, in (0, 1); falls to a fiftieth. In L0 by one
                position at the least
-    bisections: answers at the end, after two passes, that bisect how many of the changed positions are needed (L0 alone)
+    bisections: answers at the end, after a look, that bisect how many of the changed positions are needed (L0 alone)
 
     Costs a gradient per step and one answer. Raises UsageError for values out of range and for other threat models.
 

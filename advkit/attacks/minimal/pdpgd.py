@@ -74,8 +74,8 @@ class PDPGD(MinimalAttack):
     dual_last: what these steps fall to, > 0
     average:   of the weights' moving average, in [0, 1)
     sharp:     steepness of the softplus, > 0: the margin of the clean row counts as this
-    turns, secants: as in `alma`; in L0 the latter are answers that bisect how many of the changed positions are needed, as
-               often as `turns` says
+    turns, secants: as in `alma`; in L0 the latter are answers that bisect how many of the changed positions are
+               needed, as often as `turns` says
 
     Costs a gradient per step, an answer, and what `turns` and `secants` say. Raises UsageError for values out of range
     and for other threat models.
