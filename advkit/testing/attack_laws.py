@@ -516,8 +516,13 @@ def every_goal_accepted(subject: Subject) -> None:
 
 
 def keeps_the_query_budget(subject: Subject) -> None:
-    """Where the threat model counts answers, the attack ends when they do, and uses what there is."""
+    """Where answers or passes are counted, the attack ends when they do, and uses what there is."""
     model, x, goal, ball = _on_network(subject)
+    for budget in (2, 7, 20):
+        played = play(subject.attack, model, x, goal, ball, propagations=budget)
+        spent = int((played.meter.forwards + played.meter.backwards).max())
+        require(0 < spent <= budget, f"{spent} propagations were spent on a row, of a budget of {budget}")
+        require(bool(ball.admits(played.z, x).all()), "rows came back outside the ball")
     for budget in (1, 7):
         played = play(subject.attack, model, x, goal, ball, queries=budget)
         require(int(played.meter.queries.max()) <= budget, f"more than {budget} answers were asked of a row")
