@@ -120,7 +120,7 @@ class Case:
         named = {name: spec for name, spec in self.specs.items() if name != "speed"}
         speed = {"speed": str(self.speed)} if self.speed.switches else {}
         # Records of version 0.1 left these rows out, or went by a random victim's first answer to the clean row.
-        counted = {"attacked": NOT_TARGET} if self.aimed else {}
+        counted: dict[str, Any] = {"attacked": NOT_TARGET} if self.aimed else {}
         counted |= {"clean": "majority of draws"} if self.randomized else {}
         counted |= {"propagations": self.propagations} if self.propagations is not None else {}
         return {
