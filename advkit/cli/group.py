@@ -110,12 +110,8 @@ app = typer.Typer(
 
 @app.callback(help=SUMMARY)
 def advkit(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help=VERSION)
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help=DEBUG)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help=VERSION)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG)] = False,
 ) -> None:
     """What stands before a subcommand."""
 

@@ -33,7 +33,7 @@ SERIES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (PINK, "v"), (SK
 _INK, _FAINT, _CLEAN = "#222222", "#DDDDDD", "#BDBDBD"
 _MOST_EXAMPLES = 10
 _SIDE, _COLUMN, _FILLED, _ABOVE = 0.6, 1.15, 0.92, 0.25
-"""Of a grid of examples, in inches: room at the side, a column, the part of it that an image fills, room above a row."""
+"""Of a grid of examples: inches at the side, of a column, above a row; the third is the part that an image fills."""
 _MOST_CELLS = 1500
 _MOST_CLASSES = 100
 
@@ -235,7 +235,9 @@ def example_grid(
         for i, answer in enumerate(names[:count]):
             turned = r == 1 and i < len(clean_names) and clean_names[i] != answer
             style = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
-            axes.text(i + _FILLED / 2, 1 + 0.05 / high, plain(str(answer)), ha="center", va="bottom", fontsize=9, **style)
+            axes.text(
+                i + _FILLED / 2, 1 + 0.05 / high, plain(str(answer)), ha="center", va="bottom", fontsize=9, **style
+            )
         axes.set(xlim=(0, count), ylim=(0, 1), xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     if heading:
