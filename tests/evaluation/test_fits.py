@@ -115,5 +115,5 @@ def test_every_keyword_agrees_value_by_value() -> None:
 def test_what_does_not_fit_is_told_in_the_old_words(document: dict[str, Any]) -> None:
     document = json.loads(json.dumps(document))
     document["dataset"]["n_total"] = 0
-    with pytest.raises(ReportError, match="dataset.n_total: 0 is less than the minimum of 1"):
+    with pytest.raises(ReportError, match=r"dataset\.n_total: 0 is less than the minimum of 1"):
         validate_part(document, schema(), "")
