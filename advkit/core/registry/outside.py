@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from advkit.core.registry.grammar import fold
 
@@ -62,7 +63,7 @@ def outside(spec: str) -> list[str]:
 
 
 @cache
-def scanned() -> EntryPoints:
+def scanned() -> Any:
     """Every installed package's entry points, read once for all groups: a scan costs some 15 ms."""
     return entry_points()
 

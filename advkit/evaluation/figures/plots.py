@@ -234,7 +234,7 @@ def example_grid(
             axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=place, aspect="auto")
         for i, answer in enumerate(names[:count]):
             turned = r == 1 and i < len(clean_names) and clean_names[i] != answer
-            style = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
+            style: dict[str, Any] = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
             axes.text(
                 i + _FILLED / 2, 1 + 0.05 / high, plain(str(answer)), ha="center", va="bottom", fontsize=9, **style
             )
