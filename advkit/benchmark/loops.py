@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,9 @@ from advkit.benchmark.sides import labels_of, one_thread
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.rng import RowRng
+from advkit.core.speed import Speed, clock
 from advkit.evaluation.api import resolve
+from advkit.evaluation.run.batch import on_device
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import Linf
 
@@ -41,9 +42,9 @@ class _Rows:
         return _Rows(self.model, self.x[:size], self.goal.take(torch.arange(size)), self.ids[:size])
 
 
-def _correct_rows(model: str, task: Any, rows: int) -> _Rows:
-    case = resolve("pgd", "none", task, model, n=None, device="cpu")
-    batch = next(iter(case.task.batches(4 * rows)))
+def _correct_rows(model: str, task: Any, rows: int, device: str = "cpu") -> _Rows:
+    case = resolve("pgd", "none", task, model, n=None, device=device)
+    batch = on_device(next(iter(case.task.batches(4 * rows))), device)
     labels = labels_of(case, batch)
     with torch.no_grad():
         correct = (case.victim(batch.x).argmax(1) == labels).nonzero().squeeze(1)[:rows]
@@ -63,13 +64,15 @@ def pgd_overhead(
     sizes: Sequence[int] = (1, 10, 50, 250),
     steps: int = 20,
     repetitions: int = 9,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """CPU time of PGD's loop over that of the bare forward and backward passes it makes, at several batch sizes.
 
     Two figures each: the loop alone, at the batch's own shape, and in the harness's lanes, whose padding buys bits that
-    do not depend on the batch (on a CPU one row is evaluated together with copies of it).
+    do not depend on the batch (on a CPU one row is evaluated together with copies of it). On an accelerator it is the
+    time until the work is done.
     """
-    rows = _correct_rows(model, task, max(sizes))
+    rows = _correct_rows(model, task, max(sizes), device)
     with one_thread(), frozen(*rows.model.modules()):
         ratios = [_loop_ratios(rows.first(size), steps, repetitions) for size in sizes]
     return {"model": model, "steps": steps, "repetitions": repetitions, "sizes": ratios}
@@ -78,7 +81,7 @@ def pgd_overhead(
 def _loop_ratios(rows: _Rows, steps: int, repetitions: int) -> dict[str, Any]:
     """The loop's time over that of bare passes, for one batch."""
     size = len(rows.x)
-    rng = RowRng.from_ids(0, rows.ids)
+    rng = RowRng.from_ids(0, rows.ids, device=rows.x.device)
     attack = PGD(steps=steps, stop=False, start="origin")
     ball = Linf(0.1).bind(rows.model.space)
 
@@ -90,7 +93,9 @@ def _loop_ratios(rows: _Rows, steps: int, repetitions: int) -> dict[str, Any]:
         partial(loop, Lanes(chunk=size, multiple=1)),
         partial(loop, Lanes.probed(rows.model, rows.x, rows=math.inf)),
     )
-    times = [_timed(sides, turn, max(1, 50 // size)) for turn in range(repetitions + 1)][1:]  # the first warms up
+    times = [_timed(sides, turn, max(1, 50 // size), rows.x.device) for turn in range(repetitions + 1)][
+        1:
+    ]  # the first warms up
     return {
         "batch": size,
         "loop": round(statistics.median(own / bare for bare, own, _ in times), 3),
@@ -98,15 +103,56 @@ def _loop_ratios(rows: _Rows, steps: int, repetitions: int) -> dict[str, Any]:
     }
 
 
-def _timed(sides: Sequence[Callable[[], object]], turn: int, loops: int) -> list[float]:
-    """CPU seconds of each side for so many calls; which side is first depends on the turn."""
+def speeds(
+    model: str = "zoo:fashion-mnist-cnn-pgd_at",
+    *,
+    task: Any = "fashion-mnist",
+    names: Sequence[str] = ("fp32", "bf16", "fp16", "channels_last", "compile", "bf16+compile"),
+    sizes: Sequence[int] = (64, 256, 1024),
+    steps: int = 10,
+    repetitions: int = 5,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Forward and backward passes of a model under each speed switch: time per sample, and how far answers move.
+
+    On CUDA `compile` makes CUDA graphs. The first turn, in which compilers work, stands apart (`first_seconds`).
+    `moved` is the largest change of a score against fp32, over the spread of the sample's scores.
+    """
+    rows = _correct_rows(model, task, max(sizes), device)
+    table = []
+    with frozen(*rows.model.modules()):
+        for name in names:
+            view = Speed.parse(name).view(rows.model, rows.x)
+            table += [{"speed": name, **_view_entry(view, rows.first(size), steps, repetitions)} for size in sizes]
+    return {"model": model, "steps": steps, "repetitions": repetitions, "speeds": table}
+
+
+def _view_entry(view: Any, rows: _Rows, steps: int, repetitions: int) -> dict[str, Any]:
+    """One view of the model beside the model itself, for one batch."""
+    size = len(rows.x)
+    sides = tuple(partial(_bare, asked, rows.x, rows.goal.labels, steps) for asked in (rows.model, view))
+    times = [_timed(sides, turn, 1, rows.x.device) for turn in range(repetitions + 1)]
+    with torch.no_grad():
+        exact = rows.model(rows.x)
+        moved = (view(rows.x) - exact).abs().amax(1) / (exact.amax(1) - exact.amin(1))
+    return {
+        "batch": size,
+        "us_per_sample": round(1e6 * statistics.median(own for _, own in times[1:]) / (size * steps), 3),
+        "times_faster": round(statistics.median(plain / own for plain, own in times[1:]), 3),
+        "first_seconds": round(times[0][1], 2),
+        "moved": float(f"{float(moved.max()):.2g}"),
+    }
+
+
+def _timed(sides: Sequence[Callable[[], object]], turn: int, loops: int, device: torch.device) -> list[float]:
+    """Seconds of each side for so many calls; which side is first depends on the turn."""
     seconds = [0.0] * len(sides)
     for position in range(len(sides)):
         side = (position + turn) % len(sides)
-        begin = time.process_time()
+        begin = clock(device)
         for _ in range(loops):
             sides[side]()
-        seconds[side] = time.process_time() - begin
+        seconds[side] = clock(device) - begin
     return seconds
 
 

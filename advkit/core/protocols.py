@@ -15,6 +15,7 @@ classes, and a wrapper declares what it passes on.
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -1532,6 +1533,12 @@ class Label:
         return stage or suite.partition(":")[0], source
 
 
+@functools.lru_cache(maxsize=4096)
+def _label(attack: str, stage: str, source: str) -> Label:
+    """The one label of these words: records ask for it over and over, and there are few."""
+    return Label(attack, stage, source)
+
+
 def _outside_brackets(text: str) -> list[int]:
     """Positions outside brackets; all of them where brackets do not pair up."""
     depth, found = 0, []
@@ -1584,4 +1591,4 @@ class Record:
     @property
     def made_by(self) -> Label:
         """The label of the attack that made it."""
-        return Label(self.attack, self.stage, self.source)
+        return _label(self.attack, self.stage, self.source)

@@ -169,11 +169,11 @@ class Speed:
         with frozen(*model.modules()):
             for repetition in range(_REPETITIONS + 1):
                 first, second = (plain, other) if repetition % 2 else (other, plain)
-                begin = _clock(sample.device)
+                begin = clock(sample.device)
                 _ask(first, rows, backward)
-                middle = _clock(sample.device)
+                middle = clock(sample.device)
                 _ask(second, rows, backward)
-                spent = (middle - begin, _clock(sample.device) - middle)
+                spent = (middle - begin, clock(sample.device) - middle)
                 if repetition:  # the first warms up
                     ratios.append(spent[1] / spent[0] if repetition % 2 else spent[0] / spent[1])
         ratio = statistics.median(ratios)
@@ -311,8 +311,8 @@ def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
     return rows * factor.view(-1, *(1 for _ in rows.shape[1:]))
 
 
-def _clock(device: torch.device) -> float:
-    """CPU seconds on a CPU, where others share it; wall seconds of finished work elsewhere."""
+def clock(device: torch.device) -> float:
+    """A moment: CPU seconds on a CPU, where others share it; wall seconds of finished work elsewhere."""
     if device.type == "cpu":
         return time.process_time()
     if device.type == "cuda":

@@ -34,6 +34,8 @@ BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SERIES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (PINK, "v"), (SKY, "P"))
 _INK, _FAINT, _CLEAN = "#222222", "#DDDDDD", "#BDBDBD"
 _MOST_EXAMPLES = 10
+_SIDE, _COLUMN, _FILLED, _ABOVE = 0.6, 1.15, 0.92, 0.25
+"""Of a grid of examples: inches at the side, of a column, above a row; the third is the part that an image fills."""
 _MOST_CELLS = 1500
 _MOST_CLASSES = 100
 
@@ -244,36 +246,39 @@ def example_grid(
     # The largest change fills half the range at most: mid grey is "unchanged".
     factor = max(1, int(0.5 / size + 1e-4)) if size > 0 else 1
     count = len(before)
-    figure = Figure(figsize=(max(3.2, 0.9 + 1.15 * count), 4.4), layout="constrained", facecolor="white")
+    room = max(3.2, _SIDE + _COLUMN * count)
+    # Characters of the title's size in a line.
+    heading = plain(textwrap.fill(title, int(12 * room))) if title else ""
+    top = 0.15 + (0.2 * (1 + heading.count("\n")) if heading else 0.0)
     rows = (
-        ("clean", before),
-        ("adversarial", after),
-        (f"difference\namplified x{factor}", np.clip(0.5 + factor * difference, 0, 1)),
+        ("clean", before, clean_names),
+        ("adversarial", after, adversarial_names),
+        (f"difference\namplified x{factor}", np.clip(0.5 + factor * difference, 0, 1), ()),
     )
-    grid = figure.subplots(3, count, squeeze=False)
-    for r, (name, images) in enumerate(rows):
-        grid[r, 0].set_ylabel(name, fontsize=10)
-        for axes, image in zip(grid[r], images, strict=True):
-            _show_image(axes, image)
-    for i, name in enumerate(clean_names[:count]):
-        grid[0, i].set_title(plain(str(name)), fontsize=9, color=_INK)
-    for i, name in enumerate(adversarial_names[:count]):
-        turned = i < len(clean_names) and clean_names[i] != name
-        style = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
-        grid[1, i].set_title(plain(str(name)), fontsize=9, **style)
-    if title:
-        room = int(12 * figure.get_figwidth())  # characters of this size in a line
-        figure.suptitle(plain(textwrap.fill(title, room)), fontsize=11, x=0.02, ha="left")
+    high = _COLUMN * _FILLED * before.shape[1] / before.shape[2]
+    height = top + len(rows) * (high + _ABOVE) + 0.05
+    figure = Figure(figsize=(room, height), facecolor="white")
+    for r, (name, images, names) in enumerate(rows):
+        # One panel for a whole row, placed by hand: a panel for each image and a layout that measures them all cost
+        # ten times as much.
+        bottom = height - top - (r + 1) * (high + _ABOVE)
+        axes = figure.add_axes((_SIDE / room, bottom / height, _COLUMN * count / room, high / height))
+        axes.set_ylabel(name, fontsize=10)
+        for i, image in enumerate(images):
+            shown = image[..., 0] if image.shape[-1] == 1 else image
+            place = (i, i + _FILLED, 0, 1)
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=place, aspect="auto")
+        for i, answer in enumerate(names[:count]):
+            turned = r == 1 and i < len(clean_names) and clean_names[i] != answer
+            style: dict[str, Any] = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
+            axes.text(
+                i + _FILLED / 2, 1 + 0.05 / high, plain(str(answer)), ha="center", va="bottom", fontsize=9, **style
+            )
+        axes.set(xlim=(0, count), ylim=(0, 1), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    if heading:
+        figure.suptitle(heading, fontsize=11, x=0.1 / room, y=1 - 0.1 / height, ha="left", va="top")
     return figure
-
-
-def _show_image(axes: Axes, image: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-    """One image [H, W, C] in [0, 1] without a frame."""
-    shown = image[..., 0] if image.shape[-1] == 1 else image
-    axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
 
 
 def _images(batch: Any, low: float, high: float) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -90,7 +90,13 @@ def own_randomness(device: str, *names: object) -> Iterator[None]:
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     word = hashlib.sha256("|".join(map(str, names)).encode()).digest()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(word[:7], "big"))
+        seed = int.from_bytes(word[:7], "big")
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:
+            # Without a device torch keeps every seed for the day on which there is one, with a traceback: time, and
+            # memory that is never given back.
+            torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -189,7 +195,7 @@ def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception, who: str) 
         notes = ("clean_raised", *notes)
     else:
         before = judge.decisions(clean.answer)[0]
-        notes = (*_state_of(clean, 0, Outcome.ERROR, label, before), *notes)
+        notes = (*_state_of(_states(clean)[0], Outcome.ERROR, label, before), *notes)
     record = Record(
         id=batch.ids[0],
         attack=case.label.attack,
@@ -499,19 +505,24 @@ def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) ->
     return (attempts.refuted | unsure).nonzero().squeeze(1)
 
 
-def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, row: int) -> Outcome:
-    if row in attempts.errors:
-        return Outcome.ERROR
-    if not clean.finite[row]:
-        return Outcome.NON_FINITE
-    contested = bool(clean.contested[row])
-    if contested and attempts.outside[row]:
-        return Outcome.INVALID
-    knows_victim = not attempts.case.surrogates
-    outcome = verdict.outcome(row, contested, knows_victim and bool(attempts.met_non_finite[row]))
+def _outcomes(attempts: _Attempts, clean: _Clean, verdict: Verdict) -> list[Outcome]:
+    """How every row ended."""
+    unheard: list[bool] = (attempts.met_non_finite & (not attempts.case.surrogates)).tolist()
+    found = verdict.outcomes(clean.contested.tolist(), unheard)
+    outside: list[bool] = (clean.contested & attempts.outside).tolist()
     # An attack that lost itself in NaN has not tried: its failure says nothing of the victim.
-    lost = attempts.asked_non_finite[row] and outcome in (Outcome.ROBUST, Outcome.INVALID)
-    return Outcome.ERROR if lost else outcome
+    lost: list[bool] = attempts.asked_non_finite.tolist()
+    finite_when_clean: list[bool] = clean.finite.tolist()
+    for row, outcome in enumerate(found):
+        if row in attempts.errors:
+            found[row] = Outcome.ERROR
+        elif not finite_when_clean[row]:
+            found[row] = Outcome.NON_FINITE
+        elif outside[row]:
+            found[row] = Outcome.INVALID
+        elif lost[row] and outcome in (Outcome.ROBUST, Outcome.INVALID):
+            found[row] = Outcome.ERROR
+    return found
 
 
 def _records(
@@ -521,63 +532,89 @@ def _records(
     verdict: Verdict,
     said: Sequence[Said],
 ) -> list[Record]:
-    """One record per row of the batch."""
-    case, batch, cost = attempts.case, attempts.batch, attempts.cost
-    labels = None if batch.labels is None else batch.labels.cpu()
+    """One record per row of the batch.
+
+    Tensors become lists first: read one by one their numbers cost more than the rest of a record.
+    """
+    case, batch = attempts.case, attempts.batch
+    labels = [None] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
     before, afterwards = judge.decisions(clean.answer), judge.decisions(verdict.answer)
+    outcomes, states = _outcomes(attempts, clean, verdict), _states(clean)
+    reached, asked_non_finite = verdict.reached.tolist(), attempts.asked_non_finite.tolist()
+    distance, margin, closeness = (_numbers(each) for each in (verdict.distance, verdict.margin, verdict.closeness))
+    eight_bit = [None] * len(batch.ids) if verdict.eight_bit is None else verdict.eight_bit.tolist()
+    forwards, backwards, queries = attempts.cost.tolist()
+    measures = [(name, value.tolist()) for name, value in verdict.measures.items()]
+    flags = _flags(attempts, verdict)
+    ungraded = isinstance(case.rule, Graded)
+    attack, stage, source = case.label.attack, case.label.stage, case.label.source
     records = []
     for i, row in enumerate(batch.ids):
-        label, outcome = None if labels is None else int(labels[i]), _outcome(attempts, clean, verdict, i)
-        found = (
-            (f"{attempts.raised_by.get(i)}_raised", i in attempts.raised_by),
-            ("met_non_finite", attempts.met_non_finite[i]),
-            ("zero_gradient", attempts.no_gradient[i]),
-            ("asked_non_finite", attempts.asked_non_finite[i]),
-            ("outside_threat_model", attempts.outside[i] or not verdict.admitted[i]),
-            (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", attempts.refuted[i]),
-            ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
-            (TIMED_OUT, attempts.late[i]),
-        )
-        notes = (*_state_of(clean, i, outcome, label, before[i]), *(name for name, holds in found if bool(holds)))
-        lost = outcome in UNKNOWN or (outcome == Outcome.WRONG and bool(attempts.asked_non_finite[i]))
+        label, outcome = labels[i], outcomes[i]
+        lost = outcome in UNKNOWN or (outcome == Outcome.WRONG and asked_non_finite[i])
         if outcome == Outcome.ERROR:
             attempts.errors.setdefault(i, ASKED_NON_FINITE)
         records.append(
             Record(
                 id=row,
-                attack=case.label.attack,
+                attack=attack,
                 outcome=outcome,
                 label=label,
                 clean=before[i],
                 adversarial=afterwards[i],
-                reached=bool(verdict.reached[i]),
-                distance=_number(verdict.distance[i]),
-                margin=_number(verdict.margin[i]),
-                closeness=_number(verdict.closeness[i]),
-                eight_bit=None if verdict.eight_bit is None else bool(verdict.eight_bit[i]),
-                forwards=int(cost[0, i]),
-                backwards=int(cost[1, i]),
-                queries=int(cost[2, i]),
-                notes=notes,
+                reached=reached[i],
+                distance=distance[i],
+                margin=margin[i],
+                closeness=closeness[i],
+                eight_bit=eight_bit[i],
+                forwards=forwards[i],
+                backwards=backwards[i],
+                queries=queries[i],
+                notes=(*_state_of(states[i], outcome, label, before[i]), *flags.get(i, ())),
                 message=attempts.errors.get(i, ""),
-                measures={name: float(value[i]) for name, value in verdict.measures.items()},
+                measures={name: float(values[i]) for name, values in measures},
                 # The error of a sample without a verdict is that of its clean self: no error under attack.
-                figures={} if lost and isinstance(case.rule, Graded) else said[i].figures,
+                figures={} if lost and ungraded else said[i].figures,
                 trace=attempts.trace.get(i, ()),
                 texts=said[i].texts,
                 scores=said[i].scores,
-                stage=case.label.stage,
-                source=case.label.source,
+                stage=stage,
+                source=source,
             )
         )
     return records
 
 
-def _state_of(clean: _Clean, row: int, outcome: Outcome, label: int | None, before: int | None) -> tuple[str, ...]:
+def _flags(attempts: _Attempts, verdict: Verdict) -> dict[int, tuple[str, ...]]:
+    """What the notes of a row must say of the attack on it, for the rows of which there is something to say."""
+    switches = attempts.case.speed.switches
+    found: dict[int, tuple[str, ...]] = {i: (f"{who}_raised",) for i, who in sorted(attempts.raised_by.items())}
+    for name, holds in (
+        ("met_non_finite", attempts.met_non_finite),
+        ("zero_gradient", attempts.no_gradient),
+        ("asked_non_finite", attempts.asked_non_finite),
+        ("outside_threat_model", attempts.outside | ~verdict.admitted.cpu()),
+        (f"refuted_{switches[0] if switches else ''}", attempts.refuted),
+        ("again_in_fp32", attempts.unsure & ~attempts.refuted),
+        (TIMED_OUT, attempts.late),
+    ):
+        for i in holds.nonzero().flatten().tolist():
+            found[i] = (*found.get(i, ()), name)
+    return found
+
+
+def _states(clean: _Clean) -> list[tuple[bool, bool, bool]]:
+    """Of every row when it was clean: whether its answer was finite, whether it was right, whether it was contested."""
+    return list(zip(clean.finite.tolist(), clean.correct.tolist(), clean.contested.tolist(), strict=True))
+
+
+def _state_of(
+    state: tuple[bool, bool, bool], outcome: Outcome, label: int | None, before: int | None
+) -> tuple[str, ...]:
     """What a record's notes must say of how its row was when clean."""
-    if not clean.finite[row]:
+    finite_then, right, in_contest = state
+    if not finite_then:
         return ("clean_non_finite",)
-    right, in_contest = bool(clean.correct[row]), bool(clean.contested[row])
     return clean_notes(outcome, label, before, right=right, in_contest=in_contest)
 
 
@@ -604,7 +641,6 @@ def _believed(
     return reached, margin
 
 
-def _number(value: Tensor) -> float | None:
-    """A JSON number; NaN and infinity have none."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _numbers(values: Tensor) -> list[float | None]:
+    """JSON numbers; NaN and infinity have none."""
+    return [float(number) if math.isfinite(number) else None for number in values.tolist()]

@@ -98,22 +98,34 @@ class Verdict:
     submitted: Tensor
     answer: Tensor
 
-    def outcome(self, row: int, contested: bool, met_non_finite: bool) -> Outcome:
-        """A row's outcome.
+    def outcomes(self, contested: Sequence[bool], met_non_finite: Sequence[bool]) -> list[Outcome]:
+        """Every row's outcome.
 
         contested:      the attacker had something to win on it
         met_non_finite: the victim answered NaN somewhere on the attack's way; a row that the attack did not break while
                         NaN stood in its way is not robust, it is unknown
         """
-        if not contested:
-            return Outcome.WRONG
-        if not self.admitted[row]:
-            return Outcome.INVALID
-        if not self.finite[row]:
-            return Outcome.NON_FINITE
-        if self.reached[row]:
-            return Outcome.BROKEN
-        return Outcome.NON_FINITE if met_non_finite else Outcome.ROBUST
+        return [
+            Outcome.WRONG
+            if not open_
+            else Outcome.INVALID
+            if not admitted
+            else Outcome.NON_FINITE
+            if not finite
+            else Outcome.BROKEN
+            if reached
+            else Outcome.NON_FINITE
+            if met
+            else Outcome.ROBUST
+            for open_, met, admitted, finite, reached in zip(
+                contested,
+                met_non_finite,
+                self.admitted.tolist(),
+                self.finite.tolist(),
+                self.reached.tolist(),
+                strict=True,
+            )
+        ]
 
 
 class Judge:
@@ -231,6 +243,8 @@ class Judge:
             for who, ask in experts:
                 with code_of(who):
                     said |= ask(evidence)
+        if not said:
+            return [Said()] * len(origin)
         rows = [Said() for _ in range(len(origin))]
         for name, values in said.items():
             for row, value in zip(rows, values, strict=True):
