@@ -26,7 +26,7 @@ from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.noise import mixed
 from advkit.core.protocols import Access, CountsTokens, Data, DrawsByRow, Headed, Modular, NeedsAccess, Shaped
 from advkit.core.round_off import operations
-from advkit.core.rows import finite_rows, row_size
+from advkit.core.rows import all_finite, finite_rows, plainly_finite, row_size, sizes_of
 
 log = logging.getLogger("advkit")
 
@@ -593,12 +593,18 @@ class MeteredOracle:
         parts = [self._passed(*each, lanes) for each in zip(chunks, aims, keys, strict=True)]
         with torch.no_grad():
             loss, gradient, answer = parts[0] if len(parts) == 1 else (torch.cat(v) for v in zip(*parts, strict=True))
-            self._note(x, answer, of, gradient)
+            plain = self._note(x, answer, of, gradient)
             return (
                 loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
-                gradient.nan_to_num(0.0, 0.0, 0.0),
+                gradient if plain and self._owned(gradient) else gradient.nan_to_num(0.0, 0.0, 0.0),
                 answer,
             )
+
+    def _owned(self, gradient: Tensor) -> bool:
+        """Whether its rows share memory neither with one another nor with what is kept here."""
+        if not gradient.is_contiguous():
+            return False
+        return self._ones is None or gradient.untyped_storage().data_ptr() != self._ones.untyped_storage().data_ptr()
 
     def _passed(self, x: Tensor, goal: Any, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (still with its graph), gradient and answer of one call of the model, as they come."""
@@ -762,11 +768,13 @@ class MeteredOracle:
     def _global(self, of: Tensor) -> Tensor:
         return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
 
-    def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> None:
+    def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> bool:
+        """Count a pass and keep what it met; whether it is plain that the gradient is finite throughout."""
         looks = self.meter.looks
-        sizes = row_size(answer) if looks and answer.is_floating_point() else None
+        sizes = sizes_of(answer) if looks and answer.is_floating_point() else None
         extremes = _extremes(gradient) if looks and gradient is not None else None
-        length = None if sizes is None else _suspects(x, sizes)
+        plain = extremes is not None and extremes[0].device.type == "cpu" and all_finite(*extremes)
+        length = None if sizes is None else _suspects(x, answer)
         asked = None if length is None else ~torch.isfinite(length)
         if asked is not None:
             sizes = None if sizes is None else _excused(sizes, asked)
@@ -776,7 +784,7 @@ class MeteredOracle:
             for size in (sizes, *(extremes or ())):
                 bad = bad if size is None else bad | ~torch.isfinite(size)
             self.meter.scatter(self._global(of), bad, backward=gradient is not None, asked=asked)
-            return
+            return plain
         self.meter.calls += 1
         segment = self._segment
         segment.forwards += 1
@@ -787,15 +795,16 @@ class MeteredOracle:
         segment.backwards += gradient is not None
         if extremes is not None:
             segment.gradients.note(*extremes)
+        return plain
 
 
-def _suspects(x: Tensor, sizes: Tensor) -> Tensor | None:
-    """The sizes of the inputs [n] where an answer of these sizes may be non-finite because its input is; else None.
+def _suspects(x: Tensor, answer: Tensor) -> Tensor | None:
+    """The sizes of the inputs [n] where the answer may be non-finite because its input is; else None.
 
     On a CPU, where all is well, a look at the sizes' memory that costs no tensor operation; elsewhere it would wait for
     the device, the sizes of the inputs do not.
     """
-    if not x.is_floating_point() or (x.device.type == "cpu" and math.isfinite(sum(sizes.tolist()))):
+    if not x.is_floating_point() or plainly_finite(answer):
         return None
     return row_size(x.detach())
 
