@@ -94,7 +94,13 @@ class Lanes:
 
     @classmethod
     def probed(
-        cls, model: Callable[[Tensor], Tensor], x: Tensor, backward: bool = True, rows: float = 0, batch: int = 0
+        cls,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        backward: bool = True,
+        rows: float = 0,
+        batch: int = 0,
+        also: Iterable[int] = (),
     ) -> Lanes:
         """Calls of those sizes in which this model gives a row the same bits as in most others.
 
@@ -104,6 +110,7 @@ class Lanes:
         rows:  about how many rows the run will send; calls of more than 64 are tried where there are so many that the
                trial is nothing beside them
         batch: most rows in a batch of the run, a size that is tried too; smaller runs try no more than they need
+        also:  sizes to try in any case
         """
         own = cls.own(model)
         if own is not None:
@@ -111,7 +118,7 @@ class Lanes:
         lanes = cls.fitting(x)
         if lanes.multiple == 1 or not x.is_floating_point():
             return lanes
-        tried = _to_try(lanes.chunk, rows, batch)
+        tried = tuple(sorted({*_to_try(lanes.chunk, rows, batch), *also}))
         held = x.detach()[torch.arange(max(tried), device=x.device) % lanes.chunk % len(x)]
         try:
             with torch.random.fork_rng(devices=[]):

@@ -39,9 +39,9 @@ _EXACT = _words(
     full_like gather ge gt hardtanh hardtanh_backward index index_select leaky_relu leaky_relu_backward le lift_fresh
     logical_and logical_not logical_or lt masked_fill max maximum min minimum mul ne neg new_empty new_full new_ones
     new_zeros one_hot ones ones_like permute pixel_shuffle pixel_unshuffle reciprocal reflection_pad2d relu repeat
-    reshape roll round rsub scalar_tensor select select_backward sign slice slice_backward split split_with_sizes sqrt
-    squeeze stack sub t threshold threshold_backward transpose unbind unfold unsqueeze upsample_nearest2d view where
-    zeros zeros_like zero _local_scalar_dense _reshape_alias _to_copy _unsafe_view
+    reshape roll round rsub scalar_tensor select select_backward sgn sign slice slice_backward split split_with_sizes
+    sqrt squeeze stack sub t threshold threshold_backward transpose unbind unfold unsqueeze upsample_nearest2d view
+    where zeros zeros_like zero _local_scalar_dense _reshape_alias _to_copy _unsafe_view
     """
 )
 """Copies, and functions whose results are correctly rounded by any code."""

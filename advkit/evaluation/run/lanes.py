@@ -58,7 +58,7 @@ class KeptLanes:
         before = self.known.get(name)
         if before is not None and answered(cell) == before.bits:
             return before
-        found = lanes_of(cell)
+        found = lanes_of(cell, () if before is None else before.sizes)
         if before is not None and len(self.store):
             found = _told(before, found)
         if found.sizes:
@@ -96,23 +96,26 @@ def _read(file: Path) -> dict[str, Lanes]:
 
 def _lanes(entry: dict[str, Any]) -> Lanes:
     sizes, bits = entry["sizes"], entry["bits"]
-    sane = isinstance(sizes, list) and sizes and all(type(size) is int and 0 < size <= 2**20 for size in sizes)
+    sane = isinstance(sizes, list) and sizes and all(type(size) is int and 0 < size <= 1024 for size in sizes)
     if not sane or not isinstance(bits, str):
         raise ValueError("it names no sizes of calls")
     return replace(Lanes.of_sizes(sizes), bits=bits)
 
 
-def lanes_of(case: Case) -> Lanes:
+def lanes_of(case: Case, also: Iterable[int] = ()) -> Lanes:
     """Shapes in which every model of the case answers the same bits for a row in any batch.
 
     Always probed on the task's first rows, so that a resumed run chooses the same. A victim that the attacker may not
     differentiate is not differentiated here either.
+
+    also: sizes of a call to try in any case
     """
     first = rows_to_probe(case)
+    sent, batch = _rows_sent(case), min(case.batch_size, case.n)
     found = []
     for number, (model, backward) in enumerate(_asked(case)):
         with own_randomness(case.device, "lanes", number):
-            found.append(Lanes.probed(model, first, backward, _rows_sent(case), min(case.batch_size, case.n)))
+            found.append(Lanes.probed(model, first, backward, sent, batch, also))
     if case.views is not None:
         for name, model, backward in models_attacked(case):
             with own_randomness(case.device, "lanes", name):
