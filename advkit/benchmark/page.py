@@ -153,7 +153,7 @@ def _overhead_page(overhead: dict[str, Any]) -> list[str]:
     return [
         "## PGD against bare passes",
         "",
-        "PGD on samples that no step breaks over as many bare forward and backward passes of the same batch, medians of",
+        "PGD on samples that stay to the end over as many bare forward and backward passes of the batch, medians of",
         f"{overhead['repetitions']}. *By evaluate*: in the calls that `evaluate` makes, of numbers of samples in which",
         "the bits of a sample are the same. *As before*: in calls of at most 64 samples (4 large ones), padded to a",
         "multiple of 16 (4). Architectures by their name alone have random weights.",

@@ -100,7 +100,8 @@ def operations(model: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> 
         leaf = x.detach().clone().requires_grad_(backward)
         answer = model(leaf)
         if backward and answer.requires_grad:
-            torch.autograd.grad(answer, leaf, answer.detach(), allow_unused=True)
+            # Of a sum: with gradients of the outputs handed over torch imports sympy, a second of work.
+            torch.autograd.grad((answer * answer.detach()).sum(), leaf, allow_unused=True)
     known = not (seen.unknown or methods.left or _compiled(model))
     return Operations(len(x), frozenset(seen.vectored), known)
 
@@ -132,6 +133,11 @@ def _compiled(model: Any) -> bool:
 
 class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sorts the operations that reach torch's dispatcher."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler for that, a second of work, and nothing is compiled here."""
+        return False
 
     def __init__(self, rows: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
