@@ -77,6 +77,10 @@ LOOPS = (
 """What the figures of `docs/benchmarks.md` are measured on; architectures have random weights, and images of noise."""
 
 
+_LEAST = 0.2
+"""CPU seconds of bare passes that a figure rests on at least; short ones are made over and over."""
+
+
 def pgd_overhead(
     model: str | None = None,
     *,
@@ -134,7 +138,8 @@ def _loop_ratios(all_: _Rows, size: int, steps: int, repetitions: int) -> dict[s
     }
     if (peer := _peer(rows, steps)) is not None:
         sides["torchattacks"] = peer
-    calls = max(1, 500_000 // (steps * rows.x.numel()))
+    sides["bare"]()
+    calls = max(1, round(_LEAST / _timed([sides["bare"]], 0, 1)[0]))
     times = [_timed(list(sides.values()), turn, calls) for turn in range(repetitions + 1)][1:]  # the first warms up
     ratios = {
         name: round(statistics.median(each[place] / each[0] for each in times), 3)
