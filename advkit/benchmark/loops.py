@@ -116,7 +116,7 @@ def _noise(loop: _Loop) -> _Rows:
     model = MODELS.build(loop.model)(loop.shape, 10, RowRng.from_ids(0, ["network"]))
     x = torch.rand(rows, *loop.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        labels = torch.cat([model(part) for part in x.split(8)]).argmax(1)
+        labels = torch.cat([model(part) for part in torch.split(x, 8)]).argmax(1)
     return _Rows(model, x, Untargeted(labels), tuple(map(str, range(rows))))
 
 
