@@ -85,11 +85,11 @@ def device_page(results: Mapping[str, Any]) -> str:
         ]
     for each in results["overhead"]:
         lines += [
-            f"## PGD over bare passes: {each['model']}",
+            f"## PGD over bare passes: {each['loops'][0]['model']}",
             "",
-            "| batch | the loop alone | in the harness's shapes |",
+            "| batch | called directly | by `evaluate` |",
             "|---|---|---|",
-            *(f"| {row['batch']} | {row['loop']} | {row['in_lanes']} |" for row in each["sizes"]),
+            *(f"| {row['batch']} | {row['direct']} | {row['evaluate']} |" for row in each["loops"]),
             "",
         ]
     for threat in dict.fromkeys(entry["threat_model"] for entry in results["suites"]):

@@ -150,18 +150,30 @@ def _worst(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _overhead_page(overhead: dict[str, Any]) -> list[str]:
-    steps, repetitions = overhead["steps"], overhead["repetitions"]
+    names = {
+        "direct": "called directly",
+        "evaluate": "by `evaluate`",
+        "padded": "padded, as before",
+        "torchattacks": "torchattacks",
+    }
+    shown = [name for name in names if any(name in each for each in overhead["loops"])]
     return [
         "## PGD against bare passes",
         "",
-        f"PGD of {steps} steps on {overhead['model']} over as many bare forward and backward passes of the same",
-        f"batch, medians of {repetitions}. *In lanes* is what the harness runs: on a CPU, calls padded to a",
-        "multiple of 16 rows and at most 64, so that the bits of a row do not depend on its batch; below 16 rows the",
-        "padding is what is paid for.",
+        "PGD on samples that stay to the end over as many bare forward and backward passes of the batch, medians of",
+        f"{overhead['repetitions']}. *By evaluate*: in the calls that `evaluate` makes, of numbers of samples in which",
+        "the bits of a sample are the same. *As before*: in calls of at most 64 samples (4 large ones), padded to a",
+        "multiple of 16 (4). Architectures by their name alone have random weights. The last point is scored by all",
+        "but torchattacks, which saves a forward pass.",
         "",
-        "| batch | loop / bare | in lanes / bare |",
-        "|---|---|---|",
-        *(f"| {row['batch']} | {row['loop']:.2f} | {row['in_lanes']:.2f} |" for row in overhead["sizes"]),
+        "| model | image | steps | batch | " + " | ".join(names[name] for name in shown) + " |",
+        "|---|" + "---|" * (3 + len(shown)),
+        *(
+            f"| {each['model']} | {'x'.join(map(str, each['image']))} | {each['steps']} | {each['batch']} | "
+            + " | ".join(f"{each[name]:.2f}" if name in each else "" for name in shown)
+            + " |"
+            for each in overhead["loops"]
+        ),
         "",
     ]
 

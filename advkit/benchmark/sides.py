@@ -142,7 +142,7 @@ def our_run(case: Case) -> Run:
     return Run(seconds, passes.forwards, passes.backwards, passes.calls, case.n, wrong, broken, refuted=refuted)
 
 
-class _AsModule(nn.Module):
+class AsModule(nn.Module):
     """A model of ours, normalisation inside, as a peer wants it; parameters require gradients, as users' own do."""
 
     def __init__(self, model: TorchModel) -> None:
@@ -176,7 +176,7 @@ def reference_run(case: Case, batch_size: int = 250) -> Run:
     device = torch.device(case.device)
     batch = on_device(next(iter(case.task.batches(case.n, n=case.n))), case.device)
     x, labels = batch.x, labels_of(case, batch)
-    victim = _AsModule(cast(Any, case.victim))
+    victim = AsModule(cast(Any, case.victim))
     ball = case.threat.describe()
     broken: dict[str, str] = {}
     stage_seconds: dict[str, float] = {}

@@ -253,9 +253,9 @@ class View(Wrapper):
 def steady(view: Callable[[Tensor], Tensor], x: Tensor, lanes: Lanes, backward: bool = True) -> bool:
     """Whether rows get the same bits wherever they stand among others, in calls of these shapes.
 
-    Always where lanes pad nothing: there nobody promises it (accelerators).
+    Always where lanes are of any size: there nobody promises it (accelerators).
     """
-    if lanes.multiple == 1 or not x.is_floating_point() or x.device.type != "cpu":
+    if (lanes.multiple == 1 and not lanes.sizes) or not x.is_floating_point() or x.device.type != "cpu":
         return True
     rows = _filled(x, lanes.chunk)
     turned = torch.arange(lanes.chunk).roll(lanes.multiple // 2 + 3)

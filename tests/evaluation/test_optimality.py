@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import advkit
-from advkit.cli.main import app
+from advkit.cli.group import app
 from advkit.core.errors import UsageError
 from advkit.evaluation.figures.plots import accuracy_by_distance, accuracy_by_distance_of
 from advkit.evaluation.report.document import Report
