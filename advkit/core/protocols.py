@@ -717,6 +717,7 @@ class Oracle(Protocol[X, Y]):
     access: Access
     decides: bool  # its answers are the verdict's: a row that reached its goal here may stop. False under transfer
     data: Data | None  # labelled data that the attacker holds; handed to attacks that say `wants_data`
+    rule: Rule | None  # makes goals of that data, as the harness made those of the rows; None where nobody said
 
     def __call__(self, x: X, of: Tensor | None = None) -> Y:
         """Answers without gradient; `of` says which row each candidate belongs to (default: the rows in order)."""
@@ -870,6 +871,42 @@ class Descends(Protocol):
     @abstractmethod
     def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
         """z after a step against the gradient, `size` eps long, back in the ball; `size` broadcasts against z."""
+
+
+@runtime_checkable
+class Renders(Protocol):
+    """A threat model whose attacker sets parameters, of which it renders the input itself: a rotation, a flow of pixels.
+
+    Attacks then see parameters in place of inputs: the clean row is `identity`, the oracle answers to what the
+    parameters render, and distances, projections and what is admitted are of parameters. The harness renders what it
+    judges. So whether an image can be reached within the limits is not a question: nobody hands one in.
+    """
+
+    @abstractmethod
+    def identity(self, origin: Tensor) -> Tensor:
+        """The parameters [B, ...] that give back these inputs, to the bit."""
+
+    @abstractmethod
+    def render(self, z: Tensor, origin: Tensor) -> Tensor:
+        """The inputs [B, ...] that parameters make of clean ones, differentiable; a function of the two, row by row."""
+
+
+@runtime_checkable
+class OneChange(Protocol):
+    """A threat model that may want one and the same change for all rows of the evaluation.
+
+    Ask `one_change(threat)`. All rows then are one batch, those that are misclassified when clean are attacked too, and
+    `admits` compares the rows that were changed.
+    """
+
+    @property
+    @abstractmethod
+    def one_change(self) -> bool: ...
+
+
+def one_change(threat: object) -> bool:
+    """Whether all rows of the evaluation have to be changed alike."""
+    return isinstance(threat, OneChange) and threat.one_change is True
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from advkit.core.protocols import (
     ThroughView,
     Votes,
     WantsData,
+    one_change,
 )
 from advkit.core.registry import Registry
 from advkit.core.speed import Speed
@@ -287,6 +288,7 @@ def _case(
         speed=speed,
         sample_timeout=request.sample_timeout,
         attack_misclassified=isinstance(parts.rule, Graded)
+        or one_change(parts.threat)
         or (isinstance(parts.threat, Transfer) and parts.threat.attacks_all),
     )
 
