@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from advkit.core.blame import BACKWARD, GOAL, MODEL, blame
 from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.noise import mixed
-from advkit.core.protocols import Access, CountsTokens, Data, DrawsByRow, Headed, Modular, NeedsAccess, Rule, Shaped
+from advkit.core.protocols import Access, CountsTokens, Data, DrawsByRow, Headed, Modular, NeedsAccess, Shaped
 from advkit.core.rows import finite_rows, row_size
 
 log = logging.getLogger("advkit")
@@ -428,7 +428,6 @@ class MeteredOracle:
     data:    what labelled data the attacker holds, for attacks that need some; None where none was handed over
     keys:    of the meter's rows, int64 on the CPU, for models that draw by row (`RowRng.keys`): every query of a row
              draws anew, whatever is asked beside it; None leaves such a model to torch's generators
-    rule:    what the attacker wants, for attacks that learn on `data` what they do to the rows; None where nobody said
 
     Raises AccessDenied and BudgetExhausted.
     """
@@ -445,11 +444,9 @@ class MeteredOracle:
         index: Tensor | None = None,
         data: Data | None = None,
         keys: Tensor | None = None,
-        rule: Rule | None = None,
     ) -> None:
         self.model = cast(Any, model)
         self.data = data
-        self.rule = rule
         self.keys = keys
         self._drawing = None if keys is None or not isinstance(self.model, DrawsByRow) else self.model
         self.rows = rows
@@ -485,7 +482,6 @@ class MeteredOracle:
             index,
             self.data,
             self.keys,
-            self.rule,
         )
 
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
@@ -604,7 +600,6 @@ class MeteredOracle:
             self._index,
             self.data,
             self.keys,
-            self.rule,
         )
 
     def head(self) -> Tensor | None:

@@ -717,7 +717,6 @@ class Oracle(Protocol[X, Y]):
     access: Access
     decides: bool  # its answers are the verdict's: a row that reached its goal here may stop. False under transfer
     data: Data | None  # labelled data that the attacker holds; handed to attacks that say `wants_data`
-    rule: Rule | None  # makes goals of that data, as the harness made those of the rows; None where nobody said
 
     def __call__(self, x: X, of: Tensor | None = None) -> Y:
         """Answers without gradient; `of` says which row each candidate belongs to (default: the rows in order)."""
@@ -875,7 +874,7 @@ class Descends(Protocol):
 
 @runtime_checkable
 class Renders(Protocol):
-    """A threat model whose attacker sets parameters, of which it renders the input itself: a rotation, a flow of pixels.
+    """A threat model whose attacker sets parameters, of which it renders the input itself: a rotation, a flow field.
 
     Attacks then see parameters in place of inputs: the clean row is `identity`, the oracle answers to what the
     parameters render, and distances, projections and what is admitted are of parameters. The harness renders what it
@@ -1278,6 +1277,7 @@ class Data:
     """A training set: x [N, ...] in `space`, y long [N].
 
     answer_shape: of one right answer where that is the sample itself; y and classes mean nothing then
+    rule:         what an attacker who holds the data wants of samples like these (a Rule); None for data to train on
     """
 
     x: Tensor
@@ -1286,6 +1286,7 @@ class Data:
     classes: int
     name: str = ""
     answer_shape: tuple[int, ...] = ()
+    rule: Any = None
 
     def __len__(self) -> int:
         return len(self.y)

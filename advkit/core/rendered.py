@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Meter, MeteredOracle
-from advkit.core.protocols import Access, Data, Renders, Rule
+from advkit.core.protocols import Access, Data, Renders
 
 
 class RenderedOracle:
@@ -42,10 +42,6 @@ class RenderedOracle:
     @property
     def data(self) -> Data | None:
         return self.oracle.data
-
-    @property
-    def rule(self) -> Rule | None:
-        return self.oracle.rule
 
     @property
     def meter(self) -> Meter:

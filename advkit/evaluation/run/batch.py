@@ -325,7 +325,6 @@ class _Attempts:
             self.lanes,
             data=case.data,
             keys=keys,
-            rule=case.rule,
         )
         together = case.together
         seconds = None if case.sample_timeout is None else case.sample_timeout * (len(rows) if together else 1)

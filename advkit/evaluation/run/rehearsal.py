@@ -195,14 +195,7 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
     goal = case.goal_of(batch, clean, rng.at("goal"))
     model = _StubModel(clean[:1])
     oracle = MeteredOracle(
-        model,
-        1,
-        case.threat.access,
-        case.threat.queries,
-        decides=True,
-        lanes=Lanes(1, 1),
-        data=case.data,
-        rule=case.rule,
+        model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data
     )
     start = unchanged(batch.x[row], case.threat)
     with suppress(_SecondQuestion):
