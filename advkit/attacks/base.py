@@ -50,7 +50,8 @@ def only_in(threat: Any, kind: type[Any], attack: str, made_for: str) -> None:
     if not isinstance(threat, kind):
         name = threat.describe()["name"] if isinstance(threat, Describes) else type(threat).__name__
         raise UsageError(
-            f"{attack} works within {made_for} and this threat model is {name}: leave --threat-model out, or name that one"
+            f"{attack} works within {made_for} and this threat model is {name}: leave --threat-model out, or name the "
+            "first"
         )
 
 

@@ -118,16 +118,16 @@ class Corruption(Rendering):
     """Common corruptions: noise, blur, brightness, contrast and JPEG at severities 1 to 5.
 
     severity:  the highest, 1 to 5
-    constants: "imagenet-c" or "cifar-10-c", the authors' tables of what a severity is; "auto" takes the first for images
-               of at least 64 pixels a side and the second below
+    constants: "imagenet-c" or "cifar-10-c", the authors' tables of what a severity is; "auto" takes the first for
+               images of at least 64 pixels a side and the second below
     access:    what the attacker may query; an attacker of nature asks nothing
     queries:   how often, per sample; None for no limit
     box:       legal inputs; `bind` puts the model's own here
 
     Candidates are three whole numbers per sample: the kind (1 to 6 in the order of `KINDS`, 0 for none), the severity
     and the seed that kornia draws from. The harness renders them, so the image that is judged is the library's own. Of
-    the paper's fifteen kinds these are there that kornia computes by the same formula: `gaussian_noise`, `impulse_noise`,
-    `brightness`, `contrast`, `jpeg_compression`, and `gaussian_blur` of its four extra ones. Brightness is added to all
+    the paper's fifteen kinds those are there that kornia computes by the same formula: `gaussian_noise`,
+    `impulse_noise`, `brightness`, `contrast`, `jpeg_compression`, and `gaussian_blur` of its four extra ones. Brightness is added to all
     channels rather than to the value in HSV, contrast is taken about the mean of the image's grey values, and JPEG is
     kornia's model of the codec: on grey images the first two equal the paper's.
     Raises UsageError for fields out of range and (in `bind`) for inputs that are no images in [0, 1], MissingExtra

@@ -19,7 +19,6 @@ from advkit.core.protocols import Access, Descends, Rng
 from advkit.core.spaces import Box
 from advkit.threat_models.capability import UNIT, Capability, checked_shape
 from advkit.threat_models.lp import usable, wide
-
 from advkit.threat_models.rendering import NoRadius, image_box, images_only
 from advkit.threat_models.shared import NoSingleChange, Shared
 
@@ -115,9 +114,9 @@ class Patch(Capability, Shared, Descends):
             key = mixed(_hashed(origin), self.seed)
             row, column = ((mixed(key, axis) >> 1) & ~(1 << 63) for axis in (0, 1))
             return (row % (free[0] + 1)).to(origin.device), (column % (free[1] + 1)).to(origin.device)
-        row, column = self.at or free
+        down, right = self.at or free
         every = torch.zeros(len(origin), dtype=torch.long, device=origin.device)
-        return every + row, every + column
+        return every + down, every + right
 
     def inside(self, corners: Corners, like: Tensor) -> Tensor:
         """Bool [B, 1, H, W]: the pixels of the squares."""

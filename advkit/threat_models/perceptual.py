@@ -30,8 +30,8 @@ HALVINGS = 12
 class Perceptual(Capability, WrapsBall, Measures):
     """A ball of a distance that has no projection in closed form, within an Linf ball that gives steps their length.
 
-    An image that is too far is pulled back on the straight line to the clean one, by halving, until it is admitted. That
-    is not the nearest admitted image: attacks that walk by gradients work here, and none that counts on exact
+    An image that is too far is pulled back on the straight line to the clean one, by halving, until it is admitted.
+    That is not the nearest admitted image: attacks that walk by gradients work here, and none that counts on exact
     projections.
     """
 
@@ -176,7 +176,7 @@ class SSIM(Perceptual):
     def apart(self, x: Tensor, origin: Tensor) -> Tensor:
         low, high = self._range
         one, other = (each.to(wide(each)) - low for each in (x, origin))
-        similar = _ssim()(one, other, self.window, max_val=high - low, eps=0.0)
+        similar: Tensor = _ssim()(one, other, self.window, max_val=high - low, eps=0.0)
         return (1 - similar.flatten(1).mean(1)).clamp_min(0)
 
 
@@ -194,7 +194,7 @@ _BUILT: dict[Network, str] = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vg
 
 @dataclass(frozen=True)
 class LPIPS(Perceptual):
-    """Learned perceptual distance: LPIPS of image and clean image is at most eps, and no value changes by more than linf.
+    """Learned perceptual distance: LPIPS of image and clean image is at most eps, and no value changes more than linf.
 
     eps:     largest distance, >= 0
     weights: file with the backbone's weights, as torchvision publishes them (.pth, or .safetensors of the same names)
@@ -268,7 +268,8 @@ class LPIPS(Perceptual):
                 nn.functional.interpolate(each, size=(self.side, self.side), mode="bilinear") for each in (one, other)
             )
         with torch.no_grad():
-            return self._network(x.device)(one, other).flatten(1).mean(1).to(wide(x)).clamp_min(0)  # type: ignore[no-any-return]
+            apart: Tensor = self._network(x.device)(one, other)
+        return apart.flatten(1).mean(1).to(wide(x)).clamp_min(0)
 
 
 _networks: dict[tuple[Any, ...], nn.Module] = {}

@@ -1,5 +1,5 @@
-"""One change for all samples: universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401), and what they share with
-universal patches.
+"""One change for all samples: universal perturbations (Moosavi-Dezfooli et al., arXiv 1610.08401), and what they share
+with universal patches.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Shared(OneChange, Examines):
 
     @override
     def examine(self, evidence: Evidence) -> dict[str, list[Figure]]:
-        """`fooling_rate`: whether the decision differs from that on the clean sample, right or wrong, over all samples."""
+        """`fooling_rate`: whether the decision differs from the one on the clean sample, over all samples."""
         if not self.one_change:
             return {}
         clean, answer = (each.argmax(1) if each.ndim == 2 else each for each in (evidence.clean, evidence.answer))
@@ -62,8 +62,8 @@ class NoSingleChange(UsageError, AttributeError):
 
     def __init__(self, attack: str) -> None:
         super().__init__(
-            f"all samples have to be changed alike here, and this attack changes each by itself: use the attack {attack}, "
-            "or a threat model for single samples such as linf:eps=0.1"
+            "all samples have to be changed alike here, and this attack changes each by itself: use the attack "
+            f"{attack}, or a threat model for single samples such as linf:eps=0.1"
         )
 
 
@@ -78,8 +78,8 @@ class Universal(Capability, Shared, Measures):
     box:     legal inputs; `bind` puts the model's own here
 
     The harness takes all samples of the evaluation together and asks whether one vector explains them: each changed
-    value leaves an interval for its entry (a point, up to round-off; a half-line where it was clipped), and the shortest
-    vector in the intersection of all samples' intervals must exist and lie in the ball. Where it does not, every
+    value leaves an interval for its entry (a point, up to round-off; a half-line where it was clipped), and the
+    shortest vector in the intersection of all samples' intervals must exist and lie in the ball. Where it does not, every
     changed sample is invalid, since nobody can tell which ones are at fault. Samples that came back unchanged were not
     attacked. Where the victim raises on a sample, halves of the samples are checked apart.
     Raises UsageError for fields out of range.

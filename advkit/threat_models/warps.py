@@ -1,5 +1,5 @@
-"""Images whose pixels move: rotated and shifted (Engstrom et al., arXiv 1712.02779), or along a flow (Xiao et al., arXiv
-1801.02612).
+"""Images whose pixels move: rotated and shifted (Engstrom et al., arXiv 1712.02779), or along a flow (Xiao et al.,
+arXiv 1801.02612).
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ class Flow(Rendering):
 
 
 def roughness(flow: Tensor) -> Tensor:
-    """Over neighbouring pixels, the sum of the distances between their ways (the paper's L_flow), [B]; flow: [B, 2, H, W].
+    """The sum over neighbouring pixels of the distance between their ways (the paper's L_flow), [B].
+
+    flow: [B, 2, H, W]
 
     Each pair counts once; the paper's sum over four neighbours counts it twice.
     """

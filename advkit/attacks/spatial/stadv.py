@@ -30,8 +30,8 @@ class StAdv(MadeForThreatModel, Stepped, Planned):
     smooth:    weight of the flow's roughness (the paper's tau, 0.05 there), >= 0
     loss:      surrogate loss: "ce", "margin" or "dlr", where the goal has them
 
-    Deviations from the paper: Adam in place of L-BFGS, whose line search would hang on the batch; the flow is kept within
-    the threat model's tau, where the paper has the penalty alone; it does not go on after the goal is reached.
+    Deviations from the paper: Adam in place of L-BFGS, whose line search would hang on the batch; the flow is kept
+    within the threat model's tau, where the paper has the penalty alone; it does not go on after the goal is reached.
     Raises UsageError for values out of range and outside the threat model flow.
     """
 

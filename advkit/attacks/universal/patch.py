@@ -1,5 +1,5 @@
-"""Adversarial patches: one for all images (Brown et al., arXiv 1712.09665), or one for each (LaVAN, Karmon et al., arXiv
-1801.02608).
+"""Adversarial patches: one for all images (Brown et al., arXiv 1712.09665), or one for each (LaVAN, Karmon et al.,
+arXiv 1801.02608).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class PatchAttack(MadeForThreatModel, WantsData, Stepped, Planned):
     """Adversarial patch: the pixels of one square, for each image by itself or the same content in all of them.
 
     Which of the two it is, and where the square is, the threat model says (`patch:size=5,place=random,universal=true`).
-    For each image by itself it is projected gradient descent in the square (LaVAN); a place that the attacker chooses is
-    drawn anew by every restart. One content for all images is learned on the attacker's own samples, at places that are
+    For each image by itself it is projected gradient descent in the square (LaVAN); a place that the attacker chooses
+    is drawn anew by every restart. One content for all images is learned on the attacker's own samples, at places that are
     drawn anew in every step where the threat model draws them, and pasted into all images that are attacked.
     `--goal targeted:how=class,target=3` makes a patch that means a class.
 
@@ -38,8 +38,8 @@ class PatchAttack(MadeForThreatModel, WantsData, Stepped, Planned):
 
     Deviations: the papers turn and scale the patch, and train it towards the mean log-probability; here it keeps its
     size and its angle, as the threat model checks both.
-    Raises UsageError for values out of range, outside the threat model patch, and where a universal patch has no data to
-    learn on.
+    Raises UsageError for values out of range, outside the threat model patch, and where a universal patch has no data
+    to learn on.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
