@@ -125,11 +125,11 @@ class Corruption(Rendering):
     box:       legal inputs; `bind` puts the model's own here
 
     Candidates are three whole numbers per sample: the kind (1 to 6 in the order of `KINDS`, 0 for none), the severity
-    and the seed that kornia draws from. The harness renders them, so the image that is judged is the library's own. Of
-    the paper's fifteen kinds those are there that kornia computes by the same formula: `gaussian_noise`,
-    `impulse_noise`, `brightness`, `contrast`, `jpeg_compression`, and `gaussian_blur` of its four extra ones. Brightness is added to all
-    channels rather than to the value in HSV, contrast is taken about the mean of the image's grey values, and JPEG is
-    kornia's model of the codec: on grey images the first two equal the paper's.
+    and the seed that kornia draws from. The harness renders them, so the image that is judged is the library's own.
+    Of the paper's fifteen kinds those are there that kornia computes by the same formula: `gaussian_noise`,
+    `impulse_noise`, `brightness`, `contrast` and `jpeg_compression`; and `gaussian_blur` of its four extra ones.
+    Brightness is added to all channels rather than to the value in HSV, contrast is taken about the mean of the image's
+    grey values, and JPEG is kornia's model of the codec. On grey images the first two equal the paper's.
     Raises UsageError for fields out of range and (in `bind`) for inputs that are no images in [0, 1], MissingExtra
     without kornia.
     """
@@ -150,6 +150,10 @@ class Corruption(Rendering):
 
     def _limit(self) -> dict[str, float]:
         return {"severity": self.severity}
+
+    @override
+    def _limits(self) -> str:
+        return f"severity {self.severity}"
 
     @override
     def _details(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Patch(Capability, Shared, Descends):
         free = height - self.size, width - self.size
         if self.place == "random":
             key = mixed(_hashed(origin), self.seed)
-            row, column = ((mixed(key, axis) >> 1) & ~(1 << 63) for axis in (0, 1))
+            row, column = (mixed(key, axis) & ((1 << 62) - 1) for axis in (0, 1))
             return (row % (free[0] + 1)).to(origin.device), (column % (free[1] + 1)).to(origin.device)
         down, right = self.at or free
         every = torch.zeros(len(origin), dtype=torch.long, device=origin.device)

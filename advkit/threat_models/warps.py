@@ -137,6 +137,10 @@ class Flow(Rendering):
         return {"tau": self.tau}
 
     @override
+    def _limits(self) -> str:
+        return f"{self.tau:g} pixels"
+
+    @override
     def identity(self, origin: Tensor) -> Tensor:
         images_only(origin, "flow")
         return origin.new_zeros(len(origin), 2, *origin.shape[-2:])

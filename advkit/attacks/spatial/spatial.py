@@ -35,9 +35,9 @@ class Spatial(MadeForThreatModel, Planned):
     loss:         surrogate loss of gradient: "ce", "margin" or "dlr", where the goal has them
 
     The grid begins with the smallest transformations, so a sample that falls early falls to a small one. An odd
-    number of angles or shifts includes none. `grid` and `random` ask for answers alone, labels or scores. The default grid
-    is the paper's, 31 angles and 5 x 5 shifts; it found the grid to be far stronger than gradients, which end in local
-    optima.
+    number of angles or shifts includes none. `grid` and `random` ask for answers alone, labels or scores. The default
+    grid is the paper's, 31 angles and 5 x 5 shifts; it found the grid to be far stronger than gradients, which end in
+    local optima.
     Raises UsageError for values out of range and outside the threat model transform.
     """
 

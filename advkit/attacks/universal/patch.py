@@ -24,8 +24,8 @@ class PatchAttack(MadeForThreatModel, WantsData, Stepped, Planned):
 
     Which of the two it is, and where the square is, the threat model says (`patch:size=5,place=random,universal=true`).
     For each image by itself it is projected gradient descent in the square (LaVAN); a place that the attacker chooses
-    is drawn anew by every restart. One content for all images is learned on the attacker's own samples, at places that are
-    drawn anew in every step where the threat model draws them, and pasted into all images that are attacked.
+    is drawn anew by every restart. One content for all images is learned on the attacker's own samples, at places that
+    are drawn anew in every step where the threat model draws them, and pasted into all images that are attacked.
     `--goal targeted:how=class,target=3` makes a patch that means a class.
 
     steps:     gradient steps, >= 1; per restart
