@@ -80,8 +80,8 @@ class Universal(Capability, Shared, Measures):
     The harness takes all samples of the evaluation together and asks whether one vector explains them: each changed
     value leaves an interval for its entry (a point, up to round-off; a half-line where it was clipped), and the
     shortest vector in the intersection of all samples' intervals must exist and lie in the ball. Where it does not,
-    every changed sample is invalid, since nobody can tell which ones are at fault. Samples that came back unchanged were not
-    attacked. Where the victim raises on a sample, halves of the samples are checked apart.
+    every changed sample is invalid, since nobody can tell which ones are at fault. Samples that came back
+    unchanged were not attacked. Where the victim raises on a sample, halves of the samples are checked apart.
     Raises UsageError for fields out of range.
     """
 

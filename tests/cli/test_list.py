@@ -29,6 +29,7 @@ from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.models.ensemble import Ensemble
 from advkit.tasks import TASKS
+from advkit.testing.image_laws import on_images
 from advkit.testing.label_laws import on_labels
 from advkit.testing.play import BALLS, MINIMA, RADII, legal, names, shortened
 from advkit.testing.text_laws import on_text
@@ -57,7 +58,8 @@ def own(registry: Any) -> list[str]:
 BUILT = {name: ATTACKS.build(name) for name in own(ATTACKS) if not name.endswith(":")}
 ON_TEXT = [name for name, attack in BUILT.items() if on_text(attack)]
 ON_LABELS = [name for name, attack in BUILT.items() if on_labels(attack)]
-PLAYED = [name for name in BUILT if name not in (*ON_TEXT, *ON_LABELS)]
+ON_IMAGES = [name for name, attack in BUILT.items() if on_images(attack)]
+PLAYED = [name for name in BUILT if name not in (*ON_TEXT, *ON_LABELS, *ON_IMAGES)]
 
 
 # --- what is said of attacks
@@ -134,6 +136,14 @@ def test_attacks_on_labels_are_made_for_label_flips_and_wrong_answers(name: str)
     assert known["norms"] == (parse_spec(attack.default_threat_model).name,) == ("label-flips",)
     assert known["goals"] == ("untargeted",)
     assert all(refusal(attack, victim(name), norm, "untargeted") is not None for norm in BALLS)
+
+
+@pytest.mark.parametrize("name", ON_IMAGES)
+def test_attacks_on_images_are_made_for_a_threat_model_of_their_own(name: str) -> None:
+    attack, known = ATTACKS.build(name), facts("attacks", ATTACKS.target(name))
+    assert known["norms"] == (parse_spec(attack.default_threat_model).name,)
+    assert (known["goals"], known["inputs"]) == (ANY, ("images",))
+    assert all(refusal(attack, victim(name), norm, "untargeted") is not None for norm in BALLS | MINIMA)
 
 
 def test_a_chosen_backward_rule_works_where_the_attack_inside_does() -> None:
