@@ -185,6 +185,8 @@ class Patch(Capability, Shared, Descends):
     def project(self, z: Tensor, origin: Tensor) -> Tensor:
         """The nearest admitted image in L2: legal values in the one square whose undoing would cost most."""
         self._by_itself()
+        images_only(origin, "patch")
+        self._fits(*origin.shape[-2:])
         legal = torch.clamp(z, *self._walls(origin))
         if self.place != "chosen":
             return torch.where(self.inside(self.corners(origin), origin), legal, origin)

@@ -176,5 +176,5 @@ def roughness(flow: Tensor) -> Tensor:
     return total
 
 
-_TINY = 1e-8
+_TINY = 1e-12
 """Under the root, whose slope at 0 has no bound; taken off again, so that a constant flow has no roughness."""

@@ -98,4 +98,5 @@ class Spatial(MadeForThreatModel, Planned):
 
 
 def _spaced(count: int) -> Tensor:
-    return torch.linspace(-1, 1, count) if count > 1 else torch.zeros(1)
+    """So many numbers from -1 to 1, symmetric to the bit, so that an odd number of them includes 0 itself."""
+    return (2 * torch.arange(count, dtype=torch.float64) - (count - 1)) / max(1, count - 1)
