@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from advkit.threat_models.corruptions import KINDS
 
 MODELS_ATTACKED = ("fashion-mnist-cnn", "fashion-mnist-cnn-pgd_at")
 SAMPLES = 1000
-FEW = 60
+LEARNED, CLASS = f"samples={SAMPLES},steps=100", "targeted:how=class,target=8"
+FEW = 30
 """Samples for ART's universal perturbation, which takes a second for each, and for ours beside it."""
-SOME = 100
+SOME = 50
 """Images for ART's grid, which takes a second for each."""
+PACKAGES = ("foolbox", "adversarial-robustness-toolbox", "kornia", "torch")
 MARKS = "<!-- tables: made by benchmarks/other_attacks.py -->", "<!-- end of tables -->"
 
 NARROW = "transform:rotation=10,translation=1"
@@ -49,16 +51,14 @@ CASES: tuple[tuple[str, str, str, str], ...] = (
     ("flow field", "stadv", "flow:tau=0.5", "untargeted"),
     ("flow field", "stadv", "flow:tau=1", "untargeted"),
     ("flow field", "pgd", "flow:tau=0.5", "untargeted"),
-    ("patch for each image", "patch", "patch:size=5", "untargeted"),
-    ("patch for each image", "patch", "patch:size=5,place=fixed", "untargeted"),
-    ("patch for all images", "patch", "patch:size=7,place=random,universal=true", "untargeted"),
-    ("patch for all images", "patch", "patch:size=7,place=random,universal=true", "targeted:how=class,target=8"),
-    ("universal perturbation", f"universal:samples={SAMPLES}", "universal:eps=0.1", "untargeted"),
-    ("universal perturbation", f"universal:samples={FEW},batch={FEW}", "universal:eps=0.1", "untargeted"),
+    ("patch for each image", "patch:steps=50,restarts=3", "patch:size=5", "untargeted"),
+    ("patch for each image", "patch:steps=50,restarts=3", "patch:size=5,place=fixed", "untargeted"),
+    ("patch for all images", f"patch:{LEARNED}", "patch:size=7,place=random,universal=true", "untargeted"),
+    ("patch for all images", f"patch:{LEARNED}", "patch:size=7,place=random,universal=true", CLASS),
+    ("universal perturbation", f"universal:{LEARNED}", "universal:eps=0.1", "untargeted"),
+    ("universal perturbation", f"universal:{LEARNED}", "universal:eps=0.1", CLASS),
     ("universal perturbation", f"universal:method=deepfool,samples={FEW},passes=1", "universal:eps=0.1", "untargeted"),
-    ("universal perturbation", f"universal:method=deepfool,samples={SAMPLES}", "universal:eps=0.1", "untargeted"),
-    ("universal perturbation", f"universal:samples={SAMPLES}", "universal:eps=0.1", "targeted:how=class,target=8"),
-    ("perceptual ball", "pgd", "ssim:eps=0.1", "untargeted"),
+    ("perceptual ball", "pgd:steps=10,step_size=0.2", "ssim:eps=0.1", "untargeted"),
     *(
         ("common corruption", f"corruption:kind={kind},severity={severity}", "corruption", "untargeted")
         for kind in KINDS
@@ -229,7 +229,7 @@ PEERS: tuple[tuple[str, str, str, str, Callable[..., Tensor]], ...] = (
 )
 
 
-def theirs(root: str, model: str, n: int) -> list[dict[str, Any]]:
+def theirs(root: str, model: str, n: int, done: Container[tuple[str, ...]]) -> Iterator[dict[str, Any]]:
     """The peers' attacks on the same samples, judged by the model alone."""
     task: Any = TASKS.build(f"fashion-mnist:root={root}")
     batch = next(iter(task.batches(n, n=n)))
@@ -239,9 +239,11 @@ def theirs(root: str, model: str, n: int) -> list[dict[str, Any]]:
     built: Any = MODELS.build(f"zoo:{model}")((1, 28, 28), 10, RowRng.from_ids(0, ["model"]), space=task.space)
     module = Whole(built).eval()
     before = decisions(module, batch.x)
-    lines = []
     for heading, package, name, limits, run in PEERS:
         line = {"heading": heading, "by": package, "attack": name, "threat_model": limits, "model": model}
+        line["goal"] = "untargeted"
+        if (model, name, limits, "untargeted") in done:
+            continue
         began = time.process_time()
         try:
             rows = slice(0, SOME if str(SOME) in name else n)
@@ -251,24 +253,18 @@ def theirs(root: str, model: str, n: int) -> list[dict[str, Any]]:
             print(f"{package} is left out: {error}")
             continue
         except Exception as error:
-            lines.append({**line, "fails": f"{type(error).__name__}: {error}"[:200]})
-            print(lines[-1], flush=True)
+            yield {**line, "clean_accuracy": None, "fails": f"{type(error).__name__}: {error}"[:200]}
             continue
         after = decisions(module, z.float())
         right, still = clean == y, (after == y) & (clean == y)
-        lines.append(
-            {
-                **line,
-                "goal": "untargeted",
-                "clean_accuracy": right.float().mean().item(),
-                "robust_accuracy": still.float().mean().item(),
-                "attack_success_rate": 1 - still.sum().item() / max(1, right.sum().item()),
-                "fooling_rate": (after != clean).float().mean().item(),
-                "cpu_seconds": time.process_time() - began,
-            }
-        )
-        print(lines[-1], flush=True)
-    return lines
+        yield {
+            **line,
+            "clean_accuracy": right.float().mean().item(),
+            "robust_accuracy": still.float().mean().item(),
+            "attack_success_rate": 1 - still.sum().item() / max(1, right.sum().item()),
+            "fooling_rate": (after != clean).float().mean().item(),
+            "cpu_seconds": time.process_time() - began,
+        }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -321,20 +317,28 @@ def main() -> None:
     parser.add_argument("--root", required=True, help="folder of the idx files of Fashion-MNIST")
     parser.add_argument("--n", type=int, default=200, help="test images")
     parser.add_argument("--out", default="docs", help="folder of other_attacks.json and other_attacks.md")
+    parser.add_argument("--resume", action="store_true", help="keep the lines that the json file has")
     parser.add_argument("--table", action="store_true", help="write the tables of the json file anew, and run nothing")
     given = parser.parse_args()
     file, page = Path(given.out) / "other_attacks.json", Path(given.out) / "other_attacks.md"
     if not given.table:
-        lines: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = json.loads(file.read_text())["lines"] if given.resume else []
+        done = {(line["model"], line["attack"], line["threat_model"], line.get("goal")) for line in lines}
+
+        def keep(line: dict[str, Any]) -> None:
+            lines.append(line)
+            print(line, flush=True)
+            packages = {name: _version(name) for name in PACKAGES}
+            clean = {each["model"]: each["clean_accuracy"] for each in lines if each["by"] == "advkit"}
+            document = {"n": given.n, "packages": packages, "clean_accuracy": clean, "lines": lines}
+            file.write_text(json.dumps(document, indent=1) + "\n")
+
         for model in MODELS_ATTACKED:
             for case in CASES:
-                lines.append(ours(given.root, model, case, given.n))
-                print(lines[-1], flush=True)
-            lines += theirs(given.root, model, given.n)
-        packages = {name: _version(name) for name in ("foolbox", "adversarial-robustness-toolbox", "kornia", "torch")}
-        clean = {line["model"]: line["clean_accuracy"] for line in lines if line["by"] == "advkit"}
-        document = {"n": given.n, "packages": packages, "clean_accuracy": clean, "lines": lines}
-        file.write_text(json.dumps(document, indent=1) + "\n")
+                if (model, *case[1:]) not in done:
+                    keep(ours(given.root, model, case, given.n))
+            for line in theirs(given.root, model, given.n, done):
+                keep(line)
     if page.exists():
         lines = json.loads(file.read_text())["lines"]
         before, _, rest = page.read_text().partition(MARKS[0])
