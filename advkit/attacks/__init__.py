@@ -17,6 +17,7 @@ ATTACKS: Registry[Attack] = Registry(
         "apgd-t": "advkit.attacks.gradient.targeted:APGDT",
         "fab": "advkit.attacks.minimal.fab:FAB",
         "fab-t": "advkit.attacks.minimal.fab:FABT",
+        "ddn": "advkit.attacks.minimal.ddn:DDN",
         "square": "advkit.attacks.query.square:Square",
         "quadattack": "advkit.attacks.ordered.quadattack:QuadAttack",
         "cw_topk": "advkit.attacks.ordered.cw_topk:CWTopK",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class RenderedOracle:
     @property
     def queries(self) -> int | None:
         return self.oracle.queries
+
+    @property
+    def propagations(self) -> int | None:
+        return self.oracle.propagations
 
     @property
     def decides(self) -> bool:
@@ -69,6 +73,16 @@ class RenderedOracle:
             return loss, torch.zeros_like(z), answer
         (back,) = torch.autograd.grad(x, leaf, gradient)
         return loss, back.nan_to_num(0.0, 0.0, 0.0), answer
+
+    def gradients(self, z: Tensor, goals: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = z.detach().clone().requires_grad_()
+            x = self.threat.render(leaf, self.origin)
+        losses, gradients, answer = self.oracle.gradients(x.detach(), goals)
+        if not x.requires_grad:
+            return losses, torch.zeros(len(goals), *z.shape, dtype=z.dtype, device=z.device), answer
+        back = [torch.autograd.grad(x, leaf, each, retain_graph=True)[0] for each in gradients]
+        return losses, torch.stack(back).nan_to_num(0.0, 0.0, 0.0), answer
 
     def take(self, rows: Tensor) -> RenderedOracle:
         return RenderedOracle(self.oracle.take(rows), self.origin[rows], self.threat)

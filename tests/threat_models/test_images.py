@@ -105,6 +105,8 @@ def test_the_oracle_of_parameters_differentiates_through_the_rendering_and_meter
     torch.testing.assert_close(loss, plain.detach())
     torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(answer, oracle(z))
+    several = asked_in(MeteredOracle(model, 5, lanes=Lanes.fitting(x)), x, threat).gradients(z, [goal, goal])
+    torch.testing.assert_close(several[1], torch.stack([gradient, gradient]))
     assert oracle.left == 1
     part = torch.tensor([3, 1])
     torch.testing.assert_close(oracle.take(part)(z[part]), answer[part])
