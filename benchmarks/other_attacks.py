@@ -147,18 +147,20 @@ def art_spatial(module: nn.Module, x: Tensor, y: Tensor, known: tuple[Tensor, Te
     """ART's grid, image by image: of a batch it takes the one transformation that is worst for all."""
     from art.attacks.evasion import SpatialTransformation
 
-    made = SpatialTransformation(
-        art_classifier(module),
-        max_translation=100 / 28,
-        num_translations=5,
-        max_rotation=10,
-        num_rotations=31,
-        verbose=False,
-    )
-    images = x.numpy().astype(np.float32)
-    return torch.from_numpy(
-        np.concatenate([made.generate(images[i : i + 1], y.numpy()[i : i + 1]) for i in range(len(x))])
-    )
+    def generated(image: Any, label: Any) -> Any:
+        made = SpatialTransformation(  # one for each image: it keeps the first transformation that it finds
+            classifier,
+            max_translation=100 / 28,
+            num_translations=5,
+            max_rotation=10,
+            num_rotations=31,
+            verbose=False,
+        )
+        return made.generate(image[None], label[None])
+
+    classifier = art_classifier(module)
+    pairs = zip(x.numpy().astype(np.float32), y.numpy(), strict=True)
+    return torch.from_numpy(np.concatenate([generated(image, label) for image, label in pairs]))
 
 
 def art_universal(attacker: str) -> Callable[..., Tensor]:
@@ -215,7 +217,7 @@ PEERS: tuple[tuple[str, str, str, str, Callable[..., Tensor]], ...] = (
         "rotation and translation",
         "art",
         f"SpatialTransformation, {SOME} images",
-        "rotation 30, translation 3",
+        LIMITS,
         art_spatial,
     ),
     ("patch for all images", "art", "AdversarialPatchPyTorch", "7 x 7 pixels, random", art_patch),

@@ -27,7 +27,8 @@ class UniversalPerturbation(MadeForThreatModel, WantsData, Stepped, Planned):
     steps:     of gradient, >= 1
     batch:     samples per step, >= 1
     step_size: length of the first step of gradient in units of eps, > 0; it falls to 0
-    clip:      a sample whose loss is below -clip pulls no more, > 0 (the paper's beta)
+    clip:      a sample whose loss is below -clip pulls no more, > 0 (the paper's beta, 9 there); 1 is a little beyond
+               the boundary under cross-entropy, so that the samples that still stand decide
     loss:      surrogate loss: "ce", "margin" or "dlr", where the goal has them
     passes:    of deepfool over the samples, at most, >= 1
     rate:      fraction of the samples that reach the goal at which deepfool ends, in (0, 1]
@@ -48,8 +49,8 @@ class UniversalPerturbation(MadeForThreatModel, WantsData, Stepped, Planned):
     samples: int = 2000
     steps: int = 300
     batch: int = 100
-    step_size: float = 0.2
-    clip: float = 9.0
+    step_size: float = 1.0
+    clip: float = 1.0
     loss: str = "ce"
     passes: int = 3
     rate: float = 0.8
