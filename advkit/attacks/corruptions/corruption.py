@@ -22,8 +22,9 @@ class CommonCorruption(MadeForThreatModel):
     kind:     gaussian_noise, impulse_noise, gaussian_blur, brightness, contrast or jpeg_compression
     severity: 1 to 5, as in ImageNet-C and CIFAR-10-C (the threat model says which)
 
-    Asks the victim nothing and aims at no goal: accuracy under it is the accuracy on corrupted images. kornia computes
-    the image and the harness renders it from kind, severity and seed (extra `corruptions`).
+    Asks the victim nothing and aims at no goal. Accuracy under it is that on corrupted images, but for samples that are
+    wrong when clean, which no report calls robust. kornia computes the image and the harness renders it from kind,
+    severity and seed (extra `corruptions`).
     Raises UsageError for values out of range, outside the threat model corruption, and above its severity.
     """
 
