@@ -93,6 +93,7 @@ ATTACKS: Registry[Attack] = Registry(
         "foolbox:": "advkit.attacks.peers:Foolbox",
         "torchattacks:": "advkit.attacks.peers:TorchAttacks",
         "art:": "advkit.attacks.peers:ART",
+        "advlib:": "advkit.attacks.peers:AdvLib",
     },
     group="advkit.attacks",
     contract=Attack,

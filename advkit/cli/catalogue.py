@@ -82,7 +82,7 @@ _NORMS: dict[str, Words] = {
     "advkit.attacks.suites": _LP,
     "advkit.attacks.stream": (*_LP, "l0"),
     "advkit.attacks.events.spiking": (*_LP, "l0"),
-    "advkit.attacks.peers": (*_LP, "l0"),
+    "advkit.attacks.peers": (*_LP, "l0", "minimum-l2"),
 }
 _GOALS: dict[str, Words] = {
     "advkit.attacks.text": ("says",),
