@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from advkit.core.protocols import Ball, Descends, Goal, Oracle, Rng, WrapsBall
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Ball, Descends, Describes, Goal, Oracle, Rng, WrapsBall
 from advkit.core.rows import finite_rows as finite_rows
 from advkit.core.rows import plainly_finite
 from advkit.threat_models.lp import L1, L2, Linf
@@ -40,6 +41,19 @@ def lp_ball(ball: Any) -> Any:
     while not isinstance(ball, Linf | L2 | L1 | L0) and isinstance(ball, WrapsBall):
         ball = ball.ball
     return ball
+
+
+def only_in(threat: Any, kind: type[Any], attack: str, made_for: str) -> None:
+    """UsageError unless the threat model is of the kind that an attack is made for.
+
+    made_for: how that one is named
+    """
+    if not isinstance(threat, kind):
+        name = threat.describe()["name"] if isinstance(threat, Describes) else type(threat).__name__
+        raise UsageError(
+            f"{attack} works within {made_for} and this threat model is {name}: leave --threat-model out, or name the "
+            "first"
+        )
 
 
 @dataclass

@@ -25,6 +25,7 @@ from advkit.core.protocols import (
     ThroughView,
     Votes,
     WantsData,
+    one_change,
 )
 from advkit.core.registry import Registry
 from advkit.core.speed import Speed
@@ -183,7 +184,8 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     work = with_classes_of(work, victim.model)
     case = _case(request, parts, asked, work, victim, n, device)
     wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
-    case = replace(case, data=case.task.training() if wanted else None)
+    data = case.task.training() if wanted else None
+    case = replace(case, data=None if data is None else replace(data, rule=case.rule))
     companions = tuple(scenario.companions(case)) if request.beside else ()
     trained = DEFENSES.build(victim.defense) if victim.defense else parts.defense
     return Plan(request, case, scenario, victim, trained, companions)
@@ -309,6 +311,7 @@ def _case(
         sample_timeout=request.sample_timeout,
         propagations=request.propagations,
         attack_misclassified=isinstance(parts.rule, Graded)
+        or one_change(parts.threat)
         or (isinstance(parts.threat, Transfer) and parts.threat.attacks_all),
     )
 

@@ -17,6 +17,7 @@ from advkit.core.protocols import Access, Attack, SeeksMinimum, Serves
 from advkit.core.registry.contract import lacking_in
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.testing.image_laws import IMAGE_LAWS, check_image_law, on_images
 from advkit.testing.label_laws import LABEL_LAWS, check_label_law, on_labels
 from advkit.testing.play import (
     BALLS,
@@ -680,6 +681,10 @@ def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None
     if on_labels(attack):
         for name in LABEL_LAWS:
             check_label_law(name, attack)
+        return
+    if on_images(attack):
+        for name in IMAGE_LAWS:
+            check_image_law(name, attack)
         return
     found = subjects(attack, balls)
     if not found:

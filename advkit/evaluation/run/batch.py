@@ -37,12 +37,13 @@ from advkit.core.protocols import (
     Record,
     ThroughView,
     Wraps,
-    whole_batch,
+    one_change,
 )
+from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
 from advkit.evaluation.counts import UNKNOWN, clean_notes
 from advkit.evaluation.run.case import Case, lent
-from advkit.evaluation.run.judge import Judge, Said, Verdict, finite
+from advkit.evaluation.run.judge import Judge, Said, Verdict, finite, rendered, unchanged
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
@@ -296,7 +297,8 @@ class _Attempts:
     def __init__(self, case: Case, batch: Batch, goal: Goal[Tensor], lanes: Lanes, rng: RowRng) -> None:
         n = len(batch.ids)
         self.case, self.batch, self.goal, self.lanes, self.rng = case, batch, goal, lanes, rng
-        self.returned: Tensor = batch.x.clone()
+        self.start = unchanged(batch.x, case.threat)
+        self.returned: Tensor = self.start.clone()
         self.cost = torch.zeros(3, n, dtype=torch.long)  # forwards, backwards, queries
         self.met_non_finite = torch.zeros(n, dtype=torch.bool)
         self.no_gradient = torch.zeros(n, dtype=torch.bool)
@@ -315,7 +317,7 @@ class _Attempts:
 
     def attack(self, rows: Tensor, model: Any) -> None:
         """Attack these rows (long) through `model`; where they raise, find the culprits by halving."""
-        case, x = self.case, self.batch.x
+        case, x = self.case, self.start
         assert case.attack is not None
         where = rows.cpu()
         keys = self.rng.at("draws").keys()[where] if isinstance(model, DrawsByRow) else None
@@ -331,11 +333,12 @@ class _Attempts:
             propagations=case.propagations,
             differentiates=Access(case.attack.needs) >= Access.GRADIENTS,
         )
-        together = whole_batch(case.attack)
+        together = case.together
         seconds = None if case.sample_timeout is None else case.sample_timeout * (len(rows) if together else 1)
         try:
             with limited(seconds):
-                out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
+                asked = asked_in(oracle, self.batch.x[rows], case.threat)
+                out = case.attack(asked, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
             _check_kept(oracle, case)
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
@@ -374,8 +377,13 @@ class _Attempts:
             self.errors.pop(row, None)
             self.raised_by.pop(row, None)
         self.late[rows.cpu()] = False
-        self.returned[rows] = self.batch.x[rows]
+        self.returned[rows] = self.start[rows]
         self.attack(rows, model)
+
+    @property
+    def images(self) -> Tensor:
+        """What was returned, as inputs of the model."""
+        return rendered(self.returned, self.batch.x, self.case.threat)
 
 
 def _check_kept(oracle: MeteredOracle, case: Case) -> None:
@@ -403,7 +411,8 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     wanted, rng = rng.at("goal"), rng.at("attack", *case.label.streams)
     clean = _clean(case, batch, judge, wanted)
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
-    model, fast = attacked_model(case)[0], fast_model(case, batch.x)
+    # Where all rows are to be changed alike, none is attacked apart from the others a second time.
+    model, fast = attacked_model(case)[0], None if one_change(case.threat) else fast_model(case, batch.x)
     exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=batch.x.device)
     for chosen, asked in ((clean.attacked & exact, model), (clean.attacked & ~exact, fast)):
         if len(rows := chosen.nonzero().squeeze(1)):
@@ -416,7 +425,7 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
             verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
     said = _examined(attempts, clean, judge, verdict, rng)
     admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
-    shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.returned)
+    shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.images)
     return Round(_records(attempts, clean, judge, verdict, said), batch.x, shown, attempts.tokens)
 
 
@@ -426,7 +435,7 @@ def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
     judge = _judge(case, lanes, rng)
     clean = _clean(case, batch, judge, rng.at("goal"))
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
-    verdict = judge.judge(batch.x, batch.x, clean.goal, case.threat)
+    verdict = judge.judge(attempts.start, batch.x, clean.goal, case.threat)
     said = _examined(attempts, clean, judge, verdict, rng)
     return Round(_records(attempts, clean, judge, verdict, said))
 
@@ -493,8 +502,8 @@ def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) ->
     open_rows = tried & ~verdict.reached
     unsure = open_rows & (attempts.met_non_finite | attempts.no_gradient)
     if decides_in(case):
-        refuted, margin = _believed(fast, attempts.returned, goal, lanes, open_rows)
-        refuted &= ~_believed(model, attempts.returned, goal, lanes, refuted)[0]
+        refuted, margin = _believed(fast, attempts.images, goal, lanes, open_rows)
+        refuted &= ~_believed(model, attempts.images, goal, lanes, refuted)[0]
         near = verdict.closeness <= case.speed.resolution
         if model is case.victim:
             near |= verdict.margin <= 4 * (margin - verdict.margin).abs()

@@ -28,6 +28,8 @@ from advkit.core.protocols import (
     Surrogates,
     Task,
     ThreatModel,
+    one_change,
+    whole_batch,
 )
 from advkit.core.speed import Speed
 
@@ -109,6 +111,11 @@ class Case:
         A language model has two answers here, and the wrong one is what the attacker wants: there is no third.
         """
         return self.rule.kind != "untargeted" and not isinstance(self.rule, (Judged, AboutSamples))
+
+    @property
+    def together(self) -> bool:
+        """Whether all samples have to come in one batch: what becomes of one depends on the others."""
+        return whole_batch(self.attack) or one_change(self.threat)
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.

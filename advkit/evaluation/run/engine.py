@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of, whole_batch
+from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of
 from advkit.evaluation.run.batch import (
     Round,
     Unit,
@@ -83,7 +83,7 @@ class LocalEngine:
         first = next(batches, None)
         if first is None:
             return
-        together = whole_batch(cell.attack)
+        together = cell.together
         if together:
             batches = cell.task.batches(cell.n, skip=Without({}, cell, only), n=cell.n)
             first = next(batches)
@@ -180,8 +180,8 @@ def within_memory(case: Case, rounds: Callable[[Case], Iterator[Round]]) -> Iter
             yield from rounds(case)
             return
         except torch.OutOfMemoryError as error:
-            if case.batch_size == 1 or whole_batch(case.attack):
-                rows = "all rows at once" if whole_batch(case.attack) else "one row at a time"
+            if case.batch_size == 1 or case.together:
+                rows = "all rows at once" if case.together else "one row at a time"
                 raise RunInterrupted(
                     f"out of memory with {rows}; what is recorded is kept: take a smaller model or attack, or another "
                     "--device"

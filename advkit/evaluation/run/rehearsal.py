@@ -13,10 +13,11 @@ from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted,
 from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
 from advkit.core.protocols import AboutSamples, Access, Averages, Batch, Model, Refuses, answer_shape
+from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
-from advkit.evaluation.run.judge import Judge
+from advkit.evaluation.run.judge import Judge, unchanged
 from advkit.evaluation.run.scenario import Scenario
 from advkit.models.torch import check_mode, checked_logits
 
@@ -197,10 +198,12 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
         model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data,
         propagations=case.propagations, differentiates=Access(case.attack.needs) >= Access.GRADIENTS,
     )  # fmt: skip
+    start = unchanged(batch.x[row], case.threat)
     with suppress(_SecondQuestion):
         try:
             with limited(case.sample_timeout):
-                case.attack(oracle, batch.x[row], goal.take(row), lent(case.threat), rng.take(row))
+                asked = asked_in(oracle, batch.x[row], case.threat)
+                case.attack(asked, start, goal.take(row), lent(case.threat), rng.take(row))
         except BudgetExhausted:
             if model.left:
                 raise

@@ -94,6 +94,7 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
         (words.success, "attack_success_rate"),
     ]
     sentence = f"{words.robust.capitalize()} is {{robust_accuracy}}: {how}."
+    table += [("fooling rate", "fooling_rate")] if "fooling_rate" in metrics else []
     table += [
         (f"recall@{k}, {way.replace('_', ' ')}{', clean' * bool(prefix)}", name)
         for way in ("image_to_text", "text_to_image")
