@@ -212,7 +212,7 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
         except (Exception, SystemExit):
             log.debug("the rehearsal of %s raised", case.label, exc_info=True)
             return
-        if model.left and Access(case.attack.needs) > Access.NOTHING and oracle.left is not None:
+        if model.left and Access(case.attack.needs) > Access.NOTHING and oracle.left == 0:
             raise UsageError(_too_little(case))
 
 
