@@ -17,6 +17,7 @@ from advkit.core.protocols import Access, Attack, SeeksMinimum, Serves
 from advkit.core.registry.contract import lacking_in
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.testing.image_laws import IMAGE_LAWS, check_image_law, on_images
 from advkit.testing.label_laws import LABEL_LAWS, check_label_law, on_labels
 from advkit.testing.play import (
     BALLS,
@@ -516,8 +517,13 @@ def every_goal_accepted(subject: Subject) -> None:
 
 
 def keeps_the_query_budget(subject: Subject) -> None:
-    """Where the threat model counts answers, the attack ends when they do, and uses what there is."""
+    """Where answers or passes are counted, the attack ends when they do, and uses what there is."""
     model, x, goal, ball = _on_network(subject)
+    for budget in (2, 7, 20):
+        played = play(subject.attack, model, x, goal, ball, propagations=budget)
+        spent = int((played.meter.forwards + played.meter.backwards).max())
+        require(0 < spent <= budget, f"{spent} propagations were spent on a row, of a budget of {budget}")
+        require(bool(ball.admits(played.z, x).all()), "rows came back outside the ball")
     for budget in (1, 7):
         played = play(subject.attack, model, x, goal, ball, queries=budget)
         require(int(played.meter.queries.max()) <= budget, f"more than {budget} answers were asked of a row")
@@ -675,6 +681,10 @@ def check_attack(attack: Any, balls: dict[str, BallMaker] | None = None) -> None
     if on_labels(attack):
         for name in LABEL_LAWS:
             check_label_law(name, attack)
+        return
+    if on_images(attack):
+        for name in IMAGE_LAWS:
+            check_image_law(name, attack)
         return
     found = subjects(attack, balls)
     if not found:

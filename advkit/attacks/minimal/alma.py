@@ -31,8 +31,8 @@ class ALMA(MinimalAttack):
     row follow the penalty P2.
 
     steps:       gradient steps, >= 1
-    first:       length of the first step, > 0, as a share of the distance to the linearised boundary; None is 0.2 in L1 and
-                 0.5 in L2
+    first:       length of the first step, > 0, as a share of the distance to the linearised boundary; None is 0.2 in
+                 L1 and 0.5 in L2
     last:        what the step size falls to, exponentially, after a row's first success, > 0
     alpha:       of the moving averages: multiplier, squared gradients, momentum; in (0, 1)
     check_every: steps after which the penalty grows where the goal was never reached and the margin is above `tau` of
