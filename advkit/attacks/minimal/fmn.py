@@ -37,7 +37,8 @@ class FMN(MinimalAttack):
 
     Unlike the published code, features at the edge of the box take no part in the length of a step that would lead
     outside (on black ground they are half of a gradient, and rows are lost); before its first success a row steps onto
-    the linearised boundary within the box, as DeepFool does (in L0 only in the second half of the steps).
+    the linearised boundary within the box, as DeepFool does, in ten steps (in L0 in the second half of all), and then
+    goes down the goal's own loss. In L0 the positions are bisected at the end.
     """
 
     name: ClassVar[str] = "fmn"
@@ -82,8 +83,8 @@ class FMN(MinimalAttack):
                 search.ask(z)
                 return
             # Where several boundaries meet, the margin's gradient zigzags: rows that it takes nowhere descend the loss.
-            lost = ~ever if step >= ONTO else torch.zeros_like(ever)
-            look = search.look(z, Either(search.goal, aim, lost) if step >= ONTO else aim)
+            led = norm != "l0" and step >= ONTO
+            look = search.look(z, Either(search.goal, aim, ~ever) if led else aim)
             radius = self._radius(search, look, radius, ever, self.gamma * (0.02 + 0.98 * wave))
             value, gradient, ever = look.loss, look.gradient, ever | look.reached
 
