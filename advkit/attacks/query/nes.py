@@ -57,7 +57,7 @@ class NES(AsksQueries):
     samples: int = 50
     sigma: float = 0.001
     step_size: float = 0.25
-    momentum: float = 0.5
+    momentum: float = 0.9
     loss: str = "margin"
 
     def __post_init__(self) -> None:
@@ -83,7 +83,6 @@ class NES(AsksQueries):
             state.lowest = torch.minimum(state.lowest, step.loss)
             tired = state.since >= PATIENCE
             state.size, state.since = torch.where(tired, state.size / 2, state.size), state.since * ~tired
-            weight = self.momentum if step.number else 0.0
-            state.gradient = weight * state.gradient + (1 - weight) * step.gradient
+            state.gradient = self.momentum * state.gradient + (1 - self.momentum) * step.gradient
             search.z = descended(ball, step.z, state.gradient, step.x, per_row(state.size, step.z))
         return search.best

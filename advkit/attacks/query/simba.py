@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,8 +61,8 @@ class SimBA(AsksQueries):
     Works in Linf and L2 balls. Raises UsageError for values out of range and for other balls.
 
     The paper works in L2 and lowers a probability; where the model is sure its differences vanish in float32, so that
-    the margin is the default here. A step beyond the ball goes to the nearest point of ball and box. A single feature
-    that already lies at a wall is not asked to go further.
+    the margin is the default here. A step beyond the ball is led back into it: in Linf to the nearest point, in L2 straight
+    towards the clean input. A single feature that already lies at a wall is not asked to go further.
     """
 
     needs: ClassVar[Access] = Access.SCORES
@@ -102,7 +102,7 @@ class SimBA(AsksQueries):
             directions = state.directions()
             if self.basis == "pixel":
                 directions = _open(state)
-            candidate = ball.project(state.z + step(directions, state.up), search.x)
+            candidate = self._inside(state.z + step(directions, state.up), search.x, ball, inner)
             wins, rows = search.trial(candidate)
             if rows is not None:
                 state, candidate = state.take(rows), candidate[rows]
@@ -111,6 +111,19 @@ class SimBA(AsksQueries):
             state.turned(~won)
             state.place, state.up = state.place + won, state.up | won
         return search.best
+
+
+    @staticmethod
+    def _inside(z: Tensor, x: Tensor, ball: Ball[Tensor], inner: Any) -> Tensor:
+        """In Linf the nearest point of ball and box; in L2 into the box, then straight towards the clean row."""
+        if isinstance(inner, Linf):
+            return ball.project(z, x)
+        low, high = inner.box.bounds_like(x)
+        move = torch.clamp(z, low, high) - x
+        length: Tensor = torch.linalg.vector_norm(move.flatten(1), dim=1)
+        # A hair inside the ball, so that no round-off leads out of it.
+        size = inner.eps * (1 - 1e-6) / length.clamp_min(torch.finfo(x.dtype).tiny)
+        return x + move * per_row(size.clamp_max(1.0), move)
 
 
 def _open(state: _State) -> Tensor:
