@@ -42,27 +42,28 @@ class _Population(PerRow):
 class OnePixel(AsksQueries):
     """One-pixel attack: differential evolution of the positions to change and of their values, eps positions at most.
 
-    A candidate holds a place and a value per channel for each of the ball's eps positions. A child is r1 + 0.5 (r2 - r3)
-    of three others of its row's population and takes its parent's place where it is better. A generation is asked about
-    at once; a row leaves after the one that reached its goal, where the oracle's answers are the verdict's. A population
-    whose losses hardly differ any more is drawn anew.
+    A candidate holds a place and a value per channel for each of the ball's eps positions. A child is r1 + 0.5 (r2 -
+    r3) of three others of its row's population and takes its parent's place where it is better. A generation is asked
+    about at once; a row leaves after the one that reached its goal, where the oracle's answers are the verdict's. A
+    population whose losses hardly differ any more is drawn anew.
 
     queries:    answers asked of each row, >= 1; the threat model's budget, where it has one, cuts them short
     population: candidates of each row, >= 4
     scale:      what the difference of two candidates is multiplied by, > 0
     loss:       surrogate loss: "ce", "margin" or "dlr", where the goal has them
 
-    Works in L0 balls: `l0:eps=K`; positions are pixels or features as the ball counts them (`per`). Raises UsageError for
-    values out of range and for other balls.
+    Works in L0 balls: `l0:eps=K`; positions are pixels or features as the ball counts them (`per`). Raises UsageError
+    for values out of range and for other balls.
 
     The paper has 400 candidates for 100 generations (population=400,queries=40400), and a probability in place of the
     margin. Places that leave the image come in again at its other side, and values that leave the box stay at its edge,
-    of which the paper says nothing; nor does it draw anew. A position that a candidate names twice takes the first of its values.
+    of which the paper says nothing; nor does it draw anew. A position that a candidate names twice takes the first of
+    its values.
     """
 
     needs: ClassVar[Access] = Access.SCORES
     queries: int = 5000
-    population: int = 20
+    population: int = 10
     scale: float = 0.5
     loss: str = "margin"
 
@@ -157,7 +158,9 @@ def _compete(population: _Population, children: Tensor, loss: Tensor, reached: T
     population.reached[:, :number] |= reached
 
 
-def _asked(active: ActiveRows, painter: _Painter, genes: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _asked(
+    active: ActiveRows, painter: _Painter, genes: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Losses and successes [n, m] of candidates [n, m, K, 2 + C], and each row's best one with its answer and loss."""
     n, m = genes.shape[:2]
     rows = max(1, CHUNK // max(1, m * active.x[0].numel()))

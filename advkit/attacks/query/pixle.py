@@ -34,20 +34,21 @@ class Pixle(AsksQueries, SearchesPart):
     """Pixle: copies a random patch of the clean image to random pixels, and keeps that where it lowers the loss.
 
     Every try copies the pixels of a small rectangle, one by one, to positions drawn anywhere in the image. The best of
-    `tries` is what the next ones start from. No value is new: each comes from the same image. A row leaves once its goal
-    is reached, where the oracle's answers are the verdict's.
+    `tries` is what the next ones start from. No value is new: each comes from the same image. A row leaves once its
+    goal is reached, where the oracle's answers are the verdict's.
 
     queries: answers asked of each row, the clean one included, >= 1; the threat model's budget cuts them short
     patch:   largest height and width of a rectangle in pixels, >= 1; no rectangle has more than eps pixels
     tries:   rearrangements of one point, >= 1
     loss:    surrogate loss: "ce", "margin" or "dlr", where the goal has them
 
-    Works in L0 balls: `l0:eps=K`; what is moved are pixels or features as the ball counts them (`per`). Raises UsageError
-    for values out of range and for other balls.
+    Works in L0 balls: `l0:eps=K`; what is moved are pixels or features as the ball counts them (`per`). Raises
+    UsageError for values out of range and for other balls.
 
     The paper bounds no distance: here a point with more than eps changed positions gives back the smallest changes, and
-    in every other try the older ones before the new. Rectangles have one pixel or more, where the paper has sides of 2 to 10. Of the
-    paper's maps from pixels to positions this is the random one. A position that is drawn twice takes the first.
+    in every other try the older ones before the new. Rectangles have one pixel or more, where the paper has sides of 2
+    to 10. Of the paper's maps from pixels to positions this is the random one. A position that is drawn twice takes
+    the first.
     """
 
     needs: ClassVar[Access] = Access.SCORES
@@ -55,7 +56,7 @@ class Pixle(AsksQueries, SearchesPart):
     part: ClassVar[str] = "values that the clean sample has elsewhere"
     queries: int = 5000
     patch: int = 10
-    tries: int = 1
+    tries: int = 10
     loss: str = "margin"
 
     def __post_init__(self) -> None:
@@ -79,7 +80,9 @@ class Pixle(AsksQueries, SearchesPart):
                 state.draws = search.rng.at("block", block).uniform(state.draws)
             if number % self.tries == 0:
                 state.base = state.best
-            candidate = self._rearranged(positions, search.x, state.base, state.draws[:, place], int(inner.eps), number % 2 == 0)
+            candidate = self._rearranged(
+                positions, search.x, state.base, state.draws[:, place], int(inner.eps), number % 2 == 0
+            )
             wins, rows = search.trial(candidate)
             if rows is not None:
                 state, candidate = state.take(rows), candidate[rows]

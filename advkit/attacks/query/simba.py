@@ -17,6 +17,9 @@ from advkit.core.protocols import Access, AsksQueries, Ball, Rng
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L2, Linf
 
+USUAL = {("pixel", True): 2.0, ("dct", True): 0.5, ("pixel", False): 0.2, ("dct", False): 0.2}
+"""Lengths of a step in units of eps, by basis, and whether the ball is Linf."""
+
 
 @dataclass
 class _State(PerRow):
@@ -54,15 +57,15 @@ class SimBA(AsksQueries):
     basis:       "pixel", single features, or "dct", cosines of an image's channels, low frequencies first
     frequencies: share of the frequencies along height and width that come first, in random order, in (0, 1]; then the
                  next ones, in shells of this width ("dct")
-    step_size:   length of a step in units of eps, > 0; by default 2 in Linf, from one wall of the ball to the other, and
-                 0.2 in L2
+    step_size:   length of a step in units of eps, > 0; by default in Linf 2 for features, from one wall of the ball to
+                 the other, and 0.5 for cosines, and in L2 0.2
     loss:        surrogate loss: "ce", "margin" or "dlr", where the goal has them
 
     Works in Linf and L2 balls. Raises UsageError for values out of range and for other balls.
 
     The paper works in L2 and lowers a probability; where the model is sure its differences vanish in float32, so that
-    the margin is the default here. A step beyond the ball is led back into it: in Linf to the nearest point, in L2 straight
-    towards the clean input. A single feature that already lies at a wall is not asked to go further.
+    the margin is the default here. A step beyond the ball is led back into it: in Linf to the nearest point, in L2
+    straight towards the clean input. A single feature that already lies at a wall is not asked to go further.
     """
 
     needs: ClassVar[Access] = Access.SCORES
@@ -85,7 +88,7 @@ class SimBA(AsksQueries):
         if not x.numel() or not search.affords():
             return x.clone()
         layout, bounded = Layout.of(x), isinstance(inner, Linf)
-        usual = 2.0 if bounded else 0.2
+        usual = USUAL[self.basis, bounded]
         length = (usual if self.step_size is None else self.step_size) * inner.eps
         step = _Steps(layout, self.basis, length, bounded, x)
         if bounded:
@@ -111,7 +114,6 @@ class SimBA(AsksQueries):
             state.turned(~won)
             state.place, state.up = state.place + won, state.up | won
         return search.best
-
 
     @staticmethod
     def _inside(z: Tensor, x: Tensor, ball: Ball[Tensor], inner: Any) -> Tensor:

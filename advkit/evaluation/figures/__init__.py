@@ -4,7 +4,7 @@
 |---|---|---|
 | `per_class` | robust accuracy of each class inside its clean accuracy | with one class, or more than 100 |
 | `success_by_distance` | fraction of attacked samples broken within a distance | where there is a radius, or no norm |
-| `success_by_queries` | success rate and robust accuracy against the queries allowed, with intervals | where gradients were taken |
+| `success_by_queries` | success rate and robust accuracy against queries | where gradients were taken |
 | `transfer_grid` | accuracy for each source and attack | with fewer than two attacks that name a source |
 | `certified_curve` | certified accuracy against the radius, an attack's beside it | without certificates |
 | `accuracy_by_trial` | accuracy after training on clean and on flipped labels, trial by trial | without records |

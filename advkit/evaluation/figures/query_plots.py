@@ -53,7 +53,9 @@ def success_by_queries(
             drawn as a dashed line
     """
     if not curves or any(not 0 < curve.attacked >= len(curve.queries) for curve in curves.values()):
-        raise UsageError("success_by_queries: expected curves of at least one sample, and no more successes than samples")
+        raise UsageError(
+            "success_by_queries: expected curves of at least one sample, and no more successes than samples"
+        )
     figure, axes = new_axes(6.0, 3.8)
     most = max(curve.most for curve in curves.values())
     for (name, curve), (color, _) in zip(curves.items(), SERIES * len(curves), strict=False):

@@ -95,9 +95,8 @@ def _lacks_queries(case: Case) -> str | None:
     least, own, granted = attack.least_queries, getattr(attack, "queries", None), case.threat.queries
     if granted is not None and granted < least:
         return (
-            f"one step of the attack {case.label} takes {least} queries of a sample; the threat model grants {granted}: "
-            f"raise its queries to {least} or more, or choose settings or an attack that take fewer (advkit list attacks "
-            f"--access {Access(attack.needs).name.lower()})"
+            f"one step of the attack {case.label} takes {least} queries of a sample; the threat model grants "
+            f"{granted}: raise its queries to {least} or more, or choose settings or an attack that take fewer"
         )
     if isinstance(own, int) and own < least:
         return f"one step of the attack {case.label} takes {least} queries of a sample; it has queries={own}"
