@@ -22,7 +22,7 @@ BLOCK = 64
 
 @dataclass
 class _State(PerRow):
-    """Per row: the point that patches are put on, the best point [n, ...], and a block's random numbers [n, BLOCK, m]."""
+    """Per row: the point that patches are put on, the best point [n, ...], a block's random numbers [n, BLOCK, m]."""
 
     base: Tensor
     best: Tensor

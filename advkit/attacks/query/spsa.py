@@ -46,7 +46,7 @@ class SPSA(AsksQueries):
     Works in Linf and L2 balls; in L2 a step of Adam is divided by the root of the number of features. Raises UsageError
     for values out of range and for other balls.
 
-    The paper works in Linf, with up to 16,384 queries for one estimate and a rate of 0.01 where eps is 8/255. Points
+    The paper works in Linf, with thousands of queries for one estimate and a rate of 0.01 where eps is 8/255. Points
     are clamped to the box, so that every query is a legal input; a feature at its bound counts half.
     """
 
