@@ -137,7 +137,9 @@ def test_points_stay_legal_and_a_feature_at_a_bound_counts_half():
 
     z = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64).repeat(rows, 1)
     rng = RowRng.from_ids(0, names(rows))
-    found = pair_gradient(value, z, rng, pairs=2, mu=0.01, low=0.0, high=1.0).gradient
+    found = pair_gradient(
+        value, z, rng, pairs=2, mu=0.01, low=torch.zeros(3).double(), high=torch.ones(3).double()
+    ).gradient
     assert all(((points >= 0) & (points <= 1)).all() for points in asked)
     expected = slope * torch.tensor([0.5, 1.0, 0.5], dtype=torch.float64)
     assert ((found.mean(0) - expected).abs() <= 4 * found.std(0) / math.sqrt(rows)).all()
@@ -280,7 +282,7 @@ def test_one_pixel_breaks_a_linear_victim_where_exhaustive_search_over_levels_do
     bias[0] -= exhaustively(victim, x, goal, changes).median()
     victim = Linear(victim.weight, bias)
     best = exhaustively(victim, x, goal, changes)
-    played = play(OnePixel(queries=4000), victim, x, goal, L0(eps=changes))
+    played = play(OnePixel(queries=4000 * changes**2, population=10 * changes), victim, x, goal, L0(eps=changes))
     # Its lowest margins lie at the ends of the box: those are the two levels.
     assert 10 < (best < 0).sum() < 30
     assert not (played.reached & (best > 1e-6)).any()

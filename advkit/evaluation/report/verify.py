@@ -371,8 +371,8 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
     for name, found in values.items():
         truths = all(isinstance(value, bool) for value in found)
         figures[name] = (sum(map(bool, found)), len(found)) if truths else float(np.mean(found))
-    if found := queries_to_break(records):
-        figures[QUERIES_TO_BREAK] = float(np.median(found))
+    if took := queries_to_break(records):
+        figures[QUERIES_TO_BREAK] = float(np.median(took))
     for name, block in measured(records).items():
         figures |= {f"{name}_{kind}": block[kind] for kind in ("mean", "median")}
     return figures
