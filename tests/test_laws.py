@@ -64,8 +64,9 @@ LONG_IN = {
     ("nes", "l2"),
     ("nes", "l1"),
     ("spsa", "l2"),
+    ("simba", "l2"),
+    ("one_pixel", "l0"),
 }
-LONG_IN |= {("simba", "l2")}
 PAIRS = [
     pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] if pair[0] in LONG or pair in LONG_IN else [])
     for pair in SUBJECTS

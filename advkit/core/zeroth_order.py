@@ -77,9 +77,8 @@ def pair_gradient(
     mu:         length of a step in every coordinate, > 0
     directions: "normal", standard normal numbers (NES); "signs", -1 and 1 (SPSA)
     low, high:  bounds that broadcast against rows; points are clamped between them, so that a function of legal inputs
-    is asked about nothing else. In a
-                coordinate that lies at a bound the estimate is half as long: what clamping leaves of the difference is
-                mu |u|, where it is 2 mu |u| inside
+                is asked about nothing else. In a coordinate that lies at a bound the estimate is half as long: what
+                clamping leaves of the difference is mu |u|, where it is 2 mu |u| inside
     chunk:      most points in one call of the function, >= 1
 
     Costs 2 q queries per row. Unbiased for the gradient of a linear function; for another function for that of its mean
