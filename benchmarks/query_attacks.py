@@ -85,7 +85,7 @@ def scored(model: str, first: int, *, linf: float, l2: float, l1: float, l0: int
         (
             "square",
             "linf",
-            ("torchattacks:Square,settings=[n_queries=1000]", "art:SquareAttack,settings=[max_iter=999]"),
+            ("torchattacks:Square,settings=[n_queries=1000]", "art:SquareAttack,settings=[max_iter=499]"),
         ),
         ("square", "l2", ("torchattacks:Square,settings=[n_queries=1000]",)),
         ("square", "l1", ()),
