@@ -82,7 +82,7 @@ _NORMS: dict[str, Words] = {
     "advkit.attacks.suites": _LP,
     "advkit.attacks.stream": (*_LP, "l0"),
     "advkit.attacks.events.spiking": (*_LP, "l0"),
-    "advkit.attacks.peers": (*_LP, "l0"),
+    "advkit.attacks.peers": (*_LP, "l0", "minimum-l2"),
 }
 _GOALS: dict[str, Words] = {
     "advkit.attacks.text": ("says",),
@@ -118,7 +118,8 @@ def inputs_of_threat(spec: str) -> Words:
 
 def _attack(target: str) -> Facts:
     made_for = _text(_declared(target, "default_threat_model"))
-    norms = (parse_spec(made_for).name,) if made_for not in ("", VARIES) else _longest(_NORMS, target) or ()
+    made = (parse_spec(made_for).name,) if made_for not in ("", VARIES) else ()
+    norms = _words(_declared(target, "norms")) or made or _longest(_NORMS, target) or ()
     goals = _words(_declared(target, "serves")) or _longest(_GOALS, target) or ANY
     inputs = tuple(dict.fromkeys(each for norm in norms for each in inputs_of_threat(norm)))
     return {

@@ -730,6 +730,10 @@ class Oracle(Protocol[X, Y]):
         """Loss [B], gradient of each row's loss w.r.t. that row, answer: one forward and one backward."""
         ...
 
+    def gradients(self, x: X, goals: Sequence[Goal[Y]]) -> tuple[Tensor, X, Y]:
+        """Losses [K, B] of several goals, their gradients [K, B, ...], answer: one forward and K backwards."""
+        ...
+
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
         """Keep what a step of the attack wants to tell of a row of this oracle; it ends in the record's `trace`."""
         ...

@@ -76,7 +76,6 @@ def refusal(registry: Registry[Any], spec: Any) -> str:
         ("UniversalPerturbation", "art:UniversalPerturbation"),
         ("L2BrendelBethgeAttack", "foolbox:L2BrendelBethgeAttack"),
         ("ElasticNet", "foolbox:EADAttack"),
-        ("DDN", "foolbox:DDNAttack"),
         ("TPGD", "torchattacks:TPGD"),
     ],
 )

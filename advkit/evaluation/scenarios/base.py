@@ -92,12 +92,14 @@ def _lacks_queries(case: Case) -> str | None:
     attack: Any = case.attack
     if not isinstance(attack, AsksQueries):
         return None
-    least, own, granted = attack.least_queries, getattr(attack, "queries", None), case.threat.queries
-    if granted is not None and granted < least:
-        return (
-            f"one step of the attack {case.label} takes {least} queries of a sample; the threat model grants "
-            f"{granted}: raise its queries to {least} or more, or choose settings or an attack that take fewer"
-        )
+    least, own = attack.least_queries, getattr(attack, "queries", None)
+    for granted, what in ((case.threat.queries, "queries"), (case.propagations, "propagations")):
+        if granted is not None and granted < least:
+            who = "the threat model grants" if what == "queries" else "the budget is"
+            return (
+                f"one step of the attack {case.label} takes {least} {what} of a sample; {who} {granted}: raise {what} "
+                f"to {least} or more, or choose settings or an attack that take fewer"
+            )
     if isinstance(own, int) and own < least:
         return f"one step of the attack {case.label} takes {least} queries of a sample; it has queries={own}"
     return None
@@ -197,7 +199,8 @@ def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
     names += ["success_by_queries"] if stops_at_success(case) else []
-    return [{"name": name} for name in [*names, "success_by_distance", "searches", "transcripts"]]
+    names += ["success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
+    return [{"name": name} for name in names]
 
 
 def settings_of(case: Case) -> dict[Any, dict[str, Any]]:
