@@ -8,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from advkit.core.errors import UsageError
 from advkit.core.protocols import Ball, Descends, Goal, Oracle, Rng, WrapsBall
 from advkit.core.rows import finite_rows as finite_rows
-from advkit.threat_models.lp import L1, L2, Linf
+from advkit.threat_models.lp import L1, L2, Linf, NormBall
 from advkit.threat_models.sparse import L0
 
 TensorOracle = Oracle[Tensor, Tensor]
@@ -39,6 +40,28 @@ def lp_ball(ball: Any) -> Any:
     while not isinstance(ball, Linf | L2 | L1 | L0) and isinstance(ball, WrapsBall):
         ball = ball.ball
     return ball
+
+
+def ball_among(attack: object, ball: Any, *kinds: type[NormBall], instead: str = "") -> Any:
+    """The ball inside a threat model, for attacks that are published in some norms alone.
+
+    attack:  an object or its name, for the message
+    kinds:   the balls that it works in
+    instead: an attack that serves the others, with the same access
+
+    Raises UsageError for a ball of another kind.
+    """
+    inner = lp_ball(ball)
+    if not isinstance(inner, kinds):
+        name = attack if isinstance(attack, str) else type(attack).__name__
+        named = [kind.__name__ for kind in kinds]
+        words = " and ".join(part for part in (", ".join(named[:-1]), named[-1]) if part)
+        hint = f" (for other norms use {instead})" if instead else ""
+        raise UsageError(
+            f"{name} was asked for {type(inner).__name__}; it works in {words} balls{hint}: the norm belongs to the "
+            f"threat model, such as {named[0].lower()}:eps=..."
+        )
+    return inner
 
 
 @dataclass

@@ -132,6 +132,10 @@ class Rng(Protocol):
         """A torch generator for what is not per row (shuffling, initial weights)."""
         ...
 
+    def keys(self) -> Tensor:
+        """A 64-bit number per row, int64 [B] on the CPU, for generators that fill whole blocks (`core.noise`)."""
+        ...
+
 
 @runtime_checkable
 class Model(Protocol[X_contra, Y_co]):
@@ -1136,6 +1140,26 @@ class Serves(Protocol):
     @abstractmethod
     def serves(self) -> Sequence[str]:
         """Names of goals."""
+
+
+@runtime_checkable
+class AsksQueries(Protocol):
+    """An attack whose single step takes several answers: a smaller budget is refused before the run."""
+
+    @property
+    @abstractmethod
+    def least_queries(self) -> int:
+        """Answers that it takes to make a step and to see where that led, >= 1."""
+
+
+@runtime_checkable
+class SearchesPart(Protocol):
+    """An attack that searches a part of the threat model's points only: what lies elsewhere it cannot find."""
+
+    @property
+    @abstractmethod
+    def part(self) -> str:
+        """Which, in words: "values that the clean sample has elsewhere"."""
 
 
 @runtime_checkable

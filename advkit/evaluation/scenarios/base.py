@@ -65,15 +65,32 @@ def wording_of(case: Case) -> Wording:
 
 
 def lacks_access(case: Case) -> str | None:
-    """Why the threat model does not grant what the attack needs, or None."""
+    """Why the threat model does not grant what the attack needs, access or queries for a step, or None."""
     assert case.attack is not None
     needs, granted = Access(case.attack.needs), Access(case.threat.access)
     if needs <= granted:
-        return None
+        return _lacks_queries(case)
     return (
         f"the attack {case.label} needs {needs.name.lower()}; the threat model grants {granted.name.lower()}: "
         "choose an attack that asks for less, or grant more with access=..."
     )
+
+
+def _lacks_queries(case: Case) -> str | None:
+    """Why there are fewer queries than one step of the attack takes, or None."""
+    attack: Any = case.attack
+    if not isinstance(attack, AsksQueries):
+        return None
+    least, own, granted = attack.least_queries, getattr(attack, "queries", None), case.threat.queries
+    if granted is not None and granted < least:
+        return (
+            f"one step of the attack {case.label} takes {least} queries of a sample; the threat model grants {granted}: "
+            f"raise its queries to {least} or more, or choose settings or an attack that take fewer (advkit list attacks "
+            f"--access {Access(attack.needs).name.lower()})"
+        )
+    if isinstance(own, int) and own < least:
+        return f"one step of the attack {case.label} takes {least} queries of a sample; it has queries={own}"
+    return None
 
 
 def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
