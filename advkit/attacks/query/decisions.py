@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from advkit.attacks.base import finite_rows, kept, per_row
+from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import MinimalAttack, NearestSearch
-from advkit.core.checks import at_least_one
+from advkit.core.checks import at_least_one, not_negative
 from advkit.core.errors import UsageError
 from advkit.core.noise import normal_block
 from advkit.core.protocols import Access, AsksQueries, Rng, WantsData
@@ -25,6 +25,8 @@ NOISES, SAMPLES, GROWTH = 10, 50, 20
 POOL = 1000
 """Samples of the attacker's data that are drawn for each row; the nearest of them are asked about first."""
 HALVINGS = 40
+COARSE = 0.02
+"""How near to the boundary points come that are only compared, as a share of their distance."""
 BLOCK = 64
 _NUMBERS = 1 << 18
 """Most numbers of a row that are drawn at a time."""
@@ -107,6 +109,15 @@ class Decisions:
             self._wins = self._wins[rows]
         return rows
 
+    def going(self, *state: Tensor) -> tuple[Tensor, ...]:
+        """Let rows leave, and the state [n, ...] of those that stay."""
+        rows = self.leave()
+        return state if rows is None else kept(rows, *state)
+
+    def any_left(self) -> bool:
+        """Whether a row has queries left."""
+        return bool((self.left > 0).any())
+
     def bisect(self, points: Points, low: Tensor, high: Tensor, want: Tensor, tolerance: float) -> Tensor:
         """The least length known to reach the goal [n], by halving.
 
@@ -125,16 +136,24 @@ class Decisions:
         return high
 
     def nearest_on(
-        self, points: Points, guess: Tensor, most: Tensor, want: Tensor, tolerance: float, reach: float = 0.01
+        self,
+        points: Points,
+        guess: Tensor,
+        most: Tensor,
+        want: Tensor,
+        tolerance: float,
+        reach: float = 0.01,
+        known: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The least length known to reach the goal near a guess [n], and whether there is one.
 
         most:  the longest length to try [n]
         reach: first step away from the guess, as a share of it; every next one is three times as long
+        known: the longest is known to reach the goal
         """
-        length, reached = torch.minimum(guess, most), torch.zeros_like(want)
+        length, reached = torch.minimum(guess, most), want & known
         low, high = torch.zeros_like(guess), most.clone()
-        open_ = want & (length > 0)
+        open_ = want & (length > 0) & ((length < most) | (not known))
         down = open_
         for number in range(HALVINGS):
             if not bool((open_ & (self.left > 0)).any()):
@@ -147,6 +166,8 @@ class Decisions:
             down = hit if number == 0 else down
             # Going down ends at the first length that fails, going up at the first that holds.
             open_ = open_ & (hit == down) & (self.left > 0) & (hit | (length < most))
+            if known:  # the end need not be asked about
+                open_ = open_ & (hit | (length * (1 + min(0.5, reach * 3.0**number)) < most))
             share = min(0.5, reach * 3.0**number)
             length = torch.where(open_, torch.where(down, length * (1 - share), (length * (1 + share))), length)
             length = torch.minimum(length, most)
@@ -168,22 +189,29 @@ class Decisions:
 
         return clipped
 
-    def to_boundary(self, z: Tensor, want: Tensor, norm: str, tolerance: float, low: float = 0.0) -> Tensor:
+    def to_boundary(
+        self, z: Tensor, want: Tensor, norm: str, tolerance: float, guess: Tensor | float | None = None
+    ) -> Tensor:
         """Points z that reach the goal, moved to the boundary on their way back; others stay.
 
-        low: a length that does not reach the goal, so that the search starts there
+        guess: where the boundary may be on the way, [n] or a number, below 1; None halves the whole way
         """
-        way = self.towards(z, norm)
-        lengths = torch.full_like(self.search.away, low), torch.ones_like(self.search.away)
-        length = self.bisect(way, *lengths, want, tolerance)
+        way, most = self.towards(z, norm), torch.ones_like(self.search.away)
+        if guess is None:
+            length = self.bisect(way, torch.zeros_like(most), most.clone(), want, tolerance)
+        else:
+            length = self.nearest_on(way, most * guess, most, want, tolerance, known=True)[0]
         rows = torch.arange(len(z), device=z.device)
         return torch.where(per_row(want & (length < 1), z), self.legal(way(length, rows)), z)
 
-    def start(self, norm: str, tolerance: float) -> Tensor | None:
+    def start(self, norm: str, tolerance: float, directions: int) -> Tensor | None:
         """Ask about the clean rows, find each a point that reaches the goal, and move that to the boundary.
 
         Rows that reach the goal untouched leave, and rows for which nothing was found, with a note in their records:
         all where the oracle decides. Returns the points [n, ...]; None where no row is left.
+
+        directions: random ones that are tried beside, each by a question at the distance so far: a boundary around a
+                    row has several nearest points
 
         Tried are uniform noise over the box (normal noise in an unbounded one), the attacker's samples whose labels
         reach the goal, nearest first, and noise that grows from a hundredth of the box.
@@ -201,7 +229,34 @@ class Decisions:
             search.oracle.note(row, {"start": "none found", "queries": self.queries - int(self.left[row])})
         if (rows := self._kept(search.leave(lost))) is not None:
             z = z[rows]
-        return self.to_boundary(z, self.found, norm, tolerance) if len(self) else None
+        if not len(self):
+            return None
+        z = self.to_boundary(z, self.found, norm, COARSE if directions else tolerance)
+        for number in range(directions):
+            noise = search.rng.at("start", "direction", number).normal(z)
+            way = noise.sign() if norm == "linf" else unit(noise)
+            z, _ = self.compared(z, way, norm, self.found, COARSE)
+        return self.to_boundary(z, self.found, norm, tolerance, 1 - COARSE) if directions else z
+
+    def compared(self, z: Tensor, way: Tensor, norm: str, want: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+        """Points z, or those nearer to the clean rows in another direction; and which those are, bool [n].
+
+        way: directions [n, ...], any length. One question at the distance of z, and a search where that is met.
+        """
+        x = self.x
+        away = self.distance(z)
+        size = row_max(way.abs()) if norm == "linf" else row_length(way)
+        way = way * per_row(1 / size.clamp_min(torch.finfo(size.dtype).tiny), way)
+
+        def points(length: Tensor, of: Tensor) -> Tensor:
+            return x[of] + per_row(length, x) * way[of]
+
+        every = torch.arange(len(x), device=x.device)
+        at = self.legal(points(away, every))
+        wins = self.try_points(at, want)
+        length, nearer = self.nearest_on(points, 0.99 * away, away, wins, tolerance)
+        length = torch.where(nearer, length, away)
+        return torch.where(per_row(wins, x), self.legal(points(length, every)), z), wins
 
     def _decided(self, answer: Tensor) -> Tensor:
         """Which decisions reach each row's goal, bool [n, classes]; UsageError where none reaches it."""
@@ -257,7 +312,7 @@ class Decisions:
             move = held[part] - self.x[of][:, None]
             away[:, start : start + step] = row_length(move.flatten(0, 1)).view(part.shape)
         away = torch.where(self._wins[of].gather(1, labels[drawn]), away, torch.inf)
-        away, order = away.sort(1, stable=True)
+        away, order = away.sort(dim=1, stable=True)
         nearest = torch.zeros((len(z), SAMPLES), dtype=torch.long, device=z.device)
         useful = torch.zeros((len(z), SAMPLES), dtype=torch.bool, device=z.device)
         nearest[of] = drawn.gather(1, order[:, :SAMPLES])
@@ -305,11 +360,11 @@ class Decisions:
         most, step = int(number.max()), max(1, min(BLOCK, _NUMBERS // max(1, make.like[0].numel())))
         signed, moved = torch.zeros_like(z), torch.zeros_like(z)
         signs = torch.zeros_like(delta)
-        keys = rng.keys().tolist()
         for block in range(-(-most // step)):
+            # Whole blocks: a shorter one would hold other numbers, and rows ask as often as each can.
+            drawn = numbers_of(rng, block, step, make.like)
             count = min(step, most - block * step)
-            drawn = [normal_block(key, block, count, row) for key, row in zip(keys, make.like, strict=True)]
-            directions = make(torch.stack(drawn).to(z.dtype))
+            directions = make(drawn[:, :count])
             asked = block * step + torch.arange(count, device=z.device) < number[:, None]
             of = asked.nonzero()[:, 0]
             directions = directions[asked]
@@ -325,6 +380,13 @@ class Decisions:
             signs += sign.sum(1)
         mean = signs / number.clamp_min(1)
         return torch.where(per_row(mean.abs() < 1, z), signed - per_row(mean, z) * moved, signed)
+
+
+def numbers_of(rng: Rng, block: int, count: int, like: Tensor) -> Tensor:
+    """Standard normal numbers [n, count, ...] of each row's stream; like: rows [n, ...]."""
+    keys = rng.keys().tolist()
+    drawn = [normal_block(key, block, count, row) for key, row in zip(keys, like, strict=True)]
+    return torch.stack(drawn).to(like.dtype)
 
 
 class Directions:
@@ -381,20 +443,40 @@ def smallest_move(z: Tensor) -> Tensor:
     return size * 64 * torch.finfo(z.dtype).eps * math.sqrt(z[0].numel())
 
 
+def move_length(z: Tensor, x: Tensor, gamma: float) -> Tensor:
+    """L2 lengths [n] of moves to random points around boundary points z: gamma times the distance over its values."""
+    return torch.maximum(_share(z, gamma) * row_length(z - x), smallest_move(z))
+
+
+def resolution(x: Tensor, gamma: float) -> float:
+    """How near to the boundary a point is to be, as a share of its distance, so that such moves cross it."""
+    return _share(x, gamma) / math.sqrt(x[0].numel())
+
+
+def _share(x: Tensor, gamma: float) -> float:
+    return gamma * min(0.01, 1 / x[0].numel())
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecisionAttack(MinimalAttack, AsksQueries, WantsData):
     """An attack that sees decisions alone and looks for the nearest point that reaches the goal.
 
-    A row for which no point that reaches the goal was found comes back unchanged, and its record says so.
+    A row for which no point that reaches the goal was found comes back unchanged, and its record says so. A subclass
+    walks from boundary points on.
+
+    queries:    answers asked of each row, >= 1; the threat model's budget, where it has one, cuts them short
+    directions: random directions that the start is compared with, >= 0
     """
 
     needs: ClassVar[Access] = Access.LABELS
     wants_data: ClassVar[bool] = True
 
     queries: int = 5000
+    directions: int = 10
 
     def __post_init__(self) -> None:
         at_least_one(self, "queries")
+        not_negative(self, "directions")
 
     @property
     @override
@@ -406,7 +488,7 @@ class DecisionAttack(MinimalAttack, AsksQueries, WantsData):
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         asks = Decisions(search, self.queries)
-        if (z := asks.start(norm, self.tolerance(search.x))) is not None:
+        if (z := asks.start(norm, self.tolerance(search.x), self.directions)) is not None:
             self.walk(asks, z, norm)
 
     def tolerance(self, x: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""HopSkipJump: gradient directions at the boundary from decisions alone (arXiv 1904.02144)."""
+"""HopSkipJump: steps along boundary normals that are estimated from decisions (arXiv 1904.02144)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,35 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.attacks.base import per_row
-from advkit.attacks.query.decisions import DecisionAttack, Decisions, row_length, smallest_move, unit
+from advkit.attacks.query.decisions import HALVINGS, DecisionAttack, Decisions, move_length, resolution, unit
 from advkit.core.checks import at_least_one, positive
+
+RESERVE = 5
+"""Queries kept for a step away from the boundary, beside those for the way back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HopSkipJump(DecisionAttack):
-    """HopSkipJump."""
+    """HopSkipJump: a decision-based minimum-norm attack that estimates the boundary's normal by Monte Carlo.
+
+    Every step asks about random points around a boundary point, moves along the normal that their decisions show, and
+    goes back to the boundary on the way to the clean row, by halving.
+
+    queries:    answers asked of each row, >= 1; the threat model's budget, where it has one, cuts them short
+    directions: random directions that the start is compared with, >= 0
+    samples:    points of the first estimate, >= 1; step t asks about sqrt(t) times as many
+    gamma:      distance of these points, > 0, in units of the distance to the clean row over the number of values
+
+    Works in minimum-l2 and minimum-linf; in Linf it follows the sign of the normal. Costs from one query of a row on.
+    Raises UsageError for values out of range, other threat models, and goals that need more than the class on top.
+
+    Published are also rows of few values, at a step as long as the row's distance: here a row of d values asks at most
+    4 d points at first, no further away than a hundredth of its distance. Random points are normal in every norm, and a
+    boundary is searched near where it was last.
+    """
 
     name: ClassVar[str] = "hopskipjump"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf")
@@ -30,37 +50,36 @@ class HopSkipJump(DecisionAttack):
         at_least_one(self, "samples")
         positive(self, "gamma")
 
+    @override
     def tolerance(self, x: Tensor) -> float:
-        """The share of the distance by which a boundary point may be off."""
-        return self.gamma / x[0].numel() ** 1.5
+        return resolution(x, self.gamma)
 
+    @override
     def walk(self, asks: Decisions, z: Tensor, norm: str) -> None:
-        """See the class."""
-        numbers = z[0].numel()
-        first = min(self.samples, 4 * numbers)
+        first = min(self.samples, 4 * z[0].numel())
         tolerance = self.tolerance(z)
-        reserve = math.ceil(-math.log2(tolerance)) + 5
+        back = math.ceil(-math.log2(tolerance)) + RESERVE
         for step in count(1):
-            rows = asks.leave()
-            z = z if rows is None else z[rows]
-            if not len(asks) or not bool((asks.left > 0).any()):
+            (z,) = asks.going(z)
+            if not asks.any_left():
                 return
             away = asks.distance(z)
-            delta = torch.maximum(self.gamma / numbers * row_length(z - asks.x), smallest_move(z))
-            number = (asks.left - reserve).clamp(1, int(first * math.sqrt(step))).minimum(asks.left)
-            gradient = asks.normal(z, delta, number, asks.search.rng.at("step", step))
-            way = gradient.sign() if norm == "linf" else unit(gradient)
-            z = self.jump(asks, z, way, away / math.sqrt(step), norm, tolerance)
+            number = (asks.left - back).clamp(1, int(first * math.sqrt(step))).minimum(asks.left)
+            normal = asks.normal(z, move_length(z, asks.x, self.gamma), number, asks.search.rng.at("step", step))
+            way = normal.sign() if norm == "linf" else unit(normal)
+            further = self._stepped(asks, z, way, away / math.sqrt(step))
+            guess = away / asks.distance(further).clamp_min(torch.finfo(away.dtype).tiny)
+            z = asks.to_boundary(further, asks.found, norm, tolerance, guess)
 
-    def jump(self, asks: Decisions, z: Tensor, way: Tensor, length: Tensor, norm: str, tolerance: float) -> Tensor:
-        out = z
-        missing = asks.found
-        for _ in range(25):
+    @staticmethod
+    def _stepped(asks: Decisions, z: Tensor, way: Tensor, length: Tensor) -> Tensor:
+        """Points on the far side of the boundary, at the longest of length, length / 2, ... that is there."""
+        out, missing = z, asks.found
+        for _ in range(HALVINGS):
             if not bool((missing & (asks.left > 0)).any()):
                 break
             further = asks.legal(z + per_row(length, z) * way)
             reached = asks.try_points(further, missing)
             out = torch.where(per_row(reached, z), further, out)
-            missing = missing & ~reached
-            length = torch.where(missing, length / 2, length)
-        return asks.to_boundary(out, asks.found, norm, tolerance)
+            missing, length = missing & ~reached, length / 2
+        return out

@@ -138,7 +138,9 @@ def _compete(population: _Population, children: Tensor, loss: Tensor, reached: T
     population.reached[:, :number] |= reached
 
 
-def _asked(active: ActiveRows, painter: _Painter, genes: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _asked(
+    active: ActiveRows, painter: _Painter, genes: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Losses and successes [n, m] of candidates [n, m, K, 2 + C], and each row's best one with its answer and loss."""
     n, m = genes.shape[:2]
     rows = max(1, CHUNK // max(1, m * active.x[0].numel()))
