@@ -422,6 +422,8 @@ class MeteredOracle:
     rows:    how many rows this oracle serves
     access:  NOTHING refuses all, LABELS answers one-hot decisions, SCORES the answers, GRADIENTS everything
     queries: answers each row may ask for; None is unlimited
+    propagations: passes through the model that each row may cost, forward and backward ones together; None is unlimited
+    differentiates: whether the attack takes gradients: of so many propagations are left half as many questions
     decides: its answers are the verdict's, so that a row which reached its goal may stop
     lanes:   shapes of the calls, where the model does not say its own; None pads nothing, so that a row's last bits may
              depend on its batch, and sends a model in training mode, which has batch statistics, all rows at once
@@ -444,8 +446,12 @@ class MeteredOracle:
         index: Tensor | None = None,
         data: Data | None = None,
         keys: Tensor | None = None,
+        propagations: int | None = None,
+        differentiates: bool = True,
     ) -> None:
         self.model = cast(Any, model)
+        self.propagations = propagations
+        self.differentiates = differentiates
         self.data = data
         self.keys = keys
         self._drawing = None if keys is None or not isinstance(self.model, DrawsByRow) else self.model
@@ -461,7 +467,7 @@ class MeteredOracle:
         self._aims: tuple[Any, list[int], list[Any]] = (None, [], [])
         self._ones: Tensor | None = None
         self._times: Tensor | None = None  # how often this view holds each row of the meter
-        if queries is not None:
+        if queries is not None or propagations is not None:
             rows_here = torch.arange(self.meter.rows) if index is None else index.cpu()
             self._times = torch.bincount(rows_here, minlength=self.meter.rows)
         # The meter's queries are looked up again only where somebody else has asked since `_known` calls.
@@ -482,6 +488,8 @@ class MeteredOracle:
             index,
             self.data,
             self.keys,
+            self.propagations,
+            self.differentiates,
         )
 
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
@@ -493,11 +501,16 @@ class MeteredOracle:
     @property
     def left(self) -> int | None:
         """Times that this view may still be asked about all its rows; None when unlimited."""
-        if self.queries is None or self._times is None:
-            return None
-        here = self._times > 0
-        left = (self.queries - self.meter.queries[here]) // self._times[here]
-        return int(left.min()) if len(left) else self.queries
+        limits = []
+        if self._times is not None:
+            here = self._times > 0
+            times, queries = self._times[here], self.meter.queries[here]
+            if self.queries is not None:
+                limits.append((self.queries, (self.queries - queries) // times))
+            if self.propagations is not None:
+                passes = self.propagations - queries - self.meter.backwards[here]
+                limits.append((self.propagations, passes // (times * (2 if self.differentiates else 1))))
+        return min((int(left.min()) if len(left) else most for most, left in limits), default=None)
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         """Answers [n, ...] without gradient; `of` [n] says which row each candidate belongs to."""
@@ -521,7 +534,7 @@ class MeteredOracle:
         A non-finite loss comes back as +inf and a non-finite gradient entry as 0; the meter remembers the row.
         """
         self._may_differentiate()
-        self._spend(x, of)
+        self._spend(x, of, 2)
         chunks, lanes = self._chunks(x)
         aims = self._aimed(goal, [len(part) for part in chunks], x.device)
         keys = self._keys(x, of, chunks)
@@ -541,7 +554,7 @@ class MeteredOracle:
         What is not finite comes back as from `gradient`.
         """
         self._may_differentiate()
-        self._spend(x, None)
+        self._spend(x, None, 1 + len(goals))
         chunks, lanes = self._chunks(x)
         rows = torch.split(torch.arange(len(x), device=x.device), [len(part) for part in chunks])
         keys = self._keys(x, None, chunks)
@@ -644,6 +657,8 @@ class MeteredOracle:
             self._index,
             self.data,
             self.keys,
+            self.propagations,
+            self.differentiates,
         )
 
     def head(self) -> Tensor | None:
@@ -724,15 +739,20 @@ class MeteredOracle:
             self._segment.gradients.note(high, low)
         return gradient.nan_to_num(0.0, 0.0, 0.0)
 
-    def _spend(self, x: Tensor, of: Tensor | None) -> None:
+    def _spend(self, x: Tensor, of: Tensor | None, passes: int = 1) -> None:
+        """Refuse what no budget allows: an answer for every candidate, of so many passes each."""
         if of is None and len(x) != self.rows:
             raise ValueError(f"{len(x)} candidates for {self.rows} samples: say which sample each belongs to (`of`)")
-        if self.queries is None or self._times is None or not len(x):
+        if self._times is None or not len(x):
+            return
+        if self.propagations is not None:
+            self._check_propagations(of, passes)
+        if self.queries is None:
             return
         if of is None and self._known == self.meter.calls:
             most = self._most + 1
         else:
-            times = self._times if of is None else torch.bincount(self._global(of), minlength=self.meter.rows)
+            times = self._asked_for(of)
             most = int((self.meter.queries + times)[times > 0].max())
         if most > self.queries:
             raise BudgetExhausted(
@@ -741,6 +761,20 @@ class MeteredOracle:
             )
         if of is None and int(self._times.max()) == 1:
             self._most, self._known = most, self.meter.calls + 1
+
+    def _check_propagations(self, of: Tensor | None, passes: int) -> None:
+        times = self._asked_for(of)
+        most = int((self.meter.forwards + self.meter.backwards + passes * times)[times > 0].max())
+        if most > cast(int, self.propagations):
+            raise BudgetExhausted(
+                f"the attack came to {most} propagations of a sample; the budget is {self.propagations} "
+                "(lower the attack's steps, or raise the budget)"
+            )
+
+    def _asked_for(self, of: Tensor | None) -> Tensor:
+        """How often a query asks about each of the meter's rows."""
+        assert self._times is not None
+        return self._times if of is None else torch.bincount(self._global(of), minlength=self.meter.rows)
 
     def _global(self, of: Tensor) -> Tensor:
         return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
@@ -819,7 +853,7 @@ class _Differentiable(nn.Module):
         length = row_size(x.detach())
         asked = None if bool(torch.isfinite(length).all()) else ~torch.isfinite(length)
         of = None if len(x) == oracle.rows else self._rows_of(x.detach().flatten(1), asked)
-        oracle._spend(x, of)
+        oracle._spend(x, of, 2 if follows else 1)
         with frozen(*oracle.model.modules() if isinstance(oracle.model, Modular) else ()):
             if follows:
                 x = x.view_as(x)

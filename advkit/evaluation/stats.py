@@ -136,6 +136,24 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95, n_resamples: in
     return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
 
 
+def bootstrap_ratio(
+    above: Sequence[float], below: Sequence[float], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap of sum(above) / sum(below), a pair of values per sample; UsageError where below is 0."""
+    _check_level(level)
+    over, under = _finite(above, "bootstrap_ratio"), _finite(below, "bootstrap_ratio")
+    if over.size != under.size or not under.sum() > 0:
+        raise UsageError(f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum")
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(n_resamples):
+        drawn = rng.integers(0, over.size, over.size)
+        total = float(under[drawn].sum())
+        ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
+
+
 def graded_entry(values: Sequence[float]) -> dict[str, Any]:
     """A report's entry for the mean of one value per sample, with its interval."""
     return {"value": float(np.mean(values)), "n": len(values), "ci": bootstrap_mean(values).to_dict()}

@@ -524,12 +524,18 @@ def every_goal_accepted(subject: Subject) -> None:
 
 
 def keeps_the_query_budget(subject: Subject) -> None:
-    """Where the threat model counts answers, the attack ends when they do, and uses what there is.
+    """Where answers or passes are counted, the attack ends when they do, and uses what there is.
 
     An attack whose step takes several answers may end at once where there are fewer.
     """
     model, x, goal, ball = _on_network(subject)
     least = subject.attack.least_queries if isinstance(subject.attack, AsksQueries) else 1
+    for budget in (2, 7, 20):
+        played = play(subject.attack, model, x, goal, ball, propagations=budget)
+        spent = int((played.meter.forwards + played.meter.backwards).max())
+        require(spent <= budget, f"{spent} propagations were spent on a row, of a budget of {budget}")
+        require(spent > 0 or budget < least, f"nothing was spent of a budget of {budget} propagations")
+        require(bool(ball.admits(played.z, x).all()), "rows came back outside the ball")
     for budget in (1, 7, *((least,) if least > 1 else ())):
         played = play(subject.attack, model, x, goal, ball, queries=budget)
         require(int(played.meter.queries.max()) <= budget, f"more than {budget} answers were asked of a row")

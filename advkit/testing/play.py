@@ -108,10 +108,13 @@ def play(
     decides: bool = True,
     lanes: Lanes | None = None,
     rng: Any = None,
+    propagations: int | None = None,
 ) -> Played:
     """Run the attack through a metered oracle that grants just what it needs, and ask the victim again."""
     granted = attack.needs if access is None else access
-    oracle = MeteredOracle(model, len(x), granted, queries, decides, lanes or Lanes.fitting(x))
+    oracle = MeteredOracle(
+        model, len(x), granted, queries, decides, lanes or Lanes.fitting(x), propagations=propagations
+    )
     streams = RowRng.from_ids(seed, names(len(x)) if ids is None else ids) if rng is None else rng
     z = attack(oracle, x, goal, ball, streams)
     with torch.no_grad():

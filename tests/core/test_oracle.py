@@ -241,3 +241,36 @@ def test_several_gradients_need_the_right_to_one_and_remember_what_is_not_finite
     assert bool(torch.isfinite(gradients).all())
     assert oracle.meter.non_finite.tolist() == [False, True, True, True]
     assert not bool(oracle.meter.asked_non_finite.any())
+
+
+def test_a_budget_of_propagations_counts_both_ways_through_the_model():
+    model, x = network(), uniform(1, 3, 2, 6, 6)
+    goal = Targeted(torch.zeros(3, dtype=torch.long))
+    oracle = MeteredOracle(model, 3, propagations=7)
+    assert oracle.left == 3
+    oracle.gradient(x, goal)
+    oracle.take(torch.tensor([1]))(x[1:2])
+    assert (oracle.left, oracle.take(torch.tensor([0, 2])).left) == (2, 2)
+    oracle.gradients(x, [goal, goal])
+    assert (oracle.left, oracle.take(torch.tensor([0, 2])).left) == (0, 1)
+    with pytest.raises(BudgetExhausted, match=r"came to 8 propagations of a sample; the budget is 7"):
+        oracle.gradient(x, goal)
+    oracle.take(torch.tensor([0, 2]))(x[[0, 2]])
+    assert (oracle.meter.forwards + oracle.meter.backwards).tolist() == [6, 6, 6]
+    asking = MeteredOracle(model, 3, Access.SCORES, queries=9, propagations=7, differentiates=False)
+    assert asking.left == 7
+    candidates = asking.take(torch.tensor([0, 0, 1]))
+    assert candidates.left == 3
+
+
+def test_others_loops_have_the_budget_too():
+    model, x = network(), uniform(1, 3, 2, 6, 6)
+    oracle = MeteredOracle(model, 3, propagations=5)
+    module = oracle.differentiable(x)
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        module(leaf).sum().backward()
+    with pytest.raises(BudgetExhausted, match="the budget is 5"):
+        module(x.clone().requires_grad_())
+    module(x)
+    assert (oracle.meter.forwards + oracle.meter.backwards).tolist() == [5] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, affords, finite_rows, per_row
 from advkit.attacks.minimal.hyperplane import Norm, dual_length
-from advkit.core.errors import UsageError
+from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
 from advkit.threat_models.lp import row_sum
 from advkit.threat_models.minimum import Minimum
@@ -217,9 +218,10 @@ class MinimalAttack(MadeForThreatModel, SeeksNearest, ABC):
         if not len(x):
             return x.clone()
         search = NearestSearch(oracle, x, goal, threat, rng)
-        if search.affords():
-            self.search(search, threat.least)
-            search.settle()
+        with suppress(BudgetExhausted):  # several gradients at once may be more than a budget of passes allows
+            if search.affords():
+                self.search(search, threat.least)
+                search.settle()
         return search.best
 
     @abstractmethod

@@ -15,43 +15,55 @@ from advkit.core.protocols import Access, AsksQueries, Ball, Rng
 from advkit.core.rows import PerRow
 from advkit.threat_models.sparse import L0
 
+SPREAD = 0.01
+"""Of a population's losses, as a share of their spread when it was drawn, at which it is drawn anew."""
+
 CHUNK = 1 << 22
 """Numbers that are made into candidates at a time."""
 
 
 @dataclass
 class _Population(PerRow):
-    """Per row: candidates [n, P, K, 2 + C] (place in height and width, values; all in [0, 1]), loss and success [n, P]."""
+    """Per row: candidates [n, P, K, 2 + C] (place in height and width, values; all in [0, 1]), loss and success [n, P],
+    and the spread of the losses when the population was drawn [n].
+    """
 
     genes: Tensor
     loss: Tensor
     reached: Tensor
+    first: Tensor
+
+    def spread(self) -> Tensor:
+        """From the lowest to the highest loss [n]."""
+        return self.loss.amax(1) - self.loss.amin(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnePixel(AsksQueries):
     """One-pixel attack: differential evolution of the positions to change and of their values, eps positions at most.
 
-    A candidate holds a place and a value per channel for each of the ball's eps positions. A child is r1 + 0.5 (r2 - r3)
-    of three others of its row's population and takes its parent's place where it is better. A generation is asked about
-    at once; a row leaves after the one that reached its goal, where the oracle's answers are the verdict's.
+    A candidate holds a place and a value per channel for each of the ball's eps positions. A child is r1 + 0.5 (r2 -
+    r3) of three others of its row's population and takes its parent's place where it is better. A generation is asked
+    about at once; a row leaves after the one that reached its goal, where the oracle's answers are the verdict's. A
+    population whose losses hardly differ any more is drawn anew.
 
     queries:    answers asked of each row, >= 1; the threat model's budget, where it has one, cuts them short
     population: candidates of each row, >= 4
     scale:      what the difference of two candidates is multiplied by, > 0
     loss:       surrogate loss: "ce", "margin" or "dlr", where the goal has them
 
-    Works in L0 balls: `l0:eps=K`; positions are pixels or features as the ball counts them (`per`). Raises UsageError for
-    values out of range and for other balls.
+    Works in L0 balls: `l0:eps=K`; positions are pixels or features as the ball counts them (`per`). Raises UsageError
+    for values out of range and for other balls.
 
     The paper has 400 candidates for 100 generations (population=400,queries=40400), and a probability in place of the
     margin. Places that leave the image come in again at its other side, and values that leave the box stay at its edge,
-    of which the paper says nothing. A position that a candidate names twice takes the first of its values.
+    of which the paper says nothing; nor does it draw anew. A position that a candidate names twice takes the first of
+    its values.
     """
 
     needs: ClassVar[Access] = Access.SCORES
     queries: int = 5000
-    population: int = 40
+    population: int = 10
     scale: float = 0.5
     loss: str = "margin"
 
@@ -81,15 +93,23 @@ class OnePixel(AsksQueries):
                 children = _first(active.rng.at("first"), genes)
             else:
                 children = self._children(active.rng.at("generation", generation), population.genes)
+                # Children of candidates that hardly differ are no search: a new population takes their place.
+                same = (population.spread() <= SPREAD * population.first).unsqueeze(1)
+                again = _first(active.rng.at("again", generation), population.genes)
+                children = torch.where(same[..., None, None], again, children)
+                population.loss = torch.where(same, torch.inf, population.loss)
+                population.reached = population.reached & ~same
             generation += 1
             children = children[:, :number]
             loss, reached, favourite = _asked(active, painter, children)
             left -= number
             best.offer(*favourite, rows=active.index)
             if population is None:
-                population = _Population(children, loss, reached)
+                population = _Population(children, loss, reached, loss.new_zeros(len(loss)))
+                population.first = population.spread()
             else:
                 _compete(population, children, loss, reached)
+                population.first = torch.where(same.squeeze(1), population.spread(), population.first)
             if oracle.decides and (stay := active.staying(population.reached.any(1))) is not None:
                 active, population = active.take(stay), population.take(stay)
             if number < self.population:

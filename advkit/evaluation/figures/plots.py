@@ -22,8 +22,10 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.certificates import ACCURACY, certificates
+from advkit.evaluation.counts import was_right
 from advkit.evaluation.report import Report, write_atomic
 from advkit.evaluation.report.compare import per_class_rates
+from advkit.evaluation.stats import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,6 +141,40 @@ def success_by_distance(
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
     axes.set_xlabel(f"distance allowed ({plain(norm)})")
     axes.set_ylabel("attack success rate")
+    if any(curves):
+        axes.legend(frameon=False)
+    if title:
+        axes.set_title(plain(title), loc="left", fontsize=11)
+    return figure
+
+
+def accuracy_by_distance(
+    curves: Mapping[str, tuple[Sequence[float], int, int]], *, norm: str = "L2", title: str = ""
+) -> Figure:
+    """Robust accuracy at every radius, from the least distances that attacks found: a step line and its 95 % Wilson
+    band per name.
+
+    curves: name -> distances of the broken samples, how many samples are right when clean, and how many there are
+    """
+    if not curves or any(not len(found) <= right <= n or n < 1 for found, right, n in curves.values()):
+        raise UsageError("accuracy_by_distance: expected at least one sample, and no more broken ones than right ones")
+    figure, axes = new_axes(6.0, 3.8)
+    furthest = max((max(found) for found, _, _ in curves.values() if len(found)), default=0.0) or 1.0
+    for i, (name, (found, right, n)) in enumerate(curves.items()):
+        reach = [0.0, *sorted(found), 1.05 * furthest]
+        kept = [right - k for k in range(len(found) + 1)]
+        kept.append(kept[-1])
+        bands = {k: wilson(k, n) for k in kept}
+        color, _ = SERIES[i % len(SERIES)]
+        axes.step(reach, [k / n for k in kept], where="post", color=color, label=plain(name) or None)
+        low, high = [bands[k].low for k in kept], [bands[k].high for k in kept]
+        axes.fill_between(reach, low, high, step="post", color=color, alpha=0.18, linewidth=0)
+    axes.set_xlim(0, 1.05 * furthest)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_xlabel(f"eps ({plain(norm)})")
+    axes.set_ylabel("robust accuracy, 95 % interval")
     if any(curves):
         axes.legend(frameon=False)
     if title:
@@ -420,10 +456,7 @@ def success_by_distance_of(report: Report, records: Sequence[Record]) -> Figure 
     threat = report.to_dict()["threat_model"]
     if threat.get("eps") is not None or not threat.get("norm"):
         return None
-    found: dict[str, list[float]] = {}
-    for record in records:
-        if record.outcome == Outcome.BROKEN and record.distance is not None:
-            found.setdefault(str(record.made_by), []).append(record.distance)
+    found = _broken_at(records)
     rates = {attack["name"]: attack["attack_success_rate"] for attack in report.attacks}
     curves = {
         name: (found.get(name, []), rate["denominator"])
@@ -433,6 +466,38 @@ def success_by_distance_of(report: Report, records: Sequence[Record]) -> Figure 
     if not curves:
         return None
     return success_by_distance(curves, norm=threat["norm"], title=f"Success within a distance, {report.threat}")
+
+
+def accuracy_by_distance_of(report: Report, records: Sequence[Record]) -> Figure | None:
+    """Robust accuracy at every radius, of each attack of a run without one; None where there is one.
+
+    None, too, for goals other than a wrong answer, and where a sample has no verdict.
+    """
+    threat = report.to_dict()["threat_model"]
+    if threat.get("eps") is not None or not threat.get("norm") or threat.get("goal") != "untargeted":
+        return None
+    if any(record.outcome in (Outcome.ERROR, Outcome.NON_FINITE) for record in records):
+        return None
+    of_attack: dict[str, list[Record]] = {}
+    for record in records:
+        of_attack.setdefault(str(record.made_by), []).append(record)
+    found = _broken_at(records)
+    curves = {
+        name: (found.get(name, []), sum(was_right(record) for record in own), len(own))
+        for name, own in of_attack.items()
+    }
+    if not curves:
+        return None
+    return accuracy_by_distance(curves, norm=threat["norm"], title=f"Robust accuracy at every radius, {report.threat}")
+
+
+def _broken_at(records: Iterable[Record]) -> dict[str, list[float]]:
+    """By attack: the distances of the samples that it broke."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record.outcome == Outcome.BROKEN and record.distance is not None:
+            found.setdefault(str(record.made_by), []).append(record.distance)
+    return found
 
 
 def certified_curve(

@@ -35,7 +35,6 @@ from advkit.core.protocols import (
     Model,
     Outcome,
     Record,
-    ThreatModel,
     ThroughView,
     Wraps,
     whole_batch,
@@ -323,13 +322,15 @@ class _Attempts:
             self.lanes,
             data=case.data,
             keys=keys,
+            propagations=case.propagations,
+            differentiates=Access(case.attack.needs) >= Access.GRADIENTS,
         )
         together = whole_batch(case.attack)
         seconds = None if case.sample_timeout is None else case.sample_timeout * (len(rows) if together else 1)
         try:
             with limited(seconds):
                 out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
-            _check_kept(oracle, case.threat)
+            _check_kept(oracle, case)
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
         except (Exception, SystemExit) as error:  # an attack that leaves the program has no verdict either
@@ -371,12 +372,15 @@ class _Attempts:
         self.attack(rows, model)
 
 
-def _check_kept(oracle: MeteredOracle, threat: ThreatModel[Any]) -> None:
+def _check_kept(oracle: MeteredOracle, case: Case) -> None:
     """Raise AdvkitError where the attack took more of its oracle than the case grants, whatever the oracle now says."""
-    if (oracle.access, oracle.queries) != (threat.access, threat.queries):
+    threat, meter = case.threat, oracle.meter
+    if (oracle.access, oracle.queries, oracle.propagations) != (threat.access, threat.queries, case.propagations):
         raise AdvkitError("the attack changed what its oracle grants")
-    if threat.queries is not None and bool((oracle.meter.queries > threat.queries).any()):
+    if threat.queries is not None and bool((meter.queries > threat.queries).any()):
         raise AdvkitError(f"the attack asked more of a sample than the {threat.queries} queries of the threat model")
+    if case.propagations is not None and bool((meter.forwards + meter.backwards > case.propagations).any()):
+        raise AdvkitError(f"the attack spent more on a sample than the budget of {case.propagations} propagations")
 
 
 def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:

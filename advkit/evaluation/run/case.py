@@ -73,6 +73,7 @@ class Case:
     views:      the models under that speed, once a run has settled them; part of no digest
     sample_timeout: seconds after which a row that is attacked, or judged, alone is an error; None sets no limit; part
                 of no digest
+    propagations: forward and backward passes that an attack may spend on a row, both together; None sets no limit
     exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
                 for the speed's precision; part of no digest
     """
@@ -98,6 +99,7 @@ class Case:
     speed: Speed = field(default_factory=Speed)
     views: FastViews | None = field(default=None, compare=False, repr=False)
     sample_timeout: float | None = None
+    propagations: int | None = None
     exact: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
@@ -118,8 +120,9 @@ class Case:
         named = {name: spec for name, spec in self.specs.items() if name != "speed"}
         speed = {"speed": str(self.speed)} if self.speed.switches else {}
         # Records of version 0.1 left these rows out, or went by a random victim's first answer to the clean row.
-        counted = {"attacked": NOT_TARGET} if self.aimed else {}
+        counted: dict[str, Any] = {"attacked": NOT_TARGET} if self.aimed else {}
         counted |= {"clean": "majority of draws"} if self.randomized else {}
+        counted |= {"propagations": self.propagations} if self.propagations is not None else {}
         return {
             "specs": {**named, "model": info.architecture or info.name, **speed},
             "label": str(self.label),

@@ -12,7 +12,7 @@ from torch import Tensor
 from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
 from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import AboutSamples, Averages, Batch, Model, Refuses, answer_shape
+from advkit.core.protocols import AboutSamples, Access, Averages, Batch, Model, Refuses, answer_shape
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
@@ -194,8 +194,9 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
     goal = case.goal_of(batch, clean, rng.at("goal"))
     model = _StubModel(clean[:1])
     oracle = MeteredOracle(
-        model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data
-    )
+        model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data,
+        propagations=case.propagations, differentiates=Access(case.attack.needs) >= Access.GRADIENTS,
+    )  # fmt: skip
     with suppress(_SecondQuestion):
         try:
             with limited(case.sample_timeout):
@@ -207,3 +208,16 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
             raise
         except (Exception, SystemExit):
             log.debug("the rehearsal of %s raised", case.label, exc_info=True)
+            return
+        if model.left and Access(case.attack.needs) > Access.NOTHING and oracle.left is not None:
+            raise UsageError(_too_little(case))
+
+
+def _too_little(case: Case) -> str:
+    """What to say where an attack gives up before its first question, for want of budget."""
+    if case.propagations is not None:
+        return (
+            f"{case.label} can't take one step with a budget of {case.propagations} propagations of a sample: a step "
+            "with a gradient costs 2; raise it"
+        )
+    return f"{case.label} can't take one step with {case.threat.queries} queries of a sample: raise queries"

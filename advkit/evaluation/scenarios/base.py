@@ -184,7 +184,9 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
 def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
-    return [{"name": name} for name in [*names, "success_by_distance", "searches", "transcripts"]]
+    return [
+        {"name": name} for name in [*names, "success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
+    ]
 
 
 def settings_of(case: Case) -> dict[Any, dict[str, Any]]:
