@@ -234,8 +234,13 @@ class Decisions:
         z = self.to_boundary(z, self.found, norm, COARSE if directions else tolerance)
         for number in range(directions):
             noise = search.rng.at("start", "direction", number).normal(z)
-            way = noise.sign() if norm == "linf" else unit(noise)
-            z, _ = self.compared(z, way, norm, self.found, COARSE)
+            if norm == "linf":
+                noise = noise.sign()
+            elif norm == "l1":  # from few values to all of them
+                size = noise.flatten(1).abs()
+                few = round(size.shape[1] ** (number % 5 / 4))
+                noise = noise * (size >= size.topk(few, 1).values[:, -1:]).view(noise.shape)
+            z, _ = self.compared(z, noise, norm, self.found, COARSE)
         return self.to_boundary(z, self.found, norm, tolerance, 1 - COARSE) if directions else z
 
     def compared(self, z: Tensor, way: Tensor, norm: str, want: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -443,18 +448,14 @@ def smallest_move(z: Tensor) -> Tensor:
     return size * 64 * torch.finfo(z.dtype).eps * math.sqrt(z[0].numel())
 
 
-def move_length(z: Tensor, x: Tensor, gamma: float) -> Tensor:
-    """L2 lengths [n] of moves to random points around boundary points z: gamma times the distance over its values."""
-    return torch.maximum(_share(z, gamma) * row_length(z - x), smallest_move(z))
+def move_length(z: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """L2 lengths [n] of moves from boundary points z to random points: a share sigma of their distance."""
+    return torch.maximum(sigma * row_length(z - x), smallest_move(z))
 
 
-def resolution(x: Tensor, gamma: float) -> float:
+def resolution(x: Tensor, sigma: float) -> float:
     """How near to the boundary a point is to be, as a share of its distance, so that such moves cross it."""
-    return _share(x, gamma) / math.sqrt(x[0].numel())
-
-
-def _share(x: Tensor, gamma: float) -> float:
-    return gamma * min(0.01, 1 / x[0].numel())
+    return sigma / math.sqrt(x[0].numel())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ from advkit.attacks.query.decisions import (
     Decisions,
     LowFrequencies,
     Points,
-    row_length,
-    smallest_move,
+    move_length,
     unit,
 )
 from advkit.core.checks import at_least_one, check, fraction, positive
@@ -76,7 +75,7 @@ class GeoDA(DecisionAttack):
             z, normal = asks.going(z, normal)
             if not asks.any_left():
                 return
-            delta = torch.maximum(self.sigma * row_length(z - asks.x), smallest_move(z))
+            delta = move_length(z, asks.x, self.sigma)
             number = torch.full_like(asks.left, int(first * self.growth**step))
             # An estimate that the budget would cut short joins the one before.
             number = torch.where(asks.left < (1 + self.growth) * number + LAST, asks.left - LAST, number)

@@ -29,30 +29,30 @@ class HopSkipJump(DecisionAttack):
     queries:    answers asked of each row, >= 1; the threat model's budget, where it has one, cuts them short
     directions: random directions that the start is compared with, >= 0
     samples:    points of the first estimate, >= 1; step t asks about sqrt(t) times as many
-    gamma:      distance of these points, > 0, in units of the distance to the clean row over the number of values
+    sigma:      distance of these points, > 0, as a share of the distance to the clean row
 
     Works in minimum-l2 and minimum-linf; in Linf it follows the sign of the normal. Costs from one query of a row on.
     Raises UsageError for values out of range, other threat models, and goals that need more than the class on top.
 
-    Published are also rows of few values, at a step as long as the row's distance: here a row of d values asks at most
-    4 d points at first, no further away than a hundredth of its distance. Random points are normal in every norm, and a
-    boundary is searched near where it was last.
+    Published is a sigma of 1 over the number of values d, which is less for images: boundaries are even over more than
+    that, and coarser points cost fewer queries. The first estimate asks 4 d points at the most. Random points are normal
+    in every norm, and a boundary is searched near where it was last.
     """
 
     name: ClassVar[str] = "hopskipjump"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf")
 
     samples: int = 100
-    gamma: float = 1.0
+    sigma: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "samples")
-        positive(self, "gamma")
+        positive(self, "sigma")
 
     @override
     def tolerance(self, x: Tensor) -> float:
-        return resolution(x, self.gamma)
+        return resolution(x, self.sigma)
 
     @override
     def walk(self, asks: Decisions, z: Tensor, norm: str) -> None:
@@ -65,7 +65,7 @@ class HopSkipJump(DecisionAttack):
                 return
             away = asks.distance(z)
             number = (asks.left - back).clamp(1, int(first * math.sqrt(step))).minimum(asks.left)
-            normal = asks.normal(z, move_length(z, asks.x, self.gamma), number, asks.search.rng.at("step", step))
+            normal = asks.normal(z, move_length(z, asks.x, self.sigma), number, asks.search.rng.at("step", step))
             way = normal.sign() if norm == "linf" else unit(normal)
             further = self._stepped(asks, z, way, away / math.sqrt(step))
             guess = away / asks.distance(further).clamp_min(torch.finfo(away.dtype).tiny)

@@ -33,7 +33,7 @@ class SignOPT(DecisionAttack):
     directions: random directions that the start is compared with, >= 0
     samples:    questions of one estimate, >= 1
     step_size:  of the first search, > 0, in units of the distance
-    gamma:      how far the directions are apart, > 0: moves of the distance over the number of values
+    sigma:      how far these directions are turned, > 0, as a share of the distance
 
     Works in minimum-l2 and minimum-linf; in Linf steps follow the sign of the slope. Costs from one query of a row on.
     Raises UsageError for values out of range, other threat models, and goals that need more than the class on top.
@@ -47,16 +47,16 @@ class SignOPT(DecisionAttack):
 
     samples: int = 100
     step_size: float = 0.2
-    gamma: float = 1.0
+    sigma: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "samples")
-        positive(self, "step_size", "gamma")
+        positive(self, "step_size", "sigma")
 
     @override
     def tolerance(self, x: Tensor) -> float:
-        return resolution(x, self.gamma)
+        return resolution(x, self.sigma)
 
     @override
     def walk(self, asks: Decisions, z: Tensor, norm: str) -> None:
@@ -73,7 +73,7 @@ class SignOPT(DecisionAttack):
 
             number = (asks.left - LAST).clamp(1, samples).minimum(asks.left)
             rng = asks.search.rng.at("step", turn)
-            slope = asks.normal(z, move_length(z, x, self.gamma), number, rng, place=sphere)
+            slope = asks.normal(z, move_length(z, x, self.sigma), number, rng, place=sphere)
             z, step = self._descended(asks, z, slope, step, norm)
 
     def _descended(self, asks: Decisions, z: Tensor, slope: Tensor, step: Tensor, norm: str) -> tuple[Tensor, Tensor]:
