@@ -35,7 +35,7 @@ class HopSkipJump(DecisionAttack):
     Raises UsageError for values out of range, other threat models, and goals that need more than the class on top.
 
     Published is a sigma of 1 over the number of values d, which is less for images: boundaries are even over more than
-    that, and coarser points cost fewer queries. The first estimate asks 4 d points at the most. Random points are normal
+    that, and coarser points cost fewer queries. The first estimate asks 4 d points at most. Random points are normal
     in every norm, and a boundary is searched near where it was last.
     """
 
