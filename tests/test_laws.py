@@ -56,7 +56,16 @@ LONG = {"apgd-dlr", "apgd-t", "fab", "fab-t", "online", "quadattack", "ad_topk",
     n for (n, _), subject in SUBJECTS.items() if isinstance(subject.attack, Suite)
 }
 # Their other norms are quick.
-LONG_IN = {("square", "l1"), ("square", "l2"), ("pgd", "l1"), ("pgd", "l0")}
+LONG_IN = {
+    ("square", "l1"),
+    ("square", "l2"),
+    ("pgd", "l1"),
+    ("pgd", "l0"),
+    ("nes", "l2"),
+    ("nes", "l1"),
+    ("spsa", "l2"),
+}
+LONG_IN |= {("simba", "l2")}
 PAIRS = [
     pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] if pair[0] in LONG or pair in LONG_IN else [])
     for pair in SUBJECTS

@@ -65,8 +65,8 @@ def pair_gradient(
     pairs: int,
     mu: float,
     directions: Directions = "normal",
-    low: Tensor | float = -torch.inf,
-    high: Tensor | float = torch.inf,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Estimate:
     """Antithetic estimate: (1 / q) sum_k u_k (f(z + mu u_k) - f(z - mu u_k)) / (2 mu), as NES and SPSA have it.
@@ -76,7 +76,8 @@ def pair_gradient(
     pairs:      q, directions, >= 1
     mu:         length of a step in every coordinate, > 0
     directions: "normal", standard normal numbers (NES); "signs", -1 and 1 (SPSA)
-    low, high:  points are clamped between them, so that a function of legal inputs is asked about nothing else. In a
+    low, high:  bounds that broadcast against rows; points are clamped between them, so that a function of legal inputs
+    is asked about nothing else. In a
                 coordinate that lies at a bound the estimate is half as long: what clamping leaves of the difference is
                 mu |u|, where it is 2 mu |u| inside
     chunk:      most points in one call of the function, >= 1
@@ -102,7 +103,7 @@ def pair_gradient(
         slopes = []
         for part in torch.split(u, asked.step, dim=1):
             ahead, behind = (
-                asked(torch.clamp((flat[:, None] + way * part).view(-1, *z.shape[1:]), low, high).view(part.shape))
+                asked(_clamped((flat[:, None] + way * part).view(-1, *z.shape[1:]), low, high).view(part.shape))
                 for way in (mu, -mu)
             )
             slopes.append((ahead - behind) / (2 * mu))
@@ -209,6 +210,10 @@ def cge(
             slope = (ahead - at[:, None]) / mu
         gradient[:, part] = slope
     return Estimate(gradient.reshape(z.shape), at, cge_queries(len(places), mode=mode, value=value))
+
+
+def _clamped(points: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    return points if low is None and high is None else torch.clamp(points, low, high)
 
 
 class _Asked:

@@ -51,7 +51,8 @@ def estimated_steps(
     box:     legal inputs: nothing else is asked about
     queries: of each row, the threat model's budget may cut them short
     samples: queries of one estimate, even, >= 2
-    sigma:   distance of the points asked about, in every coordinate, in units of the box's width (1 where it is infinite)
+    sigma:   distance of the points asked about, in every coordinate, in units of the box's width (1 where it is
+             infinite)
     """
     low, high = box.bounds_like(search.x)
     width = float((high - low).max())

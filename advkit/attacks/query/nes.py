@@ -34,9 +34,9 @@ class _State(PerRow):
 class NES(AsksQueries):
     """NES, natural evolution strategies: projected gradient descent along a gradient that is estimated from scores.
 
-    Scores are asked at z + sigma u and z - sigma u for random normal u. A step goes along the ball's steepest direction,
-    and its end is asked about as well: a row leaves there once its goal is reached, where the oracle's answers are the
-    verdict's. A row whose loss has not fallen for five steps halves its own.
+    Scores are asked at z + sigma u and z - sigma u for random normal u. A step goes along the ball's steepest
+    direction, and its end is asked about as well: a row leaves there once its goal is reached, where the oracle's
+    answers are the verdict's. A row whose loss has not fallen for five steps halves its own.
 
     queries:   answers asked of each row, >= 1; the threat model's budget, where it has one, cuts them short
     samples:   of them for one estimate, even, >= 2; a step takes one more
@@ -47,9 +47,10 @@ class NES(AsksQueries):
 
     Works in Linf, L2 and L1 balls. Raises UsageError for values out of range and for other balls.
 
-    The paper steps in Linf; in other balls the step is PGD's. It descends the cross-entropy, whose differences vanish in
-    float32 where the model is sure: the margin is the default here. Points are clamped to the box, so that every query is
-    a legal input; a coordinate at its bound counts half. The last step makes do with the queries that are left.
+    The paper steps in Linf; in other balls the step is PGD's. It descends the cross-entropy, whose differences vanish
+    in float32 where the model is sure: the margin is the default here. Points are clamped to the box, so that every
+    query is a legal input; a coordinate at its bound counts half. The last step makes do with the queries that are
+    left.
     """
 
     needs: ClassVar[Access] = Access.SCORES
@@ -57,7 +58,7 @@ class NES(AsksQueries):
     samples: int = 50
     sigma: float = 0.001
     step_size: float = 0.25
-    momentum: float = 0.5
+    momentum: float = 0.9
     loss: str = "margin"
 
     def __post_init__(self) -> None:
@@ -83,7 +84,6 @@ class NES(AsksQueries):
             state.lowest = torch.minimum(state.lowest, step.loss)
             tired = state.since >= PATIENCE
             state.size, state.since = torch.where(tired, state.size / 2, state.size), state.since * ~tired
-            weight = self.momentum if step.number else 0.0
-            state.gradient = weight * state.gradient + (1 - weight) * step.gradient
+            state.gradient = self.momentum * state.gradient + (1 - self.momentum) * step.gradient
             search.z = descended(ball, step.z, state.gradient, step.x, per_row(state.size, step.z))
         return search.best

@@ -51,7 +51,7 @@ class Positions:
 
 
 def first_of_each(places: Tensor, counted: Tensor) -> Tensor:
-    """Bool [n, m]: those of the places [n, m] that are counted (bool [n, m]) and come for the first time in their row."""
+    """Bool [n, m]: the places [n, m] that are counted (bool [n, m]) and come for the first time in their row."""
     earlier = torch.ones(places.shape[1], places.shape[1], dtype=torch.bool, device=places.device).tril(-1)
     same = (places.unsqueeze(2) == places.unsqueeze(1)) & counted.unsqueeze(1) & earlier
     return counted & ~same.any(2)

@@ -22,7 +22,7 @@ BLOCK = 64
 
 @dataclass
 class _State(PerRow):
-    """Per row: the point that patches are put on, the best point [n, ...], and a block's random numbers [n, BLOCK, m]."""
+    """Per row: the point that patches are put on, the best point [n, ...], a block's random numbers [n, BLOCK, m]."""
 
     base: Tensor
     best: Tensor
@@ -34,20 +34,21 @@ class Pixle(AsksQueries, SearchesPart):
     """Pixle: copies a random patch of the clean image to random pixels, and keeps that where it lowers the loss.
 
     Every try copies the pixels of a small rectangle, one by one, to positions drawn anywhere in the image. The best of
-    `tries` is what the next ones start from. No value is new: each comes from the same image. A row leaves once its goal
-    is reached, where the oracle's answers are the verdict's.
+    `tries` is what the next ones start from. No value is new: each comes from the same image. A row leaves once its
+    goal is reached, where the oracle's answers are the verdict's.
 
     queries: answers asked of each row, the clean one included, >= 1; the threat model's budget cuts them short
     patch:   largest height and width of a rectangle in pixels, >= 1; no rectangle has more than eps pixels
     tries:   rearrangements of one point, >= 1
     loss:    surrogate loss: "ce", "margin" or "dlr", where the goal has them
 
-    Works in L0 balls: `l0:eps=K`; what is moved are pixels or features as the ball counts them (`per`). Raises UsageError
-    for values out of range and for other balls.
+    Works in L0 balls: `l0:eps=K`; what is moved are pixels or features as the ball counts them (`per`). Raises
+    UsageError for values out of range and for other balls.
 
-    The paper bounds no distance: here a point with more than eps changed positions goes back to the nearest one of the
-    ball, which keeps the largest changes. Rectangles have one pixel or more, where the paper has sides of 2 to 10. Of the
-    paper's maps from pixels to positions this is the random one. A position that is drawn twice takes the first.
+    The paper bounds no distance: here a point with more than eps changed positions gives back the smallest changes, and
+    in every other try the older ones before the new. Rectangles have one pixel or more, where the paper has sides of 2
+    to 10. Of the paper's maps from pixels to positions this is the random one. A position that is drawn twice takes
+    the first.
     """
 
     needs: ClassVar[Access] = Access.SCORES
@@ -55,7 +56,7 @@ class Pixle(AsksQueries, SearchesPart):
     part: ClassVar[str] = "values that the clean sample has elsewhere"
     queries: int = 5000
     patch: int = 10
-    tries: int = 1
+    tries: int = 10
     loss: str = "margin"
 
     def __post_init__(self) -> None:
@@ -79,16 +80,20 @@ class Pixle(AsksQueries, SearchesPart):
                 state.draws = search.rng.at("block", block).uniform(state.draws)
             if number % self.tries == 0:
                 state.base = state.best
-            candidate = self._rearranged(positions, search.x, state.base, state.draws[:, place], moved)
-            candidate = ball.project(candidate, search.x)
+            candidate = self._rearranged(
+                positions, search.x, state.base, state.draws[:, place], int(inner.eps), number % 2 == 0
+            )
             wins, rows = search.trial(candidate)
             if rows is not None:
                 state, candidate = state.take(rows), candidate[rows]
             state.best = torch.where(per_row(wins, candidate), candidate, state.best)
         return search.best
 
-    def _rearranged(self, positions: Positions, x: Tensor, base: Tensor, draws: Tensor, moved: int) -> Tensor:
+    def _rearranged(
+        self, positions: Positions, x: Tensor, base: Tensor, draws: Tensor, eps: int, fresh: bool
+    ) -> Tensor:
         """The base [n, ...] with a rectangle of the clean rows copied to random positions; draws [n, 4 + m]."""
+        moved = draws.shape[1] - 4
         width = 1 + (draws[:, 0] * min(self.patch, positions.width, moved)).long()
         tallest = torch.minimum(torch.full_like(width, min(self.patch, positions.height)), moved // width)
         height = 1 + (draws[:, 1] * tallest).long()
@@ -103,5 +108,13 @@ class Pixle(AsksQueries, SearchesPart):
         target = torch.where(first_of_each(target, copied), target, len(positions))
         source, target = (each.unsqueeze(1).expand(-1, positions.channels, -1) for each in (source, target))
         # What is not copied goes to a column behind the image.
+        clean = positions.read(x)
         onto = torch.cat([positions.read(base), base.new_zeros(len(x), positions.channels, 1)], 2)
-        return positions.written(onto.scatter_(2, target, positions.read(x).gather(2, source))[..., :-1])
+        onto = onto.scatter_(2, target, clean.gather(2, source))[..., :-1]
+        # Beyond eps the largest changes stay, in every other try the new ones before all others.
+        rank = (onto - clean).square().sum(1)
+        if fresh:
+            rank = torch.cat([rank, rank[:, :1]], 1).scatter_(1, target[:, 0], torch.inf)[:, :-1]
+        kept = torch.zeros_like(rank, dtype=torch.bool)
+        kept = kept.scatter_(1, rank.topk(min(eps, len(positions)), dim=1).indices, True).unsqueeze(1)
+        return positions.written(torch.where(kept, onto, clean))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from advkit.core.checks import at_least_one, fraction, one_of, positive
 from advkit.core.protocols import Access, AsksQueries, Ball, Rng
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L2, Linf
+
+USUAL = {("pixel", True): 2.0, ("dct", True): 0.5, ("pixel", False): 0.2, ("dct", False): 0.2}
+"""Lengths of a step in units of eps, by basis, and whether the ball is Linf."""
 
 
 @dataclass
@@ -54,15 +57,15 @@ class SimBA(AsksQueries):
     basis:       "pixel", single features, or "dct", cosines of an image's channels, low frequencies first
     frequencies: share of the frequencies along height and width that come first, in random order, in (0, 1]; then the
                  next ones, in shells of this width ("dct")
-    step_size:   length of a step in units of eps, > 0; by default 2 in Linf, from one wall of the ball to the other, and
-                 0.2 in L2
+    step_size:   length of a step in units of eps, > 0; by default in Linf 2 for features, from one wall of the ball to
+                 the other, and 0.5 for cosines, and in L2 0.2
     loss:        surrogate loss: "ce", "margin" or "dlr", where the goal has them
 
     Works in Linf and L2 balls. Raises UsageError for values out of range and for other balls.
 
     The paper works in L2 and lowers a probability; where the model is sure its differences vanish in float32, so that
-    the margin is the default here. A step beyond the ball goes to the nearest point of ball and box. A single feature
-    that already lies at a wall is not asked to go further.
+    the margin is the default here. A step beyond the ball is led back into it: in Linf to the nearest point, in L2
+    straight towards the clean input. A single feature that already lies at a wall is not asked to go further.
     """
 
     needs: ClassVar[Access] = Access.SCORES
@@ -85,7 +88,7 @@ class SimBA(AsksQueries):
         if not x.numel() or not search.affords():
             return x.clone()
         layout, bounded = Layout.of(x), isinstance(inner, Linf)
-        usual = 2.0 if bounded else 0.2
+        usual = USUAL[self.basis, bounded]
         length = (usual if self.step_size is None else self.step_size) * inner.eps
         step = _Steps(layout, self.basis, length, bounded, x)
         if bounded:
@@ -102,7 +105,7 @@ class SimBA(AsksQueries):
             directions = state.directions()
             if self.basis == "pixel":
                 directions = _open(state)
-            candidate = ball.project(state.z + step(directions, state.up), search.x)
+            candidate = self._inside(state.z + step(directions, state.up), search.x, ball, inner)
             wins, rows = search.trial(candidate)
             if rows is not None:
                 state, candidate = state.take(rows), candidate[rows]
@@ -111,6 +114,18 @@ class SimBA(AsksQueries):
             state.turned(~won)
             state.place, state.up = state.place + won, state.up | won
         return search.best
+
+    @staticmethod
+    def _inside(z: Tensor, x: Tensor, ball: Ball[Tensor], inner: Any) -> Tensor:
+        """In Linf the nearest point of ball and box; in L2 into the box, then straight towards the clean row."""
+        if isinstance(inner, Linf):
+            return ball.project(z, x)
+        low, high = inner.box.bounds_like(x)
+        move = torch.clamp(z, low, high) - x
+        length: Tensor = torch.linalg.vector_norm(move.flatten(1), dim=1)
+        # A hair inside the ball, so that no round-off leads out of it.
+        size = inner.eps * (1 - 1e-6) / length.clamp_min(torch.finfo(x.dtype).tiny)
+        return x + move * per_row(size.clamp_max(1.0), move)
 
 
 def _open(state: _State) -> Tensor:

@@ -33,8 +33,8 @@ class _Adam(PerRow):
 class SPSA(AsksQueries):
     """SPSA, simultaneous perturbation: Adam on a gradient that is estimated from scores along random signs.
 
-    Scores are asked at z + sigma u and z - sigma u for random u of -1 and 1. Adam's step is projected onto the ball, and
-    its end is asked about as well: a row leaves there once its goal is reached, where the oracle's answers are the
+    Scores are asked at z + sigma u and z - sigma u for random u of -1 and 1. Adam's step is projected onto the ball,
+    and its end is asked about as well: a row leaves there once its goal is reached, where the oracle's answers are the
     verdict's.
 
     queries:   answers asked of each row, >= 1; the threat model's budget, where it has one, cuts them short
@@ -46,13 +46,13 @@ class SPSA(AsksQueries):
     Works in Linf and L2 balls; in L2 a step of Adam is divided by the root of the number of features. Raises UsageError
     for values out of range and for other balls.
 
-    The paper works in Linf, with up to 16,384 queries for one estimate and a rate of 0.01 where eps is 8/255. Points are
-    clamped to the box, so that every query is a legal input; a feature at its bound counts half.
+    The paper works in Linf, with thousands of queries for one estimate and a rate of 0.01 where eps is 8/255. Points
+    are clamped to the box, so that every query is a legal input; a feature at its bound counts half.
     """
 
     needs: ClassVar[Access] = Access.SCORES
     queries: int = 5000
-    samples: int = 32
+    samples: int = 16
     sigma: float = 0.01
     step_size: float = 0.25
     loss: str = "margin"

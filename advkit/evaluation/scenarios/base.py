@@ -10,8 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Access, Graded, Record, Worded, Wording
-from advkit.evaluation.counts import ANY_JUDGE, RECALL_AT, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts, unranked
+from advkit.core.protocols import Access, AsksQueries, Graded, Record, Worded, Wording
+from advkit.evaluation.counts import (
+    ANY_JUDGE,
+    QUERIES_TO_BREAK,
+    RECALL_AT,
+    REFUSED,
+    SAYS,
+    STRICTEST_JUDGE,
+    TARGET,
+    JudgeCounts,
+    unranked,
+)
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.scenario import Companion, Engine, Headline, Parts, Records, Section
@@ -21,6 +31,7 @@ from advkit.evaluation.scenarios.metrics import (
     judge_counts,
     least_metrics,
     per_class,
+    stops_at_success,
 )
 from advkit.evaluation.stats import rate
 
@@ -84,9 +95,8 @@ def _lacks_queries(case: Case) -> str | None:
     least, own, granted = attack.least_queries, getattr(attack, "queries", None), case.threat.queries
     if granted is not None and granted < least:
         return (
-            f"one step of the attack {case.label} takes {least} queries of a sample; the threat model grants {granted}: "
-            f"raise its queries to {least} or more, or choose settings or an attack that take fewer (advkit list attacks "
-            f"--access {Access(attack.needs).name.lower()})"
+            f"one step of the attack {case.label} takes {least} queries of a sample; the threat model grants "
+            f"{granted}: raise its queries to {least} or more, or choose settings or an attack that take fewer"
         )
     if isinstance(own, int) and own < least:
         return f"one step of the attack {case.label} takes {least} queries of a sample; it has queries={own}"
@@ -140,6 +150,8 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             f"The mean {spoken(name)} under attack is {{{name}}}, over the samples with a verdict: {how}. "
             f"{words.robust.capitalize()} are {{robust_accuracy}} of the samples."
         )
+    if QUERIES_TO_BREAK in metrics:
+        table = [*table, ("queries to break a sample, median", QUERIES_TO_BREAK)]
     lacking, answers = unranked(records)
     if lacking:
         sentence += f" Recalls are left out: {lacking:,} of {answers:,} answers have no rank in the records."
@@ -184,6 +196,7 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
 def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
+    names += ["success_by_queries"] if stops_at_success(case) else []
     return [
         {"name": name} for name in [*names, "success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
     ]
