@@ -4,7 +4,7 @@
 |---|---|---|
 | `per_class` | robust accuracy of each class inside its clean accuracy | with one class, or more than 100 |
 | `success_by_distance` | fraction of attacked samples broken within a distance | where there is a radius, or no norm |
-| `accuracy_by_distance` | robust accuracy at every radius, with its interval | where there is a radius, or another goal |
+| `accuracy_by_distance` | robust accuracy at every radius, with its interval | with a radius, or another goal |
 | `success_by_queries` | success rate and robust accuracy against queries | where gradients were taken |
 | `transfer_grid` | accuracy for each source and attack | with fewer than two attacks that name a source |
 | `certified_curve` | certified accuracy against the radius, an attack's beside it | without certificates |
