@@ -4,9 +4,9 @@ python benchmarks/decision_attacks.py [--models SPEC ...] [--only TEXT ...] [--r
 
 Every question of an attack is counted for the row that it is about, and the nearest point that was misclassified so far
 is kept, for ours and for peers alike: no package's own word counts. Peers have their default settings and are stopped
-at at the budget (ART's GeoDA plans for it, and takes no fewer than 500). Rows are those that the model gets right and that
-uniform noise does not land on: some peers have no other start. Parts of the rows are attacked in turn by ours and by the
-peer, so that CPU times see the same machine.
+at the budget (ART's GeoDA plans for it, and takes no fewer than 500). Rows are those that the model gets right and that
+uniform noise does not land on: some peers have no other start. Parts of the rows are attacked in turn by ours and by
+the peer, so that CPU times see the same machine.
 """
 
 from __future__ import annotations
