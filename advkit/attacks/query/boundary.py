@@ -18,8 +18,8 @@ from advkit.threat_models.lp import row_sum
 
 CHECKED = 10
 """Every so many steps a point on the sphere is asked about as well, to set the length of steps along it."""
-WITHIN = 1e-7, 0.5
-"""Bounds of the step towards the clean row."""
+WITHIN = 1e-4, 0.5
+"""Bounds of the step towards the clean row: points nearer to the boundary than that are a matter of round-off."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Boundary(DecisionAttack):
         if checked:
             held = asks.try_points(asks.legal(x + move), asks.found)
             state.sphere = state.sphere * torch.where(held, self.adaptation, 1 / self.adaptation)
-            state.sphere = state.sphere.clamp(1e-6, 1.0)
+            state.sphere = state.sphere.clamp(WITHIN[0], 1.0)
         nearer = asks.legal(x + per_row(1 - state.source, x) * move)
         wins = asks.try_points(nearer, asks.found)
         state.z = torch.where(per_row(wins, x), nearer, state.z)
