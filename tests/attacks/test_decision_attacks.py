@@ -53,7 +53,9 @@ def test_linear_victims_fall_near_the_closed_form(name, norm, targeted, shape, r
     played = play(attack(name, queries=QUERIES), victim, x, goal, threat)
     exact = victim.distance(x, labels, norm.removeprefix("minimum-"))
     away = threat.distance(played.z, x)
-    assert played.reached.all()
+    # As the harness judges: in calls of the attack's shapes, since points end within round-off of the boundary.
+    answer = MeteredOracle(victim, rows, Access.LABELS, lanes=Lanes.fitting(x))(played.z)
+    assert goal.reached(answer).all()
     assert (away >= exact * (1 - 1e-5) - 1e-6).all()
     assert (away <= 1.1 * exact + 0.02).all()
 
