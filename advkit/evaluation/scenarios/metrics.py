@@ -22,6 +22,7 @@ from advkit.core.protocols import (
     OfKind,
     Outcome,
     Record,
+    SeeksNearest,
 )
 from advkit.evaluation.counts import (
     QUERIES_TO_BREAK,
@@ -188,6 +189,8 @@ def by_queries(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 def stops_at_success(case: Case) -> bool:
     """Whether the attack of a case may leave a sample with the query that broke it, and takes no gradient."""
     if case.attack is None or Access(case.attack.needs) not in (Access.LABELS, Access.SCORES):
+        return False
+    if isinstance(case.attack, SeeksNearest) and case.attack.seeks_nearest:  # it goes on for a nearer point
         return False
     return attacked_model(case)[1]
 
