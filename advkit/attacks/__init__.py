@@ -18,6 +18,7 @@ ATTACKS: Registry[Attack] = Registry(
         "fab": "advkit.attacks.minimal.fab:FAB",
         "fab-t": "advkit.attacks.minimal.fab:FABT",
         "ddn": "advkit.attacks.minimal.ddn:DDN",
+        "deepfool": "advkit.attacks.minimal.deepfool:DeepFool",
         "square": "advkit.attacks.query.square:Square",
         "quadattack": "advkit.attacks.ordered.quadattack:QuadAttack",
         "cw_topk": "advkit.attacks.ordered.cw_topk:CWTopK",
