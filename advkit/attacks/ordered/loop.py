@@ -7,7 +7,6 @@ differs, the comments say why.
 from __future__ import annotations
 
 import logging
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, affords, finite_rows, per_row
-from advkit.attacks.optimiser import AdamW
+from advkit.attacks.optimiser import AdamW, check_budget, effort_of
 from advkit.attacks.wrappers import averaged
-from advkit.core.checks import at_least_one, check, fraction, not_negative, positive
+from advkit.core.checks import at_least_one, fraction, not_negative, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Rng
 from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK, TopK
@@ -100,7 +99,7 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
 
     def __post_init__(self) -> None:
         at_least_one(self, "k", "eot")
-        check(self, "budget", re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget) is not None, "coefficients x steps: 1x60")
+        check_budget(self)
         positive(self, "lr", "coefficient")
         fraction(self, "decay", what="factor")
         not_negative(self, "warmup", "noise", "weight_decay")
@@ -113,8 +112,7 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
     @property
     def effort(self) -> tuple[int, int]:
         """Coefficients tried, and steps for each."""
-        searches, steps = self.budget.split("x")
-        return int(searches), int(steps)
+        return effort_of(self.budget)
 
     @property
     def asks_for_head(self) -> bool:
