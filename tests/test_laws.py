@@ -52,9 +52,20 @@ ON_LABELS = [name for name in NAMES if on_labels(ATTACKS.build(name))]
 SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subjects(ATTACKS.build(name)).items()}
 REFUSED = {(name, norm) for name in NAMES for norm in BALLS} - set(SUBJECTS)
 # Attacks that run toward many classes, and suites of attacks, take minutes together.
-LONG = {"apgd-dlr", "apgd-t", "fab", "fab-t", "online", "quadattack", "ad_topk", "cw_topk"} | {
-    n for (n, _), subject in SUBJECTS.items() if isinstance(subject.attack, Suite)
-}
+LONG = {
+    "apgd-dlr",
+    "apgd-t",
+    "fab",
+    "fab-t",
+    "online",
+    "quadattack",
+    "ad_topk",
+    "cw_topk",
+    "cw",
+    "ead",
+    "sigma_zero",
+    "brendel_bethge",
+} | {n for (n, _), subject in SUBJECTS.items() if isinstance(subject.attack, Suite)}
 # Their other norms are quick.
 LONG_IN = {("square", "l1"), ("square", "l2"), ("pgd", "l1"), ("pgd", "l0")}
 PAIRS = [

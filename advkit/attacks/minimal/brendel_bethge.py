@@ -21,7 +21,7 @@ log = logging.getLogger("advkit")
 AHEAD = 1.3  # of a start's steps: each is so much longer than the one before it
 BEYOND = 0.02  # of the trust region's radius, how far behind the linear boundary a step aims
 TOLERANCE = 0.01  # of the radius, how far from the plane a point counts as on it
-RADIUS = {"l0": 1.0}
+RADIUS = {"l0": 1.0, "l1": 0.5, "l2": 0.1, "linf": 0.1}
 FAR = 8.0  # of the largest change, the largest shrinkage in L1
 
 
@@ -76,12 +76,14 @@ def nearest_on_plane(
     def at(bold: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         start = change * per_row(1 - bold, change) if threat.least == "l2" else change
         under, over = torch.full_like(bold, -torch.inf), torch.full_like(bold, torch.inf)
-        u = change
+        u = sure = change
         for _ in range(rounds + 1):
             u = shaped(start - per_row(multiplier, normal) * normal, bold, threat, low, high, largest)
             gap = row_sum(normal * u) - target
             under = torch.where(gap > 0, multiplier, under)
             over = torch.where(gap <= 0, multiplier, over)
+            if threat.least == "l0":  # positions come and go at once: the plane may lie between two multipliers
+                sure = torch.where(per_row(gap <= 0, u), u, sure)
             inner = u.abs() < per_row(largest * (1 - bold), u) if threat.least == "linf" else u != 0
             free = (u > low) & (u < high) & (inner if threat.least != "l2" else torch.ones_like(inner))
             slope = row_sum(torch.where(free, normal.square(), 0.0))
@@ -89,15 +91,18 @@ def nearest_on_plane(
             newton = multiplier + gap / slope
             middle = torch.where(torch.isfinite(under + over), (under + over) / 2, newton)
             multiplier = torch.where((newton > under) & (newton < over), newton, middle)
+        if threat.least == "l0":
+            u, gap = sure, (row_sum(normal * sure) - target).clamp_min(0)
         return u, gap / scale, multiplier
 
     timid, bold = torch.zeros_like(value), torch.ones_like(value)
     found, _, multiplier = at(timid, timid)
     for _ in range(rounds + 1):
         tried = (timid + bold) / 2
-        u, gap, multiplier = at(tried, multiplier)
+        u, gap, ended = at(tried, multiplier)
         fits = (row_sum((u - change).square()).sqrt() <= radius) & (gap.abs() <= TOLERANCE * radius)
-        found = torch.where(per_row(fits, u), u, found)
+        # Where the norm pulled too hard the multiplier ran away: the next search begins where the last good one ended.
+        found, multiplier = torch.where(per_row(fits, u), u, found), torch.where(fits, ended, multiplier)
         timid, bold = torch.where(fits, tried, timid), torch.where(fits, bold, tried)
     step = found - change
     size = row_sum(step.square()).sqrt()
@@ -114,8 +119,8 @@ class BrendelBethge(MinimalAttack):
     steps:    gradient steps, those of the start included, >= 1
     starts:   most of them that look for a start: down the gradient with longer and longer steps, and by noise of the
               whole box in every other one of the last half; >= 1
-    lr:       radius of the trust region in units of the L2 length of the present change, > 0; None is 0.1, and 1 in L0,
-              where a position that is undone costs all of its change
+    lr:       radius of the trust region in units of the L2 length of the present change, > 0; None is 0.1 in L2 and
+              Linf, 0.5 in L1, and 1 in L0, where a position that is undone costs all of its change
     halvings: how often the radius halves over the steps, >= 0
 
     Costs a gradient per step. Rows without a start come back unchanged; the log says how many (at info). Raises
@@ -140,7 +145,7 @@ class BrendelBethge(MinimalAttack):
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
-        rows_all, first = len(search), RADIUS.get(norm, 0.1) if self.lr is None else self.lr
+        rows_all, first = len(search), RADIUS[norm] if self.lr is None else self.lr
         z, length = search.x, torch.zeros_like(search.away)
         for step in range(self.steps):
             if not len(search) or not search.affords():
@@ -153,7 +158,8 @@ class BrendelBethge(MinimalAttack):
                 look = look.take(rows)
                 if not len(search):
                     break
-            start, length = self._start(search, z, look, length, step)
+            noisy = 2 * step >= self.starts and step % 2 == 0 and not bool(found.all())
+            start, length = self._start(search, z, look, length, step, noisy)
             radius = first * 0.5 ** (self.halvings * step / self.steps)
             z = torch.where(per_row(found, z), self._along(search, z, look, radius), start)
         if log.isEnabledFor(logging.INFO):
@@ -169,13 +175,15 @@ class BrendelBethge(MinimalAttack):
         value = torch.where(torch.isfinite(look.loss), look.loss, 0.0) + BEYOND * radius * slope
         return search.legal(search.x + nearest_on_plane(change, look.gradient, value, radius, search.threat, low, high))
 
-    def _start(self, search: NearestSearch, z: Tensor, look: Look, length: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _start(
+        self, search: NearestSearch, z: Tensor, look: Look, length: Tensor, step: int, noisy: bool
+    ) -> tuple[Tensor, Tensor]:
         """A point where rows without a start look next, and the length of the step there."""
         slope = row_sum(look.gradient.square()).sqrt()
         away = torch.where((slope > 0) & torch.isfinite(look.loss), look.loss.abs() / slope, 0.0)
         length = torch.maximum(AHEAD * length, AHEAD * away)
         walked = search.legal(z - lengthened(look.gradient, length))
-        if 2 * step < self.starts or step % 2:
+        if not noisy:
             return walked, length
         noise = search.rng.at("start", step).uniform(z)
         low, high = search.threat.box.bounds_like(z)

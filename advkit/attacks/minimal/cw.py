@@ -89,7 +89,10 @@ class CW(MinimalAttack):
     def _linf(self, search: NearestSearch, first: Look) -> None:
         searches, steps = effort_of(self.budget)
         slope = dual_length(first.gradient, "Linf")
-        bound, weight = divided(finite(first.loss), slope), divided(torch.full_like(slope, first.gradient[0].numel()), slope)
+        bound, weight = (
+            divided(finite(first.loss), slope),
+            divided(torch.full_like(slope, first.gradient[0].numel()), slope),
+        )
         z, adam = search.x, RowAdam.of(search.x)
         shrink, tried = torch.full_like(bound, SHRINK), torch.zeros_like(bound)
         for _ in range(searches * steps):
@@ -134,7 +137,9 @@ class CW(MinimalAttack):
             finest = failed & (share * kept_open.sum(1) <= 1)
             share = torch.where(failed, share / 2, share)
             # What a position contributes is judged where the goal is reached; after a failure by the last such point.
-            kept_open = torch.where(look.reached[:, None], open_ & (threat.positions((z != search.x).to(z)) > 0), kept_open)
+            kept_open = torch.where(
+                look.reached[:, None], open_ & (threat.positions((z != search.x).to(z)) > 0), kept_open
+            )
             last = torch.where(per_row(look.reached, z), look.gradient, last)
             worth = threat.positions(-last * (search.nearest - search.x))
             again = look.reached | failed
