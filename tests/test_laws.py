@@ -53,6 +53,7 @@ SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subject
 REFUSED = {(name, norm) for name in NAMES for norm in BALLS} - set(SUBJECTS)
 # Attacks that run toward many classes, and suites of attacks, take minutes together.
 LONG = {
+    *("cw", "ead", "sigma_zero", "brendel_bethge"),
     "apgd-dlr",
     "apgd-t",
     "fab",

@@ -27,11 +27,11 @@ LENGTHS = [
     (CW(budget="4x60"), "l2"),
     (CW(budget="4x60"), "linf"),
     (EAD(budget="4x60"), "l1"),
-    (BrendelBethge(steps=80), "l1"),
-    (BrendelBethge(steps=80), "l2"),
-    (BrendelBethge(steps=80), "linf"),
+    (BrendelBethge(steps=50), "l1"),
+    (BrendelBethge(steps=50), "l2"),
+    (BrendelBethge(steps=50), "linf"),
 ]
-COUNTS = [CW(budget="4x60"), JSMA(), SigmaZero(steps=100), BrendelBethge(steps=80)]
+COUNTS = [CW(budget="4x60"), JSMA(), SigmaZero(steps=100), BrendelBethge(steps=50)]
 
 
 def named(value):

@@ -179,7 +179,7 @@ class NearestSearch:
         towards = found - self._start.x
         self._active = self._start
         self.nearest = self._all = self.x.clone()
-        self.away = torch.full_like(self.away[:1], torch.inf).expand(len(self)).clone()
+        self.away = self.away.new_full((len(self),), torch.inf)
         rows = self._leave((towards == 0).flatten(1).all(1))
         for step in steps:
             towards = towards if rows is None else towards[rows]

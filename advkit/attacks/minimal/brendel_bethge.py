@@ -12,7 +12,7 @@ from torch import Tensor
 from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import Look, MinimalAttack, NearestSearch, lengthened
 from advkit.attacks.minimal.faces import Margin
-from advkit.core.checks import at_least_one, fraction, positive
+from advkit.core.checks import at_least_one, positive
 from advkit.threat_models.lp import row_max, row_sum
 from advkit.threat_models.minimum import Minimum, MinimumL0
 
@@ -55,7 +55,7 @@ def nearest_on_plane(
     high: Tensor,
     rounds: int = 6,
 ) -> Tensor:
-    """The change u [n, ...] of least norm with <normal, u - change> = -value, low <= u <= high, |u - change|_2 <= radius.
+    """The change u [n, ...] of least norm with <normal, u - change> = -value, inside box and trust region.
 
     change:      the change of the clean rows now [n, ...]
     normal:      of the linear boundary [n, ...]
@@ -111,7 +111,7 @@ def nearest_on_plane(
 
 @dataclass(frozen=True, kw_only=True)
 class BrendelBethge(MinimalAttack):
-    """Brendel & Bethge (B&B), a minimum-norm attack in L0, L1, L2 and Linf: follows the boundary from an adversarial start.
+    """Brendel & Bethge (B&B), a minimum-norm attack in all norms: follows the boundary from an adversarial start.
 
     Each step linearises the margin and goes to the nearest point to the clean row on that plane, inside the box and a
     trust region around the present point.
@@ -145,7 +145,7 @@ class BrendelBethge(MinimalAttack):
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
-        rows_all, first = len(search), RADIUS[norm] if self.lr is None else self.lr
+        origin, first = search.x, RADIUS[norm] if self.lr is None else self.lr
         z, length = search.x, torch.zeros_like(search.away)
         for step in range(self.steps):
             if not len(search) or not search.affords():
@@ -163,8 +163,8 @@ class BrendelBethge(MinimalAttack):
             radius = first * 0.5 ** (self.halvings * step / self.steps)
             z = torch.where(per_row(found, z), self._along(search, z, look, radius), start)
         if log.isEnabledFor(logging.INFO):
-            lost = int((search.best == search._start.x).flatten(1).all(1).sum())
-            log.info("brendel_bethge: %d of %d rows have no start and come back unchanged", lost, rows_all)
+            lost = int((search.best == origin).flatten(1).all(1).sum())
+            log.info("brendel_bethge: %d of %d rows have no start and come back unchanged", lost, len(origin))
 
     def _along(self, search: NearestSearch, z: Tensor, look: Look, lr: float) -> Tensor:
         """The next point along the boundary."""
@@ -172,7 +172,9 @@ class BrendelBethge(MinimalAttack):
         low, high = (wall - search.x for wall in search.threat.box.bounds_like(z))
         radius = lr * row_sum(change.square()).sqrt()
         slope = row_sum(look.gradient.square()).sqrt()
-        value = torch.where(torch.isfinite(look.loss), look.loss, 0.0) + BEYOND * radius * slope
+        # Closer than rounding the side of the boundary is a matter of the batch's shape.
+        beyond = torch.maximum(BEYOND * radius, 4 * torch.finfo(z.dtype).eps * row_sum(z.square()).sqrt())
+        value = torch.where(torch.isfinite(look.loss), look.loss, 0.0) + beyond * slope
         return search.legal(search.x + nearest_on_plane(change, look.gradient, value, radius, search.threat, low, high))
 
     def _start(

@@ -34,8 +34,8 @@ class EAD(MinimalAttack):
     budget: weights tried x gradient steps for each, such as 9x100
     beta:   weight of L1 against squared L2, >= 0, in units of the L1 distance to the boundary as the gradient at the
             clean row sees it
-    lr:     first step, > 0: by how much of that distance the steepest value moves; it falls as the root of what is left
-            of the run
+    lr:     first step, > 0: how far the steepest value would get in a run of such steps, in units of that distance;
+            steps fall as the root of what is left of the run
     weight: of the margin in the first run, > 0; None is twice what a linear model would need
 
     Costs a gradient per step and one more; rows leave as in `cw`. Raises UsageError for values out of range and for
@@ -52,7 +52,7 @@ class EAD(MinimalAttack):
 
     budget: str = "9x100"
     beta: float = 10.0
-    lr: float = 0.02
+    lr: float = 2.0
     weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class EAD(MinimalAttack):
         if rows is not None:
             away, pull, weight = kept(rows, away, pull, weight)
         bracket, z, last = Bracket.of(weight), search.x, search.x
-        size, beta = self.lr * divided(away, 2 * pull), self.beta * away
+        size, beta = self.lr / steps * divided(away, 2 * pull), self.beta * away
         for _ in range(searches * steps):
             if not len(search) or not search.affords():
                 return
