@@ -169,7 +169,9 @@ def _guess(name: str) -> str | None:
         ours = OURS.get(word) or next((known for known in ATTACKS.table if bare(known) == word), None)
         if ours is not None and not ours.endswith(":"):
             if norm:
-                return f"the norm belongs to the threat model: --attack {ours} --threat-model {_EXAMPLES[norm]}"
+                least = f"minimum-{norm}"
+                threat = least if least in getattr(ATTACKS.load(ours), "norms", ()) else _EXAMPLES[norm]
+                return f"the norm belongs to the threat model: --attack {ours} --threat-model {threat}"
             return f"did you mean {ours!r}?"
         if word in PEERS:
             return f"advkit has none of its own; other packages' run as --attack {' or '.join(PEERS[word])}"
