@@ -21,7 +21,7 @@ log = logging.getLogger("advkit")
 AHEAD = 1.3  # of a start's steps: each is so much longer than the one before it
 BEYOND = 0.02  # of the trust region's radius, how far behind the linear boundary a step aims
 TOLERANCE = 0.01  # of the radius, how far from the plane a point counts as on it
-RADIUS = {"l0": 1.0, "l1": 0.5, "l2": 0.1, "linf": 0.1}
+RADIUS = {"l0": 1.0, "l1": 0.5, "l2": 0.1, "linf": 0.2}
 FAR = 8.0  # of the largest change, the largest shrinkage in L1
 
 
@@ -119,8 +119,8 @@ class BrendelBethge(MinimalAttack):
     steps:    gradient steps, those of the start included, >= 1
     starts:   most of them that look for a start: down the gradient with longer and longer steps, and by noise of the
               whole box in every other one of the last half; >= 1
-    lr:       radius of the trust region in units of the L2 length of the present change, > 0; None is 0.1 in L2 and
-              Linf, 0.5 in L1, and 1 in L0, where a position that is undone costs all of its change
+    lr:       radius of the trust region in units of the nearest point's L2 distance, > 0; None is 0.1 in L2, 0.2
+              in Linf, 0.5 in L1, and 1 in L0, where a position that is undone costs all of its change
     halvings: how often the radius halves over the steps, >= 0
 
     Costs a gradient per step. Rows without a start come back unchanged; the log says how many (at info). Raises
@@ -161,7 +161,8 @@ class BrendelBethge(MinimalAttack):
             noisy = 2 * step >= self.starts and step % 2 == 0 and not bool(found.all())
             start, length = self._start(search, z, look, length, step, noisy)
             radius = first * 0.5 ** (self.halvings * step / self.steps)
-            z = torch.where(per_row(found, z), self._along(search, z, look, radius), start)
+            along = self._along(search, z, look, radius)
+            z = torch.where(per_row(found, z), along, start)
         if log.isEnabledFor(logging.INFO):
             lost = int((search.best == origin).flatten(1).all(1).sum())
             log.info("brendel_bethge: %d of %d rows have no start and come back unchanged", lost, len(origin))
@@ -170,7 +171,8 @@ class BrendelBethge(MinimalAttack):
         """The next point along the boundary."""
         change = z - search.x
         low, high = (wall - search.x for wall in search.threat.box.bounds_like(z))
-        radius = lr * row_sum(change.square()).sqrt()
+        # Of the nearest point, not of this one: a step too far towards the clean row would leave none to come back by.
+        radius = lr * row_sum((search.nearest - search.x).square()).sqrt()
         slope = row_sum(look.gradient.square()).sqrt()
         # Closer than rounding the side of the boundary is a matter of the batch's shape.
         beyond = torch.maximum(BEYOND * radius, 4 * torch.finfo(z.dtype).eps * row_sum(z.square()).sqrt())

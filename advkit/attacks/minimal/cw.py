@@ -63,6 +63,8 @@ class CW(MinimalAttack):
         rows = search.leave(first.reached)
         if rows is not None:
             first = first.take(rows)
+        if not len(search):
+            return
         {"l2": self._l2, "linf": self._linf, "l0": self._l0}[norm](search, first)
 
     def _l2(self, search: NearestSearch, first: Look) -> None:
