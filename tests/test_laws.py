@@ -62,6 +62,7 @@ LONG = {
     "hopskipjump",
     "sign_opt",
     "geoda",
+    *("cw", "ead", "sigma_zero", "brendel_bethge"),
     "apgd-dlr",
     "apgd-t",
     "fab",
@@ -70,6 +71,10 @@ LONG = {
     "quadattack",
     "ad_topk",
     "cw_topk",
+    "cw",
+    "ead",
+    "sigma_zero",
+    "brendel_bethge",
 } | {n for (n, _), subject in SUBJECTS.items() if isinstance(subject.attack, Suite)}
 # Their other norms are quick.
 LONG_IN = {

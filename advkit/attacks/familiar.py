@@ -44,18 +44,26 @@ OURS: Final[dict[str, str]] = {
     "simpleblackbox": "simba",
     "simbadct": "simba:basis=dct",
     "simbapixel": "simba",
+    "candw": "cw",
+    "carlini": "cw",
+    "carliniwagner": "cw",
+    "carlinil2": "cw",
+    "carlinilinf": "cw",
+    "carlinil0": "cw",
+    "bb": "brendel_bethge",
+    "brendelbethge": "brendel_bethge",
+    "elasticnet": "ead",
+    "eadl1": "ead",
+    "eaden": "ead",
+    "saliencymap": "jsma",
 }
 """Names elsewhere, without norm and ending, and the spec of the same method here."""
 
 PEERS: Final[dict[str, tuple[str, ...]]] = {
     "deepfool": ("foolbox:L2DeepFoolAttack", "foolbox:LinfDeepFoolAttack", "torchattacks:DeepFool", "art:DeepFool"),
-    "cw": ("foolbox:L2CarliniWagnerAttack", "torchattacks:CW", "art:CarliniL2Method"),
-    "ead": ("foolbox:EADAttack", "torchattacks:EADL1", "art:ElasticNet"),
     "fmn": ("foolbox:LInfFMNAttack", "foolbox:L2FMNAttack", "foolbox:L1FMNAttack"),
-    "brendelbethge": ("foolbox:L2BrendelBethgeAttack", "foolbox:LinfinityBrendelBethgeAttack"),
     "newtonfool": ("foolbox:NewtonFoolAttack", "art:NewtonFool"),
     "virtualadversarial": ("art:VirtualAdversarialMethod",),
-    "jsma": ("torchattacks:JSMA", "art:SaliencyMapMethod"),
     "sparsefool": ("torchattacks:SparseFool",),
     "tpgd": ("torchattacks:TPGD",),
     "ffgsm": ("torchattacks:FFGSM",),
@@ -72,20 +80,10 @@ PEERS: Final[dict[str, tuple[str, ...]]] = {
 """Methods that advkit does not have, and the adapters that run another package's."""
 
 _SAME: Final[dict[str, str]] = {
-    "candw": "cw",
-    "carlini": "cw",
-    "carliniwagner": "cw",
-    "carlinil2": "cw",
-    "carlinilinf": "cw",
     "hsja": "hopskipjump",
     "hsj": "hopskipjump",
     "geometricdecisionbased": "geoda",
     "signoptlinf": "signopt",
-    "bb": "brendelbethge",
-    "elasticnet": "ead",
-    "eadl1": "ead",
-    "eaden": "ead",
-    "saliencymap": "jsma",
     "vat": "virtualadversarial",
     "saltandpepper": "saltandpeppernoise",
     "uap": "universalperturbation",
@@ -185,7 +183,9 @@ def _guess(name: str) -> str | None:
         ours = OURS.get(word) or next((known for known in ATTACKS.table if bare(known) == word), None)
         if ours is not None and not ours.endswith(":"):
             if norm:
-                return f"the norm belongs to the threat model: --attack {ours} --threat-model {_EXAMPLES[norm]}"
+                least = f"minimum-{norm}"
+                threat = least if least in getattr(ATTACKS.load(ours), "norms", ()) else _EXAMPLES[norm]
+                return f"the norm belongs to the threat model: --attack {ours} --threat-model {threat}"
             return f"did you mean {ours!r}?"
         if word in PEERS:
             return f"advkit has none of its own; other packages' run as --attack {' or '.join(PEERS[word])}"

@@ -16,7 +16,7 @@ from advkit.core.protocols import Access, LeastChange, Measures, Rng
 from advkit.core.spaces import Box
 from advkit.threat_models.capability import UNIT, InBox
 from advkit.threat_models.lp import beyond_spacing, lattice_index, lattice_value, row_max, row_sum, wide
-from advkit.threat_models.sparse import changed_positions, positions
+from advkit.threat_models.sparse import changed_positions, everywhere, positions
 
 _EXAMPLE = {"l0": "l0:eps=10", "l1": "l1:eps=12", "l2": "l2:eps=0.5", "linf": "linf:eps=8/255"}
 
@@ -184,6 +184,10 @@ class MinimumL0(Minimum):
     def positions(self, values: Tensor) -> Tensor:
         """Values [B, ...] summed over what counts as one position, [B, positions]."""
         return positions(values, self.per)
+
+    def everywhere(self, chosen: Tensor, like: Tensor) -> Tensor:
+        """A mask over positions [B, positions] as one that broadcasts against rows `like` [B, ...]."""
+        return everywhere(chosen, like, self.per)
 
     def distance(self, x: Tensor, origin: Tensor) -> Tensor:
         """Positions that changed by more than the round-off of their values, float [B]."""

@@ -25,6 +25,13 @@ def positions(values: Tensor, per: str) -> Tensor:
     return values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
 
 
+def everywhere(chosen: Tensor, like: Tensor, per: str) -> Tensor:
+    """A mask over positions [B, positions] as one that broadcasts against rows `like` [B, ...]."""
+    if _channels(per, like.ndim - 1):
+        return chosen.reshape(*like.shape[:-3], *like.shape[-2:]).unsqueeze(-3)
+    return chosen.reshape(like.shape)
+
+
 def changed_positions(move: Tensor, per: str) -> Tensor:
     """How many positions a perturbation changes, float [B]."""
     # NaN differs from everything, and the norm of something with a NaN in it is NaN
@@ -77,9 +84,7 @@ class L0(NormBall):
 
     def _everywhere(self, chosen: Tensor, like: Tensor) -> Tensor:
         """A mask over positions as one that broadcasts against rows."""
-        if self._has_channels(like.ndim - 1):
-            return chosen.reshape(*like.shape[:-3], *like.shape[-2:]).unsqueeze(-3)
-        return chosen.reshape(like.shape)
+        return everywhere(chosen, like, self.per)
 
     def _best(self, score: Tensor) -> Tensor:
         """Bool [B, positions]: the eps positions of the largest score, none where it is zero."""

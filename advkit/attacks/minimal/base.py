@@ -15,6 +15,7 @@ from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, affords, f
 from advkit.attacks.minimal.hyperplane import Norm, dual_length
 from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
+from advkit.core.rows import PerRow
 from advkit.threat_models.lp import row_sum
 from advkit.threat_models.minimum import Minimum
 
@@ -31,8 +32,8 @@ def lengthened(move: Tensor, length: Tensor) -> Tensor:
     return move * per_row(torch.where(size > 0, length / size, 0.0), move)
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+@dataclass(frozen=True)
+class Look(PerRow):
     """What the victim says of a point of every active row.
 
     loss, gradient, answer: as the oracle gives them
@@ -179,7 +180,7 @@ class NearestSearch:
         towards = found - self._start.x
         self._active = self._start
         self.nearest = self._all = self.x.clone()
-        self.away = torch.full((len(self),), torch.inf, dtype=self.away.dtype, device=self.away.device)
+        self.away = self.away.new_full((len(self),), torch.inf)
         rows = self._leave((towards == 0).flatten(1).all(1))
         for step in steps:
             towards = towards if rows is None else towards[rows]

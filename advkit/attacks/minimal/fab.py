@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from advkit.attacks.base import ActiveRows, Best, TensorGoal, TensorOracle, finite_rows, kept, lp_ball, per_row
-from advkit.attacks.gradient.targeted import rivals_of
+from advkit.attacks.minimal.faces import NearestFace, faces_of
 from advkit.attacks.minimal.hyperplane import Norm, close_gaps, dual_length, length
 from advkit.attacks.search import taken
 from advkit.core.checks import at_least_one, check, fraction
@@ -22,73 +22,6 @@ from advkit.threat_models.lp import L1, L2, Linf, NormBall, row_sum
 NEWTON = 4  # rounds of the projection; the steps after it make up for what is missing
 SEARCH = 3  # answers of the final search
 NORMS: dict[type[NormBall], Norm] = {Linf: "Linf", L2: "L2", L1: "L1"}
-
-
-@dataclass(frozen=True)
-class _Margin:
-    """A goal whose loss is its margin: the only face of goals without rivals."""
-
-    kind: ClassVar[str] = "face"
-    goal: TensorGoal
-
-    def reached(self, answer: Tensor) -> Tensor:
-        return self.goal.reached(answer)
-
-    def loss(self, answer: Tensor) -> Tensor:
-        return self.goal.margin(answer)
-
-    def margin(self, answer: Tensor) -> Tensor:
-        return self.goal.margin(answer)
-
-    def under(self, loss: str) -> Self:
-        return self
-
-    def take(self, rows: Tensor) -> Self:
-        return replace(self, goal=self.goal.take(rows))
-
-    def to(self, device: torch.device | str) -> Self:
-        return replace(self, goal=self.goal.to(device))
-
-
-@dataclass(frozen=True)
-class _Nearest:
-    """Several faces whose loss is that of the one that seems nearest: its value over its gradient's dual norm.
-
-    faces: goals that are zero on their boundary
-    norms: dual norms of their gradients, as last seen [B, K]
-    """
-
-    kind: ClassVar[str] = "face"
-    faces: tuple[TensorGoal, ...]
-    norms: Tensor
-
-    def values(self, answer: Tensor) -> Tensor:
-        """Every face's value [B, K]."""
-        return torch.stack([face.loss(answer) for face in self.faces], 1)
-
-    def nearest(self, values: Tensor) -> Tensor:
-        """Which face seems nearest, long [B]; one without gradient never does."""
-        away = torch.where(self.norms > 0, values.abs() / self.norms.clamp_min(1e-30), torch.inf)
-        return away.nan_to_num(nan=torch.inf).argmin(1)
-
-    def reached(self, answer: Tensor) -> Tensor:
-        return self.faces[0].reached(answer)
-
-    def loss(self, answer: Tensor) -> Tensor:
-        values = self.values(answer)
-        return values.gather(1, self.nearest(values.detach())[:, None]).squeeze(1)
-
-    def margin(self, answer: Tensor) -> Tensor:
-        return self.faces[0].margin(answer)
-
-    def under(self, loss: str) -> Self:
-        return self
-
-    def take(self, rows: Tensor) -> Self:
-        return replace(self, faces=tuple(face.take(rows) for face in self.faces), norms=self.norms[rows])
-
-    def to(self, device: torch.device | str) -> Self:
-        return replace(self, faces=tuple(face.to(device) for face in self.faces), norms=self.norms.to(device))
 
 
 @dataclass
@@ -170,7 +103,7 @@ class _AllRivals(_Runs):
         return self.refresh
 
     def faces(self, goal: TensorGoal, answer: Tensor) -> list[tuple[TensorGoal, ...]]:
-        return [rivals_of(goal, answer, self.rivals) or (_Margin(goal),)]
+        return [faces_of(goal, answer, self.rivals)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +120,7 @@ class _OneRival(_Runs):
         return self.steps
 
     def faces(self, goal: TensorGoal, answer: Tensor) -> list[tuple[TensorGoal, ...]]:
-        return [(face,) for face in rivals_of(goal, answer, self.targets) or (_Margin(goal),)]
+        return [(face,) for face in faces_of(goal, answer, self.targets)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +202,7 @@ class _Boundary(_Runs):
         stopping: bool,
     ) -> None:
         """One restart; its nearest points go to `overall`."""
-        aim = _Nearest(faces, z.new_ones((len(z), len(faces))))
+        aim = NearestFace(faces, z.new_ones((len(z), len(faces))))
         own = taken(active.index, overall)
         low, high = inner.box.bounds_like(z)
         trusting = stopping and not self.confirm
@@ -380,16 +313,15 @@ def _ask_inside(
     return reached, broken
 
 
-def _look_at_one(active: ActiveRows, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
+def _look_at_one(active: ActiveRows, z: Tensor, aim: NearestFace, norm: Norm) -> tuple[Tensor, Tensor, NearestFace]:
     """Value [B] and normal of the face that seems nearest, and the faces with that one's norm renewed."""
     if len(aim.faces) == 1:
         return *active.oracle.gradient(z, aim.faces[0])[:2], aim
     value, normal, answer = active.oracle.gradient(z, aim)
-    which = aim.nearest(aim.values(answer))[:, None]
-    return value, normal, replace(aim, norms=aim.norms.scatter(1, which, dual_length(normal, norm)[:, None]))
+    return value, normal, aim.seen(answer, normal, norm)
 
 
-def _look_at_all(active: ActiveRows, z: Tensor, aim: _Nearest, norm: Norm) -> tuple[Tensor, Tensor, _Nearest]:
+def _look_at_all(active: ActiveRows, z: Tensor, aim: NearestFace, norm: Norm) -> tuple[Tensor, Tensor, NearestFace]:
     """Value [B] and normal of the nearest face, and the faces with all norms renewed."""
     norms, nearest = [], torch.full_like(z.flatten(1)[:, 0], torch.inf)
     value, normal = torch.zeros_like(nearest), torch.zeros_like(z)
