@@ -62,7 +62,6 @@ LONG = {
     "hopskipjump",
     "sign_opt",
     "geoda",
-    *("cw", "ead", "sigma_zero", "brendel_bethge"),
     "apgd-dlr",
     "apgd-t",
     "fab",
