@@ -204,7 +204,7 @@ class Bench:
         distance = torch.where(fell, threat.distance(z, self.x), torch.inf)
         return {
             "success": float(fell.float().mean()),
-            "median": float(distance.quantile(0.5)),
+            "median": float(distance.median()),
             "propagations": round(passes, 2),
             "seconds": seconds,
         }

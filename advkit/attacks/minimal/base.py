@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, affords, finite_rows, per_row
-from advkit.attacks.minimal.hyperplane import Norm, dual_length
+from advkit.attacks.minimal.hyperplane import Norm, close_gap, length
 from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
 from advkit.core.rows import PerRow
@@ -22,6 +22,12 @@ from advkit.threat_models.minimum import Minimum
 OVERSHOOT = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 """How much further than the nearest point a row goes, in turn, where files of few levels round it back."""
 
+
+NEWTON = 4
+"""Rounds of a projection within the box; the steps after it make up for what is missing."""
+
+SHARE = 0.9
+"""Where on the way to the nearest point found the boundary is looked for at the end of a search, at the nearest."""
 
 NORMS: dict[str, Norm] = {"l1": "L1", "l2": "L2", "linf": "Linf"}
 
@@ -113,10 +119,18 @@ class NearestSearch:
         return Look(loss, gradient, answer, reached, distance)
 
     def linear_distance(self, look: Look) -> Tensor:
-        """How far the boundary would be, were the margins of a look linear (not in L0) [n]; 1 without slope."""
-        slope = dual_length(look.gradient, NORMS[self.threat.least])
-        away = look.loss.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)
-        return torch.where((slope > 0) & torch.isfinite(away), away, 1.0)
+        """How far from the clean rows the boundary would be, were the margins of a look there linear (not in L0) [n].
+
+        Within the box: what black ground leaves open counts alone. 1 without slope.
+        """
+        return self.linear(look.loss, look.gradient)
+
+    def linear(self, value: Tensor, normal: Tensor) -> Tensor:
+        """As `linear_distance`, of a boundary with that value [n] and gradient [n, ...] at the clean rows."""
+        kind = NORMS[self.threat.least]
+        low, high = self.threat.box.bounds_like(self.x)
+        away = length(close_gap(self.x, normal, value, low, high, kind, NEWTON), kind)
+        return torch.where((away > 0) & torch.isfinite(away), away, 1.0)
 
     def look_at(self, z: Tensor, faces: Sequence[TensorGoal]) -> tuple[Tensor, Tensor, Look]:
         """Losses [K, n] and gradients [K, n, ...] of several goals at z, by one forward; and the look of the first."""
@@ -152,6 +166,45 @@ class NearestSearch:
         asked = first < many
         first = torch.where(asked, first, 0)
         return torch.where(asked, least, torch.inf), z[first]
+
+    def narrow(self, inner: Tensor, above: Tensor, outer: Tensor, below: Tensor, answers: int) -> None:
+        """Look for the boundary between inner points, where the goal's margin is `above` [n] zero, and outer ones, where
+        it is `below`: secants that go a little further than the margins say, where either end stays for long halves
+        of them.
+        """
+        low, high = torch.zeros_like(above), torch.ones_like(above)
+        for _ in range(answers):
+            if not self.affords():
+                return
+            share = above / (above - below)
+            share = torch.where(torch.isfinite(share) & (share > 0), share, 0.5)
+            share = low + (high - low) * (share + 0.02).clamp_max(1.0)
+            z = self.legal(torch.lerp(inner, outer, per_row(share, inner)))
+            answer, reached = self.ask(z)
+            margin = self.goal.margin(answer).to(above.dtype)
+            low, high = torch.where(reached, low, share), torch.where(reached, share, high)
+            above, below = torch.where(reached, above / 2, margin), torch.where(reached, margin, below / 2)
+
+    def tighten(self, answers: int) -> None:
+        """Shorten the way to every row's nearest point along its own line, by two answers and so many secants.
+
+        For the end of a search: rows that left come back.
+        """
+        found = self.best
+        self._active, self.nearest, self._all = self._start, found, found
+        self.away = self.distance(found)
+        self._leave(self.away == 0)
+        if not len(self) or not self.affords(3):
+            return
+        outer = self.nearest
+        inner = self.legal(self.x + SHARE * (outer - self.x))
+        (above, _), (below, _) = (self._margin(z) for z in (inner, outer))
+        # Where the inner point reaches the goal too, it is kept, and what is left of the answers goes to the rest.
+        self.narrow(inner, above, outer, below, answers)
+
+    def _margin(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        answer, reached = self.ask(z)
+        return self.goal.margin(answer).to(z.dtype), reached
 
     def leave(self, done: Tensor) -> Tensor | None:
         """Let active rows (bool [n]) leave; a long index of those that stay, None where all do. Waits for the device.

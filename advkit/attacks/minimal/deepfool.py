@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from advkit.attacks.base import kept, per_row
-from advkit.attacks.minimal.base import NORMS, MinimalAttack, NearestSearch
+from advkit.attacks.minimal.base import NEWTON, NORMS, MinimalAttack, NearestSearch
 from advkit.attacks.minimal.faces import NearestFace, faces_of, nearest_of
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.core.checks import at_least_one, not_negative
+from advkit.threat_models.lp import row_sum
 
-NEWTON = 4
+PATIENCE = 3  # steps without crossing after which the overshoot grows
+GOOD, BAD, GROWTH = 0.9, 0.5, 1.2
+PUSH = 1.5  # by this factor per step
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepFool(MinimalAttack):
-    name: ClassVar[str] = "deepfool"
-    norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf")
+class OntoFaces(MinimalAttack, ABC):
+    """Steps onto the linearised boundary from where a row is, and once it is across, from the clean row.
+
+    A goal without rivals has one face, its margin.
+    """
 
     steps: int = 50
-    rivals: int = 9
-    overshoot: float = 0.02
+    rivals: int = 3
+    overshoot: float = 0.01
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "rivals")
         not_negative(self, "overshoot")
+
+    returns: ClassVar[bool] = True
+
+    @property
+    def cap(self) -> float:
+        """How long the first step may be, as a share of the distance to the nearest linearised boundary."""
+        return math.inf
+
+    @abstractmethod
+    def finished(self, turns: Tensor, gained: Tensor, share: Tensor) -> Tensor:
+        """Which rows are finished, bool [n].
+
+        turns:  steps from the clean row so far, long [n]
+        gained: by how much the last step shortened the distance, as a share of it [n]; -inf where it did not reach the
+                goal, negative where it led further away
+        share:  how much of a step from the clean row will be gone next [n]
+        """
+
+    def _trust(self, radius: Tensor, kept_promise: Tensor, promised: Tensor) -> Tensor:
+        """The longest next step: longer where the margin fell as promised, shorter where it did not."""
+        share = torch.where(promised > 0, kept_promise / promised, torch.nan)
+        return torch.where(share > GOOD, radius * GROWTH, torch.where(share < BAD, radius / GROWTH, radius))
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
@@ -36,31 +66,79 @@ class DeepFool(MinimalAttack):
         faces = faces_of(search.goal, answer, self.rivals)
         rows = search.leave(done)
         if rows is not None:
-            done, faces = done[rows], tuple(face.take(rows) for face in faces)
+            done, answer, faces = done[rows], answer[rows], tuple(face.take(rows) for face in faces)
         if not len(search) or not search.affords():
             return
         z = search.x
         values, normals, _ = search.look_at(z, faces)
         value, normal, norms = nearest_of(values, normals, kind)
         aim = NearestFace(faces, norms)
-        total = torch.zeros_like(z)
+        clean = value
+        reached, away = done, search.away
+        radius = self.cap * search.linear(value, normal)
+        share, held = torch.ones_like(value), (z, value, normal)
+        tries = turns = torch.zeros_like(done, dtype=torch.long)
         for step in range(self.steps):
             low, high = search.threat.box.bounds_like(z)
-            move = close_gap(z, normal, value, low, high, kind, NEWTON)
-            done = done | ~move.flatten(1).any(1)
-            total = total + torch.where(per_row(done, z), 0.0, move)
-            z = search.legal(search.x + (1 + self.overshoot) * total)
+            # Once a row is across, the boundary that is seen from there is projected onto from the clean row.
+            point = torch.where(per_row(reached, z), search.x, z)
+            gap = value - torch.where(reached, row_sum(normal * (z - search.x)), 0.0)
+            move = close_gap(point, normal, gap, low, high, kind, NEWTON)
+            turns = turns + reached.long()
+            # The way to this face ends in a corner of the box, or there is no slope: another face is next.
+            stuck = ~move.flatten(1).any(1)
+            aim = aim.without(answer, stuck)
+            # What crosses late is pushed: a boundary that bends away, or a box with little room left.
+            tries = torch.where(reached, 0, tries)
+            further = 1 + self.overshoot * PUSH ** (tries + 1 - PATIENCE).clamp_min(0)
+            ahead = search.legal(search.x + per_row(further, z) * (point + move - search.x))
+            ahead = torch.lerp(z, ahead, per_row(torch.where(reached, share, 1.0), z))
+            if math.isfinite(self.cap):
+                size = search.distance(ahead - z + search.x)
+                ahead = torch.lerp(z, ahead, per_row((radius / size).clamp_max(1.0), z))
+                tries = tries + (size <= radius)
+            else:
+                tries = tries + 1
+            promised = torch.where(reached, 0.0, -row_sum(normal * (ahead - z)))
+            z, before = torch.where(per_row(done, z), z, ahead), value
             if not search.affords():
                 return
-            if step == self.steps - 1:
-                search.ask(z)
-                return
             look = search.look(z, aim)
-            aim, value, normal = aim.seen(look.answer, look.gradient, kind), look.loss, look.gradient
-            done = done | look.reached
+            aim = aim.seen(look.answer, look.gradient, kind)
+            value, normal, reached = look.loss, look.gradient, look.reached
+            radius = self._trust(radius, before - value, promised)
+            gained = torch.where(reached, 1 - look.distance / away, -torch.inf)
+            away = torch.minimum(away, torch.where(reached, look.distance, torch.inf))
+            # A row that came across further away goes back, and from there half as far.
+            worse = reached & (gained <= 0)
+            share = torch.where(worse, share / 2, torch.where(reached, (2 * share).clamp_max(1.0), share))
+            if self.returns:
+                z, value, normal = (
+                    torch.where(per_row(worse, new), old, new) for old, new in zip(held, (z, value, normal))
+                )
+                held = tuple(torch.where(per_row(reached, new), new, old) for old, new in zip(held, (z, value, normal)))
+            answer = look.answer
+            done = done | ~aim.norms.any(1) | self.finished(turns, gained, share)
             rows = search.leave(done)
             if rows is not None:
                 aim = aim.take(rows)
-                done, value, normal, total, z = kept(rows, done, value, normal, total, z)
-            if not len(search):
+                done, value, normal, reached, away, turns, tries, radius, z, answer, share = kept(
+                    rows, done, value, normal, reached, away, turns, tries, radius, z, answer, share
+                )
+                held = kept(rows, *held)
+            if not len(search) or (not search.oracle.decides and bool(done.all())):
                 return
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepFool(OntoFaces):
+    name: ClassVar[str] = "deepfool"
+    norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf")
+
+    returns: ClassVar[bool] = False
+
+    polish: int = 1
+
+    def finished(self, turns: Tensor, gained: Tensor, share: Tensor) -> Tensor:
+        """Across, after `polish` steps from the clean row."""
+        return (turns >= self.polish) & (gained > -torch.inf)

@@ -71,6 +71,11 @@ class NearestFace:
         which = self.nearest(self.values(answer))[:, None]
         return replace(self, norms=self.norms.scatter(1, which, dual_length(normal, norm)[:, None]))
 
+    def without(self, answer: Tensor, rows: Tensor) -> Self:
+        """With the face that seems nearest given up in some of the rows, bool [B]."""
+        which = self.nearest(self.values(answer))[:, None]
+        return replace(self, norms=torch.where(rows[:, None], self.norms.scatter(1, which, 0.0), self.norms))
+
     def reached(self, answer: Tensor) -> Tensor:
         """Bool [B]."""
         return self.faces[0].reached(answer)

@@ -1,0 +1,106 @@
+"""Augmented Lagrangian method for adversarial attacks, ALMA (Rony et al., arXiv 2011.11857)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from advkit.attacks.base import kept, per_row
+from advkit.attacks.minimal.base import NORMS, MinimalAttack, NearestSearch
+from advkit.attacks.minimal.hyperplane import length
+from advkit.core.checks import at_least, at_least_one, check, fraction, positive
+from advkit.threat_models.lp import row_sum
+
+
+def slope(value: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
+    """The derivative of the penalty P2 at constraint values [n]: mu at zero, growing with the violation."""
+    beyond = mu * (1 + 2 * rho * value) + (rho * value).square() / 2
+    return torch.where(value >= 0, beyond, mu / (1 - rho * value.clamp_max(0)).square())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALMA(MinimalAttack):
+    name: ClassVar[str] = "alma"
+    norms: ClassVar[tuple[str, ...]] = ("minimum-l1", "minimum-l2")
+
+    steps: int = 200
+    first: float = 0.05
+    last: float = 0.01
+    alpha: float = 0.9
+    check_every: int = 10
+    tau: float = 0.95
+    gamma: float = 1.2
+    secants: int = 3
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "steps", "check_every")
+        at_least(self, 0, "secants")
+        positive(self, "first", "last")
+        fraction(self, "alpha", ends="()")
+        fraction(self, "tau")
+        check(self, "gamma", self.gamma >= 1, "a factor of at least 1")
+
+    def search(self, search: NearestSearch, norm: str) -> None:
+        """See the class."""
+        self._descend(search, norm)
+        if self.secants:
+            search.tighten(self.secants)
+
+    def _descend(self, search: NearestSearch, norm: str) -> None:
+        aim = search.goal.under("margin")
+        z = search.x
+        look = search.look(z, aim)
+        away, unit = search.linear_distance(look), look.loss.abs()
+        mu = rho = torch.ones_like(away)
+        found, when = look.reached, torch.full_like(away, self.steps)
+        value = before = torch.ones_like(away)
+        slow, square = torch.zeros_like(z), torch.zeros_like(z)
+        pace = None
+        for step in range(1, self.steps + 1):
+            rows = search.leave(found & (search.away == 0))
+            if rows is not None:
+                aim = aim.take(rows)
+                loss, gradient = look.loss[rows], look.gradient[rows]
+                away, unit, mu, rho, found, when, value, before, slow, square, z = kept(
+                    rows, away, unit, mu, rho, found, when, value, before, slow, square, z
+                )
+            else:
+                loss, gradient = look.loss, look.gradient
+            if not len(search) or not search.affords():
+                return
+            value = loss / unit
+            if step % self.check_every == 0:
+                worse = ~found & (value >= self.tau * before)
+                rho, before = torch.where(worse, self.gamma * rho, rho), value
+            steepness = slope(value, rho, mu)
+            mu = (self.alpha * mu + (1 - self.alpha) * steepness).clamp(1e-6, 1e12)
+            pull = per_row(slope(value, rho, mu) / unit, z) * gradient
+            pull = (pull + self._way(z - search.x, norm) / per_row(away, z)) * per_row(away, z)
+            if pace is None:
+                square = pull.square().flatten(1).mean(1)
+                square = per_row(square, z).expand_as(z)
+                pace = True
+                size = length(search.legal(z - pull / square.sqrt().clamp_min(1e-30)) - z, NORMS[norm])
+                rate = torch.where(size > 0, self.first * away / size, 0.0)
+            elif rows is not None:
+                rate = rate[rows]
+            square = self.alpha * square + (1 - self.alpha) * pull.square()
+            slow = self.alpha * slow + pull / square.sqrt().clamp_min(1e-30)
+            fall = self.last ** ((step - when).clamp_min(0) / (self.steps - when).clamp_min(1))
+            z = search.legal(z - per_row(rate * fall, z) * slow)
+            if step == self.steps:
+                search.ask(z)
+                return
+            look = search.look(z, aim)
+            when = torch.where(look.reached & ~found, float(step), when)
+            found = found | look.reached
+
+    @staticmethod
+    def _way(move: Tensor, norm: str) -> Tensor:
+        """The gradient of the distance."""
+        if norm == "l1":
+            return move.sign()
+        return move / per_row(row_sum(move.square()).sqrt().clamp_min(1e-30), move)

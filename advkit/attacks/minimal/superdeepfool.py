@@ -1,0 +1,42 @@
+"""SuperDeepFool: DeepFool, and back along the boundary's normal (Abdollahpourrostam et al., arXiv 2303.12481)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from advkit.attacks.minimal.base import NearestSearch
+from advkit.attacks.minimal.deepfool import OntoFaces
+from advkit.core.checks import at_least, at_least_one, not_negative
+
+LEAST = 0.1  # share of a step from the clean row below which another is not worth a question
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperDeepFool(OntoFaces):
+    name: ClassVar[str] = "superdeepfool"
+    norms: ClassVar[tuple[str, ...]] = ("minimum-l2",)
+
+    steps: int = 50
+    rounds: int = 20
+    least: float = 0.002
+    secants: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "rounds")
+        at_least(self, 0, "secants")
+        not_negative(self, "least")
+
+    def finished(self, turns: Tensor, gained: Tensor, share: Tensor) -> Tensor:
+        """After `rounds` steps from the clean row, or where these lead nowhere any more."""
+        settled = (turns > 0) & (gained > 0) & (gained < self.least)
+        return (turns >= self.rounds) | settled | (share < LEAST)
+
+    def search(self, search: NearestSearch, norm: str) -> None:
+        """See the class."""
+        super().search(search, norm)
+        if self.secants:
+            search.tighten(self.secants)
