@@ -220,6 +220,7 @@ class Thorough(Suite):
             *_first(0.5),
             Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.4),
             Stage(name="near-wide", attack=_wide(40, restarts=2), share=0.2),
+            Stage(name="near-wider", attack=_wide(20, restarts=2, wider=4.0), share=0.2),
             Stage(name="near-classes", attack=_toward(self.targets, steps=20, together=9, loss="dlr"), share=0.15),
             Stage(name="nearest-dlr", attack=_toward(0, steps=50, restarts=4, together=4, loss="dlr"), share=0.05),
             Stage(name="nearest-targets", attack=_toward(2, steps=50, restarts=4, together=8), share=0.05),
@@ -247,9 +248,9 @@ def _first(share: float) -> tuple[Stage, ...]:
     )
 
 
-def _wide(steps: int, *, restarts: int = 1) -> APGDT:
-    """Starts side by side, from three times the distance."""
-    return _toward(0, steps=steps, restarts=restarts, together=restarts, wider=3.0)
+def _wide(steps: int, *, restarts: int = 1, wider: float = 3.0) -> APGDT:
+    """Starts side by side that begin outside the ball; another distance finds other rows."""
+    return _toward(0, steps=steps, restarts=restarts, together=restarts, wider=wider)
 
 
 def _cascade(*stages: Stage) -> tuple[Stage, ...]:

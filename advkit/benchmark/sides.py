@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from advkit.attacks import ATTACKS
 from advkit.attacks.peers import peer_package
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Batch, Outcome
+from advkit.core.protocols import Batch, Outcome, Revised
 from advkit.evaluation.api import resolve
 from advkit.evaluation.execute import run
 from advkit.evaluation.run.batch import on_device
@@ -231,7 +231,8 @@ def side_by_side(
     reference: "pyautoattack", or the spec of any attack, which the harness then runs (`torchattacks:AutoAttack`)
     speed:     of the suites that do not name one; the reference is always full precision
     """
-    specs = {suite: ATTACKS.label(ATTACKS.build(suite.partition("@")[0])) for suite in suites}
+    built: dict[str, Any] = {suite: ATTACKS.build(suite.partition("@")[0]) for suite in suites}
+    specs = {suite: ATTACKS.label(attack) for suite, attack in built.items()}
     runs: dict[str, list[Run]] = {name: [] for name in (reference, *suites)}
     with one_thread():
         for name, seed in _interleaved([*runs], repetitions):
@@ -251,7 +252,10 @@ def side_by_side(
         "n": case.n,
         "clean_accuracy": 1 - len(theirs[0].wrong) / case.n,
         "reference": _reference_entry(reference, theirs),
-        "suites": {suite: _suite_entry(spec, runs[suite], theirs) for suite, spec in specs.items()},
+        "suites": {
+            suite: {**_revision(built[suite]), **_suite_entry(spec, runs[suite], theirs)}
+            for suite, spec in specs.items()
+        },
     }
 
 
@@ -276,6 +280,11 @@ def _reference_entry(name: str, runs: Sequence[Run]) -> dict[str, Any]:
             row for row in _broken_by_any(runs) if not all(row in each.broken for each in runs)
         ),
     }
+
+
+def _revision(attack: object) -> dict[str, int]:
+    """Of a suite, whose stages may change while its spec stays; empty for other attacks."""
+    return {"revision": attack.revision} if isinstance(attack, Revised) else {}
 
 
 def _suite_entry(spec: str, ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
