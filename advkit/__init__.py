@@ -10,20 +10,25 @@ if TYPE_CHECKING:
     from advkit.defenses.labels.floral import FLORAL
     from advkit.evaluation.api import certify, evaluate
     from advkit.evaluation.matrix import matrix
+    from advkit.evaluation.report.compare import compare
     from advkit.evaluation.report.document import Report
+    from advkit.evaluation.report.optimality import optimality
 
-# MKL, torch's matrix library on x86, lets the last bits of a product depend on where its rows lie in memory, so that a
-# sample would depend on its place in the batch (`Linear(294, 10)`, torch 2.14). It reads this at its first call.
-os.environ.setdefault("MKL_CBWR", "AUTO")
+# MKL, torch's matrix library on x86, lets the last bits of a product depend on where its rows lie in memory and on how
+# many there are: a sample would depend on its place in the batch (`Linear(294, 10)`, torch 2.14), and no call could be
+# smaller than 16 rows. In strict mode it adds up in one order. It reads this at its first call.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __version__ = "0.1.0"
-__all__ = ["FLORAL", "Report", "__version__", "certify", "evaluate", "matrix"]
+__all__ = ["FLORAL", "Report", "__version__", "certify", "compare", "evaluate", "matrix", "optimality"]
 
 _LAZY = {
     "FLORAL": "advkit.defenses.labels.floral",
     "certify": "advkit.evaluation.api",
     "evaluate": "advkit.evaluation.api",
+    "compare": "advkit.evaluation.report.compare",
     "matrix": "advkit.evaluation.matrix",
+    "optimality": "advkit.evaluation.report.optimality",
     "Report": "advkit.evaluation.report.document",
 }
 _SUBPACKAGES = (

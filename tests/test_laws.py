@@ -16,6 +16,7 @@ from advkit.models import MODELS
 from advkit.testing import (
     ATTACK_LAWS,
     BALLS,
+    IMAGE_LAWS,
     LABEL_LAWS,
     MINIMA,
     RADII,
@@ -23,11 +24,13 @@ from advkit.testing import (
     THREAT_LAWS,
     accepts,
     check_defense,
+    check_image_law,
     check_label_law,
     check_law,
     check_text_law,
     check_threat_law,
     check_training,
+    on_images,
     on_labels,
     on_text,
     subjects,
@@ -49,6 +52,8 @@ NAMES = [name for name in OWN if ATTACKS.spec(ATTACKS.build(name)).partition(":"
 TEXT = [name for name in NAMES if on_text(ATTACKS.load(name))]
 # Attacks on training labels have no inputs to change, and laws of their own, too.
 ON_LABELS = [name for name in NAMES if on_labels(ATTACKS.build(name))]
+# Attacks made for threat models of images that are no balls of vectors have laws of their own as well.
+ON_IMAGES = [name for name in NAMES if on_images(ATTACKS.build(name))]
 SUBJECTS = {(name, norm): subject for name in NAMES for norm, subject in subjects(ATTACKS.build(name)).items()}
 REFUSED = {(name, norm) for name in NAMES for norm in BALLS} - set(SUBJECTS)
 # Attacks that run toward many classes, and suites of attacks, take minutes together.
@@ -71,10 +76,17 @@ THREATS = {
     "l1-8bit": "l1:eps=2,lattice=255",
     "l0": "l0:eps=3",
     "transfer": "transfer:eps=0.1,sources=python:advkit.testing.victims:network",
+    "minimum-l0": "minimum-l0",
+    "minimum-l0-values": "minimum-l0:per=feature",
+    "minimum-l1": "minimum-l1",
     "minimum-l2": "minimum-l2",
+    "minimum-linf": "minimum-linf",
     "minimum-l2-8bit": "minimum-l2:lattice=255",
     "flips": "flips",
     "flips-3": "flips:n=3",
+    "patch": "patch:size=2",
+    "patch-fixed": "patch:size=2,place=fixed,at=1+0",
+    "patch-random": "patch:size=2,place=random",
 }
 
 
@@ -96,9 +108,18 @@ def test_attack_on_labels(name, law):
     check_label_law(law, ATTACKS.build(name))
 
 
+@pytest.mark.parametrize("law", IMAGE_LAWS)
+@pytest.mark.parametrize("name", ON_IMAGES)
+def test_attack_on_images(name, law):
+    if name == "corruption":
+        pytest.importorskip("kornia")
+    check_image_law(law, ATTACKS.build(name))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_attack_works_in_some_ball_or_on_text_or_labels(name):
-    assert any(attack == name for attack, _ in SUBJECTS) + (name in TEXT) + (name in ON_LABELS) == 1
+def test_every_attack_works_in_some_ball_or_has_laws_of_its_own(name):
+    own = (name in TEXT) + (name in ON_LABELS) + (name in ON_IMAGES)
+    assert any(attack == name for attack, _ in SUBJECTS) + own == 1
 
 
 @pytest.mark.parametrize(("name", "norm"), sorted(REFUSED), ids=["-".join(pair) for pair in sorted(REFUSED)])
@@ -136,8 +157,10 @@ def test_every_registered_ball_is_covered():
     # A grid is played cell by cell; the ball of a cell is `transfer`'s. An item of a stream is attacked and judged in
     # the ball that the stream names, which is one of those covered. `suffix` is no ball and has laws of its own, and
     # `certified` has no attacker: what is drawn there has its tests in test_certification.py. `label-flips` bounds how
-    # many labels are changed: tests/evaluation/test_poisoning.py.
-    assert set(THREAT_MODELS.names()) - covered == {"tapm", "online", "suffix", "certified", "label-flips"}
+    # many labels are changed: tests/evaluation/test_poisoning.py. What renders
+    # parameters, changes all samples alike, or has no projection in closed form: tests/threat_models/test_images.py.
+    images = {"transform", "flow", "corruption", "universal", "ssim", "lpips"}
+    assert set(THREAT_MODELS.names()) - covered - images == {"tapm", "online", "suffix", "certified", "label-flips"}
 
 
 def test_radii_fit_the_registry():

@@ -8,8 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from advkit.core.protocols import Ball, Descends, Goal, Oracle, Rng, WrapsBall
+from advkit.core.errors import UsageError
+from advkit.core.protocols import Ball, Descends, Describes, Goal, Oracle, Rng, WrapsBall
 from advkit.core.rows import finite_rows as finite_rows
+from advkit.core.rows import plainly_finite
 from advkit.threat_models.lp import L1, L2, Linf
 from advkit.threat_models.sparse import L0
 
@@ -39,6 +41,19 @@ def lp_ball(ball: Any) -> Any:
     while not isinstance(ball, Linf | L2 | L1 | L0) and isinstance(ball, WrapsBall):
         ball = ball.ball
     return ball
+
+
+def only_in(threat: Any, kind: type[Any], attack: str, made_for: str) -> None:
+    """UsageError unless the threat model is of the kind that an attack is made for.
+
+    made_for: how that one is named
+    """
+    if not isinstance(threat, kind):
+        name = threat.describe()["name"] if isinstance(threat, Describes) else type(threat).__name__
+        raise UsageError(
+            f"{attack} works within {made_for} and this threat model is {name}: leave --threat-model out, or name the "
+            "first"
+        )
 
 
 @dataclass
@@ -124,13 +139,16 @@ class Best:
         """
         now = self.of(rows)
         loss = (now.goal.loss(answer) if loss is None else loss).to(now.loss.dtype)
-        finite = finite_rows(answer)
+        finite = None if answer.is_floating_point() and plainly_finite(answer) else finite_rows(answer)
         reached: Tensor | None = None
         if now.none_reached(answer):
-            wins = (loss < now.loss) & finite
+            wins = loss < now.loss
         else:
-            reached = now.goal.reached(answer) & finite
-            wins = better(reached, loss, now.reached, now.loss) & finite
+            reached = now.goal.reached(answer)
+            reached = reached if finite is None else reached & finite
+            wins = better(reached, loss, now.reached, now.loss)
+        wins = wins if finite is None else wins & finite
+        if reached is not None:
             now.reached, now.any_reached = now.reached | reached, True
         now.x = torch.where(per_row(wins, z), z, now.x)
         now.loss = torch.where(wins, loss, now.loss)

@@ -45,7 +45,6 @@ PEERS: Final[dict[str, tuple[str, ...]]] = {
     "boundary": ("foolbox:BoundaryAttack", "art:BoundaryAttack"),
     "hopskipjump": ("foolbox:HopSkipJumpAttack", "art:HopSkipJump"),
     "ead": ("foolbox:EADAttack", "torchattacks:EADL1", "art:ElasticNet"),
-    "ddn": ("foolbox:DDNAttack",),
     "fmn": ("foolbox:LInfFMNAttack", "foolbox:L2FMNAttack", "foolbox:L1FMNAttack"),
     "brendelbethge": ("foolbox:L2BrendelBethgeAttack", "foolbox:LinfinityBrendelBethgeAttack"),
     "newtonfool": ("foolbox:NewtonFoolAttack", "art:NewtonFool"),

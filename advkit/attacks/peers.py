@@ -1,16 +1,20 @@
-"""Attacks of other packages in this harness: foolbox, torchattacks, ART (arXiv 1707.04131, 2010.01950, 1807.01069).
+"""Attacks of other packages: foolbox, torchattacks, ART (arXiv 1707.04131, 2010.01950, 1807.01069) and adv-lib.
 
-The package's attack gets the oracle as a torch module, the rows and their labels, and eps and norm of the ball; all
-else is its own. What it returns is judged like any other attack's: by the threat model, and by the victim.
+The package's attack gets the oracle as a torch module, the rows and their labels, and eps and norm of the ball, or the
+norm alone where there is no radius; all else is its own. What it returns is judged like any other attack's: by the
+threat model, and by the victim.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import math
 import random
+import sys
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from advkit.attacks.base import TensorGoal, TensorOracle, lp_ball, per_row
-from advkit.core.errors import MissingExtra, UnknownName, UsageError
+from advkit.core.errors import BudgetExhausted, MissingExtra, UnknownName, UsageError
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.registry import parse_arguments
@@ -30,7 +34,9 @@ from advkit.core.rows import finite_rows
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import NormBall
+from advkit.threat_models.minimum import Minimum
 
+ADV_LIB = "adv-lib==0.2.8"
 _POWERS = {"Linf": math.inf, "L2": 2.0, "L1": 1.0, "L0": 0.0}
 
 
@@ -40,13 +46,28 @@ def peer_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise MissingExtra(
-            f"the package {package} does not import ({error}): pip install 'advkit[{_extra(package)}]' brings it"
-        ) from error
+        raise MissingExtra(f"the package {package} does not import ({error}): {_brings(package)}") from error
 
 
-def _extra(package: str) -> str:
-    return "torchattacks" if package == "torchattacks" else "peers"
+def _brings(package: str) -> str:
+    """The command that installs a package."""
+    if package == "adv_lib":  # it requires visdom, which does not build with current setuptools
+        return f"pip install --no-deps {ADV_LIB} tqdm"
+    return f"pip install 'advkit[{'torchattacks' if package == 'torchattacks' else 'peers'}]'"
+
+
+@contextmanager
+def stand_in(name: str) -> Iterator[None]:
+    """An empty module of that name inside the block, where none is installed: for packages that import what they need
+    for drawing alone."""
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        yield
+        return
+    sys.modules[name] = types.ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def read_settings(text: str) -> dict[str, Any]:
@@ -97,6 +118,7 @@ class Request:
     module:  the oracle as a torch module, of rows in [low, high]
     x:       the rows, a copy that the package may do anything to
     classes: labels to leave or, where targeted, classes to reach; long [B]
+    eps:     radius; None where there is none and the least distance is wanted
     """
 
     module: nn.Module
@@ -104,7 +126,7 @@ class Request:
     classes: Tensor
     targeted: bool
     norm: str
-    eps: float
+    eps: float | None
     low: float
     high: float
     seed: int
@@ -122,6 +144,10 @@ class Peer(ABC):
               eps, norm, goal and model come from the evaluation
     access:   what the attack asks of the victim; say scores or labels for black-box attacks
 
+    Under minimum-l2 and its kind an attack that searches the nearest adversarial point gets no eps, and one that works
+    within a radius is refused. Where queries or propagations are limited, the attack ends when they do, and the best
+    point that it had asked about counts.
+
     A package's attack that searches the nearest adversarial point and takes no eps is judged inside the ball: a point
     beyond it comes back as the nearest one of the ball. Points outside the ball from an attack that
     was given eps stay as they are, for the harness to call invalid.
@@ -130,7 +156,7 @@ class Peer(ABC):
     default eps. Those in `settings` are taken as they are. docs/peers.md has every class of each package.
 
     Raises MissingExtra without the package, UnknownName for a class that it lacks, UsageError for settings, goals,
-    norms or spaces that the attack can't take. Answers beyond the threat model's budget end the row in an error.
+    norms or spaces that the attack can't take.
     """
 
     package: ClassVar[str]
@@ -155,8 +181,11 @@ class Peer(ABC):
         if not isinstance(oracle, MeteredOracle):
             raise UsageError(f"{self} needs the plain oracle, not one wrapped by {type(oracle).__name__}")
         inner = lp_ball(ball)
-        if not isinstance(inner, NormBall):
-            raise UsageError(f"{self} needs an Lp ball such as linf:eps=8/255, not {type(inner).__name__}")
+        if not isinstance(inner, NormBall | Minimum):
+            raise UsageError(
+                f"{self} needs an Lp ball such as linf:eps=8/255, or minimum-l2 and its kind, not "
+                f"{type(inner).__name__}"
+            )
         if isinstance(goal, Targeted):
             classes, targeted = goal.targets, True
         elif isinstance(goal, Untargeted):
@@ -166,18 +195,25 @@ class Peer(ABC):
         low, high = (torch.as_tensor(bound) for bound in (inner.box.low, inner.box.high))
         if low.numel() != 1 or high.numel() != 1 or not math.isfinite(float(high - low)):
             raise UsageError(f"{self} needs one lower and one upper bound for all features, not {inner.box!r}")
+        eps = inner.eps if isinstance(inner, NormBall) else None
         seed = int(rng.at("peer").integers(2**31 - 1, torch.empty(len(x), 1))[0])
         with foreign_randomness(seed):
             package = peer_package(self.package)
+            module: nn.Module = oracle.differentiable(x)
+            seen = None if oracle.left is None else _Watched(module, goal, ball, x)
             request = Request(
-                oracle.differentiable(x), x.clone(), classes, targeted, inner.norm, inner.eps, float(low), float(high),
-                seed,
+                module if seen is None else seen, x.clone(), classes, targeted, inner.norm, eps, float(low),
+                float(high), seed,
             )  # fmt: skip
             try:
                 z, bounded = self._run(package, request)
+            except BudgetExhausted:
+                if seen is None or not oracle.meter.calls:
+                    raise
+                z, bounded = seen.best, True
             except ImportError as error:  # what one attack of the package needs besides
                 raise MissingExtra(
-                    f"{self} needs a package more ({_first_line(error)}): pip install 'advkit[{_extra(self.package)}]'"
+                    f"{self} needs a package more ({_first_line(error)}): {_brings(self.package)}"
                 ) from error
         z = z.detach().to(x)
         if bounded or z.shape != x.shape:
@@ -212,6 +248,8 @@ class Peer(ABC):
         free = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
         radius = self.radius.get(self.name, "eps")
         given = read_settings(self.settings)
+        if known.get("eps", 0.0) is None:
+            del known["eps"]
         if "eps" in known and radius in takes:
             known[radius] = known.pop("eps")
             known = {**self._following(takes, radius, known[radius]), **known}
@@ -227,6 +265,14 @@ class Peer(ABC):
             return cls(*leading, **{**taken, **given}), {"eps" if key == radius else key for key in taken}
         except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
             raise UsageError(f"{self} refuses its settings: {_first_line(error)}") from error
+
+    def _check_radius(self, request: Request, takes: bool) -> None:
+        """UsageError for an attack within a radius where there is none."""
+        if takes and request.eps is None:
+            raise UsageError(
+                f"{self} works within a radius, and this threat model has none: give it one "
+                f"({request.norm.casefold()}:eps=...), or choose an attack that looks for the nearest point"
+            )
 
     def _following(self, takes: Mapping[str, inspect.Parameter], radius: str, eps: float) -> dict[str, float]:
         """The default lengths, in the ratio that they have to the class's own default eps."""
@@ -272,7 +318,10 @@ class Foolbox(Peer):
         criterion = package.TargetedMisclassification if request.targeted else package.Misclassification
         if issubclass(cls, package.attacks.DatasetAttack):
             attack.feed(model, request.x)
-        searches = power is None or (request.norm == "L0" and issubclass(cls, kinds.MinimizationAttack))
+        self._check_radius(request, not issubclass(cls, kinds.MinimizationAttack))
+        searches = (
+            request.eps is None or power is None or (request.norm == "L0" and issubclass(cls, kinds.MinimizationAttack))
+        )
         radius = {} if power is None else {"epsilons": None if searches else request.eps}
         try:
             _, points, _ = attack(model, request.x, criterion(request.classes), **radius)
@@ -282,6 +331,39 @@ class Foolbox(Peer):
             served = "untargeted" if request.targeted else "targeted"
             raise UsageError(f"{self} serves the goal {served} alone") from error
         return points, not searches
+
+
+class _Watched(nn.Module):
+    """A module that keeps the best point it was asked about for every row: one that reached the goal, the nearest where
+    there is no radius, the first one inside the ball where there is."""
+
+    def __init__(self, module: nn.Module, goal: TensorGoal, threat: Any, x: Tensor) -> None:
+        super().__init__()
+        self.module = module
+        self._goal, self._threat, self._x = goal, threat, x
+        self.best = x.clone()
+        self._away = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.module(x)
+        self._keep(x.detach().to(self._x), answer.detach())
+        return answer
+
+    def _keep(self, z: Tensor, answer: Tensor) -> None:
+        of = torch.arange(len(z), device=z.device)
+        if len(z) != len(self._x):
+            of = torch.cdist(z.flatten(1), self._x.flatten(1)).argmin(1)
+        near = self._x[of]
+        counts = self._goal.take(of).reached(answer) & finite_rows(answer) & self._threat.admits(z, near)
+        away = torch.where(counts, self._threat.distance(z, near).double(), torch.inf)
+        if isinstance(lp_ball(self._threat), NormBall):
+            away = torch.where(counts, 0.0, away)
+        # Rows that are asked about several times at once come one after the other, the nearest last.
+        order = away.argsort(descending=True, stable=True)
+        order = order[away[order] < self._away[of[order]]]
+        for place in order.tolist():
+            self._away[of[place]], self.best[of[place]] = away[place], z[place]
 
 
 class _Unit(nn.Module):
@@ -338,8 +420,9 @@ class TorchAttacks(Peer):
         unit = (request.low, request.high) == (0.0, 1.0)
         width = request.high - request.low
         module = request.module if unit else _Unit(request.module, request.low, request.high).eval()
-        eps = request.eps if request.norm == "L0" else request.eps / width
+        eps = request.eps if request.eps is None or request.norm == "L0" else request.eps / width
         cls = self._class(package)
+        self._check_radius(request, self.radius.get(self.name, "eps") in inspect.signature(cls).parameters)
         known: dict[str, Any] = {"eps": eps, "norm": request.norm, "seed": request.seed}
         if "n_classes" in inspect.signature(cls).parameters:
             known["n_classes"] = _classes(request)
@@ -419,6 +502,7 @@ class ART(Peer):
         cls = self._class(home)
         if request.norm == "L0" and {"eps", "norm"} & set(inspect.signature(cls).parameters):
             raise UsageError(f"{self} knows no L0 ball")
+        self._check_radius(request, "eps" in inspect.signature(cls).parameters)
         classes = _classes(request)
         probable = self.name in self.probabilities
         estimator = estimators.PyTorchClassifier(
@@ -462,3 +546,85 @@ class ART(Peer):
         else:
             z = attack.generate(x=x, y=y)
         return torch.as_tensor(z), "eps" in took and self.name not in self.enlarges
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvLib(Peer):
+    """Adv-lib: an attack of that package by the name of its function, such as ddn, fmn or alma, run and judged here.
+
+    Install it with `pip install --no-deps adv-lib==0.2.8 tqdm`: it requires visdom, which does not build with current
+    setuptools and is needed for drawing alone; an empty module stands in for it. The package knows the box [0, 1];
+    rows of another box are stretched to it and back. Nothing is rounded to 8 bits on the way, as `ddn` and others do by
+    default: the threat model's lattice does that.
+    """
+
+    package: ClassVar[str] = "adv_lib"
+    radius: ClassVar[Mapping[str, str]] = {"pgd_linf": "ε"}
+    fixed: ClassVar[Mapping[str, str]] = {
+        "carlini_wagner_l2": "L2", "carlini_wagner_linf": "Linf", "ddn": "L2", "fga": "L0", "pdgd": "L2",
+        "pgd_linf": "Linf", "sdf": "L2", "sigma_zero": "L0", "str_attack": "L0", "vfga": "L0",
+    }  # fmt: skip
+    refused: ClassVar[Mapping[str, str]] = {"perc_al": "looks for small differences of colour, in no norm of ours"}
+    called: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
+        "alma": ("distance", {"L2": "l2", "L1": "l1"}),
+        "tr": ("p", {"L2": 2, "Linf": math.inf}),
+        "df": ("norm", {"L2": 2, "Linf": math.inf}),
+        "pdpgd": ("norm", _POWERS),
+        "": ("norm", _POWERS),
+    }
+
+    def __str__(self) -> str:
+        return f"advlib:{self.name}"
+
+    def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
+        with stand_in("visdom"):
+            home = peer_package("adv_lib.attacks")
+        attack = self._function(home)
+        takes = inspect.signature(attack).parameters
+        radius = self.radius.get(self.name, "eps")
+        within = radius in takes and self.name != "tr"
+        self._check_radius(request, within)
+        width = request.high - request.low
+        unit = (request.low, request.high) == (0.0, 1.0)
+        known: dict[str, Any] = {"targeted": request.targeted, **({"levels": None} if "levels" in takes else {})}
+        known |= self._norm(request.norm, takes)
+        if within and request.eps is not None:
+            known[radius] = request.eps if request.norm == "L0" else request.eps / width
+        given = read_settings(self.settings)
+        if ours := sorted(set(known) & set(given) - {"levels"}):
+            raise UsageError(f"{self}: {', '.join(ours)} come from the threat model and the goal; leave them out")
+        if unknown := sorted(set(given) - set(takes)):
+            raise UsageError(f"{self} has no setting {', '.join(unknown)}; it has {', '.join(list(takes)[3:])}")
+        module = request.module if unit else _Unit(request.module, request.low, request.high).eval()
+        x = request.x if unit else ((request.x - request.low) / width).clamp(0, 1)
+        try:
+            z = attack(module, x, request.classes, **{**known, **given})
+        except NotImplementedError as error:
+            raise UsageError(f"{self} refuses its settings: {_first_line(error)}") from error
+        return (z if unit else z * width + request.low), within
+
+    def _function(self, home: Any) -> Any:
+        attacks = {name: each for name, each in vars(home).items() if inspect.isfunction(each)}
+        if self.name in self.refused:
+            raise UsageError(f"{self} can't be run here: it {self.refused[self.name]}")
+        if self.name not in attacks:
+            near = difflib.get_close_matches(self.name.casefold(), attacks, n=3, cutoff=0.4)
+            hint = (
+                f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; it has {', '.join(sorted(attacks))}"
+            )
+            raise UnknownName(f"adv-lib has no attack {self.name!r}{hint}")
+        return attacks[self.name]
+
+    def _norm(self, norm: str, takes: Mapping[str, Any]) -> dict[str, Any]:
+        """The norm as this function is told of it; UsageError where it has it not."""
+        fixed = self.fixed.get(self.name)
+        if fixed is not None:
+            if fixed != norm:
+                raise UsageError(f"{self} works in {fixed}, this threat model is {norm}")
+            return {}
+        argument, values = self.called.get(self.name, self.called[""])
+        if argument not in takes:
+            return {}
+        if norm not in values:
+            raise UsageError(f"{self} works in {' and '.join(values)}, this threat model is {norm}")
+        return {argument: values[norm]}

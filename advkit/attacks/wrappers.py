@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ class WrappedOracle(ABC):
 
     def gradient(self, x: Tensor, goal: TensorGoal, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return self.oracle.gradient(x, goal, of)
+
+    def gradients(self, x: Tensor, goals: Sequence[TensorGoal]) -> tuple[Tensor, Tensor, Tensor]:
+        """A call per goal: what a wrapper changes, it changes of every gradient."""
+        found = [self.gradient(x, goal) for goal in goals]
+        return torch.stack([loss for loss, _, _ in found]), torch.stack([each for _, each, _ in found]), found[0][2]
 
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
         self.oracle.note(row, figures)

@@ -7,7 +7,8 @@ model itself, for both sides with the same hooks.
 
 from __future__ import annotations
 
-from advkit.benchmark.loops import Ops, dispatcher_ops, pgd_overhead
+from advkit.benchmark.device import batch_sizes, device_page, equality
+from advkit.benchmark.loops import Ops, dispatcher_ops, pgd_overhead, speeds
 from advkit.benchmark.page import markdown
 from advkit.benchmark.sides import (
     REFERENCE,
@@ -30,13 +31,17 @@ __all__ = [
     "Ops",
     "Passes",
     "Run",
+    "batch_sizes",
     "counted",
+    "device_page",
     "dispatcher_ops",
     "entries",
     "environment",
+    "equality",
     "markdown",
     "our_run",
     "pgd_overhead",
     "reference_run",
     "side_by_side",
+    "speeds",
 ]

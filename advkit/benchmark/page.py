@@ -8,9 +8,12 @@ from typing import Any
 
 from advkit.benchmark.sides import REFERENCE, TARGETS
 
+GPU_NOT_RUN = "Not run yet: no GPU at hand. `python benchmarks/gpu.py` measures it, and writes gpu.md and gpu.json."
+GPU_RUN = "See [gpu.md](gpu.md)."
 
-def markdown(results: dict[str, Any]) -> str:
-    """The tables as a page."""
+
+def markdown(results: dict[str, Any], gpu: bool = False) -> str:
+    """The tables as a page; gpu: whether results of a GPU stand beside it."""
     lines = [
         "# Benchmarks",
         "",
@@ -27,16 +30,18 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     threats = dict.fromkeys(entry["threat_model"] for entry in results.get("suites", ()))
     for threat in threats:
-        lines += _suites_page([entry for entry in results["suites"] if entry["threat_model"] == threat])
+        lines += suites_page([entry for entry in results["suites"] if entry["threat_model"] == threat])
     if results.get("overhead"):
         lines += _overhead_page(results["overhead"])
     if results.get("ops"):
         lines += _ops_page(results["ops"])
+    lines += ["## GPU", "", GPU_RUN if gpu else GPU_NOT_RUN, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """The entries of one threat model."""
+def suites_page(entries: Sequence[dict[str, Any]], time: str = "CPU time") -> list[str]:
+    """The entries of one threat model; what kind of time their seconds are."""
+    seconds, ratio = ("CPU s", "times less CPU") if time == "CPU time" else ("s", "times faster")
     first = entries[0]
     reference, repetitions = first["reference"]["name"], len(first["reference"]["runs"])
     return [
@@ -48,11 +53,11 @@ def _suites_page(entries: Sequence[dict[str, Any]]) -> list[str]:
         "samples that the reference breaks under any of its seeds and the suite does not, *gained* the converse, each",
         "the worst of our seeds.",
         "",
-        "| model | side | RA | CPU s | times less CPU | forwards k | backwards k | missed | gained |",
+        f"| model | side | RA | {seconds} | {ratio} | forwards k | backwards k | missed | gained |",
         "|---|---|---|---|---|---|---|---|---|",
         *(line for entry in entries for line in _model_lines(entry)),
         "",
-        *(_ratio_line(entries, name) for name in first["suites"]),
+        *(_ratio_line(entries, name, time) for name in first["suites"]),
         "",
         "### Samples missed",
         "",
@@ -91,13 +96,15 @@ def _revision(suite: dict[str, Any]) -> str:
     return f" (revision {suite['revision']})" if suite.get("revision", 1) > 1 else ""
 
 
-def _ratio_line(entries: Sequence[dict[str, Any]], name: str) -> str:
-    """A suite's CPU-time ratios over the models, with the ratio it is meant to reach."""
+def _ratio_line(entries: Sequence[dict[str, Any]], name: str, time: str) -> str:
+    """A suite's ratios of time over the models, with the ratio it is meant to reach."""
     ratios = [entry["suites"][name]["cpu_ratio"] for entry in entries if name in entry["suites"]]
     target = TARGETS.get(name.partition("@")[0])
-    goal = f" (goal {target:g})" if target and entries[0]["reference"]["name"] == REFERENCE else ""
+    goal = (
+        f" (goal {target:g})" if target and time == "CPU time" and entries[0]["reference"]["name"] == REFERENCE else ""
+    )
     return (
-        f"- `{name}`: {min(ratios):.1f} to {max(ratios):.1f} times less CPU time, median of the models "
+        f"- `{name}`: {min(ratios):.1f} to {max(ratios):.1f} times less {time}, median of the models "
         f"{statistics.median(ratios):.1f}{goal}"
     )
 
@@ -148,18 +155,30 @@ def _worst(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _overhead_page(overhead: dict[str, Any]) -> list[str]:
-    steps, repetitions = overhead["steps"], overhead["repetitions"]
+    names = {
+        "direct": "called directly",
+        "evaluate": "by `evaluate`",
+        "padded": "padded, as before",
+        "torchattacks": "torchattacks",
+    }
+    shown = [name for name in names if any(name in each for each in overhead["loops"])]
     return [
         "## PGD against bare passes",
         "",
-        f"PGD of {steps} steps on {overhead['model']} over as many bare forward and backward passes of the same",
-        f"batch, medians of {repetitions}. *In lanes* is what the harness runs: on a CPU, calls padded to a",
-        "multiple of 16 rows and at most 64, so that the bits of a row do not depend on its batch; below 16 rows the",
-        "padding is what is paid for.",
+        "PGD on samples that stay to the end over as many bare forward and backward passes of the batch, medians of",
+        f"{overhead['repetitions']}. *By evaluate*: in the calls that `evaluate` makes, of numbers of samples in which",
+        "the bits of a sample are the same. *As before*: in calls of at most 64 samples (4 large ones), padded to a",
+        "multiple of 16 (4). Architectures by their name alone have random weights. The last point is scored by all",
+        "but torchattacks, which saves a forward pass.",
         "",
-        "| batch | loop / bare | in lanes / bare |",
-        "|---|---|---|",
-        *(f"| {row['batch']} | {row['loop']:.2f} | {row['in_lanes']:.2f} |" for row in overhead["sizes"]),
+        "| model | image | steps | batch | " + " | ".join(names[name] for name in shown) + " |",
+        "|---|" + "---|" * (3 + len(shown)),
+        *(
+            f"| {each['model']} | {'x'.join(map(str, each['image']))} | {each['steps']} | {each['batch']} | "
+            + " | ".join(f"{each[name]:.2f}" if name in each else "" for name in shown)
+            + " |"
+            for each in overhead["loops"]
+        ),
         "",
     ]
 

@@ -6,7 +6,6 @@ import logging
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from advkit.attacks import ATTACKS
 from advkit.attacks.peers import peer_package
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Batch, Outcome, Revised
+from advkit.core.speed import clock
 from advkit.evaluation.api import resolve
 from advkit.evaluation.execute import run
 from advkit.evaluation.run.batch import on_device
@@ -85,7 +85,7 @@ def one_thread() -> Iterator[None]:
 class Run:
     """One run of one side.
 
-    seconds: CPU time
+    seconds: CPU time; on an accelerator the time until the work is done
     wrong:   ids of the rows that are wrong when clean
     broken:  the stage that broke a row, by id
     stages:  seconds per stage, where the side says
@@ -130,9 +130,9 @@ def our_run(case: Case) -> Run:
     """
     with tempfile.TemporaryDirectory(prefix="advkit-") as folder, counted(case.victim.modules()[0]) as passes:
         store = open_store(case, Path(folder))
-        begin = time.process_time()
+        begin = clock(torch.device(case.device))
         records = run(case, store)
-        seconds = time.process_time() - begin
+        seconds = clock(torch.device(case.device)) - begin
         store.close()
     if case.speed.compile:
         passes.forwards, passes.backwards = sum(r.forwards for r in records), sum(r.backwards for r in records)
@@ -142,7 +142,7 @@ def our_run(case: Case) -> Run:
     return Run(seconds, passes.forwards, passes.backwards, passes.calls, case.n, wrong, broken, refuted=refuted)
 
 
-class _AsModule(nn.Module):
+class AsModule(nn.Module):
     """A model of ours, normalisation inside, as a peer wants it; parameters require gradients, as users' own do."""
 
     def __init__(self, model: TorchModel) -> None:
@@ -175,33 +175,38 @@ def reference_run(case: Case, batch_size: int = 250, stages: Sequence[str] = STA
     stages: of its attacks the ones to run, the first so many of them
     """
     peer = peer_package("pyautoattack")
-    batch = on_device(next(iter(case.task.batches(case.n, n=case.n))), "cpu")
+    device = torch.device(case.device)
+    batch = on_device(next(iter(case.task.batches(case.n, n=case.n))), case.device)
     x, labels = batch.x, labels_of(case, batch)
-    victim = _AsModule(cast(Any, case.victim))
+    victim = AsModule(cast(Any, case.victim))
     ball = case.threat.describe()
     broken: dict[str, str] = {}
     stage_seconds: dict[str, float] = {}
-    with torch.random.fork_rng(devices=[]), _hushed("auto-attack"), counted(victim.module) as passes:
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        _hushed("auto-attack"),
+        counted(victim.module) as passes,
+    ):
         with torch.no_grad():
             correct = victim(x).argmax(1) == labels
         passes.forwards = passes.calls = 0
-        begin = time.process_time()
+        begin = clock(device)
         adversary = peer.AutoAttack(
-            victim, norm=ball["norm"], eps=ball["eps"], seed=case.seed, version="standard", device="cpu"
+            victim, norm=ball["norm"], eps=ball["eps"], seed=case.seed, version="standard", device=case.device
         )
         robust = correct.nonzero().squeeze(1)
         for stage in [each for each in adversary.attacks_to_run if each in stages]:
             if not len(robust):
                 break
-            start = time.process_time()
+            start = clock(device)
             adversary.attacks_to_run = [stage]
             z, _ = adversary.run_standard_evaluation(x[robust], labels[robust], batch_size=batch_size)
             with torch.no_grad():
                 success = (victim(z).argmax(1) != labels[robust]) & case.threat.admits(z, x[robust])
             broken.update((batch.ids[i], stage) for i in robust[success].tolist())
             robust = robust[~success]
-            stage_seconds[stage] = time.process_time() - start
-        seconds = time.process_time() - begin
+            stage_seconds[stage] = clock(device) - start
+        seconds = clock(device) - begin
     wrong = frozenset(batch.ids[i] for i in (~correct).nonzero().flatten().tolist())
     return Run(seconds, passes.forwards, passes.backwards, passes.calls, case.n, wrong, broken, stage_seconds)
 
@@ -223,6 +228,7 @@ def side_by_side(
     repetitions: int = 3,
     reference: str = REFERENCE,
     speed: str = "fp32",
+    device: str = "cpu",
     say: Say = log.info,
 ) -> dict[str, Any]:
     """One model: the reference and the suites, repetition by repetition, each with the repetition's number as its seed.
@@ -230,6 +236,7 @@ def side_by_side(
     suites:    names or specs of attacks; "thorough@bf16" is thorough at that speed
     reference: "pyautoattack", or the spec of any attack, which the harness then runs (`torchattacks:AutoAttack`)
     speed:     of the suites that do not name one; the reference is always full precision
+    device:    of both sides; on a CPU seconds are CPU seconds, elsewhere those that pass until the work is done
     """
     built: dict[str, Any] = {suite: ATTACKS.build(suite.partition("@")[0]) for suite in suites}
     specs = {suite: ATTACKS.label(attack) for suite, attack in built.items()}
@@ -237,12 +244,12 @@ def side_by_side(
     with one_thread():
         for name, seed in _interleaved([*runs], repetitions):
             attack, own_speed = _attack_and_speed(name, "fp32" if name == reference else speed)
-            case = resolve(attack, "none", task, model, threat_model, n=n, seed=seed, device="cpu", speed=own_speed)
+            case = resolve(attack, "none", task, model, threat_model, n=n, seed=seed, device=device, speed=own_speed)
             done = reference_run(case) if name == REFERENCE else our_run(case)
             runs[name].append(done)
             say(
                 f"{model} {case.specs['threat_model']} {name} seed {seed}: {done.robust_accuracy:.4f} in "
-                f"{done.seconds:.1f} CPU s"
+                f"{done.seconds:.1f} {'CPU s' if device == 'cpu' else 's'}"
             )
     theirs = runs[reference]
     return {

@@ -70,9 +70,9 @@ def benchmark(
         for entry in bench.entries(requests, workers, lambda line: progress.print(line, markup=False, soft_wrap=True)):
             results["suites"].append(entry)
             if out is not None:
-                _write(results, bench.markdown(results), out)
+                _write(results, out)
     if out is not None:
-        _write(results, bench.markdown(results), out)
+        _write(results, out)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
@@ -124,8 +124,9 @@ def _command(given: dict[str, Any]) -> str:
     return shlex.join([*words, "--out", "docs"])
 
 
-def _write(results: dict[str, Any], page: str, out: Path) -> None:
+def _write(results: dict[str, Any], out: Path) -> None:
+    from advkit import benchmark as bench
     from advkit.evaluation.report import write_atomic
 
     write_atomic(out / "benchmarks.json", json.dumps(results, indent=2) + "\n")
-    write_atomic(out / "benchmarks.md", page)
+    write_atomic(out / "benchmarks.md", bench.markdown(results, gpu=(out / "gpu.json").exists()))

@@ -30,14 +30,13 @@ LABELS = "learns from labels"
 # In the order in which they are listed. Parts of other packages follow, under the name of their module's folder.
 GROUPS: dict[str, Words] = {
     "attacks": (
-        "gradient", "adaptive", "minimum norm", "query", "ordered", "transfer", "events", "text", "stream", "labels",
-        "suites",
-        "peers",
+        "gradient", "adaptive", "minimum norm", "query", "spatial", "universal", "corruptions", "ordered", "transfer",
+        "events", "text", "stream", "labels", "suites", "peers",
     ),
     "defenses": (
         "none", "trains the model", "in front of any model", "inside the model", "smoothing", "filter", LABELS,
     ),
-    "threat-models": ("ball", "minimum", "events", "text", "transfer", "stream", "certificates", "labels"),
+    "threat-models": ("ball", "minimum", "images", "events", "text", "transfer", "stream", "certificates", "labels"),
     "tasks": (IMAGES, EVENTS, TEXT),
     "recipes": ("cifar10", "cifar100", "imagenet"),
 }  # fmt: skip
@@ -56,6 +55,11 @@ _GROUP: dict[str, str] = {
     "advkit.threat_models.lp": "ball",
     "advkit.threat_models.sparse": "ball",
     "advkit.threat_models.minimum": "minimum",
+    "advkit.threat_models.warps": IMAGES,
+    "advkit.threat_models.patch": IMAGES,
+    "advkit.threat_models.shared": IMAGES,
+    "advkit.threat_models.corruptions": IMAGES,
+    "advkit.threat_models.perceptual": IMAGES,
     "advkit.threat_models.events": "events",
     "advkit.threat_models.tokens": "text",
     "advkit.threat_models.transfer": "transfer",
@@ -78,7 +82,7 @@ _NORMS: dict[str, Words] = {
     "advkit.attacks.suites": _LP,
     "advkit.attacks.stream": (*_LP, "l0"),
     "advkit.attacks.events.spiking": (*_LP, "l0"),
-    "advkit.attacks.peers": (*_LP, "l0"),
+    "advkit.attacks.peers": (*_LP, "l0", "minimum-l2"),
 }
 _GOALS: dict[str, Words] = {
     "advkit.attacks.text": ("says",),
@@ -114,7 +118,8 @@ def inputs_of_threat(spec: str) -> Words:
 
 def _attack(target: str) -> Facts:
     made_for = _text(_declared(target, "default_threat_model"))
-    norms = (parse_spec(made_for).name,) if made_for not in ("", VARIES) else _longest(_NORMS, target) or ()
+    made = (parse_spec(made_for).name,) if made_for not in ("", VARIES) else ()
+    norms = _words(_declared(target, "norms")) or made or _longest(_NORMS, target) or ()
     goals = _words(_declared(target, "serves")) or _longest(_GOALS, target) or ANY
     inputs = tuple(dict.fromkeys(each for norm in norms for each in inputs_of_threat(norm)))
     return {

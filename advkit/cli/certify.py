@@ -11,7 +11,7 @@ import typer
 from advkit.cli.options import Asked, Json, Workers, takes_request
 
 
-@takes_request("attack", "defense", "threat_model", "goal", "speed", "batch_size")
+@takes_request("attack", "defense", "threat_model", "goal", "speed", "batch_size", "budget")
 def certify(
     asked: Asked,
     defense: Annotated[

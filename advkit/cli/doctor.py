@@ -21,7 +21,7 @@ LINE = "#0072B2"
 STYLES = {"info": "dim", "warning": "yellow", "unreliable": "bold red"}
 
 
-@takes_request("goal", "n", "batch_size", "speed", "sample_timeout")
+@takes_request("goal", "n", "batch_size", "speed", "sample_timeout", "budget")
 def doctor(
     asked: Asked,
     rows: Annotated[int, typer.Option(min=1, help="Samples for the expensive checks, the task's first ones.")] = 100,

@@ -66,6 +66,13 @@ SampleTimeout = Annotated[
         show_default="none",
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="propagations=N: forward and backward passes that an attack may spend on a sample, both together.",
+        show_default="none",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]
 
 
@@ -85,6 +92,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, None),
     "speed": (SpeedSpec, "fp32"),
     "sample_timeout": (SampleTimeout, None),
+    "budget": (Budget, None),
 }
 
 

@@ -8,13 +8,14 @@ a row's bits do not depend on the batch it happens to travel in.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,8 @@ from advkit.core.blame import BACKWARD, GOAL, MODEL, blame
 from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.noise import mixed
 from advkit.core.protocols import Access, CountsTokens, Data, DrawsByRow, Headed, Modular, NeedsAccess, Shaped
-from advkit.core.rows import finite_rows, row_size
+from advkit.core.round_off import operations
+from advkit.core.rows import all_finite, finite_rows, plainly_finite, row_size, sizes_of
 
 log = logging.getLogger("advkit")
 
@@ -32,17 +34,16 @@ LARGE = 3 * 128 * 128
 """Numbers in a row from which on a CPU evaluates four rows at a time."""
 
 
-_TRIED = (16, 32, 48, 64)
+_TRIED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _LARGER = (128, 256)
-_TRIED_LARGE = (4, 8)
-"""Sizes of a call that a probe tries; for large rows the last ones.
-
-None between them, and none below, though most networks give the same bits there: torch computes what a vector register
-does not fill, at the end of a call, by other code, whose GELU or tanh differs in so few numbers that a probe misses it.
-"""
+_TRIED_LARGE = (1, 2, 4, 8)
+"""Sizes of a call that a probe tries; for large rows the last ones. Which are safe to try, `round_off` says."""
 
 _WORTH = 20_000
 """Rows sent from which a trial of the larger sizes, 384 rows, is under 2 % of a run."""
+
+_LOOKED_AT = 3
+"""Rows of the pass whose operations are looked at."""
 
 _CALL = 4
 """What a call costs beside its rows, in rows: as much as cutting a batch may pad to save one."""
@@ -60,11 +61,13 @@ class Lanes:
     multiple: a call's rows are padded to a multiple of this; 1 pads nothing
     sizes:    the numbers of rows that a call may have, ascending, chunk the last; they count in place of `multiple`.
               Empty: all multiples up to chunk
+    bits:     a hash of what the probe was answered; other bits come from another machine, or another torch
     """
 
     chunk: int = 64
     multiple: int = 16
     sizes: tuple[int, ...] = ()
+    bits: str = field(default="", compare=False, repr=False)
 
     @staticmethod
     def own(model: Any) -> Lanes | None:
@@ -90,13 +93,24 @@ class Lanes:
         return cls(kept[-1], kept[0], kept)
 
     @classmethod
-    def probed(cls, model: Callable[[Tensor], Tensor], x: Tensor, backward: bool = True, rows: float = 0) -> Lanes:
+    def probed(
+        cls,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        backward: bool = True,
+        rows: float = 0,
+        batch: int = 0,
+        also: Iterable[int] = (),
+    ) -> Lanes:
         """Calls of those sizes in which this model gives a row the same bits as in most others.
 
-        Tried on the rows at hand, over and over; forward and, with `backward`, input gradient must agree.
+        Tried on the rows at hand, over and over; forward and, with `backward`, input gradient must agree. Only sizes
+        are tried in which no function is computed by other code at the end of a call (see `round_off`).
 
-        rows: about how many rows the run will send; calls of more than 64 are tried where there are so many that the
-              trial is nothing beside them
+        rows:  about how many rows the run will send; calls of more than 64 are tried where there are so many that the
+               trial is nothing beside them
+        batch: most rows in a batch of the run, a size that is tried too; smaller runs try no more than they need
+        also:  sizes to try in any case
         """
         own = cls.own(model)
         if own is not None:
@@ -104,22 +118,46 @@ class Lanes:
         lanes = cls.fitting(x)
         if lanes.multiple == 1 or not x.is_floating_point():
             return lanes
-        tried = _TRIED_LARGE if lanes.chunk in _TRIED_LARGE else _TRIED + (_LARGER if rows >= _WORTH else ())
+        tried = tuple(sorted({*_to_try(lanes.chunk, rows, batch), *also}))
         held = x.detach()[torch.arange(max(tried), device=x.device) % lanes.chunk % len(x)]
         try:
-            found = _agreeing(model, held, tried, lanes.chunk, backward)
+            with torch.random.fork_rng(devices=[]):
+                safe = operations(model, held[:_LOOKED_AT], backward)
+            tried = tuple(size for size in tried if size == lanes.chunk or safe.allow(size))
+            first = _probe(model, held[: lanes.chunk], backward)
+            found, known = _agreeing(model, held, tried, first, backward)
             if len(found) > 1:
-                _check_places(model, held[: min(tried)], backward)
+                _check_places(model, held, known, backward)
         except torch.OutOfMemoryError:  # no call of 64 rows will ever be made
             return replace(lanes, chunk=lanes.multiple)
         except Exception:  # a model without gradients, or one that raises on one of these rows
             return replace(lanes, multiple=lanes.chunk)
-        return cls.of_sizes(found)
+        return replace(cls.of_sizes(found), bits=_hash(first))
+
+    @classmethod
+    def answered(cls, model: Callable[[Tensor], Tensor], x: Tensor, backward: bool = True) -> str:
+        """The `bits` of what `probed` gives, from a single call; "" where a probe would come to none."""
+        lanes = cls.fitting(x)
+        if cls.own(model) is not None or lanes.multiple == 1 or not x.is_floating_point():
+            return ""
+        try:
+            return _hash(_probe(model, x.detach()[torch.arange(lanes.chunk, device=x.device) % len(x)], backward))
+        except Exception:  # as in `probed`
+            return ""
 
     @classmethod
     def shared(cls, found: Sequence[Lanes]) -> Lanes:
         """Shapes that suit all of these."""
         probed = [set(lanes.sizes) for lanes in found if lanes.sizes]
+        return replace(cls._shared(found, probed), bits=cls.joined([lanes.bits for lanes in found]))
+
+    @staticmethod
+    def joined(bits: Sequence[str]) -> str:
+        """The `bits` of shapes that suit several models."""
+        return hashlib.sha256(" ".join(bits).encode()).hexdigest()
+
+    @classmethod
+    def _shared(cls, found: Sequence[Lanes], probed: Sequence[set[int]]) -> Lanes:
         others = [lanes for lanes in found if not lanes.sizes]
         common = set.intersection(*probed) if probed else set()
         if probed and all(lanes.multiple == 1 for lanes in others):
@@ -163,28 +201,49 @@ def _cut(rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(calls)
 
 
-def _check_places(model: Callable[[Tensor], Tensor], rows: Tensor, backward: bool) -> None:
-    """Warn where a row's bits depend on its place in a call."""
-    turned = torch.arange(len(rows)).roll(1).to(rows.device)
-    whole, moved = _probe(model, rows, backward), _probe(model, rows[turned], backward)
-    if not all(torch.equal(a[turned], b) for a, b in zip(whole, moved, strict=True)):
+def _to_try(chunk: int, rows: float, batch: int) -> tuple[int, ...]:
+    """Sizes of a call worth a trial, ascending: no larger ones than batches fill, or than pay in so short a run."""
+    many = rows >= _WORTH
+    tried = set(_TRIED_LARGE if chunk in _TRIED_LARGE else _TRIED + (_LARGER if many else ()))
+    if batch <= 0:
+        return tuple(sorted(tried))
+    if batch <= max(tried):
+        tried.add(batch)
+    enough = min([size for size in tried if size >= batch], default=max(tried))
+    return tuple(sorted({size for size in tried if size <= (max(enough, chunk) if many else enough)} | {chunk}))
+
+
+def _check_places(model: Callable[[Tensor], Tensor], held: Tensor, known: tuple[Tensor, ...], backward: bool) -> None:
+    """Warn where a row's bits depend on its place in a call.
+
+    known: what the first rows of those held were answered in one call
+    """
+    rows = len(known[0])
+    turned = torch.arange(rows).roll(1)
+    moved = _probe(model, held[turned.to(held.device)], backward)
+    if not all(torch.equal(a[turned.to(a.device)], b) for a, b in zip(known, moved, strict=True)):
         log.warning(
             "a sample's last bits depend on its place in the batch, so records may depend on the batch size; on x86, "
-            "set MKL_CBWR=AUTO in the environment, or import advkit before torch computes anything"
+            "set MKL_CBWR=AUTO,STRICT in the environment, or import advkit before torch computes anything"
         )
 
 
 def _agreeing(
-    model: Callable[[Tensor], Tensor], rows: Tensor, tried: tuple[int, ...], chunk: int, backward: bool
-) -> list[int]:
-    """The sizes of a call that give rows the same bits as calls of `chunk`, or of most below it where these are alone.
+    model: Callable[[Tensor], Tensor], rows: Tensor, tried: tuple[int, ...], first: tuple[Tensor, ...], backward: bool
+) -> tuple[list[int], tuple[Tensor, ...]]:
+    """The sizes of a call that give rows the same bits as the first one, or as one below it where that is alone.
 
-    rows: [max(tried), ...], the first `chunk` of them over and over
+    Returned with what a call of that size was answered.
+
+    rows:  [max(tried), ...], those of the first call over and over
+    first: what they were answered in it
     """
+    chunk = len(first[0])
     wholes = [size for size in tried if size <= chunk][-1:-3:-1]
     found: list[int] = []
+    answered = first
     for whole in wholes:
-        known = _probe(model, rows[:whole], backward)
+        known = first if whole == chunk else _probe(model, rows[:whole], backward)
         agree = [whole]
         for place, size in enumerate(tried):
             # At the front and at the back by turns: the last rows of a call are the ones that other code may take.
@@ -195,10 +254,19 @@ def _agreeing(
             at = (start + torch.arange(size)) % whole
             if all(torch.equal(a, b[at.to(b.device)]) for a, b in zip(answers, known, strict=True)):
                 agree.append(size)
-        found = max(found, agree, key=len)
+        if len(agree) > len(found):
+            found, answered = agree, known
         if len(found) > 1:
             break
-    return found
+    return found, answered
+
+
+def _hash(answers: tuple[Tensor, ...]) -> str:
+    """Of their bits."""
+    digest = hashlib.sha256()
+    for each in answers:
+        digest.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _probe(model: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> tuple[Tensor, ...]:
@@ -422,6 +490,8 @@ class MeteredOracle:
     rows:    how many rows this oracle serves
     access:  NOTHING refuses all, LABELS answers one-hot decisions, SCORES the answers, GRADIENTS everything
     queries: answers each row may ask for; None is unlimited
+    propagations: passes through the model that each row may cost, forward and backward ones together; None is unlimited
+    differentiates: whether the attack takes gradients: of so many propagations are left half as many questions
     decides: its answers are the verdict's, so that a row which reached its goal may stop
     lanes:   shapes of the calls, where the model does not say its own; None pads nothing, so that a row's last bits may
              depend on its batch, and sends a model in training mode, which has batch statistics, all rows at once
@@ -444,8 +514,12 @@ class MeteredOracle:
         index: Tensor | None = None,
         data: Data | None = None,
         keys: Tensor | None = None,
+        propagations: int | None = None,
+        differentiates: bool = True,
     ) -> None:
         self.model = cast(Any, model)
+        self.propagations = propagations
+        self.differentiates = differentiates
         self.data = data
         self.keys = keys
         self._drawing = None if keys is None or not isinstance(self.model, DrawsByRow) else self.model
@@ -461,7 +535,7 @@ class MeteredOracle:
         self._aims: tuple[Any, list[int], list[Any]] = (None, [], [])
         self._ones: Tensor | None = None
         self._times: Tensor | None = None  # how often this view holds each row of the meter
-        if queries is not None:
+        if queries is not None or propagations is not None:
             rows_here = torch.arange(self.meter.rows) if index is None else index.cpu()
             self._times = torch.bincount(rows_here, minlength=self.meter.rows)
         # The meter's queries are looked up again only where somebody else has asked since `_known` calls.
@@ -482,6 +556,8 @@ class MeteredOracle:
             index,
             self.data,
             self.keys,
+            self.propagations,
+            self.differentiates,
         )
 
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
@@ -493,11 +569,16 @@ class MeteredOracle:
     @property
     def left(self) -> int | None:
         """Times that this view may still be asked about all its rows; None when unlimited."""
-        if self.queries is None or self._times is None:
-            return None
-        here = self._times > 0
-        left = (self.queries - self.meter.queries[here]) // self._times[here]
-        return int(left.min()) if len(left) else self.queries
+        limits = []
+        if self._times is not None:
+            here = self._times > 0
+            times, queries = self._times[here], self.meter.queries[here]
+            if self.queries is not None:
+                limits.append((self.queries, (self.queries - queries) // times))
+            if self.propagations is not None:
+                passes = self.propagations - queries - self.meter.backwards[here]
+                limits.append((self.propagations, passes // (times * (2 if self.differentiates else 1))))
+        return min((int(left.min()) if len(left) else most for most, left in limits), default=None)
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         """Answers [n, ...] without gradient; `of` [n] says which row each candidate belongs to."""
@@ -520,55 +601,105 @@ class MeteredOracle:
 
         A non-finite loss comes back as +inf and a non-finite gradient entry as 0; the meter remembers the row.
         """
-        if self.access < Access.GRADIENTS:
-            raise AccessDenied(
-                f"the attack asked for a gradient; this threat model grants {self.access.name.lower()} only "
-                "(use a query attack such as `square`, or grant access=gradients)"
-            )
-        self._spend(x, of)
+        self._may_differentiate()
+        self._spend(x, of, 2)
         chunks, lanes = self._chunks(x)
         aims = self._aimed(goal, [len(part) for part in chunks], x.device)
         keys = self._keys(x, of, chunks)
         parts = [self._passed(*each, lanes) for each in zip(chunks, aims, keys, strict=True)]
         with torch.no_grad():
             loss, gradient, answer = parts[0] if len(parts) == 1 else (torch.cat(v) for v in zip(*parts, strict=True))
-            self._note(x, answer, of, gradient)
+            plain = self._note(x, answer, of, gradient)
             return (
                 loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
-                gradient.nan_to_num(0.0, 0.0, 0.0),
+                gradient if plain and self._owned(gradient) else gradient.nan_to_num(0.0, 0.0, 0.0),
                 answer,
             )
 
+    def gradients(self, x: Tensor, goals: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [K, n] of several goals, their gradients [K, n, ...], answer [n, ...]: one forward and K backwards.
+
+        What is not finite comes back as from `gradient`.
+        """
+        self._may_differentiate()
+        self._spend(x, None, 1 + len(goals))
+        chunks, lanes = self._chunks(x)
+        rows = torch.split(torch.arange(len(x), device=x.device), [len(part) for part in chunks])
+        keys = self._keys(x, None, chunks)
+        losses: list[list[Tensor]] = [[] for _ in goals]
+        gradients: list[list[Tensor]] = [[] for _ in goals]
+        answers = []
+        for part, own, key in zip(chunks, rows, keys, strict=True):
+            leaf, answer = self._called(part, key, lanes)
+            for which, goal in enumerate(goals):
+                aim = goal if len(chunks) == 1 else goal.take(own)
+                loss, gradient = self._differentiated(aim, answer, leaf, again=which < len(goals) - 1)
+                losses[which].append(loss.detach())
+                gradients[which].append(gradient[: len(part)])
+            answers.append(answer.detach())
+        with torch.no_grad():
+            each = [torch.cat(parts) for parts in gradients]
+            answer = torch.cat(answers)
+            self._note(x, answer, None, each[0])
+            asked = ~torch.isfinite(row_size(x.detach())) if self.meter.looks else None
+            others = [self._passed_back(more, None, asked) for more in each[1:]]
+            stacked = torch.stack([each[0].nan_to_num(0.0, 0.0, 0.0), *others])
+            loss = torch.stack([torch.cat(parts) for parts in losses])
+            return loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf), stacked, answer
+
+    def _may_differentiate(self) -> None:
+        if self.access < Access.GRADIENTS:
+            raise AccessDenied(
+                f"the attack asked for a gradient; this threat model grants {self.access.name.lower()} only "
+                "(use a query attack such as `square`, or grant access=gradients)"
+            )
+
+    def _owned(self, gradient: Tensor) -> bool:
+        """Whether its rows share memory neither with one another nor with what is kept here."""
+        if not gradient.is_contiguous():
+            return False
+        return self._ones is None or gradient.untyped_storage().data_ptr() != self._ones.untyped_storage().data_ptr()
+
     def _passed(self, x: Tensor, goal: Any, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (still with its graph), gradient and answer of one call of the model, as they come."""
+        leaf, answer = self._called(x, keys, lanes)
+        loss, gradient = self._differentiated(goal, answer, leaf)
+        return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+
+    def _called(self, x: Tensor, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor]:
+        """The leaf of one call of the model, padded, and the answer to the rows of x, with its graph."""
         with torch.enable_grad():
             leaf = self._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
             answer = self._forward(leaf, None, keys)
-            answer = answer if len(leaf) == len(x) else answer[: len(x)]
+            return leaf, answer if len(leaf) == len(x) else answer[: len(x)]
+
+    def _differentiated(self, goal: Any, answer: Tensor, leaf: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
+        """The goal's loss (still with its graph) and its gradient at the leaf; `again` where more will follow."""
+        with torch.enable_grad():
             try:
-                loss = goal.loss(answer)
+                loss: Tensor = goal.loss(answer)
             except BaseException as error:
                 blame(error, GOAL)
                 raise
         gradient = None
         if loss.requires_grad:
             try:
-                (gradient,) = self._backward(loss, leaf)
+                (gradient,) = self._backward(loss, leaf, again)
             except BaseException as error:
                 blame(error, BACKWARD)
                 raise
         if gradient is None:
             self.meter.detached = True
             gradient = torch.zeros_like(leaf, requires_grad=False)
-        return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+        return loss, gradient
 
-    def _backward(self, loss: Tensor, leaf: Tensor) -> tuple[Tensor | None, ...]:
+    def _backward(self, loss: Tensor, leaf: Tensor, again: bool = False) -> tuple[Tensor | None, ...]:
         """Every row's own gradient: that of the sum, and after the first passes without making the sum."""
         if _SHAPES not in sys.modules and next(_passes) < _SUMMED:
-            return torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+            return torch.autograd.grad(loss.sum(), leaf, retain_graph=again, allow_unused=True)
         if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
             self._ones = torch.ones_like(loss, requires_grad=False)
-        return torch.autograd.grad(loss, leaf, self._ones, allow_unused=True)
+        return torch.autograd.grad(loss, leaf, self._ones, retain_graph=again, allow_unused=True)
 
     def _aimed(self, goal: Any, sizes: list[int], device: torch.device) -> list[Any]:
         """The goal of every chunk; those of the goal asked for last are kept, since a walk keeps its goal."""
@@ -600,6 +731,8 @@ class MeteredOracle:
             self._index,
             self.data,
             self.keys,
+            self.propagations,
+            self.differentiates,
         )
 
     def head(self) -> Tensor | None:
@@ -680,15 +813,20 @@ class MeteredOracle:
             self._segment.gradients.note(high, low)
         return gradient.nan_to_num(0.0, 0.0, 0.0)
 
-    def _spend(self, x: Tensor, of: Tensor | None) -> None:
+    def _spend(self, x: Tensor, of: Tensor | None, passes: int = 1) -> None:
+        """Refuse what no budget allows: an answer for every candidate, of so many passes each."""
         if of is None and len(x) != self.rows:
             raise ValueError(f"{len(x)} candidates for {self.rows} samples: say which sample each belongs to (`of`)")
-        if self.queries is None or self._times is None or not len(x):
+        if self._times is None or not len(x):
+            return
+        if self.propagations is not None:
+            self._check_propagations(of, passes)
+        if self.queries is None:
             return
         if of is None and self._known == self.meter.calls:
             most = self._most + 1
         else:
-            times = self._times if of is None else torch.bincount(self._global(of), minlength=self.meter.rows)
+            times = self._asked_for(of)
             most = int((self.meter.queries + times)[times > 0].max())
         if most > self.queries:
             raise BudgetExhausted(
@@ -698,14 +836,30 @@ class MeteredOracle:
         if of is None and int(self._times.max()) == 1:
             self._most, self._known = most, self.meter.calls + 1
 
+    def _check_propagations(self, of: Tensor | None, passes: int) -> None:
+        times = self._asked_for(of)
+        most = int((self.meter.forwards + self.meter.backwards + passes * times)[times > 0].max())
+        if most > cast(int, self.propagations):
+            raise BudgetExhausted(
+                f"the attack came to {most} propagations of a sample; the budget is {self.propagations} "
+                "(lower the attack's steps, or raise the budget)"
+            )
+
+    def _asked_for(self, of: Tensor | None) -> Tensor:
+        """How often a query asks about each of the meter's rows."""
+        assert self._times is not None
+        return self._times if of is None else torch.bincount(self._global(of), minlength=self.meter.rows)
+
     def _global(self, of: Tensor) -> Tensor:
         return of.cpu() if self._index is None else self._index.cpu()[of.cpu()]
 
-    def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> None:
+    def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> bool:
+        """Count a pass and keep what it met; whether it is plain that the gradient is finite throughout."""
         looks = self.meter.looks
-        sizes = row_size(answer) if looks and answer.is_floating_point() else None
+        sizes = sizes_of(answer) if looks and answer.is_floating_point() else None
         extremes = _extremes(gradient) if looks and gradient is not None else None
-        length = None if sizes is None else _suspects(x, sizes)
+        plain = extremes is not None and extremes[0].device.type == "cpu" and all_finite(*extremes)
+        length = None if sizes is None else _suspects(x, answer)
         asked = None if length is None else ~torch.isfinite(length)
         if asked is not None:
             sizes = None if sizes is None else _excused(sizes, asked)
@@ -715,7 +869,7 @@ class MeteredOracle:
             for size in (sizes, *(extremes or ())):
                 bad = bad if size is None else bad | ~torch.isfinite(size)
             self.meter.scatter(self._global(of), bad, backward=gradient is not None, asked=asked)
-            return
+            return plain
         self.meter.calls += 1
         segment = self._segment
         segment.forwards += 1
@@ -726,15 +880,16 @@ class MeteredOracle:
         segment.backwards += gradient is not None
         if extremes is not None:
             segment.gradients.note(*extremes)
+        return plain
 
 
-def _suspects(x: Tensor, sizes: Tensor) -> Tensor | None:
-    """The sizes of the inputs [n] where an answer of these sizes may be non-finite because its input is; else None.
+def _suspects(x: Tensor, answer: Tensor) -> Tensor | None:
+    """The sizes of the inputs [n] where the answer may be non-finite because its input is; else None.
 
     On a CPU, where all is well, a look at the sizes' memory that costs no tensor operation; elsewhere it would wait for
     the device, the sizes of the inputs do not.
     """
-    if not x.is_floating_point() or (x.device.type == "cpu" and math.isfinite(sum(sizes.tolist()))):
+    if not x.is_floating_point() or plainly_finite(answer):
         return None
     return row_size(x.detach())
 
@@ -775,7 +930,7 @@ class _Differentiable(nn.Module):
         length = row_size(x.detach())
         asked = None if bool(torch.isfinite(length).all()) else ~torch.isfinite(length)
         of = None if len(x) == oracle.rows else self._rows_of(x.detach().flatten(1), asked)
-        oracle._spend(x, of)
+        oracle._spend(x, of, 2 if follows else 1)
         with frozen(*oracle.model.modules() if isinstance(oracle.model, Modular) else ()):
             if follows:
                 x = x.view_as(x)

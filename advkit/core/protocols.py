@@ -15,6 +15,7 @@ classes, and a wrapper declares what it passes on.
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -726,6 +727,10 @@ class Oracle(Protocol[X, Y]):
         """Loss [B], gradient of each row's loss w.r.t. that row, answer: one forward and one backward."""
         ...
 
+    def gradients(self, x: X, goals: Sequence[Goal[Y]]) -> tuple[Tensor, X, Y]:
+        """Losses [K, B] of several goals, their gradients [K, B, ...], answer: one forward and K backwards."""
+        ...
+
     def note(self, row: int, figures: Mapping[str, Any]) -> None:
         """Keep what a step of the attack wants to tell of a row of this oracle; it ends in the record's `trace`."""
         ...
@@ -870,6 +875,42 @@ class Descends(Protocol):
     @abstractmethod
     def descend(self, z: Tensor, gradient: Tensor, origin: Tensor, size: float | Tensor) -> Tensor:
         """z after a step against the gradient, `size` eps long, back in the ball; `size` broadcasts against z."""
+
+
+@runtime_checkable
+class Renders(Protocol):
+    """A threat model whose attacker sets parameters, of which it renders the input itself: a rotation, a flow field.
+
+    Attacks then see parameters in place of inputs: the clean row is `identity`, the oracle answers to what the
+    parameters render, and distances, projections and what is admitted are of parameters. The harness renders what it
+    judges. So whether an image can be reached within the limits is not a question: nobody hands one in.
+    """
+
+    @abstractmethod
+    def identity(self, origin: Tensor) -> Tensor:
+        """The parameters [B, ...] that give back these inputs, to the bit."""
+
+    @abstractmethod
+    def render(self, z: Tensor, origin: Tensor) -> Tensor:
+        """The inputs [B, ...] that parameters make of clean ones, differentiable; a function of the two, row by row."""
+
+
+@runtime_checkable
+class OneChange(Protocol):
+    """A threat model that may want one and the same change for all rows of the evaluation.
+
+    Ask `one_change(threat)`. All rows then are one batch, those that are misclassified when clean are attacked too, and
+    `admits` compares the rows that were changed.
+    """
+
+    @property
+    @abstractmethod
+    def one_change(self) -> bool: ...
+
+
+def one_change(threat: object) -> bool:
+    """Whether all rows of the evaluation have to be changed alike."""
+    return isinstance(threat, OneChange) and threat.one_change is True
 
 
 @runtime_checkable
@@ -1249,6 +1290,7 @@ class Data:
     """A training set: x [N, ...] in `space`, y long [N].
 
     answer_shape: of one right answer where that is the sample itself; y and classes mean nothing then
+    rule:         what an attacker who holds the data wants of samples like these (a Rule); None for data to train on
     """
 
     x: Tensor
@@ -1257,6 +1299,7 @@ class Data:
     classes: int
     name: str = ""
     answer_shape: tuple[int, ...] = ()
+    rule: Any = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -1536,6 +1579,12 @@ class Label:
         return stage or suite.partition(":")[0], source
 
 
+@functools.lru_cache(maxsize=4096)
+def _label(attack: str, stage: str, source: str) -> Label:
+    """The one label of these words: records ask for it over and over, and there are few."""
+    return Label(attack, stage, source)
+
+
 def _outside_brackets(text: str) -> list[int]:
     """Positions outside brackets; all of them where brackets do not pair up."""
     depth, found = 0, []
@@ -1588,4 +1637,4 @@ class Record:
     @property
     def made_by(self) -> Label:
         """The label of the attack that made it."""
-        return Label(self.attack, self.stage, self.source)
+        return _label(self.attack, self.stage, self.source)

@@ -15,10 +15,12 @@ def checkout(*folders: str) -> tuple[str | None, bool | None]:
     if not (root / ".git").exists():
         return None, None
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return commit, bool(_git(root, "status", "--porcelain", "-uno", "--", *folders))
+        told = _git(root, "status", "--porcelain=v2", "--branch", "-uno", "--", *folders).splitlines()
     except (OSError, subprocess.SubprocessError):
         return None, None
+    heads = dict(line.split(" ")[1:3] for line in told if line.startswith("# "))
+    commit = heads.get("branch.oid", "(initial)")
+    return (None, None) if commit == "(initial)" else (commit, any(not line.startswith("#") for line in told))
 
 
 def commit_text(*folders: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from advkit.core.errors import UsageError
 
@@ -41,6 +40,8 @@ def lower_bound(k: ArrayLike, n: ArrayLike, alpha: float) -> Any:
     Float for single counts, else a float64 array: the quantile Beta(alpha; k, n - k + 1); 0 for k = 0, alpha**(1/n) for
     k = n. Raises UsageError for other counts, and for alpha outside (0, 1).
     """
+    from scipy import special
+
     check_alpha(alpha)
     hits, draws = _counts(k, n)
     inner = special.betaincinv(np.maximum(hits, 1), np.maximum(draws - hits, 0) + 1, alpha)
@@ -63,6 +64,8 @@ def radius(k: ArrayLike, n: ArrayLike, sigma: float, alpha: float, slack: ArrayL
     sigma: standard deviation of the noise, > 0; slack: how far the noise that was drawn may be from the noise that the
     theorem is about, in total variation (0 for exact noise). Rounded down by one part in 10**12.
     """
+    from scipy import special
+
     if not sigma > 0:
         raise UsageError(f"sigma is {sigma!r}; expected a standard deviation above 0")
     bound = np.asarray(lower_bound(k, n, alpha)) - np.asarray(slack, dtype=np.float64)
@@ -82,6 +85,8 @@ def abstains(first: ArrayLike, second: ArrayLike, alpha: float) -> Bools:
     classes play no part. Where it answers, the answer is another class than the smoothed classifier's in at most alpha
     of all cases.
     """
+    from scipy import special
+
     check_alpha(alpha)
     ahead, behind = np.broadcast_arrays(np.asarray(first), np.asarray(second))
     if not bool(np.all((behind >= 0) & (ahead >= behind))):

@@ -169,11 +169,11 @@ class Speed:
         with frozen(*model.modules()):
             for repetition in range(_REPETITIONS + 1):
                 first, second = (plain, other) if repetition % 2 else (other, plain)
-                begin = _clock(sample.device)
+                begin = clock(sample.device)
                 _ask(first, rows, backward)
-                middle = _clock(sample.device)
+                middle = clock(sample.device)
                 _ask(second, rows, backward)
-                spent = (middle - begin, _clock(sample.device) - middle)
+                spent = (middle - begin, clock(sample.device) - middle)
                 if repetition:  # the first warms up
                     ratios.append(spent[1] / spent[0] if repetition % 2 else spent[0] / spent[1])
         ratio = statistics.median(ratios)
@@ -253,9 +253,9 @@ class View(Wrapper):
 def steady(view: Callable[[Tensor], Tensor], x: Tensor, lanes: Lanes, backward: bool = True) -> bool:
     """Whether rows get the same bits wherever they stand among others, in calls of these shapes.
 
-    Always where lanes pad nothing: there nobody promises it (accelerators).
+    Always where lanes are of any size: there nobody promises it (accelerators).
     """
-    if lanes.multiple == 1 or not x.is_floating_point() or x.device.type != "cpu":
+    if (lanes.multiple == 1 and not lanes.sizes) or not x.is_floating_point() or x.device.type != "cpu":
         return True
     rows = _filled(x, lanes.chunk)
     turned = torch.arange(lanes.chunk).roll(lanes.multiple // 2 + 3)
@@ -311,8 +311,8 @@ def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
     return rows * factor.view(-1, *(1 for _ in rows.shape[1:]))
 
 
-def _clock(device: torch.device) -> float:
-    """CPU seconds on a CPU, where others share it; wall seconds of finished work elsewhere."""
+def clock(device: torch.device) -> float:
+    """A moment: CPU seconds on a CPU, where others share it; wall seconds of finished work elsewhere."""
     if device.type == "cpu":
         return time.process_time()
     if device.type == "cuda":

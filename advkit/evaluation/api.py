@@ -69,6 +69,7 @@ def evaluate(
     speed: str | Speed = "fp32",
     beside: bool = True,
     sample_timeout: float | None = None,
+    budget: str | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
     progress: bool = False,
@@ -100,6 +101,8 @@ def evaluate(
     sample_timeout: seconds after which a sample that is attacked, or judged, alone is given up as an error; None waits
                   for ever. Batches that take longer are halved, down to single samples. What hangs in compiled code
                   can be stopped with `workers` alone, where its process is ended
+    budget:       propagations=N: how many forward and backward passes an attack may spend on a sample, both together;
+                  the oracle ends it there. Of a suite each stage has the budget. None sets no limit
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
@@ -125,6 +128,7 @@ def evaluate(
         speed=speed,
         beside=beside,
         sample_timeout=sample_timeout,
+        budget=budget,
     )
     return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
 

@@ -67,6 +67,8 @@ class Counts:
 
 def was_right(record: Record) -> bool:
     """Whether the victim got the row right when clean."""
+    if not record.notes:
+        return _looks_right(record.outcome, record.label, record.clean)
     if not _NO_ANSWER.isdisjoint(record.notes) or CLEAN_WRONG in record.notes:
         return False
     return CLEAN_CORRECT in record.notes or _looks_right(record.outcome, record.label, record.clean)
@@ -74,7 +76,9 @@ def was_right(record: Record) -> bool:
 
 def contested(record: Record) -> bool:
     """Whether the attacker had something to win on the row."""
-    return record.outcome != Outcome.WRONG and _NO_ANSWER.isdisjoint(record.notes) and NOT_CONTESTED not in record.notes
+    if record.outcome == Outcome.WRONG:
+        return False
+    return not record.notes or (_NO_ANSWER.isdisjoint(record.notes) and NOT_CONTESTED not in record.notes)
 
 
 def clean_notes(
@@ -111,30 +115,46 @@ def count(records: Iterable[Record]) -> Counts:
     rows: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         rows[record.id].append(record)
-    found: Counter[str] = Counter()
+    correct = right_after = eight = 0
+    # Contested rows by how they ended, and those of them that were right.
+    ends = {Outcome.BROKEN: 0, Outcome.ERROR: 0, Outcome.ROBUST: 0}
+    right_ends = dict(ends)
     rounded = True
     for group in rows.values():
-        right, outcomes = was_right(group[0]), {r.outcome for r in group}
-        found["correct"] += right
-        if not contested(group[0]):
-            found["right after"] += right or all(GAINED in r.notes for r in group)
-            found["eight"] += right
+        first = group[0]
+        right = was_right(first)
+        correct += right
+        if not contested(first):
+            right_after += right or all(GAINED in r.notes for r in group)
+            eight += right
             continue
-        end = "broken" if Outcome.BROKEN in outcomes else "unknown" if outcomes & UNKNOWN else "robust"
-        found.update((end, "attackable", *((f"right {end}",) if right else ())))
+        end = _worst(group)
+        ends[end] += 1
+        right_ends[end] += right
         rounded = rounded and all(r.eight_bit is not None for r in group)
-        found["eight"] += right and not any(r.eight_bit for r in group) and not outcomes & UNKNOWN
+        if right and not any(r.eight_bit for r in group):
+            eight += end == Outcome.ROBUST or all(r.outcome not in UNKNOWN for r in group)
     return Counts(
         n=len(rows),
-        correct=found["correct"],
-        attackable=found["attackable"],
-        broken=found["broken"],
-        unknown=found["unknown"],
-        robust=found["robust"],
-        right_after=found["right after"] + found["right robust"],
-        right_unknown=found["right unknown"],
-        eight_bit=found["eight"] if rounded and found["attackable"] else None,
+        correct=correct,
+        attackable=sum(ends.values()),
+        broken=ends[Outcome.BROKEN],
+        unknown=ends[Outcome.ERROR],
+        robust=ends[Outcome.ROBUST],
+        right_after=right_after + right_ends[Outcome.ROBUST],
+        right_unknown=right_ends[Outcome.ERROR],
+        eight_bit=eight if rounded and any(ends.values()) else None,
     )
+
+
+def _worst(group: Sequence[Record]) -> Outcome:
+    """How a contested row ended under all its attacks: broken, else unknown (as an error), else robust."""
+    unknown = False
+    for record in group:
+        if record.outcome == Outcome.BROKEN:
+            return Outcome.BROKEN
+        unknown = unknown or record.outcome in UNKNOWN
+    return Outcome.ERROR if unknown else Outcome.ROBUST
 
 
 def worst_figures(records: Iterable[Record], name: str) -> list[float]:
@@ -149,10 +169,10 @@ def worst_figures(records: Iterable[Record], name: str) -> list[float]:
 
 def by_label(records: Iterable[Record]) -> dict[Label, list[Record]]:
     """Records per attack, in order of first appearance."""
-    groups: dict[Label, list[Record]] = {}
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
-        groups.setdefault(record.made_by, []).append(record)
-    return groups
+        groups[record.attack, record.stage, record.source].append(record)
+    return {own[0].made_by: own for own in groups.values()}
 
 
 def by_class(records: Iterable[Record]) -> dict[int, Counts]:

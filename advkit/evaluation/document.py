@@ -209,6 +209,8 @@ def threat_block(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     block["goal"] = case.rule.kind
     if isinstance(case.rule, FromFile):
         details["goal_sha256"] = case.rule.content_sha256  # two contents of a file are no one ranking
+    if case.propagations is not None:
+        details["propagations"] = case.propagations
     block["attacker"] = attacker_of(case, records)
     block["granted"] = block["knowledge"]
     if block["knowledge"] in LESS and block["attacker"]["access"] in LESS[block["knowledge"]]:

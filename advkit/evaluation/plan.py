@@ -13,6 +13,7 @@ from advkit.core.checks import check
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
 from advkit.core.protocols import (
     Batched,
+    FlipsLabels,
     Graded,
     Label,
     Learns,
@@ -24,6 +25,7 @@ from advkit.core.protocols import (
     ThroughView,
     Votes,
     WantsData,
+    one_change,
 )
 from advkit.core.registry import Registry
 from advkit.core.speed import Speed
@@ -74,15 +76,30 @@ class Request:
     speed: str | Speed = "fp32"
     beside: bool = True
     sample_timeout: float | None = None
+    budget: str | None = None
 
     def check(self) -> None:
         """Raise UsageError where a number is out of its range."""
         seconds = self.sample_timeout
         check(self, "sample_timeout", seconds is None or 0 < seconds < 1e8, "a number of seconds above 0")
+        self.propagations  # noqa: B018 - raises where the budget can't be read
         for name in ("batch_size", "draws"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected a whole number of at least 1")
+
+    @property
+    def propagations(self) -> int | None:
+        """Passes that the budget allows per sample; UsageError where it says something else."""
+        if self.budget is None:
+            return None
+        name, _, number = str(self.budget).partition("=")
+        if name.strip() != "propagations" or not number.strip().isdecimal() or int(number) < 1:
+            raise UsageError(
+                f"the budget is {self.budget!r}; expected propagations=N, N >= 1: forward and backward passes per "
+                "sample (a budget of queries belongs to the threat model: linf:eps=0.1,queries=1000)"
+            )
+        return int(number)
 
     @classmethod
     def from_report(cls, data: Mapping[str, Any]) -> Self:
@@ -167,7 +184,8 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     work = with_classes_of(work, victim.model)
     case = _case(request, parts, asked, work, victim, n, device)
     wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
-    case = replace(case, data=case.task.training() if wanted else None)
+    data = case.task.training() if wanted else None
+    case = replace(case, data=None if data is None else replace(data, rule=case.rule))
     companions = tuple(scenario.companions(case)) if request.beside else ()
     trained = DEFENSES.build(victim.defense) if victim.defense else parts.defense
     return Plan(request, case, scenario, victim, trained, companions)
@@ -258,6 +276,11 @@ def _case(
                 "not have: attack the victim itself, e.g. --threat-model linf"
             )
         seen = parts.rule.view(seen)
+    if request.budget is not None and (parts.attack is None or isinstance(parts.attack, FlipsLabels)):
+        raise UsageError(
+            "a budget of propagations is for attacks on samples: a certificate makes its passes itself, an attack on "
+            "labels is counted in trainings; leave --budget out"
+        )
     specs = {
         "attack": NO_ATTACK if parts.attack is None else ATTACKS.label(parts.attack, asked["attack"]),
         "defense": DEFENSES.label(parts.defense, asked["defense"]),
@@ -286,7 +309,9 @@ def _case(
         keep=request.keep,
         speed=speed,
         sample_timeout=request.sample_timeout,
+        propagations=request.propagations,
         attack_misclassified=isinstance(parts.rule, Graded)
+        or one_change(parts.threat)
         or (isinstance(parts.threat, Transfer) and parts.threat.attacks_all),
     )
 

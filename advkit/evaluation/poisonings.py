@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr
 
 from advkit.core.protocols import Record
 from advkit.evaluation.counts import count
@@ -108,5 +107,7 @@ def hurts_more(one: Iterable[Record], other: Iterable[Record]) -> tuple[float, f
         return (float(drops.mean()) if len(drops) else 0.0), 1.0
     if drops.std() == 0:
         return float(drops.mean()), 0.0 if drops[0] > 0 else 1.0
+    from scipy.special import stdtr
+
     t = drops.mean() / (drops.std(ddof=1) / np.sqrt(len(drops)))
     return float(drops.mean()), float(stdtr(len(drops) - 1, -t))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import special
 
 from advkit.core.errors import UsageError
 
@@ -21,6 +20,8 @@ DenominatorKind = str
 source_class, prompts, episodes, attacked_and_judged, or a goal's own."""
 PLAIN_WORD = re.compile(r"[a-z][a-z0-9_]{0,59}")
 Side = Literal["two-sided", "lower", "upper"]
+_USUAL, _USUAL_Z = 0.95, 1.959963984540054
+"""The level of nearly every interval and its normal quantile: a run would otherwise import scipy for one number."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ def _check_level(level: float) -> None:
         raise UsageError(f"confidence level {level}: expected a number strictly between 0 and 1, such as 0.95")
 
 
+def _normal_quantile(level: float) -> float:
+    """How many standard deviations around the mean hold a share `level` of a normal distribution."""
+    if level == _USUAL:
+        return _USUAL_Z
+    from scipy import special
+
+    return float(-special.ndtri((1 - level) / 2))
+
+
 def _check_counts(k: int, n: int) -> None:
     if k != int(k) or n != int(n) or not 0 <= k <= n:
         raise UsageError(f"{k} of {n}: expected whole counts with 0 <= numerator <= denominator")
@@ -92,7 +102,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of k successes in n > 0 trials."""
     _check_counts(k, n)
     _check_level(level)
-    z = float(-special.ndtri((1 - level) / 2))
+    z = _normal_quantile(level)
     share = k / n
     stretch = 1 + z * z / n
     center = (share + z * z / (2 * n)) / stretch
@@ -105,6 +115,8 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
 
 def clopper_pearson(k: int, n: int, level: float = 0.95, side: Side = "two-sided") -> Interval:
     """Exact interval of k successes in n > 0 trials; one-sided ("lower", "upper") for certificates."""
+    from scipy import special
+
     _check_counts(k, n)
     _check_level(level)
     alpha = 1 - level if side != "two-sided" else (1 - level) / 2
@@ -136,6 +148,24 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95, n_resamples: in
     return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
 
 
+def bootstrap_ratio(
+    above: Sequence[float], below: Sequence[float], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap of sum(above) / sum(below), a pair of values per sample; UsageError where below is 0."""
+    _check_level(level)
+    over, under = _finite(above, "bootstrap_ratio"), _finite(below, "bootstrap_ratio")
+    if over.size != under.size or not under.sum() > 0:
+        raise UsageError(f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum")
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(n_resamples):
+        drawn = rng.integers(0, over.size, over.size)
+        total = float(under[drawn].sum())
+        ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
+
+
 def graded_entry(values: Sequence[float]) -> dict[str, Any]:
     """A report's entry for the mean of one value per sample, with its interval."""
     return {"value": float(np.mean(values)), "n": len(values), "ci": bootstrap_mean(values).to_dict()}
@@ -160,6 +190,8 @@ def hierarchical_bootstrap(
 
 def student_t_over_seeds(values: Sequence[float], level: float = 0.95) -> SeedSummary:
     """Mean, standard deviation and Student-t interval of one figure measured once per training seed."""
+    from scipy import special
+
     _check_level(level)
     array = _finite(values, "student_t_over_seeds")
     mean = float(array.mean())
@@ -173,6 +205,8 @@ def student_t_over_seeds(values: Sequence[float], level: float = 0.95) -> SeedSu
 
 def mcnemar_exact(b: int, c: int) -> float:
     """Two-sided exact p-value of b rows only A won against c rows only B won; 1 when no row differs."""
+    from scipy import special
+
     if b < 0 or c < 0:
         raise UsageError(f"discordant counts {b} and {c}: expected whole numbers >= 0")
     if b + c == 0:

@@ -2,14 +2,15 @@
 
 `check_attack(attack)`, `check_threat_model(threat)`, `check_defense(defense)`, `check_training(defense)` of a defense
 that trains, and `check_scenario(scenario)` raise AssertionError at the first law that is broken, naming it;
-ATTACK_LAWS (TEXT_LAWS, LABEL_LAWS), THREAT_LAWS (TOKEN_LAWS for slots of tokens), DEFENSE_LAWS and SCENARIO_LAWS hold
-the laws one by one.
+ATTACK_LAWS (IMAGE_LAWS, TEXT_LAWS, LABEL_LAWS), THREAT_LAWS (TOKEN_LAWS for slots of tokens), DEFENSE_LAWS and
+SCENARIO_LAWS hold the laws one by one.
 """
 
 from __future__ import annotations
 
 from advkit.testing.attack_laws import ATTACK_LAWS, Subject, check_attack, check_law, subjects
 from advkit.testing.defense_laws import DEFENSE_LAWS, check_defense, check_training, protect_twice, stripes
+from advkit.testing.image_laws import IMAGE_LAWS, check_image_law, on_images
 from advkit.testing.label_laws import LABEL_LAWS, check_label_law, on_labels
 from advkit.testing.play import BALLS, MINIMA, RADII, Played, accepts, aimed, play, shortened
 from advkit.testing.scenario_laws import SCENARIO_LAWS, check_scenario
@@ -31,6 +32,7 @@ __all__ = [
     "ATTACK_LAWS",
     "BALLS",
     "DEFENSE_LAWS",
+    "IMAGE_LAWS",
     "LABEL_LAWS",
     "MINIMA",
     "RADII",
@@ -47,6 +49,7 @@ __all__ = [
     "aimed",
     "check_attack",
     "check_defense",
+    "check_image_law",
     "check_label_law",
     "check_law",
     "check_scenario",
@@ -59,6 +62,7 @@ __all__ = [
     "nan_off",
     "network",
     "noisy",
+    "on_images",
     "on_labels",
     "on_text",
     "play",

@@ -21,16 +21,20 @@ from advkit.threat_models.events import Flips
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L1, L2, Linf
-from advkit.threat_models.minimum import MinimumL2
+from advkit.threat_models.minimum import Minimum, MinimumL0, MinimumL1, MinimumL2, MinimumLinf
 from advkit.threat_models.sparse import L0
 
 BallMaker = Callable[..., Any]  # eps=..., box=... -> a ball
 BALLS: dict[str, BallMaker] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}
 
 
-def _anywhere(*, eps: float = 0.0, box: Box | None = None) -> MinimumL2:
+def _anywhere(threat: type[Minimum]) -> BallMaker:
     """Threat models without a radius take any."""
-    return MinimumL2(box=Box() if box is None else box)
+
+    def make(*, eps: float = 0.0, box: Box | None = None) -> Minimum:
+        return threat(box=Box() if box is None else box)
+
+    return make
 
 
 def _fewest(*, eps: float = 0.0, box: Box | None = None) -> Flips:
@@ -38,7 +42,13 @@ def _fewest(*, eps: float = 0.0, box: Box | None = None) -> Flips:
     return Flips()
 
 
-MINIMA: dict[str, BallMaker] = {"minimum-l2": _anywhere, "flips": _fewest}
+MINIMA: dict[str, BallMaker] = {
+    "minimum-l0": _anywhere(MinimumL0),
+    "minimum-l1": _anywhere(MinimumL1),
+    "minimum-l2": _anywhere(MinimumL2),
+    "minimum-linf": _anywhere(MinimumLinf),
+    "flips": _fewest,
+}
 BITS = frozenset({"flips"})  # threat models whose rows are zeros and ones
 
 # Radii that break some rows of the kit's victims on [0, 1]^8 and leave others.
@@ -95,10 +105,13 @@ def play(
     decides: bool = True,
     lanes: Lanes | None = None,
     rng: Any = None,
+    propagations: int | None = None,
 ) -> Played:
     """Run the attack through a metered oracle that grants just what it needs, and ask the victim again."""
     granted = attack.needs if access is None else access
-    oracle = MeteredOracle(model, len(x), granted, queries, decides, lanes or Lanes.fitting(x))
+    oracle = MeteredOracle(
+        model, len(x), granted, queries, decides, lanes or Lanes.fitting(x), propagations=propagations
+    )
     streams = RowRng.from_ids(seed, names(len(x)) if ids is None else ids) if rng is None else rng
     z = attack(oracle, x, goal, ball, streams)
     with torch.no_grad():

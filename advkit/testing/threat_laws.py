@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Counted, InSpace, Radius, Slotted
+from advkit.core.protocols import Ball, Counted, InSpace, LeastChange, Radius, Slotted
 from advkit.core.rng import RowRng
 from advkit.core.spaces import REPLY, USER, Binary, Box, Transcripts
 from advkit.testing.language import PieceTokenizer, transcripts
@@ -40,8 +40,8 @@ def _rows_of(threat: Any) -> Tensor:
 
 
 def _has_radius(threat: Any) -> bool:
-    """Whether it is a ball. Where any distance is admitted there is nothing to draw from and no length of a step."""
-    return isinstance(threat, Radius)
+    """Whether one can walk in it. Where any distance is admitted there is nothing to draw from, no length of a step."""
+    return isinstance(threat, Radius) or (isinstance(threat, Ball) and not isinstance(threat, LeastChange))
 
 
 def _limited(threat: Any) -> bool:
@@ -142,7 +142,7 @@ def outside_is_refused(threat: Any) -> None:
 
 def zero_eps_holds_only_the_origin(threat: Any) -> None:
     """With radius 0 everything projects, samples and finishes to the origin."""
-    if not _has_radius(threat):
+    if not isinstance(threat, Radius):
         return
     ball, x = replace(_bound(threat), eps=0), _rows_of(threat)
     require(torch.equal(ball.project(x + normal(26, *x.shape), x), x), "a point other than the origin is inside")

@@ -99,10 +99,23 @@ class Quadratic(TorchModel):
         super().__init__(_Disc(centre, radius).eval(), space, 2, name="quadratic")
         self.centre, self.radius = centre, radius
 
-    def distance(self, x: Tensor) -> Tensor:
-        """L2 distance [B] to the sphere."""
-        length: Tensor = torch.linalg.vector_norm(x.flatten(1).double() - self.centre.double(), dim=1)
-        return (length - self.radius).abs()
+    def distance(self, x: Tensor, norm: str = "l2") -> Tensor:
+        """Distance [B] to the sphere, the box left aside; in "linf", "l1" and "l0" from inside it alone.
+
+        A convex set holds a ball while it holds the ball's corners: in Linf the farthest from the centre is the way of
+        the row's own offset, in L1 each is one changed value. In L0 one value, changed at will, leaves the sphere.
+        """
+        offset = (x.flatten(1).double() - self.centre.double()).abs()
+        length: Tensor = torch.linalg.vector_norm(offset, dim=1)
+        if norm == "l2":
+            return (length - self.radius).abs()
+        if norm == "l0":
+            return torch.ones_like(length)
+        rest = self.radius**2 - length.square()
+        if norm == "l1":
+            return ((rest[:, None] + offset.square()).clamp_min(0).sqrt() - offset).amin(1)
+        total, features = offset.sum(1), offset.shape[1]
+        return ((total.square() + features * rest.clamp_min(0)).sqrt() - total) / features
 
 
 def exhaustive(model: Any, goal: Any, ball: Any, x: Tensor, points: int = 101) -> Tensor:

@@ -12,7 +12,16 @@ from typing_extensions import override
 
 from advkit.core.checks import at_least_one
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Lattice, Submissions, Surrogates, ThreatModel, WrapsBall
+from advkit.core.protocols import (
+    Access,
+    Lattice,
+    Renders,
+    Submissions,
+    Surrogates,
+    ThreatModel,
+    WrapsBall,
+    one_change,
+)
 from advkit.threat_models.transfer import checked_sources, source_names
 
 
@@ -46,6 +55,8 @@ class Online(Submissions, Surrogates, WrapsBall, Lattice):
             raise UsageError(f"inner={self.inner} is a {self.ball.scenario}; name what bounds one item: linf:eps=0.1")
         if isinstance(self.ball, Surrogates) and self.ball.surrogates:
             raise UsageError(f"inner={self.inner} names surrogates; name them with sources=... of the stream")
+        if isinstance(self.ball, Renders) or one_change(self.ball):
+            raise UsageError(f"inner={self.inner} bounds no item by itself; name what does: linf:eps=0.1, patch:size=5")
 
     @cached_property
     @override

@@ -18,6 +18,24 @@ from advkit.threat_models.capability import checked_shape
 from advkit.threat_models.lp import NormBall, beyond_spacing, lattice_index, lattice_value, row_sum, usable, wide
 
 
+def positions(values: Tensor, per: str) -> Tensor:
+    """Values [B, ...] summed over what counts as one position in L0, [B, positions]; see `L0.per`."""
+    if _channels(per, values.ndim - 1):
+        values = values.sum(-3)
+    return values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+
+
+def changed_positions(move: Tensor, per: str) -> Tensor:
+    """How many positions a perturbation changes, float [B]."""
+    # NaN differs from everything, and the norm of something with a NaN in it is NaN
+    changed = torch.where(move.isnan(), move, (move != 0).to(move.dtype))
+    return row_sum(positions(changed, per).clamp_max(1))
+
+
+def _channels(per: str, dimensions: int) -> bool:
+    return per == "pixel" and dimensions >= 3
+
+
 @dataclass(frozen=True)
 class L0(NormBall):
     """L0 ball: at most eps positions change, each to any legal value.
@@ -51,13 +69,11 @@ class L0(NormBall):
         return float(features // space.shape[-3] if self._has_channels(len(space.shape)) else features)
 
     def _has_channels(self, dimensions: int) -> bool:
-        return self.per == "pixel" and dimensions >= 3
+        return _channels(self.per, dimensions)
 
     def _positions(self, values: Tensor) -> Tensor:
         """Summed over channels: [B, positions]."""
-        if self._has_channels(values.ndim - 1):
-            values = values.sum(-3)
-        return values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+        return positions(values, self.per)
 
     def _everywhere(self, chosen: Tensor, like: Tensor) -> Tensor:
         """A mask over positions as one that broadcasts against rows."""
@@ -72,9 +88,7 @@ class L0(NormBall):
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, where, best > 0)
 
     def _length(self, move: Tensor) -> Tensor:
-        # NaN differs from everything, and the norm of something with a NaN in it is NaN
-        changed = torch.where(move.isnan(), move, (move != 0).to(move.dtype))
-        return row_sum(self._positions(changed).clamp_max(1))
+        return changed_positions(move, self.per)
 
     @override
     def distance(self, x: Tensor, origin: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sys
 from types import ModuleType
@@ -20,10 +21,14 @@ from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models import MODELS
 from advkit.models.torch import TorchModel
+from advkit.testing.play import play
+from advkit.testing.victims import linear, uniform
+from advkit.threat_models import THREAT_MODELS
 from advkit.threat_models.goals.diverge import Diverge
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L1, L2, Linf
+from advkit.threat_models.minimum import MinimumL2
 from advkit.threat_models.sparse import L0
 
 
@@ -598,3 +603,88 @@ def test_a_peer_in_the_harness(digits):
         (entry,) = report["attacks"]
         assert entry["cost"]["backward"] > 0
     assert 0 < found["pgd"] <= found["foolbox"] <= found["pgd"] + 0.05
+
+
+# --- without a radius, and with a budget
+
+
+def adv_lib():
+    """Skip by name where adv-lib is not installed: it imports visdom, so that an import alone does not tell."""
+    if importlib.util.find_spec("adv_lib") is None:
+        pytest.skip("adv-lib is not installed: pip install --no-deps adv-lib==0.2.8 tqdm")
+
+
+@pytest.mark.parametrize(
+    ("package", "spec", "threat"),
+    [
+        ("foolbox", "foolbox:DDNAttack", "minimum-l2"),
+        ("foolbox", "foolbox:LinfDeepFoolAttack", "minimum-linf"),
+        ("torchattacks", "torchattacks:CW", "minimum-l2"),
+        ("art", "art:DeepFool", "minimum-l2"),
+        ("adv_lib", "advlib:ddn", "minimum-l2"),
+        ("adv_lib", "advlib:df", "minimum-linf"),
+        ("adv_lib", "advlib:alma,settings=[num_steps=60]", "minimum-l1"),
+    ],
+)
+def test_attacks_that_look_for_the_nearest_point_need_no_radius(package, spec, threat):
+    pytest.importorskip(package) if package != "adv_lib" else adv_lib()
+    victim, x = linear(classes=3), uniform(3, 8, 8) * 0.4 + 0.3
+    labels = victim(x).argmax(1)
+    ball = THREAT_MODELS.build(threat)
+    played = play(ATTACKS.build(spec), victim, x, Untargeted(labels), ball)
+    exact = victim.distance(x, labels, threat.removeprefix("minimum-"))
+    distance = ball.distance(played.z, x)
+    found = played.reached
+    assert bool(found.any())
+    assert bool((distance[found] >= exact[found] * (1 - 1e-4) - 1e-6).all())
+    if "alma" not in spec and "CW" not in spec:
+        assert bool((distance[found] <= 1.1 * exact[found] + 0.02).all())
+
+
+@pytest.mark.parametrize("spec", ["foolbox:LinfPGD", "torchattacks:PGD", "art:BasicIterativeMethod", "advlib:pgd_linf"])
+def test_attacks_within_a_radius_are_refused_where_there_is_none(spec):
+    package = spec.partition(":")[0]
+    adv_lib() if package == "advlib" else pytest.importorskip(package)
+    victim, x = linear(), uniform(3, 4, 8)
+    with pytest.raises(UsageError, match=r"works within a radius.*linf:eps="):
+        play(ATTACKS.build(spec), victim, x, Untargeted(victim(x).argmax(1)), THREAT_MODELS.build("minimum-linf"))
+
+
+@pytest.mark.parametrize("spec", ["advlib:ddn", "foolbox:DDNAttack", "foolbox:L2ProjectedGradientDescentAttack"])
+def test_where_passes_end_the_best_point_so_far_counts(spec):
+    package = spec.partition(":")[0]
+    adv_lib() if package == "advlib" else pytest.importorskip(package)
+    victim, x = linear(), uniform(3, 12, 8)
+    labels = victim(x).argmax(1)
+    for ball in [MinimumL2()] if "Projected" not in spec else [L2(0.5)]:
+        played = play(ATTACKS.build(spec), victim, x, Untargeted(labels), ball, propagations=41)
+        assert int((played.meter.forwards + played.meter.backwards).max()) <= 41
+        assert bool(ball.admits(played.z, x).all())
+        reachable = victim.distance(x, labels, "l2") <= (0.1 if "Projected" in spec else 10)  # it starts up to 0.5 away
+        assert bool(played.reached[reachable].all())
+
+
+def test_advlib_says_what_it_does_not_have():
+    adv_lib()
+    victim, x = linear(), uniform(3, 2, 8)
+    goal = Untargeted(victim(x).argmax(1))
+    for spec, threat, says in (
+        ("advlib:dnn", "minimum-l2", "adv-lib has no attack 'dnn'; did you mean 'ddn'"),
+        ("advlib:ddn", "minimum-linf", "works in L2, this threat model is Linf"),
+        ("advlib:perc_al", "minimum-l2", "looks for small differences of colour"),
+        ("advlib:ddn,settings=[stepps=3]", "minimum-l2", "has no setting stepps; it has .*steps"),
+        ("advlib:fmn,settings=[norm=1]", "minimum-l2", "norm come from the threat model"),
+    ):
+        with pytest.raises((UsageError, UnknownName), match=says):
+            play(ATTACKS.build(spec), victim, x, goal, THREAT_MODELS.build(threat))
+    assert "visdom" not in sys.modules or importlib.util.find_spec("visdom") is not None
+
+
+def test_advlib_in_a_ball_of_another_box():
+    adv_lib()
+    victim, x = linear(classes=4, space=Box(-2.0, 3.0)), uniform(3, 8, 8) * 5 - 2
+    goal, ball = Untargeted(victim(x).argmax(1)), Linf(0.5, box=Box(-2.0, 3.0))
+    for spec in ("advlib:pgd_linf", "advlib:apgd"):
+        played = play(ATTACKS.build(spec), victim, x, goal, ball)
+        assert bool(ball.admits(played.z, x).all())
+        assert bool((played.z != x).any())

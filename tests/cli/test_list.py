@@ -29,6 +29,7 @@ from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.models.ensemble import Ensemble
 from advkit.tasks import TASKS
+from advkit.testing.image_laws import on_images
 from advkit.testing.label_laws import on_labels
 from advkit.testing.play import BALLS, MINIMA, RADII, legal, names, shortened
 from advkit.testing.text_laws import on_text
@@ -57,7 +58,8 @@ def own(registry: Any) -> list[str]:
 BUILT = {name: ATTACKS.build(name) for name in own(ATTACKS) if not name.endswith(":")}
 ON_TEXT = [name for name, attack in BUILT.items() if on_text(attack)]
 ON_LABELS = [name for name, attack in BUILT.items() if on_labels(attack)]
-PLAYED = [name for name in BUILT if name not in (*ON_TEXT, *ON_LABELS)]
+ON_IMAGES = [name for name, attack in BUILT.items() if on_images(attack)]
+PLAYED = [name for name in BUILT if name not in (*ON_TEXT, *ON_LABELS, *ON_IMAGES)]
 
 
 # --- what is said of attacks
@@ -136,6 +138,14 @@ def test_attacks_on_labels_are_made_for_label_flips_and_wrong_answers(name: str)
     assert all(refusal(attack, victim(name), norm, "untargeted") is not None for norm in BALLS)
 
 
+@pytest.mark.parametrize("name", ON_IMAGES)
+def test_attacks_on_images_are_made_for_a_threat_model_of_their_own(name: str) -> None:
+    attack, known = ATTACKS.build(name), facts("attacks", ATTACKS.target(name))
+    assert known["norms"] == (parse_spec(attack.default_threat_model).name,)
+    assert (known["goals"], known["inputs"]) == (ANY, ("images",))
+    assert all(refusal(attack, victim(name), norm, "untargeted") is not None for norm in BALLS | MINIMA)
+
+
 def test_a_chosen_backward_rule_works_where_the_attack_inside_does() -> None:
     model = MODELS.build("snn:widths=4,down=stride,hidden=0")(SHAPE, CLASSES, RowRng.from_ids(0, ["net"]))
     known = facts("attacks", ATTACKS.target("spiking"))
@@ -175,11 +185,15 @@ def test_peers_take_balls_and_labels_or_targets(package: str, attacks: dict[str,
 
 
 @pytest.mark.parametrize("name", own(THREAT_MODELS))
-def test_the_inputs_of_a_threat_model_are_the_spaces_it_can_be_bound_to(name: str) -> None:
+def test_the_inputs_of_a_threat_model_are_the_spaces_it_can_be_bound_to(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = TASKS.build("prompts").bind(MODELS.build("toychat")().space).space
     spaces = {"images": Box(shape=(1, 8, 8)), "events": Binary(shape=(4, 2, 8, 8)), "text": text}
     specs = THREATS.get(name, name)
     threats = [THREAT_MODELS.build(spec) for spec in ([specs] if isinstance(specs, str) else specs)]
+    if name == "lpips":  # its network is filled from a file of the user's
+        monkeypatch.setattr("advkit.threat_models.perceptual.LPIPS._network", lambda self, device: None)
     known = facts("threat-models", THREAT_MODELS.target(name))
     assert [*known["inputs"]] == [
         kind for kind, space in spaces.items() if any(_binds(each, space) for each in threats)
@@ -441,7 +455,7 @@ def beside_a_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(
         "[advkit.attacks]\nplain = elsewhere.plain:Plain\nsilent = elsewhere.silent:Silent\n"
-        "patch = elsewhere.physical.patch:Patch\n"
+        "sticker = elsewhere.physical.patch:Patch\n"
         "[advkit.tasks]\nmine = elsewhere.task:Mine\nasked = elsewhere.asked:Asked\n",
         encoding="utf-8",
     )
@@ -456,18 +470,18 @@ def beside_a_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 def test_parts_of_other_packages_say_what_they_can_unimported(beside_a_plug_in: Callable[..., str]) -> None:
     rows = {row["name"]: row for row in json.loads(beside_a_plug_in("attacks", "--json"))["attacks"]}
-    said = {key: rows["patch"][key] for key in ("group", "access", "norms", "goals", "inputs")}
+    said = {key: rows["sticker"][key] for key in ("group", "access", "norms", "goals", "inputs")}
     assert said == {
         "group": "physical", "access": "labels", "norms": ["linf"], "goals": ["targeted"], "inputs": ["images"],
     }  # fmt: skip
     assert (rows["plain"]["group"], rows["plain"]["access"], rows["plain"]["norms"]) == ("other", "scores", [])
     assert (rows["silent"]["group"], rows["silent"]["access"]) == ("other", "")
     lines = beside_a_plug_in("attacks").splitlines()
-    assert [line.split()[0] for line in lines[-3:]] == ["patch", "plain", "silent"]
+    assert [line.split()[0] for line in lines[-3:]] == ["sticker", "plain", "silent"]
     found = {
         line.split()[0] for line in beside_a_plug_in("attacks", "--norm", "linf", "--access", "labels").splitlines()
     }
-    assert "patch" in found
+    assert "sticker" in found
     assert not {"plain", "silent", "square"} & found
 
 

@@ -17,6 +17,7 @@ from advkit.cli import main
 from advkit.core.errors import UsageError
 
 HEAVY = ("torch", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "jsonschema", "jinja2")
+PARSERS = ("typer", "click", "rich", "pydantic", "argparse")
 
 
 def imported_by(*arguments: str) -> set[str]:
@@ -51,7 +52,6 @@ def test_importing_the_packages_loads_no_torch_and_no_numpy() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--help"],
         ["--version"],
         ["list"],
         ["list", "--json"],
@@ -63,6 +63,54 @@ def test_help_and_list_load_no_torch(arguments: list[str]) -> None:
     loaded = imported_by("-m", "advkit", *arguments)
     assert "typer" in loaded
     assert not loaded & {*HEAVY, "numpy"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
+def test_help_needs_no_parser(arguments: list[str]) -> None:
+    loaded = imported_by("-m", "advkit", *arguments)
+    assert "advkit" in loaded
+    assert not loaded & {*HEAVY, *PARSERS, "numpy", "inspect"}
+
+
+def test_help_of_a_subcommand_draws_no_boxes_with_rich() -> None:
+    assert "rich" not in imported_by("-m", "advkit", "evaluate", "--help")
+
+
+def test_help_with_and_without_a_parser_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = []
+    for arguments in (["--help"], ["-h"], ["--debug", "--help"]):
+        assert main.run(arguments) == 0
+        pages.append(capsys.readouterr().out.rstrip())
+    assert main.run([]) == main.MISUSE == UsageError.exit_code
+    pages.append(capsys.readouterr().out.rstrip())
+    assert len(set(pages)) == 1
+
+
+def test_the_page_tells_every_option_that_the_parser_knows() -> None:
+    from advkit.cli.group import command
+
+    known = command()
+    page = " ".join(main.page().split())
+    context = typer.Context(known, help_option_names=main.CONTEXT["help_option_names"])
+    for option in known.get_params(context):
+        assert all(word in page for word in option.opts), option.opts
+        assert " ".join(str(option.help).split()) in page
+    assert " ".join(str(known.help).split()) in page
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_the_page_fits_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    widest = max(map(len, main.page().splitlines()))
+    assert widest <= max(50, min(int(columns), 100))
+
+
+def test_a_run_imports_neither_scipy_nor_jsonschema_nor_a_drawer() -> None:
+    """What a default run has no use for: intervals at 95 %, a report that fits its schema, and no plots from Python."""
+    code = "import advkit; advkit.evaluate('fgsm', task='digits', model='zoo:digits-mlp', n=4)"
+    loaded = imported_by("-c", code)
+    assert "torch" in loaded
+    assert not loaded & {"scipy", "sklearn", "sympy", "matplotlib", "jsonschema", *PARSERS[:4]}
 
 
 def test_help_imports_no_subcommand() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from advkit.core.oracle import _CALL, Lanes, MeteredOracle
 from advkit.core.protocols import Access
+from advkit.core.round_off import operations
 from advkit.threat_models.goals.untargeted import Untargeted
 
 SIZES = (16, 32, 48, 64)
@@ -56,19 +60,124 @@ def test_a_probe_keeps_sizes_that_give_the_same_bits_and_no_other() -> None:
         answer = z.flatten(1)[:, :10] * 2
         return answer * (1 + 2.0**-23) if len(z) in (32, 128) else answer
 
-    assert Lanes.probed(odd, x).sizes == (16, 48, 64)
-    assert Lanes.probed(odd, x, rows=1e9).sizes == (16, 48, 64, 256)
+    below = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+    assert Lanes.probed(odd, x).sizes == (*below, 48, 64)
+    assert Lanes.probed(odd, x, rows=1e9).sizes == (*below, 48, 64, 256)
 
     def alone(z: torch.Tensor) -> torch.Tensor:
         """What 64 rows get, no other call gives."""
         return z.flatten(1)[:, :10] * (3 if len(z) >= 64 else 2)
 
-    assert Lanes.probed(alone, x).sizes == (16, 32, 48)
+    assert Lanes.probed(alone, x).sizes == (*below, 32, 48)
 
     def never(z: torch.Tensor) -> torch.Tensor:
         return z.flatten(1)[:, :10] * len(z)
 
     assert Lanes.probed(never, x).sizes == (64,)  # every call has 64 rows, as it ever was
+
+
+def test_sizes_are_tried_as_far_as_a_run_needs_them() -> None:
+    x = torch.rand(64, 1, 14, 14)
+
+    def double(z: torch.Tensor) -> torch.Tensor:
+        return z.flatten(1)[:, :10] * 2
+
+    assert Lanes.probed(double, x, rows=100, batch=10).sizes == (1, 2, 3, 4, 6, 8, 10, 64)
+    assert Lanes.probed(double, x, rows=1e9, batch=10).sizes == (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+    assert Lanes.probed(double, x, rows=1e9, batch=250).sizes[-3:] == (64, 128, 250)
+    assert Lanes.probed(double, x, rows=100, batch=1000).sizes[-1] == 64
+
+
+class Narrow(nn.Module):
+    """Two linear layers, and a function of so many numbers per row between them."""
+
+    def __init__(self, width: int, function: Any) -> None:
+        super().__init__()
+        self.inner, self.outer, self.function = nn.Linear(50, width), nn.Linear(width, 10), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.outer(self.function(self.inner(x)))
+        return answer
+
+
+VECTORED = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh-gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "mish": F.mish,
+    "power": lambda x: (x.abs() + 0.1).pow(2.2),
+    "step": lambda x: torch.add(x, x.detach(), alpha=0.3),
+}
+EXACT = {
+    "relu": F.relu,
+    "leaky": F.leaky_relu,
+    "clamp": lambda x: x.clamp(-0.1, 0.2),
+    "root": lambda x: (x.abs() + 0.1).sqrt(),
+    "square": lambda x: x.pow(2) / 3.3 - x,
+    "softmax": lambda x: F.softmax(x, 1),
+    "norm": lambda x: F.layer_norm(x, x.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("name", VECTORED)
+def test_calls_in_which_a_function_would_end_between_vectors_are_not_tried(name: str) -> None:
+    """The ends differ in one number of a thousand, which a trial of a hundred rows misses."""
+    for width, smallest in ((75, 32), (48, 2), (64, 1)):
+        net = Narrow(width, VECTORED[name])
+        found = operations(net, torch.rand(3, 50), True)
+        assert found.known
+        assert min(size for size in range(1, 65) if found.allow(size)) == smallest
+        assert {size % smallest for size in range(1, 65) if found.allow(size)} == {0}
+        assert {size % smallest for size in Lanes.probed(net, torch.rand(64, 50), rows=1e9).sizes} == {0}
+
+
+@pytest.mark.parametrize("name", {**VECTORED, **EXACT})
+def test_a_function_gives_a_number_the_same_bits_in_every_allowed_call(name: str) -> None:
+    """What the lists of `round_off` claim of this machine's torch: 60 draws, forward and backward, all numbers."""
+    function = {**VECTORED, **EXACT}[name]
+    for width in (7, 75, 96):
+
+        def run(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            leaf = z.clone().requires_grad_()
+            answer = function(leaf)
+            return answer.detach(), torch.autograd.grad(answer, leaf, answer.detach())[0]
+
+        allowed = operations(function, torch.rand(3, width), True)
+        assert allowed.known
+        sizes = [size for size in (1, 2, 3, 5, 8, 16, 24, 32, 48) if allowed.allow(size)]
+        assert (1 in sizes) == (name in EXACT or width == 96)
+        for seed in range(60 if sizes else 0):
+            x = 3 * torch.randn(64, width, generator=torch.Generator().manual_seed(seed))
+            whole = run(x)
+            for size in sizes:
+                for start in (0, 64 - size):
+                    for part, all_ in zip(run(x[start : start + size]), whole, strict=True):
+                        assert torch.equal(part, all_[start : start + size])
+
+
+def test_code_that_is_not_known_keeps_to_even_calls() -> None:
+    def elsewhere(z: torch.Tensor) -> torch.Tensor:
+        return z * torch.from_numpy(np.exp(-z.detach().numpy()))
+
+    compiled = torch.jit.trace(nn.Linear(64, 10), torch.rand(2, 64))
+    for model in (elsewhere, compiled, lambda z: z.cumsum(1)):
+        found = operations(model, torch.rand(3, 64), True)
+        assert not found.known
+        assert [size for size in (1, 8, 15, 16, 24, 48, 64) if found.allow(size)] == [16, 48, 64]
+        assert Lanes.probed(model, torch.rand(64, 64)).sizes[0] >= 16
+
+
+def test_what_a_probe_was_answered_is_known_again() -> None:
+    net, x = network(), torch.rand(64, 1, 14, 14)
+    found = Lanes.probed(net, x)
+    assert found.bits == Lanes.answered(net, x) != Lanes.answered(net, x, backward=False)
+    with torch.no_grad():
+        net[1].weight += 2.0**-20
+    assert Lanes.answered(net, x) != found.bits
+    assert Lanes.answered(net, x.long()) == ""
 
 
 def test_rows_in_probed_calls_have_the_same_bits_in_any_batch() -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from advkit.core.errors import BudgetExhausted
+from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.rows import finite_rows, row_size
+from advkit.testing.victims import nan_off, network, uniform
 from advkit.threat_models.goals.diverge import Diverge
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -211,3 +213,64 @@ def test_views_goals_and_streams_take_a_row_several_times() -> None:
         assert torch.equal(goal.take(rows).reached(scores[rows]), goal.reached(scores)[rows])
     rng = RowRng.from_ids(0, ("a", "b", "c"))
     assert torch.equal(rng.take(rows).normal(torch.empty(3, 5)), rng.normal(torch.empty(3, 5))[rows])
+
+
+def test_several_gradients_of_one_forward_are_those_of_one_call_each():
+    model, x = network(), uniform(1, 21, 2, 6, 6)
+    goals = [Targeted(torch.full((21,), each)) for each in range(3)]
+    for lanes in (None, Lanes(), Lanes(8, 8)):
+        together, apart = MeteredOracle(model, 21, lanes=lanes), MeteredOracle(model, 21, lanes=lanes)
+        losses, gradients, answer = together.gradients(x, goals)
+        for which, goal in enumerate(goals):
+            loss, gradient, said = apart.gradient(x, goal)
+            assert torch.equal(losses[which], loss.detach())
+            assert torch.equal(gradients[which], gradient)
+            assert torch.equal(answer, said)
+        assert together.meter.forwards.tolist() == [1] * 21
+        assert together.meter.backwards.tolist() == [3] * 21
+        assert apart.meter.forwards.tolist() == [3] * 21
+
+
+def test_several_gradients_need_the_right_to_one_and_remember_what_is_not_finite():
+    x = uniform(1, 4, 2, 6, 6)
+    goals = [Targeted(torch.zeros(4, dtype=torch.long)), Targeted(torch.ones(4, dtype=torch.long))]
+    with pytest.raises(AccessDenied, match="grants scores only"):
+        MeteredOracle(network(), 4, Access.SCORES).gradients(x, goals)
+    oracle = MeteredOracle(nan_off(network(), x[:1]), 4)
+    _, gradients, _ = oracle.gradients(x, goals)
+    assert bool(torch.isfinite(gradients).all())
+    assert oracle.meter.non_finite.tolist() == [False, True, True, True]
+    assert not bool(oracle.meter.asked_non_finite.any())
+
+
+def test_a_budget_of_propagations_counts_both_ways_through_the_model():
+    model, x = network(), uniform(1, 3, 2, 6, 6)
+    goal = Targeted(torch.zeros(3, dtype=torch.long))
+    oracle = MeteredOracle(model, 3, propagations=7)
+    assert oracle.left == 3
+    oracle.gradient(x, goal)
+    oracle.take(torch.tensor([1]))(x[1:2])
+    assert (oracle.left, oracle.take(torch.tensor([0, 2])).left) == (2, 2)
+    oracle.gradients(x, [goal, goal])
+    assert (oracle.left, oracle.take(torch.tensor([0, 2])).left) == (0, 1)
+    with pytest.raises(BudgetExhausted, match=r"came to 8 propagations of a sample; the budget is 7"):
+        oracle.gradient(x, goal)
+    oracle.take(torch.tensor([0, 2]))(x[[0, 2]])
+    assert (oracle.meter.forwards + oracle.meter.backwards).tolist() == [6, 6, 6]
+    asking = MeteredOracle(model, 3, Access.SCORES, queries=9, propagations=7, differentiates=False)
+    assert asking.left == 7
+    candidates = asking.take(torch.tensor([0, 0, 1]))
+    assert candidates.left == 3
+
+
+def test_others_loops_have_the_budget_too():
+    model, x = network(), uniform(1, 3, 2, 6, 6)
+    oracle = MeteredOracle(model, 3, propagations=5)
+    module = oracle.differentiable(x)
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        module(leaf).sum().backward()
+    with pytest.raises(BudgetExhausted, match="the budget is 5"):
+        module(x.clone().requires_grad_())
+    module(x)
+    assert (oracle.meter.forwards + oracle.meter.backwards).tolist() == [5] * 3

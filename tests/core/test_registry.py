@@ -405,7 +405,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, points: str, **module
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(f"[test.parts]\n{points}\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(folder))
-    registry_module._scanned.cache_clear()
+    registry_module.scanned.cache_clear()
     registry_module._installed.cache_clear()
 
 
@@ -433,7 +433,7 @@ def test_other_packages_add_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             parts.load("broken")
         assert Registry("part", {}).names() == ()
     finally:
-        registry_module._scanned.cache_clear()
+        registry_module.scanned.cache_clear()
         registry_module._installed.cache_clear()
         sys.modules.pop("elsewhere_far", None)
 
@@ -490,7 +490,7 @@ def test_what_lacks_the_members_of_its_kind_is_refused_when_loaded(
         mine: Registry[Attack] = Registry("attack", {"mute": "elsewhere_attacks:Mute"}, contract=Attack)
         assert mine.load("mute").__name__ == "Mute"  # the table is ours, and the tests hold it to the contract
     finally:
-        registry_module._scanned.cache_clear()
+        registry_module.scanned.cache_clear()
         registry_module._installed.cache_clear()
         sys.modules.pop("elsewhere_attacks", None)
 

@@ -73,7 +73,6 @@ def refusal(registry: Registry[Any], spec: Any) -> str:
         ("SimBA", "art:SimBA"),
         ("L2BrendelBethgeAttack", "foolbox:L2BrendelBethgeAttack"),
         ("ElasticNet", "foolbox:EADAttack"),
-        ("DDN", "foolbox:DDNAttack"),
         ("TPGD", "torchattacks:TPGD"),
     ],
 )

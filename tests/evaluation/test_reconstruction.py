@@ -296,7 +296,7 @@ def test_no_number_from_the_victim_is_no_error_of_zero(small):
 def test_commands_read_reports_without_classes(small, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from advkit.cli.main import app
+    from advkit.cli.group import app
 
     model, task = small
     monkeypatch.chdir(tmp_path)

@@ -289,7 +289,7 @@ def test_inadmissible_candidates_are_never_wins(digits, digits_model, tmp_path):
 def test_report_and_command(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from advkit.cli.main import app
+    from advkit.cli.group import app
 
     monkeypatch.chdir(tmp_path)
     arguments = [

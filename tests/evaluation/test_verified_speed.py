@@ -331,14 +331,14 @@ def test_the_benchmark_counts_passes_of_copies(digits, convolution, monkeypatch)
 
 
 def test_the_command_line_says_what_it_does_not_know():
-    from advkit.cli.main import app
+    from advkit.cli.group import app
 
     result = CliRunner().invoke(app, ["evaluate", "--speed", "bf17", "--task", "digits", "-n", "4"])
     assert isinstance(result.exception, SpecError) or result.exit_code == 2
 
 
 def test_the_command_line_runs_and_resumes(tmp_path):
-    from advkit.cli.main import app
+    from advkit.cli.group import app
 
     words = ["evaluate", "--attack", "pgd:steps=3", "--task", "digits", "--model", "zoo:digits-mlp", "-n", "12"]
     words += ["--speed", "bf16", "--device", "cpu", "--no-plots", "--out", str(tmp_path / "run")]

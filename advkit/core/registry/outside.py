@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from advkit.core.registry.grammar import fold
 
@@ -62,8 +63,14 @@ def outside(spec: str) -> list[str]:
 
 
 @cache
+def scanned() -> Any:
+    """Every installed package's entry points, read once for all groups: a scan costs some 15 ms."""
+    return entry_points()
+
+
+@cache
 def _installed_parts() -> dict[str, EntryPoint]:
     """The parts of other packages, of every kind, by name."""
-    groups = entry_points()
+    groups = scanned()
     found = [each for group in groups.groups if group.startswith("advkit.") for each in groups.select(group=group)]
     return {fold(each.name).rstrip(":"): each for each in found}

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar, cast
 
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
@@ -30,20 +30,15 @@ from advkit.core.registry.fields import (
     write_fields,
 )
 from advkit.core.registry.grammar import ParsedSpec, fold, nearest, parse_spec
+from advkit.core.registry.outside import scanned
 from advkit.core.registry.own import PYTHON, imported, part_of, target_of
 
 T = TypeVar("T")
 
 
 @functools.cache
-def _scanned() -> Any:
-    """Every installed package's entry points, read once for all groups: a scan costs some 15 ms."""
-    return entry_points()
-
-
-@functools.cache
 def _installed(group: str) -> dict[str, EntryPoint]:
-    return {each.name: each for each in _scanned().select(group=group)} if group else {}
+    return {each.name: each for each in scanned().select(group=group)} if group else {}
 
 
 @functools.cache

@@ -4,6 +4,7 @@
 |---|---|---|
 | `per_class` | robust accuracy of each class inside its clean accuracy | with one class, or more than 100 |
 | `success_by_distance` | fraction of attacked samples broken within a distance | where there is a radius, or no norm |
+| `accuracy_by_distance` | robust accuracy at every radius, with its interval | with a radius, or another goal |
 | `transfer_grid` | accuracy for each source and attack | with fewer than two attacks that name a source |
 | `certified_curve` | certified accuracy against the radius, an attack's beside it | without certificates |
 | `accuracy_by_trial` | accuracy after training on clean and on flipped labels, trial by trial | without records |
@@ -36,6 +37,7 @@ log = logging.getLogger("advkit")
 FIGURES: Mapping[str, str] = {
     "per_class": "advkit.evaluation.figures.plots:per_class_of",
     "success_by_distance": "advkit.evaluation.figures.plots:success_by_distance_of",
+    "accuracy_by_distance": "advkit.evaluation.figures.plots:accuracy_by_distance_of",
     "transfer_grid": "advkit.evaluation.figures.plots:transfer_heatmap_of",
     "certified_curve": "advkit.evaluation.figures.plots:certified_curve_of",
     "accuracy_by_trial": "advkit.evaluation.figures.poisoning_plots:accuracy_by_trial_of",

@@ -22,8 +22,10 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.certificates import ACCURACY, certificates
+from advkit.evaluation.counts import was_right
 from advkit.evaluation.report import Report, write_atomic
 from advkit.evaluation.report.compare import per_class_rates
+from advkit.evaluation.stats import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +34,8 @@ BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SERIES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (PINK, "v"), (SKY, "P"))
 _INK, _FAINT, _CLEAN = "#222222", "#DDDDDD", "#BDBDBD"
 _MOST_EXAMPLES = 10
+_SIDE, _COLUMN, _FILLED, _ABOVE = 0.6, 1.15, 0.92, 0.25
+"""Of a grid of examples: inches at the side, of a column, above a row; the third is the part that an image fills."""
 _MOST_CELLS = 1500
 _MOST_CLASSES = 100
 
@@ -146,6 +150,40 @@ def success_by_distance(
     return figure
 
 
+def accuracy_by_distance(
+    curves: Mapping[str, tuple[Sequence[float], int, int]], *, norm: str = "L2", title: str = ""
+) -> Figure:
+    """Robust accuracy at every radius, from the least distances that attacks found: a step line and its 95 % Wilson
+    band per name.
+
+    curves: name -> distances of the broken samples, how many samples are right when clean, and how many there are
+    """
+    if not curves or any(not len(found) <= right <= n or n < 1 for found, right, n in curves.values()):
+        raise UsageError("accuracy_by_distance: expected at least one sample, and no more broken ones than right ones")
+    figure, axes = new_axes(6.0, 3.8)
+    furthest = max((max(found) for found, _, _ in curves.values() if len(found)), default=0.0) or 1.0
+    for i, (name, (found, right, n)) in enumerate(curves.items()):
+        reach = [0.0, *sorted(found), 1.05 * furthest]
+        kept = [right - k for k in range(len(found) + 1)]
+        kept.append(kept[-1])
+        bands = {k: wilson(k, n) for k in kept}
+        color, _ = SERIES[i % len(SERIES)]
+        axes.step(reach, [k / n for k in kept], where="post", color=color, label=plain(name) or None)
+        low, high = [bands[k].low for k in kept], [bands[k].high for k in kept]
+        axes.fill_between(reach, low, high, step="post", color=color, alpha=0.18, linewidth=0)
+    axes.set_xlim(0, 1.05 * furthest)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_xlabel(f"eps ({plain(norm)})")
+    axes.set_ylabel("robust accuracy, 95 % interval")
+    if any(curves):
+        axes.legend(frameon=False)
+    if title:
+        axes.set_title(plain(title), loc="left", fontsize=11)
+    return figure
+
+
 def per_class_bars(
     rates: Mapping[int, Mapping[str, Mapping[str, Any]]], class_names: Sequence[str] = (), *, title: str = ""
 ) -> Figure:
@@ -208,36 +246,39 @@ def example_grid(
     # The largest change fills half the range at most: mid grey is "unchanged".
     factor = max(1, int(0.5 / size + 1e-4)) if size > 0 else 1
     count = len(before)
-    figure = Figure(figsize=(max(3.2, 0.9 + 1.15 * count), 4.4), layout="constrained", facecolor="white")
+    room = max(3.2, _SIDE + _COLUMN * count)
+    # Characters of the title's size in a line.
+    heading = plain(textwrap.fill(title, int(12 * room))) if title else ""
+    top = 0.15 + (0.2 * (1 + heading.count("\n")) if heading else 0.0)
     rows = (
-        ("clean", before),
-        ("adversarial", after),
-        (f"difference\namplified x{factor}", np.clip(0.5 + factor * difference, 0, 1)),
+        ("clean", before, clean_names),
+        ("adversarial", after, adversarial_names),
+        (f"difference\namplified x{factor}", np.clip(0.5 + factor * difference, 0, 1), ()),
     )
-    grid = figure.subplots(3, count, squeeze=False)
-    for r, (name, images) in enumerate(rows):
-        grid[r, 0].set_ylabel(name, fontsize=10)
-        for axes, image in zip(grid[r], images, strict=True):
-            _show_image(axes, image)
-    for i, name in enumerate(clean_names[:count]):
-        grid[0, i].set_title(plain(str(name)), fontsize=9, color=_INK)
-    for i, name in enumerate(adversarial_names[:count]):
-        turned = i < len(clean_names) and clean_names[i] != name
-        style = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
-        grid[1, i].set_title(plain(str(name)), fontsize=9, **style)
-    if title:
-        room = int(12 * figure.get_figwidth())  # characters of this size in a line
-        figure.suptitle(plain(textwrap.fill(title, room)), fontsize=11, x=0.02, ha="left")
+    high = _COLUMN * _FILLED * before.shape[1] / before.shape[2]
+    height = top + len(rows) * (high + _ABOVE) + 0.05
+    figure = Figure(figsize=(room, height), facecolor="white")
+    for r, (name, images, names) in enumerate(rows):
+        # One panel for a whole row, placed by hand: a panel for each image and a layout that measures them all cost
+        # ten times as much.
+        bottom = height - top - (r + 1) * (high + _ABOVE)
+        axes = figure.add_axes((_SIDE / room, bottom / height, _COLUMN * count / room, high / height))
+        axes.set_ylabel(name, fontsize=10)
+        for i, image in enumerate(images):
+            shown = image[..., 0] if image.shape[-1] == 1 else image
+            place = (i, i + _FILLED, 0, 1)
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=place, aspect="auto")
+        for i, answer in enumerate(names[:count]):
+            turned = r == 1 and i < len(clean_names) and clean_names[i] != answer
+            style: dict[str, Any] = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
+            axes.text(
+                i + _FILLED / 2, 1 + 0.05 / high, plain(str(answer)), ha="center", va="bottom", fontsize=9, **style
+            )
+        axes.set(xlim=(0, count), ylim=(0, 1), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    if heading:
+        figure.suptitle(heading, fontsize=11, x=0.1 / room, y=1 - 0.1 / height, ha="left", va="top")
     return figure
-
-
-def _show_image(axes: Axes, image: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-    """One image [H, W, C] in [0, 1] without a frame."""
-    shown = image[..., 0] if image.shape[-1] == 1 else image
-    axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
 
 
 def _images(batch: Any, low: float, high: float) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -420,10 +461,7 @@ def success_by_distance_of(report: Report, records: Sequence[Record]) -> Figure 
     threat = report.to_dict()["threat_model"]
     if threat.get("eps") is not None or not threat.get("norm"):
         return None
-    found: dict[str, list[float]] = {}
-    for record in records:
-        if record.outcome == Outcome.BROKEN and record.distance is not None:
-            found.setdefault(str(record.made_by), []).append(record.distance)
+    found = _broken_at(records)
     rates = {attack["name"]: attack["attack_success_rate"] for attack in report.attacks}
     curves = {
         name: (found.get(name, []), rate["denominator"])
@@ -433,6 +471,38 @@ def success_by_distance_of(report: Report, records: Sequence[Record]) -> Figure 
     if not curves:
         return None
     return success_by_distance(curves, norm=threat["norm"], title=f"Success within a distance, {report.threat}")
+
+
+def accuracy_by_distance_of(report: Report, records: Sequence[Record]) -> Figure | None:
+    """Robust accuracy at every radius, of each attack of a run without one; None where there is one.
+
+    None, too, for goals other than a wrong answer, and where a sample has no verdict.
+    """
+    threat = report.to_dict()["threat_model"]
+    if threat.get("eps") is not None or not threat.get("norm") or threat.get("goal") != "untargeted":
+        return None
+    if any(record.outcome in (Outcome.ERROR, Outcome.NON_FINITE) for record in records):
+        return None
+    of_attack: dict[str, list[Record]] = {}
+    for record in records:
+        of_attack.setdefault(str(record.made_by), []).append(record)
+    found = _broken_at(records)
+    curves = {
+        name: (found.get(name, []), sum(was_right(record) for record in own), len(own))
+        for name, own in of_attack.items()
+    }
+    if not curves:
+        return None
+    return accuracy_by_distance(curves, norm=threat["norm"], title=f"Robust accuracy at every radius, {report.threat}")
+
+
+def _broken_at(records: Iterable[Record]) -> dict[str, list[float]]:
+    """By attack: the distances of the samples that it broke."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record.outcome == Outcome.BROKEN and record.distance is not None:
+            found.setdefault(str(record.made_by), []).append(record.distance)
+    return found
 
 
 def certified_curve(

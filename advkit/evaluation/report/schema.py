@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from advkit.core.errors import ReportError
+from advkit.evaluation.report.fits import fits
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.stats import wilson
 
@@ -57,9 +58,11 @@ def validate(data: Mapping[str, Any]) -> None:
 
 def validate_part(data: Any, part: Mapping[str, Any], where: str) -> None:
     """Raise ReportError where `data` does not fit a part of the schema; `where` leads the message."""
+    root = {**part, "$defs": schema()["$defs"]}
+    if fits(data, part, root):
+        return
     import jsonschema
 
-    root = {**part, "$defs": schema()["$defs"]}
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(root).iter_errors(data))
     if error is not None:
         path = ".".join([where, *(str(step) for step in error.absolute_path)]).strip(".")

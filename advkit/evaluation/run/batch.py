@@ -35,15 +35,15 @@ from advkit.core.protocols import (
     Model,
     Outcome,
     Record,
-    ThreatModel,
     ThroughView,
     Wraps,
-    whole_batch,
+    one_change,
 )
+from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
 from advkit.evaluation.counts import UNKNOWN, clean_notes
 from advkit.evaluation.run.case import Case, lent
-from advkit.evaluation.run.judge import Judge, Said, Verdict, finite
+from advkit.evaluation.run.judge import Judge, Said, Verdict, finite, rendered, unchanged
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
@@ -91,7 +91,13 @@ def own_randomness(device: str, *names: object) -> Iterator[None]:
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     word = hashlib.sha256("|".join(map(str, names)).encode()).digest()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(word[:7], "big"))
+        seed = int.from_bytes(word[:7], "big")
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:
+            # Without a device torch keeps every seed for the day on which there is one, with a traceback: time, and
+            # memory that is never given back.
+            torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -190,7 +196,7 @@ def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception, who: str) 
         notes = ("clean_raised", *notes)
     else:
         before = judge.decisions(clean.answer)[0]
-        notes = (*_state_of(clean, 0, Outcome.ERROR, label, before), *notes)
+        notes = (*_state_of(_states(clean)[0], Outcome.ERROR, label, before), *notes)
     record = Record(
         id=batch.ids[0],
         attack=case.label.attack,
@@ -291,7 +297,8 @@ class _Attempts:
     def __init__(self, case: Case, batch: Batch, goal: Goal[Tensor], lanes: Lanes, rng: RowRng) -> None:
         n = len(batch.ids)
         self.case, self.batch, self.goal, self.lanes, self.rng = case, batch, goal, lanes, rng
-        self.returned: Tensor = batch.x.clone()
+        self.start = unchanged(batch.x, case.threat)
+        self.returned: Tensor = self.start.clone()
         self.cost = torch.zeros(3, n, dtype=torch.long)  # forwards, backwards, queries
         self.met_non_finite = torch.zeros(n, dtype=torch.bool)
         self.no_gradient = torch.zeros(n, dtype=torch.bool)
@@ -310,7 +317,7 @@ class _Attempts:
 
     def attack(self, rows: Tensor, model: Any) -> None:
         """Attack these rows (long) through `model`; where they raise, find the culprits by halving."""
-        case, x = self.case, self.batch.x
+        case, x = self.case, self.start
         assert case.attack is not None
         where = rows.cpu()
         keys = self.rng.at("draws").keys()[where] if isinstance(model, DrawsByRow) else None
@@ -323,13 +330,16 @@ class _Attempts:
             self.lanes,
             data=case.data,
             keys=keys,
+            propagations=case.propagations,
+            differentiates=Access(case.attack.needs) >= Access.GRADIENTS,
         )
-        together = whole_batch(case.attack)
+        together = case.together
         seconds = None if case.sample_timeout is None else case.sample_timeout * (len(rows) if together else 1)
         try:
             with limited(seconds):
-                out = case.attack(oracle, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
-            _check_kept(oracle, case.threat)
+                asked = asked_in(oracle, self.batch.x[rows], case.threat)
+                out = case.attack(asked, x[rows], self.goal.take(rows), lent(case.threat), self.rng.take(rows))
+            _check_kept(oracle, case)
         except (AccessDenied, UsageError, torch.OutOfMemoryError):
             raise  # nobody's row is at fault
         except (Exception, SystemExit) as error:  # an attack that leaves the program has no verdict either
@@ -367,16 +377,24 @@ class _Attempts:
             self.errors.pop(row, None)
             self.raised_by.pop(row, None)
         self.late[rows.cpu()] = False
-        self.returned[rows] = self.batch.x[rows]
+        self.returned[rows] = self.start[rows]
         self.attack(rows, model)
 
+    @property
+    def images(self) -> Tensor:
+        """What was returned, as inputs of the model."""
+        return rendered(self.returned, self.batch.x, self.case.threat)
 
-def _check_kept(oracle: MeteredOracle, threat: ThreatModel[Any]) -> None:
+
+def _check_kept(oracle: MeteredOracle, case: Case) -> None:
     """Raise AdvkitError where the attack took more of its oracle than the case grants, whatever the oracle now says."""
-    if (oracle.access, oracle.queries) != (threat.access, threat.queries):
+    threat, meter = case.threat, oracle.meter
+    if (oracle.access, oracle.queries, oracle.propagations) != (threat.access, threat.queries, case.propagations):
         raise AdvkitError("the attack changed what its oracle grants")
-    if threat.queries is not None and bool((oracle.meter.queries > threat.queries).any()):
+    if threat.queries is not None and bool((meter.queries > threat.queries).any()):
         raise AdvkitError(f"the attack asked more of a sample than the {threat.queries} queries of the threat model")
+    if case.propagations is not None and bool((meter.forwards + meter.backwards > case.propagations).any()):
+        raise AdvkitError(f"the attack spent more on a sample than the budget of {case.propagations} propagations")
 
 
 def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
@@ -393,7 +411,8 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     wanted, rng = rng.at("goal"), rng.at("attack", *case.label.streams)
     clean = _clean(case, batch, judge, wanted)
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
-    model, fast = attacked_model(case)[0], fast_model(case, batch.x)
+    # Where all rows are to be changed alike, none is attacked apart from the others a second time.
+    model, fast = attacked_model(case)[0], None if one_change(case.threat) else fast_model(case, batch.x)
     exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=batch.x.device)
     for chosen, asked in ((clean.attacked & exact, model), (clean.attacked & ~exact, fast)):
         if len(rows := chosen.nonzero().squeeze(1)):
@@ -406,7 +425,7 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
             verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
     said = _examined(attempts, clean, judge, verdict, rng)
     admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
-    shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.returned)
+    shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.images)
     return Round(_records(attempts, clean, judge, verdict, said), batch.x, shown, attempts.tokens)
 
 
@@ -416,7 +435,7 @@ def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
     judge = _judge(case, lanes, rng)
     clean = _clean(case, batch, judge, rng.at("goal"))
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
-    verdict = judge.judge(batch.x, batch.x, clean.goal, case.threat)
+    verdict = judge.judge(attempts.start, batch.x, clean.goal, case.threat)
     said = _examined(attempts, clean, judge, verdict, rng)
     return Round(_records(attempts, clean, judge, verdict, said))
 
@@ -483,8 +502,8 @@ def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) ->
     open_rows = tried & ~verdict.reached
     unsure = open_rows & (attempts.met_non_finite | attempts.no_gradient)
     if decides_in(case):
-        refuted, margin = _believed(fast, attempts.returned, goal, lanes, open_rows)
-        refuted &= ~_believed(model, attempts.returned, goal, lanes, refuted)[0]
+        refuted, margin = _believed(fast, attempts.images, goal, lanes, open_rows)
+        refuted &= ~_believed(model, attempts.images, goal, lanes, refuted)[0]
         near = verdict.closeness <= case.speed.resolution
         if model is case.victim:
             near |= verdict.margin <= 4 * (margin - verdict.margin).abs()
@@ -495,19 +514,24 @@ def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) ->
     return (attempts.refuted | unsure).nonzero().squeeze(1)
 
 
-def _outcome(attempts: _Attempts, clean: _Clean, verdict: Verdict, row: int) -> Outcome:
-    if row in attempts.errors:
-        return Outcome.ERROR
-    if not clean.finite[row]:
-        return Outcome.NON_FINITE
-    contested = bool(clean.contested[row])
-    if contested and attempts.outside[row]:
-        return Outcome.INVALID
-    knows_victim = not attempts.case.surrogates
-    outcome = verdict.outcome(row, contested, knows_victim and bool(attempts.met_non_finite[row]))
+def _outcomes(attempts: _Attempts, clean: _Clean, verdict: Verdict) -> list[Outcome]:
+    """How every row ended."""
+    unheard: list[bool] = (attempts.met_non_finite & (not attempts.case.surrogates)).tolist()
+    found = verdict.outcomes(clean.contested.tolist(), unheard)
+    outside: list[bool] = (clean.contested & attempts.outside).tolist()
     # An attack that lost itself in NaN has not tried: its failure says nothing of the victim.
-    lost = attempts.asked_non_finite[row] and outcome in (Outcome.ROBUST, Outcome.INVALID)
-    return Outcome.ERROR if lost else outcome
+    lost: list[bool] = attempts.asked_non_finite.tolist()
+    finite_when_clean: list[bool] = clean.finite.tolist()
+    for row, outcome in enumerate(found):
+        if row in attempts.errors:
+            found[row] = Outcome.ERROR
+        elif not finite_when_clean[row]:
+            found[row] = Outcome.NON_FINITE
+        elif outside[row]:
+            found[row] = Outcome.INVALID
+        elif lost[row] and outcome in (Outcome.ROBUST, Outcome.INVALID):
+            found[row] = Outcome.ERROR
+    return found
 
 
 def _records(
@@ -517,63 +541,89 @@ def _records(
     verdict: Verdict,
     said: Sequence[Said],
 ) -> list[Record]:
-    """One record per row of the batch."""
-    case, batch, cost = attempts.case, attempts.batch, attempts.cost
-    labels = None if batch.labels is None else batch.labels.cpu()
+    """One record per row of the batch.
+
+    Tensors become lists first: read one by one their numbers cost more than the rest of a record.
+    """
+    case, batch = attempts.case, attempts.batch
+    labels = [None] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
     before, afterwards = judge.decisions(clean.answer), judge.decisions(verdict.answer)
+    outcomes, states = _outcomes(attempts, clean, verdict), _states(clean)
+    reached, asked_non_finite = verdict.reached.tolist(), attempts.asked_non_finite.tolist()
+    distance, margin, closeness = (_numbers(each) for each in (verdict.distance, verdict.margin, verdict.closeness))
+    eight_bit = [None] * len(batch.ids) if verdict.eight_bit is None else verdict.eight_bit.tolist()
+    forwards, backwards, queries = attempts.cost.tolist()
+    measures = [(name, value.tolist()) for name, value in verdict.measures.items()]
+    flags = _flags(attempts, verdict)
+    ungraded = isinstance(case.rule, Graded)
+    attack, stage, source = case.label.attack, case.label.stage, case.label.source
     records = []
     for i, row in enumerate(batch.ids):
-        label, outcome = None if labels is None else int(labels[i]), _outcome(attempts, clean, verdict, i)
-        found = (
-            (f"{attempts.raised_by.get(i)}_raised", i in attempts.raised_by),
-            ("met_non_finite", attempts.met_non_finite[i]),
-            ("zero_gradient", attempts.no_gradient[i]),
-            ("asked_non_finite", attempts.asked_non_finite[i]),
-            ("outside_threat_model", attempts.outside[i] or not verdict.admitted[i]),
-            (f"refuted_{case.speed.switches[0] if case.speed.switches else ''}", attempts.refuted[i]),
-            ("again_in_fp32", attempts.unsure[i] and not attempts.refuted[i]),
-            (TIMED_OUT, attempts.late[i]),
-        )
-        notes = (*_state_of(clean, i, outcome, label, before[i]), *(name for name, holds in found if bool(holds)))
-        lost = outcome in UNKNOWN or (outcome == Outcome.WRONG and bool(attempts.asked_non_finite[i]))
+        label, outcome = labels[i], outcomes[i]
+        lost = outcome in UNKNOWN or (outcome == Outcome.WRONG and asked_non_finite[i])
         if outcome == Outcome.ERROR:
             attempts.errors.setdefault(i, ASKED_NON_FINITE)
         records.append(
             Record(
                 id=row,
-                attack=case.label.attack,
+                attack=attack,
                 outcome=outcome,
                 label=label,
                 clean=before[i],
                 adversarial=afterwards[i],
-                reached=bool(verdict.reached[i]),
-                distance=_number(verdict.distance[i]),
-                margin=_number(verdict.margin[i]),
-                closeness=_number(verdict.closeness[i]),
-                eight_bit=None if verdict.eight_bit is None else bool(verdict.eight_bit[i]),
-                forwards=int(cost[0, i]),
-                backwards=int(cost[1, i]),
-                queries=int(cost[2, i]),
-                notes=notes,
+                reached=reached[i],
+                distance=distance[i],
+                margin=margin[i],
+                closeness=closeness[i],
+                eight_bit=eight_bit[i],
+                forwards=forwards[i],
+                backwards=backwards[i],
+                queries=queries[i],
+                notes=(*_state_of(states[i], outcome, label, before[i]), *flags.get(i, ())),
                 message=attempts.errors.get(i, ""),
-                measures={name: float(value[i]) for name, value in verdict.measures.items()},
+                measures={name: float(values[i]) for name, values in measures},
                 # The error of a sample without a verdict is that of its clean self: no error under attack.
-                figures={} if lost and isinstance(case.rule, Graded) else said[i].figures,
+                figures={} if lost and ungraded else said[i].figures,
                 trace=attempts.trace.get(i, ()),
                 texts=said[i].texts,
                 scores=said[i].scores,
-                stage=case.label.stage,
-                source=case.label.source,
+                stage=stage,
+                source=source,
             )
         )
     return records
 
 
-def _state_of(clean: _Clean, row: int, outcome: Outcome, label: int | None, before: int | None) -> tuple[str, ...]:
+def _flags(attempts: _Attempts, verdict: Verdict) -> dict[int, tuple[str, ...]]:
+    """What the notes of a row must say of the attack on it, for the rows of which there is something to say."""
+    switches = attempts.case.speed.switches
+    found: dict[int, tuple[str, ...]] = {i: (f"{who}_raised",) for i, who in sorted(attempts.raised_by.items())}
+    for name, holds in (
+        ("met_non_finite", attempts.met_non_finite),
+        ("zero_gradient", attempts.no_gradient),
+        ("asked_non_finite", attempts.asked_non_finite),
+        ("outside_threat_model", attempts.outside | ~verdict.admitted.cpu()),
+        (f"refuted_{switches[0] if switches else ''}", attempts.refuted),
+        ("again_in_fp32", attempts.unsure & ~attempts.refuted),
+        (TIMED_OUT, attempts.late),
+    ):
+        for i in holds.nonzero().flatten().tolist():
+            found[i] = (*found.get(i, ()), name)
+    return found
+
+
+def _states(clean: _Clean) -> list[tuple[bool, bool, bool]]:
+    """Of every row when it was clean: whether its answer was finite, whether it was right, whether it was contested."""
+    return list(zip(clean.finite.tolist(), clean.correct.tolist(), clean.contested.tolist(), strict=True))
+
+
+def _state_of(
+    state: tuple[bool, bool, bool], outcome: Outcome, label: int | None, before: int | None
+) -> tuple[str, ...]:
     """What a record's notes must say of how its row was when clean."""
-    if not clean.finite[row]:
+    finite_then, right, in_contest = state
+    if not finite_then:
         return ("clean_non_finite",)
-    right, in_contest = bool(clean.correct[row]), bool(clean.contested[row])
     return clean_notes(outcome, label, before, right=right, in_contest=in_contest)
 
 
@@ -600,7 +650,6 @@ def _believed(
     return reached, margin
 
 
-def _number(value: Tensor) -> float | None:
-    """A JSON number; NaN and infinity have none."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _numbers(values: Tensor) -> list[float | None]:
+    """JSON numbers; NaN and infinity have none."""
+    return [float(number) if math.isfinite(number) else None for number in values.tolist()]

@@ -29,6 +29,8 @@ from advkit.core.protocols import (
     Surrogates,
     Task,
     ThreatModel,
+    one_change,
+    whole_batch,
 )
 from advkit.core.speed import Speed
 
@@ -74,6 +76,7 @@ class Case:
     views:      the models under that speed, once a run has settled them; part of no digest
     sample_timeout: seconds after which a row that is attacked, or judged, alone is an error; None sets no limit; part
                 of no digest
+    propagations: forward and backward passes that an attack may spend on a row, both together; None sets no limit
     exact:      rows attacked in full precision at once, for the records before say that they are too near the boundary
                 for the speed's precision; part of no digest
     """
@@ -99,6 +102,7 @@ class Case:
     speed: Speed = field(default_factory=Speed)
     views: FastViews | None = field(default=None, compare=False, repr=False)
     sample_timeout: float | None = None
+    propagations: int | None = None
     exact: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
@@ -108,6 +112,11 @@ class Case:
         A language model has two answers here, and the wrong one is what the attacker wants: there is no third.
         """
         return self.rule.kind != "untargeted" and not isinstance(self.rule, (Judged, AboutSamples))
+
+    @property
+    def together(self) -> bool:
+        """Whether all samples have to come in one batch: what becomes of one depends on the others."""
+        return whole_batch(self.attack) or one_change(self.threat)
 
     def config(self) -> dict[str, Any]:
         """All that decides a record, as plain JSON values.
@@ -119,11 +128,12 @@ class Case:
         named = {name: spec for name, spec in self.specs.items() if name != "speed"}
         speed = {"speed": str(self.speed)} if self.speed.switches else {}
         # Records of version 0.1 left these rows out, or went by a random victim's first answer to the clean row.
-        counted = {"attacked": NOT_TARGET} if self.aimed else {}
+        counted: dict[str, Any] = {"attacked": NOT_TARGET} if self.aimed else {}
         counted |= {"clean": "majority of draws"} if self.randomized else {}
         attack: object = self.attack
         # The first is not named, for the same reason.
         revised = {"revision": attack.revision} if isinstance(attack, Revised) and attack.revision > 1 else {}
+        counted |= {"propagations": self.propagations} if self.propagations is not None else {}
         return {
             "specs": {**named, "model": info.architecture or info.name, **speed},
             "label": str(self.label),

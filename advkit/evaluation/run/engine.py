@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, DrawsByRow, OfFiles, Record, Suite, ids_of, whole_batch
+from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of
 from advkit.evaluation.run.batch import (
     Round,
     Unit,
@@ -29,7 +29,8 @@ from advkit.evaluation.run.batch import (
 )
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.guard import Guard, unchanged
-from advkit.evaluation.run.rehearsal import first_rows, preflight
+from advkit.evaluation.run.lanes import KeptLanes, lanes_of, rows_to_probe
+from advkit.evaluation.run.rehearsal import preflight
 from advkit.evaluation.run.scenario import Records, RowsApart, Scenario
 from advkit.evaluation.run.speed import FastViews, planned_passes
 from advkit.evaluation.run.store import Stopwatch, Store
@@ -60,6 +61,7 @@ class LocalEngine:
 
     workers: Workers | None = None
     guard: Guard | None = None
+    kept: KeptLanes | None = None
     _lanes: dict[tuple[int, ...], tuple[Lanes, Any]] = field(default_factory=dict)
 
     def attack(self, cell: Case, done: Records, only: Container[str] | None = None) -> Iterator[Round]:
@@ -81,7 +83,7 @@ class LocalEngine:
         first = next(batches, None)
         if first is None:
             return
-        together = whole_batch(cell.attack)
+        together = cell.together
         if together:
             batches = cell.task.batches(cell.n, skip=Without({}, cell, only), n=cell.n)
             first = next(batches)
@@ -102,11 +104,12 @@ class LocalEngine:
         return each
 
     def lanes(self, cell: Case) -> Lanes:
-        """Probed once per set of models."""
+        """Probed once per set of models, or what the run folder keeps of them."""
         models = (cell.victim, *(model for _, model in cell.surrogates), cell.views)
         key = tuple(map(id, models))
         if key not in self._lanes:
-            self._lanes[key] = lanes_of(cell), models  # the models are kept so that their ids stay theirs
+            lanes = lanes_of(cell) if self.kept is None else self.kept.of(cell)
+            self._lanes[key] = lanes, models  # the models are kept so that their ids stay theirs
         return self._lanes[key][0]
 
 
@@ -148,7 +151,7 @@ def run(
             log.info("%s", error)
     try:
         with crew or nullcontext(), unchanged(models_of(case), case.label) as guard:
-            return _run(case, scenario, store, progress, LocalEngine(crew, guard))
+            return _run(case, scenario, store, progress, LocalEngine(crew, guard, KeptLanes(store)))
     except ModelChanged:
         store.reject()
         raise
@@ -177,8 +180,8 @@ def within_memory(case: Case, rounds: Callable[[Case], Iterator[Round]]) -> Iter
             yield from rounds(case)
             return
         except torch.OutOfMemoryError as error:
-            if case.batch_size == 1 or whole_batch(case.attack):
-                rows = "all rows at once" if whole_batch(case.attack) else "one row at a time"
+            if case.batch_size == 1 or case.together:
+                rows = "all rows at once" if case.together else "one row at a time"
                 raise RunInterrupted(
                     f"out of memory with {rows}; what is recorded is kept: take a smaller model or attack, or another "
                     "--device"
@@ -238,34 +241,6 @@ def open_store(case: Case, folder: Path, name: str = "records", scenario: object
     return Store(folder, case.config(), name, rows)
 
 
-def lanes_of(case: Case) -> Lanes:
-    """Shapes in which every model of the case answers the same bits for a row in any batch.
-
-    Always probed on the task's first rows, so that a resumed run chooses the same. A victim that the attacker may not
-    differentiate is not differentiated here either.
-    """
-    first = _first_rows(case)
-    probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
-    with own_randomness(case.device, "lanes"):
-        # A smoothed model has no shapes of its own: those of the model that it calls for every draw count.
-        asked = [(model.base if isinstance(model, DrawsByRow) else model, backward) for model, backward in probes]
-        found = [Lanes.probed(model, first, backward, _rows_sent(case)) for model, backward in asked]
-        if case.views is not None:
-            found += [case.views.lanes(name, model, first, back) for name, model, back in models_attacked(case)]
-    return Lanes.shared(found)
-
-
-def _rows_sent(case: Case) -> float:
-    """About how many rows the case sends in batches that fill a call of more than 64; 0 where none does."""
-    return planned_passes(case.attack) * case.n if case.attack is not None and case.batch_size > 64 else 0
-
-
-def _first_rows(case: Case) -> Tensor:
-    victim = case.victim.base if isinstance(case.victim, DrawsByRow) else case.victim
-    first: Tensor = first_rows(replace(case, victim=victim, batch_size=64, n=min(64, len(case.task)))).x
-    return first
-
-
 def with_views(case: Case, cells: Sequence[Case], file: Path | None = None) -> Case:
     """The case with the views that its speed asks for; itself in full precision, or where it has them.
 
@@ -280,7 +255,7 @@ def with_views(case: Case, cells: Sequence[Case], file: Path | None = None) -> C
     apart = len(sources) if any(len(cell.surrogates) < len(case.surrogates) for cell in cells) else 1
     passes = sum(planned_passes(cell.attack) for cell in cells if cell.attack is not None) / apart
     with own_randomness(case.device, "speed"):
-        views = FastViews.settle(case.speed, models_attacked(case), _first_rows(case), passes * case.n)
+        views = FastViews.settle(case.speed, models_attacked(case), rows_to_probe(case), passes * case.n)
     if file is not None:
         views.save(file)
     return replace(case, views=views)

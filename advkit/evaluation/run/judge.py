@@ -27,6 +27,7 @@ from advkit.core.protocols import (
     Model,
     Outcome,
     Quantizes,
+    Renders,
     Rng,
     ThreatModel,
     Votes,
@@ -58,16 +59,52 @@ def majority(goal: Goal[Tensor], answers: Sequence[Tensor]) -> Tensor:
     return 2 * votes > len(answers)
 
 
+def unchanged(origin: Tensor, threat: ThreatModel[Tensor]) -> Tensor:
+    """What an attack starts from and what its result is measured against: the inputs, or the parameters that give them
+    back (`Renders`).
+    """
+    return threat.identity(origin) if isinstance(threat, Renders) else origin
+
+
+def rendered(returned: Tensor, origin: Tensor, threat: ThreatModel[Tensor]) -> Tensor:
+    """The inputs that an attack's result stands for: itself, or what its parameters render."""
+    return threat.render(returned, origin).detach() if isinstance(threat, Renders) else returned
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What became of an attack's result.
+
+    seen:     the inputs that a victim gets to see [B, ...]
+    made:     the result as the threat model measures it: the same, or the parameters that render it
+    start:    what `made` is measured against
+    admitted: which of the rows returned the threat model admits, bool [B]
+    """
+
+    seen: Tensor
+    made: Tensor
+    start: Tensor
+    admitted: Tensor
+
+
+def submission(returned: Tensor, origin: Tensor, threat: ThreatModel[Tensor]) -> Submission:
+    """The attack's result as it is handed in, rows that the threat model does not admit left as they were."""
+    start = unchanged(origin, threat)
+    if returned.shape != start.shape:
+        nothing = torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
+        return Submission(origin, start, start, nothing)
+    returned = returned.detach().to(start.dtype)
+    admitted = threat.admits(returned, start)
+    # An inadmissible point is replaced by the origin: the attack failed on that row, whatever it found.
+    shape = (-1,) + (1,) * (start.ndim - 1)
+    made = threat.finish(torch.where(admitted.view(shape), returned, start), start)
+    return Submission(rendered(made, origin, threat), made, start, admitted & threat.admits(made, start))
+
+
 def submitted(returned: Tensor, origin: Tensor, threat: ThreatModel[Tensor]) -> tuple[Tensor, Tensor]:
     """The inputs that a victim gets to see, and which of those returned the threat model admits, bool [B]."""
-    if returned.shape != origin.shape:
-        return origin, torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
-    returned = returned.detach().to(origin.dtype)
-    admitted = threat.admits(returned, origin)
-    # An inadmissible point is replaced by the origin: the attack failed on that row, whatever it found.
-    shape = (-1,) + (1,) * (origin.ndim - 1)
-    seen = threat.finish(torch.where(admitted.view(shape), returned, origin), origin)
-    return seen, admitted & threat.admits(seen, origin)
+    each = submission(returned, origin, threat)
+    return each.seen, each.admitted
 
 
 @dataclass(frozen=True)
@@ -98,22 +135,34 @@ class Verdict:
     submitted: Tensor
     answer: Tensor
 
-    def outcome(self, row: int, contested: bool, met_non_finite: bool) -> Outcome:
-        """A row's outcome.
+    def outcomes(self, contested: Sequence[bool], met_non_finite: Sequence[bool]) -> list[Outcome]:
+        """Every row's outcome.
 
         contested:      the attacker had something to win on it
         met_non_finite: the victim answered NaN somewhere on the attack's way; a row that the attack did not break while
                         NaN stood in its way is not robust, it is unknown
         """
-        if not contested:
-            return Outcome.WRONG
-        if not self.admitted[row]:
-            return Outcome.INVALID
-        if not self.finite[row]:
-            return Outcome.NON_FINITE
-        if self.reached[row]:
-            return Outcome.BROKEN
-        return Outcome.NON_FINITE if met_non_finite else Outcome.ROBUST
+        return [
+            Outcome.WRONG
+            if not open_
+            else Outcome.INVALID
+            if not admitted
+            else Outcome.NON_FINITE
+            if not finite
+            else Outcome.BROKEN
+            if reached
+            else Outcome.NON_FINITE
+            if met
+            else Outcome.ROBUST
+            for open_, met, admitted, finite, reached in zip(
+                contested,
+                met_non_finite,
+                self.admitted.tolist(),
+                self.finite.tolist(),
+                self.reached.tolist(),
+                strict=True,
+            )
+        ]
 
 
 class Judge:
@@ -168,7 +217,8 @@ class Judge:
 
     def judge(self, returned: Tensor, origin: Tensor, goal: Goal[Tensor], threat: ThreatModel[Tensor]) -> Verdict:
         """Admitted, finite, reached: in this order, on the point the attacker can really hand in."""
-        seen, admitted = submitted(returned, origin, threat)
+        handed = submission(returned, origin, threat)
+        seen = handed.seen
         reached, answer = self.reached(seen, goal, "verdict")
         eight_bit = None
         space = self.victim.space
@@ -178,15 +228,15 @@ class Judge:
         margin = goal.margin(answer) if scores else torch.zeros(len(answer), dtype=torch.float32)
         flat = answer.flatten(1) if scores else answer
         spread = flat.amax(1) - flat.amin(1) if scores else torch.ones(len(answer), dtype=torch.float32)
-        measured = threat.measures(seen, origin) if isinstance(threat, Measures) else {}
+        measured = threat.measures(handed.made, handed.start) if isinstance(threat, Measures) else {}
         return Verdict(
-            admitted=admitted.cpu(),
+            admitted=handed.admitted.cpu(),
             finite=finite(answer).cpu(),
             reached=reached.cpu(),
             decision=self.decide(answer).cpu(),
             margin=margin.float().cpu(),
             closeness=(margin / spread).float().cpu(),
-            distance=threat.distance(seen, origin).cpu(),
+            distance=threat.distance(handed.made, handed.start).cpu(),
             eight_bit=None if eight_bit is None else eight_bit.cpu(),
             measures={name: values.cpu() for name, values in measured.items()},
             submitted=seen,
@@ -214,7 +264,9 @@ class Judge:
         experts = [(who, part.examine) for who, part in parts if isinstance(part, Examines)]
         if experts:
             admitted = verdict.admitted.to(origin.device).view(-1, *(1,) * (origin.ndim - 1))
-            known = torch.where(admitted, returned, origin) if returned.shape == origin.shape else origin
+            known = verdict.submitted if isinstance(threat, Renders) else origin
+            if known is origin and returned.shape == origin.shape:
+                known = torch.where(admitted, returned, origin)
             evidence = Evidence(
                 self.victim,
                 self.answer,
@@ -231,6 +283,8 @@ class Judge:
             for who, ask in experts:
                 with code_of(who):
                     said |= ask(evidence)
+        if not said:
+            return [Said()] * len(origin)
         rows = [Said() for _ in range(len(origin))]
         for name, values in said.items():
             for row, value in zip(rows, values, strict=True):

@@ -12,11 +12,12 @@ from torch import Tensor
 from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
 from advkit.core.limits import TimedOut, limited
 from advkit.core.oracle import Lanes, MeteredOracle, frozen
-from advkit.core.protocols import AboutSamples, Averages, Batch, Model, Refuses, answer_shape
+from advkit.core.protocols import AboutSamples, Access, Averages, Batch, Model, Refuses, answer_shape
+from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
-from advkit.evaluation.run.judge import Judge
+from advkit.evaluation.run.judge import Judge, unchanged
 from advkit.evaluation.run.scenario import Scenario
 from advkit.models.torch import check_mode, checked_logits
 
@@ -194,12 +195,15 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
     goal = case.goal_of(batch, clean, rng.at("goal"))
     model = _StubModel(clean[:1])
     oracle = MeteredOracle(
-        model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data
-    )
+        model, 1, case.threat.access, case.threat.queries, decides=True, lanes=Lanes(1, 1), data=case.data,
+        propagations=case.propagations, differentiates=Access(case.attack.needs) >= Access.GRADIENTS,
+    )  # fmt: skip
+    start = unchanged(batch.x[row], case.threat)
     with suppress(_SecondQuestion):
         try:
             with limited(case.sample_timeout):
-                case.attack(oracle, batch.x[row], goal.take(row), lent(case.threat), rng.take(row))
+                asked = asked_in(oracle, batch.x[row], case.threat)
+                case.attack(asked, start, goal.take(row), lent(case.threat), rng.take(row))
         except BudgetExhausted:
             if model.left:
                 raise
@@ -207,3 +211,16 @@ def rehearse(case: Case, batch: Batch, clean: Tensor) -> None:
             raise
         except (Exception, SystemExit):
             log.debug("the rehearsal of %s raised", case.label, exc_info=True)
+            return
+        if model.left and Access(case.attack.needs) > Access.NOTHING and oracle.left == 0:
+            raise UsageError(_too_little(case))
+
+
+def _too_little(case: Case) -> str:
+    """What to say where an attack gives up before its first question, for want of budget."""
+    if case.propagations is not None:
+        return (
+            f"{case.label} can't take one step with a budget of {case.propagations} propagations of a sample: a step "
+            "with a gradient costs 2; raise it"
+        )
+    return f"{case.label} can't take one step with {case.threat.queries} queries of a sample: raise queries"

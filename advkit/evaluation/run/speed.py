@@ -76,6 +76,11 @@ class FastViews:
             self._lanes[name] = Speed.parse(self.chosen[name]).lanes(view, sample, backward)
         return self._lanes[name]
 
+    def answered(self, name: str, model: Any, sample: Tensor, backward: bool) -> str:
+        """The `bits` of what `lanes` gives; "" where the view is compiled, which is called in one shape."""
+        compiled = Speed.parse(self.chosen[name]).compile
+        return "" if compiled else Lanes.answered(self.of(name, model, sample), sample, backward)
+
     @classmethod
     def load(cls, file: Path, asked: Speed, names: Iterable[str]) -> Self:
         """What an earlier start of the run settled of the speed asked for, for the models of these names.

@@ -32,6 +32,7 @@ _EXAMPLES = ("origin", "adversarial")
 _NAMES = tuple(f.name for f in fields(Record))
 _WHERE_ANY = ("figures", "trace", "texts", "scores", "stage", "source")
 """Fields that most records have nothing for: written only where they have."""
+_ALWAYS = tuple(name for name in _NAMES if name not in _WHERE_ANY)
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -43,7 +44,11 @@ def written(records: Iterable[Record]) -> tuple[str, ...]:
 
 def to_line(record: Record) -> str:
     """One line of JSON, keys in the record's order."""
-    said = {name: value for name in _NAMES if (value := getattr(record, name)) or name not in _WHERE_ANY}
+    held = vars(record)
+    said = {name: held[name] for name in _ALWAYS}
+    for name in _WHERE_ANY:
+        if value := held[name]:
+            said[name] = value
     return _ENCODER.encode(said)
 
 

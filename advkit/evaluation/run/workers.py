@@ -29,7 +29,7 @@ import torch
 from advkit.core import limits
 from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.oracle import Lanes
-from advkit.core.protocols import Batch, Examined, Examines, whole_batch
+from advkit.core.protocols import Batch, Examined, Examines
 from advkit.core.state import Settings, callers_settings, remember
 from advkit.evaluation.run.batch import Round, Unit, counting, given_up, halved, lost, models_of, rows_of, run_alone
 from advkit.evaluation.run.case import Case
@@ -219,7 +219,7 @@ class Workers:
                 done: Future[Round] = Future()
                 done.set_result(lost(cell, job.batch))
                 yield replace(job, future=done)
-            elif len(job.batch.ids) > 1 and not whole_batch(cell.attack):
+            elif len(job.batch.ids) > 1 and not cell.together:
                 yield from (submit(job.unit, half) for half in halved(job.batch))
             else:
                 for row in range(len(job.batch.ids)):

@@ -94,6 +94,7 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
         (words.success, "attack_success_rate"),
     ]
     sentence = f"{words.robust.capitalize()} is {{robust_accuracy}}: {how}."
+    table += [("fooling rate", "fooling_rate")] if "fooling_rate" in metrics else []
     table += [
         (f"recall@{k}, {way.replace('_', ' ')}{', clean' * bool(prefix)}", name)
         for way in ("image_to_text", "text_to_image")
@@ -167,7 +168,9 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
 def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
-    return [{"name": name} for name in [*names, "success_by_distance", "searches", "transcripts"]]
+    return [
+        {"name": name} for name in [*names, "success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
+    ]
 
 
 def settings_of(case: Case) -> dict[Any, dict[str, Any]]:

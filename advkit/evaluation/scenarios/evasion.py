@@ -32,7 +32,6 @@ from advkit.core.protocols import (
     Undefended,
     ids_of,
     on_streams,
-    whole_batch,
 )
 from advkit.defenses import DEFENSES
 from advkit.evaluation.run.scenario import RowsApart
@@ -123,7 +122,7 @@ class Evasion(BaseScenario, RowsApart):
     @override
     def rows_apart(self, case: Case) -> bool:
         """Not where a suite's stages take some of the rows that are left, nor where calls are shared."""
-        return not isinstance(case.attack, Suite) and not case.randomized and not whole_batch(case.attack)
+        return not isinstance(case.attack, Suite) and not case.randomized and not case.together
 
     def expected(self, case: Case, records: Records) -> int:
         """How many records the finished case has: a suite's stages take what the last ones left.

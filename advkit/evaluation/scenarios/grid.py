@@ -14,7 +14,7 @@ import numpy as np
 from typing_extensions import override
 
 from advkit.attacks import ATTACKS
-from advkit.core.protocols import BringsAttacks, Label, whole_batch
+from advkit.core.protocols import BringsAttacks, Label
 from advkit.evaluation.run.scenario import RowsApart
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
@@ -63,7 +63,7 @@ class Grid(BaseScenario, RowsApart):
     @override
     def rows_apart(self, case: Case) -> bool:
         """Not where an attack takes all rows at once, nor where the victim's answers vary."""
-        return not case.randomized and not any(whole_batch(cell.attack) for cell in self.cells(case))
+        return not case.randomized and not any(cell.together for cell in self.cells(case))
 
     def cells(self, case: Case) -> list[Case]:
         """One evasion case per (surrogate, attack)."""

@@ -515,7 +515,7 @@ def _told(records: Sequence[Record], figure: str) -> list[bool]:
     """A figure of every sample that has it; where several attacks met it, whether it held under one of them."""
     held: dict[str, bool] = {}
     for record in records:
-        if isinstance(told := record.figures.get(figure), bool):
+        if record.figures and isinstance(told := record.figures.get(figure), bool):
             held[record.id] = held.get(record.id, False) or told
     return list(held.values())
 

@@ -155,6 +155,11 @@ class _TracingOracle:
         self._note(output, of)
         return loss, gradient, output
 
+    def gradients(self, x: Tensor, goals: Any) -> tuple[Tensor, Tensor, Tensor]:
+        losses, gradients, output = self._inner.gradients(x, goals)
+        self._note(output, None)
+        return losses, gradients, output
+
     def take(self, rows: Tensor) -> _TracingOracle:
         return _TracingOracle(self._inner.take(rows), self._trace, self._index[rows], self._goal.take(rows))
 

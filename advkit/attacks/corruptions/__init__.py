@@ -1,0 +1,1 @@
+"""What happens to images without an adversary."""

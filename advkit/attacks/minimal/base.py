@@ -1,0 +1,229 @@
+"""What minimum-norm attacks are built from: the nearest verified point of every row, and the rows still searched."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, affords, finite_rows, per_row
+from advkit.attacks.minimal.hyperplane import Norm, dual_length
+from advkit.core.errors import BudgetExhausted, UsageError
+from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
+from advkit.threat_models.lp import row_sum
+from advkit.threat_models.minimum import Minimum
+
+OVERSHOOT = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+"""How much further than the nearest point a row goes, in turn, where files of few levels round it back."""
+
+
+NORMS: dict[str, Norm] = {"l1": "L1", "l2": "L2", "linf": "Linf"}
+
+
+def lengthened(move: Tensor, length: Tensor) -> Tensor:
+    """The rows of `move` with these L2 lengths [n]; rows of zeros stay."""
+    size = row_sum(move.square()).sqrt()
+    return move * per_row(torch.where(size > 0, length / size, 0.0), move)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the victim says of a point of every active row.
+
+    loss, gradient, answer: as the oracle gives them
+    reached:  which of the points reach the goal, bool [n]
+    distance: of the points in the threat model's norm [n]
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    answer: Tensor
+    reached: Tensor
+    distance: Tensor
+
+
+class NearestSearch:
+    """The search for every row's nearest point: verifies points, keeps the nearest, lets finished rows leave.
+
+    nearest: the nearest point known to reach the goal, of the active rows [n, ...]; the clean row before there is one
+    away:    its distance [n], +inf before there is one; 0 for rows that reach the goal untouched
+    threat:  the minimum-norm threat model, which has the distance and the box
+
+    `x`, `goal`, `rng` and `oracle` are those of the active rows. Whatever is asked through `look` and `ask` counts; no
+    attack keeps books of its own.
+    """
+
+    def __init__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, threat: Minimum, rng: Rng) -> None:
+        self.threat = threat
+        self._start = self._active = ActiveRows(oracle, x, goal, rng)
+        self.nearest = x.clone()
+        self.away = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+        self._all = self.nearest
+
+    def __len__(self) -> int:
+        """How many rows are active."""
+        return len(self._active)
+
+    @property
+    def oracle(self) -> TensorOracle:
+        return self._active.oracle
+
+    @property
+    def x(self) -> Tensor:
+        return self._active.x
+
+    @property
+    def goal(self) -> TensorGoal:
+        return self._active.goal
+
+    @property
+    def rng(self) -> Rng:
+        return self._active.rng
+
+    @property
+    def best(self) -> Tensor:
+        """Every row's nearest point [B, ...], those no longer active included; the clean row where there is none."""
+        if self._active.index is not None:
+            self._all[self._active.index] = self.nearest
+            return self._all
+        return self.nearest
+
+    def affords(self, answers: int = 1) -> bool:
+        """Whether every active row may still ask for that many answers."""
+        return affords(self.oracle, answers)
+
+    def legal(self, z: Tensor) -> Tensor:
+        """The nearest points in the box [n, ...]."""
+        return self.threat.project(z, self.x)
+
+    def distance(self, z: Tensor) -> Tensor:
+        """Of points of the active rows, in the threat model's norm [n]."""
+        return self.threat.distance(z, self.x).to(z.dtype)
+
+    def look(self, z: Tensor, aim: TensorGoal | None = None) -> Look:
+        """Loss and gradient at legal points z [n, ...], of the goal or of another one for the same rows (`aim`)."""
+        loss, gradient, answer = self.oracle.gradient(z, self.goal if aim is None else aim)
+        reached, distance = self.offer(z, answer)
+        return Look(loss, gradient, answer, reached, distance)
+
+    def linear_distance(self, look: Look) -> Tensor:
+        """How far the boundary would be, were the margins of a look linear (not in L0) [n]; 1 without slope."""
+        slope = dual_length(look.gradient, NORMS[self.threat.least])
+        away = look.loss.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)
+        return torch.where((slope > 0) & torch.isfinite(away), away, 1.0)
+
+    def look_at(self, z: Tensor, faces: Sequence[TensorGoal]) -> tuple[Tensor, Tensor, Look]:
+        """Losses [K, n] and gradients [K, n, ...] of several goals at z, by one forward; and the look of the first."""
+        losses, gradients, answer = self.oracle.gradients(z, faces)
+        reached, distance = self.offer(z, answer)
+        return losses, gradients, Look(losses[0], gradients[0], answer, reached, distance)
+
+    def ask(self, z: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Answers to legal points, and which reach the goal; `of` long [m]: which active row each belongs to."""
+        answer = self.oracle(z, of)
+        return answer, self.offer(z, answer, of)[0]
+
+    def offer(self, z: Tensor, answer: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keep the points that are nearer by answers already known; which reach the goal, and all distances."""
+        goal, x = (self.goal, self.x) if of is None else (self.goal.take(of), self.x[of])
+        reached = goal.reached(answer) & finite_rows(answer)
+        distance = self.threat.distance(z, x).to(z.dtype)
+        candidate = torch.where(reached, distance, torch.inf)
+        if of is not None:
+            candidate, z = self._nearest_of(candidate, z, of)
+        closer = candidate < self.away
+        self.nearest = torch.where(per_row(closer, z), z, self.nearest)
+        self.away = torch.minimum(candidate, self.away)
+        return reached, distance
+
+    def _nearest_of(self, candidate: Tensor, z: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest candidate of every active row, the first where several are: distances [n] and points."""
+        rows, many = len(self), len(of)
+        least = torch.full((rows,), torch.inf, dtype=candidate.dtype, device=z.device)
+        least = least.scatter_reduce(0, of, candidate, "amin")
+        place = torch.where(candidate == least[of], torch.arange(many, device=z.device), many)
+        first = torch.full((rows,), many, device=z.device).scatter_reduce(0, of, place, "amin")
+        asked = first < many
+        first = torch.where(asked, first, 0)
+        return torch.where(asked, least, torch.inf), z[first]
+
+    def leave(self, done: Tensor) -> Tensor | None:
+        """Let active rows (bool [n]) leave; a long index of those that stay, None where all do. Waits for the device.
+
+        Nobody leaves where the oracle's answers are not the verdict's.
+        """
+        return self._leave(done) if self.oracle.decides else None
+
+    def _leave(self, done: Tensor) -> Tensor | None:
+        rows = self._active.staying(done)
+        if rows is not None:
+            self._all = self.best
+            self._active = self._active.take(rows)
+            self.nearest, self.away = self.nearest[rows], self.away[rows]
+        return rows
+
+    def settle(self, steps: Sequence[float] = OVERSHOOT) -> None:
+        """Where files hold few levels, look for each row's nearest point that reaches the goal once it is rounded.
+
+        Points are asked about as they would be submitted, on the line from the clean row through the nearest point, a
+        little further each time; rows leave at the first that holds.
+        """
+        if not self.threat.lattice:
+            return
+        found = self.best
+        towards = found - self._start.x
+        self._active = self._start
+        self.nearest = self._all = self.x.clone()
+        self.away = torch.full_like(self.away[:1], torch.inf).expand(len(self)).clone()
+        rows = self._leave((towards == 0).flatten(1).all(1))
+        for step in steps:
+            towards = towards if rows is None else towards[rows]
+            if not len(self) or not self.affords():
+                break
+            z = self.threat.finish(self.legal(self.x + (1 + step) * towards), self.x)
+            rows = self._leave(self.ask(z)[1])
+        if len(self):  # what did not hold anywhere, or was not asked about, is for the verdict
+            self.nearest = found if self._active.index is None else found[self._active.index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimalAttack(MadeForThreatModel, SeeksNearest, ABC):
+    """An attack that looks for the nearest point that reaches the goal; the threat model names the norm.
+
+    What is returned is always the nearest point of those that the victim was asked about and that reached the goal, and
+    the clean row where none did. Rows that are finished leave the batch. A threat model with a radius is refused: a
+    run without one gives robust accuracy at every radius.
+    """
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+    seeks_nearest: ClassVar[bool] = True
+    name: ClassVar[str]
+    norms: ClassVar[tuple[str, ...]]
+    """The threat models it works in, such as minimum-l2."""
+    default_threat_model: ClassVar[str] = "minimum-l2"
+
+    def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, threat: Any, rng: Rng, /) -> Tensor:
+        if not isinstance(threat, Minimum) or f"minimum-{threat.least}" not in self.norms:
+            asked = f"minimum-{threat.least}" if isinstance(threat, Minimum) else type(threat).__name__
+            raise UsageError(
+                f"{self.name} was asked for {asked}; it looks for the nearest point and works in "
+                f"{', '.join(self.norms)}: its run has robust accuracy at every radius (`pgd` and `apgd-ce` attack "
+                "within one)"
+            )
+        if not len(x):
+            return x.clone()
+        search = NearestSearch(oracle, x, goal, threat, rng)
+        with suppress(BudgetExhausted):  # several gradients at once may be more than a budget of passes allows
+            if search.affords():
+                self.search(search, threat.least)
+                search.settle()
+        return search.best
+
+    @abstractmethod
+    def search(self, search: NearestSearch, norm: str) -> None:
+        """Ask the victim through `search`, which remembers the nearest points; `norm` is l0, l1, l2 or linf."""

@@ -1,0 +1,1 @@
+"""Images whose pixels move: rotations, translations, flow fields."""
