@@ -1053,11 +1053,6 @@ class Stage(Protocol):
         ...
 
     @property
-    def least(self) -> int:
-        """At least so many rows where a fraction is taken."""
-        ...
-
-    @property
     def above(self) -> float:
         """Left out unless more than this fraction of the suite's rows are still robust."""
         ...
@@ -1070,6 +1065,10 @@ class Stage(Protocol):
     @property
     def when(self) -> str:
         """ "always", or only after a sentinel's alarm ("escalated")."""
+        ...
+
+    def takes(self, robust: int, /) -> int:
+        """How many of so many robust rows it takes; all where the share is 1."""
         ...
 
     def alarmed(self, felled: Sequence[float], rows: int, /) -> bool:
@@ -1093,6 +1092,15 @@ class Suite(Protocol):
     @abstractmethod
     def stages(self) -> Sequence[Stage]:
         """The stages in order; those of an escalation last."""
+
+
+@runtime_checkable
+class Revised(Protocol):
+    """An attack whose results may change from one revision to the next while its spec stays, such as a suite."""
+
+    @property
+    @abstractmethod
+    def revision(self) -> int: ...
 
 
 @runtime_checkable
