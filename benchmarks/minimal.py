@@ -116,7 +116,7 @@ ROWS = [
     Row("pdpgd:steps=200", "minimum-linf", (peer("advlib:pdpgd", norm=INF, num_steps=200),)),
     Row("trust_region", "minimum-l2", (peer("advlib:tr", p=2, adaptive=True),)),
     Row("trust_region", "minimum-linf", (peer("advlib:tr", p=INF, adaptive=True),)),
-    Row("cw:budget=9x100", "minimum-l2", (
+    Row("cw:budget=9x40", "minimum-l2", (
         peer("foolbox:L2CarliniWagnerAttack", binary_search_steps=9, steps=100),
         peer("torchattacks:CW", c=1, steps=300),
         peer("art:CarliniL2Method", binary_search_steps=9, max_iter=100),
