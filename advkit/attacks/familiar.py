@@ -56,12 +56,19 @@ OURS: Final[dict[str, str]] = {
     "eadl1": "ead",
     "eaden": "ead",
     "saliencymap": "jsma",
+    "fastminimumnorm": "fmn",
+    "decoupleddirectionnorm": "ddn",
+    "decoupleddirectionandnorm": "ddn",
+    "sdf": "superdeepfool",
+    "df": "deepfool",
+    "augmentedlagrangian": "alma",
+    "pdgd": "pdpgd",
+    "primaldualgradientdescent": "pdpgd",
+    "tr": "trust_region",
 }
 """Names elsewhere, without norm and ending, and the spec of the same method here."""
 
 PEERS: Final[dict[str, tuple[str, ...]]] = {
-    "deepfool": ("foolbox:L2DeepFoolAttack", "foolbox:LinfDeepFoolAttack", "torchattacks:DeepFool", "art:DeepFool"),
-    "fmn": ("foolbox:LInfFMNAttack", "foolbox:L2FMNAttack", "foolbox:L1FMNAttack"),
     "newtonfool": ("foolbox:NewtonFoolAttack", "art:NewtonFool"),
     "virtualadversarial": ("art:VirtualAdversarialMethod",),
     "sparsefool": ("torchattacks:SparseFool",),
@@ -183,8 +190,9 @@ def _guess(name: str) -> str | None:
         ours = OURS.get(word) or next((known for known in ATTACKS.table if bare(known) == word), None)
         if ours is not None and not ours.endswith(":"):
             if norm:
+                part = ATTACKS.load(ours.partition(":")[0])
                 least = f"minimum-{norm}"
-                threat = least if least in getattr(ATTACKS.load(ours), "norms", ()) else _EXAMPLES[norm]
+                threat = least if least in getattr(part, "norms", ()) else _EXAMPLES[norm]
                 return f"the norm belongs to the threat model: --attack {ours} --threat-model {threat}"
             return f"did you mean {ours!r}?"
         if word in PEERS:

@@ -38,8 +38,10 @@ def refusal(registry: Registry[Any], spec: Any) -> str:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("DeepFool", "foolbox:L2DeepFoolAttack"),
-        ("deep_fool", "foolbox:L2DeepFoolAttack"),
+        ("deep_fool", "did you mean 'deepfool'?"),
+        ("L2DeepFoolAttack", "--attack deepfool --threat-model minimum-l2"),
+        ("LInfFMNAttack", "--attack fmn --threat-model minimum-linf"),
+        ("DDNAttack", "did you mean 'ddn'?"),
         ("C&W", "did you mean 'cw'?"),
         ("carlini_wagner", "did you mean 'cw'?"),
         ("CarliniL2Method", "--attack cw --threat-model minimum-l2"),

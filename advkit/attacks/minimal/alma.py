@@ -23,21 +23,47 @@ def slope(value: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ALMA(MinimalAttack):
+    """ALMA: the augmented Lagrangian method, a minimum-norm attack in L1 and L2.
+
+    The distance is descended by RMSProp with momentum under the constraint that the goal is reached; multipliers per
+    row follow the penalty P2.
+
+    steps:       gradient steps, >= 1
+    first:       length of the first step, > 0, as a share of the distance to the linearised boundary
+    last:        what the step size falls to, exponentially, after a row's first success, > 0
+    alpha:       of the moving averages: multiplier, squared gradients, momentum; in (0, 1)
+    check_every: steps after which the penalty grows where the goal was never reached and the margin is above `tau` of
+                 what it was, >= 1
+    tau:         see `check_every`, in (0, 1]
+    gamma:       factor by which it grows, >= 1
+    turns:       looks at the end, each with two answers more: the boundary as the nearest point sees it is projected
+                 onto from the clean row; >= 0
+    secants:     answers along the line to the nearest point after that, after two for its ends; >= 0
+
+    Costs a gradient per step, an answer, and what `turns` and `secants` say. Raises UsageError for values out of range
+    and for other threat models.
+
+    Unlike the published code, the constraint is the margin over that of the clean row (the published ratio of logits
+    needs three classes and an untargeted or targeted goal), and distances are in units of that to the linearised
+    boundary: nothing depends on the scale of the logits. The published attack ends with its last step.
+    """
+
     name: ClassVar[str] = "alma"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l1", "minimum-l2")
 
     steps: int = 200
-    first: float = 0.05
+    first: float = 0.2
     last: float = 0.01
     alpha: float = 0.9
     check_every: int = 10
     tau: float = 0.95
     gamma: float = 1.2
+    turns: int = 3
     secants: int = 3
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "check_every")
-        at_least(self, 0, "secants")
+        at_least(self, 0, "turns", "secants")
         positive(self, "first", "last")
         fraction(self, "alpha", ends="()")
         fraction(self, "tau")
@@ -46,8 +72,7 @@ class ALMA(MinimalAttack):
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         self._descend(search, norm)
-        if self.secants:
-            search.tighten(self.secants)
+        search.tighten(self.turns, self.secants)
 
     def _descend(self, search: NearestSearch, norm: str) -> None:
         aim = search.goal.under("margin")

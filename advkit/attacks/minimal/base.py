@@ -26,6 +26,9 @@ OVERSHOOT = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 NEWTON = 4
 """Rounds of a projection within the box; the steps after it make up for what is missing."""
 
+BEYOND = 1e-4
+"""How far beyond a linearised boundary a point is put first, to lie across it; ten times as far every time after."""
+
 SHARE = 0.9
 """Where on the way to the nearest point found the boundary is looked for at the end of a search, at the nearest."""
 
@@ -168,9 +171,9 @@ class NearestSearch:
         return torch.where(asked, least, torch.inf), z[first]
 
     def narrow(self, inner: Tensor, above: Tensor, outer: Tensor, below: Tensor, answers: int) -> None:
-        """Look for the boundary between inner points, where the goal's margin is `above` [n] zero, and outer ones, where
-        it is `below`: secants that go a little further than the margins say, where either end stays for long halves
-        of them.
+        """Look for the boundary between inner points, where the goal's margin is `above` [n] zero, and outer ones,
+        where it is `below`: secants that go a little further than the margins say, where either end stays for long
+        halves of them.
         """
         low, high = torch.zeros_like(above), torch.ones_like(above)
         for _ in range(answers):
@@ -185,26 +188,37 @@ class NearestSearch:
             low, high = torch.where(reached, low, share), torch.where(reached, share, high)
             above, below = torch.where(reached, above / 2, margin), torch.where(reached, margin, below / 2)
 
-    def tighten(self, answers: int) -> None:
-        """Shorten the way to every row's nearest point along its own line, by two answers and so many secants.
+    def tighten(self, turns: int, secants: int) -> None:
+        """Come nearer at the end of a search; rows that left come back.
 
-        For the end of a search: rows that left come back.
+        turns:   looks at the nearest point: the boundary as it is seen from there is projected onto from the clean row
+                 (in L0 as in L1: the steepest features one after the other), and one point between the two is asked
+                 about
+        secants: answers along the line from the clean row through the nearest point, after two for its margins
         """
         found = self.best
         self._active, self.nearest, self._all = self._start, found, found
         self.away = self.distance(found)
         self._leave(self.away == 0)
-        if not len(self) or not self.affords(3):
+        kind = NORMS.get(self.threat.least, "L1")
+        for turn in range(turns):
+            if not len(self) or not self.affords(3):
+                return
+            outer = self.nearest
+            look = self.look(outer, self.goal.under("margin"))
+            low, high = self.threat.box.bounds_like(outer)
+            value = look.loss + row_sum(look.gradient * (self.x - outer))
+            move = close_gap(self.x, look.gradient, value, low, high, kind, NEWTON)
+            inner = self.legal(self.x + (1 + BEYOND * 10**turn) * move)
+            self.narrow(inner, self._margin(inner), outer, look.loss, 1)
+        if not secants or not len(self) or not self.affords(3):
             return
         outer = self.nearest
         inner = self.legal(self.x + SHARE * (outer - self.x))
-        (above, _), (below, _) = (self._margin(z) for z in (inner, outer))
-        # Where the inner point reaches the goal too, it is kept, and what is left of the answers goes to the rest.
-        self.narrow(inner, above, outer, below, answers)
+        self.narrow(inner, self._margin(inner), outer, self._margin(outer), secants)
 
-    def _margin(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        answer, reached = self.ask(z)
-        return self.goal.margin(answer).to(z.dtype), reached
+    def _margin(self, z: Tensor) -> Tensor:
+        return self.goal.margin(self.ask(z)[0]).to(z.dtype)
 
     def leave(self, done: Tensor) -> Tensor | None:
         """Let active rows (bool [n]) leave; a long index of those that stay, None where all do. Waits for the device.

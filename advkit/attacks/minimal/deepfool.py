@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -15,18 +15,25 @@ from advkit.attacks.minimal.base import NEWTON, NORMS, MinimalAttack, NearestSea
 from advkit.attacks.minimal.faces import NearestFace, faces_of, nearest_of
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.core.checks import at_least_one, not_negative
+from advkit.core.protocols import SeeksMinimum
 from advkit.threat_models.lp import row_sum
 
+State = tuple[Tensor, Tensor, Tensor]
+GOOD, BAD, GROWTH = 0.9, 0.5, 1.2  # shares of what was promised that lengthen and shorten the next step, by a factor
 PATIENCE = 3  # steps without crossing after which the overshoot grows
-GOOD, BAD, GROWTH = 0.9, 0.5, 1.2
 PUSH = 1.5  # by this factor per step
 
 
 @dataclass(frozen=True, kw_only=True)
 class OntoFaces(MinimalAttack, ABC):
-    """Steps onto the linearised boundary from where a row is, and once it is across, from the clean row.
+    """What DeepFool and its kin share: steps onto the boundary as the gradient shows it, from where a row is until it
+    is across, and then from the clean row.
 
-    A goal without rivals has one face, its margin.
+    steps:     gradient steps at most, >= 1
+    rivals:    wrong classes whose boundaries are linearised at the clean row, the likeliest first; >= 1. After that a
+               step takes the gradient of the one that seems nearest by its present margin and its last gradient. A goal
+               without rivals has one boundary, where its margin is zero
+    overshoot: how much further than the linearised boundary a row goes, as a share of its way from the clean row, >= 0
     """
 
     steps: int = 50
@@ -35,9 +42,10 @@ class OntoFaces(MinimalAttack, ABC):
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "rivals")
-        not_negative(self, "overshoot")
+        not_negative(self, "overshoot", *(("polish",) if "polish" in {each.name for each in fields(self)} else ()))
 
     returns: ClassVar[bool] = True
+    """Whether a row that came across further away goes back, and from there half as far."""
 
     @property
     def cap(self) -> float:
@@ -73,12 +81,12 @@ class OntoFaces(MinimalAttack, ABC):
         values, normals, _ = search.look_at(z, faces)
         value, normal, norms = nearest_of(values, normals, kind)
         aim = NearestFace(faces, norms)
-        clean = value
         reached, away = done, search.away
         radius = self.cap * search.linear(value, normal)
-        share, held = torch.ones_like(value), (z, value, normal)
+        share = torch.ones_like(value)
+        held: State = (z, value, normal)
         tries = turns = torch.zeros_like(done, dtype=torch.long)
-        for step in range(self.steps):
+        for _ in range(self.steps):
             low, high = search.threat.box.bounds_like(z)
             # Once a row is across, the boundary that is seen from there is projected onto from the clean row.
             point = torch.where(per_row(reached, z), search.x, z)
@@ -100,7 +108,7 @@ class OntoFaces(MinimalAttack, ABC):
             else:
                 tries = tries + 1
             promised = torch.where(reached, 0.0, -row_sum(normal * (ahead - z)))
-            z, before = torch.where(per_row(done, z), z, ahead), value
+            z, before = torch.where(per_row(done, z), z, search.legal(ahead)), value
             if not search.affords():
                 return
             look = search.look(z, aim)
@@ -109,14 +117,11 @@ class OntoFaces(MinimalAttack, ABC):
             radius = self._trust(radius, before - value, promised)
             gained = torch.where(reached, 1 - look.distance / away, -torch.inf)
             away = torch.minimum(away, torch.where(reached, look.distance, torch.inf))
-            # A row that came across further away goes back, and from there half as far.
             worse = reached & (gained <= 0)
             share = torch.where(worse, share / 2, torch.where(reached, (2 * share).clamp_max(1.0), share))
             if self.returns:
-                z, value, normal = (
-                    torch.where(per_row(worse, new), old, new) for old, new in zip(held, (z, value, normal))
-                )
-                held = tuple(torch.where(per_row(reached, new), new, old) for old, new in zip(held, (z, value, normal)))
+                z, value, normal = _chosen(worse, held, (z, value, normal))
+                held = _chosen(reached, (z, value, normal), held)
             answer = look.answer
             done = done | ~aim.norms.any(1) | self.finished(turns, gained, share)
             rows = search.leave(done)
@@ -130,12 +135,35 @@ class OntoFaces(MinimalAttack, ABC):
                 return
 
 
+def _chosen(rows: Tensor, these: State, those: State) -> State:
+    """Points, values and normals of these in some of the rows, bool [n], and of those in the others."""
+    first, second, third = (torch.where(per_row(rows, a), a, b) for a, b in zip(these, those, strict=True))
+    return first, second, third
+
+
 @dataclass(frozen=True, kw_only=True)
-class DeepFool(OntoFaces):
+class DeepFool(OntoFaces, SeeksMinimum):
+    """DeepFool, a minimum-norm attack: steps onto the nearest linearised decision boundary until it is crossed.
+
+    polish: steps from the clean row after that, >= 0, each onto the boundary as it is seen from the last point; 0 is
+            the published algorithm
+
+    steps, rivals and overshoot are those of every attack of its kind: gradient steps at most, classes linearised at the
+    clean row, and how much further a row goes, as a share of its way. A row leaves once it is across and polished.
+    Costs 2 answers, `rivals` backward passes, and a gradient per step. Raises UsageError for values out of range and
+    for other threat models.
+
+    Unlike the published code, steps are the shortest within the box; all boundaries are linearised once, not at every
+    step; the overshoot is on the whole way, and grows where a row does not get across, so that nothing sticks at the
+    box; a boundary that the box does not reach is given up for the next. It stops at the first boundary that it meets:
+    `superdeepfool` looks for the nearest point on it.
+    """
+
     name: ClassVar[str] = "deepfool"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf")
 
     returns: ClassVar[bool] = False
+    minimal: ClassVar[bool] = False
 
     polish: int = 1
 

@@ -10,17 +10,33 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import kept, per_row
-from advkit.attacks.minimal.base import NORMS, Look, MinimalAttack, NearestSearch, lengthened
+from advkit.attacks.minimal.base import NEWTON, NORMS, Look, MinimalAttack, NearestSearch, lengthened
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.attacks.minimal.radius import within
 from advkit.core.checks import at_least_one, fraction, positive
 
-NEWTON = 4
 FURTHER = 1.02  # how far beyond the linearised boundary the first steps go
 
 
 @dataclass(frozen=True, kw_only=True)
 class FMN(MinimalAttack):
+    """FMN: fast minimum norm, in L0, L1, L2 and Linf.
+
+    Every step goes down the margin and is cut to a radius of the row's own, which shrinks where the goal is reached and
+    grows where it is not.
+
+    steps:     gradient steps, >= 1
+    step_size: L2 length of the first step, > 0, in units of the space; it falls along a cosine to a hundredth
+    gamma:     by how much of itself the radius changes per step at first, in (0, 1); falls to a fiftieth. In L0 by one
+               position at the least
+
+    Costs a gradient per step and one answer. Raises UsageError for values out of range and for other threat models.
+
+    Unlike the published code, features at the edge of the box take no part in the length of a step that would lead
+    outside (on black ground they are half of a gradient, and rows are lost); before its first success a row steps onto
+    the linearised boundary within the box, as DeepFool does (in L0 only in the second half of the steps).
+    """
+
     name: ClassVar[str] = "fmn"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l0", "minimum-l1", "minimum-l2", "minimum-linf")
 
@@ -37,8 +53,8 @@ class FMN(MinimalAttack):
         """See the class."""
         aim = search.goal.under("margin")
         look = search.look(search.x, aim)
-        value, gradient, ever, away = look.loss, look.gradient, look.reached, search.linear_distance(look)
-        radius = torch.zeros_like(away)
+        value, gradient, ever = look.loss, look.gradient, look.reached
+        radius = torch.ones_like(value)
         rows = search.leave(look.reached)
         if rows is not None:
             aim = aim.take(rows)
@@ -48,7 +64,16 @@ class FMN(MinimalAttack):
             if not len(search) or not search.affords():
                 return
             wave = (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
-            z = self._next(search, z, value, gradient, radius, ever, self.step_size * (0.01 + 0.99 * wave))
+            z = self._next(
+                search,
+                z,
+                value,
+                gradient,
+                radius,
+                ever,
+                self.step_size * (0.01 + 0.99 * wave),
+                norm != "l0" or step > self.steps / 2,
+            )
             if step == self.steps:
                 search.ask(z)
                 return
@@ -65,6 +90,7 @@ class FMN(MinimalAttack):
         radius: Tensor,
         ever: Tensor,
         rate: float,
+        late: bool,
     ) -> Tensor:
         """A step down and onto the radius; before the first success, onto the linearised boundary."""
         low, high = search.threat.box.bounds_like(z)
@@ -73,14 +99,16 @@ class FMN(MinimalAttack):
         # What would leave the box takes no part in the step's length: on black ground it is half of a gradient.
         free = torch.where(gradient > 0, z > low, z < high)
         move = move - lengthened(gradient * free, torch.full_like(radius, rate))
-        move = torch.where(per_row(ever, z), within(move, radius, search.threat), onto)
+        move = torch.where(
+            per_row(ever if late else torch.ones_like(ever), z), within(move, radius, search.threat), onto
+        )
         return search.legal(search.x + move)
 
     def _radius(self, search: NearestSearch, look: Look, radius: Tensor, ever: Tensor, gamma: float) -> Tensor:
         """The length of the next perturbation: less after a success, more after a failure."""
         if search.threat.least == "l0":
             less = torch.minimum(torch.minimum(radius - 1, (radius * (1 - gamma)).floor()), search.away - 1)
-            less = torch.where(ever, less, search.away - 1).clamp_min(1)
+            less = less.clamp_min(1)
             more = torch.maximum(radius + 1, (radius * (1 + gamma)).floor())
         else:
             less = torch.where(ever, torch.minimum(radius * (1 - gamma), search.away), search.away * (1 - gamma))

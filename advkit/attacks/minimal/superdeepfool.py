@@ -16,6 +16,20 @@ LEAST = 0.1  # share of a step from the clean row below which another is not wor
 
 @dataclass(frozen=True, kw_only=True)
 class SuperDeepFool(OntoFaces):
+    """SuperDeepFool, a minimum-norm attack in L2: DeepFool, and steps from the clean row along the boundary's normal.
+
+    rounds:  steps from the clean row at most, >= 1
+    least:   share of the distance below which a step that shortens it is the last one, >= 0
+    secants: answers along the line to the nearest point at the end, after two for its ends; >= 0
+
+    steps (of all kinds), rivals and overshoot are as in `deepfool`. Costs 2 answers, `rivals` backward passes, a
+    gradient per step, and secants + 2 answers. Raises UsageError for values out of range and for other threat models.
+
+    As published, DeepFool runs until the boundary is crossed, and a step from the clean row follows. Unlike the
+    published code, the nearest point of all is kept and it goes on until these steps gain nothing; one that leads
+    further away is taken back and halved; each is the shortest within the box.
+    """
+
     name: ClassVar[str] = "superdeepfool"
     norms: ClassVar[tuple[str, ...]] = ("minimum-l2",)
 
@@ -38,5 +52,4 @@ class SuperDeepFool(OntoFaces):
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         super().search(search, norm)
-        if self.secants:
-            search.tighten(self.secants)
+        search.tighten(0, self.secants)
