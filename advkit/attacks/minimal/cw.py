@@ -47,7 +47,7 @@ class CW(MinimalAttack):
     """
 
     name: ClassVar[str] = "cw"
-    norms: ClassVar[tuple[str, ...]] = ("minimum-l2", "minimum-linf", "minimum-l0")
+    norms: ClassVar[tuple[str, ...]] = ("minimum-l0", "minimum-l2", "minimum-linf")
 
     budget: str = "9x100"
     lr: float = 0.5
