@@ -29,6 +29,9 @@ NEWTON = 4
 BEYOND = 1e-4
 """How far beyond a linearised boundary a point is put first, to lie across it; ten times as far every time after."""
 
+PATIENCE, PUSH = 3, 1.5
+"""Steps without crossing after which an overshoot grows, and the factor by which it does per step."""
+
 SHARE = 0.9
 """Where on the way to the nearest point found the boundary is looked for at the end of a search, at the nearest."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import kept, per_row
-from advkit.attacks.minimal.base import NEWTON, NORMS, MinimalAttack, NearestSearch
+from advkit.attacks.minimal.base import NEWTON, NORMS, PATIENCE, PUSH, MinimalAttack, NearestSearch
 from advkit.attacks.minimal.faces import NearestFace, faces_of, nearest_of
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.core.checks import at_least_one, not_negative
@@ -20,8 +20,6 @@ from advkit.threat_models.lp import row_sum
 
 State = tuple[Tensor, Tensor, Tensor]
 GOOD, BAD, GROWTH = 0.9, 0.5, 1.2  # shares of what was promised that lengthen and shorten the next step, by a factor
-PATIENCE = 3  # steps without crossing after which the overshoot grows
-PUSH = 1.5  # by this factor per step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import kept, per_row
-from advkit.attacks.minimal.base import NEWTON, NORMS, Look, MinimalAttack, NearestSearch, lengthened
+from advkit.attacks.minimal.base import NEWTON, NORMS, PATIENCE, PUSH, Look, MinimalAttack, NearestSearch, lengthened
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.attacks.minimal.radius import within
 from advkit.core.checks import at_least_one, fraction, positive
 
-FURTHER = 1.02  # how far beyond the linearised boundary the first steps go
+FURTHER = 0.02  # how far beyond the linearised boundary the first steps go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,45 +64,16 @@ class FMN(MinimalAttack):
             if not len(search) or not search.affords():
                 return
             wave = (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
-            z = self._next(
-                search,
-                z,
-                value,
-                gradient,
-                radius,
-                ever,
-                self.step_size * (0.01 + 0.99 * wave),
-                norm != "l0" or step > self.steps / 2,
-            )
+            ahead = _cut(search, z, gradient, radius, self.step_size * (0.01 + 0.99 * wave))
+            if (norm != "l0" or step > self.steps / 2) and not bool(ever.all()):
+                ahead = torch.where(per_row(ever, z), ahead, _onto(search, z, value, gradient, step))
+            z = ahead
             if step == self.steps:
                 search.ask(z)
                 return
             look = search.look(z, aim)
             radius = self._radius(search, look, radius, ever, self.gamma * (0.02 + 0.98 * wave))
             value, gradient, ever = look.loss, look.gradient, ever | look.reached
-
-    def _next(
-        self,
-        search: NearestSearch,
-        z: Tensor,
-        value: Tensor,
-        gradient: Tensor,
-        radius: Tensor,
-        ever: Tensor,
-        rate: float,
-        late: bool,
-    ) -> Tensor:
-        """A step down and onto the radius; before the first success, onto the linearised boundary."""
-        low, high = search.threat.box.bounds_like(z)
-        move = z - search.x
-        onto = move + FURTHER * close_gap(z, gradient, value, low, high, NORMS.get(search.threat.least, "L1"), NEWTON)
-        # What would leave the box takes no part in the step's length: on black ground it is half of a gradient.
-        free = torch.where(gradient > 0, z > low, z < high)
-        move = move - lengthened(gradient * free, torch.full_like(radius, rate))
-        move = torch.where(
-            per_row(ever if late else torch.ones_like(ever), z), within(move, radius, search.threat), onto
-        )
-        return search.legal(search.x + move)
 
     def _radius(self, search: NearestSearch, look: Look, radius: Tensor, ever: Tensor, gamma: float) -> Tensor:
         """The length of the next perturbation: less after a success, more after a failure."""
@@ -114,3 +85,20 @@ class FMN(MinimalAttack):
             less = torch.where(ever, torch.minimum(radius * (1 - gamma), search.away), search.away * (1 - gamma))
             more = radius * (1 + gamma)
         return torch.where(look.reached, less, more)
+
+
+def _cut(search: NearestSearch, z: Tensor, gradient: Tensor, radius: Tensor, rate: float) -> Tensor:
+    """A step of length `rate` down the gradient, and the perturbation cut to the radius [n]."""
+    low, high = search.threat.box.bounds_like(z)
+    # What would leave the box takes no part in the step's length: on black ground it is half of a gradient.
+    free = torch.where(gradient > 0, z > low, z < high)
+    move = z - search.x - lengthened(gradient * free, torch.full_like(radius, rate))
+    return search.legal(search.x + within(move, radius, search.threat))
+
+
+def _onto(search: NearestSearch, z: Tensor, value: Tensor, gradient: Tensor, step: int) -> Tensor:
+    """A step onto the linearised boundary, and further the longer it takes to get across."""
+    low, high = search.threat.box.bounds_like(z)
+    further = 1 + min(1.0, FURTHER * PUSH ** max(0, step - PATIENCE))
+    move = close_gap(z, gradient, value, low, high, NORMS.get(search.threat.least, "L1"), NEWTON)
+    return search.legal(z + further * move)

@@ -12,7 +12,7 @@ from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import MinimalAttack, NearestSearch
 from advkit.attacks.minimal.radius import shrunk, threshold
 from advkit.core.checks import at_least, at_least_one, fraction, positive
-from advkit.threat_models.lp import row_sum
+from advkit.threat_models.lp import row_max, row_sum
 from advkit.threat_models.minimum import Minimum, MinimumL0
 
 BETAS = (0.9, 0.999)
@@ -35,11 +35,12 @@ def proximal(move: Tensor, weight: Tensor, by: Tensor, threat: Minimum) -> Tenso
         top = threshold(move.abs().flatten(1), by, weight.flatten(1))
         return torch.minimum(torch.maximum(move, -per_row(top, move)), per_row(top, move))
     # d = move * weight s / (weight s + by) with s = |d|: the sum below is 1. Its root inverted is nearly linear in s.
-    pull, size = move * weight, torch.zeros_like(by)
+    pull = move * weight
+    size = ((row_sum(pull.square()).sqrt() - by) / row_max(weight)).clamp_min(0)  # not above the root
     for _ in range(NEWTON):
-        each = pull / (weight * per_row(size, move) + per_row(by, move)).clamp_min(1e-30)
-        total = row_sum(each.square())
-        fall = row_sum(each.square() * weight / (weight * per_row(size, move) + per_row(by, move)).clamp_min(1e-30))
+        below = (weight * per_row(size, move) + per_row(by, move)).clamp_min(1e-30)
+        each = (pull / below).square()
+        total, fall = row_sum(each), row_sum(each * weight / below)
         size = size + torch.where(total > 1, (total.sqrt() - 1) * total / fall, 0.0)
     heavy = weight * per_row(size, move)
     return move * heavy / (heavy + per_row(by, move)).clamp_min(1e-30)
