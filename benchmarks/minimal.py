@@ -91,7 +91,7 @@ ROWS = [
     Row("ddn:steps=99", "minimum-l2", (
         peer("foolbox:DDNAttack", steps=100), peer("advlib:ddn", steps=100, levels=None),
     )),
-    Row("fmn:steps=99", "minimum-l0", (peer("advlib:fmn", norm=0, steps=100),)),
+    Row("fmn:steps=96", "minimum-l0", (peer("advlib:fmn", norm=0, steps=100),)),
     Row("fmn:steps=99", "minimum-l1", (
         peer("foolbox:L1FMNAttack", steps=100), peer("advlib:fmn", norm=1, steps=100),
     )),
@@ -107,14 +107,14 @@ ROWS = [
     Row("alma:steps=190", "minimum-l2", (
         peer("advlib:alma", distance="l2", num_steps=200, init_lr_distance=0.1),
     )),
-    Row("pdpgd:steps=190", "minimum-l0", (
+    Row("pdpgd:steps=183", "minimum-l0", (
         peer("advlib:pdpgd", norm=0, num_steps=200, proximal_operator=23),
     )),
-    Row("pdpgd:steps=190", "minimum-l1", (peer("advlib:pdpgd", norm=1, num_steps=200),)),
-    Row("pdpgd:steps=190", "minimum-l2", (
+    Row("pdpgd:steps=189", "minimum-l1", (peer("advlib:pdpgd", norm=1, num_steps=200),)),
+    Row("pdpgd:steps=189", "minimum-l2", (
         peer("advlib:pdgd", num_steps=200), peer("advlib:pdpgd", norm=2, num_steps=200),
     )),
-    Row("pdpgd:steps=190", "minimum-linf", (peer("advlib:pdpgd", norm=INF, num_steps=200),)),
+    Row("pdpgd:steps=189", "minimum-linf", (peer("advlib:pdpgd", norm=INF, num_steps=200),)),
     Row("trust_region", "minimum-l2", (peer("advlib:tr", p=2, adaptive=True),)),
     Row("trust_region", "minimum-linf", (peer("advlib:tr", p=INF, adaptive=True),)),
     Row("cw:budget=9x40", "minimum-l2", (

@@ -14,6 +14,8 @@ from advkit.attacks.minimal.hyperplane import length
 from advkit.core.checks import at_least, at_least_one, check, fraction, positive
 from advkit.threat_models.lp import row_sum
 
+FIRST = {"l1": 0.2, "l2": 0.5}
+
 
 def slope(value: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
     """The derivative of the penalty P2 at constraint values [n]: mu at zero, growing with the violation."""
@@ -29,7 +31,8 @@ class ALMA(MinimalAttack):
     row follow the penalty P2.
 
     steps:       gradient steps, >= 1
-    first:       length of the first step, > 0, as a share of the distance to the linearised boundary
+    first:       length of the first step, > 0, as a share of the distance to the linearised boundary; None is 0.2 in
+                 L1 and 0.5 in L2
     last:        what the step size falls to, exponentially, after a row's first success, > 0
     alpha:       of the moving averages: multiplier, squared gradients, momentum; in (0, 1)
     check_every: steps after which the penalty grows where the goal was never reached and the margin is above `tau` of
@@ -52,7 +55,7 @@ class ALMA(MinimalAttack):
     norms: ClassVar[tuple[str, ...]] = ("minimum-l1", "minimum-l2")
 
     steps: int = 200
-    first: float = 0.2
+    first: float | None = None
     last: float = 0.01
     alpha: float = 0.9
     check_every: int = 10
@@ -75,25 +78,20 @@ class ALMA(MinimalAttack):
         search.tighten(self.turns, self.secants)
 
     def _descend(self, search: NearestSearch, norm: str) -> None:
+        first = FIRST[norm] if self.first is None else self.first
         aim = search.goal.under("margin")
-        z = search.x
-        look = search.look(z, aim)
+        look = search.look(search.x, aim)
+        loss, gradient, found = look.loss, look.gradient, look.reached
         away, unit = search.linear_distance(look), look.loss.abs()
-        mu = rho = torch.ones_like(away)
-        found, when = look.reached, torch.full_like(away, self.steps)
-        value = before = torch.ones_like(away)
+        rows = search.leave(look.reached)
+        if rows is not None:
+            aim = aim.take(rows)
+            loss, gradient, found, away, unit = kept(rows, loss, gradient, found, away, unit)
+        z = search.x
+        mu = rho = value = before = rate = torch.ones_like(away)
+        when = torch.full_like(away, self.steps)
         slow, square = torch.zeros_like(z), torch.zeros_like(z)
-        pace = None
         for step in range(1, self.steps + 1):
-            rows = search.leave(found & (search.away == 0))
-            if rows is not None:
-                aim = aim.take(rows)
-                loss, gradient = look.loss[rows], look.gradient[rows]
-                away, unit, mu, rho, found, when, value, before, slow, square, z = kept(
-                    rows, away, unit, mu, rho, found, when, value, before, slow, square, z
-                )
-            else:
-                loss, gradient = look.loss, look.gradient
             if not len(search) or not search.affords():
                 return
             value = loss / unit
@@ -102,16 +100,13 @@ class ALMA(MinimalAttack):
                 rho, before = torch.where(worse, self.gamma * rho, rho), value
             steepness = slope(value, rho, mu)
             mu = (self.alpha * mu + (1 - self.alpha) * steepness).clamp(1e-6, 1e12)
-            pull = per_row(slope(value, rho, mu) / unit, z) * gradient
-            pull = (pull + self._way(z - search.x, norm) / per_row(away, z)) * per_row(away, z)
-            if pace is None:
-                square = pull.square().flatten(1).mean(1)
-                square = per_row(square, z).expand_as(z)
-                pace = True
+            # In units of the distance to the linearised boundary, and of the clean row's margin.
+            pull = per_row(slope(value, rho, mu) * away / unit, z) * gradient + _way(z - search.x, norm)
+            if step == 1:
+                # The first step follows the gradient: RMSProp starts with the same scale for all features of a row.
+                square = per_row(pull.square().flatten(1).mean(1), z).expand_as(z)
                 size = length(search.legal(z - pull / square.sqrt().clamp_min(1e-30)) - z, NORMS[norm])
-                rate = torch.where(size > 0, self.first * away / size, 0.0)
-            elif rows is not None:
-                rate = rate[rows]
+                rate = torch.where(size > 0, first * away / size, 0.0)
             square = self.alpha * square + (1 - self.alpha) * pull.square()
             slow = self.alpha * slow + pull / square.sqrt().clamp_min(1e-30)
             fall = self.last ** ((step - when).clamp_min(0) / (self.steps - when).clamp_min(1))
@@ -120,12 +115,13 @@ class ALMA(MinimalAttack):
                 search.ask(z)
                 return
             look = search.look(z, aim)
+            loss, gradient = look.loss, look.gradient
             when = torch.where(look.reached & ~found, float(step), when)
             found = found | look.reached
 
-    @staticmethod
-    def _way(move: Tensor, norm: str) -> Tensor:
-        """The gradient of the distance."""
-        if norm == "l1":
-            return move.sign()
-        return move / per_row(row_sum(move.square()).sqrt().clamp_min(1e-30), move)
+
+def _way(move: Tensor, norm: str) -> Tensor:
+    """The gradient of the distance."""
+    if norm == "l1":
+        return move.sign()
+    return move / per_row(row_sum(move.square()).sqrt().clamp_min(1e-30), move)

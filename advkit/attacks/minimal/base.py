@@ -17,7 +17,7 @@ from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import row_sum
-from advkit.threat_models.minimum import Minimum
+from advkit.threat_models.minimum import Minimum, MinimumL0
 
 OVERSHOOT = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 """How much further than the nearest point a row goes, in turn, where files of few levels round it back."""
@@ -36,6 +36,13 @@ SHARE = 0.9
 """Where on the way to the nearest point found the boundary is looked for at the end of a search, at the nearest."""
 
 NORMS: dict[str, Norm] = {"l1": "L1", "l2": "L2", "linf": "Linf"}
+
+
+def largest(score: Tensor, count: Tensor) -> Tensor:
+    """Bool [n, positions]: the `count` [n] positions of the largest score, the first among equals, none of zero."""
+    best, where = score.sort(dim=1, descending=True, stable=True)
+    kept = (torch.arange(score.shape[1], device=score.device) < count[:, None]) & (best > 0)
+    return torch.zeros_like(kept).scatter(1, where, kept)
 
 
 def lengthened(move: Tensor, length: Tensor) -> Tensor:
@@ -197,7 +204,8 @@ class NearestSearch:
         turns:   looks at the nearest point: the boundary as it is seen from there is projected onto from the clean row
                  (in L0 as in L1: the steepest features one after the other), and one point between the two is asked
                  about
-        secants: answers along the line from the clean row through the nearest point, after two for its margins
+        secants: answers along the line from the clean row through the nearest point, after two for its margins; in L0
+                 answers of a bisection of the changed positions, after a look, as often as `turns` says
         """
         found = self.best
         self._active, self.nearest, self._all = self._start, found, found
@@ -217,8 +225,33 @@ class NearestSearch:
         if not secants or not len(self) or not self.affords(3):
             return
         outer = self.nearest
+        if isinstance(self.threat, MinimumL0):
+            for _ in range(max(1, turns)):
+                self._fewer(self.nearest, self.threat, secants)
+            return
         inner = self.legal(self.x + SHARE * (outer - self.x))
         self.narrow(inner, self._margin(inner), outer, self._margin(outer), secants)
+
+    def _fewer(self, outer: Tensor, threat: MinimumL0, answers: int) -> None:
+        """Bisect how many of the changed positions the goal takes when they go to the box's edge.
+
+        Those come first by which the margin fell most.
+        """
+        if not self.affords(2):
+            return
+        move, gradient = outer - self.x, self.look(outer, self.goal.under("margin")).gradient
+        low, high = self.threat.box.bounds_like(outer)
+        score = threat.positions(-gradient * move)
+        score = torch.where(threat.positions(move.abs()) > 0, score - score.amin(1, keepdim=True) + 1, 0.0)
+        wall = torch.where(gradient > 0, low, high)
+        few, many = torch.zeros_like(self.away), self.away
+        for _ in range(answers):
+            if not self.affords():
+                return
+            count = ((few + many) / 2).floor().clamp_min(1)
+            chosen = threat.everywhere(largest(score, count), move)
+            reached = self.ask(torch.where(chosen, wall, self.x))[1]
+            few, many = torch.where(reached, few, count), torch.where(reached, count, many)
 
     def _margin(self, z: Tensor) -> Tensor:
         return self.goal.margin(self.ask(z)[0]).to(z.dtype)

@@ -13,7 +13,7 @@ from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import NEWTON, NORMS, PATIENCE, PUSH, Look, MinimalAttack, NearestSearch, lengthened
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.attacks.minimal.radius import within
-from advkit.core.checks import at_least_one, fraction, positive
+from advkit.core.checks import at_least, at_least_one, fraction, positive
 
 FURTHER = 0.02  # how far beyond the linearised boundary the first steps go
 
@@ -29,6 +29,7 @@ class FMN(MinimalAttack):
     step_size: L2 length of the first step, > 0, in units of the space; it falls along a cosine to a hundredth
     gamma:     by how much of itself the radius changes per step at first, in (0, 1); falls to a fiftieth. In L0 by one
                position at the least
+    bisections: answers at the end, after a look, that bisect how many of the changed positions are needed (L0 alone)
 
     Costs a gradient per step and one answer. Raises UsageError for values out of range and for other threat models.
 
@@ -43,14 +44,21 @@ class FMN(MinimalAttack):
     steps: int = 100
     step_size: float = 1.0
     gamma: float = 0.05
+    bisections: int = 5
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps")
+        at_least(self, 0, "bisections")
         positive(self, "step_size")
         fraction(self, "gamma", ends="()")
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
+        self._walk(search, norm)
+        if norm == "l0":
+            search.tighten(0, self.bisections)
+
+    def _walk(self, search: NearestSearch, norm: str) -> None:
         aim = search.goal.under("margin")
         look = search.look(search.x, aim)
         value, gradient, ever = look.loss, look.gradient, look.reached

@@ -74,7 +74,8 @@ class PDPGD(MinimalAttack):
     dual_last: what these steps fall to, > 0
     average:   of the weights' moving average, in [0, 1)
     sharp:     steepness of the softplus, > 0: the margin of the clean row counts as this
-    turns, secants: as in `alma`; no secants in L0
+    turns, secants: as in `alma`; in L0 the latter are answers that bisect how many of the changed positions are
+               needed, as often as `turns` says
 
     Costs a gradient per step, an answer, and what `turns` and `secants` say. Raises UsageError for values out of range
     and for other threat models.
@@ -88,7 +89,7 @@ class PDPGD(MinimalAttack):
     norms: ClassVar[tuple[str, ...]] = ("minimum-l0", "minimum-l1", "minimum-l2", "minimum-linf")
 
     steps: int = 200
-    step_size: float = 0.2
+    step_size: float = 0.3
     last: float = 0.01
     ratio: float = 0.01
     travel: float = 20.0
@@ -96,7 +97,7 @@ class PDPGD(MinimalAttack):
     average: float = 0.9
     sharp: float = 5.0
     turns: int = 3
-    secants: int = 3
+    secants: int = 5
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps")
@@ -107,7 +108,7 @@ class PDPGD(MinimalAttack):
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
         self._descend(search, norm)
-        search.tighten(self.turns, 0 if norm == "l0" else self.secants)
+        search.tighten(self.turns, self.secants)
 
     def _descend(self, search: NearestSearch, norm: str) -> None:
         aim = search.goal.under("margin")

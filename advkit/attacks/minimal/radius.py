@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import per_row
-from advkit.attacks.minimal.base import lengthened
+from advkit.attacks.minimal.base import largest, lengthened
 from advkit.threat_models.lp import row_sum
 from advkit.threat_models.minimum import Minimum, MinimumL0
 
@@ -21,13 +21,6 @@ def within(move: Tensor, radius: Tensor, threat: Minimum) -> Tensor:
     if threat.least == "l1":
         return shrunk(move, per_row(threshold(move.abs().flatten(1), radius), move))
     return torch.where(per_row(row_sum(move.square()) > radius.square(), move), lengthened(move, radius), move)
-
-
-def largest(score: Tensor, count: Tensor) -> Tensor:
-    """Bool [n, positions]: the `count` [n] positions of the largest score, the first among equals, none of zero."""
-    best, where = score.sort(dim=1, descending=True, stable=True)
-    kept = (torch.arange(score.shape[1], device=score.device) < count[:, None]) & (best > 0)
-    return torch.zeros_like(kept).scatter(1, where, kept)
 
 
 def shrunk(move: Tensor, by: Tensor) -> Tensor:
