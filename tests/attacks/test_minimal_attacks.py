@@ -16,6 +16,7 @@ from advkit.core.spaces import Box
 from advkit.testing.play import play
 from advkit.testing.victims import Linear, linear, network, normal, quantised, uniform
 from advkit.threat_models import THREAT_MODELS
+from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK
 from advkit.threat_models.goals.targeted import Targeted
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import L1
@@ -176,7 +177,19 @@ def test_without_gradients_it_ends_and_returns_the_rows(name, threat):
     played = play(ATTACKS.build(name), victim, x, Untargeted(victim(x).argmax(1)), THREAT_MODELS.build(threat))
     assert torch.equal(played.z[~played.reached], x[~played.reached])
     if name in ("deepfool", "superdeepfool", "trust_region"):
-        assert int(played.meter.backwards.max()) <= 4
+        assert int(played.meter.backwards.max()) <= 6
+
+
+@pytest.mark.parametrize(("name", "threat"), PAIRS)
+def test_orders_of_classes_and_true_classes_out_of_the_first_are_reached(name, threat):
+    model, x = linear(24, 6, seed=2), uniform(1, 6, 24)
+    labels = model(x).argmax(1)
+    order = torch.stack([(labels + 1) % 6, (labels + 3) % 6], 1)
+    attack = ATTACKS.build(name)
+    attack = replace(attack, steps=min(attack.steps, 80))
+    for goal in (OrderedTopK(order), OutOfTopK(labels, 2)):
+        played = play(attack, model, x, goal, THREAT_MODELS.build(threat))
+        assert across(played), (type(goal).__name__, played.margin)
 
 
 @pytest.mark.parametrize(("name", "threat"), PAIRS)

@@ -23,7 +23,7 @@ OVERSHOOT = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 """How much further than the nearest point a row goes, in turn, where files of few levels round it back."""
 
 
-NEWTON = 4
+NEWTON = 8
 """Rounds of a projection within the box; the steps after it make up for what is missing."""
 
 BEYOND = 1e-4
@@ -31,6 +31,9 @@ BEYOND = 1e-4
 
 PATIENCE, PUSH = 3, 1.5
 """Steps without crossing after which an overshoot grows, and the factor by which it does per step."""
+
+STRIDES = 4
+"""Steps down a goal's own loss that are as long as the way to the linearised boundary."""
 
 SHARE = 0.9
 """Where on the way to the nearest point found the boundary is looked for at the end of a search, at the nearest."""
@@ -83,7 +86,7 @@ class NearestSearch:
         self._start = self._active = ActiveRows(oracle, x, goal, rng)
         self.nearest = x.clone()
         self.away = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-        self._all = self.nearest
+        self._all, self._all_away = self.nearest, self.away
 
     def __len__(self) -> int:
         """How many rows are active."""
@@ -112,6 +115,14 @@ class NearestSearch:
             self._all[self._active.index] = self.nearest
             return self._all
         return self.nearest
+
+    @property
+    def _distances(self) -> Tensor:
+        """Those of `best` [B], +inf where there is none."""
+        if self._active.index is not None:
+            self._all_away[self._active.index] = self.away
+            return self._all_away
+        return self.away
 
     def affords(self, answers: int = 1) -> bool:
         """Whether every active row may still ask for that many answers."""
@@ -198,7 +209,44 @@ class NearestSearch:
             low, high = torch.where(reached, low, share), torch.where(reached, share, high)
             above, below = torch.where(reached, above / 2, margin), torch.where(reached, margin, below / 2)
 
-    def tighten(self, turns: int, secants: int) -> None:
+    def reach(self, steps: int, turns: int) -> None:
+        """Lead rows that have not reached the goal down its own loss, for so many steps, and `tighten` what they find.
+
+        For attacks that step onto one boundary at a time: where several meet, as in an ordered goal, their steps lead
+        to and fro. Costs nothing where every row has reached the goal.
+        """
+        lost = self._restored() == torch.inf
+        self._leave(~lost)
+        if not len(self) or not self.affords(2):
+            return
+        z = self.x
+        low, high = self.threat.box.bounds_like(z)
+        look = self.look(z, self.goal.under("margin"))
+        onto = close_gap(z, look.gradient, look.loss, low, high, "L2", NEWTON)
+        size = length(onto, "L2") / STRIDES
+        rows = self._leave(look.reached | (size == 0))
+        if rows is not None:
+            z, size = z[rows], size[rows]
+        for _ in range(steps):
+            if not len(self) or not self.affords():
+                break
+            low, high = self.threat.box.bounds_like(z)
+            look = self.look(z)
+            free = torch.where(look.gradient > 0, z > low, z < high)
+            step = lengthened(look.gradient * free, size)
+            z = self.legal(z - step)
+            rows = self._leave(look.reached | ~step.flatten(1).any(1))
+            if rows is not None:
+                z, size = z[rows], size[rows]
+        self.tighten(turns, 0, lost)
+
+    def _restored(self) -> Tensor:
+        """Make all rows active again; their distances, a new tensor."""
+        found, away = self.best, self._distances.clone()
+        self._active, self.nearest, self._all, self.away = self._start, found, found, away
+        return away.clone()
+
+    def tighten(self, turns: int, secants: int, among: Tensor | None = None) -> None:
         """Come nearer at the end of a search; rows that left come back.
 
         turns:   looks at the nearest point: the boundary as it is seen from there is projected onto from the clean row
@@ -206,11 +254,11 @@ class NearestSearch:
                  about
         secants: answers along the line from the clean row through the nearest point, after two for its margins; in L0
                  answers of a bisection of the changed positions, after a look, as often as `turns` says
+        among:   which of all rows, bool [B]; None is all
         """
-        found = self.best
-        self._active, self.nearest, self._all = self._start, found, found
-        self.away = self.distance(found)
-        self._leave(self.away == 0)
+        away = self._restored()
+        idle = (away == 0) | torch.isinf(away)
+        self._leave(idle if among is None else idle | ~among)
         kind = NORMS.get(self.threat.least, "L1")
         for turn in range(turns):
             if not len(self) or not self.affords(3):
@@ -266,7 +314,7 @@ class NearestSearch:
     def _leave(self, done: Tensor) -> Tensor | None:
         rows = self._active.staying(done)
         if rows is not None:
-            self._all = self.best
+            self._all, self._all_away = self.best, self._distances
             self._active = self._active.take(rows)
             self.nearest, self.away = self.nearest[rows], self.away[rows]
         return rows
@@ -283,7 +331,7 @@ class NearestSearch:
         towards = found - self._start.x
         self._active = self._start
         self.nearest = self._all = self.x.clone()
-        self.away = self.away.new_full((len(self),), torch.inf)
+        self.away = self._all_away = self.x.new_full((len(self),), torch.inf)
         rows = self._leave((towards == 0).flatten(1).all(1))
         for step in steps:
             towards = towards if rows is None else towards[rows]

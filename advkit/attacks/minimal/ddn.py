@@ -20,7 +20,7 @@ class DDN(MinimalAttack):
 
     steps:     gradient steps, >= 1
     start:     length of the first perturbation, > 0, in units of the space; None is the distance to the boundary as the
-               gradient at the clean row sees it
+               gradient at the clean row sees it, within the box
     gamma:     by how much of itself the length changes per step, in (0, 1)
     step_size: of the first step, > 0, in units of the first length; it falls along a cosine to a hundredth
 

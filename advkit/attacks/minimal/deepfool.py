@@ -18,6 +18,8 @@ from advkit.core.checks import at_least_one, not_negative
 from advkit.core.protocols import SeeksMinimum
 from advkit.threat_models.lp import row_sum
 
+SHORTEST = 2  # the first step over the shortest: where boundaries meet, every step breaks its promise
+TURNS = 2  # looks at the points of rows that were led down the loss
 State = tuple[Tensor, Tensor, Tensor]
 GOOD, BAD, GROWTH = 0.9, 0.5, 1.2  # shares of what was promised that lengthen and shorten the next step, by a factor
 
@@ -67,6 +69,10 @@ class OntoFaces(MinimalAttack, ABC):
 
     def search(self, search: NearestSearch, norm: str) -> None:
         """See the class."""
+        self._walk(search, norm)
+        search.reach(self.steps, TURNS)
+
+    def _walk(self, search: NearestSearch, norm: str) -> None:
         kind = NORMS[norm]
         answer, done = search.ask(search.x)
         faces = faces_of(search.goal, answer, self.rivals)
@@ -81,6 +87,7 @@ class OntoFaces(MinimalAttack, ABC):
         aim = NearestFace(faces, norms)
         reached, away = done, search.away
         radius = self.cap * search.linear(value, normal)
+        least = radius / SHORTEST
         share = torch.ones_like(value)
         held: State = (z, value, normal)
         tries = turns = torch.zeros_like(done, dtype=torch.long)
@@ -96,8 +103,9 @@ class OntoFaces(MinimalAttack, ABC):
             aim = aim.without(answer, stuck)
             # What crosses late is pushed: a boundary that bends away, or a box with little room left.
             tries = torch.where(reached, 0, tries)
-            further = 1 + self.overshoot * PUSH ** (tries + 1 - PATIENCE).clamp_min(0)
-            ahead = search.legal(search.x + per_row(further, z) * (point + move - search.x))
+            push = (self.overshoot * PUSH ** (tries + 1 - PATIENCE).clamp_min(0)).clamp_max(1.0)
+            offset = point + move - search.x
+            ahead = search.legal(search.x + (1 + self.overshoot) * offset + per_row(push, z) * move)
             ahead = torch.lerp(z, ahead, per_row(torch.where(reached, share, 1.0), z))
             if math.isfinite(self.cap):
                 size = search.distance(ahead - z + search.x)
@@ -112,7 +120,7 @@ class OntoFaces(MinimalAttack, ABC):
             look = search.look(z, aim)
             aim = aim.seen(look.answer, look.gradient, kind)
             value, normal, reached = look.loss, look.gradient, look.reached
-            radius = self._trust(radius, before - value, promised)
+            radius = torch.maximum(self._trust(radius, before - value, promised), least)
             gained = torch.where(reached, 1 - look.distance / away, -torch.inf)
             away = torch.minimum(away, torch.where(reached, look.distance, torch.inf))
             worse = reached & (gained <= 0)
@@ -125,8 +133,8 @@ class OntoFaces(MinimalAttack, ABC):
             rows = search.leave(done)
             if rows is not None:
                 aim = aim.take(rows)
-                done, value, normal, reached, away, turns, tries, radius, z, answer, share = kept(
-                    rows, done, value, normal, reached, away, turns, tries, radius, z, answer, share
+                done, value, normal, reached, away, turns, tries, radius, least, z, answer, share = kept(
+                    rows, done, value, normal, reached, away, turns, tries, radius, least, z, answer, share
                 )
                 held = kept(rows, *held)
             if not len(search) or (not search.oracle.decides and bool(done.all())):
@@ -154,7 +162,8 @@ class DeepFool(OntoFaces, SeeksMinimum):
     Unlike the published code, steps are the shortest within the box; all boundaries are linearised once, not at every
     step; the overshoot is on the whole way, and grows where a row does not get across, so that nothing sticks at the
     box; a boundary that the box does not reach is given up for the next. It stops at the first boundary that it meets:
-    `superdeepfool` looks for the nearest point on it.
+    `superdeepfool` looks for the nearest point on it. Rows that no step takes across, as where an
+    ordered goal's boundaries meet, are led down the goal's own loss, for as many steps again.
     """
 
     name: ClassVar[str] = "deepfool"

@@ -102,6 +102,43 @@ class NearestFace:
         return replace(self, faces=tuple(face.to(device) for face in self.faces), norms=self.norms.to(device))
 
 
+@dataclass(frozen=True)
+class Either:
+    """One goal's loss in some rows, another's in the rest; both are of the same rows and reached together.
+
+    rows: bool [B], where the first counts
+    """
+
+    kind: ClassVar[str] = "face"
+    first: TensorGoal
+    second: TensorGoal
+    rows: Tensor
+
+    def reached(self, answer: Tensor) -> Tensor:
+        """Bool [B]."""
+        return self.first.reached(answer)
+
+    def loss(self, answer: Tensor) -> Tensor:
+        """Each row's own [B]."""
+        return torch.where(self.rows, self.first.loss(answer), self.second.loss(answer))
+
+    def margin(self, answer: Tensor) -> Tensor:
+        """The margin [B]."""
+        return self.first.margin(answer)
+
+    def under(self, loss: str) -> Self:
+        """Itself."""
+        return self
+
+    def take(self, rows: Tensor) -> Self:
+        """Those of some of the rows."""
+        return replace(self, first=self.first.take(rows), second=self.second.take(rows), rows=self.rows[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """On another device."""
+        return replace(self, first=self.first.to(device), second=self.second.to(device), rows=self.rows.to(device))
+
+
 def faces_of(goal: TensorGoal, answer: Tensor, k: int) -> tuple[TensorGoal, ...]:
     """The boundaries to the k likeliest rivals at `answer`, likeliest first; the margin of a goal that has none."""
     return rivals_of(goal, answer, k) or (Margin(goal),)

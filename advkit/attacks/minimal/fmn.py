@@ -11,10 +11,12 @@ from torch import Tensor
 
 from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import NEWTON, NORMS, PATIENCE, PUSH, Look, MinimalAttack, NearestSearch, lengthened
+from advkit.attacks.minimal.faces import Either
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.attacks.minimal.radius import within
 from advkit.core.checks import at_least, at_least_one, fraction, positive
 
+ONTO = 10  # steps onto the linearised boundary; rows that it does not take across go on as published
 FURTHER = 0.02  # how far beyond the linearised boundary the first steps go
 
 
@@ -73,13 +75,15 @@ class FMN(MinimalAttack):
                 return
             wave = (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
             ahead = _cut(search, z, gradient, radius, self.step_size * (0.01 + 0.99 * wave))
-            if (norm != "l0" or step > self.steps / 2) and not bool(ever.all()):
+            if (step > self.steps / 2 if norm == "l0" else step <= ONTO) and not bool(ever.all()):
                 ahead = torch.where(per_row(ever, z), ahead, _onto(search, z, value, gradient, step))
             z = ahead
             if step == self.steps:
                 search.ask(z)
                 return
-            look = search.look(z, aim)
+            # Where several boundaries meet, the margin's gradient zigzags: rows that it takes nowhere descend the loss.
+            lost = ~ever if step >= ONTO else torch.zeros_like(ever)
+            look = search.look(z, Either(search.goal, aim, lost) if step >= ONTO else aim)
             radius = self._radius(search, look, radius, ever, self.gamma * (0.02 + 0.98 * wave))
             value, gradient, ever = look.loss, look.gradient, ever | look.reached
 
@@ -91,7 +95,7 @@ class FMN(MinimalAttack):
             more = torch.maximum(radius + 1, (radius * (1 + gamma)).floor())
         else:
             less = torch.where(ever, torch.minimum(radius * (1 - gamma), search.away), search.away * (1 - gamma))
-            more = radius * (1 + gamma)
+            more = torch.where(ever, radius, look.distance) * (1 + gamma)
         return torch.where(look.reached, less, more)
 
 

@@ -27,7 +27,8 @@ class SuperDeepFool(OntoFaces):
 
     As published, DeepFool runs until the boundary is crossed, and a step from the clean row follows. Unlike the
     published code, the nearest point of all is kept and it goes on until these steps gain nothing; one that leads
-    further away is taken back and halved; each is the shortest within the box.
+    further away is taken back and halved; each is the shortest within the box. Rows that no step takes across are led
+    down the goal's own loss, as in `deepfool`.
     """
 
     name: ClassVar[str] = "superdeepfool"

@@ -30,7 +30,8 @@ class TrustRegion(OntoFaces):
 
     Published radii are absolute (0.001), so that a hundred steps end before they reach the boundary of a robust model.
     Unlike the published code, no answer is asked for to measure a step: the gradient of the next one tells. What
-    follows the crossing is that of `superdeepfool`.
+    follows the crossing is that of `superdeepfool`. Rows that no step takes across are led down the goal's own loss, as
+    in `deepfool`.
     """
 
     name: ClassVar[str] = "trust_region"
