@@ -87,7 +87,7 @@ LONG_IN = {
     ("simba", "l2"),
     ("one_pixel", "l0"),
 }
-# Long searches for the nearest point: in norms but the one that they are made for these laws alone, which know the norm.
+# Long searches for the nearest point: in norms other than L2 they meet the laws that know the norm.
 IN_EVERY_NORM = {
     "stays_admitted", "closed_form", "agrees_with_exhaustive_search", "batch_of_one", "keeps_the_query_budget",
 }  # fmt: skip
