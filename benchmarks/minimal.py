@@ -117,6 +117,26 @@ ROWS = [
     Row("pdpgd:steps=189", "minimum-linf", (peer("advlib:pdpgd", norm=INF, num_steps=200),)),
     Row("trust_region", "minimum-l2", (peer("advlib:tr", p=2, adaptive=True),)),
     Row("trust_region", "minimum-linf", (peer("advlib:tr", p=INF, adaptive=True),)),
+    Row("cw:budget=9x40", "minimum-l2", (
+        peer("foolbox:L2CarliniWagnerAttack", binary_search_steps=9, steps=100),
+        peer("torchattacks:CW", c=1, steps=300),
+        peer("art:CarliniL2Method", binary_search_steps=9, max_iter=100),
+    )),
+    Row("cw:budget=9x100", "minimum-linf", (peer("art:CarliniLInfMethod", max_iter=100),)),
+    Row("cw:budget=9x100", "minimum-l0", (
+        peer("art:CarliniL0Method", binary_search_steps=3, max_iter=30, learning_rate=0.1),
+    )),
+    Row("ead:budget=9x100", "minimum-l1", (
+        peer("foolbox:EADAttack", binary_search_steps=9, steps=100, decision_rule="L1", initial_stepsize=0.05),
+        peer("torchattacks:EADL1", binary_search_steps=9, max_iterations=100),
+        peer("art:ElasticNet", binary_search_steps=9, max_iter=100, decision_rule="L1"),
+    )),
+    Row("jsma", "minimum-l0", (peer("torchattacks:JSMA"), peer("art:SaliencyMapMethod"))),
+    Row("sigma_zero:steps=100", "minimum-l0", (peer("advlib:sigma_zero", num_steps=100),)),
+    Row("brendel_bethge:steps=100", "minimum-l0", (peer("foolbox:L0BrendelBethgeAttack", steps=100),)),
+    Row("brendel_bethge:steps=100", "minimum-l1", (peer("foolbox:L1BrendelBethgeAttack", steps=100),)),
+    Row("brendel_bethge:steps=100", "minimum-l2", (peer("foolbox:L2BrendelBethgeAttack", steps=100),)),
+    Row("brendel_bethge:steps=100", "minimum-linf", (peer("foolbox:LinfinityBrendelBethgeAttack", steps=100),)),
 ]  # fmt: skip
 
 

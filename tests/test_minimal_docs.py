@@ -11,7 +11,12 @@ import pytest
 from advkit.attacks import ATTACKS
 
 ROOT = Path(__file__).parents[1]
-MINIMAL = [name for name in ATTACKS.names() if ".minimal." in ATTACKS.target(name) and "fab" not in name]
+NOT_MEASURED = ["cw", "ead", "jsma", "sigma_zero", "brendel_bethge"]
+MINIMAL = [
+    name
+    for name in ATTACKS.names()
+    if ".minimal." in ATTACKS.target(name) and "fab" not in name and name not in NOT_MEASURED
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,4 +43,10 @@ def test_tables_are_the_measured_lines(bench):
 def test_every_row_is_measured_on_both_models(bench):
     lines = json.loads((ROOT / "docs" / "minimal.json").read_text(encoding="utf-8"))["lines"]
     measured = {(line["model"], line["attack"], line["threat"]) for line in lines}
-    assert measured == {(model, row.attack, row.threat) for row in bench.ROWS for model in bench.MODELS}
+    rows = [row for row in bench.ROWS if row.attack.partition(":")[0] not in NOT_MEASURED]
+    assert measured == {(model, row.attack, row.threat) for row in rows for model in bench.MODELS}
+
+
+def test_what_is_not_measured_is_said():
+    page = (ROOT / "docs" / "minimal.md").read_text(encoding="utf-8")
+    assert f"Not in the tables yet: {', '.join(f'`{name}`' for name in NOT_MEASURED)}." in page

@@ -12,7 +12,7 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Ball, Descends, Describes, Goal, Oracle, Rng, WrapsBall
 from advkit.core.rows import finite_rows as finite_rows
 from advkit.core.rows import plainly_finite
-from advkit.threat_models.lp import L1, L2, Linf
+from advkit.threat_models.lp import L1, L2, Linf, NormBall
 from advkit.threat_models.sparse import L0
 
 TensorOracle = Oracle[Tensor, Tensor]
@@ -54,6 +54,28 @@ def only_in(threat: Any, kind: type[Any], attack: str, made_for: str) -> None:
             f"{attack} works within {made_for} and this threat model is {name}: leave --threat-model out, or name the "
             "first"
         )
+
+
+def ball_among(attack: object, ball: Any, *kinds: type[NormBall], instead: str = "") -> Any:
+    """The ball inside a threat model, for attacks that are published in some norms alone.
+
+    attack:  an object or its name, for the message
+    kinds:   the balls that it works in
+    instead: an attack that serves the others, with the same access
+
+    Raises UsageError for a ball of another kind.
+    """
+    inner = lp_ball(ball)
+    if not isinstance(inner, kinds):
+        name = attack if isinstance(attack, str) else type(attack).__name__
+        named = [kind.__name__ for kind in kinds]
+        words = " and ".join(part for part in (", ".join(named[:-1]), named[-1]) if part)
+        hint = f" (for other norms use {instead})" if instead else ""
+        raise UsageError(
+            f"{name} was asked for {type(inner).__name__}; it works in {words} balls{hint}: the norm belongs to the "
+            f"threat model, such as {named[0].lower()}:eps=..."
+        )
+    return inner
 
 
 @dataclass

@@ -36,6 +36,26 @@ OURS: Final[dict[str, str]] = {
     "vnifgsm": "vni",
     "pifgsm": "pi",
     "ensemble": "ens",
+    "pixel": "one_pixel",
+    "differentialevolution": "one_pixel",
+    "naturalevolutionstrategies": "nes",
+    "naturalevolutionarystrategies": "nes",
+    "simultaneousperturbationstochasticapproximation": "spsa",
+    "simpleblackbox": "simba",
+    "simbadct": "simba:basis=dct",
+    "simbapixel": "simba",
+    "candw": "cw",
+    "carlini": "cw",
+    "carliniwagner": "cw",
+    "carlinil2": "cw",
+    "carlinilinf": "cw",
+    "carlinil0": "cw",
+    "bb": "brendel_bethge",
+    "brendelbethge": "brendel_bethge",
+    "elasticnet": "ead",
+    "eadl1": "ead",
+    "eaden": "ead",
+    "saliencymap": "jsma",
     "fastminimumnorm": "fmn",
     "decoupleddirectionnorm": "ddn",
     "decoupleddirectionandnorm": "ddn",
@@ -49,27 +69,16 @@ OURS: Final[dict[str, str]] = {
 """Names elsewhere, without norm and ending, and the spec of the same method here."""
 
 PEERS: Final[dict[str, tuple[str, ...]]] = {
-    "cw": ("foolbox:L2CarliniWagnerAttack", "torchattacks:CW", "art:CarliniL2Method"),
-    "boundary": ("foolbox:BoundaryAttack", "art:BoundaryAttack"),
-    "hopskipjump": ("foolbox:HopSkipJumpAttack", "art:HopSkipJump"),
-    "ead": ("foolbox:EADAttack", "torchattacks:EADL1", "art:ElasticNet"),
-    "brendelbethge": ("foolbox:L2BrendelBethgeAttack", "foolbox:LinfinityBrendelBethgeAttack"),
     "newtonfool": ("foolbox:NewtonFoolAttack", "art:NewtonFool"),
     "virtualadversarial": ("art:VirtualAdversarialMethod",),
-    "jsma": ("torchattacks:JSMA", "art:SaliencyMapMethod"),
-    "onepixel": ("torchattacks:OnePixel", "art:PixelAttack"),
-    "spsa": ("torchattacks:SPSA",),
     "sparsefool": ("torchattacks:SparseFool",),
-    "pixle": ("torchattacks:Pixle",),
     "tpgd": ("torchattacks:TPGD",),
     "ffgsm": ("torchattacks:FFGSM",),
     "rfgsm": ("torchattacks:RFGSM",),
     "upgd": ("torchattacks:UPGD",),
     "pgdrs": ("torchattacks:PGDRS",),
     "jitter": ("torchattacks:Jitter",),
-    "simba": ("art:SimBA",),
     "zoo": ("art:ZooAttack",),
-    "signopt": ("art:SignOPTAttack",),
     "universalperturbation": ("art:UniversalPerturbation",),
     "saltandpeppernoise": ("foolbox:SaltAndPepperNoiseAttack",),
     "spatial": ("foolbox:SpatialAttack",),
@@ -78,18 +87,10 @@ PEERS: Final[dict[str, tuple[str, ...]]] = {
 """Methods that advkit does not have, and the adapters that run another package's."""
 
 _SAME: Final[dict[str, str]] = {
-    "candw": "cw",
-    "carlini": "cw",
-    "carliniwagner": "cw",
-    "carlinil2": "cw",
-    "carlinilinf": "cw",
     "hsja": "hopskipjump",
-    "bb": "brendelbethge",
-    "elasticnet": "ead",
-    "eadl1": "ead",
-    "eaden": "ead",
-    "saliencymap": "jsma",
-    "pixel": "onepixel",
+    "hsj": "hopskipjump",
+    "geometricdecisionbased": "geoda",
+    "signoptlinf": "signopt",
     "vat": "virtualadversarial",
     "saltandpepper": "saltandpeppernoise",
     "uap": "universalperturbation",
@@ -127,6 +128,18 @@ SETTINGS: Final = settings(
             words="It is in units of eps: 0.1 is a tenth of the radius",
             otherwise="it chooses the length of its steps itself",
         ),
+    ),
+    (
+        "nb_sample num_samples n_samples samples_per_draw spsa_samples",
+        Setting(here=("samples",), words="It counts queries: an estimate along n directions takes 2 n"),
+    ),
+    ("popsize pop_size population_size", Setting(here=("population",))),
+    ("delta spsa_delta fd_eta", Setting(here=("sigma",), words="It is in units of the box's width")),
+    ("attack_basis", Setting(here=("basis",), words="It is pixel or dct")),
+    ("freq_dim freq_dims", Setting(here=("frequencies",), words="It is a share of the image's height and width")),
+    (
+        "pixels pixel_count th threshold",
+        Setting(otherwise="the number of positions belongs to the threat model: --threat-model l0:eps=1"),
     ),
     (
         "restarts n_restarts num_restarts nb_restarts random_restarts restart num_random_init nb_random_init "
@@ -178,8 +191,8 @@ def _guess(name: str) -> str | None:
         if ours is not None and not ours.endswith(":"):
             if norm:
                 part = ATTACKS.load(ours.partition(":")[0])
-                least = str(getattr(part, "default_threat_model", "")).startswith("minimum-")
-                threat = f"minimum-{norm}" if least else _EXAMPLES[norm]
+                least = f"minimum-{norm}"
+                threat = least if least in getattr(part, "norms", ()) else _EXAMPLES[norm]
                 return f"the norm belongs to the threat model: --attack {ours} --threat-model {threat}"
             return f"did you mean {ours!r}?"
         if word in PEERS:

@@ -159,6 +159,15 @@ class Search:
         """Query z, take what is better and drop the rows that are broken; which rows stay, as `drop` says it."""
         return self._score(z, self.oracle(z), None)
 
+    def trial(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Query z, take what is better and drop the rows that are broken.
+
+        Returns of the rows that stay which took their point, bool [n], and which rows stay, as `drop` says it.
+        """
+        reached, wins = self._best.compare(z, self.oracle(z), None, self._active.index)
+        rows = None if reached is None else self.drop(reached)
+        return (wins if rows is None else wins[rows]), rows
+
     def toward(self, goal: TensorGoal) -> Search:
         """A search from the rows active now that descends another goal's loss; both share the best points.
 

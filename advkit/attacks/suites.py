@@ -7,6 +7,7 @@ the fifth of all robust rows and not of whatever rows share a batch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from advkit.threat_models.lp import L1, L2, Linf
 INSIDE = 0.02
 """Closeness above which a row is well inside: honest victims' last rows were broken at a tenth of it and less."""
 
+CALL = 16
+"""Rows of the smallest call of a model: the harness pads smaller ones on the CPU, so fewer cost as much."""
+
 LUCK = 0.01
 """Fraction of the rows that a sentinel may break by luck: of honest victims at most 0.4 %, of a misleading one 2 %."""
 
@@ -42,7 +46,7 @@ class Stage:
     share:    fraction of the robust rows, in (0, 1]
     by:       which ones: "nearest" to the boundary (smallest margin over the spread of the scores, at the best point of
               the stages before), or a "sample" drawn by the rows' ids
-    least:    at least so many rows where a fraction is taken
+    least:    at least so many rows where a fraction is taken, before it is rounded (see `takes`)
     above:    left out unless more than this fraction of the suite's rows are still robust, in [0, 1)
     sentinel: a search of another kind that watches those before it, by scores alone or along the boundary from outside
               (FAB): rows that it breaks mean that gradients are masked or mislead, and call the escalation
@@ -53,10 +57,23 @@ class Stage:
     attack: Any
     share: float = 1.0
     by: Literal["nearest", "sample"] = "nearest"
-    least: int = 20
+    least: int = 1
     above: float = 0.0
     sentinel: bool = False
     when: Literal["always", "escalated"] = "always"
+
+    def takes(self, robust: int, /) -> int:
+        """How many of so many robust rows it takes: all, or the fraction rounded to whole calls of `CALL` rows.
+
+        An attack that runs several targets or restarts of a row side by side sends that many rows for each. So a call
+        holds work and no padding, and few rows cost no more per row than many.
+        """
+        if self.share >= 1:
+            return robust
+        beside = self.attack.together if isinstance(self.attack, APGDT) else 1
+        wanted = max(self.least, math.ceil(self.share * robust)) * beside
+        calls = max(1, round(wanted / CALL))
+        return min(robust, max(1, calls * CALL // beside))
 
     def alarmed(self, broken: Sequence[float], rows: int, /) -> bool:
         """Whether the rows that this sentinel broke say that gradients are masked.
@@ -79,6 +96,8 @@ class Suite(protocols.Suite, ABC):
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
+    revision: ClassVar[int] = 1
+    """Counted up where the stages change: the spec stays, results do not. Reports and names of run folders tell it."""
     stand_in: ClassVar[Any] = APGDCE(steps=100)
     """One attack for its place where no verdicts tell which rows are robust (transfer)."""
 
@@ -152,23 +171,25 @@ class AutoAttack(Suite):
 class Lean(Suite):
     """Suite, the cheapest: nearly AutoAttack's robust accuracy for a few per cent of its cost; `thorough` misses less.
 
-    As `thorough`, with half the rows or fewer in the stages near the boundary and the short sentinel on a sample.
+    As `thorough`, with half the rows or fewer in the stages after the first two.
 
     targets: most classes run toward
     """
 
+    revision: ClassVar[int] = 2
     targets: int = 9
 
     def stages(self) -> tuple[Stage, ...]:
         """Cheap ones first."""
         return _cascade(
-            *_short(),
-            Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.25, least=8),
-            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.08, least=8),
-            *_nearest(0.04, least=4),
-            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.1, least=4, sentinel=True),
-            Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
-            Stage(name="sentinel", attack=Square(queries=100), share=0.25, by="sample", least=4, sentinel=True),
+            *_first(0.4),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.2),
+            Stage(name="near-wide", attack=_wide(40, restarts=2), share=0.08),
+            Stage(name="near-classes", attack=_toward(self.targets, steps=20, together=9, loss="dlr"), share=0.06),
+            Stage(name="nearest-dlr", attack=_toward(0, steps=50, restarts=4, together=4, loss="dlr"), share=0.02),
+            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.1, sentinel=True),
+            Stage(name="near-sentinel", attack=Square(queries=150), share=0.03, above=0.1, sentinel=True),
+            Stage(name="sentinel", attack=Square(queries=100), share=0.2, by="sample", sentinel=True),
         )
 
 
@@ -176,59 +197,60 @@ class Lean(Suite):
 class Thorough(Suite):
     """Suite, the default (`auto`): AutoAttack's robust accuracy or less for a small part of its cost.
 
-    Every row gets a short run and short runs toward its three nearest classes. A row that is robust so far and can be
-    broken is near the boundary, or close to a class that was not tried. So half of the robust rows take a few steps
-    toward every class, the nearest 15 % long runs, the nearest 7 % many starts under two losses, and the nearest
-    quarter meets FAB. On models whose gradients lead straight to what can be reached nothing is left for FAB. Where it
-    breaks rows, as in L2 on models trained in Linf, a great black-box budget breaks more: so FAB is a sentinel, too.
-    All robust rows meet a short black-box sentinel, the nearest ones a longer one, left out where fewer than a tenth of
-    the rows are robust: gradients that broke nearly all are not masked. On an alarm (see `Stage.alarmed`) every robust
-    row gets the full black-box budget and AutoAttack's own stages.
+    Every row gets a short run on the cross-entropy, and one on the margin that begins outside the ball (`wide`): a row
+    that gradients from inside do not break may be in a flat or misleading place. On models trained in Linf and attacked
+    in L2 that breaks more than AutoAttack's black-box budget. What is left and can be broken is near the boundary, or
+    close to a class that was not tried. So the nearer half of the rows takes short runs toward three classes and a few
+    steps toward every one, the nearest fifth longer runs from outside, the nearest 15 % longer ones toward every class,
+    and the very nearest many starts: a run breaks a row on the boundary one time in two to ten.
+
+    FAB watches along the boundary, Square by scores alone: the nearest rows for longer than a sample of all, but for
+    where fewer than a tenth of the rows are robust: gradients that broke nearly all are not masked. On an alarm (see
+    `Stage.alarmed`) every robust row gets the full black-box budget and AutoAttack's own stages.
 
     targets: most classes run toward
     """
 
+    revision: ClassVar[int] = 2
     targets: int = 9
 
     def stages(self) -> tuple[Stage, ...]:
         """Cheap ones first."""
         return _cascade(
-            *_short(),
-            Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.5, least=12),
-            Stage(name="near-targets", attack=_toward(2, steps=100, together=2, loss="dlr"), share=0.15, least=12),
-            Stage(name="near-classes", attack=_toward(self.targets, steps=20, together=9), share=0.05, least=4),
-            *_nearest(0.07, least=12),
-            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.25, least=4, sentinel=True),
-            Stage(name="near-sentinel", attack=Square(queries=1000), share=0.03, least=16, above=0.1, sentinel=True),
-            Stage(name="sentinel", attack=Square(queries=100), sentinel=True),
+            *_first(0.5),
+            Stage(name="all-classes", attack=_toward(self.targets, steps=5, together=9), share=0.4),
+            Stage(name="near-wide", attack=_wide(40, restarts=2), share=0.2),
+            Stage(name="near-wider", attack=_wide(20, restarts=2, wider=4.0), share=0.2),
+            Stage(name="near-classes", attack=_toward(self.targets, steps=20, together=9, loss="dlr"), share=0.15),
+            Stage(name="nearest-dlr", attack=_toward(0, steps=50, restarts=4, together=4, loss="dlr"), share=0.05),
+            Stage(name="nearest-targets", attack=_toward(2, steps=50, restarts=4, together=8), share=0.05),
+            Stage(name="near-fab", attack=FABT(steps=20, targets=3), share=0.2, sentinel=True),
+            Stage(name="near-sentinel", attack=Square(queries=150), share=0.06, above=0.1, sentinel=True),
+            Stage(name="sentinel", attack=Square(queries=100), share=0.3, by="sample", least=32, sentinel=True),
         )
 
 
-def _toward(targets: int, *, steps: int, restarts: int = 1, together: int = 1, loss: str = "margin") -> APGDT:
+def _toward(
+    targets: int, *, steps: int, restarts: int = 1, together: int = 1, loss: str = "margin", wider: float = 1.0
+) -> APGDT:
     """Targets as the scores at the best adversarial point order them."""
-    return APGDT(steps=steps, restarts=restarts, targets=targets, loss=loss, order="adversarial", together=together)
-
-
-def _short() -> tuple[Stage, ...]:
-    """What every row gets."""
-    return (
-        Stage(name="apgd-ce", attack=APGDCE(steps=10)),
-        Stage(name="apgd-t-short", attack=_toward(3, steps=10)),
+    return APGDT(
+        steps=steps, restarts=restarts, targets=targets, loss=loss, order="adversarial", together=together, wider=wider
     )
 
 
-def _nearest(share: float, *, least: int) -> tuple[Stage, ...]:
-    """Many starts for rows on the very boundary: a run breaks such a row one time in two to ten.
+def _first(share: float) -> tuple[Stage, ...]:
+    """What every row gets, and the runs toward three classes that a share gets."""
+    return (
+        Stage(name="apgd-ce", attack=APGDCE(steps=10)),
+        Stage(name="wide", attack=_wide(20)),
+        Stage(name="apgd-t-short", attack=_toward(3, steps=10), share=share),
+    )
 
-    Some are broken on the way to one class alone, some by the untargeted loss, a few by the plain margin; the long runs
-    toward two classes, which break most, come last because they cost most.
-    """
-    attacks = {
-        "nearest-dlr": _toward(0, steps=50, restarts=4, together=4, loss="dlr"),
-        "nearest-margin": _toward(1, steps=25, restarts=8, together=8),
-        "nearest-targets": _toward(2, steps=100, restarts=2, together=4, loss="dlr"),
-    }
-    return tuple(Stage(name=name, attack=attack, share=share, least=least) for name, attack in attacks.items())
+
+def _wide(steps: int, *, restarts: int = 1, wider: float = 3.0) -> APGDT:
+    """Starts side by side that begin outside the ball; another distance finds other rows."""
+    return _toward(0, steps=steps, restarts=restarts, together=restarts, wider=wider)
 
 
 def _cascade(*stages: Stage) -> tuple[Stage, ...]:

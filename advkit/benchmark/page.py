@@ -83,12 +83,17 @@ def _model_lines(entry: dict[str, Any]) -> list[str]:
     ]
     for name, suite in entry["suites"].items():
         lines.append(
-            f"| | {name} | {_spread(suite['runs'])} | {_middle(suite['runs'], 'seconds'):.1f} "
+            f"| | {name}{_revision(suite)} | {_spread(suite['runs'])} | {_middle(suite['runs'], 'seconds'):.1f} "
             f"| {suite['cpu_ratio']:.1f} | {_middle(suite['runs'], 'forwards') / 1e3:.0f} "
             f"| {_middle(suite['runs'], 'backwards') / 1e3:.0f} | {_worst(suite['missed'])} "
             f"| {_worst(suite['gained'])} |"
         )
     return lines
+
+
+def _revision(suite: dict[str, Any]) -> str:
+    """The suite's revision in brackets, where it has one later than the first."""
+    return f" (revision {suite['revision']})" if suite.get("revision", 1) > 1 else ""
 
 
 def _ratio_line(entries: Sequence[dict[str, Any]], name: str, time: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from advkit.attacks import ATTACKS
 from advkit.attacks.peers import peer_package
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Batch, Outcome
+from advkit.core.protocols import Batch, Outcome, Revised
 from advkit.core.speed import clock
 from advkit.evaluation.api import resolve
 from advkit.evaluation.execute import run
@@ -165,12 +165,14 @@ def _hushed(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def reference_run(case: Case, batch_size: int = 250) -> Run:
+def reference_run(case: Case, batch_size: int = 250, stages: Sequence[str] = STAGES) -> Run:
     """AutoAttack standard of pyautoattack, the authors' code, on the rows of the case with the case's seed.
 
     Its attacks are called one after the other, to learn which broke a row; each reseeds from the one seed, so the
     broken rows are those of a run in one go. What it returns is judged by our threat model and the victim, not by
     itself.
+
+    stages: of its attacks the ones to run, the first so many of them
     """
     peer = peer_package("pyautoattack")
     device = torch.device(case.device)
@@ -193,7 +195,7 @@ def reference_run(case: Case, batch_size: int = 250) -> Run:
             victim, norm=ball["norm"], eps=ball["eps"], seed=case.seed, version="standard", device=case.device
         )
         robust = correct.nonzero().squeeze(1)
-        for stage in adversary.attacks_to_run[:]:
+        for stage in [each for each in adversary.attacks_to_run if each in stages]:
             if not len(robust):
                 break
             start = clock(device)
@@ -236,7 +238,8 @@ def side_by_side(
     speed:     of the suites that do not name one; the reference is always full precision
     device:    of both sides; on a CPU seconds are CPU seconds, elsewhere those that pass until the work is done
     """
-    specs = {suite: ATTACKS.label(ATTACKS.build(suite.partition("@")[0])) for suite in suites}
+    built: dict[str, Any] = {suite: ATTACKS.build(suite.partition("@")[0]) for suite in suites}
+    specs = {suite: ATTACKS.label(attack) for suite, attack in built.items()}
     runs: dict[str, list[Run]] = {name: [] for name in (reference, *suites)}
     with one_thread():
         for name, seed in _interleaved([*runs], repetitions):
@@ -256,7 +259,10 @@ def side_by_side(
         "n": case.n,
         "clean_accuracy": 1 - len(theirs[0].wrong) / case.n,
         "reference": _reference_entry(reference, theirs),
-        "suites": {suite: _suite_entry(spec, runs[suite], theirs) for suite, spec in specs.items()},
+        "suites": {
+            suite: {**_revision(built[suite]), **_suite_entry(spec, runs[suite], theirs)}
+            for suite, spec in specs.items()
+        },
     }
 
 
@@ -281,6 +287,11 @@ def _reference_entry(name: str, runs: Sequence[Run]) -> dict[str, Any]:
             row for row in _broken_by_any(runs) if not all(row in each.broken for each in runs)
         ),
     }
+
+
+def _revision(attack: object) -> dict[str, int]:
+    """Of a suite, whose stages may change while its spec stays; empty for other attacks."""
+    return {"revision": attack.revision} if isinstance(attack, Revised) else {}
 
 
 def _suite_entry(spec: str, ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:

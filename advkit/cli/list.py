@@ -88,7 +88,14 @@ def _plain(text: str) -> str:
 
 
 def _cell(value: str | tuple[str, ...]) -> str:
-    return (value if isinstance(value, str) else ",".join(value)) or "-"
+    """As it stands in a column: after `minimum-l0` the other norms without a radius stand as `l1`, `l2`..."""
+    if isinstance(value, str):
+        return value or "-"
+    short = [
+        word.removeprefix("minimum-") if at and value[at - 1].startswith("minimum-") else word
+        for at, word in enumerate(value)
+    ]
+    return ",".join(short) or "-"
 
 
 def _entries(kind: str) -> builtins.list[Entry]:

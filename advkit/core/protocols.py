@@ -133,6 +133,10 @@ class Rng(Protocol):
         """A torch generator for what is not per row (shuffling, initial weights)."""
         ...
 
+    def keys(self) -> Tensor:
+        """A 64-bit number per row, int64 [B] on the CPU, for generators that fill whole blocks (`core.noise`)."""
+        ...
+
 
 @runtime_checkable
 class Model(Protocol[X_contra, Y_co]):
@@ -1049,11 +1053,6 @@ class Stage(Protocol):
         ...
 
     @property
-    def least(self) -> int:
-        """At least so many rows where a fraction is taken."""
-        ...
-
-    @property
     def above(self) -> float:
         """Left out unless more than this fraction of the suite's rows are still robust."""
         ...
@@ -1066,6 +1065,10 @@ class Stage(Protocol):
     @property
     def when(self) -> str:
         """ "always", or only after a sentinel's alarm ("escalated")."""
+        ...
+
+    def takes(self, robust: int, /) -> int:
+        """How many of so many robust rows it takes; all where the share is 1."""
         ...
 
     def alarmed(self, felled: Sequence[float], rows: int, /) -> bool:
@@ -1089,6 +1092,15 @@ class Suite(Protocol):
     @abstractmethod
     def stages(self) -> Sequence[Stage]:
         """The stages in order; those of an escalation last."""
+
+
+@runtime_checkable
+class Revised(Protocol):
+    """An attack whose results may change from one revision to the next while its spec stays, such as a suite."""
+
+    @property
+    @abstractmethod
+    def revision(self) -> int: ...
 
 
 @runtime_checkable
@@ -1173,6 +1185,26 @@ class Serves(Protocol):
     @abstractmethod
     def serves(self) -> Sequence[str]:
         """Names of goals."""
+
+
+@runtime_checkable
+class AsksQueries(Protocol):
+    """An attack whose single step takes several answers: a smaller budget is refused before the run."""
+
+    @property
+    @abstractmethod
+    def least_queries(self) -> int:
+        """Answers that it takes to make a step and to see where that led, >= 1."""
+
+
+@runtime_checkable
+class SearchesPart(Protocol):
+    """An attack that searches a part of the threat model's points only: what lies elsewhere it cannot find."""
+
+    @property
+    @abstractmethod
+    def part(self) -> str:
+        """Which, in words: "values that the clean sample has elsewhere"."""
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
-"""Gradients from values alone: finite differences along random directions (RGE) and coordinates (CGE).
+"""Gradients from values alone: finite differences along random directions (RGE, NES, SPSA) and coordinates (CGE).
 
-The estimators of arXiv 2203.14195, of whatever function a caller may only evaluate. All rows are estimated at once, and
-points are handed over in calls of bounded size.
+The estimators of arXiv 2203.14195, and those of attacks that see scores alone (arXiv 1804.08598, 1802.05666), of
+whatever function a caller may only evaluate. All rows are estimated at once, and points are handed over in calls of
+bounded size.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from torch import Tensor
 
 from advkit.core.errors import UsageError
 from advkit.core.noise import blocks, normal_block
+from advkit.core.protocols import Rng
 from advkit.core.rng import RowRng
 
 Function = Callable[[Tensor, Tensor], Tensor]
 """(points [n, ...], of [n]) -> values [n], a floating type: point i is asked about for row of[i]."""
 Mode = Literal["central", "forward"]
+Directions = Literal["normal", "signs"]
 BLOCK = 64
 """Directions that are drawn at a time for a row."""
 CHUNK = 4096
+_DRAWN, _ASKED = 1 << 20, 1 << 22
+"""Numbers of a row that are drawn at a time, and that are asked about in one call."""
 
 
 class Estimate(NamedTuple):
@@ -45,6 +50,66 @@ def rge_queries(q: int, *, antithetic: bool = False, value: bool = False) -> int
 def cge_queries(coordinates: int, *, mode: Mode = "central", value: bool = False) -> int:
     """Queries of `cge` for each row; coordinates: how many are asked about."""
     return 2 * coordinates + value if mode == "central" else coordinates + 1
+
+
+def pair_queries(pairs: int) -> int:
+    """Queries of `pair_gradient` for each row."""
+    return 2 * pairs
+
+
+def pair_gradient(
+    function: Function,
+    z: Tensor,
+    rng: Rng,
+    *,
+    pairs: int,
+    mu: float,
+    directions: Directions = "normal",
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> Estimate:
+    """Antithetic estimate: (1 / q) sum_k u_k (f(z + mu u_k) - f(z - mu u_k)) / (2 mu), as NES and SPSA have it.
+
+    z:          rows [B, ...] with d numbers each, a floating type
+    rng:        one stream per row: a row's directions depend on nothing else, nor does a bit of its estimate
+    pairs:      q, directions, >= 1
+    mu:         length of a step in every coordinate, > 0
+    directions: "normal", standard normal numbers (NES); "signs", -1 and 1 (SPSA)
+    low, high:  bounds that broadcast against rows; points are clamped between them, so that a function of legal inputs
+                is asked about nothing else. In a coordinate that lies at a bound the estimate is half as long: what
+                clamping leaves of the difference is mu |u|, where it is 2 mu |u| inside
+    chunk:      most points in one call of the function, >= 1
+
+    Costs 2 q queries per row. Unbiased for the gradient of a linear function; for another function for that of its mean
+    over the directions. A value that is not finite counts as no difference. The variance on a linear function, in sum
+    over the coordinates, is (d + 1) |g|^2 / q for normal numbers and (d - 1) |g|^2 / q for signs. Raises UsageError for
+    settings out of range.
+    """
+    _check(z, mu, chunk)
+    if pairs < 1:
+        raise UsageError(f"pairs is {pairs!r}; expected a whole number of directions of at least 1")
+    if directions not in ("normal", "signs"):
+        raise UsageError(f"directions is {directions!r}; expected one of normal, signs")
+    flat = z.detach().flatten(1)
+    at_once = max(1, min(BLOCK, _DRAWN // max(1, flat.shape[1])))
+    asked = _Asked(function, z, min(chunk, max(64, _ASKED // max(1, flat.shape[1]))))
+    total = torch.zeros_like(flat)
+    keys = rng.keys().tolist()
+    for block, number in blocks(0, pairs, at_once):
+        u = torch.stack([normal_block(key, block, number, row) for key, row in zip(keys, flat, strict=True)])
+        u = (torch.where(u < 0, -1.0, 1.0) if directions == "signs" else u).to(flat.dtype)
+        slopes = []
+        for part in torch.split(u, asked.step, dim=1):
+            ahead, behind = (
+                asked(_clamped((flat[:, None] + way * part).view(-1, *z.shape[1:]), low, high).view(part.shape))
+                for way in (mu, -mu)
+            )
+            slopes.append((ahead - behind) / (2 * mu))
+        slope = torch.nan_to_num(torch.cat(slopes, 1), nan=0.0, posinf=0.0, neginf=0.0)
+        # A product of matrices may sum in another order in another batch.
+        total += (slope.unsqueeze(2) * u).sum(1)
+    return Estimate((total / pairs).reshape(z.shape), None, pair_queries(pairs))
 
 
 def rge(
@@ -144,6 +209,10 @@ def cge(
             slope = (ahead - at[:, None]) / mu
         gradient[:, part] = slope
     return Estimate(gradient.reshape(z.shape), at, cge_queries(len(places), mode=mode, value=value))
+
+
+def _clamped(points: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    return points if low is None and high is None else torch.clamp(points, low, high)
 
 
 class _Asked:

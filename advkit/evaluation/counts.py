@@ -213,6 +213,21 @@ def measured(records: Iterable[Record]) -> dict[str, dict[str, float]]:
     }
 
 
+QUERIES_TO_BREAK = "queries_to_break"
+"""Metric: the median, over the samples that an attack broke, of the queries that it had asked of them by then."""
+
+
+def queries_to_break(records: Iterable[Record]) -> list[int]:
+    """Queries that the broken rows had taken when the attack left them, ascending; none where it took gradients.
+
+    An attack by scores or labels leaves a row with the query that broke it, where its oracle's answers are the verdict.
+    """
+    found = [record for record in records if record.outcome == Outcome.BROKEN]
+    if any(record.backwards for record in found):
+        return []
+    return sorted(record.queries for record in found if record.queries)
+
+
 def least_change(records: Iterable[Record], measure: str) -> float | None:
     """The median over all samples of the least change that broke one; None without samples.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import DrawsByRow, FromFile, Graded, Judged, Record, answer_shape
+from advkit.core.protocols import DrawsByRow, FromFile, Graded, Judged, Record, Revised, answer_shape
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
@@ -187,6 +187,9 @@ def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "n_eval_repeats": case.draws if case.randomized else 1,
         "stopping": STOPPING_GRADED if isinstance(case.rule, Graded) else STOPPING,
     }
+    attack: object = case.attack
+    if isinstance(attack, Revised):
+        block["revision"] = attack.revision
     if case.aimed:
         block["attacked"] = NOT_TARGET
     if isinstance(case.rule, Judged) and (cards := case.rule.cards()):

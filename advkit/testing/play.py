@@ -51,6 +51,9 @@ MINIMA: dict[str, BallMaker] = {
 }
 BITS = frozenset({"flips"})  # threat models whose rows are zeros and ones
 
+DECISIONS = 5
+"""How many times as many queries attacks get that see decisions alone."""
+
 # Radii that break some rows of the kit's victims on [0, 1]^8 and leave others.
 RADII = {"linf": 0.1, "l2": 0.25, "l1": 0.5, "l0": 2}
 
@@ -147,10 +150,14 @@ class ShortSuite(Suite):
 
 
 def shortened(attack: Any, steps: int = 40, queries: int = 200) -> Any:
-    """The attack with its effort cut to what tiny victims need; settings below the cut stay."""
+    """The attack with its effort cut to what tiny victims need; settings below the cut stay.
+
+    An attack that sees decisions alone gets DECISIONS times as many queries: a decision is worth a bit at the most.
+    """
     if isinstance(attack, Suite):
         return ShortSuite(attack, steps, queries)
     have = fields_of(attack)
+    queries *= DECISIONS if attack.needs == Access.LABELS else 1
     most = {"steps": steps, "queries": queries}
     changes = {name: n for name, n in most.items() if name in have and getattr(attack, name) > n}
     return replace(attack, **changes) if changes else attack

@@ -186,7 +186,7 @@ class MinimumL0(Minimum):
         return positions(values, self.per)
 
     def everywhere(self, chosen: Tensor, like: Tensor) -> Tensor:
-        """A mask over positions, bool [B, positions], as one that broadcasts against rows `like`."""
+        """A mask over positions [B, positions] as one that broadcasts against rows `like` [B, ...]."""
         return everywhere(chosen, like, self.per)
 
     def distance(self, x: Tensor, origin: Tensor) -> Tensor:

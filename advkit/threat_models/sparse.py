@@ -26,7 +26,7 @@ def positions(values: Tensor, per: str) -> Tensor:
 
 
 def everywhere(chosen: Tensor, like: Tensor, per: str) -> Tensor:
-    """A mask over positions [B, positions] as one that broadcasts against rows `like`."""
+    """A mask over positions [B, positions] as one that broadcasts against rows `like` [B, ...]."""
     if _channels(per, like.ndim - 1):
         return chosen.reshape(*like.shape[:-3], *like.shape[-2:]).unsqueeze(-3)
     return chosen.reshape(like.shape)

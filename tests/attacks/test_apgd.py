@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from advkit.attacks.gradient.apgd import APGD, APGDCE, APGDMargin, checkpoints
+from advkit.attacks.gradient.targeted import APGDT
 from advkit.core.errors import UsageError
+from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel
 from advkit.testing.play import play
 from advkit.threat_models.goals.targeted import Targeted
@@ -104,9 +106,45 @@ def test_at_least_as_strong_as_pgd_with_as_many_steps(digits):
     assert apgd >= pgd - 2
 
 
+class Moat(torch.nn.Module):
+    """Score of class 1 over class 0: flat, until the first coordinate is further than .9 from a half."""
+
+    def forward(self, x):
+        far = torch.relu((x[:, 0] - 0.5).abs() - 0.9)
+        return torch.stack([torch.full_like(far, 0.05), far], 1)
+
+
+@pytest.mark.parametrize("attack", [APGDMargin, lambda **more: APGDT(targets=0, loss="margin", together=2, **more)])
+def test_runs_from_outside_the_ball_leave_a_flat_neighbourhood(attack):
+    """Where a point of the unit ball's surface in 8 dimensions lies, inside it is flat to 99.9 %; at three times the
+    distance the slope begins at a first coordinate of .3, beyond which 43 % of the sphere lie."""
+    victim = TorchModel(Moat(), space=Box(-5.0, 5.0), classes=2)
+    x = torch.full((200, 8), 0.5)
+    ball = L2(eps=1.0, box=Box(-5.0, 5.0))
+    goal = Untargeted(torch.zeros(200, dtype=torch.long))
+    inside = play(attack(steps=20), victim, x, goal, ball)
+    outside = play(attack(steps=20, wider=3.0), victim, x, goal, ball)
+    assert inside.reached.float().mean() < 0.02
+    assert 0.25 < outside.reached.float().mean() < 0.55
+    assert ball.admits(outside.z, x).all()
+
+
+def test_a_run_from_outside_costs_two_answers_more(digits):
+    model, x, y = digits
+    x, y = x[:20], y[:20]
+    for norm in (Linf, L2, L1):
+        hopeless = play(APGDCE(steps=20, wider=3.0), model, x, Untargeted(y), norm(eps=1e-4))
+        assert not hopeless.reached.any()
+        assert (hopeless.meter.backwards == 20).all()
+        assert (hopeless.meter.forwards == 23).all()
+        assert norm(eps=1e-4).admits(hopeless.z, x).all()
+
+
 def test_l0_and_settings_out_of_range_are_refused(digits):
     model, x, y = digits
     with pytest.raises(UsageError, match=r"L0.*Linf, L2 and L1"):
         play(APGD(), model, x[:2], Untargeted(y[:2]), L0(eps=3))
     with pytest.raises(UsageError, match="steps"):
         APGD(steps=0)
+    with pytest.raises(UsageError, match=r"wider"):
+        APGD(wider=0.5)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from advkit.attacks import ATTACKS
+from advkit.attacks.optimiser import AdamW
 from advkit.attacks.ordered import quadattack
 from advkit.attacks.ordered.ad_topk import ADTopK, cosines
 from advkit.attacks.ordered.cw_topk import CWTopK
-from advkit.attacks.ordered.loop import AdamW
 from advkit.attacks.ordered.quadattack import QuadAttack
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, MeteredOracle

@@ -94,7 +94,7 @@ def test_missed_and_gained_rows(monkeypatch):
     assert entry["clean_accuracy"] == pytest.approx(0.8)
     page = bench.markdown({"command": "advkit benchmark", "environment": bench.environment(), "suites": [entry]})
     assert ": e under our seed 0; broken by fab-t under their seeds 1" in page
-    assert "| lean | 0.5 | 2.0 | 5.2 |" in page
+    assert "| lean (revision 2) | 0.5 | 2.0 | 5.2 |" in page
 
 
 def test_a_page_without_misses_says_so(monkeypatch):

@@ -60,6 +60,9 @@ ATTACK_CASES: dict[str, dict[str, Any] | None] = {
     "random_suffix": {"attack": "random_suffix:length=2,evaluations=4", **TEXT},
     "sampled_suffix": {"attack": "sampled_suffix:length=2,evaluations=4", **TEXT},
     "square": {"attack": "square:queries=20"},
+    "one_pixel": {"attack": "one_pixel:queries=40", "threat_model": "l0:eps=2"},
+    "pixle": {"attack": "pixle:queries=40", "threat_model": "l0:eps=2"},
+    **{name: {"attack": f"{name}:queries=120"} for name in ("boundary", "hopskipjump", "sign_opt", "geoda")},
     "pgd": {"attack": "pgd:steps=3,restarts=2"},
     "fgsm": {"attack": "fgsm"},
     "spiking:": {
@@ -72,6 +75,7 @@ ATTACK_CASES: dict[str, dict[str, Any] | None] = {
     "foolbox:": {"attack": "foolbox:LinfPGD"},
     "torchattacks:": {"attack": "torchattacks:PGD"},
     "art:": {"attack": "art:ProjectedGradientDescent"},
+    "advlib:": {"attack": "advlib:ddn,settings=[steps=3]", "threat_model": "minimum-l2"},
     **{name: {"threat_model": TWO} for name in ("ens", "svre", "cwa", "lgv")},
     **{name: {"threat_model": CNN} for name in ("naa", "fia", "bfa", "ila", "ilpd", "linbp", "bpa")},
 }

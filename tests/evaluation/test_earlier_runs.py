@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import advkit
+from advkit.attacks.gradient.apgd import APGDCE
+from advkit.attacks.gradient.targeted import APGDT
+from advkit.attacks.minimal.fab import FABT
+from advkit.attacks.query.square import Square
+from advkit.attacks.suites import Stage, Thorough
 from advkit.core.errors import ReportError, StaleRun
 from advkit.core.protocols import Label
 from advkit.evaluation.counts import by_label, count
@@ -53,7 +60,47 @@ def test_a_title_that_names_no_parts_is_refused_by_what_it_lacks(earlier):
         Request.from_report(data)
 
 
-def test_it_is_resumed(earlier):
+@dataclass(frozen=True, kw_only=True)
+class FirstStage(Stage):
+    """A stage as in revision 1: so many rows as its share says, at least `least`."""
+
+    def takes(self, robust, /):
+        return min(robust, robust if self.share >= 1 else max(self.least, math.ceil(self.share * robust)))
+
+
+def toward(targets, **settings):
+    return APGDT(targets=targets, order="adversarial", **{"loss": "margin", **settings})
+
+
+def first_revision(suite):
+    """The stages of `thorough` before revision 2, but for those of an escalation."""
+    named = {
+        "apgd-ce": (APGDCE(steps=10), {}),
+        "apgd-t-short": (toward(3, steps=10), {}),
+        "all-classes": (toward(9, steps=5, together=9), {"share": 0.5, "least": 12}),
+        "near-targets": (toward(2, steps=100, together=2, loss="dlr"), {"share": 0.15, "least": 12}),
+        "near-classes": (toward(9, steps=20, together=9), {"share": 0.05, "least": 4}),
+        "nearest-dlr": (toward(0, steps=50, restarts=4, together=4, loss="dlr"), {"share": 0.07, "least": 12}),
+        "nearest-margin": (toward(1, steps=25, restarts=8, together=8), {"share": 0.07, "least": 12}),
+        "nearest-targets": (
+            toward(2, steps=100, restarts=2, together=4, loss="dlr"),
+            {"share": 0.07, "least": 12},
+        ),
+        "near-fab": (FABT(steps=20, targets=3), {"share": 0.25, "least": 4, "sentinel": True}),
+        "near-sentinel": (Square(queries=1000), {"share": 0.03, "least": 16, "above": 0.1, "sentinel": True}),
+        "sentinel": (Square(queries=100), {"sentinel": True}),
+    }
+    return tuple(FirstStage(name=name, attack=attack, **more) for name, (attack, more) in named.items())
+
+
+def test_a_suite_of_another_revision_is_refused(earlier):
+    with pytest.raises(StaleRun, match=r"another case \(different: revision\)"):
+        advkit.evaluate(out=earlier, **ASKED)
+
+
+def test_it_is_resumed(earlier, monkeypatch):
+    monkeypatch.setattr(Thorough, "revision", 1)
+    monkeypatch.setattr(Thorough, "stages", first_revision)
     path = earlier / "records.jsonl"
     before = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(before[:20]) + before[20][:30])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from advkit.attacks.base import TensorGoal, TensorOracle, descended, lp_ball, per_row
 from advkit.attacks.search import Search, Step
 from advkit.attacks.wrappers import averaged
-from advkit.core.checks import at_least_one
+from advkit.core.checks import at_least_one, check
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng, Stepped
 from advkit.core.rows import PerRow
@@ -20,6 +20,7 @@ from advkit.threat_models.sparse import L0
 
 ALPHA = 0.75  # weight of the gradient step against the momentum
 RHO = 0.75  # share of steps that must improve the loss
+SHARES = (0.3, 0.3, 0.4)  # of a run's steps, in the largest ball, between, and in the ball asked for
 
 
 def checkpoints(steps: int) -> tuple[int, ...]:
@@ -175,6 +176,10 @@ class APGD(Stepped):
     loss:     surrogate loss: "ce", "margin" or "dlr", where the goal has them
     stop:     leave a row as soon as its goal is reached, where the oracle's answers are the verdict's
     eot:      gradients averaged per step, for victims whose answers vary from call to call
+    wider:    a run begins in a ball so many times as large and comes back into the ball asked for by way of half the
+              excess, with .3, .3 and .4 of the steps and an answer more for each of the first two; >= 1. 1 is plain
+              APGD, 3 the multi-eps scheme published for L1 (arXiv 2103.01208), which leaves flat and misleading
+              neighbourhoods behind in the other norms, too
 
     Raises UsageError for values out of range and for the L0 ball, for which no step-size rule is published.
 
@@ -191,9 +196,11 @@ class APGD(Stepped):
     loss: str = "ce"
     stop: bool = True
     eot: int = 1
+    wider: float = 1.0
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "restarts", "eot")
+        check(self, "wider", self.wider >= 1, "a factor of at least 1")
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         refuse_l0("apgd", ball)
@@ -207,13 +214,30 @@ class APGD(Stepped):
 
     def _run(self, search: Search, ball: Ball[Tensor], start: Tensor) -> None:
         """One restart."""
-        kind = _Sparse if isinstance(lp_ball(ball), L1) else _Dense
-        run: _Sparse | _Dense | None = None
-        search.z = start
-        for step in search.steps(self.steps):
-            run = kind.begin(step, self.steps) if run is None else step.kept(run).after(step)
-            search.z = run.proposed(step.x, ball, step.number)
-        search.finish()
+        steps = self.steps
+        if self.wider > 1 and steps >= len(SHARES):
+            # What a point outside the ball reaches is no success: it has a search of its own, and only leads on.
+            inner = lp_ball(ball)
+            z = search.x + self.wider * (start - search.x)
+            for factor, share in zip((self.wider, (1 + self.wider) / 2), SHARES, strict=False):
+                here = max(1, round(share * self.steps))
+                larger = replace(inner, eps=inner.eps * factor)
+                outside = Search(search.oracle, search.x, search.goal, search.rng, stop=False)
+                _descend(outside, larger, larger.project(z, search.x), here)
+                z, steps = outside.best, steps - here
+            start = ball.project(z, search.x)
+        _descend(search, ball, start, steps)
+
+
+def _descend(search: Search, ball: Ball[Tensor], start: Tensor, steps: int) -> None:
+    """So many steps in one ball."""
+    kind = _Sparse if isinstance(lp_ball(ball), L1) else _Dense
+    run: _Sparse | _Dense | None = None
+    search.z = start
+    for step in search.steps(steps):
+        run = kind.begin(step, steps) if run is None else step.kept(run).after(step)
+        search.z = run.proposed(step.x, ball, step.number)
+    search.finish()
 
 
 def refuse_l0(name: str, ball: Ball[Tensor]) -> None:

@@ -15,6 +15,7 @@ from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, affords, f
 from advkit.attacks.minimal.hyperplane import Norm, close_gap, length
 from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
+from advkit.core.rows import PerRow
 from advkit.threat_models.lp import row_sum
 from advkit.threat_models.minimum import Minimum, MinimumL0
 
@@ -53,8 +54,8 @@ def lengthened(move: Tensor, length: Tensor) -> Tensor:
     return move * per_row(torch.where(size > 0, length / size, 0.0), move)
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+@dataclass(frozen=True)
+class Look(PerRow):
     """What the victim says of a point of every active row.
 
     loss, gradient, answer: as the oracle gives them

@@ -7,7 +7,6 @@ differs, the comments say why.
 from __future__ import annotations
 
 import logging
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, affords, finite_rows, per_row
+from advkit.attacks.optimiser import AdamW, check_budget, effort_of
 from advkit.attacks.wrappers import averaged
-from advkit.core.checks import at_least_one, check, fraction, not_negative, positive
+from advkit.core.checks import at_least_one, fraction, not_negative, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, MadeForGoal, MadeForThreatModel, Rng
 from advkit.threat_models.goals.ordered_topk import OrderedTopK, OutOfTopK, TopK
@@ -27,8 +27,6 @@ from advkit.threat_models.minimum import MinimumL2
 
 log = logging.getLogger("advkit")
 
-BETAS = (0.9, 0.999)
-TINY = 1e-8
 LARGE_ROW = 10_000  # values; from there on the learning rate is the one published for 224 x 224 images
 RATES = (0.03, 2.2e-3)  # small rows, large rows
 
@@ -47,27 +45,6 @@ class Found:
     reached: Tensor
     energy: Tensor
     first: Tensor
-
-
-class AdamW:
-    """AdamW (arXiv 1711.05101) on a tensor of rows, with torch's constants and order of operations.
-
-    Elementwise throughout: what happens to a row is its own affair.
-    """
-
-    def __init__(self, like: Tensor, rate: float, weight_decay: float) -> None:
-        self.rate, self.weight_decay = rate, weight_decay
-        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
-        self.steps = 0
-
-    def step(self, value: Tensor, gradient: Tensor) -> Tensor:
-        """The value after one step."""
-        self.steps += 1
-        self.mean = self.mean.lerp(gradient, 1 - BETAS[0])
-        self.square = (self.square * BETAS[1]).addcmul(gradient, gradient, value=1 - BETAS[1])
-        first, second = (1 - beta**self.steps for beta in BETAS)
-        slowed = self.square.sqrt() / second**0.5 + TINY
-        return (value * (1 - self.rate * self.weight_decay)).addcdiv(self.mean, slowed, value=-self.rate / first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +99,7 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
 
     def __post_init__(self) -> None:
         at_least_one(self, "k", "eot")
-        check(self, "budget", re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.budget) is not None, "coefficients x steps: 1x60")
+        check_budget(self)
         positive(self, "lr", "coefficient")
         fraction(self, "decay", what="factor")
         not_negative(self, "warmup", "noise", "weight_decay")
@@ -135,8 +112,7 @@ class MinimumNorm(MadeForGoal, MadeForThreatModel, ABC):
     @property
     def effort(self) -> tuple[int, int]:
         """Coefficients tried, and steps for each."""
-        searches, steps = self.budget.split("x")
-        return int(searches), int(steps)
+        return effort_of(self.budget)
 
     @property
     def asks_for_head(self) -> bool:

@@ -12,9 +12,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, better, finite_rows, kept, lp_ball, per_row
+from advkit.attacks.base import (
+    ActiveRows,
+    TensorGoal,
+    TensorOracle,
+    ball_among,
+    better,
+    finite_rows,
+    kept,
+    lp_ball,
+    per_row,
+)
 from advkit.core.checks import at_least_one, fraction, one_of
-from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Ball, Rng
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf
@@ -333,11 +342,7 @@ class Square:
         return self.p_init / 2.0 ** bisect_left(HALVINGS, count)
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
-        inner = lp_ball(ball)
-        if not isinstance(inner, Linf | L2 | L1):
-            raise UsageError(
-                f"square was asked for {type(inner).__name__}; it works in Linf, L2 and L1 balls (for L0 use `pgd`)"
-            )
+        inner = ball_among("square", ball, Linf, L2, L1, instead="one_pixel or pixle in L0")
         out = x.clone()
         loss = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         reached = torch.zeros(len(x), dtype=torch.bool, device=x.device)

@@ -29,6 +29,7 @@ from advkit.evaluation.certificates import figures as certified_figures
 from advkit.evaluation.counts import (
     ALL_JUDGES,
     ANY_JUDGE,
+    QUERIES_TO_BREAK,
     REFUSED_WHEN_CLEAN,
     STRICTEST_JUDGE,
     by_class,
@@ -39,6 +40,7 @@ from advkit.evaluation.counts import (
     least_change,
     least_name,
     measured,
+    queries_to_break,
     recalls,
     tail_accuracy,
     weakest_classes,
@@ -369,6 +371,8 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
     for name, found in values.items():
         truths = all(isinstance(value, bool) for value in found)
         figures[name] = (sum(map(bool, found)), len(found)) if truths else float(np.mean(found))
+    if took := queries_to_break(records):
+        figures[QUERIES_TO_BREAK] = float(np.median(took))
     for name, block in measured(records).items():
         figures |= {f"{name}_{kind}": block[kind] for kind in ("mean", "median")}
     return figures

@@ -24,6 +24,7 @@ from advkit.core.protocols import (
     MadeOf,
     Model,
     PerSample,
+    Revised,
     Rule,
     Surrogates,
     Task,
@@ -129,6 +130,9 @@ class Case:
         # Records of version 0.1 left these rows out, or went by a random victim's first answer to the clean row.
         counted: dict[str, Any] = {"attacked": NOT_TARGET} if self.aimed else {}
         counted |= {"clean": "majority of draws"} if self.randomized else {}
+        attack: object = self.attack
+        # The first is not named, for the same reason.
+        revised = {"revision": attack.revision} if isinstance(attack, Revised) and attack.revision > 1 else {}
         counted |= {"propagations": self.propagations} if self.propagations is not None else {}
         return {
             "specs": {**named, "model": info.architecture or info.name, **speed},
@@ -141,6 +145,7 @@ class Case:
             "seed": self.seed,
             "draws": self.draws if self.randomized else 1,
             **counted,
+            **revised,
         }
 
     def goal(self, labels: Any, answer: Any, rng: Any, ids: Sequence[str]) -> Any:

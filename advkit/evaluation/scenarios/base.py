@@ -10,8 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Access, Graded, Record, Worded, Wording
-from advkit.evaluation.counts import ANY_JUDGE, RECALL_AT, REFUSED, SAYS, STRICTEST_JUDGE, TARGET, JudgeCounts, unranked
+from advkit.core.protocols import Access, AsksQueries, Graded, Record, Worded, Wording
+from advkit.evaluation.counts import (
+    ANY_JUDGE,
+    QUERIES_TO_BREAK,
+    RECALL_AT,
+    REFUSED,
+    SAYS,
+    STRICTEST_JUDGE,
+    TARGET,
+    JudgeCounts,
+    unranked,
+)
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.scenario import Companion, Engine, Headline, Parts, Records, Section
@@ -21,6 +31,7 @@ from advkit.evaluation.scenarios.metrics import (
     judge_counts,
     least_metrics,
     per_class,
+    stops_at_success,
 )
 from advkit.evaluation.stats import rate
 
@@ -65,15 +76,33 @@ def wording_of(case: Case) -> Wording:
 
 
 def lacks_access(case: Case) -> str | None:
-    """Why the threat model does not grant what the attack needs, or None."""
+    """Why the threat model does not grant what the attack needs, access or queries for a step, or None."""
     assert case.attack is not None
     needs, granted = Access(case.attack.needs), Access(case.threat.access)
     if needs <= granted:
-        return None
+        return _lacks_queries(case)
     return (
         f"the attack {case.label} needs {needs.name.lower()}; the threat model grants {granted.name.lower()}: "
         "choose an attack that asks for less, or grant more with access=..."
     )
+
+
+def _lacks_queries(case: Case) -> str | None:
+    """Why there are fewer queries than one step of the attack takes, or None."""
+    attack: Any = case.attack
+    if not isinstance(attack, AsksQueries):
+        return None
+    least, own = attack.least_queries, getattr(attack, "queries", None)
+    for granted, what in ((case.threat.queries, "queries"), (case.propagations, "propagations")):
+        if granted is not None and granted < least:
+            who = "the threat model grants" if what == "queries" else "the budget is"
+            return (
+                f"one step of the attack {case.label} takes {least} {what} of a sample; {who} {granted}: raise {what} "
+                f"to {least} or more, or choose settings or an attack that take fewer"
+            )
+    if isinstance(own, int) and own < least:
+        return f"one step of the attack {case.label} takes {least} queries of a sample; it has queries={own}"
+    return None
 
 
 def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
@@ -124,6 +153,8 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             f"The mean {spoken(name)} under attack is {{{name}}}, over the samples with a verdict: {how}. "
             f"{words.robust.capitalize()} are {{robust_accuracy}} of the samples."
         )
+    if QUERIES_TO_BREAK in metrics:
+        table = [*table, ("queries to break a sample, median", QUERIES_TO_BREAK)]
     lacking, answers = unranked(records)
     if lacking:
         sentence += f" Recalls are left out: {lacking:,} of {answers:,} answers have no rank in the records."
@@ -168,9 +199,9 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
 def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
-    return [
-        {"name": name} for name in [*names, "success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
-    ]
+    names += ["success_by_queries"] if stops_at_success(case) else []
+    names += ["success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
+    return [{"name": name} for name in names]
 
 
 def settings_of(case: Case) -> dict[Any, dict[str, Any]]:

@@ -64,10 +64,12 @@ class _Alone:
     name: str = ""
     share: float = 1.0
     by: str = "nearest"
-    least: int = 0
     above: float = 0.0
     sentinel: bool = False
     when: str = "always"
+
+    def takes(self, robust: int, /) -> int:
+        return robust
 
     def alarmed(self, felled: Sequence[float], rows: int, /) -> bool:
         return False
@@ -136,8 +138,7 @@ class Evasion(BaseScenario, RowsApart):
         for stage in stages:
             own = by_stage.get(labelled(case, stage).stage, [])
             if own or ((stage.when == "always" or escalated) and robust > stage.above * case.n):
-                fraction = robust if stage.share >= 1 else max(stage.least, math.ceil(stage.share * robust))
-                total += max(len(own), min(robust, fraction))
+                total += max(len(own), stage.takes(robust))
             robust -= sum(record.outcome in (Outcome.WRONG, Outcome.BROKEN) for record in own)
         return total
 
@@ -190,7 +191,7 @@ def taken_by(stage: Stage, closeness: Mapping[str, float], seed: int) -> frozens
     """The rows that a stage takes of the robust ones: all, the fraction nearest to the boundary, or a sample."""
     if stage.share >= 1:
         return frozenset(closeness)
-    most = min(len(closeness), max(stage.least, math.ceil(stage.share * len(closeness))))
+    most = stage.takes(len(closeness))
 
     def rank(row: str) -> tuple[float, str]:
         word = hashlib.sha256(f"{seed}|{stage.name}|{row}".encode()).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from advkit.core.protocols import (
+    Access,
     CountsOver,
     CountsPart,
     Graded,
@@ -21,8 +22,10 @@ from advkit.core.protocols import (
     OfKind,
     Outcome,
     Record,
+    SeeksNearest,
 )
 from advkit.evaluation.counts import (
+    QUERIES_TO_BREAK,
     RECALL_AT,
     REFUSED_WHEN_CLEAN,
     Counts,
@@ -35,11 +38,13 @@ from advkit.evaluation.counts import (
     least_change,
     least_name,
     measured,
+    queries_to_break,
     recalls,
     tail_accuracy,
     weakest_classes,
     worst_figures,
 )
+from advkit.evaluation.run.batch import attacked_model
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import DenominatorKind, graded_entry, rate
 
@@ -72,7 +77,7 @@ def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     metrics |= {name: rate(each.found, each.queries, each.what) for name, each in recalls(records, at).items()}
     if len(by_label(records)) == 1:
         metrics |= figured(case, records)
-    metrics |= graded(case, records)
+    metrics |= graded(case, records) | by_queries(case, records)
     if len(by_label(records)) == 1:
         for name, values in measured(records).items():
             for kind in ("mean", "median"):
@@ -167,6 +172,27 @@ def within_levels(case: Case, records: Iterable[Record]) -> dict[str, Any]:
         for name, thresholds in case.threat.levels().items()
         for level in thresholds
     }
+
+
+def by_queries(case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    """The median of the queries that broke a sample, of one attack by scores or labels that leaves what it broke.
+
+    None where samples do not stop at success: the oracle's answers are not the verdict (files of few levels, random
+    victims, transfer), or the rule grades every sample.
+    """
+    if not stops_at_success(case) or len(by_label(records)) != 1:
+        return {}
+    found = queries_to_break(records)
+    return {QUERIES_TO_BREAK: {"value": float(np.median(found)), "unit": "queries", "n": len(found)}} if found else {}
+
+
+def stops_at_success(case: Case) -> bool:
+    """Whether the attack of a case may leave a sample with the query that broke it, and takes no gradient."""
+    if case.attack is None or Access(case.attack.needs) not in (Access.LABELS, Access.SCORES):
+        return False
+    if isinstance(case.attack, SeeksNearest) and case.attack.seeks_nearest:  # it goes on for a nearer point
+        return False
+    return attacked_model(case)[1]
 
 
 def task_kind(case: Case) -> str:
@@ -275,6 +301,8 @@ def _cost(records: Sequence[Record], attacked: Sequence[Record]) -> dict[str, An
     if attacked:
         queries = np.array([r.queries for r in attacked])
         cost |= {"queries_median": float(np.median(queries)), "queries_max": float(queries.max())}
+    if broke := queries_to_break(records):
+        cost["queries_median_broken"] = float(np.median(broke))
     return cost
 
 
@@ -292,6 +320,7 @@ __all__ = [
     "least_metrics",
     "per_class",
     "rate",
+    "stops_at_success",
     "success_kind",
     "task_kind",
     "within_levels",
