@@ -229,6 +229,36 @@ class ActiveRows:
         return affords(self.oracle, answers)
 
 
+class OverActiveRows:
+    """A search over rows of which some leave: `x`, `goal`, `rng` and `oracle` are those of the active ones."""
+
+    _active: ActiveRows
+
+    def __len__(self) -> int:
+        """How many rows are active."""
+        return len(self._active)
+
+    @property
+    def oracle(self) -> TensorOracle:
+        return self._active.oracle
+
+    @property
+    def x(self) -> Tensor:
+        return self._active.x
+
+    @property
+    def goal(self) -> TensorGoal:
+        return self._active.goal
+
+    @property
+    def rng(self) -> Rng:
+        return self._active.rng
+
+    def affords(self, answers: int = 1) -> bool:
+        """Whether every active row may still ask for that many answers."""
+        return affords(self.oracle, answers)
+
+
 Live = ActiveRows
 """The former name, for plug-ins."""
 

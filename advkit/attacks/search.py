@@ -9,7 +9,7 @@ from typing import Literal, Protocol, Self, TypeVar
 
 from torch import Tensor
 
-from advkit.attacks.base import ActiveRows, Best, TensorGoal, TensorOracle, affords, kept
+from advkit.attacks.base import ActiveRows, Best, OverActiveRows, TensorGoal, TensorOracle, kept
 from advkit.core.protocols import Rng
 
 Keep = Literal["best", "last"]
@@ -57,7 +57,7 @@ class Step:
         return taken(self.rows, state)
 
 
-class Search:
+class Search(OverActiveRows):
     """The search for every row's best point: scores points, drops finished rows, ends with the query budget.
 
     z:    where the next step asks for the gradient, one point per active row: the clean rows until the attack sets it
@@ -85,26 +85,6 @@ class Search:
         self._stop = stop and oracle.decides
         self._keep = keep
 
-    def __len__(self) -> int:
-        """How many rows are active."""
-        return len(self._active)
-
-    @property
-    def oracle(self) -> TensorOracle:
-        return self._active.oracle
-
-    @property
-    def x(self) -> Tensor:
-        return self._active.x
-
-    @property
-    def goal(self) -> TensorGoal:
-        return self._active.goal
-
-    @property
-    def rng(self) -> Rng:
-        return self._active.rng
-
     @property
     def best(self) -> Tensor:
         """Every row's best point [B, ...], those no longer active included; the clean row where nothing was better."""
@@ -113,10 +93,6 @@ class Search:
     def of(self, values: Tensor) -> Tensor:
         """The active rows' values, of a tensor with a value for every row."""
         return self._active.of(values)
-
-    def affords(self, answers: int = 1) -> bool:
-        """Whether every active row may still ask for that many answers."""
-        return affords(self.oracle, answers)
 
     def restarts(self, count: int) -> Iterator[Rng]:
         """A random stream per restart, for the rows not broken yet; more restarts repeat the fewer and go on."""

@@ -308,14 +308,11 @@ def test_a_victim_that_hangs_in_compiled_code_costs_its_sample_with_workers(plai
     """On the clean sample, too: no process ever hears what it says of it."""
     monkeypatch.setattr(limits, "GRACE", 2.0)
     asked = {"task": rows(), "threat_model": EPS, "batch_size": 8, "device": "cpu", "sample_timeout": 2}
-    from advkit.evaluation.run import rehearsal
+    from advkit.evaluation import execute
+    from advkit.evaluation.run import lanes, rehearsal
 
     # Here the first samples are asked in this process, which would hang itself.
-    monkeypatch.setattr(rehearsal, "first_rows", lambda case, rows=64: next(iter(case.task.batches(4))))
-    from advkit.evaluation import execute
-    from advkit.evaluation.run import engine
-
-    for module in (engine, execute):
+    for module in (rehearsal, execute, lanes):
         monkeypatch.setattr(module, "first_rows", lambda case, rows=64: next(iter(case.task.batches(4))))
     advkit.evaluate(Walks(), model=Net(13, how=hang_in_c), out=tmp_path, workers=2, **asked)
     found = {record.id: record for record in read_records(tmp_path / "records.jsonl")}

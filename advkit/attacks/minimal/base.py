@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import ActiveRows, TensorGoal, TensorOracle, affords, finite_rows, per_row
+from advkit.attacks.base import ActiveRows, OverActiveRows, TensorGoal, TensorOracle, finite_rows, per_row
 from advkit.attacks.minimal.hyperplane import Norm, close_gap, length
 from advkit.core.errors import BudgetExhausted, UsageError
 from advkit.core.protocols import Access, MadeForThreatModel, Rng, SeeksNearest
@@ -70,7 +70,7 @@ class Look(PerRow):
     distance: Tensor
 
 
-class NearestSearch:
+class NearestSearch(OverActiveRows):
     """The search for every row's nearest point: verifies points, keeps the nearest, lets finished rows leave.
 
     nearest: the nearest point known to reach the goal, of the active rows [n, ...]; the clean row before there is one
@@ -88,26 +88,6 @@ class NearestSearch:
         self.away = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         self._all, self._all_away = self.nearest, self.away
 
-    def __len__(self) -> int:
-        """How many rows are active."""
-        return len(self._active)
-
-    @property
-    def oracle(self) -> TensorOracle:
-        return self._active.oracle
-
-    @property
-    def x(self) -> Tensor:
-        return self._active.x
-
-    @property
-    def goal(self) -> TensorGoal:
-        return self._active.goal
-
-    @property
-    def rng(self) -> Rng:
-        return self._active.rng
-
     @property
     def best(self) -> Tensor:
         """Every row's nearest point [B, ...], those no longer active included; the clean row where there is none."""
@@ -123,10 +103,6 @@ class NearestSearch:
             self._all_away[self._active.index] = self.away
             return self._all_away
         return self.away
-
-    def affords(self, answers: int = 1) -> bool:
-        """Whether every active row may still ask for that many answers."""
-        return affords(self.oracle, answers)
 
     def legal(self, z: Tensor) -> Tensor:
         """The nearest points in the box [n, ...]."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from advkit.attacks.base import TensorGoal, kept
+from advkit.attacks.base import kept
 from advkit.attacks.minimal.base import MinimalAttack, NearestSearch
 from advkit.attacks.minimal.faces import Margin
 from advkit.core.checks import at_least_one, one_of
@@ -16,19 +16,13 @@ from advkit.threat_models.minimum import MinimumL0
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Margin):
     """The sum of the scores that a goal wants higher, or of those that it wants lower, as the loss of a face.
 
     Which these are is read from the sign of the derivative of its cross-entropy; of its margin where that is flat.
     """
 
-    kind: ClassVar[str] = "face"
-    goal: TensorGoal
     wanted: bool
-
-    def reached(self, answer: Tensor) -> Tensor:
-        """Bool [B]."""
-        return self.goal.reached(answer)
 
     def loss(self, answer: Tensor) -> Tensor:
         """The sum [B]."""
@@ -43,22 +37,6 @@ class Scores:
             steep, sure = (torch.autograd.grad(loss, leaf)[0] for loss in losses)
         flat = (steep == 0).all(1, keepdim=True) | ~torch.isfinite(steep).all(1, keepdim=True)
         return torch.where(flat, sure, steep)
-
-    def margin(self, answer: Tensor) -> Tensor:
-        """The margin [B]."""
-        return self.goal.margin(answer)
-
-    def under(self, loss: str) -> Self:
-        """Itself."""
-        return self
-
-    def take(self, rows: Tensor) -> Self:
-        """That of some of the rows."""
-        return replace(self, goal=self.goal.take(rows))
-
-    def to(self, device: torch.device | str) -> Self:
-        """On another device."""
-        return replace(self, goal=self.goal.to(device))
 
 
 def saliency(rise: Tensor, fall: Tensor) -> Tensor:

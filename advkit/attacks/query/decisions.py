@@ -17,7 +17,7 @@ from advkit.attacks.minimal.base import MinimalAttack, NearestSearch
 from advkit.core.checks import at_least_one, not_negative
 from advkit.core.errors import UsageError
 from advkit.core.noise import normal_block
-from advkit.core.protocols import Access, AsksQueries, Rng, WantsData
+from advkit.core.protocols import Access, AsksQueries, Rng, Serves, WantsData
 from advkit.threat_models.lp import row_max, row_sum
 
 NOISES, SAMPLES, GROWTH = 10, 50, 20
@@ -276,7 +276,8 @@ class Decisions:
         if classes and not bool(wins.any(1).all()):
             raise UsageError(
                 f"the goal {type(goal).__name__} asks for more than the class on top, and this attack sees decisions "
-                "alone: use an attack that sees scores or gradients (advkit list attacks --access scores)"
+                "alone: it serves untargeted and targeted; for others use an attack that sees scores or gradients "
+                "(advkit list attacks --access scores)"
             )
         return wins
 
@@ -459,7 +460,7 @@ def resolution(x: Tensor, sigma: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecisionAttack(MinimalAttack, AsksQueries, WantsData):
+class DecisionAttack(MinimalAttack, AsksQueries, WantsData, Serves):
     """An attack that sees decisions alone and looks for the nearest point that reaches the goal.
 
     A row for which no point that reaches the goal was found comes back unchanged, and its record says so. A subclass
@@ -471,6 +472,7 @@ class DecisionAttack(MinimalAttack, AsksQueries, WantsData):
 
     needs: ClassVar[Access] = Access.LABELS
     wants_data: ClassVar[bool] = True
+    serves: ClassVar[tuple[str, ...]] = ("untargeted", "targeted")
 
     queries: int = 5000
     directions: int = 10

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from advkit.attacks.base import finite_rows, kept
 from advkit.attacks.search import Search, T, taken
+from advkit.core.checks import at_least_one, check, positive
 from advkit.core.spaces import Box
 from advkit.core.zeroth_order import Directions, pair_gradient, pair_queries
 
@@ -85,3 +86,29 @@ def estimated_steps(
         rows = search.drop_broken()
         if rows is not None:
             z, loss = kept(rows, z, loss)
+
+
+class Estimates:
+    """Settings that attacks with estimated gradients share; a frozen dataclass below it declares them in its order.
+
+    queries:   answers asked of each row, >= 1
+    samples:   of them for one estimate, even, >= 2; a step takes one more
+    sigma:     distance of the points that are asked about, in units of the box's width, > 0
+    step_size: in units of the ball's eps, > 0
+    """
+
+    queries: int
+    samples: int
+    sigma: float
+    step_size: float
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "queries")
+        check(self, "samples", self.samples >= 2 and self.samples % 2 == 0, "an even number of at least 2")
+        positive(self, "sigma", what="length in units of the box's width")
+        positive(self, "step_size", what="length in units of eps")
+
+    @property
+    def least_queries(self) -> int:
+        """An estimate, and where the step led."""
+        return self.samples + 1

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, ball_among, descended, per_row
-from advkit.attacks.query.estimates import estimated_steps
+from advkit.attacks.query.estimates import Estimates, estimated_steps
 from advkit.attacks.search import Search
-from advkit.core.checks import at_least_one, check, fraction, positive
+from advkit.core.checks import fraction
 from advkit.core.protocols import Access, AsksQueries, Ball, Rng
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L1, L2, Linf
@@ -31,7 +31,7 @@ class _State(PerRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NES(AsksQueries):
+class NES(Estimates, AsksQueries):
     """NES, natural evolution strategies: projected gradient descent along a gradient that is estimated from scores.
 
     Scores are asked at z + sigma u and z - sigma u for random normal u. A step goes along the ball's steepest
@@ -62,16 +62,8 @@ class NES(AsksQueries):
     loss: str = "margin"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "queries")
-        check(self, "samples", self.samples >= 2 and self.samples % 2 == 0, "an even number of at least 2")
-        positive(self, "sigma", what="length in units of the box's width")
-        positive(self, "step_size", what="length in units of eps")
+        super().__post_init__()
         fraction(self, "momentum", ends="[)")
-
-    @property
-    def least_queries(self) -> int:
-        """An estimate, and where the step led."""
-        return self.samples + 1
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         inner = ball_among("nes", ball, Linf, L2, L1, instead="one_pixel or pixle in L0")

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, ball_among
-from advkit.attacks.query.estimates import estimated_steps
+from advkit.attacks.query.estimates import Estimates, estimated_steps
 from advkit.attacks.search import Search
-from advkit.core.checks import at_least_one, check, positive
 from advkit.core.protocols import Access, AsksQueries, Ball, Rng
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import L2, Linf
@@ -30,7 +29,7 @@ class _Adam(PerRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SPSA(AsksQueries):
+class SPSA(Estimates, AsksQueries):
     """SPSA, simultaneous perturbation: Adam on a gradient that is estimated from scores along random signs.
 
     Scores are asked at z + sigma u and z - sigma u for random u of -1 and 1. Adam's step is projected onto the ball,
@@ -56,17 +55,6 @@ class SPSA(AsksQueries):
     sigma: float = 0.01
     step_size: float = 0.25
     loss: str = "margin"
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "queries")
-        check(self, "samples", self.samples >= 2 and self.samples % 2 == 0, "an even number of at least 2")
-        positive(self, "sigma", what="length in units of the box's width")
-        positive(self, "step_size", what="length in units of eps")
-
-    @property
-    def least_queries(self) -> int:
-        """An estimate, and where the step led."""
-        return self.samples + 1
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         inner = ball_among("spsa", ball, Linf, L2, instead="nes or square in L1, one_pixel or pixle in L0")

@@ -445,8 +445,10 @@ def _attacker(report: Report, data: Mapping[str, Any], records: Sequence[Record]
     if "attacker" not in report.to_dict()["threat_model"]:
         return
     threat = data["threat_model"]
-    access, granted = threat["attacker"]["access"], threat["granted"]
-    if threat["knowledge"] not in (access, granted):
+    access, granted = threat["attacker"]["access"], threat.get("granted")
+    if granted is None:
+        yield "threat_model.attacker is there, threat_model.granted is missing"
+    elif threat["knowledge"] not in (access, granted):
         yield f"threat_model.knowledge is {_short(threat['knowledge'])}, the attacker's access {_short(access)}"
     told = [("threat_model.attacker.access", access, records)]
     groups = {str(label): own for label, own in by_label(records).items()}
