@@ -138,10 +138,34 @@ def answered(case: Case) -> str:
 
 
 def _asked(case: Case) -> list[tuple[Any, bool]]:
-    """Every model of the case, and whether gradients are asked of it."""
-    probes = [(case.victim, not case.surrogates), *((model, True) for _, model in case.surrogates)]
-    # A smoothed model has no shapes of its own: those of the model that it calls for every draw count.
-    return [(model.base if isinstance(model, DrawsByRow) else model, backward) for model, backward in probes]
+    """Every model of the case that is called, an attacker's view of the victim too, and whether it is differentiated.
+
+    A smoothed model calls its chain in shapes of its own; the chain is asked here for what it says of the machine.
+    """
+    attacked = [(model, backward) for _, model, backward in models_attacked(case)]
+    victim = [] if any(model is case.victim for model, _ in attacked) else [(case.victim, False)]
+    return [(_with_same_draws(model), backward) for model, backward in (*victim, *attacked)]
+
+
+def _with_same_draws(model: Any) -> Any:
+    if not isinstance(model, DrawsByRow):
+        return model
+    return model.base if Lanes.own(model) else _SameDraws(model)
+
+
+class _SameDraws:
+    """A model that draws by row, with one key for all rows: an answer does not depend on a row's place."""
+
+    def __init__(self, model: DrawsByRow) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.model.drawing(x, torch.zeros(len(x), dtype=torch.int64))
+        return answer
+
+    def modules(self) -> Any:
+        """Those of the model that it calls."""
+        return self.model.base.modules()
 
 
 def _rows_sent(case: Case) -> float:
