@@ -1629,9 +1629,9 @@ class Record:
     spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
     has no meaning). `measures` are what the threat model measures of the change beside its distance. `figures` are what
     goal and threat model say of the row whether it was broken or not; `trace` is what the attack noted step by step,
-    evidence of how it went and of nothing else; `texts` are what was said of the row in words, `scores` rows of numbers
-    by which a task ranks the rows against each other. `stage` and `source` belong to the attack's `Label`. The last six
-    stand in a file only where there are any.
+    evidence of how it went and of nothing else; `texts` are what was said of the row in words, `scores` rows of
+    numbers: those by which a task ranks the rows against each other, and what a judge says of each reply (1 or 0).
+    `stage` and `source` belong to the attack's `Label`. The last six stand in a file only where there are any.
     """
 
     id: str

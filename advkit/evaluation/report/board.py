@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from advkit.core.text import printable_json
+from advkit.evaluation.counts import SAYS, SAYS_CLEAN
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.text import attacker_text, is_fraction, spell, value_text, words_of
+from advkit.evaluation.stats_agreement import Flip, ranking_flips
 
 BOARD_VERSION = "2.0"
 WHITE_BOX = "white_box"
@@ -127,6 +129,11 @@ class Attack:
         return attacker_text(self.data["threat_model"])
 
     @property
+    def judges(self) -> dict[str, float | None]:
+        """What each judge calls broken by this attack; empty where none reads replies."""
+        return judges_of(self.data["metrics"])
+
+    @property
     def n(self) -> int:
         """Samples evaluated."""
         return int(self.data["dataset"]["n_evaluated"])
@@ -173,6 +180,7 @@ class Victim:
     certified: (radius, value) where an empirical report also holds a certificate
     attacks:   its reports, the strongest first
     trusted:   whether some report under the group's own terms counts and can be trusted
+    judges:    where judges read replies, what each calls broken, in their order; as the score over all its reports
     """
 
     rank: int | None
@@ -183,6 +191,7 @@ class Victim:
     certified: tuple[float, float | None] | None
     attacks: tuple[Attack, ...]
     trusted: bool
+    judges: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def decisive(self) -> Attack:
@@ -338,6 +347,25 @@ class Group:
         return wanted
 
     @property
+    def flips(self) -> dict[str, list[Flip]] | None:
+        """Which orders one judge reverses against another: of the ranked victims, and of the attacks on each of them.
+
+        None where there is nothing to ask: fewer than two judges, or nothing ranked against something else.
+        """
+        ranked = [(f"{v.model}, defense {v.defense}", v) for v in self.victims if v.rank is not None]
+        tables = {"victims": _told_apart([(name, v.judges, v.decisive.path) for name, v in ranked])}
+        for name, victim in ranked:
+            attacks = [(each.name, each.judges, each.path) for each in victim.attacks if each.rank is not None]
+            tables[f"attacks on {name}"] = _told_apart(attacks)
+        asked = {name: table for name, table in tables.items() if len(table) > 1}
+        found = {}
+        for name, table in asked.items():
+            judges = [judge for judge in next(iter(table.values())) if all(judge in own for own in table.values())]
+            if len(judges) > 1:
+                found[name] = ranking_flips({j: {system: own[j] for system, own in table.items()} for j in judges})
+        return found or None
+
+    @property
     def has_certified(self) -> bool:
         """Some empirical line also holds a certificate."""
         return any(victim.certified for victim in self.victims)
@@ -357,6 +385,11 @@ class Group:
             "radius": self.radius,
             "columns": [{"name": key, "figure": title} for key, title in self.columns.items()],
             "victims": [victim.to_dict() for victim in self.victims],
+            **(
+                {}
+                if (flips := self.flips) is None
+                else {"flips": {k: [f.to_dict() for f in v] for k, v in flips.items()}}
+            ),
         }
 
 
@@ -395,6 +428,20 @@ class Board:
     def to_json(self) -> str:
         """The same as text."""
         return printable_json(json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def judges_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """What each judge calls broken of the greedy replies, in their order."""
+    names = [name for name in metrics if name.endswith(SAYS) and not name.endswith(SAYS_CLEAN)]
+    return {name.removesuffix(SAYS): metrics[name]["value"] for name in names if is_fraction(metrics[name])}
+
+
+def _told_apart(
+    systems: Sequence[tuple[str, Mapping[str, float | None], str]],
+) -> dict[str, Mapping[str, float | None]]:
+    """Name -> what the judges say; a name that several have gets their paths."""
+    names = [name for name, _, _ in systems]
+    return {f"{name} ({path})" if names.count(name) > 1 else name: judges for name, judges, path in systems}
 
 
 def heading(name: str) -> str:

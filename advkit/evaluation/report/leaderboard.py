@@ -117,6 +117,17 @@ def attack_cells(attack: Attack) -> list[str]:
     ]
 
 
+def flips_text(group: Group) -> list[str]:
+    """Whether the judges agree on who is ahead: one sentence per ranking that several of them can make."""
+    said = []
+    for what, flips in (group.flips or {}).items():
+        if flips:
+            said.append(f"The order of {what} depends on the judge. {'; '.join(map(str, flips))}.")
+        else:
+            said.append(f"No judge reverses the order of {what}.")
+    return said
+
+
 # Markdown
 
 
@@ -126,6 +137,7 @@ def markdown_of(found: Board) -> str:
     for group in found.groups:
         lines += [f"## {markdown(group.title)}", ""]
         lines += _table(victim_heads(group), [victim_cells(group, victim) for victim in group.victims])
+        lines += [line for said in flips_text(group) for line in (markdown(said), "")]
         for victim in group.victims:
             if len(victim.attacks) > 1:
                 lines += [f"### Attacks on {markdown(victim.model)}, defense {markdown(victim.defense)}", ""]
@@ -179,6 +191,7 @@ def html_of(found: Board, folder: Path | None = None) -> str:
             level_text=level_text,
             page=page,
             beside_text=beside_text,
+            flips_text=flips_text,
             verified_text=verified_text,
             attack_heads=attack_heads,
             attack_cells=attack_cells,

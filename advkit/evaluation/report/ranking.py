@@ -14,8 +14,20 @@ from typing import Any
 
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.counts import contested, count, was_right, worst_figures
-from advkit.evaluation.report.board import LADDER, WHITE_BOX, Attack, Beside, Board, Group, Score, Victim, heading
+from advkit.evaluation.counts import SAYS, by_judges, contested, count, was_right, worst_figures
+from advkit.evaluation.replies import of_replies
+from advkit.evaluation.report.board import (
+    LADDER,
+    WHITE_BOX,
+    Attack,
+    Beside,
+    Board,
+    Group,
+    Score,
+    Victim,
+    heading,
+    judges_of,
+)
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import REPORT_NAME, Report
 from advkit.evaluation.report.render import lines_of
@@ -453,7 +465,13 @@ def _victim(own: Sequence[_Item], others: Sequence[_Item], samples: _Samples, ev
     mine = sorted((item for item in own if not item.refuted), key=lambda item: _rank_key(item, better))
     beside = tuple(_beside(mine or own, everyone, pool))
     trusted = any(not item.refuted and item.report.trustworthy for item in own)
-    return Victim(None, score, how, clean, beside, _certified(first), attacks, trusted)
+    counted = by_judges(pool) if pool else None
+    judges = (
+        judges_of(first.data["metrics"])
+        if counted is None
+        else {name.removesuffix(SAYS): k / n if n else None for name, (k, n) in counted.each.items()}
+    )
+    return Victim(None, score, how, clean, beside, _certified(first), attacks, trusted, judges)
 
 
 def _agreed(items: Sequence[_Item]) -> frozenset[str]:
@@ -611,7 +629,7 @@ def _beside_one(item: _Item, everyone: Sequence[_Item]) -> Iterator[Beside]:
         yield Beside.of(name, heading(name), entry)
     apart = {*_APART, item.name}
     for label, name in lines_of(data):
-        if name not in apart and not isinstance(metrics[name], list):
+        if name not in apart and not of_replies(name) and not isinstance(metrics[name], list):
             yield Beside.of(name, label, metrics[name])
 
 

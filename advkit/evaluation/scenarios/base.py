@@ -22,6 +22,7 @@ from advkit.evaluation.counts import (
     JudgeCounts,
     unranked,
 )
+from advkit.evaluation.replies import ALPHA, CORRECTED, HIT
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.scenario import Companion, Engine, Headline, Parts, Records, Section
@@ -173,6 +174,7 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
     metrics, words = section.metrics, section.wording
     judges = {name: name.removesuffix(SAYS) for name in counted.broken} | {TARGET: "exact target"}
     strictest = judges[counted.strictest]
+    sampled = [name for name in metrics if name.startswith(f"{strictest}{HIT}") and name[-1].isdecimal()]
     lines = [
         (words.clean, "clean_accuracy"),
         (f"strictest judge ({strictest})", STRICTEST_JUDGE),
@@ -181,6 +183,12 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
         ("refused when clean", REFUSED),
         ("benign prompts answered", "benign_accuracy"),
         ("some judge says broken", ANY_JUDGE),
+        *(
+            (f"hit@{name.rpartition('_')[2]}, {strictest} judge", name)
+            for name in dict.fromkeys(sampled[:1] + sampled[-1:])
+        ),
+        (f"{strictest} judge, corrected", f"{strictest}{SAYS}{CORRECTED}"),
+        ("agreement of judges (alpha)", ALPHA),
     ]
     sentence = (
         f"{{{STRICTEST_JUDGE}}} of the prompts that are refused when clean are broken by the strictest judge "

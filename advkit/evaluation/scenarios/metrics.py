@@ -44,6 +44,7 @@ from advkit.evaluation.counts import (
     weakest_classes,
     worst_figures,
 )
+from advkit.evaluation.replies import reply_figures
 from advkit.evaluation.run.batch import attacked_model
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import DenominatorKind, graded_entry, rate
@@ -77,6 +78,8 @@ def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     metrics |= {name: rate(each.found, each.queries, each.what) for name, each in recalls(records, at).items()}
     if len(by_label(records)) == 1:
         metrics |= figured(case, records)
+    if isinstance(case.rule, Judged) and case.rule.broken_by:
+        metrics |= reply_figures(records, case.rule.cards())
     metrics |= graded(case, records) | by_queries(case, records)
     if len(by_label(records)) == 1:
         for name, values in measured(records).items():
