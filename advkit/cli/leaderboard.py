@@ -14,6 +14,10 @@ def leaderboard(
         Optional[Path],  # noqa: UP045 - typer reads this annotation at run time
         typer.Option("--out", help="Where leaderboard.html, .md and .json go; the folder itself by default."),
     ] = None,
+    claims: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--claims", help="Folder of RobustBench cards (model_info), listed as claimed and never ranked."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print leaderboard.json and write nothing.")] = False,
 ) -> None:
     """Rank the victims of all reports under a folder: one self-contained HTML page, Markdown and JSON.
@@ -26,9 +30,9 @@ def leaderboard(
     from advkit.evaluation.report import leaderboard as boards
 
     if json:
-        typer.echo(boards.scan(folder).to_json(), nl=False)
+        typer.echo(boards.scan(folder, claims).to_json(), nl=False)
         return
-    board, paths = boards.write(folder, out)
+    board, paths = boards.write(folder, out, claims)
     reports = _many(len(board.attacks), "report")
     typer.echo(f"{_many(len(board), 'line')} in {_many(len(board.groups), 'ranking')}, of {reports}:")
     for path in paths:

@@ -18,6 +18,7 @@ from typing import Any
 from advkit.core.text import printable_json
 from advkit.evaluation.counts import SAYS, SAYS_CLEAN
 from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.robustbench import Claim
 from advkit.evaluation.report.text import attacker_text, is_fraction, spell, value_text, words_of
 from advkit.evaluation.stats_agreement import Flip, ranking_flips
 
@@ -400,11 +401,13 @@ class Board:
     groups:   ranked victims
     unranked: (path, reason) of valid reports that hold no ranking number (sweeps, comparisons)
     invalid:  (path, fault) of files that are not valid reports
+    claimed:  what cards of others say; never ranked
     """
 
     groups: tuple[Group, ...]
     unranked: tuple[tuple[str, str], ...]
     invalid: tuple[tuple[str, str], ...]
+    claimed: tuple[Claim, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(group.victims) for group in self.groups)
@@ -423,6 +426,7 @@ class Board:
             "groups": [group.to_dict() for group in self.groups],
             "unranked": [{"path": path, "reason": reason} for path, reason in self.unranked],
             "invalid": [{"path": path, "fault": fault} for path, fault in self.invalid],
+            **({"claimed": [claim.to_dict() for claim in self.claimed]} if self.claimed else {}),
         }
 
     def to_json(self) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from advkit.core.text import printable
@@ -15,6 +16,7 @@ from advkit.evaluation.report.document import write_atomic
 from advkit.evaluation.report.ranking import board
 from advkit.evaluation.report.ranking import scan as ranked
 from advkit.evaluation.report.render import environment, page
+from advkit.evaluation.report.robustbench import CLAIMED, FIGURES, Claim, read_cards
 from advkit.evaluation.report.text import level_text, percent
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -23,10 +25,14 @@ _MOST_PLOT_BYTES = 4_000_000
 _IMAGE_KINDS = {".png": ("image/png", b"\x89PNG\r\n\x1a\n"), ".svg": ("image/svg+xml", b"")}
 
 
-def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> tuple[Board, list[Path]]:
+def write(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    claims: str | os.PathLike[str] | None = None,
+) -> tuple[Board, list[Path]]:
     """Scan a folder and write leaderboard.html, .md and .json into `out` (default: the folder itself)."""
     root = Path(folder)
-    found = scan(root)
+    found = scan(root, claims)
     target = root if out is None else Path(out)
     made = {"html": html_of(found, root), "md": markdown_of(found), "json": found.to_json()}
     paths = []
@@ -36,9 +42,16 @@ def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = N
     return found, paths
 
 
-def scan(folder: str | os.PathLike[str]) -> Board:
-    """The board of every report under a folder; one that can't be shown is listed as invalid. Raises UsageError."""
-    return ranked(folder, lambda found: (html_of(found), markdown_of(found)))
+def scan(folder: str | os.PathLike[str], claims: str | os.PathLike[str] | None = None) -> Board:
+    """The board of every report under a folder; one that can't be shown is listed as invalid. Raises UsageError.
+
+    claims: a folder of RobustBench cards; what they claim is listed apart, and never ranked
+    """
+    found = ranked(folder, lambda found: (html_of(found), markdown_of(found)))
+    if claims is None:
+        return found
+    told, faults = read_cards(claims)
+    return replace(found, claimed=tuple(told), invalid=(*found.invalid, *faults))
 
 
 # Cells, the same in every form
@@ -95,6 +108,19 @@ def beside_text(group: Group, victim: Victim, key: str) -> str:
     return "not evaluated" if group.transfer and key == "white_box" else "-"
 
 
+def claim_heads() -> list[str]:
+    """The columns of what cards claim."""
+    return ["Model", "Data set", "Threat", "eps", *FIGURES.values(), "Venue", "Remark"]
+
+
+def claim_cells(claim: Claim) -> list[str]:
+    """A line of what cards claim, as texts."""
+    figures = [percent(claim.figures.get(key)) for key in FIGURES]
+    remark = "called unreliable by its card" if claim.card.get("unreliable") else ""
+    told = [claim.model, claim.dataset, claim.threat, str(claim.card["eps"] or "-")]
+    return [*told, *figures, str(claim.card.get("venue", "")), remark]
+
+
 def attack_heads(group: Group) -> list[str]:
     """The columns of the attacks on one victim."""
     return ["#", "Attack", group.score_name, "n", "Attacker", "Forward", "Backward", "Verified", "Flags", "Report"]
@@ -142,6 +168,9 @@ def markdown_of(found: Board) -> str:
             if len(victim.attacks) > 1:
                 lines += [f"### Attacks on {markdown(victim.model)}, defense {markdown(victim.defense)}", ""]
                 lines += _table(attack_heads(group), [attack_cells(attack) for attack in victim.attacks])
+    if found.claimed:
+        lines += [f"## {CLAIMED.capitalize()}", ""]
+        lines += _table(claim_heads(), [claim_cells(claim) for claim in found.claimed])
     for title, listed in (("Not ranked", found.unranked), ("Invalid reports", found.invalid)):
         if listed:
             lines += [f"## {title}", ""]
@@ -192,6 +221,9 @@ def html_of(found: Board, folder: Path | None = None) -> str:
             page=page,
             beside_text=beside_text,
             flips_text=flips_text,
+            claim_heads=claim_heads,
+            claim_cells=claim_cells,
+            claimed=CLAIMED,
             verified_text=verified_text,
             attack_heads=attack_heads,
             attack_cells=attack_cells,
