@@ -128,7 +128,10 @@ def read_card(source: str | os.PathLike[str] | Mapping[str, Any], *, model: str 
 
 
 def read_cards(folder: str | os.PathLike[str]) -> tuple[list[Claim], list[tuple[str, str]]]:
-    """The claims of all cards (*.json) under a folder, and (path, fault) of files that are none; UsageError without one."""
+    """The claims of all cards (*.json) under a folder, and (path, fault) of files that are none.
+
+    Raises UsageError where there is no such folder.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; expected one that holds RobustBench cards, such as model_info")
