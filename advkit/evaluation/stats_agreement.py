@@ -147,6 +147,7 @@ def ranking_flips(figures: Mapping[str, Mapping[str, float | None]]) -> list[Fli
                 continue
             a1, b1, a2, b2 = (float(each or 0) for each in told)
             if (a1 - b1) * (a2 - b2) < 0:
-                low, high, told = (a, b, (a1, b1, a2, b2)) if a1 < b1 else (b, a, (b1, a1, b2, a2))
-                found.append(Flip(low, high, (one, two), told))
+                found.append(
+                    Flip(a, b, (one, two), (a1, b1, a2, b2)) if a1 < b1 else Flip(b, a, (one, two), (b1, a1, b2, a2))
+                )
     return found
