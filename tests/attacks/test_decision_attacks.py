@@ -10,7 +10,9 @@ import torch
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.minimal.base import NearestSearch
-from advkit.attacks.query.decisions import Decisions, LowFrequencies
+from advkit.attacks.query.decisions import Decisions
+from advkit.attacks.query.normals import LowFrequencies, estimated_normal
+from advkit.attacks.query.starts import from_samples, wins_of
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.protocols import Access, Data
@@ -130,8 +132,7 @@ def test_targets_start_from_the_attackers_data(name):
     oracle = MeteredOracle(victim, 4, Access.LABELS, data=data)
     search = NearestSearch(oracle, x, Targeted(targets), MinimumL2(), RowRng.from_ids(0, names(4)))
     asks = Decisions(search, 500)
-    asks._wins = asks._decided(oracle(x))
-    z = asks._samples(x, search.rng)
+    z = from_samples(asks, x, wins_of(asks, oracle(x)), search.rng)
     assert (victim(z).argmax(1) == targets).all()
     # The nearest of the class: as far as any sample of it, or nearer.
     fit = held[data.y == targets[0]]
@@ -173,7 +174,7 @@ def test_the_normals_cosine_grows_as_known(number):
     goal = Untargeted(torch.zeros(rows, dtype=torch.long))
     search = NearestSearch(oracle, z, goal, MinimumL2(box=WIDE), RowRng.from_ids(0, names(rows)))
     asks = Decisions(search, 10_000)
-    found = asks.normal(z, torch.full((rows,), 0.1), torch.full((rows,), number), search.rng)
+    found = estimated_normal(asks, z, torch.full((rows,), 0.1), torch.full((rows,), number), search.rng)
     cosine = torch.cosine_similarity(found, weight.expand_as(found))
     # Directions have length 1: E|u.w| = c / sqrt(d), with c^2 = 2 / pi up to 1 / d.
     known = 1 / math.sqrt(1 + (d - 1) * math.pi / (2 * number))
