@@ -166,6 +166,24 @@ def bootstrap_ratio(
     return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
 
 
+def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Interval of a median between two of the values in order, exact for any distribution; infinite values count too.
+
+    Its coverage is at least the level, by the binomial distribution. Infinite where there are too few values.
+    """
+    from scipy import special
+
+    _check_level(level)
+    array = np.sort(np.asarray(values, dtype=np.float64))
+    if array.ndim != 1 or not array.size or np.isnan(array).any():
+        raise UsageError(f"median_interval: expected a non-empty list of numbers without NaN, got {len(array)}")
+    within = special.bdtr(np.arange(array.size + 1), array.size, 0.5)
+    place = int(np.searchsorted(within, (1 - level) / 2))
+    if place == 0:
+        return Interval(-math.inf, math.inf, level, "order_statistics")
+    return Interval(float(array[place - 1]), float(array[-place]), level, "order_statistics")
+
+
 def graded_entry(values: Sequence[float]) -> dict[str, Any]:
     """A report's entry for the mean of one value per sample, with its interval."""
     return {"value": float(np.mean(values)), "n": len(values), "ci": bootstrap_mean(values).to_dict()}

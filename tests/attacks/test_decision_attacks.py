@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.minimal.base import NearestSearch
+from advkit.attacks.query.courses import Courses, marks_until
 from advkit.attacks.query.decisions import Decisions
 from advkit.attacks.query.normals import LowFrequencies, estimated_normal
 from advkit.attacks.query.starts import from_samples, wins_of
@@ -218,3 +220,60 @@ def test_a_radius_is_refused(name):
     victim, x, labels = images(2, 8)
     with pytest.raises(UsageError, match="robust accuracy at every radius"):
         play(attack(name), victim, x, Untargeted(labels), L2(0.5))
+
+
+def test_marks_are_even_in_their_logarithm_and_end_with_the_budget():
+    assert marks_until(25) == [2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25]
+    assert marks_until(1) == [1]
+    assert len(marks_until(5000)) < 40
+
+
+def test_a_mark_inside_a_call_gets_what_was_known_before_it():
+    courses = Courses.of(torch.zeros(2, 3), 10)  # marks 2, 3, 4, 5, 6, 8, 10
+    away = torch.tensor([torch.inf, torch.inf])
+    for spent, now in (
+        ((2, 1), (4.0, torch.inf)),
+        ((5, 1), (3.0, torch.inf)),
+        ((9, 6), (2.0, 5.0)),
+        ((10, 6), (2.0, 5.0)),
+    ):
+        after = torch.tensor(now)
+        courses.extend(torch.tensor(spent), away, after)
+        away = after
+    first, second = courses.told(0), courses.told(1)
+    assert [(step["queries"], step["distance"]) for step in first] == [(2, 4.0), (5, 3.0), (10, 2.0)]
+    assert second == [{"queries": 6, "distance": 5.0}]
+    assert courses.take(torch.tensor([1])).told(0) == second
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_tell_the_least_distance_by_queries(name):
+    victim, x, labels = images(3, 8)
+    threat, asked = MinimumL2(box=WIDE, access=Access.LABELS), [[] for _ in range(3)]
+    oracle = MeteredOracle(victim, 3, Access.LABELS, 200, lanes=Lanes(64, 1))
+    ask = NearestSearch.ask
+
+    def listening(search, z, of=None):
+        answer, reached = ask(search, z, of)
+        rows = torch.arange(len(z)) if of is None else of
+        index = search._active.index
+        away = torch.where(reached, threat.distance(z, search.x[rows]), torch.inf)
+        for row, value in zip((rows if index is None else index[rows]).tolist(), away.tolist(), strict=True):
+            asked[row].append(value)
+        return answer, reached
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NearestSearch, "ask", listening)
+        z = attack(name)(oracle, x, Untargeted(labels), threat, RowRng.from_ids(0, names(3)))
+    alone = MeteredOracle(victim, 1, Access.LABELS, 200, lanes=Lanes(64, 1))
+    attack(name)(alone, x[1:2], Untargeted(labels[1:2]), threat, RowRng.from_ids(0, names(3)[1:2]))
+    assert alone.meter.noted(0) == oracle.meter.noted(1)  # whatever the batch
+    for row, away in enumerate(threat.distance(z, x).tolist()):
+        told = [(step["queries"], step["distance"]) for step in oracle.meter.noted(row)]
+        assert told[-1] == (200, pytest.approx(away, rel=1e-5))
+        assert len(told) < 25
+        for (queries, distance), (_, later) in pairwise(told):
+            assert later <= distance
+            assert distance >= min(asked[row][:queries]) * (1 - 1e-5)
+            # A call asks about 64 points of a row at the most.
+            assert distance <= min(asked[row][: max(2, queries - 64)]) * (1 + 1e-5)

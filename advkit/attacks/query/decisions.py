@@ -7,6 +7,7 @@ from torch import Tensor
 
 from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import NearestSearch
+from advkit.attacks.query.courses import Courses
 from advkit.threat_models.lp import row_sum
 
 
@@ -28,7 +29,8 @@ class Decisions:
     found: active rows for which a point that reaches the goal is known, bool [n]
 
     Rows ask as often as each needs: a question names the rows that it is about, and those without budget are left out.
-    A row's points and answers do not depend on which others are asked beside it.
+    A row's points and answers do not depend on which others are asked beside it. A row that leaves tells its record how
+    near it had come after how many queries.
     """
 
     def __init__(self, search: NearestSearch, queries: int) -> None:
@@ -39,6 +41,7 @@ class Decisions:
         budget -= bool(search.threat.lattice)
         self.queries = max(1, budget)
         self.left = torch.full((len(search),), self.queries, dtype=torch.long, device=search.x.device)
+        self._courses = Courses.of(search.x, self.queries)
 
     def __len__(self) -> int:
         return len(self.search)
@@ -63,7 +66,10 @@ class Decisions:
     def ask(self, z: Tensor, of: Tensor) -> Tensor:
         """Which legal points reach the goal, bool [m]; of: which active row each belongs to. The rows pay."""
         self.left -= torch.bincount(of, minlength=len(self.left))
-        return self.search.ask(z, of)[1]
+        before = self.search.away
+        reached = self.search.ask(z, of)[1]
+        self._courses.extend(self.queries - self.left, before, self.search.away)
+        return reached
 
     def try_points(self, z: Tensor, want: Tensor) -> Tensor:
         """Ask about a point of every active row that wants it (bool [n]) and has budget; which reached the goal [n]."""
@@ -75,9 +81,12 @@ class Decisions:
 
     def dismiss(self, done: Tensor) -> Tensor | None:
         """Let rows (bool [n]) leave where the oracle's answers are the verdict's; who stays, None where all do."""
-        rows = self.search.leave(done)
+        oracle, rows = self.search.oracle, self.search.leave(done)
         if rows is not None:
-            self.left = self.left[rows]
+            for row in done.nonzero().squeeze(1).tolist():
+                for step in self._courses.told(row):
+                    oracle.note(row, step)
+            self.left, self._courses = self.left[rows], self._courses.take(rows)
         return rows
 
     def leave(self) -> Tensor | None:

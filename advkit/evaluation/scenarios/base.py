@@ -30,6 +30,7 @@ from advkit.evaluation.scenarios.metrics import (
     by_label,
     judge_counts,
     least_metrics,
+    nears_by_queries,
     per_class,
     stops_at_success,
 )
@@ -200,6 +201,7 @@ def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
     names += ["success_by_queries"] if stops_at_success(case) else []
+    names += ["distance_by_queries"] if nears_by_queries(case) else []
     names += ["success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
     return [{"name": name} for name in names]
 
