@@ -129,10 +129,10 @@ DECIDED = (
 BUDGETS = (1000, 5000)
 
 
-def decided(model: str, first: int) -> tuple[Line, ...]:
+def decided(model: str, first: int, rows: int) -> tuple[Line, ...]:
     """The attacks by decisions alone on one model, with each budget."""
     return tuple(
-        Line(model, first, attack, threat, peers, "labels", queries, rows=24)
+        Line(model, first, attack, threat, peers, "labels", queries, rows)
         for attack, threat, peers in DECIDED
         for queries in BUDGETS
     )
@@ -141,8 +141,8 @@ def decided(model: str, first: int) -> tuple[Line, ...]:
 LINES = (
     *scored("zoo:fashion-mnist-public-cnn5", 500, linf=0.05, l2=1.5, l1=12, l0=10),
     *scored("zoo:digits-mlp-pgd_at", 200, linf=0.15, l2=1.0, l1=4, l0=3),
-    *decided("zoo:fashion-mnist-public-cnn5", 500),
-    *decided("zoo:digits-mlp-pgd_at", 200),
+    *decided("zoo:fashion-mnist-public-cnn5", 500, rows=16),
+    *decided("zoo:digits-mlp-pgd_at", 200, rows=24),
 )
 
 

@@ -152,17 +152,38 @@ def bootstrap_ratio(
     above: Sequence[float], below: Sequence[float], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap of sum(above) / sum(below), a pair of values per sample; UsageError where below is 0."""
+    return bootstrap_mean_ratio([(above, below)], level, n_resamples, seed)
+
+
+def bootstrap_mean_ratio(
+    groups: Sequence[tuple[Sequence[float], Sequence[float]]],
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of the mean over groups of sum(above) / sum(below); samples are drawn anew in each group.
+
+    groups: (above, below), a pair of values per sample. Raises UsageError without groups and where a below is 0.
+    """
     _check_level(level)
-    over, under = _finite(above, "bootstrap_ratio"), _finite(below, "bootstrap_ratio")
-    if over.size != under.size or not under.sum() > 0:
-        raise UsageError(f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum")
+    arrays = [tuple(_finite(values, "bootstrap_ratio") for values in pair) for pair in groups]
+    for over, under in arrays:
+        if over.size != under.size or not under.sum() > 0:
+            raise UsageError(
+                f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum"
+            )
+    if not arrays:
+        raise UsageError("bootstrap_mean_ratio: expected at least one group of values")
     rng = np.random.default_rng(seed)
-    ratios = []
+    means = []
     for _ in range(n_resamples):
-        drawn = rng.integers(0, over.size, over.size)
-        total = float(under[drawn].sum())
-        ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+        ratios = []
+        for over, under in arrays:
+            drawn = rng.integers(0, over.size, over.size)
+            total = float(under[drawn].sum())
+            ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
+        means.append(sum(ratios) / len(ratios))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
 
 

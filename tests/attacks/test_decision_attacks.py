@@ -14,7 +14,7 @@ from advkit.attacks.minimal.base import NearestSearch
 from advkit.attacks.query.courses import Courses, marks_until
 from advkit.attacks.query.decisions import Decisions
 from advkit.attacks.query.normals import LowFrequencies, estimated_normal
-from advkit.attacks.query.starts import from_samples, wins_of
+from advkit.attacks.query.starts import from_mosaics, from_samples, wins_of
 from advkit.core.errors import UsageError
 from advkit.core.oracle import Lanes, MeteredOracle
 from advkit.core.protocols import Access, Data
@@ -277,3 +277,21 @@ def test_records_tell_the_least_distance_by_queries(name):
             assert distance >= min(asked[row][:queries]) * (1 - 1e-5)
             # A call asks about 64 points of a row at the most.
             assert distance <= min(asked[row][: max(2, queries - 64)]) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (1, 8, 8)], ids=["1d", "2d", "3d"])
+def test_where_fine_noise_is_one_class_mosaics_find_a_start(shape):
+    """A victim of even images: class 1 where nearly all values are high, class 0 everywhere else, noise included."""
+    size = math.prod(shape)
+    victim = Linear(torch.stack([torch.zeros(size), torch.ones(size)]), torch.tensor([0.7 * size, 0.0]))
+    x, labels = torch.full((6, *shape), 0.2), torch.zeros(6, dtype=torch.long)
+    oracle = MeteredOracle(victim, 6, Access.LABELS, 100, lanes=Lanes(64, 1))
+    search = NearestSearch(oracle, x, Untargeted(labels), MinimumL2(), RowRng.from_ids(0, names(6)))
+    asks = Decisions(search, 100)
+    z = from_mosaics(asks, x, search.rng)
+    assert asks.found.sum() >= 5
+    assert (victim(z).argmax(1) == 1)[asks.found].all()
+    assert set(z[asks.found].unique().tolist()) == {0.0, 1.0}
+    tiles = z.view(6, *shape)[asks.found]
+    if len(shape) == 3:  # at most four tiles a side: few changes from a value to its neighbour
+        assert (tiles.diff(dim=-1) != 0).any(dim=-2).sum(-1).max() <= 3

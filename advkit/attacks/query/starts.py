@@ -12,8 +12,10 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Rng
 from advkit.threat_models.lp import row_max
 
-NOISES, SAMPLES, GROWTH = 10, 50, 20
-"""Starts that are tried, in turn: uniform noise, samples of the attacker's data, and growing noise."""
+NOISES, SAMPLES, GROWTH, MOSAICS = 10, 50, 20, 20
+"""Starts that are tried, in turn: uniform noise, samples of the attacker's data, growing noise, and mosaics."""
+TILES = 2, 3, 4
+"""Tiles of a mosaic along an axis, in turn."""
 POOL = 1000
 """Samples of the attacker's data that are drawn for each row; the nearest of them are asked about first."""
 COARSE = 0.02
@@ -30,7 +32,7 @@ def start(asks: Decisions, norm: str, tolerance: float, directions: int) -> Tens
                 row has several nearest points
 
     Tried are uniform noise over the box (normal noise in an unbounded one), the attacker's samples whose labels
-    reach the goal, nearest first, and noise that grows from a hundredth of the box.
+    reach the goal, nearest first, noise that grows from a hundredth of the box, and mosaics of the box's corners.
     """
     search = asks.search
     asks.left -= 1
@@ -42,6 +44,7 @@ def start(asks: Decisions, norm: str, tolerance: float, directions: int) -> Tens
     z = from_noise(asks, z, search.rng.at("start", "_noise"))
     z = from_samples(asks, z, wins, search.rng.at("start", "_samples"))
     z = from_growing_noise(asks, z, search.rng.at("start", "_growing"))
+    z = from_mosaics(asks, z, search.rng.at("start", "mosaics"))
     lost = ~asks.found
     for row in lost.nonzero().squeeze(1).tolist():
         search.oracle.note(row, {"start": "none found", "queries": asks.queries - int(asks.left[row])})
@@ -139,6 +142,27 @@ def from_growing_noise(asks: Decisions, z: Tensor, rng: Rng) -> Tensor:
             break
         noise = rng.at(number).take(of).normal(z[of])
         z = _tried(asks, z, of, asks.x[of] + per_row(0.01 * 2.0**number * size[of], noise) * noise)
+    return z
+
+
+def from_mosaics(asks: Decisions, z: Tensor, rng: Rng) -> Tensor:
+    """Starts from large tiles of the box's low and high, where fine noise is one class to the victim.
+
+    Tiles of an image [..., H, W] or a series [C, L]; of rows [D] single values.
+    """
+    box = asks.search.threat.box
+    low, high = box.bounds_like(z)
+    axes = () if z.ndim < 3 else ((2,) if z.ndim == 3 else (z.ndim - 2, z.ndim - 1))
+    for number in range(MOSAICS if box.bounded else 0):
+        if not len(of := _missing(asks)):
+            break
+        tiles = TILES[number % len(TILES)]
+        fine = rng.at(number).take(of).uniform(z[of])
+        for axis in axes:
+            size = z.shape[axis]
+            first = torch.arange(size, device=z.device) * tiles // size * size // tiles
+            fine = fine.index_select(axis, first)
+        z = _tried(asks, z, of, torch.where(fine < 0.5, low, high))
     return z
 
 

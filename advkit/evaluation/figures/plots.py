@@ -77,7 +77,8 @@ def finish(axes: Axes, *, x: str, y: str, legend: bool = True, title: str = "") 
     if legend:
         axes.legend(frameon=False, fontsize=8)
     if title:
-        axes.set_title(plain(title), loc="left", fontsize=11)
+        # Characters of this size in a line.
+        axes.set_title(plain(textwrap.fill(title, 66)), loc="left", fontsize=11)
 
 
 def finish_shares(axes: Axes, *, x: str, y: str, legend: bool = True, title: str = "") -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
@@ -154,7 +155,9 @@ def distance_by_queries(curves: Mapping[str, MedianCurve], *, norm: str = "", ti
         axes.step(at[known], median[known], where="post", color=color, label=plain(name))
         axes.fill_between(at[banded], low[banded], high[banded], step="post", color=color, alpha=0.18, linewidth=0)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     finish(axes, x=_ALLOWED, y=f"median distance ({norm})" if norm else "median distance", title=title)
     return figure
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Access, AsksQueries, Graded, Record, Worded, Wording
+from advkit.core.protocols import Access, AsksQueries, Graded, LeastChange, Record, Worded, Wording
 from advkit.evaluation.counts import (
     ANY_JUDGE,
     QUERIES_TO_BREAK,
@@ -154,6 +154,8 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             f"The mean {spoken(name)} under attack is {{{name}}}, over the samples with a verdict: {how}. "
             f"{words.robust.capitalize()} are {{robust_accuracy}} of the samples."
         )
+    if isinstance(case.threat, LeastChange) and case.threat.least and case.threat.describe().get("norm"):
+        sentence += " How near to the least distances known it came: `advkit compare --optimality` with other runs."
     if QUERIES_TO_BREAK in metrics:
         table = [*table, ("queries to break a sample, median", QUERIES_TO_BREAK)]
     lacking, answers = unranked(records)
