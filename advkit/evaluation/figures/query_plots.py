@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
@@ -157,7 +157,8 @@ def distance_by_queries(curves: Mapping[str, MedianCurve], *, norm: str = "", ti
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     finish(axes, x=_ALLOWED, y=f"median distance ({norm})" if norm else "median distance", title=title)
     return figure
 

@@ -201,7 +201,8 @@ def _without_gradients(case: Case) -> bool:
 
 
 def _nears(case: Case) -> bool:
-    return isinstance(case.attack, SeeksNearest) and case.attack.seeks_nearest
+    attack: Any = case.attack
+    return isinstance(attack, SeeksNearest) and attack.seeks_nearest
 
 
 def task_kind(case: Case) -> str:
