@@ -154,18 +154,57 @@ def bootstrap_ratio(
     above: Sequence[float], below: Sequence[float], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap of sum(above) / sum(below), a pair of values per sample; UsageError where below is 0."""
+    return bootstrap_mean_ratio([(above, below)], level, n_resamples, seed)
+
+
+def bootstrap_mean_ratio(
+    groups: Sequence[tuple[Sequence[float], Sequence[float]]],
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of the mean over groups of sum(above) / sum(below); samples are drawn anew in each group.
+
+    groups: (above, below), a pair of values per sample. Raises UsageError without groups and where a below is 0.
+    """
     check_level(level)
-    over, under = finite_values(above, "bootstrap_ratio"), finite_values(below, "bootstrap_ratio")
-    if over.size != under.size or not under.sum() > 0:
-        raise UsageError(f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum")
+    arrays = [tuple(finite_values(values, "bootstrap_ratio") for values in pair) for pair in groups]
+    for over, under in arrays:
+        if over.size != under.size or not under.sum() > 0:
+            raise UsageError(
+                f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum"
+            )
+    if not arrays:
+        raise UsageError("bootstrap_mean_ratio: expected at least one group of values")
     rng = np.random.default_rng(seed)
-    ratios = []
+    means = []
     for _ in range(n_resamples):
-        drawn = rng.integers(0, over.size, over.size)
-        total = float(under[drawn].sum())
-        ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+        ratios = []
+        for over, under in arrays:
+            drawn = rng.integers(0, over.size, over.size)
+            total = float(under[drawn].sum())
+            ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
+        means.append(sum(ratios) / len(ratios))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Interval of a median between two of the values in order, exact for any distribution; infinite values count too.
+
+    Its coverage is at least the level, by the binomial distribution. Infinite where there are too few values.
+    """
+    from scipy import special
+
+    check_level(level)
+    array = np.sort(np.asarray(values, dtype=np.float64))
+    if array.ndim != 1 or not array.size or np.isnan(array).any():
+        raise UsageError(f"median_interval: expected a non-empty list of numbers without NaN, got {len(array)}")
+    within = special.bdtr(np.arange(array.size + 1), array.size, 0.5)
+    place = int(np.searchsorted(within, (1 - level) / 2))
+    if place == 0:
+        return Interval(-math.inf, math.inf, level, "order_statistics")
+    return Interval(float(array[place - 1]), float(array[-place]), level, "order_statistics")
 
 
 def graded_entry(values: Sequence[float]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import advkit
 from advkit.cli.group import app
 from advkit.core.errors import UsageError
 from advkit.evaluation.figures.plots import accuracy_by_distance, accuracy_by_distance_of
+from advkit.evaluation.report import leaderboard as leaderboards
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.run.store import read_records
 
@@ -75,7 +77,7 @@ def test_local_optimality_is_the_ratio_of_areas(runs):
 def test_the_mean_over_cases_is_of_the_cases_an_attack_was_run_on(runs):
     found = advkit.optimality([runs / "short", runs / "other", runs / "long"])
     by_case = [{each.name: each.local for each in case.attacks} for case in found.cases]
-    overall = {attack: (value, cases) for _, _, attack, value, cases in found.overall()}
+    overall = {each.attack: (each.value, each.cases) for each in found.overall()}
     short = [case["ddn:steps=6"] for case in by_case]
     assert overall["ddn:steps=6"] == (pytest.approx(np.mean(short)), 2)
     assert overall["ddn:steps=60"][1] == 1
@@ -120,3 +122,54 @@ def test_robust_accuracy_at_every_radius_has_its_interval(runs):
     assert drawn_line.get_ydata()[-1] == report.robust_accuracy
     with pytest.raises(UsageError, match="no more broken ones"):
         accuracy_by_distance({"a": ([0.5, 2.0], 1, 4)})
+
+
+def test_the_interval_over_cases_is_that_of_one_case_where_there_is_one(runs):
+    one = advkit.optimality([runs / "short", runs / "long"])
+    ((_, long),) = ((case, case.attacks[0]) for case in one.cases)
+    assert next(each for each in one.overall() if each.attack == long.name).interval == long.interval
+    several = advkit.optimality([runs / "short", runs / "other", runs / "long"])
+    short = next(each for each in several.overall() if each.attack == "ddn:steps=6")
+    alone = [each for case in several.cases for each in case.attacks if each.name == "ddn:steps=6"]
+    # A mean of two independent ones, of which one is certain: half of the width of the other.
+    widths = sorted(each.interval.high - each.interval.low for each in alone)
+    assert widths[0] == 0
+    assert short.interval.high - short.interval.low == pytest.approx(widths[1] / 2, rel=0.05)
+
+
+def test_the_board_says_how_near_to_optimal_the_attacks_of_a_case_are(runs):
+    found = leaderboards.scan(runs)
+    expected = {each.run.rsplit("/", 1)[-1]: each for case in advkit.optimality([runs]).cases for each in case.attacks}
+    told = {path.partition("/")[0]: attack.optimality for path, attack in found.attacks.items()}
+    assert {name for name, each in told.items() if each is not None} == {"long", "short", "few"}  # other is alone
+    for name in ("long", "short", "few"):
+        assert told[name].local == expected[name].local
+        assert told[name].interval == expected[name].interval
+        assert told[name].text == f"{100 * told[name].local:.1f} % ({_ends(told[name].interval)})"
+        assert told[name].text in leaderboards.html_of(found)
+        assert told[name].text in leaderboards.markdown_of(found)
+    attacks = [each for group in found.to_dict()["groups"] for victim in group["victims"] for each in victim["attacks"]]
+    assert {each["optimality"]["local"] for each in attacks if each["optimality"]} == {
+        each.local for each in told.values() if each is not None
+    }
+
+
+def _ends(interval):
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+
+
+def test_a_report_that_disagrees_with_its_records_sets_no_best_distance(runs, tmp_path):
+    for name in ("long", "short"):
+        shutil.copytree(runs / name, tmp_path / name)
+    file = tmp_path / "long" / "records.jsonl"
+    file.write_text(file.read_text().replace('"l2":0.', '"l2":0.0'))
+    (only,) = {attack.optimality for path, attack in leaderboards.scan(tmp_path).attacks.items() if "short" in path}
+    assert only is None
+
+
+def test_a_report_without_a_radius_points_to_the_comparison(runs):
+    said = {
+        name: json.loads((runs / name / "report.json").read_text())["section"]["sentence"] for name in ("long", "ball")
+    }
+    assert "`advkit compare --optimality`" in said["long"]
+    assert "optimality" not in said["ball"]

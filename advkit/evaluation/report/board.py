@@ -18,6 +18,7 @@ from typing import Any
 from advkit.core.text import printable_json
 from advkit.evaluation.counts import SAYS, SAYS_CLEAN
 from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.optimality import Standing
 from advkit.evaluation.report.robustbench import Claim
 from advkit.evaluation.report.text import attacker_text, is_fraction, spell, value_text, words_of
 from advkit.evaluation.stats_agreement import Flip, ranking_flips
@@ -99,6 +100,7 @@ class Attack:
     counts:       whether it counts for the victim's score; `why` says why not
     verified:     whether its figures and hashes are those of the records beside it: "yes", "partly: ...", "no: why" or
                   "no records"
+    optimality:   how near to the least distances known it came, where other reports share its case
     """
 
     report: Report
@@ -108,6 +110,7 @@ class Attack:
     counts: bool
     why: str
     verified: str
+    optimality: Standing | None = None
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -163,6 +166,7 @@ class Attack:
             "counts": self.counts,
             "why": self.why,
             "verified": self.verified,
+            "optimality": None if self.optimality is None else self.optimality.to_dict(),
             "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.report.flags],
             "undecided": self.report.undecided,
             "created_utc": self.data["created_utc"],
@@ -370,6 +374,11 @@ class Group:
     def has_certified(self) -> bool:
         """Some empirical line also holds a certificate."""
         return any(victim.certified for victim in self.victims)
+
+    @property
+    def has_optimality(self) -> bool:
+        """Whether some attack is compared with the least distances known."""
+        return any(attack.optimality for victim in self.victims for attack in victim.attacks)
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""

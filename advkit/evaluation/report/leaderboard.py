@@ -123,16 +123,20 @@ def claim_cells(claim: Claim) -> list[str]:
 
 def attack_heads(group: Group) -> list[str]:
     """The columns of the attacks on one victim."""
-    return ["#", "Attack", group.score_name, "n", "Attacker", "Forward", "Backward", "Verified", "Flags", "Report"]
+    nearest = ["Optimality"] if group.has_optimality else []
+    last = ["n", "Attacker", "Forward", "Backward", "Verified", "Flags", "Report"]
+    return ["#", "Attack", group.score_name, *nearest, *last]
 
 
-def attack_cells(attack: Attack) -> list[str]:
+def attack_cells(group: Group, attack: Attack) -> list[str]:
     """A line of the attacks on one victim, as texts."""
     cost = attack.cost
+    nearest = ["-" if attack.optimality is None else attack.optimality.text] if group.has_optimality else []
     return [
         "-" if attack.rank is None else str(attack.rank),
         attack.name,
         attack.score.text,
+        *nearest,
         str(attack.n),
         attack.attacker,
         str(int(cost["forward"])),
@@ -158,16 +162,16 @@ def flips_text(group: Group) -> list[str]:
 
 
 def markdown_of(found: Board) -> str:
-    """leaderboard.md: one table per group, and one of the attacks on every victim that met several."""
+    """leaderboard.md: one table per group, and one of the attacks on every victim that has more to say of them."""
     lines = ["# Leaderboard", ""]
     for group in found.groups:
         lines += [f"## {markdown(group.title)}", ""]
         lines += _table(victim_heads(group), [victim_cells(group, victim) for victim in group.victims])
         lines += [line for said in flips_text(group) for line in (markdown(said), "")]
         for victim in group.victims:
-            if len(victim.attacks) > 1:
+            if len(victim.attacks) > 1 or victim.decisive.optimality is not None:
                 lines += [f"### Attacks on {markdown(victim.model)}, defense {markdown(victim.defense)}", ""]
-                lines += _table(attack_heads(group), [attack_cells(attack) for attack in victim.attacks])
+                lines += _table(attack_heads(group), [attack_cells(group, attack) for attack in victim.attacks])
     if found.claimed:
         lines += [f"## {CLAIMED.capitalize()}", ""]
         lines += _table(claim_heads(), [claim_cells(claim) for claim in found.claimed])

@@ -30,6 +30,7 @@ from advkit.evaluation.report.board import (
 )
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import REPORT_NAME, Report
+from advkit.evaluation.report.optimality import Standing, standings
 from advkit.evaluation.report.render import lines_of
 from advkit.evaluation.report.text import describe_threat
 from advkit.evaluation.report.verify import EVASION, Verification, verified, worst_case
@@ -323,7 +324,11 @@ def _board(reports: Sequence[tuple[str, Report]], invalid: Sequence[tuple[str, s
     of_victim: dict[_Key, list[_Item]] = defaultdict(list)
     for item in items:
         of_victim[item.victim].append(item)
-    groups = [(terms, _group(terms, samples, own, of_victim)) for (terms, samples), own in tables.items()]
+    found = standings((item.path, item.data, item.records) for item in items if not item.refuted)
+    groups = [
+        (terms, _with_optimality(_group(terms, samples, own, of_victim), found))
+        for (terms, samples), own in tables.items()
+    ]
     told = sorted(_told_apart(groups), key=lambda made: (made.title, made.headline))
     return Board(tuple(told), tuple(unranked), tuple(invalid))
 
@@ -337,6 +342,16 @@ def _items(ranked: Sequence[tuple[str, Report, dict[str, Any]]]) -> Iterator[_It
         kept = [_lean(record) for record in records] if reports[_victim_of(data)] > 1 else []
         samples = _Samples.of(data, path, {record.id for record in records})
         yield _Item(path, report, data, radii.get(data["threat_model"].get("eps")), samples, found, kept)
+
+
+def _with_optimality(group: Group, found: Mapping[str, Standing]) -> Group:
+    """The same with what is known of the optimality of its attacks, by path."""
+
+    def told(victim: Victim) -> Victim:
+        attacks = (replace(attack, optimality=found.get(attack.path)) for attack in victim.attacks)
+        return replace(victim, attacks=tuple(attacks))
+
+    return replace(group, victims=tuple(map(told, group.victims)))
 
 
 def _lean(record: Record) -> Record:

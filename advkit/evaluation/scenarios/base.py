@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Access, AsksQueries, Graded, Record, Worded, Wording
+from advkit.core.protocols import Access, AsksQueries, Graded, LeastChange, Record, Worded, Wording
 from advkit.evaluation.counts import (
     ANY_JUDGE,
     QUERIES_TO_BREAK,
@@ -31,6 +31,7 @@ from advkit.evaluation.scenarios.metrics import (
     by_label,
     judge_counts,
     least_metrics,
+    nears_by_queries,
     per_class,
     stops_at_success,
 )
@@ -154,6 +155,8 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             f"The mean {spoken(name)} under attack is {{{name}}}, over the samples with a verdict: {how}. "
             f"{words.robust.capitalize()} are {{robust_accuracy}} of the samples."
         )
+    if isinstance(case.threat, LeastChange) and case.threat.least and case.threat.describe().get("norm"):
+        sentence += " How near to the least distances known it came: `advkit compare --optimality` with other runs."
     if QUERIES_TO_BREAK in metrics:
         table = [*table, ("queries to break a sample, median", QUERIES_TO_BREAK)]
     lacking, answers = unranked(records)
@@ -208,6 +211,7 @@ def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
     names += ["success_by_queries"] if stops_at_success(case) else []
+    names += ["distance_by_queries"] if nears_by_queries(case) else []
     names += ["success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
     return [{"name": name} for name in names]
 

@@ -191,11 +191,21 @@ def by_queries(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 
 def stops_at_success(case: Case) -> bool:
     """Whether the attack of a case may leave a sample with the query that broke it, and takes no gradient."""
-    if case.attack is None or Access(case.attack.needs) not in (Access.LABELS, Access.SCORES):
-        return False
-    if isinstance(case.attack, SeeksNearest) and case.attack.seeks_nearest:  # it goes on for a nearer point
-        return False
-    return attacked_model(case)[1]
+    return _without_gradients(case) and not _nears(case) and attacked_model(case)[1]
+
+
+def nears_by_queries(case: Case) -> bool:
+    """Whether the attack of a case asks by scores or labels for a nearer point as long as it may."""
+    return _without_gradients(case) and _nears(case) and attacked_model(case)[1]
+
+
+def _without_gradients(case: Case) -> bool:
+    return case.attack is not None and Access(case.attack.needs) in (Access.LABELS, Access.SCORES)
+
+
+def _nears(case: Case) -> bool:
+    attack: Any = case.attack
+    return isinstance(attack, SeeksNearest) and attack.seeks_nearest
 
 
 def task_kind(case: Case) -> str:
@@ -321,6 +331,7 @@ __all__ = [
     "judge_counts",
     "judged_by_all",
     "least_metrics",
+    "nears_by_queries",
     "per_class",
     "rate",
     "stops_at_success",
