@@ -31,6 +31,48 @@ Distances = dict[str, float]
 """The least distance at which an attack reached the goal, by the sample's id: 0 where there is nothing to win (a sample
 that is wrong when clean), inf where it withstood."""
 _Key = tuple[str, ...]
+_Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def median(distances: Sequence[float] | _Numbers) -> float:
+    """Of distances, some of them infinite; inf where half or more are."""
+    found = np.asarray(distances, dtype=np.float64)
+    return float(np.median(found)) if np.isfinite(found).mean() > 0.5 else math.inf
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The best distance known for every sample of a case, against which its attacks are measured.
+
+    best:    0 where there is nothing to win, inf where nothing reached the goal [n]
+    largest: the largest finite one, up to which areas are counted
+    """
+
+    best: _Numbers
+    largest: float
+
+    @classmethod
+    def of(cls, attacks: Iterable[Sequence[float]]) -> Envelope:
+        """Of the distances of all attacks; one that was run on the first samples alone counts for these."""
+        rows = [np.asarray(own, dtype=np.float64) for own in attacks]
+        best = np.full(max(map(len, rows)), math.inf)
+        for own in rows:
+            best[: len(own)] = np.minimum(best[: len(own)], own)
+        reachable = best[np.isfinite(best)]
+        return cls(best, float(reachable.max()) if len(reachable) else 0.0)
+
+    def local(self, own: Sequence[float] | _Numbers, level: float = 0.95) -> tuple[float | None, Interval | None]:
+        """Local optimality of an attack's distances on the first len(own) samples, and its interval.
+
+        None where no attack gains anything on them.
+        """
+        mine, best = np.asarray(own, dtype=np.float64), self.best[: len(own)]
+        gained, possible = (self.largest - each.clip(max=self.largest) for each in (mine, best))
+        right = best > 0
+        if not possible[right].sum() > 0:
+            return None, None
+        interval = bootstrap_ratio(gained[right].tolist(), possible[right].tolist(), level)
+        return float(gained[right].sum() / possible[right].sum()), interval
 
 
 @dataclass(frozen=True)
@@ -41,7 +83,7 @@ class Attacked:
     run:        where its report is
     n:          samples
     success:    fraction of the samples with something to win (right when clean) that it broke, at whatever distance
-    median:     of its distances over all samples, 0 where there is nothing to win; inf where most withstood
+    median:     of its distances over all samples, 0 where there is nothing to win; inf where half or more withstood
     cost:       propagations per attacked sample: forward and backward passes
     local:      optimality in this case, in [0, 1]; None where nothing broke anything
     interval:   of `local`, by bootstrap over the samples; the envelope and its largest distance stay
@@ -94,6 +136,11 @@ class CaseOptimality:
     def title(self) -> str:
         """What the attacks have in common."""
         return f"{self.victim}, {self.task}, {self.goal}, {self.norm}, {self.n} samples"
+
+    @property
+    def without_median(self) -> tuple[str, ...]:
+        """The attacks that half of the samples or more withstood."""
+        return tuple(each.name for each in self.attacks if math.isinf(each.median))
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -294,27 +341,19 @@ def _case(runs: Sequence[_Run], level: float) -> CaseOptimality | None:
     if not free:
         return None
     ids = list(free[0][2])
-    best = np.array([min(each.get(row, math.inf) for _, _, each in found) for row in ids])
-    reachable = best[np.isfinite(best)]
-    largest = float(reachable.max()) if len(reachable) else 0.0
+    envelope = Envelope.of([[each.get(row, math.inf) for row in ids] for _, _, each in found])
     attacks = []
     for run, name, each in free:
         own = np.array([each.get(row, math.inf) for row in ids])
-        gained, possible = largest - own.clip(max=largest), largest - best.clip(max=largest)
-        right = best > 0
-        interval = (
-            bootstrap_ratio(gained[right].tolist(), possible[right].tolist(), level)
-            if possible[right].sum() > 0
-            else None
-        )
-        local = None if interval is None else float(gained[right].sum() / possible[right].sum())
+        right = envelope.best > 0
+        local, interval = envelope.local(own, level)
         attacks.append(
             Attacked(
                 _named(run, name),
                 run.name,
                 len(ids),
                 float(np.isfinite(own[right]).mean()) if right.any() else 0.0,
-                float(np.median(own)) if np.isfinite(own).mean() > 0.5 else math.inf,
+                median(own),
                 run.cost[name],
                 local,
                 interval,
@@ -328,8 +367,8 @@ def _case(runs: Sequence[_Run], level: float) -> CaseOptimality | None:
         str(data["threat_model"].get("goal")),
         runs[0].norm,
         len(ids),
-        largest,
-        float(np.median(best)) if np.isfinite(best).mean() > 0.5 else math.inf,
+        envelope.largest,
+        median(envelope.best),
         tuple(sorted(attacks, key=lambda each: (-(each.local or 0.0), each.name, each.run))),
         within,
     )
