@@ -5,12 +5,12 @@
     python benchmarks/minimal.py --distances [--only ...] [--threat ...] [--peers advlib ...] --out docs
     python benchmarks/minimal.py --only none --out docs     # the tables alone, from OUT/minimal.json
 
-Each line of ROWS is one attack in one threat model, with the peers that have it under settings of as many propagations.
-All run in this process on one thread, in turn, on the samples that the model gets right; a slow peer on the first few
-of them, and its ratios are of both sides on these. What is returned is measured here: a point counts where the model,
-asked again, is wrong and the point lies in the box. The median is over all samples; one that does not fall has distance
-infinity. Propagations are forward and backward passes per sample. The CPU ratio is the peer's process time over ours,
-each the smallest of the repeats.
+Each line of ROWS (minimal_rows.py) is one attack in one threat model, with the peers that have it under settings of as
+many propagations. All run in this process on one thread, in turn, on the samples that the model gets right; a slow peer
+on the first few of them, and its ratios are of both sides on these. What is returned is measured here: a point counts
+where the model, asked again, is wrong and the point lies in the box. The median is over all samples; one that does not
+fall has distance infinity. Propagations are forward and backward passes per sample. The CPU ratio is the peer's process
+time over ours, each the smallest of the repeats.
 
 Optimality is that of `advkit compare --optimality`, on the first COMMON samples: every attack and peer in a threat
 model on a model is part of the envelope. It is counted from the distances in OUT/minimal.json. --distances measures
@@ -34,7 +34,6 @@ import time
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from minimal_rows import INF, ROWS, Peer, Row
 from torch import Tensor, nn
 
 from advkit.attacks import ATTACKS
@@ -58,112 +58,11 @@ PACKAGES = {"foolbox": "foolbox", "torchattacks": "torchattacks", "art": "advers
             "advlib": "adv-lib"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Peer:
-    """An attack of another package, as PACKAGE:NAME, and its settings there."""
-
-    name: str
-    settings: dict[str, Any]
-    rows: int | None = None
-    """On how many of the samples it is run, None for all: fewer where it is slow."""
-
-    @property
-    def package(self) -> str:
-        return self.name.partition(":")[0]
-
-
-def peer(name: str, rows: int | None = None, **settings: Any) -> Peer:
-    return Peer(name, settings, rows)
-
-
-@dataclass(frozen=True)
-class Row:
-    """An attack here, the threat model, and who else has it."""
-
-    attack: str
-    threat: str
-    peers: tuple[Peer, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.attack.partition(":")[0]
-
-
-INF = math.inf
 COMMON = 20
 """Samples on which optimality is counted: of all attacks the same."""
 
 LONG = 3.0
 """Seconds from which a run is measured well enough by one."""
-
-ROWS = [
-    Row("deepfool", "minimum-l2", (
-        peer("foolbox:L2DeepFoolAttack"), peer("torchattacks:DeepFool"), peer("art:DeepFool"),
-        peer("advlib:df", norm=2, steps=50),
-    )),
-    Row("deepfool", "minimum-linf", (
-        peer("foolbox:LinfDeepFoolAttack"), peer("advlib:df", norm=INF, steps=50),
-    )),
-    Row("superdeepfool", "minimum-l2", (peer("advlib:sdf"),)),
-    Row("ddn:steps=99", "minimum-l2", (
-        peer("foolbox:DDNAttack", steps=100), peer("advlib:ddn", steps=100, levels=None),
-    )),
-    Row("fmn:steps=96", "minimum-l0", (peer("advlib:fmn", norm=0, steps=100),)),
-    Row("fmn:steps=99", "minimum-l1", (
-        peer("foolbox:L1FMNAttack", steps=100), peer("advlib:fmn", norm=1, steps=100),
-    )),
-    Row("fmn:steps=99", "minimum-l2", (
-        peer("foolbox:L2FMNAttack", steps=100), peer("advlib:fmn", norm=2, steps=100),
-    )),
-    Row("fmn:steps=99", "minimum-linf", (
-        peer("foolbox:LInfFMNAttack", steps=100), peer("advlib:fmn", norm=INF, steps=100),
-    )),
-    Row("alma:steps=190", "minimum-l1", (
-        peer("advlib:alma", distance="l1", num_steps=200, init_lr_distance=0.5),
-    )),
-    Row("alma:steps=190", "minimum-l2", (
-        peer("advlib:alma", distance="l2", num_steps=200, init_lr_distance=0.1),
-    )),
-    Row("pdpgd:steps=183", "minimum-l0", (
-        peer("advlib:pdpgd", norm=0, num_steps=200, proximal_operator=23),
-    )),
-    Row("pdpgd:steps=189", "minimum-l1", (peer("advlib:pdpgd", norm=1, num_steps=200),)),
-    Row("pdpgd:steps=189", "minimum-l2", (
-        peer("advlib:pdgd", num_steps=200), peer("advlib:pdpgd", norm=2, num_steps=200),
-    )),
-    Row("pdpgd:steps=189", "minimum-linf", (peer("advlib:pdpgd", norm=INF, num_steps=200),)),
-    Row("trust_region", "minimum-l2", (peer("advlib:tr", p=2, adaptive=True),)),
-    Row("trust_region", "minimum-linf", (peer("advlib:tr", p=INF, adaptive=True),)),
-    Row("cw:budget=9x40", "minimum-l2", (
-        peer("foolbox:L2CarliniWagnerAttack", binary_search_steps=9, steps=100, stepsize=0.05, initial_const=0.1),
-        peer("torchattacks:CW", c=1, steps=300, lr=0.05),
-        peer("advlib:carlini_wagner_l2", binary_search_steps=9, max_iterations=100, learning_rate=0.05,
-             initial_const=0.1),
-        peer("art:CarliniL2Method", 4, binary_search_steps=9, max_iter=40, learning_rate=0.1, initial_const=0.1),
-    )),
-    Row("cw:budget=9x100", "minimum-linf", (
-        peer("advlib:carlini_wagner_linf", max_iterations=50, learning_rate=0.05, initial_const=0.1, const_factor=4),
-    )),
-    Row("cw:budget=9x100", "minimum-l0", (
-        peer("art:CarliniL0Method", 4, binary_search_steps=3, max_iter=30, learning_rate=0.1, initial_const=10.0),
-    )),
-    Row("ead:budget=9x100", "minimum-l1", (
-        peer("foolbox:EADAttack", binary_search_steps=9, steps=100, decision_rule="L1", initial_stepsize=0.05,
-             initial_const=0.1, regularization=0.1),
-        peer("art:ElasticNet", 2, binary_search_steps=9, max_iter=40, decision_rule="L1", learning_rate=0.05,
-             initial_const=0.1, beta=0.1),
-    )),
-    Row("jsma", "minimum-l0", (
-        peer("torchattacks:JSMA", 5, theta=1.0, gamma=0.1), peer("art:SaliencyMapMethod", theta=1.0, gamma=0.2),
-    )),
-    Row("sigma_zero:steps=100", "minimum-l0", (peer("advlib:sigma_zero", num_steps=100),)),
-    Row("brendel_bethge:steps=100", "minimum-l0"),
-    Row("brendel_bethge:steps=100", "minimum-l1"),
-    Row("brendel_bethge:steps=100", "minimum-l2", (
-        peer("foolbox:L2BrendelBethgeAttack", steps=100, lr=1e-3, lr_num_decay=7),
-    )),
-    Row("brendel_bethge:steps=100", "minimum-linf"),
-]  # fmt: skip
 
 
 class Counted(nn.Module):
@@ -261,6 +160,8 @@ def foolbox(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], T
         settings, start = settings | {"lr": settings["lr"] / len(bench.x)}, {"starting_points": bench.start}
     attack = getattr(package.attacks, name)(**settings)
     model = package.PyTorchModel(bench.counted, bounds=(0, 1), device="cpu")
+    if start:  # numba compiles its solver at the first call
+        attack(model, bench.x[:1], bench.y[:1], epsilons=None, starting_points=bench.start[:1])
     return lambda: attack(model, bench.x, bench.y, epsilons=None, **start)[0]
 
 
@@ -374,21 +275,20 @@ def with_optimality(lines: list[dict[str, Any]]) -> None:
         known = [result for result in (line, *line["peers"]) if "distances" in result]
         cases.setdefault((line["model"], line["threat"]), []).extend(known)
     for known in cases.values():
+        if not known:
+            continue
         finite = [[INF if each is None else each for each in result["distances"]] for result in known]
         envelope = Envelope.of(finite)
         for result, own in zip(known, finite, strict=True):
             value, interval = envelope.local(own)
-            assert value is not None and interval is not None
-            result["optimality"] = {"value": round(value, 4), "low": round(interval.low, 4),
-                                    "high": round(interval.high, 4), "n": len(own)}  # fmt: skip
+            result.pop("optimality", None)
+            if value is not None and interval is not None:
+                spread = {"low": round(interval.low, 4), "high": round(interval.high, 4)}
+                result["optimality"] = {"value": round(value, 4), **spread, "n": len(own)}
 
 
 def key(line: dict[str, Any]) -> tuple[str, str, str]:
     return line["model"], line["attack"].partition(":")[0], line["threat"]
-
-
-def same_case(line: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (line["model"], line["threat"]) == (other["model"], other["threat"])
 
 
 def ratio(line: dict[str, Any], other: dict[str, Any]) -> str:
