@@ -39,7 +39,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from minimal_rows import INF, ROWS, Peer, Row
 from torch import Tensor, nn
@@ -88,7 +87,6 @@ class Bench:
     """A model and the first samples of its task that it gets right.
 
     runner_up: the second best class of each, a target where an attack needs one
-    start:     the nearest sample of another class, where an attack needs a start
     """
 
     def __init__(self, spec: str, rows: int) -> None:
@@ -109,14 +107,12 @@ class Bench:
         with torch.no_grad():
             scores = self.module(self.x).scatter(1, self.y[:, None], -torch.inf)
         self.runner_up = scores.argmax(1)
-        apart = torch.cdist(self.x.flatten(1), self.x.flatten(1))
-        self.start = self.x[apart.masked_fill(self.y[:, None] == self.y, torch.inf).argmin(1)]
 
     def first(self, rows: int | None) -> Bench:
         """With the first samples alone; None is all."""
         part = copy.copy(self)
         part.x, part.y, part.ids = self.x[:rows], self.y[:rows], self.ids[:rows]
-        part.runner_up, part.start = self.runner_up[:rows], self.start[:rows]
+        part.runner_up = self.runner_up[:rows]
         return part
 
     def ours(self, attack: str, threat: Any) -> Callable[[], Tensor]:
@@ -155,14 +151,9 @@ class Bench:
 
 def foolbox(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Tensor]:
     package = importlib.import_module("foolbox")
-    start = {}
-    if "BrendelBethge" in name:  # its radius is so many times larger as there are samples in the batch
-        settings, start = settings | {"lr": settings["lr"] / len(bench.x)}, {"starting_points": bench.start}
     attack = getattr(package.attacks, name)(**settings)
     model = package.PyTorchModel(bench.counted, bounds=(0, 1), device="cpu")
-    if start:  # numba compiles its solver at the first call
-        attack(model, bench.x[:1], bench.y[:1], epsilons=None, starting_points=bench.start[:1])
-    return lambda: attack(model, bench.x, bench.y, epsilons=None, **start)[0]
+    return lambda: attack(model, bench.x, bench.y, epsilons=None)[0]
 
 
 def torchattacks(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Tensor]:
@@ -178,16 +169,9 @@ def art(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Tenso
     classifier = importlib.import_module("art.estimators.classification").PyTorchClassifier(
         bench.counted, nn.CrossEntropyLoss(), tuple(bench.x.shape[1:]), 10, clip_values=(0, 1), device_type="cpu"
     )
-    quiet = {} if name == "BrendelBethgeAttack" else {"verbose": False}
-    attack = getattr(evasion, name)(classifier, **{**quiet, "batch_size": len(bench.x), **settings})
-    x, start = bench.x.numpy(), bench.start.numpy()
-    y = (bench.runner_up if name == "SaliencyMapMethod" else bench.y).numpy()  # that one takes classes to reach
-    if name != "BrendelBethgeAttack":
-        return lambda: torch.from_numpy(attack.generate(x, y)).to(bench.x)
-    one = [slice(row, row + 1) for row in range(len(x))]  # samples of a batch disturb each other's boundaries
-    return lambda: torch.from_numpy(
-        np.concatenate([attack.generate(x[row], y[row], starting_points=start[row]) for row in one])
-    ).to(bench.x)
+    attack = getattr(evasion, name)(classifier, **{"verbose": False, "batch_size": len(bench.x), **settings})
+    x, y = bench.x.numpy(), (bench.runner_up if name == "SaliencyMapMethod" else bench.y).numpy()  # it takes targets
+    return lambda: torch.from_numpy(attack.generate(x, y)).to(bench.x)
 
 
 def advlib(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Tensor]:

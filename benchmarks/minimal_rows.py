@@ -106,8 +106,6 @@ ROWS = [
     Row("sigma_zero:steps=100", "minimum-l0", (peer("advlib:sigma_zero", num_steps=100),)),
     Row("brendel_bethge:steps=100", "minimum-l0"),
     Row("brendel_bethge:steps=100", "minimum-l1"),
-    Row("brendel_bethge:steps=100", "minimum-l2", (
-        peer("foolbox:L2BrendelBethgeAttack", steps=100, lr=1e-3, lr_num_decay=7),
-    )),
+    Row("brendel_bethge:steps=100", "minimum-l2"),
     Row("brendel_bethge:steps=100", "minimum-linf"),
 ]  # fmt: skip
