@@ -451,7 +451,7 @@ def test_a_median_without_an_end_ranks_first(tmp_path: Path) -> None:
     board = boards.scan(tmp_path)
     (group,) = board.groups
     assert [(v.rank, v.model, v.score.text) for v in group.victims] == [
-        (1, "tough", "inf flips"),
+        (1, "tough", "no median: half of the samples or more withstood"),
         (2, "soft", "7 flips"),
     ]
     assert [v.verified.partition(":")[0] for v in group.victims] == ["partly", "partly"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -93,6 +94,20 @@ def test_the_command_prints_and_writes_it(runs, tmp_path):
     assert shown.exit_code == 0
     assert "best known" in shown.stdout
     assert "the best known distances include pgd" in " ".join(shown.stdout.split())
+
+
+def test_an_infinite_median_is_said_in_words(tmp_path):
+    report = advkit.evaluate(
+        "ddn:steps=1", task="digits", n=10, threat_model="minimum-l2", budget="propagations=2", out=tmp_path / "held"
+    )
+    assert report.robust_accuracy == report.clean_accuracy  # two passes look at the clean samples alone
+    assert report.metrics["least_l2_median"]["unbounded"]
+    for text in (str(report), report.verdict(), report._repr_html_()):
+        assert not re.search(r"\binf\b", text)
+    assert "Half of the samples or more withstood: there is no median" in report.verdict()
+    shown = CliRunner().invoke(app, ["compare", "--optimality", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert "no median: half of the samples or more withstood (ddn:steps=1 (2 propagations))" in shown.stdout
 
 
 def test_without_a_minimum_there_is_nothing_to_compare(runs, tmp_path):

@@ -493,7 +493,7 @@ def accuracy_by_distance_of(report: Report, records: Sequence[Record]) -> Figure
     }
     if not curves:
         return None
-    return accuracy_by_distance(curves, norm=threat["norm"], title=f"Robust accuracy at every radius, {report.threat}")
+    return accuracy_by_distance(curves, norm=threat["norm"], title=report.threat)
 
 
 def _broken_at(records: Iterable[Record]) -> dict[str, list[float]]:

@@ -33,6 +33,54 @@ Distances = dict[str, float]
 """The least distance at which an attack reached the goal, by the sample's id: 0 where there is nothing to win (a sample
 that is wrong when clean), inf where it withstood."""
 _Key = tuple[str, ...]
+_Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def median(distances: Sequence[float] | _Numbers) -> float:
+    """Of distances, some of them infinite; inf where half or more are."""
+    found = np.asarray(distances, dtype=np.float64)
+    return float(np.median(found)) if np.isfinite(found).mean() > 0.5 else math.inf
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The best distance known for every sample of a case, against which its attacks are measured.
+
+    best:    0 where there is nothing to win, inf where nothing reached the goal [n]
+    largest: the largest finite one, up to which areas are counted
+    """
+
+    best: _Numbers
+    largest: float
+
+    @classmethod
+    def of(cls, attacks: Iterable[Sequence[float]]) -> Envelope:
+        """Of the distances of all attacks; one that was run on the first samples alone counts for these."""
+        rows = [np.asarray(own, dtype=np.float64) for own in attacks]
+        best = np.full(max(map(len, rows)), math.inf)
+        for own in rows:
+            best[: len(own)] = np.minimum(best[: len(own)], own)
+        reachable = best[np.isfinite(best)]
+        return cls(best, float(reachable.max()) if len(reachable) else 0.0)
+
+    def areas(self, own: Sequence[float] | _Numbers) -> tuple[list[float], list[float]] | None:
+        """Per sample with something to win: what an attack's distances gain, and what the best known ones gain.
+
+        The attack was run on the first len(own) samples. None where there is nothing to gain on them.
+        """
+        best = self.best[: len(own)]
+        right = best > 0
+        each = (np.asarray(own, dtype=np.float64)[right], best[right])
+        gained, possible = (self.largest - distances.clip(max=self.largest) for distances in each)
+        return (gained.tolist(), possible.tolist()) if possible.sum() > 0 else None
+
+    def local(self, own: Sequence[float] | _Numbers, level: float = 0.95) -> tuple[float | None, Interval | None]:
+        """Local optimality of an attack's distances on the first len(own) samples, and its interval; None as `areas`."""
+        areas = self.areas(own)
+        if areas is None:
+            return None, None
+        gained, possible = areas
+        return sum(gained) / sum(possible), bootstrap_ratio(gained, possible, level)
 
 
 @dataclass(frozen=True)
@@ -43,7 +91,7 @@ class Attacked:
     run:        where its report is
     n:          samples
     success:    fraction of the samples with something to win (right when clean) that it broke, at whatever distance
-    median:     of its distances over all samples, 0 where there is nothing to win; inf where most withstood
+    median:     of its distances over all samples, 0 where there is nothing to win; inf where half or more withstood
     cost:       propagations per attacked sample: forward and backward passes
     local:      optimality in this case, in [0, 1]; None where nothing broke anything
     interval:   of `local`, by bootstrap over the samples; the envelope and its largest distance stay
@@ -98,6 +146,11 @@ class CaseOptimality:
     def title(self) -> str:
         """What the attacks have in common."""
         return f"{self.victim}, {self.task}, {self.goal}, {self.norm}, {self.n} samples"
+
+    @property
+    def without_median(self) -> tuple[str, ...]:
+        """The attacks that half of the samples or more withstood."""
+        return tuple(each.name for each in self.attacks if math.isinf(each.median))
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -423,27 +476,23 @@ def _case(runs: Sequence[_Run], level: float) -> CaseOptimality | None:
     if not free:
         return None
     ids = list(free[0][2])
-    best = np.array([min(each.get(row, math.inf) for _, _, each in found) for row in ids])
-    reachable = best[np.isfinite(best)]
-    largest = float(reachable.max()) if len(reachable) else 0.0
+    envelope = Envelope.of([[each.get(row, math.inf) for row in ids] for _, _, each in found])
     attacks = []
     for run, name, each in free:
         own = np.array([each.get(row, math.inf) for row in ids])
-        right = best > 0
-        gained, possible = (largest - each[right].clip(max=largest) for each in (own, best))
-        some = possible.sum() > 0
-        areas = (gained.tolist(), possible.tolist()) if some else None
-        local = float(gained.sum() / possible.sum()) if some else None
+        areas = envelope.areas(own)
+        local, interval = envelope.local(own, level)
+        right = envelope.best > 0
         attacks.append(
             Attacked(
                 _named(run, name),
                 run.name,
                 len(ids),
                 float(np.isfinite(own[right]).mean()) if right.any() else 0.0,
-                float(np.median(own)) if np.isfinite(own).mean() > 0.5 else math.inf,
+                median(own),
                 run.cost[name],
                 local,
-                None if areas is None else bootstrap_ratio(*areas, level),
+                interval,
                 areas,
             )
         )
@@ -457,8 +506,8 @@ def _case(runs: Sequence[_Run], level: float) -> CaseOptimality | None:
         str(data["threat_model"].get("goal")),
         runs[0].norm,
         len(ids),
-        largest,
-        float(np.median(best)) if np.isfinite(best).mean() > 0.5 else math.inf,
+        envelope.largest,
+        median(envelope.best),
         tuple(sorted(attacks, key=lambda each: (-(each.local or 0.0), each.name, each.run))),
         within,
     )

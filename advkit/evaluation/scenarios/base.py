@@ -143,10 +143,10 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
         ((name, entry),) = least.items()
         headline = Headline(name, f"Median {entry['unit']} to break")
         table = [(words.clean, "clean_accuracy"), (headline.name.lower(), name), *table[1:]]
-        sentence = (
-            f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean: {how}. "
-            f"{words.success.capitalize()} is {{attack_success_rate}}."
-        )
+        median = f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean"
+        if entry.get("unbounded"):
+            median = f"Half of the samples or more withstood: there is no median of the {entry['unit']} to break one"
+        sentence = f"{median}: {how}. {words.success.capitalize()} is {{attack_success_rate}}."
     if isinstance(case.rule, Graded) and case.rule.grades[0] in metrics:
         name, *others = (each for each in case.rule.grades if each in metrics)
         headline = Headline(name, f"Mean {spoken(name)} under attack", "lower")
