@@ -75,7 +75,7 @@ class Envelope:
         return (gained.tolist(), possible.tolist()) if possible.sum() > 0 else None
 
     def local(self, own: Sequence[float] | _Numbers, level: float = 0.95) -> tuple[float | None, Interval | None]:
-        """Local optimality of an attack's distances on the first len(own) samples, and its interval; None as `areas`."""
+        """Local optimality of an attack's distances on the first samples, and its interval; None as `areas`."""
         areas = self.areas(own)
         if areas is None:
             return None, None
