@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -204,14 +204,16 @@ def _check_store(case: Case, scenario: Scenario, store: Store) -> None:
     attack: object = case.attack
     if isinstance(attack, Suite):
         known["stage"] = {"", *(stage.name for stage in attack.stages())}
-    for record in store:
-        for name, values in known.items():
-            if (value := getattr(record, name)) not in values:
-                word = {"id": "row", "label": "class"}.get(name, name)
-                raise StaleRun(
-                    f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name "
-                    "another --out"
-                )
+    held = store.records
+    seen: dict[str, Iterable[Any]] = {"id": held.ids(), "label": held.classes}
+    seen |= {name: [getattr(label, name) for label in held.labels] for name in ("attack", "source", "stage")}
+    for name, values in known.items():
+        if (value := next((each for each in seen[name] if each not in values), None)) is not None:
+            word = {"id": "row", "label": "class"}.get(name, name)
+            raise StaleRun(
+                f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name another "
+                "--out"
+            )
 
 
 def available_cores() -> int:
