@@ -134,8 +134,7 @@ def _run(case: Case, companion: Companion | None, store: Store, watch: Watch | N
 def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
     """Records in the task's order, whatever order a resumed run wrote them in."""
     place = {row: number for number, row in enumerate(ids_of(case.task, case.n))}
-    labels = {label: i for i, label in enumerate(by_label(records))}
-    return sorted(records, key=lambda r: (labels[r.made_by], place[r.id]))
+    return [record for own in by_label(records).values() for record in sorted(own, key=lambda r: place[r.id])]
 
 
 def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -33,10 +34,9 @@ _NOTHING_MORE = b',"figures":{},"trace":[],"texts":{},"scores":{},"stage":"","so
 _EXACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
-def written(records: Iterable[Record]) -> tuple[str, ...]:
+def written(records: Sequence[Record]) -> tuple[str, ...]:
     """Names of the fields that the lines of these records have."""
-    held = {name for record in records for name in _WHERE_ANY if getattr(record, name)}
-    return tuple(name for name in _NAMES if name not in _WHERE_ANY or name in held)
+    return tuple(name for name in _NAMES if name not in _WHERE_ANY or any(map(attrgetter(name), records)))
 
 
 def to_line(record: Record) -> str:
@@ -158,10 +158,11 @@ def _read_exactly(line: str | bytes) -> Record:
     for name in _NAMES_OF:
         if (text := getattr(record, name)) != text.encode(errors="ignore").decode():
             raise TypeError(f"{name} is {text!r:.40}")
-    rows = {name: [value] for name in _LENGTHS if (value := getattr(record, name)) is not None} | record.scores
-    for name, row in rows.items():
-        if not all(map(math.isfinite, row)):
-            raise TypeError(f"{name} is {row!r:.40}, which is not finite")
+    for name in _LENGTHS:
+        if (value := getattr(record, name)) is not None and not math.isfinite(value):
+            raise TypeError(f"{name} is {value!r}, which is not finite")
+    if not all(math.isfinite(value) for row in record.scores.values() for value in row):
+        raise TypeError(f"scores is {record.scores!r:.40}, which is not all finite")
     return record
 
 

@@ -157,7 +157,8 @@ class Evasion(BaseScenario, RowsApart):
         order = ids_of(case.task, case.n)
         closeness = dict.fromkeys(order, math.inf)  # of the rows that are still robust
         escalated = False
-        for stage in schedule(case.attack):
+        stages = schedule(case.attack)
+        for number, stage in enumerate(stages, 1):
             if (stage.when == "escalated" and not escalated) or len(closeness) <= stage.above * len(order):
                 continue
             taken = taken_by(stage, closeness, case.seed)
@@ -165,8 +166,12 @@ class Evasion(BaseScenario, RowsApart):
             blind = case.speed.resolution
             exact = frozenset(row for row in taken if closeness[row] <= blind) if blind else frozenset()
             cell = replace(case, attack=stage.attack, label=labelled(case, stage), exact=exact)
+            rounds = engine.attack(cell, records, None if len(taken) == len(order) else taken)
+            if number == len(stages):  # nobody asks what it left
+                yield from rounds
+                return
             ends: dict[str, _End] = {}
-            for each in engine.attack(cell, records, None if len(taken) == len(order) else taken):
+            for each in rounds:
                 ends |= {record.id: (record.outcome, record.closeness) for record in each.records}
                 yield each
             for row in taken - ends.keys():
