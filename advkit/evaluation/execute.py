@@ -21,6 +21,7 @@ from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
 from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.report.examples import Kept
+from advkit.evaluation.report.query import keep_parquet
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
@@ -92,6 +93,8 @@ def _execute(
             runs.append(_run(case, companion, store, watch, workers))
         for each in runs:
             each.store.settle()
+            if lasting:
+                keep_parquet(each.store.path, each.store.sha256, len(each.store))
     findings += diagnostics.after(runs[0].case, runs[0].records)
     findings += [finding for each in runs if each.kept for finding in [speed_finding(each)]]
     findings += _compared(runs[0], runs[1:])
