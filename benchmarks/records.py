@@ -4,8 +4,8 @@
     python benchmarks/records.py --baseline ../before --out docs/records.json
 
 Every figure is of a process of its own, the builds in turn. `write` appends records to a run folder in batches of 256,
-`read` counts the records of that folder, `resume` opens it as a run does that goes on. Both builds write the same bytes,
-or the script ends with an error. `harness` is one FGSM evaluation of digits, repeated to so many rows, with its report.
+`read` counts the records of that folder, `resume` opens it as a run does that goes on. Both builds must write the same
+bytes. `harness` is one FGSM evaluation of digits, repeated to so many rows, with its report.
 """
 
 from __future__ import annotations

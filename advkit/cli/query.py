@@ -67,7 +67,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from advkit.core.text import printable
 
     if rows:
-        table = Table(*(Text(printable(name)) for name in rows[0]))
+        table = Table()
+        for name in rows[0]:
+            table.add_column(Text(printable(name)))
         for row in rows[:SHOWN]:
             table.add_row(*(Text(printable("" if value is None else str(value))) for value in row.values()))
         Console().print(table)

@@ -155,6 +155,6 @@ def test_a_record_is_a_dataclass_for_those_who_ask() -> None:
     assert [each.name for each in fields(ONE)] == list(asdict(ONE))
     assert replace(ONE, label=2).label == 2
     assert hash(ONE) == hash(replace(ONE))
+    changed: Any = ONE
     with pytest.raises(AttributeError):
-        changed: Any = ONE
         changed.label = 3
