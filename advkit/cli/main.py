@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "advkit.cli.leaderboard",
         "Make a page, a Markdown table and a JSON file of a folder of reports.",
     ),
+    "query": ("advkit.cli.query", "Ask the records of all runs in a folder in SQL."),
     "rerun": ("advkit.cli.rerun", "Run a report's evaluation again and compare the two."),
     "doctor": ("advkit.cli.doctor", "Check this installation, or whether a model's gradients can be trusted."),
     "benchmark": ("advkit.cli.benchmark", "Time our suites beside a peer's and compare their flags image by image."),

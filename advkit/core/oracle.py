@@ -395,6 +395,11 @@ class Meter:
         """Keep what an attack tells of one of the meter's rows."""
         self._noted.setdefault(row, []).append({str(name): _plain(value) for name, value in figures.items()})
 
+    @property
+    def with_notes(self) -> tuple[int, ...]:
+        """The meter's rows of which something was told."""
+        return tuple(self._noted)
+
     def noted(self, row: int) -> tuple[dict[str, Any], ...]:
         """What was told of a row, in the order in which it was."""
         return tuple(self._noted.get(row, ()))

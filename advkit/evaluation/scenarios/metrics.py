@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -124,8 +125,8 @@ def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
     Truth values become rates over the rows of which they were said, numbers their mean.
     """
     values: dict[str, list[float | bool]] = defaultdict(list)
-    for record in records:
-        for name, value in record.figures.items():
+    for figures in filter(None, map(attrgetter("figures"), records)):
+        for name, value in figures.items():
             values[name].append(value)
     kind = case.rule.denominator if isinstance(case.rule, CountsOver) else "all_samples"
     part = case.rule.counts_over if isinstance(case.rule, CountsPart) else lambda name: kind
@@ -308,8 +309,8 @@ def _attack_entry(case: Case, label: Label, records: Sequence[Record]) -> dict[s
 
 def _cost(records: Sequence[Record], attacked: Sequence[Record]) -> dict[str, Any]:
     cost: dict[str, Any] = {
-        "forward": sum(r.forwards for r in records),
-        "backward": sum(r.backwards for r in records),
+        "forward": sum(map(attrgetter("forwards"), records)),
+        "backward": sum(map(attrgetter("backwards"), records)),
     }
     if attacked:
         queries = np.array([r.queries for r in attacked])
