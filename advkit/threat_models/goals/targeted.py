@@ -64,8 +64,9 @@ class Targeted(ClassGoal):
     def _gap(self, answer: Tensor) -> Tensor:
         return best_other(answer, self.targets) - pick(answer, self.targets)
 
-    def _cross_entropy(self, answer: Tensor) -> Tensor:
-        return F.cross_entropy(answer, self.targets, reduction="none")
+    @property
+    def _lead(self) -> tuple[Tensor, bool]:
+        return self.targets, True
 
     def _spread(self, answer: Tensor) -> Tensor:
         return targeted_spread(answer)
