@@ -211,10 +211,10 @@ class Best:
         While none does, several steps' points are compared at once.
         """
         now = self._now
-        if rows is now.rows and not now.any_reached and loss.dtype == now.loss.dtype and not z.is_inference():
-            if answer.is_floating_point() and plainly_finite(answer) and now.none_reached(answer):
-                now.wait(z, loss)
-                return None
+        waits = rows is now.rows and not now.any_reached and loss.dtype == now.loss.dtype and not z.is_inference()
+        if waits and answer.is_floating_point() and plainly_finite(answer) and now.none_reached(answer):
+            now.wait(z, loss)
+            return None
         return self.compare(z, answer, loss, rows)[0]
 
     def put(self, z: Tensor, rows: Tensor | None = None) -> None:

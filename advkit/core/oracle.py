@@ -893,13 +893,13 @@ class MeteredOracle:
         """Count a pass and keep what it met; whether it is plain that the gradient is finite throughout."""
         looks = self.meter.looks
         plain = gradient is not None and all_moving(gradient)
-        if of is None and (gradient is None or plain or not looks):
-            if not looks or not answer.is_floating_point() or plainly_finite(answer):
-                self.meter.calls += 1
-                self._segment.forwards += 1
-                self._segment.backwards += gradient is not None
-                self._segment.moved |= plain and looks
-                return plain
+        told = not looks or ((gradient is None or plain) and (not answer.is_floating_point() or plainly_finite(answer)))
+        if of is None and told:
+            self.meter.calls += 1
+            self._segment.forwards += 1
+            self._segment.backwards += gradient is not None
+            self._segment.moved |= plain and looks
+            return plain
         sizes = sizes_of(answer) if looks and answer.is_floating_point() else None
         extremes = _extremes(gradient) if looks and gradient is not None else None
         plain = plain or (extremes is not None and extremes[0].device.type == "cpu" and all_finite(*extremes))

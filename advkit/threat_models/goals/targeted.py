@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 

@@ -181,7 +181,7 @@ class ClassGoal(PerRow, NoneReached, Sloped, ABC):
         return F.nll_loss(logs, classes, weight, reduction="none"), slope
 
     def _pull(self, answer: Tensor) -> Tensor:
-        """The derivative of the cross-entropy by the logarithms of the probabilities [B, C]; kept, as it is constant."""
+        """The derivative of the cross-entropy by the logarithms of the probabilities [B, C]; kept: it is constant."""
         kept: tuple[Tensor, ...] = self.__dict__.get("_pulls", ())
         if not kept or kept[0].shape != answer.shape or kept[0].device != answer.device:
             classes, to = self._lead
