@@ -6,8 +6,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 
-from advkit.benchmark.loops import LOOPS, pgd_overhead
+from advkit.benchmark.loops import LOOPS, overheads
 from advkit.benchmark.sides import one_thread, our_run
 from advkit.benchmark.training import epoch_ratios
 from advkit.evaluation.api import resolve
@@ -36,23 +38,24 @@ STARTED = {
 """Programs whose start is timed: arguments of the interpreter."""
 
 
-def goals_table(repetitions: int = 3) -> list[dict[str, str]]:
+def goals_table(repetitions: int = 3) -> Iterator[dict[str, str]]:
     """Every goal's figure: name, before, now, goal, limit. For those of suites see `side_by_side`."""
-    return [*_loops(repetitions), *_starts(repetitions), *_training(repetitions), _record(repetitions)]
+    yield _record(repetitions)
+    yield from _training(repetitions)
+    yield from _starts(repetitions)
+    yield from _loops(repetitions)
 
 
 def _row(name: str, before: str, now: str, goal: str, limit: str) -> dict[str, str]:
     return {"name": name, "before": before, "now": now, "goal": goal, "limit": limit}
 
 
-def _loops(repetitions: int) -> list[dict[str, str]]:
-    rows = []
-    for each in pgd_overhead(repetitions=repetitions, beside=False)["loops"]:
+def _loops(repetitions: int) -> Iterator[dict[str, str]]:
+    for each in overheads(LOOPS, repetitions, beside=False):
         width, batch = each["image"][-1], each["batch"]
         known = PGD.get((each["model"], batch)) or PGD[f"{each['model']} {width}", batch]
         name = f"PGD over bare passes, {each['model']}, {width} x {width}, batch {batch}: direct; by `evaluate`"
-        rows.append(_row(name, known[0], f"{each['direct']:.2f}; {each['evaluate']:.2f}", known[1], "1.00"))
-    return rows
+        yield _row(name, known[0], f"{each['direct']:.2f}; {each['evaluate']:.2f}", known[1], "1.00")
 
 
 def _starts(repetitions: int) -> list[dict[str, str]]:
@@ -72,9 +75,10 @@ def _starts(repetitions: int) -> list[dict[str, str]]:
 
 
 def _cpu(arguments: list[str]) -> float:
-    """CPU seconds of a program of its own."""
+    """CPU seconds of a program of its own, in an empty folder, where no run of before can be resumed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    with tempfile.TemporaryDirectory(prefix="advkit-") as folder:
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=folder)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

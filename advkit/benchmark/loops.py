@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -103,16 +103,19 @@ def pgd_overhead(
     beside: the last two as well
     """
     loops = LOOPS if model is None else (_Loop(model, tuple(sizes), steps, task),)
-    found = []
+    return {"repetitions": repetitions, "loops": list(overheads(loops, repetitions, device, beside))}
+
+
+def overheads(
+    loops: Sequence[_Loop], repetitions: int, device: str = "cpu", beside: bool = True
+) -> Iterator[dict[str, Any]]:
+    """The entries of `pgd_overhead`, one after the other."""
     for each in loops:
         rows = _correct_rows(each.model, each.task, max(each.sizes), device) if each.task else _noise(each, device)
-        with one_thread(), frozen(*rows.model.modules()):
-            found += [
-                {"model": each.model, "image": list(rows.x.shape[1:]), "steps": each.steps}
-                | _loop_ratios(rows, size, each.steps, repetitions, beside)
-                for size in each.sizes
-            ]
-    return {"repetitions": repetitions, "loops": found}
+        for size in each.sizes:
+            with one_thread(), frozen(*rows.model.modules()):
+                ratios = _loop_ratios(rows, size, each.steps, repetitions, beside)
+            yield {"model": each.model, "image": list(rows.x.shape[1:]), "steps": each.steps, **ratios}
 
 
 def _noise(loop: _Loop, device: str) -> _Rows:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from advkit.benchmark.sides import one_thread
 from advkit.core.errors import AdvkitError
-from advkit.core.oracle import Lanes
+from advkit.core.oracle import Lanes, frozen
 from advkit.core.rng import RowRng
 from advkit.models import MODELS
 
 
-def _vit(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def _built(name: str, shape: tuple[int, ...]) -> Any:
+    if name == "small ViT":
+        return _vit(shape)
+    return MODELS.build(name)(shape, 1000 if shape[-1] == 224 else 10, RowRng.from_ids(0, ["network"]))
+
+
+def _vit(shape: tuple[int, ...]) -> torch.nn.Module:
     from torchvision.models import VisionTransformer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = VisionTransformer(shape[-1], 8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
         torch.nn.init.normal_(module.heads.head.weight, std=0.1)  # zeros as it comes
-    return module.eval().requires_grad_(False)
+    return module.eval()
 
 
 NETWORKS = {
@@ -43,17 +47,12 @@ def call_sizes() -> list[dict[str, Any]]:
     for name, shape in NETWORKS.items():
         entry: dict[str, Any] = {"model": name, "image": list(shape)}
         try:
-            if name == "small ViT":
-                model = _vit(shape)
-            else:
-                model = MODELS.build(name)(shape, 1000 if shape[-1] == 224 else 10, RowRng.from_ids(0, ["network"]))
+            model = _built(name, shape)
         except AdvkitError as error:
             found.append({**entry, "left_out": str(error)})
             continue
-        for module in model.modules() if not isinstance(model, torch.nn.Module) else [model]:  # type: ignore[attr-defined]
-            module.requires_grad_(False)
         x = torch.rand(64, *shape, generator=torch.Generator().manual_seed(0))
-        with one_thread():
+        with one_thread(), frozen(*model.modules()):
             lanes = Lanes.probed(model, x)
         found.append({**entry, "sizes": list(lanes.sizes) or [lanes.chunk]})
     return found

@@ -69,8 +69,11 @@ def benchmark(
         results["overhead"] = bench.pgd_overhead()
     if "sizes" in wanted:
         results["sizes"] = bench.call_sizes()
-    if "goals" in wanted:
-        results["goals"] = bench.goals_table()
+    results["goals"] = []
+    for row in bench.goals_table() if "goals" in wanted else ():
+        results["goals"].append(row)
+        if out is not None:
+            _write(results, out)
     if "suites" in wanted:
         for entry in bench.entries(requests, workers, lambda line: progress.print(line, markup=False, soft_wrap=True)):
             results["suites"].append(entry)
