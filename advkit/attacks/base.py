@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ class _Points:
         if self.any_reached:
             return False
         if conforms(self.goal, NoneReached):
-            return bool(self.goal.none_reached(answer))
+            return cast(NoneReached, self.goal).none_reached(answer)
         return not bool(self.goal.reached(answer).any())
 
 
@@ -311,7 +311,7 @@ def descended(ball: Ball[Tensor], z: Tensor, gradient: Tensor, origin: Tensor, s
     inner = lp_ball(ball)
     stepping = inner if isinstance(inner, L0) else ball
     if conforms(stepping, Descends):
-        return stepping.descend(z, gradient, origin, size)
+        return cast(Descends, stepping).descend(z, gradient, origin, size)
     return ball.project(z + size * ball.steepest(-gradient, z), origin)
 
 

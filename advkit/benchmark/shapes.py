@@ -24,9 +24,10 @@ def _vit(shape: tuple[int, ...]) -> torch.nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = VisionTransformer(shape[-1], 8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
-        torch.nn.init.normal_(module.heads.head.weight, std=0.1)  # zeros as it comes
-    return module.eval()
+        made = VisionTransformer(shape[-1], 8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
+        torch.nn.init.normal_(made.heads.head.weight, std=0.1)  # zeros as it comes
+    module: torch.nn.Module = made.eval()
+    return module
 
 
 NETWORKS = {

@@ -519,7 +519,7 @@ def _conforms(kind: type, protocol: type) -> bool:
     return issubclass(kind, protocol)
 
 
-def conforms(value: object, protocol: type[X]) -> TypeIs[X]:
+def conforms(value: object, protocol: Any) -> bool:
     """`isinstance` for protocols of methods alone, in the loops where it would cost as much as an operation."""
     return _conforms(type(value), protocol)
 
