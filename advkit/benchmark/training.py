@@ -7,7 +7,7 @@ import io
 import statistics
 import time
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from advkit.models import MODELS
 from advkit.models.torch import TorchModel
 from advkit.training.loop import Recipe, fit
 
+ART = "adversarial-robustness-toolbox"
 EPS = 0.1
 BATCH = 128
 SHAPE, CLASSES = (1, 14, 14), 10
@@ -157,12 +158,13 @@ def epoch_ratios(steps: int, *, net: str = "cnn", rows: int = 512, repetitions: 
     model, data, recipe = network(net), random_rows(rows), replace(RECIPE, epochs=1)
     spec = f"pgd_at:eps={EPS},steps={steps}"
     found: dict[str, list[float]] = {}
+    installed = {each.name for each in distributions()}  # several packages are called art
     with one_thread():
         inputs = recorded(spec, recipe, model, data)
         for turn in range(repetitions + 1):
             own, alone = ours(spec, recipe, model, data, model.copy().module, inputs)
             ratios = {"fit_over_bare": own / alone}
-            if find_spec("art") is not None:
+            if ART in installed:
                 begin = time.process_time()
                 art("madry", steps, recipe.epochs, model, data)
                 ratios["madry_over_fit"] = (time.process_time() - begin) / own
