@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,9 +22,20 @@ from torch import Tensor, nn
 from advkit.core.blame import BACKWARD, GOAL, MODEL, blame
 from advkit.core.errors import AccessDenied, BudgetExhausted
 from advkit.core.noise import mixed
-from advkit.core.protocols import Access, CountsTokens, Data, DrawsByRow, Headed, Modular, NeedsAccess, Shaped
+from advkit.core.protocols import (
+    Access,
+    CountsTokens,
+    Data,
+    DrawsByRow,
+    Headed,
+    Modular,
+    NeedsAccess,
+    Shaped,
+    Sloped,
+    conforms,
+)
 from advkit.core.round_off import operations
-from advkit.core.rows import all_finite, finite_rows, plainly_finite, row_size, sizes_of
+from advkit.core.rows import all_finite, all_moving, finite_rows, plainly_finite, row_size, sizes_of
 
 log = logging.getLogger("advkit")
 
@@ -85,6 +94,13 @@ class Lanes:
         if x.device.type != "cpu":
             return cls(chunk=min(1024, max(16, 2**24 // max(1, size))), multiple=1)
         return cls(chunk=4, multiple=4) if size >= LARGE else cls()
+
+    @classmethod
+    def unpadded(cls, x: Tensor) -> Lanes:
+        """Batches as they come, those that would take too much memory in parts."""
+        if x.device.type != "cpu":
+            return cls.fitting(x)
+        return cls(chunk=8 if len(x) and x[0].numel() >= LARGE else 256, multiple=1)
 
     @classmethod
     def of_sizes(cls, sizes: Iterable[int]) -> Lanes:
@@ -339,7 +355,7 @@ class _Extremes:
 class _Segment:
     """Counts of one view of the oracle: plain integers, so that metering costs no tensor operation per step."""
 
-    __slots__ = ("answers", "asked", "backwards", "forwards", "gradients", "rows")
+    __slots__ = ("answers", "asked", "backwards", "forwards", "gradients", "moved", "rows")
 
     def __init__(self, rows: Tensor | None) -> None:
         self.rows = rows
@@ -348,6 +364,7 @@ class _Segment:
         self.asked = _Extremes()
         self.answers = _Extremes()
         self.gradients = _Extremes()
+        self.moved = False  # whether there was a gradient in which no row was zero
 
 
 class Meter:
@@ -454,7 +471,11 @@ class Meter:
         asked = torch.zeros(self.rows, dtype=torch.bool)
         moved = torch.zeros(self.rows, dtype=torch.bool)
         for segment in self._segments:
-            if (zero := segment.gradients.zero) is not None:
+            zero = segment.gradients.zero
+            if segment.moved:
+                here = slice(None) if segment.rows is None else segment.rows.cpu()
+                asked[here] = moved[here] = True
+            elif zero is not None:
                 asked[self._of(segment, torch.ones_like(zero))] = True
                 moved[self._of(segment, ~zero)] = True
         return asked & ~moved
@@ -479,13 +500,15 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-_SHAPES = "torch.fx.experimental.symbolic_shapes"
-"""What torch imports, and sympy with it, once a gradient is asked for with the outputs' own gradients."""
+_engine: Callable[..., tuple[Tensor | None, ...]] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
+"""What `torch.autograd.grad` calls at last; asked itself, since that one imports sympy, a second, for its checks."""
 
-_SUMMED = 10_000
-"""Passes whose loss is summed first: the import costs as much as so many sums, and small runs never need it."""
 
-_passes = itertools.count()
+def _backward(end: Tensor, slope: Tensor, leaf: Tensor, again: bool) -> Tensor | None:
+    """The gradient at the leaf, given the one at the end; None where no path leads there."""
+    if _engine is None:
+        return torch.autograd.grad(end, leaf, slope, retain_graph=again, allow_unused=True)[0]
+    return _engine((end,), (slope,), again, False, (leaf,), allow_unreachable=True, accumulate_grad=False)[0]
 
 
 class MeteredOracle:
@@ -574,16 +597,17 @@ class MeteredOracle:
     @property
     def left(self) -> int | None:
         """Times that this view may still be asked about all its rows; None when unlimited."""
+        if self._times is None:
+            return None
         limits = []
-        if self._times is not None:
-            here = self._times > 0
-            times, queries = self._times[here], self.meter.queries[here]
-            if self.queries is not None:
-                limits.append((self.queries, (self.queries - queries) // times))
-            if self.propagations is not None:
-                passes = self.propagations - queries - self.meter.backwards[here]
-                limits.append((self.propagations, passes // (times * (2 if self.differentiates else 1))))
-        return min((int(left.min()) if len(left) else most for most, left in limits), default=None)
+        here = self._times > 0
+        times, queries = self._times[here], self.meter.queries[here]
+        if self.queries is not None:
+            limits.append((self.queries, (self.queries - queries) // times))
+        if self.propagations is not None:
+            passes = self.propagations - queries - self.meter.backwards[here]
+            limits.append((self.propagations, passes // (times * (2 if self.differentiates else 1))))
+        return min(int(left.min()) if len(left) else most for most, left in limits)
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         """Answers [n, ...] without gradient; `of` [n] says which row each candidate belongs to."""
@@ -609,17 +633,16 @@ class MeteredOracle:
         self._may_differentiate()
         self._spend(x, of, 2)
         chunks, lanes = self._chunks(x)
-        aims = self._aimed(goal, [len(part) for part in chunks], x.device)
+        aims = [goal] if len(chunks) == 1 else self._aimed(goal, [len(part) for part in chunks], x.device)
         keys = self._keys(x, of, chunks)
         parts = [self._passed(*each, lanes) for each in zip(chunks, aims, keys, strict=True)]
         with torch.no_grad():
             loss, gradient, answer = parts[0] if len(parts) == 1 else (torch.cat(v) for v in zip(*parts, strict=True))
-            plain = self._note(x, answer, of, gradient)
-            return (
-                loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf),
-                gradient if plain and self._owned(gradient) else gradient.nan_to_num(0.0, 0.0, 0.0),
-                answer,
-            )
+            if not (self._note(x, answer, of, gradient) and self._owned(gradient)):
+                gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+            if loss.device.type != "cpu" or not all_finite(loss):
+                loss = loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+            return loss, gradient, answer
 
     def gradients(self, x: Tensor, goals: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [K, n] of several goals, their gradients [K, n, ...], answer [n, ...]: one forward and K backwards.
@@ -639,7 +662,7 @@ class MeteredOracle:
             for which, goal in enumerate(goals):
                 aim = goal if len(chunks) == 1 else goal.take(own)
                 loss, gradient = self._differentiated(aim, answer, leaf, again=which < len(goals) - 1)
-                losses[which].append(loss.detach())
+                losses[which].append(loss)
                 gradients[which].append(gradient[: len(part)])
             answers.append(answer.detach())
         with torch.no_grad():
@@ -663,33 +686,37 @@ class MeteredOracle:
         """Whether its rows share memory neither with one another nor with what is kept here."""
         if not gradient.is_contiguous():
             return False
-        return self._ones is None or gradient.untyped_storage().data_ptr() != self._ones.untyped_storage().data_ptr()
+        kept = self._ones
+        return kept is None or gradient.untyped_storage().data_ptr() != kept.untyped_storage().data_ptr()
 
     def _passed(self, x: Tensor, goal: Any, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (still with its graph), gradient and answer of one call of the model, as they come."""
+        """Loss, gradient and answer of one call of the model, as they come."""
         leaf, answer = self._called(x, keys, lanes)
         loss, gradient = self._differentiated(goal, answer, leaf)
-        return loss, gradient if len(leaf) == len(x) else gradient[: len(x)], answer.detach()
+        short = leaf.shape[0] != x.shape[0]
+        return loss, gradient[: x.shape[0]] if short else gradient, answer.detach()
 
     def _called(self, x: Tensor, keys: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor]:
         """The leaf of one call of the model, padded, and the answer to the rows of x, with its graph."""
         with torch.enable_grad():
-            leaf = self._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
+            leaf = self._leaf(x, lanes)
             answer = self._forward(leaf, None, keys)
-            return leaf, answer if len(leaf) == len(x) else answer[: len(x)]
+            return leaf, answer if leaf.shape[0] == x.shape[0] else answer[: x.shape[0]]
+
+    @staticmethod
+    def _leaf(x: Tensor, lanes: Lanes) -> Tensor:
+        """What is differentiated by: x itself where it is lent for that, which it shows by requiring a gradient."""
+        if x.requires_grad and x.is_leaf and lanes.padded(x.shape[0]) == x.shape[0]:
+            return x
+        return MeteredOracle._padded(x.detach() if x.requires_grad else x, lanes).requires_grad_()
 
     def _differentiated(self, goal: Any, answer: Tensor, leaf: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
-        """The goal's loss (still with its graph) and its gradient at the leaf; `again` where more will follow."""
-        with torch.enable_grad():
-            try:
-                loss: Tensor = goal.loss(answer)
-            except BaseException as error:
-                blame(error, GOAL)
-                raise
+        """The goal's loss and its gradient at the leaf, each row's own; `again` where more will follow."""
+        loss, end, slope = self._loss(goal, answer)
         gradient = None
-        if loss.requires_grad:
+        if end.requires_grad:
             try:
-                (gradient,) = self._backward(loss, leaf, again)
+                gradient = _backward(end, slope, leaf, again)
             except BaseException as error:
                 blame(error, BACKWARD)
                 raise
@@ -698,18 +725,25 @@ class MeteredOracle:
             gradient = torch.zeros_like(leaf, requires_grad=False)
         return loss, gradient
 
-    def _backward(self, loss: Tensor, leaf: Tensor, again: bool = False) -> tuple[Tensor | None, ...]:
-        """Every row's own gradient: that of the sum, and after the first passes without making the sum."""
-        if _SHAPES not in sys.modules and next(_passes) < _SUMMED:
-            return torch.autograd.grad(loss.sum(), leaf, retain_graph=again, allow_unused=True)
+    def _loss(self, goal: Any, answer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The goal's loss, where autograd begins, and the derivative that it begins with."""
+        try:
+            if conforms(goal, Sloped):
+                with torch.no_grad():
+                    sloped = goal.sloped(answer)
+                if sloped is not None:
+                    return sloped[0], answer, sloped[1]
+            with torch.enable_grad():
+                loss: Tensor = goal.loss(answer)
+        except BaseException as error:
+            blame(error, GOAL)
+            raise
         if self._ones is None or self._ones.shape != loss.shape or self._ones.dtype != loss.dtype:
             self._ones = torch.ones_like(loss, requires_grad=False)
-        return torch.autograd.grad(loss, leaf, self._ones, retain_graph=again, allow_unused=True)
+        return loss.detach(), loss, self._ones
 
     def _aimed(self, goal: Any, sizes: list[int], device: torch.device) -> list[Any]:
         """The goal of every chunk; those of the goal asked for last are kept, since a walk keeps its goal."""
-        if len(sizes) == 1:
-            return [goal]
         if self._aims[0] is not goal or self._aims[1] != sizes:
             rows = torch.split(torch.arange(sum(sizes), device=device), sizes)
             self._aims = (goal, sizes, [goal.take(part) for part in rows])
@@ -769,14 +803,16 @@ class MeteredOracle:
         lanes = self.lanes
         if lanes is None:
             training = isinstance(self.model, Modular) and any(m.training for m in self.model.modules())
-            lanes = Lanes(max(1, len(x)), 1) if training else replace(Lanes.fitting(x), multiple=1)
+            lanes = Lanes(max(1, len(x)), 1) if training else Lanes.unpadded(x)
             self.lanes = lanes
-        sizes = lanes.split(len(x))
-        return ([x] if len(sizes) == 1 else list(torch.split(x, list(sizes)))), lanes
+        sizes = lanes.split(x.shape[0])
+        if len(sizes) == 1:
+            return [x], lanes
+        return list(torch.split(x.detach() if x.requires_grad else x, list(sizes))), lanes
 
     @staticmethod
     def _padded(x: Tensor, lanes: Lanes) -> Tensor:
-        short = lanes.padded(len(x)) - len(x)
+        short = lanes.padded(x.shape[0]) - x.shape[0]
         if not short:
             return x.clone()
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
@@ -792,7 +828,7 @@ class MeteredOracle:
 
     def _forward(self, x: Tensor, lanes: Lanes | None, keys: Tensor | None) -> Tensor:
         before = 0 if self._counting is None else self._counting.tokens
-        x = x if lanes is None or lanes.padded(len(x)) == len(x) else self._padded(x, lanes)
+        x = x if lanes is None or lanes.padded(x.shape[0]) == x.shape[0] else self._padded(x, lanes)
         try:
             answer: Tensor
             if self._drawing is None or keys is None:
@@ -820,9 +856,9 @@ class MeteredOracle:
 
     def _spend(self, x: Tensor, of: Tensor | None, passes: int = 1) -> None:
         """Refuse what no budget allows: an answer for every candidate, of so many passes each."""
-        if of is None and len(x) != self.rows:
+        if of is None and x.shape[0] != self.rows:
             raise ValueError(f"{len(x)} candidates for {self.rows} samples: say which sample each belongs to (`of`)")
-        if self._times is None or not len(x):
+        if self._times is None or not x.shape[0]:
             return
         if self.propagations is not None:
             self._check_propagations(of, passes)
@@ -861,9 +897,17 @@ class MeteredOracle:
     def _note(self, x: Tensor, answer: Tensor, of: Tensor | None, gradient: Tensor | None = None) -> bool:
         """Count a pass and keep what it met; whether it is plain that the gradient is finite throughout."""
         looks = self.meter.looks
+        plain = gradient is not None and all_moving(gradient)
+        told = not looks or ((gradient is None or plain) and (not answer.is_floating_point() or plainly_finite(answer)))
+        if of is None and told:
+            self.meter.calls += 1
+            self._segment.forwards += 1
+            self._segment.backwards += gradient is not None
+            self._segment.moved |= plain and looks
+            return plain
         sizes = sizes_of(answer) if looks and answer.is_floating_point() else None
         extremes = _extremes(gradient) if looks and gradient is not None else None
-        plain = extremes is not None and extremes[0].device.type == "cpu" and all_finite(*extremes)
+        plain = plain or (extremes is not None and extremes[0].device.type == "cpu" and all_finite(*extremes))
         length = None if sizes is None else _suspects(x, answer)
         asked = None if length is None else ~torch.isfinite(length)
         if asked is not None:

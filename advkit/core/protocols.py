@@ -505,6 +505,16 @@ class Goal(Protocol[Y_contra]):
     def to(self, device: torch.device | str) -> Self: ...
 
 
+@functools.lru_cache(maxsize=1024)
+def _conforms(kind: type, protocol: type) -> bool:
+    return issubclass(kind, protocol)
+
+
+def conforms(value: object, protocol: Any) -> bool:
+    """`isinstance` for protocols of methods alone, in the loops where it would cost as much as an operation."""
+    return _conforms(type(value), protocol)
+
+
 @runtime_checkable
 class NoneReached(Protocol):
     """A goal that sees more cheaply than `reached` that no row reaches it: most steps of an attack end with that."""
@@ -512,6 +522,15 @@ class NoneReached(Protocol):
     @abstractmethod
     def none_reached(self, answer: Any) -> bool:
         """Whether it is plain that no row reaches it; False in doubt."""
+
+
+@runtime_checkable
+class Sloped(Protocol):
+    """A goal that knows the derivative of its loss, so that autograd needs to go through the model alone."""
+
+    @abstractmethod
+    def sloped(self, answer: Any) -> tuple[Any, Any] | None:
+        """Its loss [B], and the derivative of each row's by its answer [B, ...]; None where autograd has to find it."""
 
 
 class Rule(Protocol):

@@ -237,4 +237,5 @@ def test_a_direct_call_pads_nothing() -> None:
 
     MeteredOracle(model, 3, Access.SCORES)(torch.rand(3, 2))
     MeteredOracle(model, 130, Access.SCORES)(torch.rand(130, 2))
-    assert seen == [3, 64, 64, 2]
+    MeteredOracle(model, 600, Access.SCORES)(torch.rand(600, 2))
+    assert seen == [3, 130, 256, 256, 88]
