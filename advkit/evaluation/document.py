@@ -130,7 +130,7 @@ def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "n_total": len(task),
         "n_evaluated": len(ids),
         "selection": {
-            "kind": "all" if len(ids) == len(task) else "first_n",
+            "kind": "explicit_ids" if case.places else "all" if len(ids) == len(task) else "first_n",
             "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
         "input_shape": list(first.x.shape[1:]),

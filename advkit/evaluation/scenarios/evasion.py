@@ -30,7 +30,6 @@ from advkit.core.protocols import (
     TrainsApart,
     TrainsFront,
     Undefended,
-    ids_of,
     on_streams,
 )
 from advkit.defenses import DEFENSES
@@ -134,10 +133,10 @@ class Evasion(BaseScenario, RowsApart):
             by_stage.setdefault(record.stage, []).append(record)
         stages = schedule(case.attack)
         escalated = any(labelled(case, stage).stage in by_stage for stage in stages if stage.when == "escalated")
-        total, robust = 0, case.n
+        total, robust = 0, case.size
         for stage in stages:
             own = by_stage.get(labelled(case, stage).stage, [])
-            if own or ((stage.when == "always" or escalated) and robust > stage.above * case.n):
+            if own or ((stage.when == "always" or escalated) and robust > stage.above * case.size):
                 total += max(len(own), stage.takes(robust))
             robust -= sum(record.outcome in (Outcome.WRONG, Outcome.BROKEN) for record in own)
         return total
@@ -148,7 +147,7 @@ class Evasion(BaseScenario, RowsApart):
         Which rows a stage takes follows from the records alone, so a resumed run takes the same.
         """
         done = dict(records)
-        order = ids_of(case.task, case.n)
+        order = case.ids()
         closeness = dict.fromkeys(order, math.inf)  # of the rows that are still robust
         escalated = False
         for stage in schedule(case.attack):
