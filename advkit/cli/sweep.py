@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,20 +29,20 @@ _Grid = Annotated[
 _Out = Annotated[Path, typer.Option(help="Folder with one run folder for each cell; what is done there is skipped.")]
 _Engine = Annotated[str, typer.Option(help="local, submitit (SLURM) or ray, with settings: submitit:partition=gpu.")]
 _Workers = Annotated[int | None, typer.Option(min=1, help="Lines at a time.", show_default="one per core")]
-_Shard = Annotated[
-    int | None, typer.Option(min=1, help="Rows of a shard.", show_default="what a million passes are")
-]
+_Shard = Annotated[int | None, typer.Option(min=1, help="Rows of a shard.", show_default="what a million passes are")]
 _Retries = Annotated[int, typer.Option(min=0, help="How often a line that crashes is tried again.")]
 _Again = Annotated[bool, typer.Option("--again", help="Also run cells that an earlier sweep refused or put aside.")]
 _Dry = Annotated[
     bool, typer.Option("--dry-run", "--list", help="Write and print the list of commands, and run nothing.")
 ]
 _Cell = Annotated[str | None, typer.Option(help="Run these lines of the sweep in the folder, by number: 3 or 3,4,9.")]
-_Status = Annotated[
-    Path | None, typer.Option(help="Where the sweep in a folder is, from its files, until it is over.")
-]
+_Status = Annotated[Path | None, typer.Option(help="Where the sweep in a folder is, from its files, until it is over.")]
 _Eps = Annotated[
     str | None, typer.Option(help="Radii of a curve in place of a grid: START:STOP:POINTS (0:16/255:17) or 0.05,0.1.")
+]
+_Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Also run cells of a file that name what is not advkit's own (python:, hf:...)."),
 ]
 _Plots = Annotated[bool, typer.Option(help="Draw the curve.")]
 
@@ -60,6 +61,7 @@ def sweep(
     cell: _Cell = None,
     status: _Status = None,
     eps: _Eps = None,
+    trust: _Trust = False,
     plots: _Plots = True,
     as_json: Json = False,
 ) -> None:
@@ -79,11 +81,11 @@ def sweep(
     if status is not None:
         _show_status(status, as_json)
     elif grid is not None and cell is not None:
-        _carry_out(grid, cell, as_json)
+        _carry_out(grid, cell, trust, as_json)
     elif eps is not None and grid is None:
         _trace(asked, eps, out, workers, plots, as_json)
     elif grid is not None and eps is None:
-        _sweep(grid, out, engine, workers, shard, retries, again, dry_run, as_json)
+        _sweep(grid, out, engine, workers, shard, retries, again, dry_run, trust, as_json)
     else:
         raise UsageError("sweep takes one of: a grid (GRID.yaml), a curve (--eps), a folder (--status FOLDER)")
 
@@ -104,6 +106,7 @@ def _sweep(
     retries: int,
     again: bool,
     dry_run: bool,
+    trust: bool,
     as_json: bool,
 ) -> None:
     import json
@@ -112,7 +115,8 @@ def _sweep(
     from advkit.evaluation.sweep.api import carry_out, prepare
 
     with Bar(hidden=as_json) as bar:
-        made = prepare(grid, out, shard=shard, watch=lambda done, total: bar.watch("cells looked at", done, total))
+        looked = functools.partial(bar.watch, "cells looked at")
+        made = prepare(grid, out, shard=shard, trust=trust, watch=looked)
     if dry_run:
         _print_lines(made, as_json)
         return
@@ -123,7 +127,7 @@ def _sweep(
             workers=workers,
             retries=retries,
             again=again,
-            watch=lambda done, total: bar.watch("lines", done, total),
+            watch=functools.partial(bar.watch, "lines"),
         )
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=2))
@@ -163,18 +167,22 @@ def _print_table(made: Sweep) -> None:
     console.print(f"written: {made.folder / TABLE}{more}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _carry_out(home: Path, cells: str, as_json: bool) -> None:
+def _carry_out(home: Path, cells: str, trust: bool, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
     from advkit.core.errors import UsageError
     from advkit.core.text import printable
-    from advkit.evaluation.sweep.line import PROBLEMS, carry_out
+    from advkit.evaluation.sweep.line import PROBLEMS, carry_out, read_lines
 
     try:
         numbers = [int(each) for each in cells.split(",")]
     except ValueError:
         raise UsageError(f"cell {cells!r}; expected numbers of lines with commas between: 3 or 3,4,9") from None
+    lines = read_lines(home)
+    found = [each for line in lines if line.line in numbers for each in line.outside]
+    if found and not trust:
+        raise UsageError(f"the lines would load what is not advkit's own ({'; '.join(found)}): run them with --trust")
     notes = [carry_out(home, number) for number in numbers]
     for number, note in zip(numbers, notes, strict=True):
         said = json.dumps({"line": number, **asdict(note)}) if as_json else f"{number}: {note.state} {note.reason}"
@@ -192,7 +200,7 @@ def _trace(asked: Asked, eps: str, out: Path, workers: int | None, plots: bool, 
     from advkit.cli.progress import Bars
     from advkit.evaluation.plan import Request
     from advkit.evaluation.run.store import check_folder
-    from advkit.evaluation.sweep.curve import Curve, radii, trace
+    from advkit.evaluation.sweep.curve import radii, trace
 
     levels = radii(eps)
     check_folder(out / "sweep")

@@ -61,6 +61,7 @@ def prepare(
     out: str | Path = "runs",
     *,
     shard: int | None = None,
+    trust: bool = False,
     watch: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """The lines of a grid, written to FOLDER/sweep.jsonl; nothing is run. See `sweep`.
@@ -72,7 +73,8 @@ def prepare(
     check_folder(home / "sweep")
     if shard is not None and shard < 1:
         raise UsageError(f"shard is {shard}; expected a number of rows of at least 1")
-    lines = resolve(asked, home, shard=shard, watch=watch)
+    own = not isinstance(grid, str | Path)  # the caller's own words, and no file from anybody
+    lines = resolve(asked, home, shard=shard, trust=trust or own, watch=watch)
     write_lines(home, lines)
     return Sweep(home, lines)
 
@@ -115,6 +117,7 @@ def sweep(
     shard: int | None = None,
     retries: int = 1,
     again: bool = False,
+    trust: bool = False,
     eps: Sequence[float] | str | None = None,
     watch: Watch | None = None,
     command: str = "",
@@ -130,6 +133,7 @@ def sweep(
     shard:   rows of a shard; None cuts cells that cost more than a million passes, where rows do not depend on others
     retries: how often a line that crashes is tried again
     again:   also run cells that an earlier sweep refused or put aside
+    trust:   also cells of a file that name what is not advkit's own (python:, hf:, path:...)
     eps:     radii, or START:STOP:POINTS, in place of a grid: a `Curve`; settings are then those of `advkit.evaluate`
     watch, command: of a curve, as of `advkit.evaluate`
 
@@ -148,5 +152,5 @@ def sweep(
     if settings:
         raise UsageError(f"{', '.join(settings)}: with a grid these belong into it, as lists")
     return carry_out(
-        prepare(grid, out, shard=shard), engine=engine, workers=workers, retries=retries, again=again
+        prepare(grid, out, shard=shard, trust=trust), engine=engine, workers=workers, retries=retries, again=again
     )

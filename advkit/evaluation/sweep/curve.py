@@ -1,9 +1,9 @@
 """Robust accuracy over radii: one curve with intervals, in which nothing is searched for twice.
 
 Balls of one norm lie inside each other, so an adversarial example that is found at one radius is admissible at every
-larger one. It is shown to the victim again, in the larger ball; where the verdict holds it is that sample's record there,
-with the note `found_at_eps=...`, and only the other samples are attacked. Those end as they do in a run of that radius
-alone. A run without a radius (minimum norm) gives the whole curve by its distances.
+larger one. It is shown to the victim again, in the larger ball; where the verdict holds it is that sample's record
+there, with the note `found_at_eps=...`, and only the other samples are attacked. Those end as they do in a run of that
+radius alone. A run without a radius (minimum norm) gives the whole curve by its distances.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def _fraction(text: str) -> Fraction:
 class Curve:
     """Robust accuracy at every radius of a list.
 
-    data:   plain JSON values: `points` have eps, robust_accuracy (a rate with its interval), attacked, taken_over, passes
+    data:   plain JSON values: `points` have eps, robust_accuracy (a rate with its interval), attacked, taken_over and
+            passes
     folder: of its files and runs
     """
 
@@ -101,7 +102,10 @@ class Curve:
     def markdown(self) -> str:
         """The points as a table."""
         lines = [f"Robust accuracy over eps, {self.data['title']}; n = {self.data['n']}.", ""]
-        lines += ["| eps | robust accuracy | 95 % interval | attacked | taken over | passes |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| eps | robust accuracy | 95 % interval | attacked | taken over | passes |",
+            "|---|---|---|---|---|---|",
+        ]
         for point in self.data["points"]:
             held = point["robust_accuracy"]
             ends = f"[{held['ci']['low']:.3f}, {held['ci']['high']:.3f}]"
@@ -203,11 +207,13 @@ def _check(begun: Outline) -> None:
     threat, rule = begun.parts.threat, begun.parts.rule
     if begun.scenario.name != "evasion" or not (isinstance(threat, NormBall) or _least(begun)):
         raise UsageError(
-            f"the threat model {begun.specs['threat_model']} has no radius to vary: a curve needs a ball (linf, l2, l1, "
-            "l0) or a minimum-norm threat model"
+            f"the threat model {begun.specs['threat_model']} has no radius to vary: a curve needs a ball (linf, l2, l1 "
+            "or l0) or a minimum-norm threat model"
         )
     if rule.kind != "untargeted":
-        raise UsageError(f"a curve is of robust accuracy, and the goal {begun.specs['goal']} is another: use untargeted")
+        raise UsageError(
+            f"a curve is of robust accuracy, and the goal {begun.specs['goal']} is another: use untargeted"
+        )
 
 
 class _Carrier:
@@ -254,7 +260,9 @@ class _Carrier:
         folder = self.folder / "run"
         records, report = self._run(self.request, folder, {})
         robust = self._still_robust(None, [r for r in records if r.outcome != Outcome.BROKEN])
-        broken = {r.id: r.distance for r in records if r.outcome == Outcome.BROKEN and r.distance is not None and was_right(r)}
+        broken = {
+            r.id: r.distance for r in records if r.outcome == Outcome.BROKEN and r.distance is not None and was_right(r)
+        }
         points = []
         for number, eps in enumerate(each for each in levels if each > 0):
             left = robust | {row for row, distance in broken.items() if distance > eps}

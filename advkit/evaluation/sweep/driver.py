@@ -9,6 +9,7 @@ from pathlib import Path
 from advkit import __version__
 from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.files import claimed, why
+from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.sweep.engines import Engine
 from advkit.evaluation.sweep.line import Line, Note, state_of
 
@@ -54,7 +55,12 @@ class _Driver:
         self.home, self.lines, self.engine = home, lines, engine
         self.workers, self.retries, self.watch = workers, retries, watch
         self.failed: dict[int, int] = {}
-        self.ended = {line.line for line in lines if state_of(home, line).state in _FINAL}
+        # A report that is not the line's stays where it is, and the line can't be run.
+        self.ended = {line.line for line in lines if self._over(line)}
+
+    def _over(self, line: Line) -> bool:
+        final = ("done", "refused", "excluded", "quarantined")
+        return state_of(self.home, line).state in final or (self.home / line.folder / REPORT_NAME).exists()
 
     def run(self) -> None:
         """Shards and whole cells, then the cells that take over records of shards."""
@@ -115,6 +121,3 @@ class _Driver:
         self.ended.add(line.line)
         if self.watch is not None:
             self.watch(len(self.ended), len(self.lines))
-
-
-_FINAL = ("done", "refused", "excluded", "quarantined")

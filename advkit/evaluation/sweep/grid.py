@@ -142,7 +142,8 @@ def _checked(content: Any, source: str) -> Grid:
     try:
         return Grid.model_validate({str(key).replace("-", "_"): value for key, value in content.items()})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])  # a slip, not an omission
         raise UsageError(f"{source}: {_words(first)}") from None
     except RecursionError:
         raise UsageError(f"{source}: nested too deep; a grid has lists of texts") from None

@@ -18,9 +18,10 @@ from typing import Any, Literal, Self
 from advkit import __version__
 from advkit.core.errors import AdvkitError, ReportError, RunInUse, UsageError
 from advkit.core.files import check_unclaimed, why, write_whole
+from advkit.core.registry import outside
 from advkit.core.strict_json import read_object
 from advkit.core.text import first_line
-from advkit.evaluation.plan import Request
+from advkit.evaluation.plan import PARTS, Request
 from advkit.evaluation.report import Report
 from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.run.store import RECORDS_NAME
@@ -67,6 +68,11 @@ class Line:
         rows: str | None = self.request.get("rows")
         return rows
 
+    @property
+    def outside(self) -> list[str]:
+        """What it would load that is not advkit's own."""
+        return [each for name in PARTS if self.request.get(name) for each in outside(self.request[name])]
+
     def argv(self, home: Path) -> list[str]:
         """The command that carries it out, without the name of the program."""
         words = ["evaluate"]
@@ -104,7 +110,9 @@ def read_lines(home: Path) -> list[Line]:
     except OSError as error:
         raise ReportError(f"{home} is no folder of a sweep ({LINES}: {why(error)})") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ReportError(f"{path} is damaged or of another version ({first_line(error)}): run the sweep again") from None
+        raise ReportError(
+            f"{path} is damaged or of another version ({first_line(error)}): run the sweep again"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

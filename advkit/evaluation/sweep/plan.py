@@ -13,9 +13,10 @@ from torch.nn.functional import one_hot
 
 from advkit.core.errors import AdvkitError, ReportError
 from advkit.core.protocols import AboutSamples, Label, ThroughView, answer_shape
+from advkit.core.registry import outside
 from advkit.evaluation.inputs import pick_device
 from advkit.evaluation.matrix.images import NoVictim
-from advkit.evaluation.plan import NO_ATTACK, Outline, Request, outline
+from advkit.evaluation.plan import NO_ATTACK, PARTS, Outline, Request, outline
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.batch import own_randomness
 from advkit.evaluation.run.case import Case, digest_of
@@ -29,10 +30,13 @@ from advkit.tasks.base import ClassificationTask
 Watch = Callable[[int, int], None]  # cells looked at, cells in all
 
 
-def resolve(grid: Grid, home: Path, *, shard: int | None = None, watch: Watch | None = None) -> list[Line]:
+def resolve(
+    grid: Grid, home: Path, *, shard: int | None = None, trust: bool = False, watch: Watch | None = None
+) -> list[Line]:
     """The lines of a grid: one for each cell, and one for each shard of the large ones before it.
 
     shard: rows of a shard; None cuts cells that cost more than a million passes
+    trust: also cells that name what is not advkit's own, which may run code and fetch files
 
     Raises UsageError where the device is not here; what is wrong with one cell is that line's reason.
     """
@@ -40,17 +44,32 @@ def resolve(grid: Grid, home: Path, *, shard: int | None = None, watch: Watch | 
     known, lines = measured(home), list[Line]()
     cells = list(grid.cells())
     for number, cell in enumerate(cells):
-        lines += _lines(grid, cell, number, len(lines), known, shard)
+        if not trust and (reason := _outside(cell)):
+            lines.append(_unrun(_request(cell), number, len(lines), reason))
+        else:
+            lines += _lines(grid, cell, number, len(lines), known, shard)
         if watch is not None:
             watch(number + 1, len(cells))
     return lines
 
 
+def _request(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that its command line names: attack, defense, task, and what is not the usual."""
+    given = {name: value for name, value in cell.items() if value != getattr(REQUEST_DEFAULTS, name)}
+    return {name: cell[name] for name in ("attack", "defense", "task")} | given
+
+
+def _outside(cell: Mapping[str, Any]) -> str:
+    found = [f"{name}={each}" for name in PARTS if cell[name] for each in outside(cell[name])]
+    if not found:
+        return ""
+    return f"it would load what is not advkit's own ({'; '.join(found)}): where you trust the file, run it with --trust"
+
+
 def _lines(
     grid: Grid, cell: dict[str, Any], number: int, first: int, known: Mapping[str, float], shard: int | None
 ) -> list[Line]:
-    given = {name: value for name, value in cell.items() if value != getattr(REQUEST_DEFAULTS, name)}
-    request = {name: cell[name] for name in ("attack", "defense", "task")} | given
+    request = _request(cell)
     if reason := grid.excluded(cell):
         return [_unrun(request, number, first, reason, excluded=True)]
     asked = Request(**request, beside=False)
@@ -59,7 +78,9 @@ def _lines(
         if reason := misfit(begun):
             return [_unrun(request, number, first, reason)]
         specs = {**begun.specs, "n": begun.n, "seed": asked.seed}
-        digest = digest_of({**specs, "model": asked.model or begun.parts.task.defaults.model, "speed": str(asked.speed)})
+        digest = digest_of(
+            {**specs, "model": asked.model or begun.parts.task.defaults.model, "speed": str(asked.speed)}
+        )
         passes = _passes(begun, known)
         pieces = cut(begun.n, passes, shard)
         if pieces and not apart(asked):

@@ -7,10 +7,10 @@ of any run, and holds what `Report.merge`, which has two summaries alone, must l
 from __future__ import annotations
 
 import shutil
-from contextlib import closing
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import ceil
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def cut(n: int, passes: float, rows: int | None = None) -> list[str]:
         return []
     parts = ceil(n / each)
     places = [round(part * n / parts) for part in range(parts + 1)]
-    return [f"{first}:{last}" for first, last in zip(places, places[1:], strict=False)]
+    return [f"{first}:{last}" for first, last in pairwise(places)]
 
 
 def apart(request: Request) -> bool:

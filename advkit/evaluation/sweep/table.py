@@ -1,4 +1,4 @@
-"""What came out of a sweep, from the files of its folder alone: for every cell a number, or the reason why there is none."""
+"""What came out of a sweep, from the files of its folder alone: for every cell a number, or the reason."""
 
 from __future__ import annotations
 
@@ -129,9 +129,7 @@ class Progress:
 def progress_of(home: Path, lines: Sequence[Line]) -> Progress:
     """Where the sweep of a folder is, from its files alone."""
     notes = [(line, state_of(home, line)) for line in lines]
-    at_work = [
-        (line, records_in(home / line.folder), _rows(line)) for line, note in notes if note.state == "running"
-    ]
+    at_work = [(line, records_in(home / line.folder), _rows(line)) for line, note in notes if note.state == "running"]
     problems = [(line, note) for line, note in notes if note.state in ("failed", "quarantined", "left off")]
     return Progress(Counter(note.state for _, note in notes), at_work, problems)
 

@@ -22,7 +22,7 @@ LINES_EACH = 100
 
 @dataclass(frozen=True)
 class Local:
-    """Processes of this machine. A process that ends before its line does takes nothing with it but that line's time."""
+    """Processes of this machine; one that ends before its line does takes nothing with it but that line's time."""
 
     def run(self, home: Path, lines: Sequence[Line], workers: int) -> Iterator[int]:
         """See `Engine.run`."""
@@ -53,7 +53,11 @@ class Local:
 def _process() -> ProcessPoolExecutor:
     """A pool of one, so that who ended is known by its line."""
     return ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=_prepare, initargs=(os.getcwd(),), max_tasks_per_child=LINES_EACH
+        1,
+        mp_context=get_context("spawn"),
+        initializer=_prepare,
+        initargs=(os.getcwd(),),
+        max_tasks_per_child=LINES_EACH,
     )
 
 

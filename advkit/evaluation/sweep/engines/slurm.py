@@ -1,4 +1,4 @@
-"""SLURM through submitit: an array of tasks, each a command line; on a machine without SLURM submitit's local executor."""
+"""SLURM through submitit: an array of tasks, each a command line; without SLURM, submitit's local executor."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def shared_out(lines: Sequence[Line], workers: int) -> list[list[Line]]:
 
 def _command(home: Path, lines: Sequence[Line]) -> list[str]:
     numbers = ",".join(str(line.line) for line in lines)
-    return [sys.executable, "-m", "advkit", "sweep", str(home.absolute()), "--cell", numbers]
+    return [sys.executable, "-m", "advkit", "sweep", str(home.absolute()), "--cell", numbers, "--trust"]
 
 
 def _package() -> Any:
