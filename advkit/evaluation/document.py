@@ -6,10 +6,12 @@ import hashlib
 import math
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -242,9 +244,11 @@ def reproducibility(case: Case, command: str) -> dict[str, Any]:
     }
 
 
-def _packages() -> Iterator[tuple[str, str]]:
+@cache
+def _packages() -> tuple[tuple[str, str], ...]:
+    """Name and version of those whose numbers a run depends on; read once, for many short runs in one process."""
+    found = []
     for name in ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "safetensors"):
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            found.append((name, version(name)))
+    return tuple(found)

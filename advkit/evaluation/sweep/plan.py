@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 from advkit.core.errors import AdvkitError, ReportError
 from advkit.core.protocols import AboutSamples, Label, ThroughView, answer_shape
 from advkit.core.registry import outside
-from advkit.evaluation.inputs import pick_device
+from advkit.evaluation.inputs import pick_device, task_of
 from advkit.evaluation.matrix.images import NoVictim
 from advkit.evaluation.plan import NO_ATTACK, PARTS, Outline, Request, outline
 from advkit.evaluation.report import Report
@@ -41,7 +41,7 @@ def resolve(
     Raises UsageError where the device is not here; what is wrong with one cell is that line's reason.
     """
     pick_device(grid.device)
-    known, lines = measured(home), list[Line]()
+    lines, known = list[Line](), _Known(measured(home))
     cells = list(grid.cells())
     for number, cell in enumerate(cells):
         if not trust and (reason := _outside(cell)):
@@ -66,22 +66,42 @@ def _outside(cell: Mapping[str, Any]) -> str:
     return f"it would load what is not advkit's own ({'; '.join(found)}): where you trust the file, run it with --trust"
 
 
-def _lines(
-    grid: Grid, cell: dict[str, Any], number: int, first: int, known: Mapping[str, float], shard: int | None
-) -> list[Line]:
+@dataclass(frozen=True)
+class _Known:
+    """What cells share: passes of attacks per sample, tasks by their specs, reasons by the parts that they are about."""
+
+    passes: Mapping[str, float]
+    tasks: dict[str, Any] = field(default_factory=dict)
+    misfits: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+    def task(self, spec: str) -> Any:
+        """The task of a spec, built once."""
+        if spec not in self.tasks:
+            self.tasks[spec] = task_of(spec)
+        return self.tasks[spec]
+
+    def misfit(self, begun: Outline) -> str:
+        """See `misfit`: the defense has no part in it."""
+        parts = tuple(spec for name, spec in begun.specs.items() if name != "defense")
+        if parts not in self.misfits:
+            self.misfits[parts] = misfit(begun)
+        return self.misfits[parts]
+
+
+def _lines(grid: Grid, cell: dict[str, Any], number: int, first: int, known: _Known, shard: int | None) -> list[Line]:
     request = _request(cell)
     if reason := grid.excluded(cell):
         return [_unrun(request, number, first, reason, excluded=True)]
     asked = Request(**request, beside=False)
     try:
-        begun = outline(asked)
-        if reason := misfit(begun):
+        begun = outline(replace(asked, task=known.task(asked.task)))
+        if reason := known.misfit(begun):
             return [_unrun(request, number, first, reason)]
         specs = {**begun.specs, "n": begun.n, "seed": asked.seed}
         digest = digest_of(
             {**specs, "model": asked.model or begun.parts.task.defaults.model, "speed": str(asked.speed)}
         )
-        passes = _passes(begun, known)
+        passes = _passes(begun, known.passes)
         pieces = cut(begun.n, passes, shard)
         if pieces and not apart(asked):
             pieces = []
