@@ -31,7 +31,7 @@ class Killer:
     whom: str = "me"
     def __call__(self, oracle, x, goal, ball, rng, /):
         file = Path("KILL")
-        if file.exists() and file.read_text() and len(list(Path().rglob("records.jsonl"))) and begun():
+        if len(x) > 1 and file.exists() and file.read_text() and begun():
             file.write_text(file.read_text()[1:])
             os.kill(os.getpid() if self.whom == "me" else os.getppid(), signal.SIGKILL)
             if self.whom != "me":
@@ -39,7 +39,7 @@ class Killer:
         return ATTACKS.build("pgd:steps=3")(oracle, x, goal, ball, rng)
 
 def begun():
-    return any(each.read_bytes().count(b"\\n") >= 8 for each in Path().rglob("records.jsonl"))
+    return any(each.read_bytes().count(b"\\n") >= 8 for each in Path("runs").rglob("records.jsonl"))
 '''
 GRID = """attacks: ['python:killer:Killer,whom={whom}']
 tasks: [digits]
@@ -73,13 +73,13 @@ def records(out: str) -> list[bytes]:
     return [(made.folder / row.folder / "records.jsonl").read_bytes() for row in made.rows]
 
 
-def reference() -> list[bytes]:
+def reference(whom: str) -> list[bytes]:
     """The records of the same cells, uncut and undisturbed, in this process."""
     import advkit
 
     for seed in (0, 1):
         advkit.evaluate(
-            "python:killer:Killer,whom=me", task="digits", n=24, batch_size=4, device="cpu", seed=seed, beside=False,
+            f"python:killer:Killer,whom={whom}", task="digits", n=24, batch_size=4, device="cpu", seed=seed, beside=False,
             out=f"alone/{seed}",
         )  # fmt: skip
     return [Path(f"alone/{seed}/records.jsonl").read_bytes() for seed in (0, 1)]
@@ -90,7 +90,7 @@ def test_a_worker_that_is_killed_changes_no_record(here: Path, engine: str) -> N
     package = engine.partition(":")[0]
     if package != "local":
         pytest.importorskip(package, reason=f"{package} is not installed")
-    whole = reference()
+    whole = reference("me")
     Path("KILL").write_text("x")
     done = ask(engine, "runs", "me", "--shard", "12")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -105,17 +105,7 @@ def test_a_driver_that_is_killed_is_resumed_to_the_same_records(here: Path) -> N
     assert Path("KILL").read_text() == ""
     resumed = ask("local", "runs", "parent")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-    # The attack's own name stands in its records, and is another than the reference's.
-    assert [text.replace(b"whom=parent", b"whom=me") for text in records("runs")] == reference()
-
-
-def test_a_line_that_kills_its_worker_every_time_is_put_aside(here: Path) -> None:
-    Path("KILL").write_text("x" * 100)
-    done = ask("local", "runs")
-    assert done.returncode == 3
-    rows = Sweep.load("runs").rows
-    assert "quarantined" in {row.state for row in rows}
-    assert all("ended its worker process" in row.outcome for row in rows if row.state == "quarantined")
+    assert records("runs") == reference("parent")
 
 
 def test_a_ray_cluster_that_is_not_there(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def _outside(cell: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Known:
-    """What cells share: passes of attacks per sample, tasks by their specs, reasons by the parts that they are about."""
+    """What cells share: passes of attacks per sample, tasks by their specs, reasons by the parts they are about."""
 
     passes: Mapping[str, float]
     tasks: dict[str, Any] = field(default_factory=dict)
@@ -81,8 +81,10 @@ class _Known:
         return self.tasks[spec]
 
     def misfit(self, begun: Outline) -> str:
-        """See `misfit`: the defense has no part in it."""
+        """See `misfit`: the defense has no part in it. Parts of somebody's own do not run in this process."""
         parts = tuple(spec for name, spec in begun.specs.items() if name != "defense")
+        if any(outside(spec) for spec in parts):
+            return ""
         if parts not in self.misfits:
             self.misfits[parts] = misfit(begun)
         return self.misfits[parts]
