@@ -1,4 +1,4 @@
-"""The engines of sweeps in real processes: identical records, and what happens to a worker or a driver that is killed."""
+"""The engines of sweeps in real processes: identical records, also where a worker or the driver is killed."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def reference(whom: str) -> list[bytes]:
 
     for seed in (0, 1):
         advkit.evaluate(
-            f"python:killer:Killer,whom={whom}", task="digits", n=24, batch_size=4, device="cpu", seed=seed, beside=False,
-            out=f"alone/{seed}",
+            f"python:killer:Killer,whom={whom}", task="digits", n=24, batch_size=4, device="cpu", seed=seed,
+            beside=False, out=f"alone/{seed}",
         )  # fmt: skip
     return [Path(f"alone/{seed}/records.jsonl").read_bytes() for seed in (0, 1)]
 
@@ -111,6 +111,6 @@ def test_a_driver_that_is_killed_is_resumed_to_the_same_records(here: Path) -> N
 def test_a_ray_cluster_that_is_not_there(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     grid: dict[str, Any] = {"attacks": "fgsm", "tasks": "digits", "n": 2}
-    with pytest.raises(UsageError, match="no Ray cluster answers at 127.0.0.1:1") as raised:
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:1") as raised:
         sweep(grid, out=tmp_path, engine=ENGINES.build("ray:address=127.0.0.1:1"))
     assert "\n" not in str(raised.value)
