@@ -113,17 +113,20 @@ def _sweep(
 
     from advkit.cli.matrix import Bar
     from advkit.evaluation.sweep.api import carry_out, prepare
+    from advkit.evaluation.sweep.engines import ENGINES
 
-    with Bar(hidden=as_json) as bar:
+    chosen = ENGINES.build(engine)  # a slip in its name is told before anything is looked at
+    quiet = as_json or not sys.stderr.isatty()
+    with Bar(hidden=quiet) as bar:
         looked = functools.partial(bar.watch, "cells looked at")
         made = prepare(grid, out, shard=shard, trust=trust, watch=looked)
     if dry_run:
         _print_lines(made, as_json)
         return
-    with Bar(hidden=as_json) as bar:
+    with Bar(hidden=quiet) as bar:
         carry_out(
             made,
-            engine=engine,
+            engine=chosen,
             workers=workers,
             retries=retries,
             again=again,
