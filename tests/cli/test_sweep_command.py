@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,7 @@ def test_dry_run_lists_commands_and_reasons_and_each_can_be_run_by_itself(advkit
         (("sweep", "missing.yaml"), "can't be read"),
         (("sweep", "grid.yaml", "--attack", "fgsm"), "--attack belongs to --eps"),
         (("sweep", "grid.yaml", "--engine", "slurmm"), "unknown engine 'slurmm'"),
-        (("sweep", "grid.yaml", "--engine", "submitit:cluster=here"), "cluster is 'here'"),
+        (("sweep", "grid.yaml", "--engine", "submitit:cluster=here"), "not 'here'"),
         (("sweep", "--eps", "1:0:3"), "START:STOP:POINTS"),
         (("sweep", "--status", "nowhere"), "no folder of a sweep"),
         (("sweep", "nowhere", "--cell", "0"), "no folder of a sweep"),
@@ -162,6 +160,3 @@ def test_sweeps_alone_import_pydantic_and_the_engines() -> None:
         "submitit": {f"{home}/engines/slurm.py"},
         "ray": {f"{home}/engines/rays.py"},
     }
-    code = "import sys, advkit.evaluation.api, advkit.cli.evaluate; print([n for n in sys.modules if 'sweep' in n])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.strip() == "[]"
