@@ -63,7 +63,7 @@ def ask(engine: str, out: str, whom: str = "me", *more: str) -> subprocess.Compl
     Path("grid.yaml").write_text(GRID.format(whom=whom))
     command = [sys.executable, "-m", "advkit", "sweep", "grid.yaml", "--trust", "--engine", engine, "--out", out]
     return subprocess.run(
-        [*command, "--workers", "2", "--json", *more], capture_output=True, text=True, timeout=400, env=dict(os.environ)
+        [*command, "--workers", "2", "--json", *more], capture_output=True, text=True, timeout=1800, env=dict(os.environ)
     )
 
 
