@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from advkit.core.errors import MissingExtra, UsageError
 from advkit.core.text import first_line
 from advkit.evaluation.sweep.engines import ONE_THREAD
 from advkit.evaluation.sweep.line import Line, carry_out
+
+_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Ray:
         }
         address = self.address or os.environ.get("RAY_ADDRESS", "")
         try:
+            _knock(address)
             ray.init(address=address or "auto", **settings)
             return
         except Exception as error:  # ray raises its own kinds, and those of grpc and of its name lookup
@@ -65,6 +69,13 @@ class Ray:
                     "take --engine ray, which starts one here"
                 ) from None
         ray.init(address="local", num_cpus=workers, include_dashboard=False, **settings)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself would wait for a minute, and end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_SECONDS).close()
 
 
 def _begin(home: str, number: int, place: str) -> None:
