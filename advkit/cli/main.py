@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("advkit.cli.train", "Train a model under a defense and save the checkpoint."),
     "attack": ("advkit.cli.attack", "Export adversarial examples as safetensors and PNG."),
     "matrix": ("advkit.cli.matrix", "Show what every attack makes on every source to every target, as a table."),
+    "sweep": ("advkit.cli.sweep", "Run a grid of evaluations, here, on SLURM or on Ray; or one at several radii."),
     "list": ("advkit.cli.list", "List attacks, defenses, threat models, tasks, models and goals."),
     "show": (
         "advkit.cli.show",
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "query": ("advkit.cli.query", "Ask the records of all runs in a folder in SQL."),
     "rerun": ("advkit.cli.rerun", "Run a report's evaluation again and compare the two."),
+    "retry": ("advkit.cli.retry", "Run a run's samples that ended in an error again, and those alone."),
     "doctor": ("advkit.cli.doctor", "Check this installation, or whether a model's gradients can be trusted."),
     "benchmark": ("advkit.cli.benchmark", "Time our suites beside a peer's and compare their flags image by image."),
     "zoo": ("advkit.cli.zoo", "List the embedded models and verify their hashes."),

@@ -83,6 +83,8 @@ def _execute(
     if isinstance(plan.case.task, OfFiles):
         plan.case.task.look(plan.case.n)  # a damaged file is met now, and not after hours
     findings, randomized = _first_look(plan.case)
+    if randomized and plan.case.places is not None:
+        raise UsageError("the victim's answers vary from call to call: leave rows out and run all of them together")
     with ExitStack() as stores:
         runs = []
         for title, case, companion in asked:

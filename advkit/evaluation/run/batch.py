@@ -433,13 +433,19 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
 
 def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
     """Judge one batch as it is, without an attack."""
+    return replace(shown(case, batch, lanes), clean=None, adversarial=None)
+
+
+def shown(case: Case, batch: Batch, lanes: Lanes, returned: Tensor | None = None) -> Round:
+    """Judge one batch on what was made of it elsewhere: `returned` [B, ...], the rows as they are for None."""
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
     judge = _judge(case, lanes, rng)
     clean = _clean(case, batch, judge, rng.at("goal"))
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
-    verdict = judge.judge(attempts.start, batch.x, clean.goal, case.threat)
+    attempts.returned = attempts.start if returned is None else returned.to(attempts.start)
+    verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
     said = _examined(attempts, clean, judge, verdict, rng)
-    return Round(_records(attempts, clean, judge, verdict, said))
+    return Round(_records(attempts, clean, judge, verdict, said), batch.x, verdict.submitted.to(batch.x))
 
 
 def _examined(attempts: _Attempts, clean: _Clean, judge: Judge, verdict: Verdict, rng: RowRng) -> list[Said]:

@@ -45,14 +45,18 @@ Progress = Callable[[list[Record], int], None]  # the new records, and how many 
 
 
 class Without:
-    """Rows to leave out of a cell's batches: those on record under its label, and those that nobody asked for."""
+    """Rows to leave out of a cell's batches: those on record under its label, and those that nobody asked for, or that
+    are another shard's.
+    """
 
     def __init__(self, done: Records, cell: Case, only: Container[str] | None) -> None:
         self.done, self.prefix, self.only = done, Store.key(cell.label, ""), only
+        self.ours = None if cell.places is None else frozenset(cell.ids())
 
     def __contains__(self, row: object) -> bool:
         name = str(row)
-        return self.prefix + name in self.done or (self.only is not None and name not in self.only)
+        others = any(rows is not None and name not in rows for rows in (self.only, self.ours))
+        return others or self.prefix + name in self.done
 
 
 @dataclass

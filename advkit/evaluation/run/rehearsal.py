@@ -18,7 +18,7 @@ from advkit.core.rng import RowRng
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, unchanged
-from advkit.evaluation.run.scenario import Scenario
+from advkit.evaluation.run.scenario import RowsApart, Scenario
 from advkit.models.torch import check_mode, checked_logits
 
 log = logging.getLogger("advkit")
@@ -28,6 +28,10 @@ def preflight(case: Case, scenario: Scenario) -> None:
     """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
     if reason := scenario.accepts(case):
         raise UsageError(reason)
+    if case.places is not None and not (isinstance(scenario, RowsApart) and scenario.rows_apart(case)):
+        raise UsageError(
+            f"what becomes of a row depends on the others here ({case.label}): leave rows out and run them together"
+        )
     _check_rule(case)
     if isinstance(case.rule, Refuses) and (reason := case.rule.misfit(case.victim)):
         raise UsageError(reason)

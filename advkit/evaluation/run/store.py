@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from advkit.core.errors import RunInterrupted, RunInUse, StaleRun, UsageError
-from advkit.core.files import Claimed, check_unclaimed, why, write_whole
-from advkit.core.protocols import Label, Record
+from advkit.core.files import Claimed, check_unclaimed, claimed, why, write_whole
+from advkit.core.protocols import Label, Outcome, Record
 from advkit.core.strict_json import read_object
 from advkit.evaluation.run import held
 from advkit.evaluation.run.codec import from_line as from_line
@@ -423,6 +423,24 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def take_out(folder: Path, name: str, outcomes: Container[Outcome]) -> int:
+    """Take the records that ended so out of a run folder and put the file as it was aside; gives how many there were.
+
+    A run that is started again then has these rows to do.
+    """
+    path = folder / f"{name}.jsonl"
+    with claimed(folder):
+        raw = path.read_bytes()
+        lines = raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True)
+        records = read_records(path)
+        out = [record.outcome in outcomes for record in records]
+        if any(out):
+            write_whole(_free(path.with_suffix(".retried")), raw)
+            write_whole(path, b"".join(line for line, goes in zip(lines, out, strict=True) if not goes))
+            forget_examples(folder / f"{name}.examples", {r.id for r, goes in zip(records, out, strict=True) if goes})
+    return sum(out)
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ class BaseScenario(ABC):
 
     def expected(self, case: Case, records: Records) -> int:
         """One record per row."""
-        return case.n
+        return case.size
 
     @abstractmethod
     def rounds(self, case: Case, engine: Engine, records: Records) -> Iterator[Round]:

@@ -31,7 +31,6 @@ from advkit.core.protocols import (
     TrainsApart,
     TrainsFront,
     Undefended,
-    ids_of,
     on_streams,
 )
 from advkit.defenses import DEFENSES
@@ -140,11 +139,11 @@ class Evasion(BaseScenario, RowsApart):
             met[stage] += number
         stages = schedule(case.attack)
         escalated = any(labelled(case, stage).stage in met for stage in stages if stage.when == "escalated")
-        total, robust = 0, case.n
+        total, robust = 0, case.size
         for stage in stages:
             name = labelled(case, stage).stage
             own = met[name]
-            if own or ((stage.when == "always" or escalated) and robust > stage.above * case.n):
+            if own or ((stage.when == "always" or escalated) and robust > stage.above * case.size):
                 total += max(own, stage.takes(robust))
             robust -= ended[name, Outcome.WRONG] + ended[name, Outcome.BROKEN]
         return total
@@ -154,7 +153,7 @@ class Evasion(BaseScenario, RowsApart):
 
         Which rows a stage takes follows from the records alone, so a resumed run takes the same.
         """
-        order = ids_of(case.task, case.n)
+        order = case.ids()
         closeness = dict.fromkeys(order, math.inf)  # of the rows that are still robust
         escalated = False
         stages = schedule(case.attack)
