@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from advkit.core.text import printable_json
@@ -106,10 +105,10 @@ class Attack:
     why: str
     verified: str
 
-    @cached_property
-    def data(self) -> dict[str, Any]:
+    @property
+    def data(self) -> Mapping[str, Any]:
         """The report's document, every text in it printable."""
-        return self.report.current
+        return self.report.view
 
     @property
     def name(self) -> str:
