@@ -112,9 +112,7 @@ def _looks_right(outcome: Outcome, label: int | None, clean: int | None) -> bool
 
 def count(records: Iterable[Record]) -> Counts:
     """Worst case per row id over all records given."""
-    rows: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        rows[record.id].append(record)
+    rows = _by_row(records)
     correct = right_after = eight = 0
     # Contested rows by how they ended, and those of them that were right.
     ends = {Outcome.BROKEN: 0, Outcome.ERROR: 0, Outcome.ROBUST: 0}
@@ -155,6 +153,29 @@ def _worst(group: Sequence[Record]) -> Outcome:
             return Outcome.BROKEN
         unknown = unknown or record.outcome in UNKNOWN
     return Outcome.ERROR if unknown else Outcome.ROBUST
+
+
+def rows_robust(records: Iterable[Record]) -> dict[str, bool]:
+    """Row id -> whether it is right after all attacks: the rows that `Counts.right_after` counts."""
+    found = {}
+    for row, group in _by_row(records).items():
+        if contested(group[0]):
+            found[row] = was_right(group[0]) and _worst(group) == Outcome.ROBUST
+        else:
+            found[row] = was_right(group[0]) or all(GAINED in record.notes for record in group)
+    return found
+
+
+def rows_broken(records: Iterable[Record]) -> dict[str, bool]:
+    """Row id -> whether some attack broke it, of the contested rows: those that `Counts.broken` counts."""
+    return {row: _worst(group) == Outcome.BROKEN for row, group in _by_row(records).items() if contested(group[0])}
+
+
+def _by_row(records: Iterable[Record]) -> dict[str, list[Record]]:
+    rows: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        rows[record.id].append(record)
+    return rows
 
 
 def worst_figures(records: Iterable[Record], name: str) -> list[float]:

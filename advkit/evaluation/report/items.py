@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from advkit.core.protocols import Record
-from advkit.evaluation.counts import worst_figures
+from advkit.evaluation.counts import rows_broken, rows_robust, worst_figures
 from advkit.evaluation.report.board import LADDER, WHITE_BOX, Score
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.gaps import Rows
 from advkit.evaluation.report.verify import EVASION, Verification, worst_case
 
 _OF_ATTACKER = frozenset({"sources", "seen", "attacks", "attacks_all"})
@@ -53,6 +54,7 @@ class Terms:
 
     data:     task, data set and its hash, which is left out where a model's tokenizer is part of it
     headline: metric and direction; certificates of any metric are one
+    counted:  what a rate is counted over, "" for other figures: versions differ in it
     kind:     of threat model, by its registry name
     eps:      the radius that stands for its like: 0.031 and 8/255 are one
     access:   what the attack made use of
@@ -63,6 +65,7 @@ class Terms:
 
     data: tuple[str, ...]
     headline: tuple[str, ...]
+    counted: str
     goal: str
     kind: str
     norm: str
@@ -74,7 +77,7 @@ class Terms:
 
     def admits(self, other: Terms) -> bool:
         """Whether what was done under the other terms was allowed under these, too."""
-        same = ("data", "headline", "goal", "norm", "eps")
+        same = ("data", "headline", "counted", "goal", "norm", "eps")
         if any(getattr(self, name) != getattr(other, name) for name in same):
             return False
         if self.lattice not in (0, other.lattice) or not _affords(self.budget, other.budget):
@@ -93,7 +96,8 @@ class Terms:
         """What a title does not say."""
         budget = {} if self.budget is None else {"queries": str(self.budget)}
         rest = {name.replace("_", " "): value.strip('"') for name, value in self.rest}
-        return {"goal": self.goal, "lattice": str(self.lattice), **budget, **rest, "data": self.data[-1][:8]}
+        counted = {"counted over": self.counted.replace("_", " ")} if self.counted else {}
+        return {**counted, "goal": self.goal, "lattice": str(self.lattice), **budget, **rest, "data": self.data[-1][:8]}
 
     def _rest(self, *names: str) -> list[tuple[str, str]]:
         return [(name, value) for name, value in self.rest if name in names]
@@ -114,6 +118,7 @@ class Item:
     samples: Samples
     found: Verification
     records: Sequence[Record] = field(repr=False)
+    rows: Rows | None = field(default=None, repr=False)
 
     @cached_property
     def victim(self) -> Key:
@@ -159,6 +164,12 @@ class Item:
         return of_samples and bool(worst_figures(self.records, self.name))
 
     @property
+    def suite(self) -> tuple[str, int]:
+        """What was asked for, and its revision: stages of a suite change from one to the next."""
+        protocol = self.data["protocol"]
+        return str(protocol.get("name", "")), int(protocol.get("revision", 1))
+
+    @property
     def trains(self) -> bool:
         """Whether the attacker moved before training."""
         return bool(self.data["threat_model"].get("phase") == "training_time")
@@ -185,6 +196,7 @@ class Item:
             ),
             # Curves of certificates are one kind of evidence, whatever their metric is called.
             headline=(headline["metric"] if radius is None else f"certified {radius:.6g}", headline["better"]),
+            counted=str(self.metric.get("denominator_kind", "")),
             goal=str(data.get("request", {}).get("goal") or threat["goal"]),
             kind=same_kind(threat["name"]),
             norm=threat.get("norm") or "",
@@ -215,6 +227,12 @@ def score_of(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], float | None]:
         return entry, None
     point = nearest(entry, data["threat_model"].get("eps"))
     return point["certified_accuracy"], float(point["radius"])
+
+
+def rows_of(name: str, records: Sequence[Record]) -> Rows | None:
+    """The samples that a rate counts, by the worst that was done to each; None for other figures."""
+    ways = {"robust_accuracy": rows_robust, "attack_success_rate": rows_broken}
+    return Rows.of(ways[name](records)) if records and name in ways else None
 
 
 def lean(record: Record) -> Record:

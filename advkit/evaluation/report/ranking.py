@@ -18,7 +18,19 @@ from advkit.evaluation.counts import contested, count, was_right, worst_figures
 from advkit.evaluation.report.board import WHITE_BOX, Attack, Beside, Board, Group, Score, Victim, heading
 from advkit.evaluation.report.compare import same_eps
 from advkit.evaluation.report.document import REPORT_NAME, Report
-from advkit.evaluation.report.items import Item, Key, Samples, Terms, certificates, lean, nearest, score_of, victim_of
+from advkit.evaluation.report.gaps import with_gaps
+from advkit.evaluation.report.items import (
+    Item,
+    Key,
+    Samples,
+    Terms,
+    certificates,
+    lean,
+    nearest,
+    rows_of,
+    score_of,
+    victim_of,
+)
 from advkit.evaluation.report.render import lines_of
 from advkit.evaluation.report.text import describe_threat
 from advkit.evaluation.report.verify import verified, worst_case
@@ -39,7 +51,7 @@ def scan(folder: str | os.PathLike[str], draw: Callable[[Board], object] | None 
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; expected one that holds run folders with {REPORT_NAME}")
-    files = sorted(Path(top) / REPORT_NAME for top, _, names in os.walk(root) if REPORT_NAME in names)
+    files = sorted(_files(root))
     reports, invalid = [], []
     for file in files:
         path = file.relative_to(root).as_posix()
@@ -60,15 +72,21 @@ def scan(folder: str | os.PathLike[str], draw: Callable[[Board], object] | None 
         return _drawn([(path, report) for path, report, why in alone if not why], sorted(invalid + odd), draw)
 
 
+def _files(root: Path) -> Iterator[Path]:
+    for top, folders, names in os.walk(root):
+        # Copies that lie beside a page are no further reports.
+        folders[:] = [each for each in folders if each != "leaderboard_files"]
+        if REPORT_NAME in names:
+            yield Path(top) / REPORT_NAME
+
+
 def _drawn(
     reports: Sequence[tuple[str, Report]],
     invalid: Sequence[tuple[str, str]],
     draw: Callable[[Board], object] | None,
 ) -> Board:
     made = _board(reports, invalid)
-    made.to_json()
-    if draw is not None:
-        draw(made)
+    (made.to_json if draw is None else lambda: draw(made))()
     return made
 
 
@@ -126,7 +144,10 @@ def _items(ranked: Sequence[tuple[str, Report, Mapping[str, Any]]]) -> Iterator[
         found, records = verified(report)
         kept = [lean(record) for record in records] if reports[victim_of(data)] > 1 else []
         samples = Samples.of(data, path, {record.id for record in records})
-        yield Item(path, report, data, radii.get(data["threat_model"].get("eps")), samples, found, kept)
+        eps = radii.get(data["threat_model"].get("eps"))
+        countable = found.headline and not found.faults
+        rows = rows_of(data["section"]["headline"]["metric"], records) if countable else None
+        yield Item(path, report, data, eps, samples, found, kept, rows)
 
 
 def _radii(values: Iterable[float | None]) -> dict[float | None, float | None]:
@@ -153,11 +174,14 @@ def _group(terms: Terms, samples: Samples, own: Sequence[Item], of_victim: Mappi
     by_victim: dict[Key, list[Item]] = defaultdict(list)
     for item in own:
         by_victim[item.victim].append(item)
+    newest: dict[str, int] = {}
+    for name, revision in (item.suite for item in own):
+        newest[name] = max(revision, newest.get(name, 1))
     lines = []
     for key, found in by_victim.items():
         mine = {item.path for item in found}
         others = [item for item in of_victim[key] if item.path not in mine and terms.admits(item.terms)]
-        lines.append(_victim(found, others, samples, of_victim[key]))
+        lines.append(_victim(found, others, samples, of_victim[key], newest))
     return Group(
         title=f"{task}, {samples.words}: {words}",
         task=task,
@@ -170,7 +194,7 @@ def _group(terms: Terms, samples: Samples, own: Sequence[Item], of_victim: Mappi
         name=headline["name"],
         better=headline["better"],
         radius=radius,
-        victims=_ranked(lines, headline["better"]),
+        victims=with_gaps(_ranked(lines, headline["better"])),
     )
 
 
@@ -189,7 +213,26 @@ def _told_apart(groups: Sequence[tuple[Terms, Group]]) -> Iterator[Group]:
     for terms, group in groups:
         twins = titled[group.title]
         more = [f"{name} {text}" for name, text in terms.words.items() if any(text != each.get(name) for each in twins)]
-        yield replace(group, title=", ".join([group.title, *more]))
+        yield replace(group, title=", ".join([group.title, *more]), note=_apart_from(terms, group, groups))
+
+
+def _apart_from(terms: Terms, group: Group, groups: Sequence[tuple[Terms, Group]]) -> str:
+    """The table that versions of reports keep apart from this one, in a sentence; "" where there is none."""
+    for other, twin in groups:
+        if other.counted != terms.counted and replace(other, counted=terms.counted) == terms:
+            if twin.samples != group.samples:
+                continue
+            here, there = (
+                f"{each.counted.replace('_', ' ')} ({', '.join(_versions(of))})"
+                for each, of in ((terms, group), (other, twin))
+            )
+            return f"Not ranked with the table that counts over {there}: this one counts over {here}."
+    return ""
+
+
+def _versions(group: Group) -> list[str]:
+    found = {str(attack.data["schema_version"]) for victim in group.victims for attack in victim.attacks}
+    return [f"reports of version {each}" for each in sorted(found)]
 
 
 def _ranked(lines: list[Victim], better: str) -> tuple[Victim, ...]:
@@ -216,11 +259,18 @@ def _ranked(lines: list[Victim], better: str) -> tuple[Victim, ...]:
 # One victim
 
 
-def _victim(own: Sequence[Item], others: Sequence[Item], samples: Samples, everyone: Sequence[Item]) -> Victim:
+def _victim(
+    own: Sequence[Item],
+    others: Sequence[Item],
+    samples: Samples,
+    everyone: Sequence[Item],
+    newest: Mapping[str, int],
+) -> Victim:
     """The line of a victim.
 
     own:    its reports under the group's very terms, on its samples
     others: those that the terms admit all the same: of attackers with less access, or on other samples
+    newest: revisions of suites in the table
     """
     if all(item.refuted for item in own):
         others = []  # attackers with less access do not stand in for what does not verify
@@ -242,8 +292,28 @@ def _victim(own: Sequence[Item], others: Sequence[Item], samples: Samples, every
     # Of attackers with less access the score takes what they broke, not the figures beside theirs.
     mine = sorted((item for item in own if not item.refuted), key=lambda item: _rank_key(item, better))
     beside = tuple(_beside(mine or own, everyone, pool))
-    trusted = any(not item.refuted and item.report.trustworthy for item in own)
-    return Victim(None, score, how, clean, beside, _certified(first), attacks, trusted)
+    why = _without_rank(own, score, newest)
+    rows = rows_of(own[0].name, pool) if pool else own[0].rows if len(by_sample) == 1 or alone else None
+    if rows is not None and score.counts != (int(rows.bits.sum()), len(rows.ids)):
+        rows = None  # the score is that of another report
+    return Victim(None, score, how, clean, beside, _certified(first), attacks, not why, why, rows=rows)
+
+
+def _without_rank(own: Sequence[Item], score: Score, newest: Mapping[str, int]) -> str:
+    """Why a line has no rank, "" where it has one."""
+    sound = [item for item in own if not item.refuted]
+    trusted = [item for item in sound if item.report.trustworthy]
+    if not sound:
+        return "its reports do not agree with their records"
+    if not trusted:
+        return "every report is flagged as unreliable or left samples undecided"
+    if all(item.suite[1] < newest[item.suite[0]] for item in trusted):
+        name, revision = trusted[0].suite
+        return (
+            f"made with revision {revision} of {name}, other lines with revision {newest[name]}: their figures are not "
+            "comparable; run it again"
+        )
+    return "" if score.value is not None else "the score has no value"
 
 
 def _agreed(items: Sequence[Item]) -> frozenset[str]:
@@ -397,10 +467,29 @@ def _beside_one(item: Item, everyone: Sequence[Item]) -> Iterator[Beside]:
             companions[WHITE_BOX] = min(known, key=lambda entry: float(entry["value"]))
     for name, entry in companions.items():
         yield Beside.of(name, heading(name), entry)
+    if "oblivious" not in companions and (weaker := _oblivious(item, everyone)) is not None:
+        yield Beside.of("oblivious", heading("oblivious"), weaker.metric)
     apart = {*_APART, item.name}
     for label, name in lines_of(data):
         if name not in apart and not isinstance(metrics[name], list):
             yield Beside.of(name, label, metrics[name])
+
+
+def _oblivious(item: Item, everyone: Sequence[Item]) -> Item | None:
+    """The strongest report on the same victim and samples by an attacker who did not know the defense."""
+
+    def knows(each: Item) -> bool:
+        return str(each.data["threat_model"]["attacker"]["defense"]) in ("known", "adaptive")
+
+    if not knows(item):
+        return None
+    better = item.data["section"]["headline"]["better"]
+    others = [
+        each
+        for each in everyone
+        if not each.refuted and not knows(each) and each.terms == item.terms and each.samples == item.samples
+    ]
+    return min(others, key=lambda each: _rank_key(each, better), default=None)
 
 
 def _siblings(item: Item, everyone: Sequence[Item]) -> list[Mapping[str, Any]]:
