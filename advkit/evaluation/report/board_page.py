@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from advkit import __version__
-from advkit.core.text import printable_values
+from advkit.core.text import all_printable, printable_values
 from advkit.evaluation.report.board import Attack, Board, Group, Victim
 from advkit.evaluation.report.cells import attack_cells, attack_heads, beside_text, verified_text
 from advkit.evaluation.report.previews import csp_hash, find_plots, preview
@@ -81,8 +81,13 @@ def _text(name: str) -> str:
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(printable_values(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = _dumped(value)
+    text = text if all_printable(text) else _dumped(printable_values(value))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _packed(value: Any) -> str:
@@ -123,7 +128,7 @@ def _tab(groups: Sequence[Group], ids: Mapping[int, int]) -> dict[str, Any]:
         "headline": first.headline,
         "score": first.name,
         "direction": first.direction,
-        "figures": [[key, figures[key]] for key in order],
+        "figures": [[key, figures[key][:1].upper() + figures[key][1:]] for key in order],
         "groups": [_group(group, ids, order) for group in groups],
     }
 

@@ -15,7 +15,7 @@ from advkit.core.errors import ReportError
 from advkit.core.files import why, write_whole
 from advkit.core.strict_json import read_object
 from advkit.core.text import all_printable, printable_json, printable_values
-from advkit.evaluation.report import render
+from advkit.evaluation.report import one_page, render
 from advkit.evaluation.report.examples import Examples, Kept, examples_of, kept_beside
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.report.render import SEVERITIES, Finding, Row
@@ -225,6 +225,18 @@ class Report:
 
     def _repr_html_(self) -> str:
         return render.html(self._whole)
+
+    def to_html(self) -> str:
+        """One self-contained page for somebody who decides: verdict, three figures, five examples, limits.
+
+        What `advkit report RUN` writes. Examples are those that were kept, plots those beside the report; without
+        either the page says so.
+        """
+        try:
+            examples: Examples | ReportError = self.adversarial()
+        except ReportError as error:
+            examples = error
+        return one_page.html_of(self._whole, examples, self.path)
 
     def robustbench(self, dataset: str | None = None, **fields: str | bool | int | None) -> dict[str, Any]:
         """RobustBench's flat block, numbers as percent strings with two decimals.

@@ -1,8 +1,8 @@
 """Which gaps of a ranking are real: victims of one table tested pair by pair.
 
 Where both have records of the same samples the pairs of samples are tested (McNemar, exact); where the score is a rate
-without them, the two rates (a z-test of pooled proportions with Campbell's correction, Statistics in Medicine 26, 2007);
-else a gap is real where the intervals do not overlap. The p-values of a table are corrected together (Holm, 1979).
+without them, the two rates (z-test of pooled proportions, Campbell's correction, Statistics in Medicine 26,
+2007); else a gap is real where the intervals do not overlap. A table's p-values are corrected together (Holm, 1979).
 """
 
 from __future__ import annotations
