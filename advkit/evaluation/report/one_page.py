@@ -39,12 +39,13 @@ def html_of(data: Mapping[str, Any], examples: Examples | ReportError, path: Pat
     state = flags[0].severity if flags else "info"
     names = _class_names(data)
     shown = _chosen(examples) if isinstance(examples, Examples) else []
-    pictures = [_picture(examples, i, names) for i in shown] if isinstance(examples, Examples) else []
+    bounds = data["dataset"].get("input_range") or (0.0, 1.0)
+    pictures = [_picture(examples, i, names, bounds) for i in shown] if isinstance(examples, Examples) else []
     made = {
         "heading": _heading(data),
         "state": state,
         "state_words": _STATES[state],
-        "verdict": sentence(data),
+        "verdict": _sentence(data),
         "figures": [_drawn(row) for row in _figures(data)],
         "level": level_text(data["metrics"]),
         "tested": list(_tested(data)),
@@ -67,8 +68,14 @@ def html_of(data: Mapping[str, Any], examples: Examples | ReportError, path: Pat
 
 
 def _heading(data: Mapping[str, Any]) -> str:
-    model, defense = data["model"]["name"], _defense(data)
-    return f"{model}, defense {defense}, on {data['dataset']['name']}"
+    return f"{data['model']['name']}, defense {data['defense']['name']}, on {data['dataset']['name']}"
+
+
+def _sentence(data: Mapping[str, Any]) -> str:
+    """The scenario's sentence, with the threat model where it does not name it."""
+    said = sentence(data)
+    threat = describe_threat(data["threat_model"])
+    return said if threat in said else f"{said} Threat model: {threat}."
 
 
 def _defense(data: Mapping[str, Any]) -> str:
@@ -112,7 +119,8 @@ def _tested(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _limits(data: Mapping[str, Any]) -> Iterator[str]:
     """What the number does not say."""
-    said = verdict(data).removeprefix(sentence(data)).strip()
+    threat = f"Threat model: {describe_threat(data['threat_model'])}."
+    said = verdict(data).removeprefix(sentence(data)).strip().removeprefix(threat).strip()
     for repeated in _REPEATED:
         said = said.replace(repeated, "")
     if said.strip():
@@ -180,9 +188,9 @@ def _ended(examples: Examples, i: int) -> str:
     return _WORDS.get(examples.outcomes[i], examples.outcomes[i].replace("_", " "))
 
 
-def _picture(examples: Examples, i: int, names: Sequence[str]) -> dict[str, Any] | None:
+def _picture(examples: Examples, i: int, names: Sequence[str], bounds: Sequence[float]) -> dict[str, Any] | None:
     """A sample before and after as two pictures; None where samples are no images."""
-    pair = [_image(of[i].numpy()) for of in (examples.clean, examples.adversarial)]
+    pair = [_image(of[i].numpy(), *bounds) for of in (examples.clean, examples.adversarial)]
     if any(each is None for each in pair):
         return None
     before, after = (_name(each[i], names) for each in (examples.clean_answers, examples.adversarial_answers))
@@ -213,14 +221,13 @@ def _class_names(data: Mapping[str, Any]) -> list[str]:
     return found if len(found) == data["dataset"].get("n_classes") else []
 
 
-def _image(pixels: np.ndarray[Any, Any]) -> Any:
+def _image(pixels: np.ndarray[Any, Any], low: float, high: float) -> Any:
     """A Pillow image of [C, H, W] with C 1 or 3; None for anything else."""
     from PIL import Image
 
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not np.issubdtype(pixels.dtype, np.floating):
         return None
-    high = 255.0 if pixels.max(initial=0.0) > 1.5 else 1.0
-    values = np.clip(np.nan_to_num(pixels / high), 0, 1)
+    values = np.clip(np.nan_to_num((pixels - low) / (high - low)), 0, 1)
     whole = np.round(255 * np.moveaxis(values, 0, -1)).astype(np.uint8)
     image = Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole).convert("RGB")
     factor = max(1, -(-_LEAST_SIDE // max(image.size)))
