@@ -21,7 +21,7 @@ from advkit.evaluation.report import leaderboard as boards
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("runs") / "a"
-    advkit.evaluate("pgd:steps=3", task="digits", threat_model="linf:eps=0.1", n=20, device="cpu", out=made)
+    advkit.evaluate("pgd:steps=10", task="digits", threat_model="linf:eps=0.13", n=30, device="cpu", out=made)
     return made
 
 
@@ -36,10 +36,13 @@ def test_one_page_shows_what_broke_and_what_held(folder: Path, capsys: pytest.Ca
     assert text.count('class="pair"') == 5
     ended = re.findall(r'class="badge (?:warning|adaptive)">(broken|held)<', text)
     outcomes = report.adversarial().outcomes
-    assert (ended.count("broken"), ended.count("held")) == (3, 2)
-    assert outcomes.count("broken") >= 3
+    broken, held = outcomes.count("broken"), outcomes.count("robust")
+    assert broken
+    assert held
+    assert ended.count("held") == min(held, max(2, 5 - broken))
+    assert len(ended) == 5
     assert report.current["reproducibility"]["command"] in text
-    assert "advkit.evaluate(attack=&#39;pgd:steps=3&#39;" in text
+    assert "advkit.evaluate(attack=&#39;pgd:steps=10&#39;" in text
     metrics = report.metrics
     for name in ("clean_accuracy", "robust_accuracy", "attack_success_rate"):
         assert f'<p class="value">{100 * metrics[name]["value"]:.1f} %</p>' in text
@@ -76,7 +79,6 @@ def test_watch_writes_again_when_a_report_changes(folder: Path, tmp_path: Path) 
     runs = tmp_path / "runs"
     (runs / "a").mkdir(parents=True)
     seen: list[int] = []
-    whole = (folder / "report.json").read_bytes()
 
     class Enough(Exception):
         pass
