@@ -145,10 +145,7 @@ def _states(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
 
 def count(records: Iterable[Record]) -> Counts:
     """Worst case per row id over all records given."""
-    rows: dict[str, int] = {}
-    for record, state in _states(records):
-        _add(rows, record.id, state)
-    return _counted(rows)
+    return _counted(_by_row(records))
 
 
 def _add(rows: dict[str, int], row: str, state: int) -> None:
@@ -191,6 +188,29 @@ def _counted(rows: Mapping[str, int]) -> Counts:
 def _worst(state: int) -> Outcome:
     """How a contested row ended under all its attacks: broken, else unknown (as an error), else robust."""
     return Outcome.BROKEN if state & _BROKEN else Outcome.ERROR if state & _UNKNOWN else Outcome.ROBUST
+
+
+def rows_robust(records: Iterable[Record]) -> dict[str, bool]:
+    """Row id -> whether it is right after all attacks: the rows that `Counts.right_after` counts."""
+    found = {}
+    for row, state in _by_row(records).items():
+        right = bool(state & _RIGHT)
+        kept = right and _worst(state) == Outcome.ROBUST
+        found[row] = kept if state & _CONTESTED else right or not state & _NOT_GAINED
+    return found
+
+
+def rows_broken(records: Iterable[Record]) -> dict[str, bool]:
+    """Row id -> whether some attack broke it, of the contested rows: those that `Counts.broken` counts."""
+    return {row: bool(state & _BROKEN) for row, state in _by_row(records).items() if state & _CONTESTED}
+
+
+def _by_row(records: Iterable[Record]) -> dict[str, int]:
+    """What all records of a row say of it, by its id."""
+    rows: dict[str, int] = {}
+    for record, state in _states(records):
+        _add(rows, record.id, state)
+    return rows
 
 
 def worst_figures(records: Iterable[Record], name: str) -> list[float]:

@@ -12,18 +12,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advkit.core.text import printable_json
 from advkit.evaluation.counts import SAYS, SAYS_CLEAN
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.optimality import Standing
+from advkit.evaluation.report.render import SEVERITIES, attack_labels
 from advkit.evaluation.report.robustbench import Claim
-from advkit.evaluation.report.text import attacker_text, is_fraction, spell, value_text, words_of
+from advkit.evaluation.report.text import attacker_text, is_fraction, is_rate, spell, value_text, words_of
 from advkit.evaluation.stats_agreement import Flip, ranking_flips
 
-BOARD_VERSION = "2.0"
+if TYPE_CHECKING:
+    from advkit.evaluation.report.gaps import Rows
+
+BOARD_VERSION = "2.1"
 WHITE_BOX = "white_box"
 LADDER = ("none", "black_box_decision", "black_box_score", WHITE_BOX)
 """What an attacker may ask of the victim; each includes those before it."""
@@ -59,6 +62,7 @@ class Score:
     text:      as it is shown
     low, high: its interval
     fraction:  it is read in percent, and can be drawn as a bar
+    counts:    (numerator, denominator) where it is a rate
     """
 
     value: float | None
@@ -66,6 +70,7 @@ class Score:
     low: float | None = None
     high: float | None = None
     fraction: bool = False
+    counts: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Score:
@@ -73,7 +78,8 @@ class Score:
         ci = entry.get("ci")
         value = math.inf if entry.get("unbounded") else entry["value"]
         low, high = (None, None) if ci is None else (ci["low"], ci["high"])
-        return cls(value, value_text(entry), low, high, is_fraction(entry))
+        counts = (entry["numerator"], entry["denominator"]) if is_rate(entry) else None
+        return cls(value, value_text(entry), low, high, is_fraction(entry), counts)
 
     @property
     def interval(self) -> str:
@@ -88,6 +94,40 @@ class Score:
     def number(self) -> float | None:
         """The value where JSON has one."""
         return None if self.value is None or math.isinf(self.value) else self.value
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Where a victim stands among the ranked ones of its table, as far as tests tell.
+
+    above, below: ranked victims that are better, or worse, by a real gap
+    same:         places in the table of those from which no gap is shown
+    neighbour:    place of the next one down the table, of the last one the one before it
+    p:            of that pair, uncorrected; None where there is no test
+    test:         how that pair was compared
+    """
+
+    above: int
+    below: int
+    same: tuple[int, ...]
+    neighbour: int
+    p: float | None
+    test: str
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The best and the worst rank that the tests allow."""
+        return self.above + 1, self.above + 1 + len(self.same)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "ranks": list(self.ranks),
+            "better": self.above,
+            "worse": self.below,
+            "no_gap_shown": list(self.same),
+            "next": {"victim": self.neighbour, "p": self.p, "test": self.test},
+        }
 
 
 @dataclass(frozen=True)
@@ -112,10 +152,10 @@ class Attack:
     verified: str
     optimality: Standing | None = None
 
-    @cached_property
-    def data(self) -> dict[str, Any]:
+    @property
+    def data(self) -> Mapping[str, Any]:
         """The report's document, every text in it printable."""
-        return self.report.current
+        return self.report.view
 
     @property
     def name(self) -> str:
@@ -125,7 +165,7 @@ class Attack:
     @property
     def labels(self) -> list[str]:
         """Names of the attacks behind it, in order."""
-        return [str(row.label) for row in self.report.rows(full=True) if row.section == "attack"]
+        return attack_labels(self.data)
 
     @property
     def attacker(self) -> str:
@@ -136,6 +176,11 @@ class Attack:
     def judges(self) -> dict[str, float | None]:
         """What each judge calls broken by this attack; empty where none reads replies."""
         return judges_of(self.data["metrics"])
+
+    @property
+    def flags(self) -> list[Mapping[str, Any]]:
+        """Findings about the evaluation, the most severe first."""
+        return sorted(self.data["diagnostics"]["flags"], key=lambda flag: -SEVERITIES.index(flag["severity"]))
 
     @property
     def n(self) -> int:
@@ -167,7 +212,7 @@ class Attack:
             "why": self.why,
             "verified": self.verified,
             "optimality": None if self.optimality is None else self.optimality.to_dict(),
-            "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.report.flags],
+            "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.flags],
             "undecided": self.report.undecided,
             "created_utc": self.data["created_utc"],
             "config_sha256": self.data["reproducibility"]["config_sha256"],
@@ -186,6 +231,9 @@ class Victim:
     attacks:   its reports, the strongest first
     trusted:   whether some report under the group's own terms counts and can be trusted
     judges:    where judges read replies, what each calls broken, in their order; as the score over all its reports
+    why:       why it has no rank, "" where it has one
+    gap:       which gaps to the others are real; None without a rank, or alone
+    rows:      what became of each of its samples, for paired tests; None where the score is no count of records
     """
 
     rank: int | None
@@ -197,6 +245,9 @@ class Victim:
     attacks: tuple[Attack, ...]
     trusted: bool
     judges: Mapping[str, float | None] = field(default_factory=dict)
+    why: str = ""
+    gap: Gap | None = None
+    rows: Rows | None = field(default=None, compare=False, repr=False)
 
     @property
     def decisive(self) -> Attack:
@@ -256,16 +307,16 @@ class Victim:
         return sum(attack.verified.startswith("no:") for attack in self.attacks)
 
     @property
-    def flags(self) -> list[dict[str, Any]]:
+    def flags(self) -> list[Mapping[str, Any]]:
         """Of the reports that count, each id once and as grave as it came, the most severe first."""
-        found: dict[str, dict[str, Any]] = {}
-        order = ("info", "warning", "unreliable")
+        found: dict[str, Mapping[str, Any]] = {}
+        order = SEVERITIES.index
         for attack in self.counted:
-            for flag in attack.report.flags:
+            for flag in attack.flags:
                 known = found.get(flag["id"])
-                if known is None or order.index(flag["severity"]) > order.index(known["severity"]):
+                if known is None or order(flag["severity"]) > order(known["severity"]):
                     found[flag["id"]] = flag
-        return sorted(found.values(), key=lambda flag: -order.index(flag["severity"]))
+        return sorted(found.values(), key=lambda flag: -order(flag["severity"]))
 
     def figure(self, key: str) -> Beside | None:
         """The figure of a column, None where this victim has none."""
@@ -294,6 +345,8 @@ class Victim:
             else {"radius": self.certified[0], "certified_accuracy": self.certified[1]},
             "verified": self.verified,
             "refuted": self.refuted,
+            "why": self.why,
+            "gap": None if self.gap is None else self.gap.to_dict(),
             "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.flags],
             "attacks": [attack.to_dict() for attack in self.attacks],
         }
@@ -307,6 +360,7 @@ class Group:
     samples:  in words
     headline: the metric that ranks; name: how people call it; better: "higher" or "lower"
     radius:   of certified accuracy; None where attacks were survived, not proofs made
+    note:     what it is not compared with, and why; "" where nothing like it is on the board
     """
 
     title: str
@@ -321,6 +375,7 @@ class Group:
     better: str
     radius: float | None
     victims: tuple[Victim, ...]
+    note: str = ""
 
     @property
     def transfer(self) -> bool:
@@ -393,6 +448,7 @@ class Group:
             "evidence": self.evidence,
             "headline": {"metric": self.headline, "name": self.name, "better": self.better},
             "radius": self.radius,
+            "note": self.note,
             "columns": [{"name": key, "figure": title} for key, title in self.columns.items()],
             "victims": [victim.to_dict() for victim in self.victims],
             **(
@@ -439,8 +495,17 @@ class Board:
         }
 
     def to_json(self) -> str:
-        """The same as text."""
-        return printable_json(json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+        """The same as text, a victim on a line."""
+        whole = self.to_dict()
+        groups = []
+        for group in whole.pop("groups"):
+            victims = ",\n".join(map(_line, group.pop("victims")))
+            groups.append(f'{_line(group)[:-1]}, "victims": [\n{victims}\n]}}')
+        return printable_json(f'{_line(whole)[:-1]}, "groups": [\n' + ",\n".join(groups) + "\n]}\n")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def judges_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:

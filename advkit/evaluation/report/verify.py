@@ -96,7 +96,7 @@ class Verification:
 
 def records_file(report: Report) -> Path | None:
     """The records beside a report, None where there are none; ReportError where it names a file elsewhere."""
-    return records_beside(report.path, report.to_dict())
+    return records_beside(report.path, report.view)
 
 
 def verify(report: Report) -> Verification:
@@ -109,12 +109,12 @@ def verified(report: Report) -> tuple[Verification, list[Record]]:
     try:
         file = records_file(report)
         if file is None:
-            return Verification((), tuple(report.metrics), records=False, headline=False), []
+            return Verification((), tuple(report.view["metrics"]), records=False, headline=False), []
         records = read_records(file)
         beside = {each.stem: read_records(each) for each in beside_files(file)}
     except ReportError as error:
         return Verification((printable(str(error)),)), []
-    data = report.current
+    data = report.view
     apart = {beside_name(each["name"], place) for place, each in enumerate(data["companions"]) if each["name"] in APART}
     others = [record for name, each in beside.items() if name not in apart for record in each]
     faults = [*_samples(data, file, records), *_attacks(data, records, others), *_attacker(report, data, records)]
