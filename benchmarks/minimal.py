@@ -44,8 +44,10 @@ from minimal_rows import INF, ROWS, Peer, Row
 from torch import Tensor, nn
 
 from advkit.attacks import ATTACKS
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.api import resolve
 from advkit.evaluation.report.optimality import Envelope, median
 from advkit.models.torch import TorchModel
@@ -183,7 +185,8 @@ def advlib(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Te
     if attack is None:
         module = {"tr": "trust_region", "sdf": "superdeepfool", "df": "deepfool"}.get(name, name)
         attack = getattr(importlib.import_module(f"adv_lib.attacks.{module}"), name)
-    return lambda: attack(bench.counted, bench.x, bench.y, **settings).detach()
+    # a copy: the trust region attack detaches its inputs in place, which torch refuses for views
+    return lambda: attack(bench.counted, bench.x.clone(), bench.y, **settings).detach()
 
 
 RUNNERS: dict[str, Callable[[Bench, str, dict[str, Any]], Callable[[], Tensor]]] = {

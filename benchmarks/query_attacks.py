@@ -37,9 +37,11 @@ from torch import Tensor, nn
 from advkit.attacks import ATTACKS
 from advkit.attacks.peers import foreign_randomness
 from advkit.core.errors import AdvkitError, MissingExtra
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.api import resolve
 from advkit.evaluation.stats import wilson
 from advkit.threat_models import THREAT_MODELS

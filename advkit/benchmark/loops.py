@@ -21,9 +21,11 @@ from advkit.attacks.peers import peer_package
 from advkit.attacks.query.square import Square
 from advkit.benchmark.sides import AsModule, labels_of, one_thread
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.core.speed import Speed, clock
+from advkit.core.state import frozen
 from advkit.evaluation.api import resolve
 from advkit.evaluation.run.batch import on_device
 from advkit.models import MODELS

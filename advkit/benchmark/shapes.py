@@ -8,8 +8,9 @@ import torch
 
 from advkit.benchmark.sides import one_thread
 from advkit.core.errors import AdvkitError
-from advkit.core.oracle import Lanes, frozen
+from advkit.core.lanes import Lanes
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.models import MODELS
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from advkit.benchmark.sides import one_thread
-from advkit.core.oracle import frozen
 from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.core.state import frozen
 from advkit.defenses import DEFENSES
 from advkit.models import MODELS
 from advkit.models.torch import TorchModel

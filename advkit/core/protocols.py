@@ -202,7 +202,7 @@ class Shaped(Protocol):
     @property
     @abstractmethod
     def lanes(self) -> Any:
-        """The shapes (`core.oracle.Lanes`); None leaves them to whoever calls."""
+        """The shapes (`core.lanes.Lanes`); None leaves them to whoever calls."""
 
 
 @runtime_checkable
@@ -513,7 +513,8 @@ def _conforms(kind: type, protocol: type) -> bool:
 
 def conforms(value: object, protocol: Any) -> bool:
     """`isinstance` for protocols of methods alone, in the loops where it would cost as much as an operation."""
-    return _conforms(type(value), protocol)
+    kind: Any = type(value)
+    return _conforms(kind, protocol)
 
 
 @runtime_checkable

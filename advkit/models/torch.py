@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from advkit.core.errors import BadModel, UnknownName
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import (
     AnswersSamples,
     Copies,

@@ -45,7 +45,8 @@ class MaiteData(ArrayTask):
     @cached_property
     def _read(self) -> tuple[Rows, bool, int]:
         """Rows, whether images are of 8 bits, and the number of classes."""
-        images, labels, ids, counts = [], [], [], set[int]()
+        images: list[Any] = []
+        labels, ids, counts = [], [], set[int]()
         for place in range(len(self._held)):
             where = f"maite:{self.target}, sample {place}"
             image, target, metadata = self._datum(place, where)

@@ -16,7 +16,8 @@ from advkit.attacks.query.decisions import Decisions
 from advkit.attacks.query.normals import LowFrequencies, estimated_normal
 from advkit.attacks.query.starts import from_mosaics, from_samples, wins_of
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Data
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box

@@ -16,7 +16,8 @@ from advkit.attacks.ordered.ad_topk import ADTopK, cosines
 from advkit.attacks.ordered.cw_topk import CWTopK
 from advkit.attacks.ordered.quadattack import QuadAttack
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.torch import TorchModel

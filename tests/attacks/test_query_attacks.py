@@ -21,7 +21,7 @@ from advkit.attacks.query.simba import SimBA, _cosines, _Steps
 from advkit.attacks.query.spsa import SPSA
 from advkit.attacks.query.square import Layout, Square
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box

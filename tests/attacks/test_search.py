@@ -19,9 +19,11 @@ from advkit.attacks.search import Search
 from advkit.attacks.suites import Stage, Suite
 from advkit.attacks.wrappers import averaged, momentum, normalised
 from advkit.benchmark import Ops
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.core.state import frozen
 from advkit.testing.play import names, play
 from advkit.testing.victims import linear, uniform
 from advkit.threat_models.goals.diverge import Diverge

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advkit.core.oracle import _CALL, Lanes, MeteredOracle
+from advkit.core.lanes import _CALL, Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.round_off import operations
 from advkit.threat_models.goals.untargeted import Untargeted

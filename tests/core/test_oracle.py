@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from advkit.core import oracle as oracle_module
 from advkit.core.errors import AccessDenied, BudgetExhausted
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.rows import finite_rows, row_size

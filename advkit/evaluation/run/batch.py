@@ -19,8 +19,9 @@ from torch.nn.functional import one_hot
 
 from advkit.core.blame import BACKWARD, GOAL, MODEL, blamed
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
+from advkit.core.lanes import Lanes
 from advkit.core.limits import TimedOut, limited
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import (
     Access,
     Averages,
@@ -41,6 +42,7 @@ from advkit.core.protocols import (
 )
 from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.counts import UNKNOWN, clean_notes
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, Said, Verdict, finite, rendered, unchanged

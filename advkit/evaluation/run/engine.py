@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of
 from advkit.evaluation.run.batch import (
     Round,

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
+from advkit.core.lanes import Lanes
 from advkit.core.limits import TimedOut, limited
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import AboutSamples, Access, Averages, Batch, Model, Refuses, answer_shape
 from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, unchanged

@@ -18,7 +18,7 @@ from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.held import Held
 
 if TYPE_CHECKING:
-    from advkit.core.oracle import Lanes
+    from advkit.core.lanes import Lanes
     from advkit.evaluation.run.batch import Round, Unit
 
 Records = Mapping[str, Record]

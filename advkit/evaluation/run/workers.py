@@ -28,7 +28,7 @@ import torch
 
 from advkit.core import limits
 from advkit.core.errors import RunInterrupted, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batch, Examined, Examines
 from advkit.core.state import Settings, callers_settings, remember
 from advkit.evaluation.run.batch import Round, Unit, counting, given_up, halved, lost, models_of, rows_of, run_alone

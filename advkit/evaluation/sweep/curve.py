@@ -23,7 +23,7 @@ from torch import Tensor
 
 from advkit.core.errors import UsageError
 from advkit.core.files import claimed, why, write_whole
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batch, LeastChange, Outcome, Record, Suite
 from advkit.core.state import plain_torch
 from advkit.evaluation.counts import count, was_right
