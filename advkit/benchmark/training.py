@@ -42,7 +42,8 @@ def random_rows(rows: int) -> Data:
 def network(name: str) -> TorchModel:
     """An architecture with random weights, as one module."""
     built = MODELS.build(name)(SHAPE, CLASSES, RNG.at("init"))
-    return built.with_module(Whole(built.module))
+    whole: TorchModel = built.with_module(Whole(built.module))
+    return whole
 
 
 class Whole(nn.Module):
@@ -68,13 +69,14 @@ class Step:
 
 def recorded(spec: str, recipe: Recipe, model: TorchModel, data: Data) -> list[Step]:
     """The inputs of the network in a training by `fit`, step by step: how long a pass takes depends on the values."""
-    objective = DEFENSES.build(spec).objective()
+    defense: Any = DEFENSES.build(spec)
+    objective = defense.objective()
     plain, steps = objective.loss, []
 
     def loss(now: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Any) -> Tensor:
         seen: list[Tensor] = []
         handle = now.module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
-        answer = plain(now, x, y, rows, rng)
+        answer: Tensor = plain(now, x, y, rows, rng)
         handle.remove()
         steps.append(Step(tuple(seen[:-1]), seen[-1], y))
         return answer
@@ -93,7 +95,7 @@ def bare(mode: bool, module: nn.Module, optimizer: torch.optim.Optimizer, step: 
             torch.autograd.grad(cross_entropy(module(leaf), step.labels, reduction="sum"), leaf)
     module.train()
     optimizer.zero_grad()
-    cross_entropy(module(step.trained), step.labels).backward()
+    cross_entropy(module(step.trained), step.labels).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 
@@ -101,7 +103,8 @@ def ours(
     spec: str, recipe: Recipe, model: TorchModel, data: Data, module: nn.Module, steps: list[Step]
 ) -> tuple[float, float]:
     """CPU seconds of a training by `fit`, and of the bare passes of the same steps, which alternate with its own."""
-    defense, optimizer, left = DEFENSES.build(spec), sgd(module), iter(steps)
+    defense: Any = DEFENSES.build(spec)
+    optimizer, left = sgd(module), iter(steps)
     objective = defense.objective()
     plain, seconds = objective.stepped, 0.0
 

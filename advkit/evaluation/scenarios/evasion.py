@@ -135,8 +135,8 @@ class Evasion(BaseScenario, RowsApart):
         """
         ended = ended_by_stage(records)
         met: Counter[str] = Counter()
-        for (stage, _), number in ended.items():
-            met[stage] += number
+        for (name, _), number in ended.items():
+            met[name] += number
         stages = schedule(case.attack)
         escalated = any(labelled(case, stage).stage in met for stage in stages if stage.when == "escalated")
         total, robust = 0, case.size

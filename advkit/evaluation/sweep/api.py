@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from advkit.core.errors import UsageError
 from advkit.core.files import write_whole
@@ -93,7 +93,7 @@ def carry_out(
         raise UsageError(f"workers must be at least 1, got {workers}")
     if retries < 0:
         raise UsageError(f"retries is {retries}; expected 0 or more")
-    chosen = cast(Engine, ENGINES.build(engine))
+    chosen = ENGINES.build(engine)
     drive(
         prepared.folder,
         prepared.lines,

@@ -377,11 +377,12 @@ def _told(record: Record, found: _Found) -> Record:
 
 def _first_cell(case: Case) -> Case | None:
     """The attack under whose name a sample that is broken leaves the run; None where some samples do not meet it."""
-    stages = schedule(case.attack)
+    attack: Any = case.attack
+    stages = schedule(attack)
     if case.together or not stages:
         return None
     first = stages[0]
-    if isinstance(case.attack, Suite) and (first.share < 1 or first.when != "always" or first.above > 0):
+    if isinstance(attack, Suite) and (first.share < 1 or first.when != "always" or first.above > 0):
         return None
     return replace(case, attack=first.attack, label=labelled(case, first))
 

@@ -11,7 +11,7 @@ from advkit.core.errors import RunInterrupted, UsageError
 from advkit.core.files import claimed, why
 from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.sweep.engines import Engine
-from advkit.evaluation.sweep.line import Line, Note, state_of
+from advkit.evaluation.sweep.line import Line, Note, State, state_of
 
 Watch = Callable[[int, int], None]  # lines that ended, lines in all
 DEADLY = (
@@ -76,7 +76,7 @@ class _Driver:
             shard = self.lines[number]
             note = state_of(self.home, shard)
             if note.state != "done":
-                state = "refused" if note.state == "refused" else "failed"
+                state: State = "refused" if note.state == "refused" else "failed"
                 self._note(line, replace(note, state=state, reason=f"rows {shard.rows}: {note.reason}"))
                 self._end(line)
                 return False
@@ -102,7 +102,7 @@ class _Driver:
             deaths = note.deaths + 1
             times = "once" if deaths == 1 else f"{deaths} times"
             over = deaths > self.retries
-            state = "quarantined" if over else "waiting"
+            state: State = "quarantined" if over else "waiting"
             reason = DEADLY.format(times=times) if over else ""
             self._note(line, replace(note, state=state, deaths=deaths, reason=reason))
             if over:

@@ -178,6 +178,7 @@ def misfit(begun: Outline) -> str:
         if reason := scenario.accepts(case):
             return reason
         batch = next(iter(task.batches(1, n=1)))
+        assert batch.labels is not None
         answer = 10.0 * one_hot(batch.labels, task.classes).to(torch.float32)
         with own_randomness("cpu", "rehearsal"):
             for cell in scenario.cells(case):
