@@ -143,7 +143,7 @@ class MeteredOracle:
         if self.propagations is not None:
             passes = self.propagations - queries - self.meter.backwards[here]
             limits.append((self.propagations, passes // (times * (2 if self.differentiates else 1))))
-        return min(int(left.min()) if len(left) else most for most, left in limits)
+        return min((int(left.min()) if len(left) else most for most, left in limits), default=None)
 
     def __call__(self, x: Tensor, of: Tensor | None = None) -> Tensor:
         """Answers [n, ...] without gradient; `of` [n] says which row each candidate belongs to."""

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+REGISTERS = 32
+"""Numbers that torch's elementwise loops take at a time: two registers of AVX-512; narrower ones divide it."""
+
+
+def elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """function(values), with the same bits for a number wherever it stands; values hold one number per row [B].
+
+    torch computes powers, sigmoids, sines and their like with other code at the end of a tensor (see `round_off`): a
+    row's number would depend on the batch that it is in.
+    """
+    short = -len(values) % REGISTERS
+    return function(torch.cat((values, values[:1].expand(short))))[: len(values)] if short else function(values)
 
 
 def row_size(values: Tensor) -> Tensor:

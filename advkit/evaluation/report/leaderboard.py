@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from advkit.core.errors import ReportError
+from advkit.core.files import why
 from advkit.core.text import printable
 from advkit.evaluation.report.board import Attack, Beside, Board, Group, Score, Victim
 from advkit.evaluation.report.board_page import html_of
@@ -135,8 +137,11 @@ def _copy(root: Path, files: Path, path: str) -> None:
         told = file.stat()
         if copy.is_file() and (copy.stat().st_mtime_ns, copy.stat().st_size) == (told.st_mtime_ns, told.st_size):
             continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)
+        except OSError as error:
+            raise ReportError(f"{copy} can't be written ({why(error)}); choose a folder that can") from None
 
 
 # Markdown
