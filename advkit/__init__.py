@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from advkit.evaluation.report.compare import compare
     from advkit.evaluation.report.document import Report
     from advkit.evaluation.report.optimality import optimality
+    from advkit.evaluation.report.query import query
+    from advkit.evaluation.sweep import sweep
 
 # MKL, torch's matrix library on x86, lets the last bits of a product depend on where its rows lie in memory and on how
 # many there are: a sample would depend on its place in the batch (`Linear(294, 10)`, torch 2.14), and no call could be
@@ -20,7 +22,18 @@ if TYPE_CHECKING:
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __version__ = "0.1.0"
-__all__ = ["FLORAL", "Report", "__version__", "certify", "compare", "evaluate", "matrix", "optimality"]
+__all__ = [
+    "FLORAL",
+    "Report",
+    "__version__",
+    "certify",
+    "compare",
+    "evaluate",
+    "matrix",
+    "optimality",
+    "query",
+    "sweep",
+]
 
 _LAZY = {
     "FLORAL": "advkit.defenses.labels.floral",
@@ -29,6 +42,8 @@ _LAZY = {
     "compare": "advkit.evaluation.report.compare",
     "matrix": "advkit.evaluation.matrix",
     "optimality": "advkit.evaluation.report.optimality",
+    "query": "advkit.evaluation.report.query",
+    "sweep": "advkit.evaluation.sweep",
     "Report": "advkit.evaluation.report.document",
 }
 _SUBPACKAGES = (

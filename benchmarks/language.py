@@ -38,9 +38,10 @@ from advkit.attacks.text.baselines import RandomSuffix, SampledSuffix
 from advkit.attacks.text.beast import BEAST
 from advkit.attacks.text.gcg import GCG
 from advkit.attacks.text.search import SuffixSearch
-from advkit.core.oracle import MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.core.spaces import SLOT
+from advkit.core.state import frozen
 from advkit.models.language import passes
 from advkit.models.language.model import LanguageModel
 from advkit.testing.language import tiny_lm, transcript, transcripts

@@ -1,14 +1,20 @@
-"""Minimum-norm attacks beside those of other packages: success, median distance, propagations and CPU time.
+"""Minimum-norm attacks beside those of other packages: success, median distance, propagations, CPU time, optimality.
 
     python benchmarks/minimal.py [--only deepfool fmn ...] [--threat minimum-l2] [--models SPEC ...] [--rows 200]
                                  [--repeats 3] [--out docs]
+    python benchmarks/minimal.py --distances [--only ...] [--threat ...] [--peers advlib ...] --out docs
     python benchmarks/minimal.py --only none --out docs     # the tables alone, from OUT/minimal.json
 
-Each line of ROWS is one attack in one threat model, with the peers that have it under settings of as many propagations.
-All run in this process on one thread, in turn, on the samples that the model gets right. What is returned is measured
-here: a point counts where the model, asked again, is wrong and the point lies in the box. The median is over all
-samples; one that does not fall has distance infinity. Propagations are forward and backward passes per sample. The
-CPU ratio is the peer's process time over ours, each the smallest of the repeats.
+Each line of ROWS (minimal_rows.py) is one attack in one threat model, with the peers that have it under settings of as
+many propagations. All run in this process on one thread, in turn, on the samples that the model gets right; a slow peer
+on the first few of them, and its ratios are of both sides on these. What is returned is measured here: a point counts
+where the model, asked again, is wrong and the point lies in the box. The median is over all samples; one that does not
+fall has distance infinity. Propagations are forward and backward passes per sample. The CPU ratio is the peer's process
+time over ours, each the smallest of the repeats.
+
+Optimality is that of `advkit compare --optimality`, on the first COMMON samples: every attack and peer in a threat
+model on a model is part of the envelope. It is counted from the distances in OUT/minimal.json. --distances measures
+these alone, for lines that are there.
 
 Writes OUT/minimal.json and, between its marks, the tables of OUT/minimal.md; lines that were not run stay as they are.
 Packages that are not installed are named and left out: foolbox, torchattacks, adversarial-robustness-toolbox, and
@@ -18,6 +24,7 @@ adv-lib (`pip install --no-deps adv-lib==0.2.8 tqdm`; the visdom that it imports
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -27,19 +34,22 @@ import time
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from minimal_rows import INF, ROWS, Peer, Row
 from torch import Tensor, nn
 
 from advkit.attacks import ATTACKS
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.api import resolve
+from advkit.evaluation.report.optimality import Envelope, median
 from advkit.models.torch import TorchModel
 from advkit.threat_models import THREAT_MODELS
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -49,95 +59,11 @@ PACKAGES = {"foolbox": "foolbox", "torchattacks": "torchattacks", "art": "advers
             "advlib": "adv-lib"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Peer:
-    """An attack of another package, as PACKAGE:NAME, and its settings there."""
+COMMON = 20
+"""Samples on which optimality is counted: of all attacks the same."""
 
-    name: str
-    settings: dict[str, Any]
-
-    @property
-    def package(self) -> str:
-        return self.name.partition(":")[0]
-
-
-def peer(name: str, **settings: Any) -> Peer:
-    return Peer(name, settings)
-
-
-@dataclass(frozen=True)
-class Row:
-    """An attack here, the threat model, and who else has it."""
-
-    attack: str
-    threat: str
-    peers: tuple[Peer, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.attack.partition(":")[0]
-
-
-INF = math.inf
-ROWS = [
-    Row("deepfool", "minimum-l2", (
-        peer("foolbox:L2DeepFoolAttack"), peer("torchattacks:DeepFool"), peer("art:DeepFool"),
-        peer("advlib:df", norm=2, steps=50),
-    )),
-    Row("deepfool", "minimum-linf", (
-        peer("foolbox:LinfDeepFoolAttack"), peer("advlib:df", norm=INF, steps=50),
-    )),
-    Row("superdeepfool", "minimum-l2", (peer("advlib:sdf"),)),
-    Row("ddn:steps=99", "minimum-l2", (
-        peer("foolbox:DDNAttack", steps=100), peer("advlib:ddn", steps=100, levels=None),
-    )),
-    Row("fmn:steps=96", "minimum-l0", (peer("advlib:fmn", norm=0, steps=100),)),
-    Row("fmn:steps=99", "minimum-l1", (
-        peer("foolbox:L1FMNAttack", steps=100), peer("advlib:fmn", norm=1, steps=100),
-    )),
-    Row("fmn:steps=99", "minimum-l2", (
-        peer("foolbox:L2FMNAttack", steps=100), peer("advlib:fmn", norm=2, steps=100),
-    )),
-    Row("fmn:steps=99", "minimum-linf", (
-        peer("foolbox:LInfFMNAttack", steps=100), peer("advlib:fmn", norm=INF, steps=100),
-    )),
-    Row("alma:steps=190", "minimum-l1", (
-        peer("advlib:alma", distance="l1", num_steps=200, init_lr_distance=0.5),
-    )),
-    Row("alma:steps=190", "minimum-l2", (
-        peer("advlib:alma", distance="l2", num_steps=200, init_lr_distance=0.1),
-    )),
-    Row("pdpgd:steps=183", "minimum-l0", (
-        peer("advlib:pdpgd", norm=0, num_steps=200, proximal_operator=23),
-    )),
-    Row("pdpgd:steps=189", "minimum-l1", (peer("advlib:pdpgd", norm=1, num_steps=200),)),
-    Row("pdpgd:steps=189", "minimum-l2", (
-        peer("advlib:pdgd", num_steps=200), peer("advlib:pdpgd", norm=2, num_steps=200),
-    )),
-    Row("pdpgd:steps=189", "minimum-linf", (peer("advlib:pdpgd", norm=INF, num_steps=200),)),
-    Row("trust_region", "minimum-l2", (peer("advlib:tr", p=2, adaptive=True),)),
-    Row("trust_region", "minimum-linf", (peer("advlib:tr", p=INF, adaptive=True),)),
-    Row("cw:budget=9x40", "minimum-l2", (
-        peer("foolbox:L2CarliniWagnerAttack", binary_search_steps=9, steps=100),
-        peer("torchattacks:CW", c=1, steps=300),
-        peer("art:CarliniL2Method", binary_search_steps=9, max_iter=100),
-    )),
-    Row("cw:budget=9x100", "minimum-linf", (peer("art:CarliniLInfMethod", max_iter=100),)),
-    Row("cw:budget=9x100", "minimum-l0", (
-        peer("art:CarliniL0Method", binary_search_steps=3, max_iter=30, learning_rate=0.1),
-    )),
-    Row("ead:budget=9x100", "minimum-l1", (
-        peer("foolbox:EADAttack", binary_search_steps=9, steps=100, decision_rule="L1", initial_stepsize=0.05),
-        peer("torchattacks:EADL1", binary_search_steps=9, max_iterations=100),
-        peer("art:ElasticNet", binary_search_steps=9, max_iter=100, decision_rule="L1"),
-    )),
-    Row("jsma", "minimum-l0", (peer("torchattacks:JSMA"), peer("art:SaliencyMapMethod"))),
-    Row("sigma_zero:steps=100", "minimum-l0", (peer("advlib:sigma_zero", num_steps=100),)),
-    Row("brendel_bethge:steps=100", "minimum-l0", (peer("foolbox:L0BrendelBethgeAttack", steps=100),)),
-    Row("brendel_bethge:steps=100", "minimum-l1", (peer("foolbox:L1BrendelBethgeAttack", steps=100),)),
-    Row("brendel_bethge:steps=100", "minimum-l2", (peer("foolbox:L2BrendelBethgeAttack", steps=100),)),
-    Row("brendel_bethge:steps=100", "minimum-linf", (peer("foolbox:LinfinityBrendelBethgeAttack", steps=100),)),
-]  # fmt: skip
+LONG = 3.0
+"""Seconds from which a run is measured well enough by one."""
 
 
 class Counted(nn.Module):
@@ -160,7 +86,10 @@ class Counted(nn.Module):
 
 
 class Bench:
-    """A model and the first samples of its task that it gets right."""
+    """A model and the first samples of its task that it gets right.
+
+    runner_up: the second best class of each, a target where an attack needs one
+    """
 
     def __init__(self, spec: str, rows: int) -> None:
         case = resolve("pgd", "none", "fashion-mnist", spec, device="cpu")
@@ -177,6 +106,16 @@ class Bench:
         self.counted = Counted(self.module).eval()
         self.victim = TorchModel(self.counted, victim.space, 10, name="counted")
         self.lanes = Lanes.probed(self.victim, self.x)
+        with torch.no_grad():
+            scores = self.module(self.x).scatter(1, self.y[:, None], -torch.inf)
+        self.runner_up = scores.argmax(1)
+
+    def first(self, rows: int | None) -> Bench:
+        """With the first samples alone; None is all."""
+        part = copy.copy(self)
+        part.x, part.y, part.ids = self.x[:rows], self.y[:rows], self.ids[:rows]
+        part.runner_up = self.runner_up[:rows]
+        return part
 
     def ours(self, attack: str, threat: Any) -> Callable[[], Tensor]:
         made = ATTACKS.build(attack)
@@ -205,9 +144,10 @@ class Bench:
         distance = torch.where(fell, threat.distance(z, self.x), torch.inf)
         return {
             "success": float(fell.float().mean()),
-            "median": float(distance.median()),
+            "median": median(distance.tolist()),
             "propagations": round(passes, 2),
             "seconds": seconds,
+            "distances": [float(f"{each:.5g}") for each in distance[:COMMON].tolist()],
         }
 
 
@@ -220,7 +160,10 @@ def foolbox(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], T
 
 def torchattacks(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Tensor]:
     attack = getattr(importlib.import_module("torchattacks"), name)(bench.counted, **settings)
-    return lambda: attack(bench.x, bench.y)
+    if name == "JSMA":  # without a target it aims at the class of the next number
+        attack.set_mode_targeted_by_label(quiet=True)
+    y = bench.runner_up if name == "JSMA" else bench.y
+    return lambda: attack(bench.x, y)
 
 
 def art(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Tensor]:
@@ -229,7 +172,7 @@ def art(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Tenso
         bench.counted, nn.CrossEntropyLoss(), tuple(bench.x.shape[1:]), 10, clip_values=(0, 1), device_type="cpu"
     )
     attack = getattr(evasion, name)(classifier, **{"verbose": False, "batch_size": len(bench.x), **settings})
-    x, y = bench.x.numpy(), bench.y.numpy()
+    x, y = bench.x.numpy(), (bench.runner_up if name == "SaliencyMapMethod" else bench.y).numpy()  # it takes targets
     return lambda: torch.from_numpy(attack.generate(x, y)).to(bench.x)
 
 
@@ -242,7 +185,8 @@ def advlib(bench: Bench, name: str, settings: dict[str, Any]) -> Callable[[], Te
     if attack is None:
         module = {"tr": "trust_region", "sdf": "superdeepfool", "df": "deepfool"}.get(name, name)
         attack = getattr(importlib.import_module(f"adv_lib.attacks.{module}"), name)
-    return lambda: attack(bench.counted, bench.x, bench.y, **settings).detach()
+    # a copy: the trust region attack detaches its inputs in place, which torch refuses for views
+    return lambda: attack(bench.counted, bench.x.clone(), bench.y, **settings).detach()
 
 
 RUNNERS: dict[str, Callable[[Bench, str, dict[str, Any]], Callable[[], Tensor]]] = {
@@ -261,28 +205,73 @@ def installed() -> dict[str, str]:
     return found
 
 
-def contest(bench: Bench, row: Row, packages: dict[str, str], repeats: int) -> dict[str, Any]:
-    """One row's line: our attack and each peer's, in turn."""
+def sides(bench: Bench, row: Row, packages: dict[str, str]) -> tuple[Any, list[Peer]]:
+    """The threat model of a row on a model, and its peers that are here."""
     threat = THREAT_MODELS.build(row.threat).bind(bench.victim.space)
-    peers = [each for each in row.peers if each.package in packages]
-    runs = [bench.ours(row.attack, threat)]
-    runs += [RUNNERS[each.package](bench, each.name.partition(":")[2], each.settings) for each in peers]
+    return threat, [each for each in row.peers if each.package in packages]
+
+
+def run_of(bench: Bench, each: Peer) -> Callable[[], Tensor]:
+    return RUNNERS[each.package](bench, each.name.partition(":")[2], each.settings)
+
+
+def contest(bench: Bench, row: Row, packages: dict[str, str], repeats: int) -> dict[str, Any]:
+    """One row's line: our attack and each peer's, in turn. A peer on fewer samples meets ours on these."""
+    threat, peers = sides(bench, row, packages)
+    parts = {rows: bench.first(rows) for rows in dict.fromkeys([None, *(each.rows for each in peers)])}
+    runs = [(part, part.ours(row.attack, threat)) for part in parts.values()]
+    runs += [(parts[each.rows], run_of(parts[each.rows], each)) for each in peers]
     results: list[dict[str, Any]] = []
     for repeat in range(repeats):
-        for place, run in enumerate(runs):
-            if repeat and results[place].get("seconds", 0) > 10:  # a run this long is measured well enough by one
+        for place, (part, run) in enumerate(runs):
+            if repeat and results[place]["seconds"] > LONG:
                 continue
-            found = bench.measured(run, threat)
+            found = part.measured(run, threat)
             if not repeat:
                 results.append(found)
             results[place]["seconds"] = min(results[place]["seconds"], found["seconds"])
-    ours, *theirs = results
-    seconds = [result.pop("seconds") for result in results]
-    for each, result, took in zip(peers, theirs, seconds[1:], strict=True):
+    ours, theirs = dict(zip(parts, results, strict=False)), results[len(parts) :]
+    for each, result in zip(peers, theirs, strict=True):
+        mine = ours[each.rows]
         result.update(peer=each.name, settings={k: str(v) for k, v in each.settings.items()})
-        result["cpu_ratio"] = round(took / seconds[0], 2)
-    return {"model": bench.spec, "attack": row.attack, "threat": row.threat, "rows": len(bench.x), **ours,
+        result["cpu_ratio"] = round(result["seconds"] / mine["seconds"], 2)
+        if each.rows is not None:
+            result.update(rows=each.rows, ours={name: mine[name] for name in ("median", "propagations")})
+    for result in results:
+        del result["seconds"]
+    return {"model": bench.spec, "attack": row.attack, "threat": row.threat, "rows": len(bench.x), **ours[None],
             "peers": theirs}  # fmt: skip
+
+
+def with_distances(bench: Bench, row: Row, packages: dict[str, str], line: dict[str, Any]) -> dict[str, Any]:
+    """A line of before with the distances that its attacks find on the first samples, as far as they are asked for."""
+    threat, peers = sides(bench, row, packages)
+    line["distances"] = bench.measured(bench.ours(row.attack, threat), threat)["distances"]
+    for each in peers:
+        part = bench.first(each.rows)
+        for result in line["peers"]:
+            if (result["peer"], result["settings"]) == (each.name, {k: str(v) for k, v in each.settings.items()}):
+                result["distances"] = part.measured(run_of(part, each), threat)["distances"]
+    return line
+
+
+def with_optimality(lines: list[dict[str, Any]]) -> None:
+    """Put the local optimality of every attack of known distances into its result."""
+    cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        known = [result for result in (line, *line["peers"]) if "distances" in result]
+        cases.setdefault((line["model"], line["threat"]), []).extend(known)
+    for known in cases.values():
+        if not known:
+            continue
+        finite = [[INF if each is None else each for each in result["distances"]] for result in known]
+        envelope = Envelope.of(finite)
+        for result, own in zip(known, finite, strict=True):
+            value, interval = envelope.local(own)
+            result.pop("optimality", None)
+            if value is not None and interval is not None:
+                spread = {"low": round(interval.low, 4), "high": round(interval.high, 4)}
+                result["optimality"] = {"value": round(value, 4), **spread, "n": len(own)}
 
 
 def key(line: dict[str, Any]) -> tuple[str, str, str]:
@@ -290,23 +279,28 @@ def key(line: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def ratio(line: dict[str, Any], other: dict[str, Any]) -> str:
-    """Our median over another's; a dash where one is infinite, because half of its samples did not fall."""
-    mine, its = line["median"], other["median"]
+    """Our median over another's, on its samples; a dash where one is infinite, because half of them did not fall."""
+    mine, its = other.get("ours", line)["median"], other["median"]
     return f"{mine / its:.3f}" if mine and its and math.isfinite(mine) and math.isfinite(its) else "-"
 
 
-def median(result: dict[str, Any]) -> str:
+def shown_median(result: dict[str, Any]) -> str:
     """Null in the file stands for infinity."""
     value = result["median"]
-    return "infinite" if value is None or math.isinf(value) else f"{value:.4g}"
+    return "none" if value is None or math.isinf(value) else f"{value:.4g}"
+
+
+def shown_optimality(result: dict[str, Any]) -> str:
+    found = result.get("optimality")
+    return f"{100 * found['value']:.1f} ({100 * found['low']:.0f} to {100 * found['high']:.0f})" if found else "-"
 
 
 def shown(line: dict[str, Any]) -> str:
     """A line for the terminal."""
     parts = [f"{line['model'].removeprefix('zoo:')} {line['attack']} {line['threat']}: success {line['success']:.3f}, "
-             f"median {median(line)}, {line['propagations']:g} propagations"]  # fmt: skip
+             f"median {shown_median(line)}, {line['propagations']:g} propagations"]  # fmt: skip
     parts += [
-        f"    {p['peer']}: success {p['success']:.3f}, median {median(p)} (ours / theirs "
+        f"    {p['peer']}: success {p['success']:.3f}, median {shown_median(p)} (ours / theirs "
         f"{ratio(line, p)}), {p['propagations']:g} propagations, CPU {p['cpu_ratio']:g}x"
         for p in line["peers"]
     ]
@@ -315,20 +309,25 @@ def shown(line: dict[str, Any]) -> str:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The table of one attack."""
-    out = ["| model | threat model | attack | success | median | ours / theirs | propagations | CPU, theirs / ours |",
-           "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    out = ["| model | threat model | attack | success | median | ours / theirs | propagations | CPU, theirs / ours "
+           "| optimality, % |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for line in lines:
         model = line["model"].removeprefix("zoo:fashion-mnist-")
         out.append(
-            f"| {model} | {line['threat']} | **`{line['attack']}`** | {line['success']:.1%} | {median(line)} | | "
-            f"{line['propagations']:.0f} | |"
+            f"| {model} | {line['threat']} | **`{line['attack']}`** | {line['success']:.1%} | {shown_median(line)} | | "
+            f"{line['propagations']:.0f} | | {shown_optimality(line)} |"
         )
         out += [
-            f"| {model} | {line['threat']} | `{p['peer']}` | {p['success']:.1%} | {median(p)} | "
-            f"{ratio(line, p)} | {p['propagations']:.0f} | {p['cpu_ratio']:.1f} |"
+            f"| {model} | {line['threat']} | {shown_peer(p)} | {p['success']:.1%} | {shown_median(p)} | "
+            f"{ratio(line, p)} | {p['propagations']:.0f} | {p['cpu_ratio']:.1f} | {shown_optimality(p)} |"
             for p in line["peers"]
         ]
     return "\n".join(out)
+
+
+def shown_peer(result: dict[str, Any]) -> str:
+    few = f" ({result['rows']} samples)" if "rows" in result else ""
+    return f"`{result['peer']}`{few}"
 
 
 def write(out: Path, lines: list[dict[str, Any]], packages: dict[str, str]) -> None:
@@ -338,8 +337,11 @@ def write(out: Path, lines: list[dict[str, Any]], packages: dict[str, str]) -> N
     known = {key(line): line for line in before["lines"]} | {key(line): line for line in lines}
     order = {(model, row.name, row.threat): (ROWS.index(row), model) for row in ROWS for model in MODELS}
     merged = sorted(known.values(), key=lambda line: order.get(key(line), (len(ROWS), line["model"])))
+    with_optimality(merged)
     document = {"packages": before["packages"] | packages, "torch": torch.__version__, "lines": merged}
-    path.write_text(json.dumps(document, indent=1).replace("Infinity", "null") + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=1).replace("Infinity", "null")
+    text = re.sub(r"\[[^\[\]{}\"]+\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers is one line
+    path.write_text(text + "\n", encoding="utf-8")
     page = out / "minimal.md"
     if page.exists():
         text = page.read_text(encoding="utf-8")
@@ -356,23 +358,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="attacks by name")
     parser.add_argument("--threat", nargs="*", help="threat models by name")
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", default=list(PACKAGES), choices=list(PACKAGES))
+    parser.add_argument("--distances", action="store_true", help="measure the distances of lines that are there")
     parser.add_argument("--out", type=Path, help="folder to write to; nothing is written without one")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    packages = installed()
+    packages = {name: version for name, version in installed().items() if name in given.peers}
+    path = (given.out or Path("docs")) / "minimal.json"
+    known = {key(line): line for line in json.loads(path.read_text())["lines"]} if given.distances else {}
     lines = []
     for spec in given.models:
-        bench = Bench(spec, given.rows)
+        bench = Bench(spec, COMMON if given.distances else given.rows)
         for row in ROWS:
             if (given.only and row.name not in given.only) or (given.threat and row.threat not in given.threat):
                 continue
-            if row.name not in ATTACKS.names():
-                print(f"{row.attack} is not there")
-                continue
-            lines.append(contest(bench, row, packages, given.repeats))
+            if not given.distances:
+                lines.append(contest(bench, row, packages, given.repeats))
+            elif line := known.get((spec, row.name, row.threat)):
+                lines.append(with_distances(bench, row, packages, line))
             print(shown(lines[-1]), flush=True)
             if given.out:
                 write(given.out, lines, packages)

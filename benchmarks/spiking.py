@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.events.sda import SDA
-from advkit.core.oracle import MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.models import zoo
 from advkit.models.spiking.model import SpikingModel
 from advkit.models.spiking.neurons import LIF

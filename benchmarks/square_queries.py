@@ -11,9 +11,10 @@ import torch
 from pyautoattack.square import SquareAttack
 
 from advkit.attacks.query.square import Square
-from advkit.core.oracle import MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.api import resolve
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.lp import Linf

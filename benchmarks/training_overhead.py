@@ -21,45 +21,28 @@ Without ART its sides are left out; without a folder the rows are random.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import logging
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-
 from advkit.benchmark import Passes, counted, environment
 from advkit.benchmark.sides import one_thread
+from advkit.benchmark.training import BATCH, EPS, RECIPE, art, network, ours, random_rows, recorded
 from advkit.core.files import write_whole
-from advkit.core.oracle import frozen
 from advkit.core.protocols import Data
 from advkit.core.provenance import commit_text
-from advkit.core.rng import RowRng
-from advkit.core.spaces import Box
-from advkit.defenses import DEFENSES
-from advkit.models import MODELS
-from advkit.models.torch import TorchModel
 from advkit.tasks import TASKS
-from advkit.training.loop import Recipe, fit
 
-EPS = 0.1
 STEPS = 5
-BATCH = 128
-SHAPE, CLASSES = (1, 14, 14), 10
-RECIPE = Recipe(batch_size=BATCH, optimizer="sgd", lr=0.01, validation=0.0, select="last")
 EPOCHS = {"cnn": 5, "resnet8": 2}
 """Of each side's training, by network."""
-RNG = RowRng.from_ids(0, ["overhead"])
 METHODS = {"pgd_at": f"pgd_at:eps={EPS},steps={STEPS}", "aaer": f"aaer:eps={EPS}"}
 
 
@@ -68,118 +51,7 @@ def rows_of(root: str, rows: int) -> Data:
     if root:
         data: Data = TASKS.build(f"fashion-mnist:size=14,train={rows},root={root}").training()
         return data
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand((rows, *SHAPE), generator=generator)
-    return Data(x, torch.randint(CLASSES, (rows,), generator=generator), Box(shape=SHAPE), CLASSES, "random rows")
-
-
-class Whole(nn.Module):
-    """A network as one module: ART calls the layers of a Sequential one by one, and its fast trainer fails on that."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.inner(x)
-        return answer
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a training step sent through the network: rows to differentiate, rows to train on, and their labels."""
-
-    attacked: tuple[Tensor, ...]
-    trained: Tensor
-    labels: Tensor
-
-
-def recorded(method: str, recipe: Recipe, model: TorchModel, data: Data) -> list[Step]:
-    """The inputs of the network in a training by `fit`, step by step: how long a pass takes depends on the values."""
-    objective = defense_of(method).objective()
-    plain, steps = objective.loss, []
-
-    def loss(now: TorchModel, x: Tensor, y: Tensor, rows: Tensor, rng: Any) -> Tensor:
-        seen: list[Tensor] = []
-        handle = now.module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
-        answer = plain(now, x, y, rows, rng)
-        handle.remove()
-        steps.append(Step(tuple(seen[:-1]), seen[-1], y))
-        return answer
-
-    objective.loss = loss
-    fit(model, data, objective, recipe, RNG, progress=False)
-    return steps
-
-
-def bare(mode: bool, module: nn.Module, optimizer: torch.optim.Optimizer, step: Step) -> None:
-    """A step's passes and the optimiser's; `mode` is the network's training mode while the input is differentiated."""
-    module.train(mode)
-    with frozen(module):
-        for z in step.attacked:
-            leaf = z.clone().requires_grad_()
-            torch.autograd.grad(cross_entropy(module(leaf), step.labels, reduction="sum"), leaf)
-    module.train()
-    optimizer.zero_grad()
-    cross_entropy(module(step.trained), step.labels).backward()
-    optimizer.step()
-
-
-def ours(
-    method: str, recipe: Recipe, model: TorchModel, data: Data, module: nn.Module, steps: list[Step]
-) -> tuple[float, float]:
-    """CPU seconds of a training by `fit`, and of the bare passes of the same steps, which alternate with its own."""
-    defense, optimizer, left = defense_of(method), sgd(module), iter(steps)
-    objective = defense.objective()
-    plain, seconds = objective.stepped, 0.0
-
-    def stepped(now: TorchModel) -> None:
-        nonlocal seconds
-        plain(now)
-        begin = time.process_time()
-        bare(defense.mode == "train", module, optimizer, next(left))
-        seconds += time.process_time() - begin
-
-    objective.stepped = stepped
-    begin = time.process_time()
-    fit(model, data, objective, recipe, RNG, progress=False)
-    return time.process_time() - begin - seconds, seconds
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum)
-
-
-def defense_of(method: str) -> Any:
-    return DEFENSES.build(METHODS[method])
-
-
-def art(trainer: str, steps: int, epochs: int, model: TorchModel, data: Data) -> None:
-    """A training by a trainer of ART's."""
-    from art.defences.trainer import AdversarialTrainerFBFPyTorch, AdversarialTrainerMadryPGD
-    from art.estimators.classification import PyTorchClassifier
-
-    module = model.copy().module
-    network = PyTorchClassifier(
-        module,
-        nn.CrossEntropyLoss(),
-        SHAPE,
-        CLASSES,
-        optimizer=sgd(module),
-        clip_values=(0.0, 1.0),
-        device_type="cpu",
-    )
-    x, y = data.x.numpy(), nn.functional.one_hot(data.y, CLASSES).float().numpy()
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        if trainer == "fbf":
-            AdversarialTrainerFBFPyTorch(network, eps=EPS).fit(x, y, batch_size=BATCH, nb_epochs=epochs)
-            return
-        made = AdversarialTrainerMadryPGD(
-            network, nb_epochs=epochs, batch_size=BATCH, eps=EPS, eps_step=2.5 * EPS / steps, max_iter=steps
-        )
-        if trainer == "madry_whole":
-            made.attack.set_params(batch_size=BATCH)
-        made.fit(x, y)
+    return random_rows(rows)
 
 
 def passes(count: Passes, rows: int) -> dict[str, float]:
@@ -189,16 +61,15 @@ def passes(count: Passes, rows: int) -> dict[str, float]:
 
 def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool) -> dict[str, Any]:
     """Passes per row and step, and ratios of CPU time, for one method on one network."""
-    built = MODELS.build(net)(SHAPE, CLASSES, RNG.at("init"))
-    model = built.with_module(Whole(built.module))
+    model, spec = network(net), METHODS[method]
     recipe = replace(RECIPE, epochs=EPOCHS[net])
     trainers = ("madry", "madry_whole") if method == "pgd_at" else ("madry", "madry_whole", "fbf")
     steps = STEPS if method == "pgd_at" else 1
     sides = {name: partial(art, name, steps, recipe.epochs, model, data) for name in trainers if with_art}
-    inputs, rows = recorded(method, recipe, model, data), len(data) * recipe.epochs
+    inputs, rows = recorded(spec, recipe, model, data), len(data) * recipe.epochs
     counts, module = {}, model.copy().module
     with counted(model.module) as count, counted(module) as plain:  # which warms up, too
-        ours(method, recipe, model, data, module, inputs)
+        ours(spec, recipe, model, data, module, inputs)
     counts["bare"], counts["fit"] = passes(plain, rows), passes(count, rows)
     for name, side in sides.items():
         with counted(model.module) as count:
@@ -206,7 +77,7 @@ def measured(method: str, net: str, data: Data, repetitions: int, with_art: bool
         counts[name] = passes(count, rows)
     ratios: dict[str, list[float]] = {"fit_over_bare": [], **{f"{name}_over_fit": [] for name in sides}}
     for _ in range(repetitions):
-        own, alone = ours(method, recipe, model, data, model.copy().module, inputs)
+        own, alone = ours(spec, recipe, model, data, model.copy().module, inputs)
         ratios["fit_over_bare"].append(own / alone)
         for name, side in sides.items():
             begin = time.process_time()

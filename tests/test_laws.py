@@ -74,7 +74,7 @@ LONG = {
     "ead",
     "sigma_zero",
     "brendel_bethge",
-} | {n for (n, _), subject in SUBJECTS.items() if isinstance(subject.attack, Suite)}
+}
 # Their other norms are quick.
 LONG_IN = {
     ("square", "l1"),
@@ -86,17 +86,28 @@ LONG_IN = {
     ("spsa", "l2"),
     ("simba", "l2"),
     ("one_pixel", "l0"),
+    ("pixle", "l0"),
+    ("simba", "linf"),
+    ("pdpgd", "minimum-l0"),
 }
 # Long searches: in norms other than their first they meet the laws that know the norm.
 IN_EVERY_NORM = {
     "stays_admitted", "closed_form", "agrees_with_exhaustive_search", "batch_of_one", "keeps_the_query_budget",
 }  # fmt: skip
-SEARCHES = {"cw", "brendel_bethge", "hopskipjump", "sign_opt", "geoda", "nes", "spsa", "simba"}
+SUITES = {name for (name, _), subject in SUBJECTS.items() if isinstance(subject.attack, Suite)}
+SEARCHES = SUITES | {
+    "cw", "brendel_bethge", "hopskipjump", "sign_opt", "geoda", "nes", "spsa", "simba", "square", "fmn", "pdpgd",
+    "alma", "deepfool", "trust_region", "apgd-ce", "apgd-margin", "apgd-dlr", "apgd-t", "fab", "fab-t",
+}  # fmt: skip
 WHOLE = {"minimum-l2", "linf"}
+
+
+def is_long(name: str, norm: str) -> bool:
+    return name in LONG | SUITES or (name, norm) in LONG_IN
+
+
 PAIRS = [
-    pytest.param(
-        *pair, law, id="-".join((*pair, law)), marks=[pytest.mark.slow] if pair[0] in LONG or pair in LONG_IN else []
-    )
+    pytest.param(*pair, law, id="-".join((*pair, law)), marks=[pytest.mark.slow] if is_long(*pair) else [])
     for pair in SUBJECTS
     for law in ATTACK_LAWS
     if pair[0] not in SEARCHES or pair[1] in WHOLE or law in IN_EVERY_NORM

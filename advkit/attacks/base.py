@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Ball, Descends, Describes, Goal, Oracle, Rng, WrapsBall
+from advkit.core.protocols import Ball, Descends, Describes, Goal, NoneReached, Oracle, Rng, WrapsBall, conforms
 from advkit.core.rows import finite_rows as finite_rows
 from advkit.core.rows import plainly_finite
 from advkit.threat_models.lp import L1, L2, Linf, NormBall
@@ -19,16 +19,9 @@ TensorOracle = Oracle[Tensor, Tensor]
 TensorGoal = Goal[Tensor]
 
 
-@runtime_checkable
-class TellsNone(Protocol):
-    """A goal with a cheaper `not reached(answer).any()`, which may say no in doubt: most steps end with it."""
-
-    def none_reached(self, answer: Tensor) -> bool: ...
-
-
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """A value per row [B] shaped to broadcast against `like` [B, ...]."""
-    return values.view(-1, *(1 for _ in like.shape[1:]))
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def better(reached: Tensor, loss: Tensor, than_reached: Tensor, than_loss: Tensor) -> Tensor:
@@ -78,6 +71,13 @@ def ball_among(attack: object, ball: Any, *kinds: type[NormBall], instead: str =
     return inner
 
 
+AT_ONCE = 8
+"""Steps of a search of which one look tells the best points."""
+
+_HELD = 1 << 23
+"""Numbers in points that wait for it."""
+
+
 @dataclass
 class _Points:
     """The best points of the rows that are offered for at the moment."""
@@ -89,13 +89,32 @@ class _Points:
     reached: Tensor
     any_reached: bool  # whether any of them has reached its goal, or seemed to
     nobody: Tensor  # False for every row
+    waiting: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)  # points, their version, their losses
+
+    def wait(self, z: Tensor, loss: Tensor) -> None:
+        """Leave it for later which of these points that reach nothing are better."""
+        self.waiting.append((z, z._version, loss))
+        if len(self.waiting) == AT_ONCE or self.x.numel() * len(self.waiting) >= _HELD:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take the best of the points that wait, the earliest of equal ones."""
+        if not self.waiting:
+            return
+        points, versions, losses = zip(*self.waiting, strict=True)
+        self.waiting = []
+        if any(z._version != version for z, version in zip(points, versions, strict=True)):
+            raise RuntimeError("an attack wrote into points it had asked about; hand a new tensor to each step")
+        held = torch.stack((self.loss, *losses)).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        self.loss, which = held.min(0)
+        self.x = torch.stack((self.x, *points))[which, torch.arange(len(which), device=which.device)]
 
     def none_reached(self, answer: Tensor) -> bool:
         """Whether no row has reached its goal, nor does by these answers: the host synchronisation of a step."""
         if self.any_reached:
             return False
-        if isinstance(self.goal, TellsNone):
-            return bool(self.goal.none_reached(answer))
+        if conforms(self.goal, NoneReached):
+            return cast(NoneReached, self.goal).none_reached(answer)
         return not bool(self.goal.reached(answer).any())
 
 
@@ -136,12 +155,14 @@ class Best:
     def _merged(self) -> _Points:
         """All rows' points, those of the active rows among them."""
         all_, now = self._all, self._now
+        now.settle()
         if now is not all_:
             all_.x[now.rows], all_.loss[now.rows], all_.reached[now.rows] = now.x, now.loss, now.reached
         return all_
 
     def of(self, rows: Tensor | None) -> _Points:
         """What is known of these rows; they are kept together until others are asked for."""
+        self._now.settle()
         if rows is not self._now.rows:
             all_ = self._merged()
             if rows is None:
@@ -183,6 +204,18 @@ class Best:
         """
         reached, _ = self.compare(z, answer, loss, rows)
         return self.of(rows).nobody if reached is None else reached
+
+    def step(self, z: Tensor, answer: Tensor, loss: Tensor, rows: Tensor | None = None) -> Tensor | None:
+        """As `compare`, for a caller who asks for nothing else and leaves z as it is: which points reach the goal.
+
+        While none does, several steps' points are compared at once.
+        """
+        now = self._now
+        waits = rows is now.rows and not now.any_reached and loss.dtype == now.loss.dtype and not z.is_inference()
+        if waits and answer.is_floating_point() and plainly_finite(answer) and now.none_reached(answer):
+            now.wait(z, loss)
+            return None
+        return self.compare(z, answer, loss, rows)[0]
 
     def put(self, z: Tensor, rows: Tensor | None = None) -> None:
         """Set the points of these rows, better or not."""
@@ -277,8 +310,8 @@ def descended(ball: Ball[Tensor], z: Tensor, gradient: Tensor, origin: Tensor, s
     """
     inner = lp_ball(ball)
     stepping = inner if isinstance(inner, L0) else ball
-    if isinstance(stepping, Descends):
-        return stepping.descend(z, gradient, origin, size)
+    if conforms(stepping, Descends):
+        return cast(Descends, stepping).descend(z, gradient, origin, size)
     return ball.project(z + size * ball.steepest(-gradient, z), origin)
 
 

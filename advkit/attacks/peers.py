@@ -391,6 +391,21 @@ class _Probabilities(nn.Module):
         return answer.softmax(1)
 
 
+class _Positive(nn.Module):
+    """A module whose lowest score of a row is 1, for attacks that take a class's score times a mask of 0 and 1.
+
+    Classes, margins and gradients of margins stay as they are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.module(x)
+        return answer - answer.detach().amin(1, keepdim=True) + 1
+
+
 def _classes(request: Request) -> int:
     """How many classes there are, for one answer per row."""
     with torch.no_grad():
@@ -403,8 +418,9 @@ class TorchAttacks(Peer):
 
     The package knows the box [0, 1] alone; rows of another box are stretched to it and back. Attacks with eps and
     without a norm of their own are taken for Linf, those with L2 in their names for L2. Its AutoAttack runs 10 steps
-    per attack where AutoAttack standard has 100. Attacks that want the number of classes (FAB, APGDT, AutoAttack) cost
-    one answer more per batch.
+    per attack where AutoAttack standard has 100. Attacks that want the number of classes (FAB, APGDT, AutoAttack, JSMA
+    without targets) cost one answer more per batch. CW, EADL1 and EADEN, whose gradient vanishes where scores are
+    negative, are shown scores above zero. JSMA without targets aims at the next of the victim's classes, not of ten.
     """
 
     package: ClassVar[str] = "torchattacks"
@@ -415,11 +431,14 @@ class TorchAttacks(Peer):
         "MultiAttack": "is made of attack objects; run them one by one",
     }
     coloured: ClassVar[frozenset[str]] = frozenset({"PIFGSM", "PIFGSMPP", "TIFGSM"})
+    masks: ClassVar[frozenset[str]] = frozenset({"CW", "EADL1", "EADEN"})  # scores times 0 and 1, then the largest
 
     def _run(self, package: Any, request: Request) -> tuple[Tensor, bool]:
         unit = (request.low, request.high) == (0.0, 1.0)
         width = request.high - request.low
         module = request.module if unit else _Unit(request.module, request.low, request.high).eval()
+        if self.name in self.masks:
+            module = _Positive(module).eval()
         eps = request.eps if request.eps is None or request.norm == "L0" else request.eps / width
         cls = self._class(package)
         self._check_radius(request, self.radius.get(self.name, "eps") in inspect.signature(cls).parameters)
@@ -441,6 +460,9 @@ class TorchAttacks(Peer):
                 attack.set_mode_targeted_by_label(quiet=True)
             except ValueError as error:
                 raise self._without_targets() from error
+        elif self.name == "JSMA":
+            classes = _classes(request)
+            attack.set_mode_targeted_by_function(lambda _, labels: (labels + 1) % classes, quiet=True)
         z = attack(request.x if unit else ((request.x - request.low) / width).clamp(0, 1), request.classes)
         return (z if unit else z * width + request.low), bounded
 

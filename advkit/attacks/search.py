@@ -29,7 +29,7 @@ def taken(rows: Tensor | None, item: T) -> T:
     return item if rows is None else item.take(rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
     """A gradient step of a search, for the rows that are still active after it.
 
@@ -82,6 +82,7 @@ class Search(OverActiveRows):
         self.z = x
         self._active = ActiveRows(oracle, x, goal, rng)
         self._best = Best(x, goal) if best is None else best
+        self._plain = best is None
         self._stop = stop and oracle.decides
         self._keep = keep
 
@@ -112,8 +113,8 @@ class Search(OverActiveRows):
             if not len(self) or ((number == 0 or self._keep == "last") and not self.affords()):
                 return
             z = self.z
-            loss, gradient, answer = self.oracle.gradient(z, self.goal)
-            rows = self._score(z, answer, loss) if self._keep == "best" or self._stop else None
+            loss, gradient, answer = self._differentiated(z)
+            rows = self._stepped(z, answer, loss) if self._keep == "best" or self._stop else None
             if rows is not None:
                 z, gradient = kept(rows, z, gradient)
                 if not len(self):
@@ -133,7 +134,8 @@ class Search(OverActiveRows):
 
     def score(self, z: Tensor) -> Tensor | None:
         """Query z, take what is better and drop the rows that are broken; which rows stay, as `drop` says it."""
-        return self._score(z, self.oracle(z), None)
+        reached, _ = self._best.compare(z, self.oracle(z), None, self._active.index)
+        return None if reached is None else self.drop(reached)
 
     def trial(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Query z, take what is better and drop the rows that are broken.
@@ -174,6 +176,21 @@ class Search(OverActiveRows):
         """Drop the rows that have reached their goal; which stay, as `drop` says it."""
         return self.drop(self.of(self._best.reached)) if self._stop else None
 
-    def _score(self, z: Tensor, answer: Tensor, loss: Tensor | None) -> Tensor | None:
-        reached, _ = self._best.compare(z, answer, loss, self._active.index)
+    def _differentiated(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the oracle says of z, which it may differentiate by as it is, unless it is the clean rows."""
+        active = self._active
+        if z is active.x or not z.is_leaf or z.requires_grad or z.is_inference():
+            return active.oracle.gradient(z, active.goal)
+        z.requires_grad_()
+        try:
+            return active.oracle.gradient(z, active.goal)
+        finally:
+            z.requires_grad_(False)
+
+    def _stepped(self, z: Tensor, answer: Tensor, loss: Tensor) -> Tensor | None:
+        index = self._active.index
+        reached = (self._best.step if self._plain else self._compared)(z, answer, loss, index)
         return None if reached is None else self.drop(reached)
+
+    def _compared(self, z: Tensor, answer: Tensor, loss: Tensor, rows: Tensor | None) -> Tensor | None:
+        return self._best.compare(z, answer, loss, rows)[0]

@@ -8,8 +8,10 @@ model itself, for both sides with the same hooks.
 from __future__ import annotations
 
 from advkit.benchmark.device import batch_sizes, device_page, equality
+from advkit.benchmark.goals import goals_table
 from advkit.benchmark.loops import Ops, dispatcher_ops, pgd_overhead, speeds
 from advkit.benchmark.page import markdown
+from advkit.benchmark.shapes import call_sizes
 from advkit.benchmark.sides import (
     REFERENCE,
     STAGES,
@@ -32,12 +34,14 @@ __all__ = [
     "Passes",
     "Run",
     "batch_sizes",
+    "call_sizes",
     "counted",
     "device_page",
     "dispatcher_ops",
     "entries",
     "environment",
     "equality",
+    "goals_table",
     "markdown",
     "our_run",
     "pgd_overhead",

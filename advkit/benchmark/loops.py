@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,9 +21,11 @@ from advkit.attacks.peers import peer_package
 from advkit.attacks.query.square import Square
 from advkit.benchmark.sides import AsModule, labels_of, one_thread
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.core.speed import Speed, clock
+from advkit.core.state import frozen
 from advkit.evaluation.api import resolve
 from advkit.evaluation.run.batch import on_device
 from advkit.models import MODELS
@@ -72,7 +74,7 @@ class _Loop:
 
 LOOPS = (
     _Loop("zoo:fashion-mnist-cnn-pgd_at", (1, 20, 50, 250), 40, "fashion-mnist"),
-    _Loop("resnet18", (1, 50), 2),
+    _Loop("resnet18", (1, 50), 1),
     _Loop("resnet18", (1,), 1, shape=(3, 224, 224)),
 )
 """What the figures of `docs/benchmarks.md` are measured on; architectures have random weights, and images of noise."""
@@ -90,6 +92,7 @@ def pgd_overhead(
     steps: int = 40,
     repetitions: int = 3,
     device: str = "cpu",
+    beside: bool = True,
 ) -> dict[str, Any]:
     """CPU time of PGD's loop over that of the bare forward and backward passes it makes, at several batch sizes.
 
@@ -98,19 +101,23 @@ def pgd_overhead(
     probed; and torchattacks' PGD, where it is installed. No row leaves before the last step. On an accelerator it is
     the time until the work is done.
 
-    model: measured alone; without it all of LOOPS
+    model:  measured alone; without it all of LOOPS
+    beside: the last two as well
     """
     loops = LOOPS if model is None else (_Loop(model, tuple(sizes), steps, task),)
-    found = []
+    return {"repetitions": repetitions, "loops": list(overheads(loops, repetitions, device, beside))}
+
+
+def overheads(
+    loops: Sequence[_Loop], repetitions: int, device: str = "cpu", beside: bool = True
+) -> Iterator[dict[str, Any]]:
+    """The entries of `pgd_overhead`, one after the other."""
     for each in loops:
         rows = _correct_rows(each.model, each.task, max(each.sizes), device) if each.task else _noise(each, device)
-        with one_thread(), frozen(*rows.model.modules()):
-            found += [
-                {"model": each.model, "image": list(rows.x.shape[1:]), "steps": each.steps}
-                | _loop_ratios(rows, size, each.steps, repetitions)
-                for size in each.sizes
-            ]
-    return {"repetitions": repetitions, "loops": found}
+        for size in each.sizes:
+            with one_thread(), frozen(*rows.model.modules()):
+                ratios = _loop_ratios(rows, size, each.steps, repetitions, beside)
+            yield {"model": each.model, "image": list(rows.x.shape[1:]), "steps": each.steps, **ratios}
 
 
 def _noise(loop: _Loop, device: str) -> _Rows:
@@ -123,7 +130,7 @@ def _noise(loop: _Loop, device: str) -> _Rows:
     return _Rows(model, x, Untargeted(labels), tuple(map(str, range(rows))))
 
 
-def _loop_ratios(all_: _Rows, size: int, steps: int, repetitions: int) -> dict[str, Any]:
+def _loop_ratios(all_: _Rows, size: int, steps: int, repetitions: int, beside: bool) -> dict[str, Any]:
     """The loop's time over that of bare passes, for one batch."""
     rows = all_.first(size)
     rng = RowRng.from_ids(0, rows.ids, device=rows.x.device)
@@ -137,10 +144,11 @@ def _loop_ratios(all_: _Rows, size: int, steps: int, repetitions: int) -> dict[s
         "bare": partial(_bare, rows.model, rows.x, rows.goal.labels, steps),
         "direct": partial(loop, None),
         "evaluate": partial(loop, Lanes.probed(rows.model, all_.x, rows=math.inf, batch=size)),
-        "padded": partial(loop, Lanes.fitting(rows.x)),
     }
-    if (peer := _peer(rows, steps)) is not None:
-        sides["torchattacks"] = peer
+    if beside:
+        sides["padded"] = partial(loop, Lanes.fitting(rows.x))
+        if (peer := _peer(rows, steps)) is not None:
+            sides["torchattacks"] = peer
     sides["bare"]()
     device = rows.x.device
     calls = max(1, round(_LEAST / _timed([sides["bare"]], 0, 1, device)[0]))

@@ -31,6 +31,10 @@ def markdown(results: dict[str, Any], gpu: bool = False) -> str:
     threats = dict.fromkeys(entry["threat_model"] for entry in results.get("suites", ()))
     for threat in threats:
         lines += suites_page([entry for entry in results["suites"] if entry["threat_model"] == threat])
+    if results.get("goals"):
+        lines += _goals_page(results["goals"])
+    if results.get("sizes"):
+        lines += _sizes_page(results["sizes"])
     if results.get("overhead"):
         lines += _overhead_page(results["overhead"])
     if results.get("ops"):
@@ -152,6 +156,44 @@ def _worst(rows: Sequence[dict[str, Any]]) -> int:
     for row in rows:
         counts[row["our_seed"]] = counts.get(row["our_seed"], 0) + 1
     return max(counts.values(), default=0)
+
+
+def _goals_page(goals: Sequence[dict[str, str]]) -> list[str]:
+    return [
+        "## Goals of the engine",
+        "",
+        "*Before* is what the figure was when the goal was set, *limit* what no change of ours can go below. PGD keeps",
+        "samples to the last step; *by evaluate* in calls of sizes in which a sample's bits are the same. Pairs stand",
+        "for the two ways where both have a goal; else the goal is that of runs by `evaluate`. What suites cost beside",
+        "the reference is measured by `--parts suites`, what they miss by `benchmarks/missed.py`.",
+        "",
+        "| | before | now | goal | limit |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {each['name']} | {each['before']} | {each['now']} | {each['goal']} | {each['limit']} |"
+            for each in goals
+        ),
+        "",
+    ]
+
+
+def _sizes_page(sizes: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        "## Sizes of a call",
+        "",
+        "Numbers of samples, up to 64 (8 large ones), in a call of which a sample's answer and gradient have the same",
+        "bits, as a probe finds them on this machine. `evaluate` makes calls of these sizes alone. Random weights but",
+        "for EfficientNet's; the ViT is torchvision's, with four layers of width 64 and patches of 8 x 8.",
+        "",
+        "| model | image | sizes |",
+        "|---|---|---|",
+        *(
+            f"| {each['model']} | {'x'.join(map(str, each['image']))} "
+            f"| {', '.join(map(str, each['sizes'])) if 'sizes' in each else 'left out: ' + each['left_out']} |"
+            for each in sizes
+        ),
+        "",
+    ]
 
 
 def _overhead_page(overhead: dict[str, Any]) -> list[str]:

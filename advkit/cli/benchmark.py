@@ -12,7 +12,8 @@ import typer
 from advkit.cli.options import Json, SpeedSpec, TaskSpec, listed
 
 MODELS = ",".join(f"zoo:fashion-mnist-cnn{kind}" for kind in ("", "-pgd_at", "-trades", "-pubdef"))
-PARTS = ("suites", "overhead", "ops")
+PARTS = ("suites", "overhead", "ops", "goals", "sizes")
+USUAL = ",".join(PARTS[:3])
 
 
 def benchmark(
@@ -35,7 +36,7 @@ def benchmark(
     workers: Annotated[
         int, typer.Option(min=1, help="Processes of one thread each that share the pairs of model and threat model.")
     ] = 1,
-    parts: Annotated[str, typer.Option(help=f"What to measure: {', '.join(PARTS)}.")] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help=f"What to measure: {', '.join(PARTS)}.")] = USUAL,
     out: Annotated[
         Path | None, typer.Option(help="Folder for benchmarks.md and benchmarks.json.", show_default="nothing written")
     ] = None,
@@ -66,6 +67,13 @@ def benchmark(
         results["ops"] = bench.dispatcher_ops()
     if "overhead" in wanted:
         results["overhead"] = bench.pgd_overhead()
+    if "sizes" in wanted:
+        results["sizes"] = bench.call_sizes()
+    results["goals"] = []
+    for row in bench.goals_table() if "goals" in wanted else ():
+        results["goals"].append(row)
+        if out is not None:
+            _write(results, out)
     if "suites" in wanted:
         for entry in bench.entries(requests, workers, lambda line: progress.print(line, markup=False, soft_wrap=True)):
             results["suites"].append(entry)

@@ -103,6 +103,7 @@ _INPUTS: dict[str, Words] = {
     "advkit.defenses.inputs.bit_depth": (IMAGES, EVENTS),
     "advkit.defenses.inputs.ppl_filter": (TEXT,),
     "advkit.tasks.npz": (IMAGES,),
+    "advkit.tasks.maite": (IMAGES,),
     "advkit.tasks.prompts": (TEXT,),
 }
 

@@ -70,6 +70,7 @@ def _show(found: Any) -> None:
     from rich.console import Console
 
     from advkit.evaluation.report.optimality import Optimality
+    from advkit.evaluation.report.text import NO_MEDIAN
 
     console = Console()
     if not isinstance(found, Optimality):
@@ -81,6 +82,8 @@ def _show(found: Any) -> None:
     for table in found.tables():
         console.print(table)
     for case in found.cases:
+        if case.without_median:
+            typer.echo(f"note: {case.title}: {NO_MEDIAN} ({', '.join(case.without_median)})")
         if case.bounded:
             typer.echo(f"note: {case.title}: the best known distances include {', '.join(case.bounded)}")
     for run, reason in found.skipped:

@@ -33,6 +33,10 @@ def evaluate(
             "input transformations.",
         ),
     ] = True,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="START:STOP, a shard: the rows at these places of the n; others are left to other runs."),
+    ] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots into the run folder.")] = True,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print every attack, metric, class and finding with advice.")
@@ -47,7 +51,7 @@ def evaluate(
     from advkit.evaluation.run.store import check_folder
 
     check_folder(out if out is not None else Path("runs"))
-    resolved = plan(Request(**asked, beside=beside), progress=sys.stderr.isatty())
+    resolved = plan(Request(**asked, beside=beside, rows=rows), progress=sys.stderr.isatty())
     folder = out if out is not None else Path("runs") / resolved.digest()[:16]
     report = carry_out(resolved, folder, plots=plots, as_json=as_json, workers=workers, verbose=verbose)
     if untrustworthy(report):

@@ -11,8 +11,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from advkit import __version__
-from advkit.cli import main
-from advkit.cli.main import COMMANDS, CONTEXT, DEBUG, INTERRUPTED, SUMMARY, VERSION, page, tell
+from advkit.cli import commands
+from advkit.cli.commands import COMMANDS, CONTEXT, DEBUG, INTERRUPTED, SUMMARY, VERSION, page, tell
 from advkit.core.errors import AdvkitError, UnknownName
 from advkit.core.files import disk_full
 
@@ -32,7 +32,7 @@ class LazyGroup(TyperGroup):
         """The real command in place of the table's line."""
         name = args[0]
         if name in COMMANDS:
-            return name, main.load_command(name), args[1:]
+            return name, commands.load_command(name), args[1:]
         if name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
         near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.5)

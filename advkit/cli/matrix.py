@@ -91,7 +91,7 @@ def matrix(
         device=device,
     )
     command = shlex.join(["advkit", *sys.argv[1:]])
-    with _Bar(hidden=as_json) as bar:
+    with Bar(hidden=as_json) as bar:
         result = execute(request, workers=workers, cache=cache, out=folder, watch=bar.watch, command=command)
     drawn = _heatmaps(result, folder) if plots else []
     if as_json:
@@ -149,7 +149,7 @@ def _budget(text: str) -> int | str | None:
         raise UsageError(f"budget {text!r}; expected a number of gradients, auto or none") from None
 
 
-class _Bar:
+class Bar:
     """One bar over everything there is to do, on standard error."""
 
     def __init__(self, *, hidden: bool) -> None:
@@ -166,7 +166,7 @@ class _Bar:
         )
         self._task: object = None
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:

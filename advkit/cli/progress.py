@@ -32,6 +32,7 @@ class Bars:
         )
         self._bars: dict[str, TaskID] = {}
         self._robust: dict[str, dict[str, bool]] = {}
+        self._count: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -48,13 +49,15 @@ class Bars:
             self._progress.start()
         if title not in self._bars:
             self._bars[title] = self._progress.add_task(shorten(str(case.label), 40), total=total, far="")
-            self._robust[title] = {}
+            self._robust[title], self._count[title] = {}, 0
         robust = self._robust[title]
         for record in records:
             # A sample is robust as long as no attack has broken it.
             good = was_right(record) and (record.outcome in (Outcome.ROBUST, Outcome.INVALID) or not contested(record))
-            robust[record.id] = good and robust.get(record.id, True)
-        percentage = 100 * sum(robust.values()) / max(1, len(robust))
+            before = robust.get(record.id)
+            robust[record.id] = good and before is not False
+            self._count[title] += robust[record.id] - bool(before)
+        percentage = 100 * self._count[title] / max(1, len(robust))
         what = "certified" if case.label.attack == CERTIFICATES else "robust accuracy"
         text = f"{what} so far {percentage:.1f} %"
         self._progress.update(self._bars[title], advance=len(records), total=total, far=text)

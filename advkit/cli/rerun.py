@@ -69,7 +69,7 @@ def rerun(
     folder = out if out is not None else home.with_name(f"{home.name}-rerun")
     check_folder(folder)
     if not trust:
-        _refuse_outside(file, asked)
+        refuse_outside(file, asked)
     faults = verify(old).faults
     if faults and not trust:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -80,7 +80,7 @@ def rerun(
     for fault in faults:
         typer.echo(printable(f"not verified: {fault}"), err=True)
     beside = bool(beside_files(records))
-    _refuse_objects(file, asked)
+    refuse_objects(file, asked)
     _check_data(asked, old)
     resolved = plan(replace(asked, device=device, batch_size=batch_size, beside=beside))
     before, now = old.to_dict()["model"]["state_sha256"], resolved.case.victim.describe().state_sha256
@@ -105,7 +105,7 @@ def rerun(
         raise typer.Exit(DISAGREES)
 
 
-def _refuse_outside(file: Path, asked: Request) -> None:
+def refuse_outside(file: Path, asked: Request) -> None:
     """Raise UsageError where the report names what advkit would have to load from elsewhere; nothing is imported."""
     from advkit.core.errors import UsageError
     from advkit.core.registry import outside
@@ -119,7 +119,7 @@ def _refuse_outside(file: Path, asked: Request) -> None:
         )
 
 
-def _refuse_objects(file: Path, asked: Request) -> None:
+def refuse_objects(file: Path, asked: Request) -> None:
     """Raise ReportError where a part of the report has no name by which it can be made again."""
     from advkit.core.errors import ReportError
     from advkit.evaluation.plan import NO_ATTACK, NO_MODEL, registries

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from advkit.cli.list import REGISTRIES, registry_of
-from advkit.core.errors import UnknownName
+from advkit.core.errors import UnknownName, UsageError
 from advkit.core.registry import FieldInfo, Signature, parse_spec
 
 _EXAMPLES = {
@@ -117,12 +117,17 @@ def show(
     ],
     kind: Annotated[str | None, typer.Option(help=f"Look only here: {' | '.join(REGISTRIES)}.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Print a run's report as a RobustBench card (model_info JSON).")
+    ] = False,
 ) -> None:
     """Show all of a run's report, or what a name stands for: its fields with types and defaults, paper and example."""
     path = _report_path(name) if kind is None else None
     if path is not None:
-        _show_report(path, as_json)
+        _show_report(path, as_json, card)
         return
+    if card:
+        raise UsageError(f"--card wants a run folder or a report.json, and {name!r} is neither")
     found = _find(name, kind)
     if as_json:
         typer.echo(json.dumps([_as_json(signature) for signature in found], indent=2))
@@ -175,12 +180,14 @@ def _report_path(name: str) -> Path | None:
     return path if named or path.is_file() or (path / "report.json").is_file() else None
 
 
-def _show_report(path: Path, as_json: bool) -> None:
+def _show_report(path: Path, as_json: bool, card: bool) -> None:
     from advkit.cli.reports import print_full
     from advkit.evaluation.report import Report
 
     report = Report.load(path)
-    if as_json:
+    if card:
+        typer.echo(json.dumps(report.robustbench(), indent=2))
+    elif as_json:
         typer.echo(report.to_json())
     else:
         print_full(report)

@@ -45,7 +45,7 @@ def why(error: OSError) -> str:
     return "the disk is full: make room" if disk_full(error) else str(error.strerror or error)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | bytearray) -> None:
     """All of the content or, after a crash, what was there before: written beside the file and renamed over it.
 
     Makes the folder where there is none. Raises OSError where it can't be written, and leaves nothing behind then.

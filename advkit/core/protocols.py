@@ -16,14 +16,17 @@ classes, and a wrapper declares what it passes on.
 from __future__ import annotations
 
 import functools
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from typing_extensions import TypeIs
+
+from advkit.core.records import Label as Label
+from advkit.core.records import Outcome as Outcome
+from advkit.core.records import Record as Record
 
 if TYPE_CHECKING:
     from typing import Self
@@ -47,17 +50,6 @@ class Access(IntEnum):
     LABELS = 1
     SCORES = 2
     GRADIENTS = 3
-
-
-class Outcome(StrEnum):
-    """How a row ended, as the harness judged it on the protected victim."""
-
-    WRONG = "wrong"  # nothing to win: the clean answer was already wrong, or what the attacker wants
-    ROBUST = "robust"  # the attack failed
-    BROKEN = "broken"  # the goal was reached inside the threat model
-    INVALID = "invalid"  # the attack left the threat model: never a win, always reported
-    NON_FINITE = "non_finite"  # the victim answered NaN or infinity: robust accuracy becomes an interval
-    ERROR = "error"  # the row raised; the message is in the record
 
 
 class Space(Protocol[X_contra]):
@@ -210,7 +202,7 @@ class Shaped(Protocol):
     @property
     @abstractmethod
     def lanes(self) -> Any:
-        """The shapes (`core.oracle.Lanes`); None leaves them to whoever calls."""
+        """The shapes (`core.lanes.Lanes`); None leaves them to whoever calls."""
 
 
 @runtime_checkable
@@ -514,6 +506,17 @@ class Goal(Protocol[Y_contra]):
     def to(self, device: torch.device | str) -> Self: ...
 
 
+@functools.lru_cache(maxsize=1024)
+def _conforms(kind: type, protocol: type) -> bool:
+    return issubclass(kind, protocol)
+
+
+def conforms(value: object, protocol: Any) -> bool:
+    """`isinstance` for protocols of methods alone, in the loops where it would cost as much as an operation."""
+    kind: Any = type(value)
+    return _conforms(kind, protocol)
+
+
 @runtime_checkable
 class NoneReached(Protocol):
     """A goal that sees more cheaply than `reached` that no row reaches it: most steps of an attack end with that."""
@@ -521,6 +524,15 @@ class NoneReached(Protocol):
     @abstractmethod
     def none_reached(self, answer: Any) -> bool:
         """Whether it is plain that no row reaches it; False in doubt."""
+
+
+@runtime_checkable
+class Sloped(Protocol):
+    """A goal that knows the derivative of its loss, so that autograd needs to go through the model alone."""
+
+    @abstractmethod
+    def sloped(self, answer: Any) -> tuple[Any, Any] | None:
+        """Its loss [B], and the derivative of each row's by its answer [B, ...]; None where autograd has to find it."""
 
 
 class Rule(Protocol):
@@ -1554,111 +1566,3 @@ class Compared(Protocol):
     @abstractmethod
     def baseline(self) -> str:
         """Spec of the simpler defense; empty for none."""
-
-
-_STAGE = re.compile(r"[A-Za-z_][\w.-]*")
-
-
-@dataclass(frozen=True)
-class Label:
-    """Which attack made a record.
-
-    attack: its canonical spec
-    stage:  of a suite or a stream; empty where the attack was played as a whole
-    source: the surrogate it was made on; empty where it was made on the victim
-
-    As text `attack/stage@source`.
-    """
-
-    attack: str
-    stage: str = ""
-    source: str = ""
-
-    def __str__(self) -> str:
-        return self.attack + (f"/{self.stage}" if self.stage else "") + (f"@{self.source}" if self.source else "")
-
-    @classmethod
-    def parse(cls, text: str) -> Label:
-        """A label that was written as text.
-
-        Marks in brackets belong to a setting, and so does a `/` before a number (`eps=8/255`). The first `@` begins the
-        source, which may hold any mark itself (`path:runs/a.safetensors`); the stage is a plain name.
-        """
-        open_ = _outside_brackets(text)
-        at = next((i for i in open_ if text[i] == "@"), len(text))
-        slash = next((i for i in reversed(open_) if i < at and text[i] == "/"), None)
-        if slash is None or _STAGE.fullmatch(text, slash + 1, at) is None:
-            return cls(text[:at], source=text[at + 1 :])
-        return cls(text[:slash], text[slash + 1 : at], text[at + 1 :])
-
-    @property
-    def streams(self) -> tuple[str, str]:
-        """Names of the attack's random streams: its registry name, or its stage, and its source.
-
-        Settings are left out, so that ten more steps start where the shorter run started. Cut at the first marks,
-        wherever they stand: so were the streams of all records that there are.
-        """
-        attack, _, source = str(self).partition("@")
-        suite, _, stage = attack.partition("/")
-        return stage or suite.partition(":")[0], source
-
-
-@functools.lru_cache(maxsize=4096)
-def _label(attack: str, stage: str, source: str) -> Label:
-    """The one label of these words: records ask for it over and over, and there are few."""
-    return Label(attack, stage, source)
-
-
-def _outside_brackets(text: str) -> list[int]:
-    """Positions outside brackets; all of them where brackets do not pair up."""
-    depth, found = 0, []
-    for position, character in enumerate(text):
-        depth += (character == "[") - (character == "]")
-        if depth < 0:
-            break
-        if depth == 0 and character != "]":
-            found.append(position)
-    return found if depth == 0 else list(range(len(text)))
-
-
-@dataclass(frozen=True)
-class Record:
-    """How one row ended under one attack; what a report says is computed from these alone.
-
-    `margin` is the goal's margin of the victim's answer on the returned input and `closeness` that margin over the
-    spread of the scores; `eight_bit` says whether the goal is still reached after rounding to 8 bits (None where that
-    has no meaning). `measures` are what the threat model measures of the change beside its distance. `figures` are what
-    goal and threat model say of the row whether it was broken or not; `trace` is what the attack noted step by step,
-    evidence of how it went and of nothing else; `texts` are what was said of the row in words, `scores` rows of numbers
-    by which a task ranks the rows against each other. `stage` and `source` belong to the attack's `Label`. The last six
-    stand in a file only where there are any.
-    """
-
-    id: str
-    attack: str
-    outcome: Outcome
-    label: int | None = None
-    clean: int | None = None  # the victim's decision on the clean row
-    adversarial: int | None = None  # and on the returned one
-    reached: bool = False  # the goal holds on the returned row (also where the clean row was already wrong)
-    distance: float | None = None
-    margin: float | None = None
-    closeness: float | None = None
-    eight_bit: bool | None = None
-    forwards: int = 0
-    backwards: int = 0
-    queries: int = 0
-    notes: tuple[str, ...] = field(default=())  # findings of this row: "non_finite", "zero_gradient"...
-    message: str = ""
-    measures: dict[str, float] = field(default_factory=dict, hash=False)
-    figures: dict[str, float | bool] = field(default_factory=dict, hash=False)
-    trace: tuple[dict[str, Any], ...] = field(default=(), hash=False)
-    texts: dict[str, str] = field(default_factory=dict, hash=False)
-    scores: dict[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
-    stage: str = ""
-    source: str = ""
-
-    @property
-    def made_by(self) -> Label:
-        """The label of the attack that made it."""
-        return _label(self.attack, self.stage, self.source)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Meter, MeteredOracle
+from advkit.core.meter import Meter
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Data, Renders
 
 

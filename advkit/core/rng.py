@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,8 +75,7 @@ class RowRng:
     def from_ids(cls, seed: int, ids: Sequence[str], device: torch.device | str = "cpu") -> RowRng:
         """One stream per row id."""
         digests = b"".join(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8] for name in ids)
-        octets = torch.tensor(list(digests), dtype=torch.int64).reshape(-1, 2, 4)
-        key = (octets << torch.tensor((0, 8, 16, 24))).sum(2).T
+        key = torch.from_numpy(np.frombuffer(digests, "<u4").astype(np.int64).reshape(-1, 2).T)
         return cls(int(seed), _round_keys(key)).to(device)
 
     def __len__(self) -> int:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VECTOR = 32
-"""Numbers that torch's elementwise loops take at a time: two registers of AVX-512; narrower ones divide it."""
+from advkit.core.rows import REGISTERS
 
 EVEN = 16
 """What the rows of a call are a multiple of where some operation is not known here."""
@@ -111,7 +110,7 @@ def _filled(numbers: int) -> bool:
     for threads in {1, torch.get_num_threads()}:
         for grain in _GRAINS:
             pieces = min(threads, max(1, math.ceil(numbers / grain)))
-            if numbers % VECTOR or math.ceil(numbers / pieces) % VECTOR:
+            if numbers % REGISTERS or math.ceil(numbers / pieces) % REGISTERS:
                 return False
     return True
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from advkit.core.errors import SpecError, UsageError
-from advkit.core.oracle import Lanes, frozen
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import UnderSpeed
+from advkit.core.state import frozen
 from advkit.core.wrapper import Wrapper
 
 log = logging.getLogger("advkit")

@@ -16,6 +16,8 @@ _UNSAFE = re.compile(
     "]"
 )
 
+_ESCAPED = re.compile(r"\\[ubfr]")  # what JSON may hide such a character behind
+
 
 def _spelled(match: re.Match[str]) -> str:
     code = ord(match[0])
@@ -39,6 +41,11 @@ def one_line(text: str, most: int = 1_200) -> str:
 def first_line(error: BaseException, most: int = 200) -> str:
     """What an error of a library says, in few words: the first line of its message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+def all_printable(document: str) -> bool:
+    """Whether no text in a JSON document needs spelling out; False, too, where only reading it would tell."""
+    return _ESCAPED.search(document) is None and _UNSAFE.search(document) is None
 
 
 def printable_values(value: Any) -> Any:

@@ -70,6 +70,7 @@ def evaluate(
     beside: bool = True,
     sample_timeout: float | None = None,
     budget: str | None = None,
+    rows: str | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
     progress: bool = False,
@@ -103,6 +104,8 @@ def evaluate(
                   can be stopped with `workers` alone, where its process is ended
     budget:       propagations=N: how many forward and backward passes an attack may spend on a sample, both together;
                   the oracle ends it there. Of a suite each stage has the budget. None sets no limit
+    rows:         START:STOP, the rows at these places of the n: a shard, whose records are those of the whole run. Only
+                  where what becomes of a row depends on that row alone
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     watch:        called with title, case, new records and the number of records in all
     progress:     a progress bar while a model has to be trained first
@@ -129,6 +132,7 @@ def evaluate(
         beside=beside,
         sample_timeout=sample_timeout,
         budget=budget,
+        rows=rows,
     )
     return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
 

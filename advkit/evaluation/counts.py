@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -110,30 +113,65 @@ def _looks_right(outcome: Outcome, label: int | None, clean: int | None) -> bool
     return outcome != Outcome.WRONG or (label is not None and clean == label)
 
 
+_RIGHT, _CONTESTED, _BROKEN, _UNKNOWN, _NOT_GAINED, _NO_EIGHT, _EIGHT = (1 << bit for bit in range(7))
+_OF_ANY = _BROKEN | _UNKNOWN | _NOT_GAINED | _NO_EIGHT | _EIGHT
+"""What holds of a row when it holds of any of its records; how it was when clean its first one says."""
+
+
+_KINDS = attrgetter("outcome", "label", "clean", "notes", "eight_bit")
+"""All that `_state` looks at: a million records are of a few hundred kinds."""
+
+
+def _state(record: Record) -> int:
+    """What a record says of its row."""
+    state = _RIGHT * was_right(record) | _CONTESTED * contested(record) | _NOT_GAINED * (GAINED not in record.notes)
+    if record.outcome == Outcome.BROKEN:
+        state |= _BROKEN
+    elif record.outcome in UNKNOWN:
+        state |= _UNKNOWN
+    return state | (_NO_EIGHT if record.eight_bit is None else _EIGHT if record.eight_bit else 0)
+
+
+def _states(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
+    """Every record and what it says of its row."""
+    known: dict[tuple[Any, ...], int] = {}
+    for record in records:
+        kind = _KINDS(record)
+        state = known.get(kind)
+        if state is None:
+            state = known[kind] = _state(record)
+        yield record, state
+
+
 def count(records: Iterable[Record]) -> Counts:
     """Worst case per row id over all records given."""
-    rows: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        rows[record.id].append(record)
+    return _counted(_by_row(records))
+
+
+def _add(rows: dict[str, int], row: str, state: int) -> None:
+    known = rows.get(row)
+    rows[row] = state if known is None else known | (state & _OF_ANY)
+
+
+def _counted(rows: Mapping[str, int]) -> Counts:
     correct = right_after = eight = 0
     # Contested rows by how they ended, and those of them that were right.
     ends = {Outcome.BROKEN: 0, Outcome.ERROR: 0, Outcome.ROBUST: 0}
     right_ends = dict(ends)
     rounded = True
-    for group in rows.values():
-        first = group[0]
-        right = was_right(first)
+    for state, number in Counter(rows.values()).items():
+        right = number if state & _RIGHT else 0
         correct += right
-        if not contested(first):
-            right_after += right or all(GAINED in r.notes for r in group)
+        if not state & _CONTESTED:
+            right_after += number if right or not state & _NOT_GAINED else 0
             eight += right
             continue
-        end = _worst(group)
-        ends[end] += 1
+        end = _worst(state)
+        ends[end] += number
         right_ends[end] += right
-        rounded = rounded and all(r.eight_bit is not None for r in group)
-        if right and not any(r.eight_bit for r in group):
-            eight += end == Outcome.ROBUST or all(r.outcome not in UNKNOWN for r in group)
+        rounded = rounded and not state & _NO_EIGHT
+        if not state & _EIGHT and (end == Outcome.ROBUST or not state & _UNKNOWN):
+            eight += right
     return Counts(
         n=len(rows),
         correct=correct,
@@ -147,14 +185,32 @@ def count(records: Iterable[Record]) -> Counts:
     )
 
 
-def _worst(group: Sequence[Record]) -> Outcome:
+def _worst(state: int) -> Outcome:
     """How a contested row ended under all its attacks: broken, else unknown (as an error), else robust."""
-    unknown = False
-    for record in group:
-        if record.outcome == Outcome.BROKEN:
-            return Outcome.BROKEN
-        unknown = unknown or record.outcome in UNKNOWN
-    return Outcome.ERROR if unknown else Outcome.ROBUST
+    return Outcome.BROKEN if state & _BROKEN else Outcome.ERROR if state & _UNKNOWN else Outcome.ROBUST
+
+
+def rows_robust(records: Iterable[Record]) -> dict[str, bool]:
+    """Row id -> whether it is right after all attacks: the rows that `Counts.right_after` counts."""
+    found = {}
+    for row, state in _by_row(records).items():
+        right = bool(state & _RIGHT)
+        kept = right and _worst(state) == Outcome.ROBUST
+        found[row] = kept if state & _CONTESTED else right or not state & _NOT_GAINED
+    return found
+
+
+def rows_broken(records: Iterable[Record]) -> dict[str, bool]:
+    """Row id -> whether some attack broke it, of the contested rows: those that `Counts.broken` counts."""
+    return {row: bool(state & _BROKEN) for row, state in _by_row(records).items() if state & _CONTESTED}
+
+
+def _by_row(records: Iterable[Record]) -> dict[str, int]:
+    """What all records of a row say of it, by its id."""
+    rows: dict[str, int] = {}
+    for record, state in _states(records):
+        _add(rows, record.id, state)
+    return rows
 
 
 def worst_figures(records: Iterable[Record], name: str) -> list[float]:
@@ -170,18 +226,18 @@ def worst_figures(records: Iterable[Record], name: str) -> list[float]:
 def by_label(records: Iterable[Record]) -> dict[Label, list[Record]]:
     """Records per attack, in order of first appearance."""
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        groups[record.attack, record.stage, record.source].append(record)
+    for made_by, own in groupby(records, attrgetter("attack", "stage", "source")):
+        groups[made_by].extend(own)
     return {own[0].made_by: own for own in groups.values()}
 
 
 def by_class(records: Iterable[Record]) -> dict[int, Counts]:
     """Counts of every class that occurs, by its number, in their order; rows without a label belong to none."""
-    groups: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
+    groups: dict[int, dict[str, int]] = defaultdict(dict)
+    for record, state in _states(records):
         if record.label is not None:
-            groups[record.label].append(record)
-    return {label: count(groups[label]) for label in sorted(groups)}
+            _add(groups[record.label], record.id, state)
+    return {label: _counted(groups[label]) for label in sorted(groups)}
 
 
 def weakest_classes(classes: Mapping[int, Counts]) -> list[int]:
@@ -337,7 +393,7 @@ class Recalled:
     what: str
 
 
-def recalls(records: Iterable[Record], at: Sequence[int] = RECALL_AT) -> dict[str, Recalled]:
+def recalls(records: Sequence[Record], at: Sequence[int] = RECALL_AT) -> dict[str, Recalled]:
     """Recall at k of images and captions, clean and under attack, by the metric's name; empty where none was ranked.
 
     Image to text: images whose own caption is among the k most similar. Text to image: captions with an image of their
@@ -346,8 +402,10 @@ def recalls(records: Iterable[Record], at: Sequence[int] = RECALL_AT) -> dict[st
     whose record has its rank. An image without a finite answer is found by no caption, and finds none. There are no
     recalls where an answer has no rank (`unranked`), and none of all images at once: k is less than their number.
     """
-    rows = _seen_last(records)
     found: dict[str, Recalled] = {}
+    if not any(map(attrgetter("figures"), records)):
+        return found
+    rows = _seen_last(records)
     for when, prefix in (("before", "clean_"), ("after", "")):
         name = f"{RANK}{when}"
         ranks = [record.figures.get(name, math.inf) for record in rows.values()]
@@ -373,8 +431,10 @@ def recalls(records: Iterable[Record], at: Sequence[int] = RECALL_AT) -> dict[st
     return found
 
 
-def unranked(records: Iterable[Record]) -> tuple[int, int]:
+def unranked(records: Sequence[Record]) -> tuple[int, int]:
     """(n, m): of m answers n have no rank, which is why recalls are left out; (0, m) where they are not."""
+    if not any(map(attrgetter("figures"), records)):
+        return 0, len({record.id for record in records})
     rows = _seen_last(records)
     if not any(f"{RANK}{when}" in record.figures for record in rows.values() for when in ("before", "after")):
         return 0, len(rows)

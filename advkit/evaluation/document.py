@@ -6,10 +6,12 @@ import hashlib
 import math
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -130,7 +132,7 @@ def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         "n_total": len(task),
         "n_evaluated": len(ids),
         "selection": {
-            "kind": "all" if len(ids) == len(task) else "first_n",
+            "kind": "explicit_ids" if case.places else "all" if len(ids) == len(task) else "first_n",
             "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
         "input_shape": list(first.x.shape[1:]),
@@ -242,9 +244,11 @@ def reproducibility(case: Case, command: str) -> dict[str, Any]:
     }
 
 
-def _packages() -> Iterator[tuple[str, str]]:
+@cache
+def _packages() -> tuple[tuple[str, str], ...]:
+    """Name and version of those whose numbers a run depends on; read once, for many short runs in one process."""
+    found = []
     for name in ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "safetensors"):
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            found.append((name, version(name)))
+    return tuple(found)

@@ -21,6 +21,7 @@ from advkit.evaluation.plan import Plan
 from advkit.evaluation.report import Report
 from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.report.examples import Kept
+from advkit.evaluation.report.query import keep_parquet
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
 from advkit.evaluation.run.engine import run as run_scenario
@@ -82,6 +83,8 @@ def _execute(
     if isinstance(plan.case.task, OfFiles):
         plan.case.task.look(plan.case.n)  # a damaged file is met now, and not after hours
     findings, randomized = _first_look(plan.case)
+    if randomized and plan.case.places is not None:
+        raise UsageError("the victim's answers vary from call to call: leave rows out and run all of them together")
     with ExitStack() as stores:
         runs = []
         for title, case, companion in asked:
@@ -92,6 +95,8 @@ def _execute(
             runs.append(_run(case, companion, store, watch, workers))
         for each in runs:
             each.store.settle()
+            if lasting:
+                keep_parquet(each.store.path, each.store.sha256, len(each.store))
     findings += diagnostics.after(runs[0].case, runs[0].records)
     findings += [finding for each in runs if each.kept for finding in [speed_finding(each)]]
     findings += _compared(runs[0], runs[1:])
@@ -134,8 +139,7 @@ def _run(case: Case, companion: Companion | None, store: Store, watch: Watch | N
 def in_order(case: Case, records: Sequence[Record]) -> list[Record]:
     """Records in the task's order, whatever order a resumed run wrote them in."""
     place = {row: number for number, row in enumerate(ids_of(case.task, case.n))}
-    labels = {label: i for i, label in enumerate(by_label(records))}
-    return sorted(records, key=lambda r: (labels[r.made_by], place[r.id]))
+    return [record for own in by_label(records).values() for record in sorted(own, key=lambda r: place[r.id])]
 
 
 def _compared(run: Run, others: Sequence[Run]) -> list[Finding]:

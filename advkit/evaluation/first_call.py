@@ -14,8 +14,8 @@ from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadModel
 from advkit.core.limits import limited
-from advkit.core.oracle import frozen
 from advkit.core.protocols import Task, answer_shape
+from advkit.core.state import frozen
 from advkit.evaluation.run.batch import own_randomness
 from advkit.models.torch import Calls, FunctionModel, TorchModel, check_mode, checked_logits
 

@@ -77,12 +77,14 @@ class Request:
     beside: bool = True
     sample_timeout: float | None = None
     budget: str | None = None
+    rows: str | None = None
 
     def check(self) -> None:
         """Raise UsageError where a number is out of its range."""
         seconds = self.sample_timeout
         check(self, "sample_timeout", seconds is None or 0 < seconds < 1e8, "a number of seconds above 0")
         self.propagations  # noqa: B018 - raises where the budget can't be read
+        self.places  # noqa: B018 - raises where the rows can't be read
         for name in ("batch_size", "draws"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -100,6 +102,16 @@ class Request:
                 "sample (a budget of queries belongs to the threat model: linf:eps=0.1,queries=1000)"
             )
         return int(number)
+
+    @property
+    def places(self) -> tuple[int, int] | None:
+        """First place and the one behind the last of the rows asked for; None for all n of them."""
+        if self.rows is None:
+            return None
+        first, colon, last = (part.strip() for part in str(self.rows).partition(":"))
+        if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise UsageError(f"rows is {self.rows!r}; expected START:STOP, places among the n rows, e.g. 0:500")
+        return int(first), int(last)
 
     @classmethod
     def from_report(cls, data: Mapping[str, Any]) -> Self:
@@ -143,6 +155,8 @@ class Plan:
         """The request as the report keeps it: canonical specs and plain values."""
         values = asdict(replace(self.request, **_UNNAMED))
         specs = {name: self.case.specs[name] for name in PARTS}
+        if self.request.rows is None:
+            del values["rows"]
         return {**values, **specs, "n": self.case.n, "speed": str(self.case.speed)}
 
     def digest(self) -> str:
@@ -159,14 +173,10 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
 
     progress: a progress bar while a model has to be trained first
     """
-    request.check()
     device = pick_device(request.device)
-    work = task_of(request.task)
-    parts, asked = _built(request, work)
-    scenario = SCENARIOS.build(parts.threat.scenario)
-    parts = scenario.resolve(replace(parts, seed=request.seed))
+    begun = outline(request)
+    parts, asked, scenario, n = begun.parts, begun.asked, begun.scenario, begun.n
     work = parts.task
-    n = _rows(request, work)
     try:
         victim = protected(
             _model_asked(request.model, parts.defense),
@@ -191,10 +201,49 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     return Plan(request, case, scenario, victim, trained, companions)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A request as far as it is known before a victim is found or trained.
+
+    parts: as the scenario takes them
+    asked: what each part was made of
+    n:     rows
+    """
+
+    request: Request
+    parts: Parts
+    asked: Mapping[str, Any]
+    scenario: Scenario
+    n: int
+
+    @property
+    def specs(self) -> dict[str, str]:
+        """Canonical specs of all parts but the model."""
+        return _specs(self.parts, self.asked)
+
+
+def outline(request: Request) -> Outline:
+    """Every part built, and the rows counted; nothing is trained or loaded but the data."""
+    request.check()
+    parts, asked = _built(request, task_of(request.task))
+    scenario = SCENARIOS.build(parts.threat.scenario)
+    parts = scenario.resolve(replace(parts, seed=request.seed))
+    return Outline(request, parts, asked, scenario, _rows(request, parts.task))
+
+
 def task_of_request(request: Request) -> Task:
     """The task of a request as its scenario takes it; nothing is trained or loaded but the data."""
-    parts, _ = _built(request, task_of(request.task))
-    return SCENARIOS.build(parts.threat.scenario).resolve(replace(parts, seed=request.seed)).task
+    return outline(request).parts.task
+
+
+def _specs(parts: Parts, asked: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "attack": NO_ATTACK if parts.attack is None else ATTACKS.label(parts.attack, asked["attack"]),
+        "defense": DEFENSES.label(parts.defense, asked["defense"]),
+        "task": TASKS.label(asked["task_object"], asked["task"]),
+        "threat_model": THREAT_MODELS.label(parts.threat, asked["threat_model"]),
+        "goal": GOALS.label(parts.rule, asked["goal"]),
+    }
 
 
 def _model_asked(model: Any, defense: Any) -> Any:
@@ -221,6 +270,13 @@ def _rows(request: Request, work: Task) -> int:
     if rows < 1:
         raise BadInput(f"n must be between 1 and {total}, got {request.n}")
     return rows
+
+
+def _places(request: Request, n: int) -> tuple[int, int] | None:
+    places = request.places
+    if places is not None and places[1] > n:
+        raise UsageError(f"rows is {request.rows!r} and there are {n} rows: expected START:STOP within 0:{n}")
+    return places
 
 
 def _ids(task: Task, n: int) -> tuple[str, ...]:
@@ -281,15 +337,8 @@ def _case(
             "a budget of propagations is for attacks on samples: a certificate makes its passes itself, an attack on "
             "labels is counted in trainings; leave --budget out"
         )
-    specs = {
-        "attack": NO_ATTACK if parts.attack is None else ATTACKS.label(parts.attack, asked["attack"]),
-        "defense": DEFENSES.label(parts.defense, asked["defense"]),
-        "task": TASKS.label(asked["task_object"], asked["task"]),
-        "model": NO_MODEL if model == NO_MODEL else spec_of_model(model, victim.model),
-        "threat_model": THREAT_MODELS.label(parts.threat, asked["threat_model"]),
-        "goal": GOALS.label(parts.rule, asked["goal"]),
-        **({"speed": str(speed)} if speed.switches else {}),
-    }
+    named = _specs(parts, asked) | {"model": NO_MODEL if model == NO_MODEL else spec_of_model(model, victim.model)}
+    specs = {name: named[name] for name in PARTS} | ({"speed": str(speed)} if speed.switches else {})
     return Case(
         task=task,
         victim=seen,
@@ -310,6 +359,7 @@ def _case(
         speed=speed,
         sample_timeout=request.sample_timeout,
         propagations=request.propagations,
+        places=_places(request, n),
         attack_misclassified=isinstance(parts.rule, Graded)
         or one_change(parts.threat)
         or (isinstance(parts.threat, Transfer) and parts.threat.attacks_all),

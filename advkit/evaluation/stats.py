@@ -77,7 +77,8 @@ class SeedSummary:
         }
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Raise UsageError for anything but a level in (0, 1)."""
     if not 0 < level < 1:
         raise UsageError(f"confidence level {level}: expected a number strictly between 0 and 1, such as 0.95")
 
@@ -101,7 +102,7 @@ def _check_counts(k: int, n: int) -> None:
 def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of k successes in n > 0 trials."""
     _check_counts(k, n)
-    _check_level(level)
+    check_level(level)
     z = _normal_quantile(level)
     share = k / n
     stretch = 1 + z * z / n
@@ -118,7 +119,7 @@ def clopper_pearson(k: int, n: int, level: float = 0.95, side: Side = "two-sided
     from scipy import special
 
     _check_counts(k, n)
-    _check_level(level)
+    check_level(level)
     alpha = 1 - level if side != "two-sided" else (1 - level) / 2
     low, high = 0.0, 1.0
     if side != "upper" and k > 0:
@@ -128,7 +129,8 @@ def clopper_pearson(k: int, n: int, level: float = 0.95, side: Side = "two-sided
     return Interval(low, high, level, "clopper_pearson")
 
 
-def _finite(values: Sequence[float], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def finite_values(values: Sequence[float], what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The values as float64 [n]; UsageError where there are none or one is not finite. `what` names them there."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise UsageError(f"{what}: expected a non-empty list of numbers, got shape {array.shape}")
@@ -139,8 +141,8 @@ def _finite(values: Sequence[float], what: str) -> np.ndarray[Any, np.dtype[np.f
 
 def bootstrap_mean(values: Sequence[float], level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """Percentile bootstrap of a mean; one value per sample, so that a sample's restarts stay together."""
-    _check_level(level)
-    array = _finite(values, "bootstrap_mean")
+    check_level(level)
+    array = finite_values(values, "bootstrap_mean")
     rng = np.random.default_rng(seed)
     # One resample at a time: a (2000, n) index table of a large run would cost more memory than the run itself.
     means = [float(array[rng.integers(0, array.size, array.size)].mean()) for _ in range(n_resamples)]
@@ -152,18 +154,57 @@ def bootstrap_ratio(
     above: Sequence[float], below: Sequence[float], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap of sum(above) / sum(below), a pair of values per sample; UsageError where below is 0."""
-    _check_level(level)
-    over, under = _finite(above, "bootstrap_ratio"), _finite(below, "bootstrap_ratio")
-    if over.size != under.size or not under.sum() > 0:
-        raise UsageError(f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum")
+    return bootstrap_mean_ratio([(above, below)], level, n_resamples, seed)
+
+
+def bootstrap_mean_ratio(
+    groups: Sequence[tuple[Sequence[float], Sequence[float]]],
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of the mean over groups of sum(above) / sum(below); samples are drawn anew in each group.
+
+    groups: (above, below), a pair of values per sample. Raises UsageError without groups and where a below is 0.
+    """
+    check_level(level)
+    arrays = [tuple(finite_values(values, "bootstrap_ratio") for values in pair) for pair in groups]
+    for over, under in arrays:
+        if over.size != under.size or not under.sum() > 0:
+            raise UsageError(
+                f"bootstrap_ratio of {over.size} and {under.size} values: expected pairs with a positive sum"
+            )
+    if not arrays:
+        raise UsageError("bootstrap_mean_ratio: expected at least one group of values")
     rng = np.random.default_rng(seed)
-    ratios = []
+    means = []
     for _ in range(n_resamples):
-        drawn = rng.integers(0, over.size, over.size)
-        total = float(under[drawn].sum())
-        ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+        ratios = []
+        for over, under in arrays:
+            drawn = rng.integers(0, over.size, over.size)
+            total = float(under[drawn].sum())
+            ratios.append(float(over[drawn].sum()) / total if total > 0 else 1.0)
+        means.append(sum(ratios) / len(ratios))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high), level, "bootstrap_percentile", n_resamples, seed)
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Interval of a median between two of the values in order, exact for any distribution; infinite values count too.
+
+    Its coverage is at least the level, by the binomial distribution. Infinite where there are too few values.
+    """
+    from scipy import special
+
+    check_level(level)
+    array = np.sort(np.asarray(values, dtype=np.float64))
+    if array.ndim != 1 or not array.size or np.isnan(array).any():
+        raise UsageError(f"median_interval: expected a non-empty list of numbers without NaN, got {len(array)}")
+    within = special.bdtr(np.arange(array.size + 1), array.size, 0.5)
+    place = int(np.searchsorted(within, (1 - level) / 2))
+    if place == 0:
+        return Interval(-math.inf, math.inf, level, "order_statistics")
+    return Interval(float(array[place - 1]), float(array[-place]), level, "order_statistics")
 
 
 def graded_entry(values: Sequence[float]) -> dict[str, Any]:
@@ -175,10 +216,10 @@ def hierarchical_bootstrap(
     groups: Sequence[Sequence[float]], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap of the mean of group means: resamples groups (training seeds), then values inside each."""
-    _check_level(level)
+    check_level(level)
     if not groups:
         raise UsageError("hierarchical_bootstrap: expected at least one group of values")
-    arrays = [_finite(group, "hierarchical_bootstrap") for group in groups]
+    arrays = [finite_values(group, "hierarchical_bootstrap") for group in groups]
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(n_resamples):
@@ -192,8 +233,8 @@ def student_t_over_seeds(values: Sequence[float], level: float = 0.95) -> SeedSu
     """Mean, standard deviation and Student-t interval of one figure measured once per training seed."""
     from scipy import special
 
-    _check_level(level)
-    array = _finite(values, "student_t_over_seeds")
+    check_level(level)
+    array = finite_values(values, "student_t_over_seeds")
     mean = float(array.mean())
     if array.size == 1:
         return SeedSummary((mean,), mean, None, None)
@@ -259,7 +300,7 @@ def rate(
     value: float | None = None
     ci: dict[str, Any] | None = None
     if n == 0 and k == 0:
-        _check_level(level)
+        check_level(level)
     else:
         ci = (wilson if method == "wilson" else clopper_pearson)(k, n, level).to_dict()
         value = k / n

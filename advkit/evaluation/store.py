@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from advkit.evaluation.run.reading import each_record
 from advkit.evaluation.run.store import (
     RECORDS_NAME,
     Stopwatch,
@@ -20,6 +21,7 @@ __all__ = [
     "Stopwatch",
     "Store",
     "check_folder",
+    "each_record",
     "from_line",
     "read_examples",
     "read_records",

@@ -29,6 +29,7 @@ MODELS: Registry[Any] = Registry(
         "torchvision:": "advkit.models.external:TorchVision",
         "robustbench:": "advkit.models.robustbench:RobustBench",
         "python:": "advkit.models.external:PythonFactory",
+        "maite:": "advkit.models.maite:MaiteModel",
         "clip:": "advkit.models.clip:TransformersCLIP",
         "open_clip:": "advkit.models.clip:OpenCLIP",
         "http:": "advkit.models.http:HTTP",

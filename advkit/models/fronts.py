@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from advkit.core.checks import at_least, at_least_one, check, one_of
 from advkit.core.errors import BadModel, BudgetExhausted, CheckpointError, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import CountsQueries, Headed, KnowsClasses, ModelInfo, Sized, Undefended, answer_shape
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, checked_logits, image_shape, tensors_sha256

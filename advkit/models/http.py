@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from advkit.core.checks import at_least, at_least_one, check, not_negative, positive
 from advkit.core.errors import BadModel, MissingExtra, RunInterrupted, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batched, CountsQueries, KnowsClasses, ModelInfo, Rng, Shaped
 from advkit.core.spaces import Box
 from advkit.core.text import first_line

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import (
     Averages,
     Embeds,

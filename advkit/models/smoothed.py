@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from advkit.core.checks import check, one_of, positive
 from advkit.core.errors import BadInput, BadModel, UsageError
+from advkit.core.lanes import Lanes
 from advkit.core.noise import VERSION, block_size, blocks, lattice_normal, normal_block, stream
-from advkit.core.oracle import Lanes
 from advkit.core.protocols import (
     Averages,
     Batched,

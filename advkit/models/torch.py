@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from advkit.core.errors import BadModel, UnknownName
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import (
     AnswersSamples,
     Copies,
@@ -238,6 +238,18 @@ def _acts_in_training(layer: nn.Module) -> bool:
     return any(code is not None and "training" in code.co_names for code in codes)
 
 
+def _first_floating(module: nn.Module) -> Tensor | None:
+    """The first floating one of `module.parameters()`, without the generators that cost as much as an operation."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_floating(child)
+        if found is not None:
+            return found
+    return None
+
+
 class TorchModel(Headed, KnowsClasses, AnswersSamples, Copies):
     """A torch module that speaks the attacker's space and answers logits [B, classes], or samples.
 
@@ -332,10 +344,8 @@ class TorchModel(Headed, KnowsClasses, AnswersSamples, Copies):
     @property
     def dtype(self) -> torch.dtype | None:
         """The floating type the module computes in; None where it has no floating parameter."""
-        for parameter in self.module.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-        return None
+        found = _first_floating(self.module)
+        return None if found is None else found.dtype
 
     @property
     def device(self) -> torch.device:

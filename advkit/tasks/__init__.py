@@ -17,6 +17,7 @@ TASKS: Registry[Task] = Registry(
         "imagenet-samples": "advkit.tasks.imagenet:ImageNetSamples",
         "folder": "advkit.tasks.folder:Folder",
         "npz": "advkit.tasks.npz:Npz",
+        "maite:": "advkit.tasks.maite:MaiteData",
         "digits-pair": "advkit.tasks.pools:DigitsPair",
         "fashion-mnist-pair": "advkit.tasks.pools:FashionMNISTPair",
         "text": "advkit.tasks.texts:TextFile",

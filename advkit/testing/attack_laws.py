@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import AccessDenied, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Access, AsksQueries, Attack, SearchesPart, SeeksMinimum, Serves
 from advkit.core.registry.contract import lacking_in
 from advkit.core.rng import RowRng

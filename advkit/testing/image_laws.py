@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import AccessDenied, UsageError
-from advkit.core.oracle import Lanes, Meter, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.meter import Meter
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Data, MadeForThreatModel, Renders, one_change
 from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng

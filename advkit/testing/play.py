@@ -12,7 +12,9 @@ from torch import Tensor
 
 from advkit.attacks.suites import Stage, Suite
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, Meter, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.meter import Meter
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Serves
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from advkit.attacks import ATTACKS
 from advkit.attacks.minimal.base import NearestSearch
-from advkit.attacks.query.decisions import Decisions, LowFrequencies
+from advkit.attacks.query.courses import Courses, marks_until
+from advkit.attacks.query.decisions import Decisions
+from advkit.attacks.query.normals import LowFrequencies, estimated_normal
+from advkit.attacks.query.starts import from_mosaics, from_samples, wins_of
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Data
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
@@ -130,8 +135,7 @@ def test_targets_start_from_the_attackers_data(name):
     oracle = MeteredOracle(victim, 4, Access.LABELS, data=data)
     search = NearestSearch(oracle, x, Targeted(targets), MinimumL2(), RowRng.from_ids(0, names(4)))
     asks = Decisions(search, 500)
-    asks._wins = asks._decided(oracle(x))
-    z = asks._samples(x, search.rng)
+    z = from_samples(asks, x, wins_of(asks, oracle(x)), search.rng)
     assert (victim(z).argmax(1) == targets).all()
     # The nearest of the class: as far as any sample of it, or nearer.
     fit = held[data.y == targets[0]]
@@ -173,7 +177,7 @@ def test_the_normals_cosine_grows_as_known(number):
     goal = Untargeted(torch.zeros(rows, dtype=torch.long))
     search = NearestSearch(oracle, z, goal, MinimumL2(box=WIDE), RowRng.from_ids(0, names(rows)))
     asks = Decisions(search, 10_000)
-    found = asks.normal(z, torch.full((rows,), 0.1), torch.full((rows,), number), search.rng)
+    found = estimated_normal(asks, z, torch.full((rows,), 0.1), torch.full((rows,), number), search.rng)
     cosine = torch.cosine_similarity(found, weight.expand_as(found))
     # Directions have length 1: E|u.w| = c / sqrt(d), with c^2 = 2 / pi up to 1 / d.
     known = 1 / math.sqrt(1 + (d - 1) * math.pi / (2 * number))
@@ -217,3 +221,78 @@ def test_a_radius_is_refused(name):
     victim, x, labels = images(2, 8)
     with pytest.raises(UsageError, match="robust accuracy at every radius"):
         play(attack(name), victim, x, Untargeted(labels), L2(0.5))
+
+
+def test_marks_are_even_in_their_logarithm_and_end_with_the_budget():
+    assert marks_until(25) == [2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25]
+    assert marks_until(1) == [1]
+    assert len(marks_until(5000)) < 40
+
+
+def test_a_mark_inside_a_call_gets_what_was_known_before_it():
+    courses = Courses.of(torch.zeros(2, 3), 10)  # marks 2, 3, 4, 5, 6, 8, 10
+    away = torch.tensor([torch.inf, torch.inf])
+    for spent, now in (
+        ((2, 1), (4.0, torch.inf)),
+        ((5, 1), (3.0, torch.inf)),
+        ((9, 6), (2.0, 5.0)),
+        ((10, 6), (2.0, 5.0)),
+    ):
+        after = torch.tensor(now)
+        courses.extend(torch.tensor(spent), away, after)
+        away = after
+    first, second = courses.told(0), courses.told(1)
+    assert [(step["queries"], step["distance"]) for step in first] == [(2, 4.0), (5, 3.0), (10, 2.0)]
+    assert second == [{"queries": 6, "distance": 5.0}]
+    assert courses.take(torch.tensor([1])).told(0) == second
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_tell_the_least_distance_by_queries(name):
+    victim, x, labels = images(3, 8)
+    threat, asked = MinimumL2(box=WIDE, access=Access.LABELS), [[] for _ in range(3)]
+    oracle = MeteredOracle(victim, 3, Access.LABELS, 200, lanes=Lanes(64, 1))
+    ask = NearestSearch.ask
+
+    def listening(search, z, of=None):
+        answer, reached = ask(search, z, of)
+        rows = torch.arange(len(z)) if of is None else of
+        index = search._active.index
+        away = torch.where(reached, threat.distance(z, search.x[rows]), torch.inf)
+        for row, value in zip((rows if index is None else index[rows]).tolist(), away.tolist(), strict=True):
+            asked[row].append(value)
+        return answer, reached
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NearestSearch, "ask", listening)
+        z = attack(name)(oracle, x, Untargeted(labels), threat, RowRng.from_ids(0, names(3)))
+    alone = MeteredOracle(victim, 1, Access.LABELS, 200, lanes=Lanes(64, 1))
+    attack(name)(alone, x[1:2], Untargeted(labels[1:2]), threat, RowRng.from_ids(0, names(3)[1:2]))
+    assert alone.meter.noted(0) == oracle.meter.noted(1)  # whatever the batch
+    for row, away in enumerate(threat.distance(z, x).tolist()):
+        told = [(step["queries"], step["distance"]) for step in oracle.meter.noted(row)]
+        assert told[-1] == (200, pytest.approx(away, rel=1e-5))
+        assert len(told) < 25
+        for (queries, distance), (_, later) in pairwise(told):
+            assert later <= distance
+            assert distance >= min(asked[row][:queries]) * (1 - 1e-5)
+            # A call asks about 64 points of a row at the most.
+            assert distance <= min(asked[row][: max(2, queries - 64)]) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (1, 8, 8)], ids=["1d", "2d", "3d"])
+def test_where_fine_noise_is_one_class_mosaics_find_a_start(shape):
+    """A victim of even images: class 1 where nearly all values are high, class 0 everywhere else, noise included."""
+    size = math.prod(shape)
+    victim = Linear(torch.stack([torch.zeros(size), torch.ones(size)]), torch.tensor([0.7 * size, 0.0]))
+    x, labels = torch.full((6, *shape), 0.2), torch.zeros(6, dtype=torch.long)
+    oracle = MeteredOracle(victim, 6, Access.LABELS, 100, lanes=Lanes(64, 1))
+    search = NearestSearch(oracle, x, Untargeted(labels), MinimumL2(), RowRng.from_ids(0, names(6)))
+    asks = Decisions(search, 100)
+    z = from_mosaics(asks, x, search.rng)
+    assert asks.found.sum() >= 5
+    assert (victim(z).argmax(1) == 1)[asks.found].all()
+    assert set(z[asks.found].unique().tolist()) == {0.0, 1.0}
+    tiles = z.view(6, *shape)[asks.found]
+    if len(shape) == 3:  # at most four tiles a side: few changes from a value to its neighbour
+        assert (tiles.diff(dim=-1) != 0).any(dim=-2).sum(-1).max() <= 3

@@ -135,6 +135,7 @@ def test_distances_on_linear_victims(attack, norm, box):
     assert ratio.median() < 1.01
 
 
+@pytest.mark.slow
 # The final search tries the edge of the ball, so ours breaks a few rows more than the reference.
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5), ("L1", 1.8)])
 @pytest.mark.parametrize("attack", [FAB, FABT])

@@ -82,6 +82,7 @@ def test_deepfool_is_exact_in_one_step_on_linear_victims_within_the_box(norm, cl
     assert int(played.meter.backwards.max()) <= classes + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "threat"), [pair for pair in PAIRS if pair[1] != "minimum-l0"])
 def test_near_the_hyperplane_in_any_shape_and_batch(name, threat):
     norm, attack = threat.removeprefix("minimum-"), ATTACKS.build(name)
@@ -170,6 +171,7 @@ def test_few_positions_are_changed(name, per):
     assert bool((count <= fewest + 1).all()), (count - fewest).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "threat"), PAIRS)
 def test_without_gradients_it_ends_and_returns_the_rows(name, threat):
     victim = quantised(linear(), levels=4)
@@ -180,6 +182,7 @@ def test_without_gradients_it_ends_and_returns_the_rows(name, threat):
         assert int(played.meter.backwards.max()) <= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "threat"), PAIRS)
 def test_orders_of_classes_and_true_classes_out_of_the_first_are_reached(name, threat):
     model, x = linear(24, 6, seed=2), uniform(1, 6, 24)

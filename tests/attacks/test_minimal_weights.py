@@ -38,6 +38,7 @@ def named(value):
     return value if isinstance(value, str) else value.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "norm"), LENGTHS, ids=named)
 def test_points_are_within_a_tenth_of_the_closed_form(attack, norm):
     victim = linear(classes=3)
@@ -67,6 +68,7 @@ def test_targets_are_within_a_tenth_of_the_closed_form(attack, norm):
     assert bool((distance[inside] <= 1.1 * exact[inside] + 1e-3).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", COUNTS, ids=named)
 def test_counts_are_the_exact_ones_or_one_more(attack):
     victim = linear()
@@ -82,6 +84,7 @@ def test_counts_are_the_exact_ones_or_one_more(attack):
             assert bool((distance <= exact + 1).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [MinimumL0(), MinimumL0(per="feature")], ids=["pixels", "values"])
 @pytest.mark.parametrize("attack", COUNTS, ids=named)
 def test_a_pixel_counts_once_and_every_goal_is_served(attack, threat):
@@ -108,6 +111,7 @@ def test_a_budget_of_queries_ends_the_search_and_other_norms_are_refused(name):
             assert play(attack, victim, x, goal, threat(), queries=queries).meter.queries.max() <= queries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "norm"), [*LENGTHS[:4], *((attack, "l0") for attack in COUNTS)], ids=named)
 def test_on_a_lattice_the_files_reach_the_goal(attack, norm):
     model, x = network(), uniform(1, 4, 2, 6, 6)

@@ -465,6 +465,36 @@ class TestTorchAttacks:
         TorchAttacks(name="APGDT")(oracle, x[kept], Untargeted(y[kept]), Linf(0.3), streams(6))
         assert got == [4]
 
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [("CW", "c=10,steps=40,lr=0.05"), ("EADL1", "max_iterations=20"), ("EADEN", "max_iterations=20")],
+    )
+    def test_a_number_added_to_all_scores_changes_no_point(self, name, settings):
+        """By themselves these classes lose their gradient where scores are negative: CW returns its input."""
+        victim, x = linear(classes=3), uniform(3, 8, 8) * 0.4 + 0.3
+        labels = victim(x).argmax(1)
+
+        def points(shift):
+            oracle = MeteredOracle(lambda z: victim(z) + shift, len(x))
+            attack = TorchAttacks(name=name, settings=settings)
+            return attack(oracle, x, Untargeted(labels), MinimumL2(), streams(len(x)))
+
+        below, above = points(-64.0), points(64.0)
+        assert bool((below != x).any())
+        torch.testing.assert_close(below, above, atol=1e-3, rtol=0)
+
+    def test_jsma_without_targets_aims_at_a_class_that_there_is(self):
+        """By itself it aims at (label + 1) modulo 10, and raises IndexError on samples of the last class of three."""
+        victim, x = linear(features=16, classes=3), uniform(0, 12, 1, 4, 4)
+        labels = victim(x).argmax(1)
+        z = TorchAttacks(name="JSMA", settings="theta=1,gamma=1")(
+            MeteredOracle(victim, 12), x, Untargeted(labels), L0(16), streams(12)
+        )
+        broken = victim(z).argmax(1) != labels
+        assert bool((labels == 2).any())
+        assert bool(broken.any())
+        assert bool((victim(z).argmax(1)[broken] == (labels[broken] + 1) % 3).all())
+
     @pytest.mark.parametrize("name", sorted(TorchAttacks.refused))
     def test_what_can_not_be_run_is_refused_with_the_reason(self, digits, name):
         model, x, y = digits

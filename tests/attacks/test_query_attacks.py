@@ -21,7 +21,7 @@ from advkit.attacks.query.simba import SimBA, _cosines, _Steps
 from advkit.attacks.query.spsa import SPSA
 from advkit.attacks.query.square import Layout, Square
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
@@ -97,6 +97,7 @@ def test_a_linear_victim_falls_at_its_distance_within_the_stated_queries(attack,
         assert (played.meter.backwards == 0).all()
 
 
+@pytest.mark.slow
 def test_one_pixel_needs_the_exact_count_plus_one_and_never_less_than_the_count():
     victim = linear(features=16, seed=2)
     x = uniform(22, 40, 16)
@@ -289,6 +290,7 @@ def test_one_pixel_breaks_a_linear_victim_where_exhaustive_search_over_levels_do
     assert played.reached[best < -0.03 * best.std()].all()
 
 
+@pytest.mark.slow
 def test_one_pixel_breaks_what_exhaustive_search_breaks_of_a_network():
     model = network((2, 3, 3), 3, seed=1)
     x = uniform(31, 60, 2, 3, 3)
@@ -359,6 +361,7 @@ def test_every_query_of_the_budget_is_used_and_counted(attack, ball, budget):
     assert sent == 5 * budget + 5  # the kit asks about what came back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "ball"),
     [
@@ -396,6 +399,7 @@ def test_the_queries_of_a_broken_row_are_those_up_to_the_one_that_broke_it(digit
     assert seen > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "ball", "budgets"),
     [

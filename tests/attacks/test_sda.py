@@ -296,7 +296,7 @@ def test_a_rejected_bit_is_not_asked_about_again_where_nothing_changed():
 
 
 def sda_lanes():
-    from advkit.core.oracle import Lanes
+    from advkit.core.lanes import Lanes
 
     return Lanes(64, 1)
 

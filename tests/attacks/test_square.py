@@ -8,7 +8,7 @@ import torch
 from advkit.attacks.query.square import Layout, Square, bump
 from advkit.benchmark import Ops
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.testing.play import names, play

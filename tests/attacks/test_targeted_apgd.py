@@ -10,7 +10,8 @@ from torch import nn
 
 from advkit.attacks.gradient.targeted import APGDDLR, APGDT
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.models.torch import TorchModel
 from advkit.testing.play import names, play

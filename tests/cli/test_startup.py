@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from advkit import __version__
-from advkit.cli import main
+from advkit.cli import commands, main
 from advkit.core.errors import UsageError
 
 HEAVY = ("torch", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "jsonschema", "jinja2")
@@ -81,7 +81,7 @@ def test_help_with_and_without_a_parser_is_one_page(capsys: pytest.CaptureFixtur
     for arguments in (["--help"], ["-h"], ["--debug", "--help"]):
         assert main.run(arguments) == 0
         pages.append(capsys.readouterr().out.rstrip())
-    assert main.run([]) == main.MISUSE == UsageError.exit_code
+    assert main.run([]) == commands.MISUSE == UsageError.exit_code
     pages.append(capsys.readouterr().out.rstrip())
     assert len(set(pages)) == 1
 
@@ -90,8 +90,8 @@ def test_the_page_tells_every_option_that_the_parser_knows() -> None:
     from advkit.cli.group import command
 
     known = command()
-    page = " ".join(main.page().split())
-    context = typer.Context(known, help_option_names=main.CONTEXT["help_option_names"])
+    page = " ".join(commands.page().split())
+    context = typer.Context(known, help_option_names=commands.CONTEXT["help_option_names"])
     for option in known.get_params(context):
         assert all(word in page for word in option.opts), option.opts
         assert " ".join(str(option.help).split()) in page
@@ -101,7 +101,7 @@ def test_the_page_tells_every_option_that_the_parser_knows() -> None:
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_the_page_fits_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    widest = max(map(len, main.page().splitlines()))
+    widest = max(map(len, commands.page().splitlines()))
     assert widest <= max(50, min(int(columns), 100))
 
 
@@ -119,7 +119,7 @@ def test_help_imports_no_subcommand() -> None:
         "print(code, sorted(name for name in sys.modules if name.startswith('advkit.cli.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "0 ['advkit.cli.main']"
+    assert done.stdout.splitlines()[-1] == "0 ['advkit.cli.commands', 'advkit.cli.main']"
 
 
 def test_the_lazy_names_are_what_they_say() -> None:
@@ -135,7 +135,7 @@ def test_the_lazy_names_are_what_they_say() -> None:
         _ = advkit.no_such_name
 
 
-@pytest.mark.parametrize("name", main.COMMANDS)
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_every_subcommand_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run([name, "--help"]) == 0
     assert f"advkit {name}" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_every_subcommand_has_help(name: str, capsys: pytest.CaptureFixture[str]
 def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in main.COMMANDS)
+    assert all(name in shown for name in commands.COMMANDS)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +191,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: BaseException) -> None:
 
     single = typer.Typer(add_completion=False)
     single.command()(fail)
-    monkeypatch.setattr(main, "load_command", lambda name: typer.main.get_command(single))
+    monkeypatch.setattr(commands, "load_command", lambda name: typer.main.get_command(single))
 
 
 class Special(UsageError):

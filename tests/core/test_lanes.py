@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advkit.core.oracle import _CALL, Lanes, MeteredOracle
+from advkit.core.lanes import _CALL, Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.round_off import operations
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -237,4 +238,5 @@ def test_a_direct_call_pads_nothing() -> None:
 
     MeteredOracle(model, 3, Access.SCORES)(torch.rand(3, 2))
     MeteredOracle(model, 130, Access.SCORES)(torch.rand(130, 2))
-    assert seen == [3, 64, 64, 2]
+    MeteredOracle(model, 600, Access.SCORES)(torch.rand(600, 2))
+    assert seen == [3, 130, 256, 256, 88]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from advkit.core import oracle as oracle_module
 from advkit.core.errors import AccessDenied, BudgetExhausted
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.rows import finite_rows, row_size
 from advkit.testing.victims import nan_off, network, uniform
 from advkit.threat_models.goals.diverge import Diverge
 from advkit.threat_models.goals.targeted import Targeted
-from advkit.threat_models.goals.untargeted import Untargeted
+from advkit.threat_models.goals.untargeted import Rival, Untargeted
 
 NAN, INF = float("nan"), float("inf")
 
@@ -274,3 +278,53 @@ def test_others_loops_have_the_budget_too():
         module(x.clone().requires_grad_())
     module(x)
     assert (oracle.meter.forwards + oracle.meter.backwards).tolist() == [5] * 3
+
+
+@pytest.mark.parametrize("make", [Untargeted, Targeted, lambda y: Rival(y, surrogate="ce", rival=(y + 1) % 5)])
+def test_a_goal_knows_the_derivative_that_autograd_finds(make: Any) -> None:
+    """Bit for bit, with infinite scores and scores that are none among them."""
+    generator = torch.Generator().manual_seed(4)
+    answer = 5 * torch.randn(40, 5, generator=generator)
+    answer[3, 2], answer[7, 0], answer[9, 4] = torch.inf, torch.nan, -torch.inf
+    goal = make(torch.randint(5, (40,), generator=generator))
+    leaf = answer.clone().requires_grad_()
+    loss = goal.loss(leaf)
+    (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    found = goal.sloped(answer)
+    assert torch.equal(found[0].nan_to_num(7.5), loss.detach().nan_to_num(7.5))
+    assert torch.equal(found[1].nan_to_num(7.5), slope.nan_to_num(7.5))
+    taken = goal.take(torch.tensor([1, 5]))
+    assert torch.equal(taken.sloped(answer[[1, 5]])[1], slope[[1, 5]])
+    assert goal.under("margin").sloped(answer) is None
+
+
+def test_a_goal_with_a_loss_of_its_own_is_differentiated_by_autograd() -> None:
+    class Halved(Untargeted):
+        def loss(self, answer: Tensor) -> Tensor:
+            return super().loss(answer) / 2
+
+    net, x, labels = nn.Linear(4, 3).requires_grad_(False), torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    whole = MeteredOracle(net, 5).gradient(x, Untargeted(labels))
+    half = MeteredOracle(net, 5).gradient(x, Halved(labels))
+    assert torch.equal(half[0], whole[0] / 2)
+    assert torch.allclose(half[1], whole[1] / 2)
+
+
+def test_points_that_are_lent_are_differentiated_as_they_are() -> None:
+    """A leaf that requires a gradient already, in one call, in several and padded: as a copy would be."""
+    net, x, goal = nn.Linear(4, 3).requires_grad_(False), torch.rand(5, 4), Untargeted(torch.tensor([0, 1, 2, 0, 1]))
+    for lanes in (None, Lanes(chunk=2, multiple=1), Lanes(chunk=4, multiple=4)):
+        lent = MeteredOracle(net, 5, lanes=lanes).gradient(x.clone().requires_grad_(), goal)
+        copied = MeteredOracle(net, 5, lanes=lanes).gradient(x, goal)
+        for one, other in zip(lent, copied, strict=True):
+            assert torch.equal(one, other)
+            assert not one.requires_grad
+
+
+def test_gradients_without_torchs_engine_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, goal = nn.Linear(4, 3).requires_grad_(False), torch.rand(5, 4), Untargeted(torch.tensor([0, 1, 2, 0, 1]))
+    found = MeteredOracle(net, 5).gradient(x, goal)
+    assert oracle_module._engine is not None
+    monkeypatch.setattr(oracle_module, "_engine", None)
+    for one, other in zip(found, MeteredOracle(net, 5).gradient(x, goal), strict=True):
+        assert torch.equal(one, other)

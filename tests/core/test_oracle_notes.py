@@ -7,7 +7,8 @@ import torch
 
 from advkit.attacks.wrappers import averaged, momentum
 from advkit.core.errors import AccessDenied
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 
 

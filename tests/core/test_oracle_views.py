@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from advkit.core.errors import AccessDenied
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.models.torch import TorchModel
 from advkit.threat_models.goals.untargeted import Untargeted

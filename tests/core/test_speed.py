@@ -10,7 +10,8 @@ from torch import nn
 
 from advkit.core import speed as speeds
 from advkit.core.errors import SpecError, UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.speed import Speed, steady
 from advkit.models.torch import FunctionModel, TorchModel, tensors_sha256
 from advkit.threat_models.goals.untargeted import Untargeted

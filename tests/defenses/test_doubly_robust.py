@@ -17,7 +17,8 @@ from torch.nn import functional
 from advkit.attacks.gradient.pgd import PGD
 from advkit.cli.main import run
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from advkit.attacks.wrappers import averaged
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.spaces import Box
 from advkit.defenses import DEFENSES
 from advkit.defenses.inputs.base import InputDefense

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import gzip
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +148,13 @@ def old(data: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("attack", "stage", "source"):
             attack.pop(name, None)
     return said | {"schema_version": "1.0"}
+
+
+def told(page: str) -> dict[str, Any]:
+    """The data of a board's page: `tabs`, `victims` and `reports`."""
+    found = dict(re.findall(r'<script type="[a-z/]+" id="(board|details)">(.*?)</script>', page, re.DOTALL))
+    more = gzip.decompress(base64.b64decode(found["details"]))
+    return {**json.loads(found["board"]), **json.loads(more)}
 
 
 def run_folder(

@@ -11,13 +11,13 @@ from torch import nn
 
 from advkit import benchmark as bench
 from advkit.attacks import ATTACKS
-from advkit.benchmark import Run, counted, sides
+from advkit.benchmark import Run, counted, goals, shapes, sides
 from advkit.cli import main
 from advkit.core.errors import UsageError
 
 # Dispatcher operations per step as they are: a step may become cheaper, never dearer unnoticed.
-OPS = {"pgd": 48.2, "apgd-ce": 59.3, "fab-t": 151, "square": 43.4}
-SYNCS = {"pgd": 1, "apgd-ce": 1, "fab-t": 1, "square": 1}
+OPS = {"pgd": 36.5, "apgd-ce": 47.8, "fab-t": 150, "square": 43.4}
+SYNCS = {"pgd": 0, "apgd-ce": 0, "fab-t": 1, "square": 1}
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,31 @@ def test_overhead_on_an_architecture():
     (found,) = bench.pgd_overhead("mlp", sizes=(2,), steps=2, repetitions=1)["loops"]
     assert found["image"] == [3, 32, 32]
     assert found["evaluate"] > 0
+
+
+def test_what_a_record_costs_is_told_beside_what_it_cost(monkeypatch):
+    monkeypatch.setattr(goals, "FEW", 4)
+    monkeypatch.setattr(goals, "MANY", 24)
+    row = goals._record(1)
+    assert row["before"] == "140"
+    page = bench.markdown({"command": "advkit benchmark", "environment": {}, "goals": [row]})
+    assert f"| CPU us per record (digits, FGSM) | 140 | {row['now']} | 40 | 8 |" in page
+
+
+def test_sizes_of_a_call_network_by_network(monkeypatch):
+    monkeypatch.setattr(shapes, "NETWORKS", {"mlp": (1, 8, 8), "efficientnet-lite0": (3, 224, 224)})
+    monkeypatch.setattr(shapes, "_built", lambda name, shape: built(name, shape))
+
+    def built(name, shape):
+        if name != "mlp":
+            raise UsageError("not installed")
+        return torch.nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+
+    found = bench.call_sizes()
+    assert found[0]["sizes"][-1] == 64
+    page = bench.markdown({"command": "advkit benchmark", "environment": {}, "sizes": found})
+    assert "| mlp | 1x8x8 | " in page
+    assert "| efficientnet-lite0 | 3x224x224 | left out: not installed |" in page
 
 
 def test_too_few_rows_for_a_loop_are_refused():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from advkit.core.errors import StaleRun
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation import api
 from advkit.evaluation.execute import run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html.parser
+import io
 import json
 import math
 import re
@@ -18,7 +19,8 @@ import pytest
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_examples import B, R, W, document, old, records, run_folder
+from PIL import Image
+from report_examples import B, R, W, document, old, records, run_folder, told
 from typer.testing import CliRunner
 
 import advkit
@@ -410,9 +412,8 @@ def test_reports_of_other_headlines_are_never_ranked_together(tmp_path: Path) ->
     slow = next(v for v in by_name["Delay"].victims if v.model == "slow")
     assert slow.how == "worst of 2 reports: the score is no count of samples"
     assert [(a.rank, a.score.value) for a in slow.attacks] == [(1, 9.0), (2, 7.5)]
-    page = parse(boards.html_of(board))
-    assert sum(tag == "svg" for tag, _ in page) == 3  # no bar for what is no fraction
-    assert {a["aria-sort"] for t, a in page if t == "th" and "aria-sort" in a} == {"none", "descending", "ascending"}
+    drawn = [v for tab in told(boards.html_of(board))["tabs"] for group in tab["groups"] for v in group["victims"]]
+    assert sum(v.get("fraction", False) for v in drawn) == 3  # no bar for what is no fraction
 
 
 def test_flips_are_ranked_by_their_median_and_combined_by_the_least(tmp_path: Path) -> None:
@@ -451,7 +452,7 @@ def test_a_median_without_an_end_ranks_first(tmp_path: Path) -> None:
     board = boards.scan(tmp_path)
     (group,) = board.groups
     assert [(v.rank, v.model, v.score.text) for v in group.victims] == [
-        (1, "tough", "inf flips"),
+        (1, "tough", "no median: half of the samples or more withstood"),
         (2, "soft", "7 flips"),
     ]
     assert [v.verified.partition(":")[0] for v in group.victims] == ["partly", "partly"]
@@ -509,40 +510,19 @@ def test_every_form_of_the_board_says_the_same(runs: Path) -> None:
         found.append([(row[0], row[1], row[score], row[n], row[last]) for row in rows])
         assert {len(row) for row in rows} == {len(head)}
     assert found == wanted
-    page = Cells()
-    page.feed(boards.html_of(board, runs))
-    own = [row for row in page.rows if len(row) > 8]
-    shown = [(row[0], row[1], row[3].split()[0]) for row in own if row[0] != "#" and "/report.json" not in row[-1]]
-    assert shown == [(str(v["rank"] or "-"), v["model"], v["text"].split()[0]) for g in groups for v in g["victims"]]
-    listed = [(row[0], row[1], row[2], row[3], row[-1]) for row in own if "/report.json" in row[-1]]
+    page = told(boards.html_of(board, runs))
+    lines = [victim for tab in page["tabs"] for group in tab["groups"] for victim in group["victims"]]
+    lines.sort(key=lambda line: line["id"])
+    shown = [(str(line.get("rank", "-")), line["model"], line["score"]) for line in lines]
+    assert shown == [(str(v["rank"] or "-"), v["model"], v["text"]) for g in groups for v in g["victims"]]
+    listed = [
+        (cells[0], cells[1], cells[2], cells[3], cells[-1])
+        for line in lines for cells in page["victims"][line["id"]]["attacks"]
+    ]  # fmt: skip
     assert listed == [
         (str(a["rank"] or "-"), a["attack"], a["text"], str(a["n"]), a["path"])
         for g in groups for v in g["victims"] for a in v["attacks"]
     ]  # fmt: skip
-
-
-class Cells(html.parser.HTMLParser):
-    """The rows of a page's tables, as lists of texts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.stack: list[list[str]] = []
-        self.inside = 0
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag == "tr":
-            self.stack.append([])
-        elif tag in ("td", "th") and self.stack:
-            self.stack[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "tr":
-            self.rows.append([" ".join(cell.split()) for cell in self.stack.pop()])
-
-    def handle_data(self, data: str) -> None:
-        if self.stack and self.stack[-1]:
-            self.stack[-1][-1] += data
 
 
 class Page(html.parser.HTMLParser):
@@ -576,13 +556,15 @@ def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
     page = Page()
     page.feed(text)
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 1
+    assert tags.count("script") == 3
+    assert [a.get("type") for t, a in page.tags if t == "script"] == ["application/json", "text/plain", None]
     assert "img" not in tags
     assert "b" not in tags
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     for _, attributes in page.tags:
-        for name in ("src", "href", "action"):
-            assert (attributes.get(name) or "data:").startswith("data:")
+        assert not {"src", "action"} & attributes.keys()
+        assert (attributes.get("href") or "#").rpartition("/")[0] == ""  # files beside the page, or places in it
+        assert ":" not in (attributes.get("href") or "")
     assert "url(" not in text
     assert "@import" not in text
     markdown = boards.markdown_of(board)
@@ -594,7 +576,7 @@ def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
 def test_content_policy_names_the_very_script_and_style(runs: Path) -> None:
     text = boards.html_of(boards.scan(runs))
     for tag in ("script", "style"):
-        body = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        body = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)  # the one without a type: the data are none
         assert body is not None
         digest = base64.b64encode(hashlib.sha256(body.group(1).encode()).digest()).decode()
         assert f"{tag}-src &#39;sha256-{digest}&#39;" in text or f"{tag}-src 'sha256-{digest}'" in text
@@ -612,18 +594,36 @@ def parse(text: str) -> list[tuple[str, dict[str, str | None]]]:
 def test_plots_are_embedded_and_links_are_not_followed(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "runs" / "a", WEAK)
     (run / "plots").mkdir()
-    (run / "plots" / "per_class.png").write_bytes(b"\x89PNG\r\n\x1a\n123")
+    Image.new("RGB", (900, 300), "white").save(run / "plots" / "per_class.png")
     (run / "plots" / "fake.png").write_bytes(b"<svg>")
+    (run / "plots" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n123")
     (run / "plots" / "notes.txt").write_text("x")
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"\x89PNG\r\n\x1a\nsecret")
     (run / "plots" / "link.png").symlink_to(secret)
     found = boards.find_plots(run / "report.json")
-    assert [name for name, _ in found] == ["per class"]
-    images = [
-        a["src"] for t, a in parse(boards.html_of(boards.scan(tmp_path / "runs"), tmp_path / "runs")) if t == "img"
-    ]
-    assert images == ["data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n123").decode()]
+    assert [name for name, _ in found] == ["broken", "per class"]
+    (report,) = told(boards.html_of(boards.scan(tmp_path / "runs"), tmp_path / "runs"))["reports"]
+    (name, href, small), broken = report["plots"]
+    assert (name, href) == ("per class", "./a/plots/per_class.png")
+    picture = Image.open(io.BytesIO(base64.b64decode(small.removeprefix("data:image/webp;base64,"))))
+    assert picture.size == (480, 160)  # the plot itself is linked
+    assert broken == ["broken", "./a/plots/broken.png", None]
+
+
+def test_a_page_elsewhere_has_copies_beside_it(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "runs" / "a b", WEAK)
+    (run / "plots").mkdir()
+    Image.new("RGB", (9, 3), "white").save(run / "plots" / "per_class.png")
+    board, _ = boards.write(tmp_path / "runs", tmp_path / "site")
+    page = told((tmp_path / "site" / "leaderboard.html").read_text())
+    assert page["victims"][0]["links"] == ["./leaderboard_files/a%20b/report.json"]
+    copies = tmp_path / "site" / "leaderboard_files" / "a b"
+    assert (copies / "report.json").read_bytes() == (run / "report.json").read_bytes()
+    assert (copies / "plots" / "per_class.png").is_file()
+    boards.write(tmp_path / "runs")  # in place nothing is copied
+    assert not (tmp_path / "runs" / "leaderboard_files").exists()
+    assert len(boards.scan(tmp_path)) == len(board)  # copies are no further reports
 
 
 def test_json_and_files(runs: Path, tmp_path: Path) -> None:
@@ -631,7 +631,7 @@ def test_json_and_files(runs: Path, tmp_path: Path) -> None:
     board, paths = boards.write(runs, out)
     assert [path.name for path in paths] == ["leaderboard.html", "leaderboard.md", "leaderboard.json"]
     document = json.loads(paths[2].read_text())
-    assert document["schema_version"] == "2.0"
+    assert document["schema_version"] == "2.1"
     assert {v["model"] for group in document["groups"] for v in group["victims"]} >= {"weak", "strong", "task"}
     assert {v["n"] for group in document["groups"] for v in group["victims"]} == {5}
     assert document["invalid"][0]["path"] == "bad/report.json"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +16,15 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.counts import QUERIES_TO_BREAK, queries_to_break
 from advkit.evaluation.figures import write_plots
-from advkit.evaluation.figures.query_plots import Curve, curves_of, success_by_queries
+from advkit.evaluation.figures.query_plots import (
+    Curve,
+    curves_of,
+    distance_by_queries,
+    distance_by_queries_of,
+    distance_curves,
+    success_by_queries,
+)
+from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.verify import figures_of
 from advkit.evaluation.run.store import read_records, records_path
 from advkit.evaluation.stats import wilson
@@ -95,3 +105,43 @@ def test_where_samples_do_not_stop_at_success_there_is_neither(tmp_path: Any, at
     data, _, folder = ran(tmp_path, attack, threat)
     assert QUERIES_TO_BREAK not in data["metrics"]
     assert "success_by_queries.png" not in [path.name for path in write_plots(folder)]
+
+
+def nearer(*courses: list[tuple[int, float]], outcome: Outcome = B) -> list[Record]:
+    return [
+        Record(f"row-{i}", "geoda", outcome, 1, 1, forwards=9, queries=9,
+               trace=tuple({"queries": queries, "distance": distance} for queries, distance in course))
+        for i, course in enumerate(courses)
+    ]  # fmt: skip
+
+
+def test_the_median_distance_counts_samples_that_are_not_broken_as_infinite() -> None:
+    held = nearer([(2, 4.0), (5, 1.0)], [(2, 6.0), (9, 2.0)], [(5, 3.0)]) + records((W, 0), attack="geoda")
+    ((name, curve),) = distance_curves(held).items()
+    assert (name, list(curve.queries), list(curve.median)) == ("geoda", [2, 5, 9], [6.0, 3.0, 2.0])
+    assert (curve.low, curve.high) == ([0.0] * 3, [math.inf] * 3)  # no interval of three
+    more = [*held, *records((R, 9), (R, 9), attack="geoda")]
+    assert list(distance_curves(more)["geoda"].median) == [math.inf, 6.0, 3.0]
+    many = nearer(*[[(2, float(k))] for k in range(1, 11)])
+    assert (distance_curves(many)["geoda"].low, distance_curves(many)["geoda"].high) == ([2.0], [9.0])
+
+
+def test_the_figure_draws_the_median_and_its_band_where_they_are_finite() -> None:
+    curves = distance_curves(nearer(*[[(5, k + 1.0), (50, 1.0)] for k in range(10)], [(50, 9.0)]))
+    figure = distance_by_queries(curves, norm="L2", title="t")
+    assert lines_of(figure)["geoda"] == ([5, 50], [6.0, 1.0])
+    assert len(figure.axes[0].collections) == 1
+    with pytest.raises(UsageError, match="broke half"):
+        distance_by_queries(distance_curves(nearer([(2, 1.0)], []) + nearer([], outcome=R)))
+
+
+def test_a_run_by_decisions_has_the_curve(tmp_path: Any) -> None:
+    data, held, folder = ran(tmp_path, "geoda", "minimum-l2:access=labels,queries=60")
+    assert "distance_by_queries.png" in [path.name for path in write_plots(folder)]
+    curve = distance_curves(held)["geoda"]
+    assert curve.queries[-1] == 60
+    away = [record.distance for record in held if record.outcome == B]
+    assert curve.median[-1] == pytest.approx(statistics.median(away), rel=1e-5)
+    assert sum(len(json.dumps(record.trace)) for record in held) < 1000 * len(held)
+    assert "success_by_queries" not in json.dumps(data["section"]["figures"])
+    assert distance_by_queries_of(Report.load(folder), [replace(record, trace=()) for record in held]) is None

@@ -419,8 +419,11 @@ def test_reports_load_without_torch_and_scenarios() -> None:
     loaded = {".".join(name.split(".")[:3]) for name in done.stdout.split()}
     assert loaded == {
         f"advkit.evaluation.{room}"
-        for room in ("certificates", "counts", "poisonings", "report", "run", "stats", "trust")
-    }
+        for room in (
+            "certificates", "counts", "poisonings", "replies", "report", "run", "stats", "stats_agreement",
+            "stats_replies", "trust",
+        )
+    }  # fmt: skip
 
 
 def test_html_and_table_show_hostile_names_and_obey_none() -> None:

@@ -267,8 +267,9 @@ def test_a_disk_that_is_full_for_one_file(name, whole, tmp_path, monkeypatch):
         return opened(self, mode, *rest, **more)
 
     from advkit.evaluation.report import document
+    from advkit.evaluation.run import examples
 
-    for module in (stores, document):
+    for module in (stores, examples, document):
         monkeypatch.setattr(module, "write_whole", full)
     monkeypatch.setattr(Path, "open", full_open)
     with pytest.raises((RunInterrupted, UsageError, ReportError), match="the disk is full: make room"):

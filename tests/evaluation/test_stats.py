@@ -224,3 +224,25 @@ def test_student_t_over_seeds_equals_scipy() -> None:
     alone = stats.student_t_over_seeds([0.5])
     assert (alone.mean, alone.sd, alone.interval) == (0.5, None, None)
     assert summary.to_dict()["n"] == 3
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+@pytest.mark.parametrize("n", [1, 5, 6, 10, 11, 200])
+def test_the_interval_of_a_median_is_the_shortest_that_covers_by_the_binomial_distribution(
+    n: int, level: float
+) -> None:
+    interval = stats.median_interval([*range(n, 0, -1)], level)
+    covers = {
+        rank: reference.binom.cdf(n - rank, n, 0.5) - reference.binom.cdf(rank - 1, n, 0.5) for rank in range(1, n)
+    }
+    fit = [rank for rank, share in covers.items() if share >= level and rank <= n + 1 - rank]
+    expected = (max(fit), n + 1 - max(fit)) if fit else (-math.inf, math.inf)
+    assert (interval.low, interval.high) == expected
+
+
+def test_a_median_interval_counts_what_is_infinite() -> None:
+    assert stats.median_interval([1.0] * 2 + [2.0] * 4 + [math.inf] * 4).high == math.inf
+    assert stats.median_interval([1.0] * 2 + [2.0] * 7 + [math.inf]).high == 2.0
+    for wrong in ([], [math.nan, 1.0]):
+        with pytest.raises(UsageError, match="median_interval"):
+            stats.median_interval(wrong)

@@ -158,6 +158,7 @@ def test_rules_are_enforced(how, words):
         feed(Cheat(how=how).start, np.arange(40.0), 5, streams(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["greedy", "waverer", "later"])
 @pytest.mark.parametrize("from_order", [0, 5])
 def test_a_cheat_ends_in_error_records_and_wins_nothing(digits, digits_model, tmp_path, how, from_order):

@@ -151,6 +151,7 @@ def test_no_find_no_escalation(digits, tmp_path):
     assert Label("small", "last") not in by_label(records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_batch_size_changes_no_record(digits, digits_model, tmp_path, size):
     reference = play(case_of(digits, digits_model, n=60), tmp_path / "reference")
@@ -202,6 +203,7 @@ def test_a_fraction_is_taken_in_whole_calls():
             assert taken >= takes(0.15, max(1, robust - 1), together=together)
 
 
+@pytest.mark.slow
 def test_small_runs_cost_as_much_per_row_as_large_ones():
     """All rows that go through the model, padding and verdicts included; a backward pass costs two forward ones."""
     cost = {}

@@ -93,6 +93,7 @@ def played(case, folder):
     return sorted((folder / "records.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_records_and_traces_do_not_depend_on_the_batch(task, lm, tmp_path):
     found = [played(case_of(task, lm, batch_size=size, goal=JUDGED), tmp_path / str(size)) for size in (1, 3, 100)]
     assert found[0] == found[1] == found[2]

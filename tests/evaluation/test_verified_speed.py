@@ -132,6 +132,7 @@ def test_unchecked_low_precision_would_overstate(digits, boundary, tmp_path, mon
     assert robust(believed) > robust(checked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["pgd:steps=10", pytest.param("lean", marks=pytest.mark.slow), "square:queries=40"])
 def test_records_do_not_depend_on_batch_size(digits, boundary, tmp_path, attack):
     found = [
@@ -143,6 +144,7 @@ def test_records_do_not_depend_on_batch_size(digits, boundary, tmp_path, attack)
         assert other == found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "speed",
     [

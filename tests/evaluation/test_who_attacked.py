@@ -80,7 +80,7 @@ def test_the_report_says_what_was_asked_and_what_was_known(name: str, tmp_path: 
     assert (group.access, victim.attacker) == (access, words)
     board = boards.scan(tmp_path)
     assert f"| {boards.markdown(words)} |" in boards.markdown_of(board)
-    assert f">{words}</span>" in boards.html_of(board)
+    assert f'"attacker":"{words}"' in boards.html_of(board)
     assert json.loads(board.to_json())["groups"][0]["victims"][0]["attacker"] == words
     assert victim.verified.partition(":")[0] in ("yes", "partly")
 

@@ -497,7 +497,7 @@ def _other_report() -> Any:
 
 
 def _read_report(folder: Path) -> None:
-    from advkit.cli.rerun import _refuse_outside
+    from advkit.cli.rerun import refuse_outside
     from advkit.evaluation.compare import compare
     from advkit.evaluation.figures import write_plots
     from advkit.evaluation.plan import Request
@@ -520,7 +520,7 @@ def _read_report(folder: Path) -> None:
     )
     verify(report)
     try:
-        _refuse_outside(file, Request.from_report(report.to_dict()))
+        refuse_outside(file, Request.from_report(report.to_dict()))
     finally:
         compare(folder / "run", folder / "run", force=True)
         write_plots(folder / "run")

@@ -306,6 +306,7 @@ def test_models_with_a_state_have_the_scores_of_the_library(kind):
         written.append(token)
 
 
+@pytest.mark.slow
 def test_ids_with_gaps(tmp_path):
     """Legal ids go up to the largest, and numbers that stand for no token are nobody's to send."""
     inner = with_gaps()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from advkit.core.errors import BadModel, BudgetExhausted, CheckpointError, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models.fronts import Denoised, Networks, Queries, load_front, save_front

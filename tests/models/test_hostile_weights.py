@@ -132,6 +132,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set from Linux's own figures")
 def test_none_of_them_takes_memory(tmp_path):
     for number_, content in enumerate(ASKING.values()):

@@ -343,6 +343,7 @@ def test_a_step_of_a_beam_search_sends_what_its_beams_are_once(monkeypatch):
     assert float((answer - expected).abs().max()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1, 2**17, 2**29])
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -435,6 +436,7 @@ def test_no_trunk_where_nothing_is_kept_or_weights_are_trained():
 # --- writing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("memory", [pytest.param(1, marks=pytest.mark.slow), 2**16, 2**29])
 def test_replies_written_together_are_those_written_alone(rows, memory, cache):

@@ -57,6 +57,7 @@ def compiled_copy_answers_the_same():
         assert float((gradients[0] - gradients[1]).abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_searches_under_bf16_are_judged_in_full_precision(tmp_path):
     api.evaluate(
         "beast:k=3,length=3", task="prompts", model="toychat", n=4, speed="bf16", device="cpu", out=tmp_path / "run"

@@ -12,8 +12,9 @@ from scipy import stats
 from torch import nn
 
 from advkit.core.errors import BadInput, BadModel, UsageError
+from advkit.core.lanes import Lanes
 from advkit.core.noise import lattice_normal
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.oracle import MeteredOracle
 from advkit.core.rng import RowRng
 from advkit.core.smoothing import largest_radius, radius
 from advkit.core.spaces import Box

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import advkit
 from advkit.attacks.events.spiking import under_rule
 from advkit.core.errors import BadModel
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Binary, Box

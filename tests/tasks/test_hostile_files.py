@@ -265,6 +265,7 @@ except BadInput:
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_unpacks_to_more_than_it_says_is_not_unpacked(tmp_path):
     done = subprocess.run([sys.executable, "-c", BOMB, str(tmp_path / "x.gz")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

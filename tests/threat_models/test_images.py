@@ -11,7 +11,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
 
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Renders, one_change
 from advkit.core.rendered import RenderedOracle, asked_in
 from advkit.core.rng import RowRng

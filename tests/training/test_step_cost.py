@@ -9,10 +9,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from advkit.benchmark import Ops, counted
-from advkit.core.oracle import Lanes, Meter, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.meter import Meter
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Data
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.core.state import frozen
 from advkit.defenses import DEFENSES
 from advkit.defenses.adversarial.base import in_mode
 from advkit.models import MODELS

@@ -12,6 +12,7 @@ from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import NORMS, MinimalAttack, NearestSearch
 from advkit.attacks.minimal.hyperplane import length
 from advkit.core.checks import at_least, at_least_one, check, fraction, positive
+from advkit.core.rows import elementwise
 from advkit.threat_models.lp import row_sum
 
 FIRST = {"l1": 0.2, "l2": 0.5}
@@ -109,7 +110,8 @@ class ALMA(MinimalAttack):
                 rate = torch.where(size > 0, first * away / size, 0.0)
             square = self.alpha * square + (1 - self.alpha) * pull.square()
             slow = self.alpha * slow + pull / square.sqrt().clamp_min(1e-30)
-            fall = self.last ** ((step - when).clamp_min(0) / (self.steps - when).clamp_min(1))
+            past = (step - when).clamp_min(0) / (self.steps - when).clamp_min(1)
+            fall = elementwise(lambda share: self.last**share, past)
             z = search.legal(z - per_row(rate * fall, z) * slow)
             if step == self.steps:
                 search.ask(z)

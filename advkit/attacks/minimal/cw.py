@@ -15,6 +15,7 @@ from advkit.attacks.minimal.faces import Margin
 from advkit.attacks.minimal.hyperplane import dual_length
 from advkit.attacks.optimiser import Bracket, RowAdam, check_budget, effort_of
 from advkit.core.checks import positive
+from advkit.core.rows import elementwise
 from advkit.threat_models.minimum import MinimumL0
 
 END = 0.02  # of the first learning rate, at the end of a run
@@ -80,7 +81,7 @@ class CW(MinimalAttack):
             look, weight, step = search.look(z, Margin(search.goal)), bracket.weight, bracket.step + 1
             ended = bracket.after(look.distance.square() + weight * look.loss.clamp_min(0), look.reached, steps)
             wants = torch.where(look.loss >= 0, weight, 0.0)
-            rate = size * (END + (1 - END) * (1 + torch.cos(math.pi * step / steps)) / 2)
+            rate = size * (END + (1 - END) * (1 + elementwise(torch.cos, math.pi * step / steps)) / 2)
             z = search.legal(z + adam.move(2 * (z - search.x) + per_row(wants, z) * look.gradient, rate))
             z = torch.where(per_row(ended, z), search.x, z)
             adam.restart(ended)

@@ -16,6 +16,7 @@ from advkit.attacks.minimal.faces import NearestFace, faces_of, nearest_of
 from advkit.attacks.minimal.hyperplane import close_gap
 from advkit.core.checks import at_least_one, not_negative
 from advkit.core.protocols import SeeksMinimum
+from advkit.core.rows import elementwise
 from advkit.threat_models.lp import row_sum
 
 SHORTEST = 2  # the first step over the shortest: where boundaries meet, every step breaks its promise
@@ -103,7 +104,8 @@ class OntoFaces(MinimalAttack, ABC):
             aim = aim.without(answer, stuck)
             # What crosses late is pushed: a boundary that bends away, or a box with little room left.
             tries = torch.where(reached, 0, tries)
-            push = (self.overshoot * PUSH ** (tries + 1 - PATIENCE).clamp_min(0)).clamp_max(1.0)
+            late = (tries + 1 - PATIENCE).clamp_min(0)
+            push = (self.overshoot * elementwise(lambda steps: PUSH**steps, late)).clamp_max(1.0)
             offset = point + move - search.x
             ahead = search.legal(search.x + (1 + self.overshoot) * offset + per_row(push, z) * move)
             ahead = torch.lerp(z, ahead, per_row(torch.where(reached, share, 1.0), z))

@@ -12,6 +12,7 @@ from advkit.attacks.base import kept, per_row
 from advkit.attacks.minimal.base import MinimalAttack, NearestSearch
 from advkit.attacks.minimal.radius import shrunk, threshold
 from advkit.core.checks import at_least, at_least_one, fraction, positive
+from advkit.core.rows import elementwise
 from advkit.threat_models.lp import row_max, row_sum
 from advkit.threat_models.minimum import Minimum, MinimumL0
 
@@ -125,13 +126,13 @@ class PDPGD(MinimalAttack):
         # A row that lies nearer than the first step is long takes shorter ones.
         pace = (away / self.step_size).clamp_max(1.0)
         dual = torch.full_like(unit, -torch.tensor(self.ratio).log().item())
-        share = torch.sigmoid(dual)  # the weight of the goal; the distance has the rest
+        share = elementwise(torch.sigmoid, dual)  # the weight of the goal; the distance has the rest
         mean, square = torch.zeros_like(z), torch.zeros_like(z)
         for step in range(1, self.steps + 1):
             if not len(search) or not search.affords():
                 return
             value = loss / unit
-            pull = gradient * per_row(torch.sigmoid(value * self.sharp) / unit * away, z)
+            pull = gradient * per_row(elementwise(torch.sigmoid, value * self.sharp) / unit * away, z)
             mean = BETAS[0] * mean + (1 - BETAS[0]) * pull
             square = BETAS[1] * square + (1 - BETAS[1]) * pull.square()
             spread = (square / (1 - BETAS[1] ** step)).sqrt() + 1e-8
@@ -146,6 +147,6 @@ class PDPGD(MinimalAttack):
                 return
             climb = self.travel / self.steps * (1 - (1 - self.dual_last) * (step - 1) / max(1, self.steps - 1))
             dual = (dual + climb * value.sign()).clamp(-13.8, 13.8)
-            share = self.average * share + (1 - self.average) * torch.sigmoid(dual)
+            share = self.average * share + (1 - self.average) * elementwise(torch.sigmoid, dual)
             look = search.look(z, aim)
             loss, gradient = look.loss, look.gradient

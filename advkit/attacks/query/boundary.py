@@ -11,7 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.base import per_row
-from advkit.attacks.query.decisions import BLOCK, DecisionAttack, Decisions, numbers_of, unit
+from advkit.attacks.query.base import DecisionAttack
+from advkit.attacks.query.decisions import Decisions, unit
+from advkit.attacks.query.normals import BLOCK, numbers_of
 from advkit.core.checks import check, positive
 from advkit.core.rows import PerRow
 from advkit.threat_models.lp import row_sum

@@ -11,14 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.base import per_row
-from advkit.attacks.query.decisions import (
-    DecisionAttack,
-    Decisions,
-    LowFrequencies,
-    Points,
-    move_length,
-    unit,
-)
+from advkit.attacks.query.base import DecisionAttack
+from advkit.attacks.query.decisions import Decisions, unit
+from advkit.attacks.query.lines import Points, nearest_on
+from advkit.attacks.query.normals import LowFrequencies, estimated_normal, move_length
 from advkit.core.checks import at_least_one, check, fraction, positive
 from advkit.threat_models.lp import row_max
 
@@ -81,10 +77,10 @@ class GeoDA(DecisionAttack):
             number = torch.where(asks.left < (1 + self.growth) * number + LAST, asks.left - LAST, number)
             number = number.clamp_min(1).minimum(asks.left)
             draw = LowFrequencies(z, self.frequencies)
-            found = asks.normal(z, delta, number, asks.search.rng.at("step", step), draw)
+            found = estimated_normal(asks, z, delta, number, asks.search.rng.at("step", step), draw)
             normal = self.memory * normal + found * per_row(1 / delta, z)
             points, most = self._way(asks, normal, norm)
-            length, reached = asks.nearest_on(points, asks.distance(z), most, asks.found, self.tolerance(z), 0.1)
+            length, reached = nearest_on(asks, points, asks.distance(z), most, asks.found, self.tolerance(z), 0.1)
             there = asks.legal(points(length, torch.arange(len(z), device=z.device)))
             z = torch.where(per_row(reached, z), there, z)
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.base import per_row
-from advkit.attacks.query.decisions import HALVINGS, DecisionAttack, Decisions, move_length, resolution, unit
+from advkit.attacks.query.base import DecisionAttack
+from advkit.attacks.query.decisions import Decisions, unit
+from advkit.attacks.query.lines import HALVINGS, to_boundary
+from advkit.attacks.query.normals import estimated_normal, move_length, resolution
 from advkit.core.checks import at_least_one, positive
 
 RESERVE = 5
@@ -65,11 +68,13 @@ class HopSkipJump(DecisionAttack):
                 return
             away = asks.distance(z)
             number = (asks.left - back).clamp(1, int(first * math.sqrt(step))).minimum(asks.left)
-            normal = asks.normal(z, move_length(z, asks.x, self.sigma), number, asks.search.rng.at("step", step))
+            normal = estimated_normal(
+                asks, z, move_length(z, asks.x, self.sigma), number, asks.search.rng.at("step", step)
+            )
             way = normal.sign() if norm == "linf" else unit(normal)
             further = self._stepped(asks, z, way, away / math.sqrt(step))
             guess = away / asks.distance(further).clamp_min(torch.finfo(away.dtype).tiny)
-            z = asks.to_boundary(further, asks.found, norm, tolerance, guess)
+            z = to_boundary(asks, further, asks.found, norm, tolerance, guess)
 
     @staticmethod
     def _stepped(asks: Decisions, z: Tensor, way: Tensor, length: Tensor) -> Tensor:

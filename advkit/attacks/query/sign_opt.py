@@ -11,7 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.base import per_row
-from advkit.attacks.query.decisions import DecisionAttack, Decisions, move_length, resolution, row_length, unit
+from advkit.attacks.query.base import DecisionAttack
+from advkit.attacks.query.decisions import Decisions, row_length, unit
+from advkit.attacks.query.lines import compared
+from advkit.attacks.query.normals import estimated_normal, move_length, resolution
 from advkit.core.checks import at_least_one, positive
 from advkit.threat_models.lp import row_max
 
@@ -73,7 +76,7 @@ class SignOPT(DecisionAttack):
 
             number = (asks.left - LAST).clamp(1, samples).minimum(asks.left)
             rng = asks.search.rng.at("step", turn)
-            slope = asks.normal(z, move_length(z, x, self.sigma), number, rng, place=sphere)
+            slope = estimated_normal(asks, z, move_length(z, x, self.sigma), number, rng, place=sphere)
             z, step = self._descended(asks, z, slope, step, norm)
 
     def _descended(self, asks: Decisions, z: Tensor, slope: Tensor, step: Tensor, norm: str) -> tuple[Tensor, Tensor]:
@@ -93,7 +96,7 @@ class SignOPT(DecisionAttack):
                 if number >= TRIES:
                     break
                 continue
-            z, wins = asks.compared(z, origin + per_row(step, z) * slope, norm, going, tolerance)
+            z, wins = compared(asks, z, origin + per_row(step, z) * slope, norm, going, tolerance)
             if number < TRIES:
                 step = torch.where(wins, 2 * step, step)
                 going, moved = going & wins, moved | wins

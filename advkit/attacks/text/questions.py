@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Access, Composite, CountsTokens
 
 T = TypeVar("T")

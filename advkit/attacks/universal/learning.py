@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advkit.attacks.base import TensorGoal, TensorOracle, per_row
+from advkit.core.checks import at_least_one, positive
 from advkit.core.errors import UsageError
 from advkit.core.protocols import PerSample, Rng
 from advkit.core.rng import RowRng
@@ -75,34 +76,44 @@ class Lessons:
             epoch += 1
 
 
-def learned(
-    oracle: TensorOracle,
-    x: Tensor,
-    threat: Shared,
-    rng: Rng,
-    *,
-    attack: str,
-    samples: int,
-    steps: int,
-    batch: int,
-    step_size: float,
-    loss: str,
-    clip: float,
-) -> Tensor:
-    """The change that descends the goal's mean loss over the attacker's samples, by projected stochastic gradients.
+class Learns:
+    """Settings of attacks that learn one change for all samples; a frozen dataclass below declares them in its order.
 
-    A step goes along the threat model's steepest direction; its length falls linearly from `step_size` to 0. A sample
-    whose loss is below -clip pulls no more, so that one that has fallen far does not outweigh those that stand.
+    samples:   of the attacker's data, at most, drawn; >= 1
+    steps:     gradient steps, >= 1
+    batch:     samples per step, >= 1
+    step_size: length of the first step in the threat model's unit, > 0; it falls to 0
+    clip:      a sample whose loss is below -clip pulls no more, > 0
+    loss:      surrogate loss, of the goal's
     """
-    lessons = Lessons.of(oracle, x, rng, samples, attack)
-    change = threat.within(threat.blank(x, rng.at("start").generator()))
-    for step, some in lessons.batches(rng, steps, batch):
-        drawn = rng.at("step", step).generator()
-        with torch.enable_grad():
-            leaf = change.detach().clone().requires_grad_()
-            z = threat.applied(leaf, some.x, drawn)
-        losses, gradient, _ = oracle.gradient(z.detach(), some.goal.under(loss), some.pays)
-        (back,) = torch.autograd.grad(z, leaf, gradient * per_row(losses > -clip, gradient))
-        size = step_size * (1 - step / steps)
-        change = threat.within(change + size * threat.direction(-back))
-    return change
+
+    samples: int
+    steps: int
+    batch: int
+    step_size: float
+    clip: float
+    loss: str
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "steps", "samples", "batch")
+        positive(self, "clip")
+
+    def learned(self, oracle: TensorOracle, x: Tensor, threat: Shared, rng: Rng, attack: str) -> Tensor:
+        """The change that descends the goal's mean loss over the attacker's samples, by projected stochastic gradients.
+
+        A step goes along the threat model's steepest direction; its length falls linearly from `step_size` to 0. A
+        sample whose loss is below -clip pulls no more, so that one that has fallen far does not outweigh those that
+        stand. `attack` is what errors call the attack.
+        """
+        lessons = Lessons.of(oracle, x, rng, self.samples, attack)
+        change = threat.within(threat.blank(x, rng.at("start").generator()))
+        for step, some in lessons.batches(rng, self.steps, self.batch):
+            drawn = rng.at("step", step).generator()
+            with torch.enable_grad():
+                leaf = change.detach().clone().requires_grad_()
+                z = threat.applied(leaf, some.x, drawn)
+            losses, gradient, _ = oracle.gradient(z.detach(), some.goal.under(self.loss), some.pays)
+            (back,) = torch.autograd.grad(z, leaf, gradient * per_row(losses > -self.clip, gradient))
+            size = self.step_size * (1 - step / self.steps)
+            change = threat.within(change + size * threat.direction(-back))
+        return change

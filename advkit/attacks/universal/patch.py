@@ -12,14 +12,14 @@ from typing_extensions import override
 
 from advkit.attacks.base import TensorGoal, TensorOracle, only_in
 from advkit.attacks.gradient.pgd import PGD
-from advkit.attacks.universal.learning import learned
+from advkit.attacks.universal.learning import Learns
 from advkit.core.checks import at_least_one, positive
 from advkit.core.protocols import Access, MadeForThreatModel, Planned, Rng, Stepped, WantsData
 from advkit.threat_models.patch import Patch
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchAttack(MadeForThreatModel, WantsData, Stepped, Planned):
+class PatchAttack(Learns, MadeForThreatModel, WantsData, Stepped, Planned):
     """Adversarial patch: the pixels of one square, for each image by itself or the same content in all of them.
 
     Which of the two it is, and where the square is, the threat model says (`patch:size=5,place=random,universal=true`).
@@ -54,9 +54,9 @@ class PatchAttack(MadeForThreatModel, WantsData, Stepped, Planned):
     loss: str = "ce"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "steps", "restarts", "samples", "batch")
+        super().__post_init__()
+        at_least_one(self, "restarts")
         positive(self, "step_size", what="length in units of the box's width")
-        positive(self, "clip")
 
     @property
     @override
@@ -71,18 +71,6 @@ class PatchAttack(MadeForThreatModel, WantsData, Stepped, Planned):
         if not threat.universal:
             pgd = PGD(steps=self.steps, step_size=self.step_size, restarts=self.restarts, loss=self.loss)
             return pgd(oracle, x, goal, threat, rng)
-        change = learned(
-            oracle,
-            x,
-            threat,
-            rng,
-            attack="a universal patch",
-            samples=self.samples,
-            steps=self.steps,
-            batch=self.batch,
-            step_size=self.step_size,
-            loss=self.loss,
-            clip=self.clip,
-        )
+        change = self.learned(oracle, x, threat, rng, "a universal patch")
         applied: Tensor = threat.applied(change, x)
         return applied

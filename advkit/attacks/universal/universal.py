@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.attacks.base import TensorGoal, TensorOracle, only_in
-from advkit.attacks.universal.learning import Lessons, learned
+from advkit.attacks.universal.learning import Learns, Lessons
 from advkit.core.checks import at_least_one, fraction, not_negative, one_of, positive
 from advkit.core.protocols import Access, MadeForThreatModel, Planned, Rng, Stepped, WantsData
 from advkit.threat_models.lp import row_sum, wide
@@ -18,7 +18,7 @@ from advkit.threat_models.shared import Universal
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniversalPerturbation(MadeForThreatModel, WantsData, Stepped, Planned):
+class UniversalPerturbation(Learns, MadeForThreatModel, WantsData, Stepped, Planned):
     """Universal perturbation: one vector, learned on the attacker's own samples and added to all that are attacked.
 
     method:    "gradient" descends the mean loss by stochastic gradients (arXiv 1811.11304); "deepfool" goes through the
@@ -57,9 +57,9 @@ class UniversalPerturbation(MadeForThreatModel, WantsData, Stepped, Planned):
     overshoot: float = 0.02
 
     def __post_init__(self) -> None:
-        at_least_one(self, "samples", "steps", "batch", "passes")
+        super().__post_init__()
+        at_least_one(self, "passes")
         positive(self, "step_size", what="length in units of eps")
-        positive(self, "clip")
         fraction(self, "rate")
         not_negative(self, "overshoot")
         one_of(self, "method", ("gradient", "deepfool"))
@@ -77,19 +77,7 @@ class UniversalPerturbation(MadeForThreatModel, WantsData, Stepped, Planned):
         if self.method == "deepfool":
             change = self._deepfool(oracle, x, threat, rng)
         else:
-            change = learned(
-                oracle,
-                x,
-                threat,
-                rng,
-                attack="universal",
-                samples=self.samples,
-                steps=self.steps,
-                batch=self.batch,
-                step_size=self.step_size,
-                loss=self.loss,
-                clip=self.clip,
-            )
+            change = self.learned(oracle, x, threat, rng, "universal")
         applied: Tensor = threat.applied(change, x)
         return applied
 

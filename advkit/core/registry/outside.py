@@ -15,6 +15,7 @@ from advkit.core.registry.grammar import fold
 
 OUTSIDE = {
     "python": "runs a Python module",
+    "maite": "runs a Python module",
     "hf": "loads from a folder or from the Hugging Face hub",
     "timm": "loads from timm and its hub",
     "torchvision": "loads from torchvision and its hub",

@@ -15,8 +15,11 @@ from typing_extensions import override
 from advkit.attacks.gradient.pgd import PGD, Start
 from advkit.core.checks import check, one_of, positive
 from advkit.core.errors import NoTrainingData
-from advkit.core.oracle import Lanes, Meter, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.meter import Meter
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Ball, Data, Goal, Rng, Trains
+from advkit.core.state import frozen
 from advkit.threat_models.goals.untargeted import Untargeted
 from advkit.threat_models.transfer import BALLS, Norm
 from advkit.training.loop import Objective, Recipe, fit

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from advkit.core.oracle import frozen
 from advkit.core.protocols import Ball, Rng
+from advkit.core.state import frozen
 from advkit.defenses.adversarial.base import Mode, in_mode
 
 

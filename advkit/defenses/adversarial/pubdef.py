@@ -16,9 +16,11 @@ from advkit.attacks import ATTACKS
 from advkit.attacks.gradient.pgd import PGD
 from advkit.core.checks import at_least_one, fraction, one_of
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Ball, Data, Rng
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.defenses.adversarial.base import TrainingDefense, in_mode
 from advkit.defenses.adversarial.pubdef_losses import (
     base_weights,

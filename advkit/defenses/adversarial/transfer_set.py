@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, UsageError
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Ball, Boxed, Data, Rng, Task
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.core.text import first_line
 from advkit.defenses.adversarial.base import in_mode
 from advkit.models.torch import tensors_sha256

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from advkit.attacks.text.search import begins, turn_perplexity
 from advkit.core.errors import BadInput, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import (
     CountsTokens,
     Data,

@@ -12,10 +12,11 @@ from torch import Tensor
 from advkit.attacks import ATTACKS
 from advkit.core.checks import at_least, at_least_one
 from advkit.core.errors import BadInput, NoTrainingData, UsageError
-from advkit.core.oracle import MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Data, Radius, Rng
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.core.state import frozen
 from advkit.models.projected import Projected, changed, default_place, embeddings, load_projected, projected, top_of
 from advkit.models.spectral import Edge, Filter, Place, Projection, Score, Sigma, SpectralFilter, as_vectors, taken
 from advkit.threat_models import THREAT_MODELS

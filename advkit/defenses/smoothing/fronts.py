@@ -21,10 +21,10 @@ from typing_extensions import override
 
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import BadModel, NoTrainingData, UsageError
-from advkit.core.oracle import frozen
 from advkit.core.protocols import Data, Rng, Trains, TrainsFront
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.core.state import frozen
 from advkit.core.zeroth_order import Estimate, Mode, cge, cge_queries, rge, rge_queries
 from advkit.defenses.smoothing.base import SmoothingDefense
 from advkit.models.fronts import Denoised, Denoiser, Front, Networks, Queries, load_front

@@ -5,6 +5,7 @@
 | `per_class` | robust accuracy of each class inside its clean accuracy | with one class, or more than 100 |
 | `success_by_distance` | fraction of attacked samples broken within a distance | where there is a radius, or no norm |
 | `success_by_queries` | success rate and robust accuracy against queries | where gradients were taken |
+| `distance_by_queries` | median least distance against queries | where no decisions were asked, or most withstood |
 | `accuracy_by_distance` | robust accuracy at every radius, with its interval | with a radius, or another goal |
 | `transfer_grid` | accuracy for each source and attack | with fewer than two attacks that name a source |
 | `certified_curve` | certified accuracy against the radius, an attack's beside it | without certificates |
@@ -39,6 +40,7 @@ FIGURES: Mapping[str, str] = {
     "per_class": "advkit.evaluation.figures.plots:per_class_of",
     "success_by_distance": "advkit.evaluation.figures.plots:success_by_distance_of",
     "success_by_queries": "advkit.evaluation.figures.query_plots:success_by_queries_of",
+    "distance_by_queries": "advkit.evaluation.figures.query_plots:distance_by_queries_of",
     "accuracy_by_distance": "advkit.evaluation.figures.plots:accuracy_by_distance_of",
     "transfer_grid": "advkit.evaluation.figures.plots:transfer_heatmap_of",
     "certified_curve": "advkit.evaluation.figures.plots:certified_curve_of",

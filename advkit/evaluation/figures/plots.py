@@ -69,6 +69,25 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def finish(axes: Axes, *, x: str, y: str, legend: bool = True, title: str = "") -> None:
+    """Labels, a faint grid, and a legend and a title where there are any, as all curves have them."""
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_xlabel(plain(x))
+    axes.set_ylabel(plain(y))
+    if legend:
+        axes.legend(frameon=False, fontsize=8)
+    if title:
+        # Characters of this size in a line.
+        axes.set_title(plain(textwrap.fill(title, 66)), loc="left", fontsize=11)
+
+
+def finish_shares(axes: Axes, *, x: str, y: str, legend: bool = True, title: str = "") -> None:
+    """The same of curves of shares of samples, in percent."""
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    finish(axes, x=x, y=y, legend=legend, title=title)
+
+
 def plain(text: str) -> str:
     """Text as it stands: matplotlib would set what stands between dollar signs as mathematics, or fail at it."""
     return text.replace("$", r"\$")
@@ -109,15 +128,7 @@ def robust_accuracy_curve(
             apart.append(eps_value)
     axes.set_xticks(apart)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _eps_text(value)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_ylim(0, 1.02)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    axes.set_xlabel(f"eps ({plain(norm)})" if norm else "eps")
-    axes.set_ylabel("robust accuracy")
-    if any(named):
-        axes.legend(frameon=False)
-    if title:
-        axes.set_title(plain(title), loc="left", fontsize=11)
+    finish_shares(axes, x=f"eps ({norm})" if norm else "eps", y="robust accuracy", legend=any(named), title=title)
     return figure
 
 
@@ -131,23 +142,20 @@ def success_by_distance(
     if not curves or any(attacked < 1 or len(found) > attacked for found, attacked in curves.values()):
         raise UsageError("success_by_distance: expected curves of at least one row, and no more successes than rows")
     figure, axes = new_axes(6.0, 3.8)
-    furthest = max((max(found) for found, _ in curves.values() if len(found)), default=0.0) or 1.0
+    furthest = _furthest(found for found, _ in curves.values())
     for i, (name, (found, attacked)) in enumerate(curves.items()):
-        reach = [0.0, *sorted(found), 1.05 * furthest]
+        reach = [0.0, *sorted(found), furthest]
         share = [k / attacked for k in range(len(found) + 1)]
         color, _ = SERIES[i % len(SERIES)]
         axes.step(reach, [*share, share[-1]], where="post", color=color, label=plain(name) or None)
-    axes.set_xlim(0, 1.05 * furthest)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    axes.set_xlabel(f"distance allowed ({plain(norm)})")
-    axes.set_ylabel("attack success rate")
-    if any(curves):
-        axes.legend(frameon=False)
-    if title:
-        axes.set_title(plain(title), loc="left", fontsize=11)
+    axes.set_xlim(0, furthest)
+    finish_shares(axes, x=f"distance allowed ({norm})", y="attack success rate", legend=any(curves), title=title)
     return figure
+
+
+def _furthest(distances: Iterable[Sequence[float]]) -> float:
+    """Where the curves of these distances end: a little beyond the largest."""
+    return 1.05 * (max((max(found) for found in distances if len(found)), default=0.0) or 1.0)
 
 
 def accuracy_by_distance(
@@ -161,9 +169,9 @@ def accuracy_by_distance(
     if not curves or any(not len(found) <= right <= n or n < 1 for found, right, n in curves.values()):
         raise UsageError("accuracy_by_distance: expected at least one sample, and no more broken ones than right ones")
     figure, axes = new_axes(6.0, 3.8)
-    furthest = max((max(found) for found, _, _ in curves.values() if len(found)), default=0.0) or 1.0
+    furthest = _furthest(found for found, _, _ in curves.values())
     for i, (name, (found, right, n)) in enumerate(curves.items()):
-        reach = [0.0, *sorted(found), 1.05 * furthest]
+        reach = [0.0, *sorted(found), furthest]
         kept = [right - k for k in range(len(found) + 1)]
         kept.append(kept[-1])
         bands = {k: wilson(k, n) for k in kept}
@@ -171,16 +179,8 @@ def accuracy_by_distance(
         axes.step(reach, [k / n for k in kept], where="post", color=color, label=plain(name) or None)
         low, high = [bands[k].low for k in kept], [bands[k].high for k in kept]
         axes.fill_between(reach, low, high, step="post", color=color, alpha=0.18, linewidth=0)
-    axes.set_xlim(0, 1.05 * furthest)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    axes.set_xlabel(f"eps ({plain(norm)})")
-    axes.set_ylabel("robust accuracy, 95 % interval")
-    if any(curves):
-        axes.legend(frameon=False)
-    if title:
-        axes.set_title(plain(title), loc="left", fontsize=11)
+    axes.set_xlim(0, furthest)
+    finish_shares(axes, x=f"eps ({norm})", y="robust accuracy, 95 % interval", legend=any(curves), title=title)
     return figure
 
 
@@ -493,7 +493,7 @@ def accuracy_by_distance_of(report: Report, records: Sequence[Record]) -> Figure
     }
     if not curves:
         return None
-    return accuracy_by_distance(curves, norm=threat["norm"], title=f"Robust accuracy at every radius, {report.threat}")
+    return accuracy_by_distance(curves, norm=threat["norm"], title=report.threat)
 
 
 def _broken_at(records: Iterable[Record]) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Success against queries, for attackers with scores or labels."""
+"""Success and least distance against queries, for attackers with scores or labels."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Record
-from advkit.evaluation.counts import by_label, count, queries_to_break
-from advkit.evaluation.figures.plots import SERIES, new_axes, plain
+from advkit.core.protocols import Outcome, Record
+from advkit.evaluation.counts import by_label, contested, count, queries_to_break
+from advkit.evaluation.figures.plots import SERIES, finish, finish_shares, new_axes, plain
 from advkit.evaluation.report import Report
-from advkit.evaluation.stats import wilson
+from advkit.evaluation.stats import median_interval, wilson
 
 _LEVEL = 0.95
+_ALLOWED = "queries allowed for each sample"
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,7 @@ def success_by_queries(
             axes.step(reach, left, where="post", color=color, linestyle="--", label=plain(f"{name}, robust accuracy"))
     axes.set_xscale("log")
     axes.set_xlim(1, max(2, most))
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_xlabel("queries allowed for each sample")
-    axes.set_ylabel("attack success rate")
-    axes.legend(frameon=False, fontsize=8)
-    if title:
-        axes.set_title(plain(title), loc="left", fontsize=11)
+    finish_shares(axes, x=_ALLOWED, y="attack success rate", title=title)
     return figure
 
 
@@ -97,4 +92,94 @@ def success_by_queries_of(report: Report, records: Sequence[Record]) -> Figure |
     return success_by_queries(curves, robust=robust, title=f"Success within a number of queries, {report.threat}")
 
 
-__all__ = ["Curve", "curves_of", "success_by_queries", "success_by_queries_of"]
+@dataclass(frozen=True)
+class MedianCurve:
+    """The median of the least distances after so many queries, over all samples that were attacked.
+
+    queries: ascending; median, low, high: of each of them, with the interval; infinite where too few were broken by
+             then
+    """
+
+    queries: Sequence[int]
+    median: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def distance_curves(records: Sequence[Record]) -> dict[str, MedianCurve]:
+    """The curve of each attack whose records hold distances by queries in their traces, by its name.
+
+    The median is over the samples that had something to lose, with its exact interval of 95 %: a sample counts as
+    infinitely far until it is broken.
+    """
+    curves = {}
+    for label, own in by_label(records).items():
+        courses = [_course(record) for record in own if contested(record)]
+        queries = sorted({place for course in courses for place in course})
+        if not queries:
+            continue
+        away = np.array([[course.get(place, np.nan) for place in queries] for course in courses])
+        away[:, 0] = np.where(np.isnan(away[:, 0]), np.inf, away[:, 0])
+        away = np.fmin.accumulate(away, axis=1)
+        intervals = [median_interval(column.tolist(), _LEVEL) for column in away.T]
+        curves[str(label)] = MedianCurve(
+            queries,
+            np.median(away, axis=0).tolist(),
+            [max(0.0, each.low) for each in intervals],
+            [each.high for each in intervals],
+        )
+    return curves
+
+
+def _course(record: Record) -> dict[int, float]:
+    """Least distance by queries, of a sample that was broken."""
+    steps = record.trace if record.outcome == Outcome.BROKEN else ()
+    told = ((step.get("queries"), step.get("distance")) for step in steps)
+    return {queries: distance for queries, distance in told if queries is not None and distance is not None}
+
+
+def distance_by_queries(curves: Mapping[str, MedianCurve], *, norm: str = "", title: str = "") -> Figure:
+    """The median least distance within a number of queries, with its interval of 95 % as a band.
+
+    Drawn from where the median is finite; the band ends where its upper end is not. Raises UsageError where no curve
+    has a finite median.
+    """
+    drawn = {name: curve for name, curve in curves.items() if np.isfinite(curve.median).any()}
+    if not drawn:
+        raise UsageError("distance_by_queries: expected curves of attacks that broke half of their samples")
+    figure, axes = new_axes(6.0, 3.8)
+    for (name, curve), (color, _) in zip(drawn.items(), SERIES * len(drawn), strict=False):
+        median, high = np.array(curve.median), np.array(curve.high)
+        known, banded = np.isfinite(median), np.isfinite(high)
+        at, low = np.array(curve.queries), np.array(curve.low)
+        axes.step(at[known], median[known], where="post", color=color, label=plain(name))
+        axes.fill_between(at[banded], low[banded], high[banded], step="post", color=color, alpha=0.18, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    finish(axes, x=_ALLOWED, y=f"median distance ({norm})" if norm else "median distance", title=title)
+    return figure
+
+
+def distance_by_queries_of(report: Report, records: Sequence[Record]) -> Figure | None:
+    """The curves of a run without a radius; None where records hold no distances by queries, or most withstood."""
+    threat = report.to_dict()["threat_model"]
+    curves = distance_curves(records)
+    if threat.get("eps") is not None or not any(np.isfinite(curve.median).any() for curve in curves.values()):
+        return None
+    title = f"Median distance within a number of queries, {report.threat}"
+    return distance_by_queries(curves, norm=threat.get("norm") or "", title=title)
+
+
+__all__ = [
+    "Curve",
+    "MedianCurve",
+    "curves_of",
+    "distance_by_queries",
+    "distance_by_queries_of",
+    "distance_curves",
+    "success_by_queries",
+    "success_by_queries_of",
+]

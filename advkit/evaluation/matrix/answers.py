@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import UsageError
-from advkit.core.oracle import Lanes, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.state import frozen
 from advkit.evaluation.matrix.images import (
     ImageSet,
     as_seen,

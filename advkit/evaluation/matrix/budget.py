@@ -9,9 +9,10 @@ from typing import Any
 
 from advkit.attacks import ATTACKS
 from advkit.core.errors import AdvkitError
-from advkit.core.oracle import MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Attack, Stepped
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.matrix.participants import NamedAttack
 from advkit.evaluation.matrix.plan import MatrixPlan
 from advkit.evaluation.run.batch import own_randomness

@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from advkit.core.text import printable_json
+from advkit.evaluation.counts import SAYS, SAYS_CLEAN
 from advkit.evaluation.report.document import Report
-from advkit.evaluation.report.text import attacker_text, is_fraction, spell, value_text, words_of
+from advkit.evaluation.report.optimality import Standing
+from advkit.evaluation.report.render import SEVERITIES, attack_labels
+from advkit.evaluation.report.robustbench import Claim
+from advkit.evaluation.report.text import attacker_text, is_fraction, is_rate, spell, value_text, words_of
+from advkit.evaluation.stats_agreement import Flip, ranking_flips
 
-BOARD_VERSION = "2.0"
+if TYPE_CHECKING:
+    from advkit.evaluation.report.gaps import Rows
+
+BOARD_VERSION = "2.1"
 WHITE_BOX = "white_box"
 LADDER = ("none", "black_box_decision", "black_box_score", WHITE_BOX)
 """What an attacker may ask of the victim; each includes those before it."""
@@ -55,6 +62,7 @@ class Score:
     text:      as it is shown
     low, high: its interval
     fraction:  it is read in percent, and can be drawn as a bar
+    counts:    (numerator, denominator) where it is a rate
     """
 
     value: float | None
@@ -62,6 +70,7 @@ class Score:
     low: float | None = None
     high: float | None = None
     fraction: bool = False
+    counts: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Score:
@@ -69,7 +78,8 @@ class Score:
         ci = entry.get("ci")
         value = math.inf if entry.get("unbounded") else entry["value"]
         low, high = (None, None) if ci is None else (ci["low"], ci["high"])
-        return cls(value, value_text(entry), low, high, is_fraction(entry))
+        counts = (entry["numerator"], entry["denominator"]) if is_rate(entry) else None
+        return cls(value, value_text(entry), low, high, is_fraction(entry), counts)
 
     @property
     def interval(self) -> str:
@@ -87,6 +97,40 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Where a victim stands among the ranked ones of its table, as far as tests tell.
+
+    above, below: ranked victims that are better, or worse, by a real gap
+    same:         places in the table of those from which no gap is shown
+    neighbour:    place of the next one down the table, of the last one the one before it
+    p:            of that pair, uncorrected; None where there is no test
+    test:         how that pair was compared
+    """
+
+    above: int
+    below: int
+    same: tuple[int, ...]
+    neighbour: int
+    p: float | None
+    test: str
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The best and the worst rank that the tests allow."""
+        return self.above + 1, self.above + 1 + len(self.same)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "ranks": list(self.ranks),
+            "better": self.above,
+            "worse": self.below,
+            "no_gap_shown": list(self.same),
+            "next": {"victim": self.neighbour, "p": self.p, "test": self.test},
+        }
+
+
+@dataclass(frozen=True)
 class Attack:
     """A report on a victim: an attack, or a suite of them, and what it came to by itself.
 
@@ -96,6 +140,7 @@ class Attack:
     counts:       whether it counts for the victim's score; `why` says why not
     verified:     whether its figures and hashes are those of the records beside it: "yes", "partly: ...", "no: why" or
                   "no records"
+    optimality:   how near to the least distances known it came, where other reports share its case
     """
 
     report: Report
@@ -105,11 +150,12 @@ class Attack:
     counts: bool
     why: str
     verified: str
+    optimality: Standing | None = None
 
-    @cached_property
-    def data(self) -> dict[str, Any]:
+    @property
+    def data(self) -> Mapping[str, Any]:
         """The report's document, every text in it printable."""
-        return self.report.current
+        return self.report.view
 
     @property
     def name(self) -> str:
@@ -119,12 +165,22 @@ class Attack:
     @property
     def labels(self) -> list[str]:
         """Names of the attacks behind it, in order."""
-        return [str(row.label) for row in self.report.rows(full=True) if row.section == "attack"]
+        return attack_labels(self.data)
 
     @property
     def attacker(self) -> str:
         """Who attacked, in words: "white box, defense known"."""
         return attacker_text(self.data["threat_model"])
+
+    @property
+    def judges(self) -> dict[str, float | None]:
+        """What each judge calls broken by this attack; empty where none reads replies."""
+        return judges_of(self.data["metrics"])
+
+    @property
+    def flags(self) -> list[Mapping[str, Any]]:
+        """Findings about the evaluation, the most severe first."""
+        return sorted(self.data["diagnostics"]["flags"], key=lambda flag: -SEVERITIES.index(flag["severity"]))
 
     @property
     def n(self) -> int:
@@ -155,7 +211,8 @@ class Attack:
             "counts": self.counts,
             "why": self.why,
             "verified": self.verified,
-            "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.report.flags],
+            "optimality": None if self.optimality is None else self.optimality.to_dict(),
+            "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.flags],
             "undecided": self.report.undecided,
             "created_utc": self.data["created_utc"],
             "config_sha256": self.data["reproducibility"]["config_sha256"],
@@ -173,6 +230,10 @@ class Victim:
     certified: (radius, value) where an empirical report also holds a certificate
     attacks:   its reports, the strongest first
     trusted:   whether some report under the group's own terms counts and can be trusted
+    judges:    where judges read replies, what each calls broken, in their order; as the score over all its reports
+    why:       why it has no rank, "" where it has one
+    gap:       which gaps to the others are real; None without a rank, or alone
+    rows:      what became of each of its samples, for paired tests; None where the score is no count of records
     """
 
     rank: int | None
@@ -183,6 +244,10 @@ class Victim:
     certified: tuple[float, float | None] | None
     attacks: tuple[Attack, ...]
     trusted: bool
+    judges: Mapping[str, float | None] = field(default_factory=dict)
+    why: str = ""
+    gap: Gap | None = None
+    rows: Rows | None = field(default=None, compare=False, repr=False)
 
     @property
     def decisive(self) -> Attack:
@@ -242,16 +307,16 @@ class Victim:
         return sum(attack.verified.startswith("no:") for attack in self.attacks)
 
     @property
-    def flags(self) -> list[dict[str, Any]]:
+    def flags(self) -> list[Mapping[str, Any]]:
         """Of the reports that count, each id once and as grave as it came, the most severe first."""
-        found: dict[str, dict[str, Any]] = {}
-        order = ("info", "warning", "unreliable")
+        found: dict[str, Mapping[str, Any]] = {}
+        order = SEVERITIES.index
         for attack in self.counted:
-            for flag in attack.report.flags:
+            for flag in attack.flags:
                 known = found.get(flag["id"])
-                if known is None or order.index(flag["severity"]) > order.index(known["severity"]):
+                if known is None or order(flag["severity"]) > order(known["severity"]):
                     found[flag["id"]] = flag
-        return sorted(found.values(), key=lambda flag: -order.index(flag["severity"]))
+        return sorted(found.values(), key=lambda flag: -order(flag["severity"]))
 
     def figure(self, key: str) -> Beside | None:
         """The figure of a column, None where this victim has none."""
@@ -280,6 +345,8 @@ class Victim:
             else {"radius": self.certified[0], "certified_accuracy": self.certified[1]},
             "verified": self.verified,
             "refuted": self.refuted,
+            "why": self.why,
+            "gap": None if self.gap is None else self.gap.to_dict(),
             "flags": [{"id": flag["id"], "severity": flag["severity"]} for flag in self.flags],
             "attacks": [attack.to_dict() for attack in self.attacks],
         }
@@ -293,6 +360,7 @@ class Group:
     samples:  in words
     headline: the metric that ranks; name: how people call it; better: "higher" or "lower"
     radius:   of certified accuracy; None where attacks were survived, not proofs made
+    note:     what it is not compared with, and why; "" where nothing like it is on the board
     """
 
     title: str
@@ -307,6 +375,7 @@ class Group:
     better: str
     radius: float | None
     victims: tuple[Victim, ...]
+    note: str = ""
 
     @property
     def transfer(self) -> bool:
@@ -338,9 +407,33 @@ class Group:
         return wanted
 
     @property
+    def flips(self) -> dict[str, list[Flip]] | None:
+        """Which orders one judge reverses against another: of the ranked victims, and of the attacks on each of them.
+
+        None where there is nothing to ask: fewer than two judges, or nothing ranked against something else.
+        """
+        ranked = [(f"{v.model}, defense {v.defense}", v) for v in self.victims if v.rank is not None]
+        tables = {"victims": _told_apart([(name, v.judges, v.decisive.path) for name, v in ranked])}
+        for name, victim in ranked:
+            attacks = [(each.name, each.judges, each.path) for each in victim.attacks if each.rank is not None]
+            tables[f"attacks on {name}"] = _told_apart(attacks)
+        asked = {name: table for name, table in tables.items() if len(table) > 1}
+        found = {}
+        for name, table in asked.items():
+            judges = [judge for judge in next(iter(table.values())) if all(judge in own for own in table.values())]
+            if len(judges) > 1:
+                found[name] = ranking_flips({j: {system: own[j] for system, own in table.items()} for j in judges})
+        return found or None
+
+    @property
     def has_certified(self) -> bool:
         """Some empirical line also holds a certificate."""
         return any(victim.certified for victim in self.victims)
+
+    @property
+    def has_optimality(self) -> bool:
+        """Whether some attack is compared with the least distances known."""
+        return any(attack.optimality for victim in self.victims for attack in victim.attacks)
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -355,8 +448,14 @@ class Group:
             "evidence": self.evidence,
             "headline": {"metric": self.headline, "name": self.name, "better": self.better},
             "radius": self.radius,
+            "note": self.note,
             "columns": [{"name": key, "figure": title} for key, title in self.columns.items()],
             "victims": [victim.to_dict() for victim in self.victims],
+            **(
+                {}
+                if (flips := self.flips) is None
+                else {"flips": {k: [f.to_dict() for f in v] for k, v in flips.items()}}
+            ),
         }
 
 
@@ -367,11 +466,13 @@ class Board:
     groups:   ranked victims
     unranked: (path, reason) of valid reports that hold no ranking number (sweeps, comparisons)
     invalid:  (path, fault) of files that are not valid reports
+    claimed:  what cards of others say; never ranked
     """
 
     groups: tuple[Group, ...]
     unranked: tuple[tuple[str, str], ...]
     invalid: tuple[tuple[str, str], ...]
+    claimed: tuple[Claim, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(group.victims) for group in self.groups)
@@ -390,11 +491,35 @@ class Board:
             "groups": [group.to_dict() for group in self.groups],
             "unranked": [{"path": path, "reason": reason} for path, reason in self.unranked],
             "invalid": [{"path": path, "fault": fault} for path, fault in self.invalid],
+            **({"claimed": [claim.to_dict() for claim in self.claimed]} if self.claimed else {}),
         }
 
     def to_json(self) -> str:
-        """The same as text."""
-        return printable_json(json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+        """The same as text, a victim on a line."""
+        whole = self.to_dict()
+        groups = []
+        for group in whole.pop("groups"):
+            victims = ",\n".join(map(_line, group.pop("victims")))
+            groups.append(f'{_line(group)[:-1]}, "victims": [\n{victims}\n]}}')
+        return printable_json(f'{_line(whole)[:-1]}, "groups": [\n' + ",\n".join(groups) + "\n]}\n")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def judges_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """What each judge calls broken of the greedy replies, in their order."""
+    names = [name for name in metrics if name.endswith(SAYS) and not name.endswith(SAYS_CLEAN)]
+    return {name.removesuffix(SAYS): metrics[name]["value"] for name in names if is_fraction(metrics[name])}
+
+
+def _told_apart(
+    systems: Sequence[tuple[str, Mapping[str, float | None], str]],
+) -> dict[str, Mapping[str, float | None]]:
+    """Name -> what the judges say; a name that several have gets their paths."""
+    names = [name for name, _, _ in systems]
+    return {f"{name} ({path})" if names.count(name) > 1 else name: judges for name, judges, path in systems}
 
 
 def heading(name: str) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 from advkit.core.errors import ReportError
 from advkit.core.files import why, write_whole
 from advkit.core.strict_json import read_object
-from advkit.core.text import printable_json, printable_values
-from advkit.evaluation.report import render
+from advkit.core.text import all_printable, printable_json, printable_values
+from advkit.evaluation.report import one_page, render
 from advkit.evaluation.report.examples import Examples, Kept, examples_of, kept_beside
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.report.render import SEVERITIES, Finding, Row
@@ -99,7 +99,8 @@ class Report:
     @cached_property
     def _whole(self) -> dict[str, Any]:
         """What is shown: every text in it printable, for reports come from strangers."""
-        return cast("dict[str, Any]", printable_values(completed(self._data)))
+        whole = completed(self._data)
+        return whole if all_printable(self.text) else cast("dict[str, Any]", printable_values(whole))
 
     def _rate(self, name: str) -> Mapping[str, Any] | None:
         return cast("Mapping[str, Any] | None", self._data["metrics"].get(name))
@@ -115,6 +116,11 @@ class Report:
         An old document has section, companions and parts of labels added.
         """
         return copy.deepcopy(self._whole)
+
+    @property
+    def view(self) -> Mapping[str, Any]:
+        """What `current` copies, to be read and never changed: for readers of thousands of reports."""
+        return self._whole
 
     @property
     def clean_accuracy(self) -> float | None:
@@ -146,12 +152,12 @@ class Report:
     @property
     def attacks(self) -> list[dict[str, Any]]:
         """One entry per attack, in the order they ran, with the parts of its label."""
-        return cast("list[dict[str, Any]]", self.current["attacks"])
+        return cast("list[dict[str, Any]]", copy.deepcopy(self._whole["attacks"]))
 
     @property
     def flags(self) -> list[dict[str, Any]]:
         """Findings about the evaluation itself, the most severe first."""
-        flags = cast("list[dict[str, Any]]", self.current["diagnostics"]["flags"])
+        flags = cast("list[dict[str, Any]]", copy.deepcopy(self._whole["diagnostics"]["flags"]))
         return sorted(flags, key=lambda flag: -SEVERITIES.index(flag["severity"]))
 
     @property
@@ -219,6 +225,18 @@ class Report:
 
     def _repr_html_(self) -> str:
         return render.html(self._whole)
+
+    def to_html(self) -> str:
+        """One self-contained page for somebody who decides: verdict, three figures, five examples, limits.
+
+        What `advkit report RUN` writes. Examples are those that were kept, plots those beside the report; without
+        either the page says so.
+        """
+        try:
+            examples: Examples | ReportError = self.adversarial()
+        except ReportError as error:
+            examples = error
+        return one_page.html_of(self._whole, examples, self.path)
 
     def robustbench(self, dataset: str | None = None, **fields: str | bool | int | None) -> dict[str, Any]:
         """RobustBench's flat block, numbers as percent strings with two decimals.

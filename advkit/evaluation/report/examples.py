@@ -35,6 +35,8 @@ class Examples:
     attacks:     the label of the attack that made each; of several the one that broke the sample, else the nearest
     texts:       what was said of a sample in words (suffix, replies); empty for samples that are no text
     evaluated:   samples of the report; more than n where not all were kept
+    clean_answers, adversarial_answers: classes that the victim answered before and after; None where it gave none
+    margins:     signed distance to the goal after the attack, in units of the output; None where it was not measured
     """
 
     ids: tuple[str, ...]
@@ -46,6 +48,9 @@ class Examples:
     attacks: tuple[str, ...]
     texts: tuple[Mapping[str, str], ...]
     evaluated: int
+    clean_answers: tuple[int | None, ...] = ()
+    adversarial_answers: tuple[int | None, ...] = ()
+    margins: tuple[float | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -135,6 +140,9 @@ def examples_of(kept: Kept, attack: str | None) -> Examples:
         attacks=tuple(str(record.made_by) for record in records),
         texts=tuple(record.texts for record in records),
         evaluated=evaluated,
+        clean_answers=tuple(record.clean for record in records),
+        adversarial_answers=tuple(record.adversarial for record in records),
+        margins=tuple(record.margin for record in records),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 Schema = Mapping[str, Any]
+Check = Callable[[Any], bool]
 
 
 def fits(data: Any, part: Schema, root: Schema) -> bool:
@@ -21,7 +22,56 @@ def fits(data: Any, part: Schema, root: Schema) -> bool:
     True only where `jsonschema` finds no error. False where it does, and also where a keyword is not known here: then
     `jsonschema` is to be asked.
     """
-    return all(key in _KEYWORDS and _KEYWORDS[key](data, wanted, part, root) for key, wanted in part.items())
+    return checker(part, root)(data)
+
+
+def checker(part: Schema, root: Schema) -> Check:
+    """`fits` for many documents: the part is read once, and what comes back is asked of each."""
+    return _Compiler(root).check(part)
+
+
+class _Compiler:
+    """Turns parts of one schema into functions; what a `$ref` points to is turned once, and may name itself."""
+
+    def __init__(self, root: Schema) -> None:
+        self.root = root
+        self._pointed: dict[str, Check] = {}
+
+    def check(self, part: Schema) -> Check:
+        if not part.keys() <= _KEYWORDS.keys():
+            return lambda data: False
+        made = [each for key, wanted in part.items() if (each := _KEYWORDS[key](wanted, part, self)) is not None]
+        if len(made) == 1:
+            return made[0]
+
+        def check(data: Any) -> bool:
+            for each in made:  # noqa: SIM110 - a generator costs more than what it asks
+                if not each(data):
+                    return False
+            return True
+
+        return check
+
+    def pointed(self, pointer: str) -> Check:
+        """What a `$ref` points to."""
+        if pointer not in self._pointed:
+            self._pointed[pointer] = lambda data: self._pointed[pointer](data)
+            self._pointed[pointer] = self.check(found) if (found := self._found(pointer)) is not None else _never
+        return self._pointed[pointer]
+
+    def _found(self, pointer: str) -> Schema | None:
+        if not pointer.startswith("#/"):
+            return None
+        found: Any = self.root
+        for step in pointer[2:].split("/"):
+            if not isinstance(found, Mapping) or step not in found:
+                return None
+            found = found[step]
+        return cast("Schema", found)
+
+
+def _never(data: Any) -> bool:
+    return False
 
 
 def _whole(data: Any) -> bool:
@@ -32,7 +82,7 @@ def _number(data: Any) -> bool:
     return isinstance(data, (int, float)) and not isinstance(data, bool)
 
 
-_TYPES: Mapping[str, Callable[[Any], bool]] = {
+_TYPES: Mapping[str, Check] = {
     "object": lambda data: isinstance(data, dict),
     "array": lambda data: isinstance(data, list),
     "string": lambda data: isinstance(data, str),
@@ -43,54 +93,87 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-def _type(data: Any, wanted: Any, part: Schema, root: Schema) -> bool:
-    return any(name in _TYPES and _TYPES[name](data) for name in ([wanted] if isinstance(wanted, str) else wanted))
+def _type(wanted: Any, part: Schema, made: _Compiler) -> Check:
+    names = [wanted] if isinstance(wanted, str) else wanted
+    kinds = [_TYPES[name] for name in names if name in _TYPES]
+    return kinds[0] if len(kinds) == 1 else lambda data: any(kind(data) for kind in kinds)
 
 
-def _ref(data: Any, wanted: str, part: Schema, root: Schema) -> bool:
-    if not wanted.startswith("#/"):
-        return False
-    found: Any = root
-    for step in wanted[2:].split("/"):
-        if not isinstance(found, Mapping) or step not in found:
-            return False
-        found = found[step]
-    return fits(data, cast("Schema", found), root)
+def _properties(wanted: Mapping[str, Schema], part: Schema, made: _Compiler) -> Check:
+    checks = {key: made.check(each) for key, each in wanted.items()}
 
-
-def _properties(data: Any, wanted: Schema, part: Schema, root: Schema) -> bool:
-    return not isinstance(data, dict) or all(fits(data[key], wanted[key], root) for key in data.keys() & wanted.keys())
-
-
-def _additional(data: Any, wanted: Any, part: Schema, root: Schema) -> bool:
-    if not isinstance(data, dict) or wanted is True:
+    def check(data: Any) -> bool:
+        if isinstance(data, dict):
+            for key, each in checks.items():
+                if key in data and not each(data[key]):
+                    return False
         return True
-    others = data.keys() - part.get("properties", {}).keys()
+
+    return check
+
+
+def _additional(wanted: Any, part: Schema, made: _Compiler) -> Check | None:
+    if wanted is True:
+        return None
     if "patternProperties" in part:
+        return lambda data: not isinstance(data, dict)
+    known = part.get("properties", {}).keys()
+    if wanted is False:
+        return lambda data: not isinstance(data, dict) or data.keys() <= known
+    other = made.check(wanted)
+    return lambda data: not isinstance(data, dict) or all(other(data[key]) for key in data.keys() - known)
+
+
+def _required(wanted: Any, part: Schema, made: _Compiler) -> Check:
+    names = frozenset(wanted)
+    return lambda data: not isinstance(data, dict) or names <= data.keys()
+
+
+def _items(wanted: Schema, part: Schema, made: _Compiler) -> Check:
+    each = made.check(wanted)
+    return lambda data: not isinstance(data, list) or all(map(each, data))
+
+
+def _any_of(wanted: Any, part: Schema, made: _Compiler) -> Check:
+    ways = [made.check(each) for each in wanted]
+
+    def check(data: Any) -> bool:
+        for way in ways:  # noqa: SIM110 - a generator costs more than what it asks
+            if way(data):
+                return True
         return False
-    return not others if wanted is False else all(fits(data[key], wanted, root) for key in others)
+
+    return check
 
 
-def _bound(holds: Callable[[Any, Any], bool]) -> Callable[[Any, Any, Schema, Schema], bool]:
-    return lambda data, wanted, part, root: not _number(data) or holds(data, wanted)
+def _enum(wanted: Any, part: Schema, made: _Compiler) -> Check:
+    # Words alone: JSON's 1, 1.0 and true need more care, and no schema of ours lists them.
+    words = [word for word in wanted if isinstance(word, str)]
+    return lambda data: isinstance(data, str) and data in words
 
 
-_KEYWORDS: Mapping[str, Callable[[Any, Any, Schema, Schema], bool]] = {
-    **dict.fromkeys(("$schema", "$id", "$defs", "title", "description", "format"), lambda *_: True),
+def _pattern(wanted: str, part: Schema, made: _Compiler) -> Check:
+    search = re.compile(wanted).search
+    return lambda data: not isinstance(data, str) or search(data) is not None
+
+
+def _bound(holds: Callable[[Any, Any], bool]) -> Callable[[Any, Schema, _Compiler], Check]:
+    return lambda bound, part, made: lambda data: not _number(data) or holds(data, bound)
+
+
+_KEYWORDS: Mapping[str, Callable[[Any, Schema, _Compiler], Check | None]] = {
+    **dict.fromkeys(("$schema", "$id", "$defs", "title", "description", "format"), lambda *_: None),
     "type": _type,
-    "$ref": _ref,
+    "$ref": lambda wanted, part, made: made.pointed(wanted),
     "properties": _properties,
     "additionalProperties": _additional,
-    "required": lambda data, wanted, *_: not isinstance(data, dict) or all(key in data for key in wanted),
-    "items": lambda data, wanted, part, root: (
-        not isinstance(data, list) or all(fits(each, wanted, root) for each in data)
-    ),
-    "minItems": lambda data, wanted, *_: not isinstance(data, list) or len(data) >= wanted,
-    "maxItems": lambda data, wanted, *_: not isinstance(data, list) or len(data) <= wanted,
-    "anyOf": lambda data, wanted, part, root: any(fits(data, each, root) for each in wanted),
-    # Words alone: JSON's 1, 1.0 and true need more care, and no schema of ours lists them.
-    "enum": lambda data, wanted, *_: isinstance(data, str) and data in wanted,
-    "pattern": lambda data, wanted, *_: not isinstance(data, str) or re.search(wanted, data) is not None,
+    "required": _required,
+    "items": _items,
+    "minItems": lambda wanted, *_: lambda data: not isinstance(data, list) or len(data) >= wanted,
+    "maxItems": lambda wanted, *_: lambda data: not isinstance(data, list) or len(data) <= wanted,
+    "anyOf": _any_of,
+    "enum": _enum,
+    "pattern": _pattern,
     "minimum": _bound(lambda data, bound: not data < bound),
     "maximum": _bound(lambda data, bound: not data > bound),
     "exclusiveMinimum": _bound(lambda data, bound: not data <= bound),

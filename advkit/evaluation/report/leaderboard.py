@@ -1,34 +1,63 @@
-"""Leaderboards as people read them: one HTML page, Markdown, JSON. What they say is in `board`; here it is drawn."""
+"""Leaderboards as people read them: one HTML page, Markdown, JSON. What they say is in `board`; here it is written."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from advkit.core.errors import ReportError
+from advkit.core.files import why
 from advkit.core.text import printable
 from advkit.evaluation.report.board import Attack, Beside, Board, Group, Score, Victim
-from advkit.evaluation.report.document import write_atomic
+from advkit.evaluation.report.board_page import html_of
+from advkit.evaluation.report.cells import (
+    attack_cells,
+    attack_heads,
+    claim_cells,
+    claim_heads,
+    flips_text,
+    victim_cells,
+    victim_heads,
+)
+from advkit.evaluation.report.document import REPORT_NAME, write_atomic
+from advkit.evaluation.report.previews import find_plots
 from advkit.evaluation.report.ranking import board
 from advkit.evaluation.report.ranking import scan as ranked
-from advkit.evaluation.report.render import environment, page
-from advkit.evaluation.report.text import level_text, percent
+from advkit.evaluation.report.robustbench import CLAIMED, Claim, read_cards
 
-_TEMPLATES = Path(__file__).parent / "templates"
-_MOST_PLOTS = 12
-_MOST_PLOT_BYTES = 4_000_000
-_IMAGE_KINDS = {".png": ("image/png", b"\x89PNG\r\n\x1a\n"), ".svg": ("image/svg+xml", b"")}
+FILES = "leaderboard_files"
+"""Folder beside a page that lies elsewhere than the runs: copies of the reports and plots that it links to."""
 
 
-def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> tuple[Board, list[Path]]:
-    """Scan a folder and write leaderboard.html, .md and .json into `out` (default: the folder itself)."""
+def write(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    claims: str | os.PathLike[str] | None = None,
+) -> tuple[Board, list[Path]]:
+    """Scan a folder and write leaderboard.html, .md and .json into `out` (default: the folder itself).
+
+    The page links to the reports and to their plots. Where `out` does not hold the runs, they are copied beside it.
+    """
     root = Path(folder)
-    found = scan(root)
     target = root if out is None else Path(out)
-    made = {"html": html_of(found, root), "md": markdown_of(found), "json": found.to_json()}
+    made: dict[str, str] = {}
+
+    cards = _cards(claims)
+
+    def draw(found: Board) -> None:
+        found = _with_claims(found, cards)
+        made["html"] = html_of(found, root, _links(root, target))
+        made["md"], made["json"] = markdown_of(found), found.to_json()
+
+    found = _with_claims(ranked(root, draw), cards)
+    if target.resolve() not in (root.resolve(), *root.resolve().parents):
+        for path in found.attacks:
+            _copy(root, target / FILES, path)
     paths = []
     for suffix, text in made.items():
         paths.append(target / f"leaderboard.{suffix}")
@@ -36,85 +65,83 @@ def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = N
     return found, paths
 
 
-def scan(folder: str | os.PathLike[str]) -> Board:
-    """The board of every report under a folder; one that can't be shown is listed as invalid. Raises UsageError."""
-    return ranked(folder, lambda found: (html_of(found), markdown_of(found)))
+def scan(folder: str | os.PathLike[str], claims: str | os.PathLike[str] | None = None) -> Board:
+    """The board of every report under a folder; one that can't be shown is listed as invalid. Raises UsageError.
+
+    claims: a folder of RobustBench cards; what they claim is listed apart, and never ranked
+    """
+    found = ranked(folder, lambda found: (html_of(found), markdown_of(found), found.to_json()))
+    return _with_claims(found, _cards(claims))
 
 
-# Cells, the same in every form
+def _cards(claims: str | os.PathLike[str] | None) -> tuple[list[Claim], list[tuple[str, str]]]:
+    """What cards claim, and those that can't be read with the reason."""
+    return ([], []) if claims is None else read_cards(claims)
 
 
-def flags_text(flags: list[dict[str, str]]) -> str:
-    """Ids of the flags that are more than a note."""
-    return ", ".join(flag["id"] for flag in flags if flag["severity"] != "info")
+def _with_claims(found: Board, cards: tuple[list[Claim], list[tuple[str, str]]]) -> Board:
+    claimed, faults = cards
+    return replace(found, claimed=tuple(claimed), invalid=(*found.invalid, *faults))
 
 
-def victim_heads(group: Group) -> list[str]:
-    """The columns of a group."""
-    certified = ["Certified"] if group.has_certified else []
-    score = f"{group.score_name} ({group.direction})"
-    first = ["#", "Model", "Defense", score, "Interval", "Clean", *group.columns.values(), *certified]
-    return [*first, "n", "Attacks", "Attacker", "Counted", "Verified", "Flags"]
+def watch(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    claims: str | os.PathLike[str] | None = None,
+    *,
+    seconds: float = 2.0,
+    told: Callable[[Board, list[Path]], object] = lambda board, paths: None,
+) -> None:
+    """Write the board, and again whenever a report under the folder is new, gone or changed; until interrupted.
+
+    seconds: between two looks
+    told:    called with board and files after every writing
+
+    Raises UsageError where there is no such folder.
+    """
+    before: object = None
+    while True:
+        seen = _state(Path(folder))
+        if seen != before:
+            told(*write(folder, out, claims))
+            before = seen
+        time.sleep(seconds)
 
 
-def victim_cells(group: Group, victim: Victim) -> list[str]:
-    """A line of a group, as texts."""
-    point = victim.certified
-    proof = [] if not group.has_certified else ["" if point is None else f"{percent(point[1])} at {point[0]:g}"]
-    return [
-        "-" if victim.rank is None else str(victim.rank),
-        victim.model,
-        victim.defense,
-        victim.score.text,
-        victim.score.interval,
-        victim.clean.text,
-        *(beside_text(group, victim, key) for key in group.columns),
-        *proof,
-        str(victim.n),
-        ", ".join(victim.names),
-        victim.attacker,
-        victim.how,
-        verified_text(victim),
-        flags_text(victim.flags),
-    ]
+def _state(root: Path) -> list[tuple[str, int, int]]:
+    """Name, time and size of every report and of the records beside it."""
+    found = []
+    for top, folders, names in os.walk(root):
+        folders[:] = [each for each in folders if each != FILES]
+        if REPORT_NAME in names:
+            for name in sorted(names):
+                file = Path(top) / name
+                if name.endswith((".json", ".jsonl")) and not name.startswith("leaderboard.") and file.exists():
+                    told = file.stat()
+                    found.append((str(file), told.st_mtime_ns, told.st_size))
+    return sorted(found)
 
 
-def verified_text(victim: Victim) -> str:
-    """What can be said of its reports, those that do not count among them."""
-    rest = victim.refuted if victim.trusted or not victim.verified.startswith("no:") else 0
-    if not rest:
-        return victim.verified
-    return f"{victim.verified}; {rest} {'report' if rest == 1 else 'reports'} not verified, not counted"
+def _links(root: Path, target: Path) -> str:
+    """What leads from the page to the runs."""
+    here, there = target.resolve(), root.resolve()
+    if here in (there, *there.parents):
+        return there.relative_to(here).as_posix()
+    return FILES
 
 
-def beside_text(group: Group, victim: Victim, key: str) -> str:
-    """The figure of a column."""
-    figure = victim.figure(key)
-    if figure is not None:
-        return figure.text
-    return "not evaluated" if group.transfer and key == "white_box" else "-"
-
-
-def attack_heads(group: Group) -> list[str]:
-    """The columns of the attacks on one victim."""
-    return ["#", "Attack", group.score_name, "n", "Attacker", "Forward", "Backward", "Verified", "Flags", "Report"]
-
-
-def attack_cells(attack: Attack) -> list[str]:
-    """A line of the attacks on one victim, as texts."""
-    cost = attack.cost
-    return [
-        "-" if attack.rank is None else str(attack.rank),
-        attack.name,
-        attack.score.text,
-        str(attack.n),
-        attack.attacker,
-        str(int(cost["forward"])),
-        str(int(cost["backward"])),
-        attack.verified if attack.counts else f"{attack.verified} (not counted)",
-        flags_text(attack.report.flags),
-        attack.path,
-    ]
+def _copy(root: Path, files: Path, path: str) -> None:
+    """A report and its plots, where they are new or changed."""
+    for file in (root / path, *(plot for _, plot in find_plots(root / path))):
+        copy = files / file.relative_to(root)
+        told = file.stat()
+        if copy.is_file() and (copy.stat().st_mtime_ns, copy.stat().st_size) == (told.st_mtime_ns, told.st_size):
+            continue
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)
+        except OSError as error:
+            raise ReportError(f"{copy} can't be written ({why(error)}); choose a folder that can") from None
 
 
 # Markdown
@@ -126,10 +153,14 @@ def markdown_of(found: Board) -> str:
     for group in found.groups:
         lines += [f"## {markdown(group.title)}", ""]
         lines += _table(victim_heads(group), [victim_cells(group, victim) for victim in group.victims])
+        lines += [line for said in flips_text(group) for line in (markdown(said), "")]
         for victim in group.victims:
-            if len(victim.attacks) > 1:
+            if len(victim.attacks) > 1 or victim.decisive.optimality is not None:
                 lines += [f"### Attacks on {markdown(victim.model)}, defense {markdown(victim.defense)}", ""]
-                lines += _table(attack_heads(group), [attack_cells(attack) for attack in victim.attacks])
+                lines += _table(attack_heads(group), [attack_cells(group, attack) for attack in victim.attacks])
+    if found.claimed:
+        lines += [f"## {CLAIMED.capitalize()}", ""]
+        lines += _table(claim_heads(), [claim_cells(claim) for claim in found.claimed])
     for title, listed in (("Not ranked", found.unranked), ("Invalid reports", found.invalid)):
         if listed:
             lines += [f"## {title}", ""]
@@ -154,59 +185,6 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", flat)
 
 
-# HTML
-
-
-def html_of(found: Board, folder: Path | None = None) -> str:
-    """leaderboard.html, self-contained: plots under `folder` are embedded, nothing is requested."""
-    from markupsafe import Markup
-
-    script, style = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("board.js", "board.css"))
-    plots = {} if folder is None else {path: find_plots(folder / path) for path in found.attacks}
-    return (
-        environment()
-        .get_template("leaderboard.html")
-        .render(
-            board=found,
-            plots=plots,
-            # Files of this package, not of strangers: the only text that goes in as it stands.
-            script=Markup(script),
-            style=Markup(style),
-            script_hash=_csp_hash(script),
-            style_hash=_csp_hash(style),
-            tasks=sorted({group.task for group in found.groups}),
-            norms=sorted({group.norm for group in found.groups}),
-            level_text=level_text,
-            page=page,
-            beside_text=beside_text,
-            verified_text=verified_text,
-            attack_heads=attack_heads,
-            attack_cells=attack_cells,
-        )
-    )
-
-
-def _csp_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def find_plots(report_path: Path) -> list[tuple[str, str]]:
-    """(name, data URI) of plots/*.png and *.svg beside a report; links and oversized files are passed over."""
-    folder = report_path.parent / "plots"
-    found: list[tuple[str, str]] = []
-    if folder.is_dir() and not folder.is_symlink():
-        for file in sorted(folder.iterdir()):
-            kind = _IMAGE_KINDS.get(file.suffix.lower())
-            if kind is None or file.is_symlink() or not file.is_file() or file.stat().st_size > _MOST_PLOT_BYTES:
-                continue
-            raw = file.read_bytes()
-            # As an image an SVG runs no script and loads nothing, whatever it holds.
-            if raw.startswith(kind[1]) and len(found) < _MOST_PLOTS:
-                uri = f"data:{kind[0]};base64,{base64.b64encode(raw).decode()}"
-                found.append((file.stem.replace("_", " "), uri))
-    return found
-
-
 __all__ = [
     "Attack",
     "Beside",
@@ -220,5 +198,6 @@ __all__ = [
     "markdown",
     "markdown_of",
     "scan",
+    "watch",
     "write",
 ]

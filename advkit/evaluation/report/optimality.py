@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.counts import contested
 from advkit.evaluation.report.document import Report
+from advkit.evaluation.report.text import describe_threat
 from advkit.evaluation.run.store import read_records, records_path
-from advkit.evaluation.stats import Interval, bootstrap_ratio
+from advkit.evaluation.stats import Interval, bootstrap_mean_ratio, bootstrap_ratio
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +33,54 @@ Distances = dict[str, float]
 """The least distance at which an attack reached the goal, by the sample's id: 0 where there is nothing to win (a sample
 that is wrong when clean), inf where it withstood."""
 _Key = tuple[str, ...]
+_Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def median(distances: Sequence[float] | _Numbers) -> float:
+    """Of distances, some of them infinite; inf where half or more are."""
+    found = np.asarray(distances, dtype=np.float64)
+    return float(np.median(found)) if np.isfinite(found).mean() > 0.5 else math.inf
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The best distance known for every sample of a case, against which its attacks are measured.
+
+    best:    0 where there is nothing to win, inf where nothing reached the goal [n]
+    largest: the largest finite one, up to which areas are counted
+    """
+
+    best: _Numbers
+    largest: float
+
+    @classmethod
+    def of(cls, attacks: Iterable[Sequence[float]]) -> Envelope:
+        """Of the distances of all attacks; one that was run on the first samples alone counts for these."""
+        rows = [np.asarray(own, dtype=np.float64) for own in attacks]
+        best = np.full(max(map(len, rows)), math.inf)
+        for own in rows:
+            best[: len(own)] = np.minimum(best[: len(own)], own)
+        reachable = best[np.isfinite(best)]
+        return cls(best, float(reachable.max()) if len(reachable) else 0.0)
+
+    def areas(self, own: Sequence[float] | _Numbers) -> tuple[list[float], list[float]] | None:
+        """Per sample with something to win: what an attack's distances gain, and what the best known ones gain.
+
+        The attack was run on the first len(own) samples. None where there is nothing to gain on them.
+        """
+        best = self.best[: len(own)]
+        right = best > 0
+        each = (np.asarray(own, dtype=np.float64)[right], best[right])
+        gained, possible = (self.largest - distances.clip(max=self.largest) for distances in each)
+        return (gained.tolist(), possible.tolist()) if possible.sum() > 0 else None
+
+    def local(self, own: Sequence[float] | _Numbers, level: float = 0.95) -> tuple[float | None, Interval | None]:
+        """Local optimality of an attack's distances on the first samples, and its interval; None as `areas`."""
+        areas = self.areas(own)
+        if areas is None:
+            return None, None
+        gained, possible = areas
+        return sum(gained) / sum(possible), bootstrap_ratio(gained, possible, level)
 
 
 @dataclass(frozen=True)
@@ -41,10 +91,11 @@ class Attacked:
     run:        where its report is
     n:          samples
     success:    fraction of the samples with something to win (right when clean) that it broke, at whatever distance
-    median:     of its distances over all samples, 0 where there is nothing to win; inf where most withstood
+    median:     of its distances over all samples, 0 where there is nothing to win; inf where half or more withstood
     cost:       propagations per attacked sample: forward and backward passes
     local:      optimality in this case, in [0, 1]; None where nothing broke anything
     interval:   of `local`, by bootstrap over the samples; the envelope and its largest distance stay
+    areas:      per sample with something to win: what the attack gained, and what the best known gain; None as `local`
     """
 
     name: str
@@ -55,6 +106,7 @@ class Attacked:
     cost: float
     local: float | None
     interval: Interval | None
+    areas: tuple[list[float], list[float]] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For machines; an infinite median is null."""
@@ -95,6 +147,11 @@ class CaseOptimality:
         """What the attacks have in common."""
         return f"{self.victim}, {self.task}, {self.goal}, {self.norm}, {self.n} samples"
 
+    @property
+    def without_median(self) -> tuple[str, ...]:
+        """The attacks that half of the samples or more withstood."""
+        return tuple(each.name for each in self.attacks if math.isinf(each.median))
+
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
         return {
@@ -110,32 +167,93 @@ class CaseOptimality:
         }
 
 
+class Overall(NamedTuple):
+    """An attack over all cases of a norm and goal that it was run on.
+
+    value:    mean of its local optimality; interval: of that, by bootstrap over the samples of each case
+    cases:    how many
+    """
+
+    norm: str
+    goal: str
+    attack: str
+    value: float
+    cases: int
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a leaderboard says of a report: local and global optimality of its attack; see `Attacked` and `Overall`."""
+
+    local: float
+    interval: Interval
+    overall: Overall
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "local": self.local,
+            "ci": self.interval.to_dict(),
+            "global": self.overall.value,
+            "global_ci": self.overall.interval.to_dict(),
+            "cases": self.overall.cases,
+        }
+
+    @property
+    def text(self) -> str:
+        """As it stands in a table: "93.1 % (90.2 to 95.0); 88.0 % (85.1 to 90.3) over 3 cases"."""
+        here = _with_interval(self.local, self.interval)
+        if self.overall.cases == 1:
+            return here
+        return f"{here}; {_with_interval(self.overall.value, self.overall.interval)} over {self.overall.cases} cases"
+
+
 @dataclass(frozen=True)
 class Optimality:
     """Local optimality by case, and global: the mean over the cases of a norm and goal that an attack was run on.
 
     skipped: reports that are in no case, with the reason
+    level:   of all intervals
     """
 
     cases: tuple[CaseOptimality, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    level: float = 0.95
 
-    def overall(self) -> list[tuple[str, str, str, float, int]]:
-        """(norm, goal, attack, mean of its local optimality, number of cases), the best first within norm and goal."""
-        found: dict[tuple[str, str, str], list[float]] = {}
+    def overall(self) -> list[Overall]:
+        """Every attack over its cases, the best first within norm and goal."""
+        found: dict[tuple[str, str, str], list[Attacked]] = {}
         for case in self.cases:
             for each in case.attacks:
-                if each.local is not None:
-                    found.setdefault((case.norm, case.goal, each.name), []).append(each.local)
-        means = [(*key, float(np.mean(values)), len(values)) for key, values in found.items()]
-        return sorted(means, key=lambda each: (each[0], each[1], -each[3], each[2]))
+                if each.areas is not None:
+                    found.setdefault((case.norm, case.goal, each.name), []).append(each)
+        means = [
+            Overall(
+                *key,
+                float(np.mean([each.local for each in own])),
+                len(own),
+                bootstrap_mean_ratio([each.areas for each in own if each.areas is not None], self.level),
+            )
+            for key, own in found.items()
+        ]
+        return sorted(means, key=lambda each: (each.norm, each.goal, -each.value, each.attack))
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
-        names = ("norm", "goal", "attack", "optimality", "cases")
         return {
             "cases": [case.to_dict() for case in self.cases],
-            "global": [dict(zip(names, each, strict=True)) for each in self.overall()],
+            "global": [
+                {
+                    "norm": each.norm,
+                    "goal": each.goal,
+                    "attack": each.attack,
+                    "optimality": each.value,
+                    "ci": each.interval.to_dict(),
+                    "cases": each.cases,
+                }
+                for each in self.overall()
+            ],
             "skipped": [{"run": run, "reason": reason} for run, reason in self.skipped],
         }
 
@@ -158,10 +276,18 @@ class Optimality:
             table = Table(title="mean over cases", title_justify="left", box=box.SIMPLE_HEAD)
             for heading in ("norm", "goal", "attack"):
                 table.add_column(heading)
-            for heading in ("optimality", "cases"):
+            for heading in ("optimality", "95 % interval", "cases"):
                 table.add_column(heading, justify="right", no_wrap=True)
-            for norm, goal, attack, value, count in self.overall():
-                table.add_row(norm, goal, attack, f"{100 * value:.1f} %", str(count))
+            for one in self.overall():
+                ci = one.interval
+                table.add_row(
+                    one.norm,
+                    one.goal,
+                    one.attack,
+                    f"{100 * one.value:.1f} %",
+                    f"{100 * ci.low:.1f} to {100 * ci.high:.1f}",
+                    str(one.cases),
+                )
             made.append(table)
         return made
 
@@ -177,14 +303,23 @@ def _cells(each: Attacked) -> tuple[str, ...]:
     )
 
 
+def _with_interval(value: float, ci: Interval) -> str:
+    return f"{100 * value:.1f} % ({100 * ci.low:.1f} to {100 * ci.high:.1f})"
+
+
 def _distance(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "none"
 
 
 @dataclass(frozen=True)
 class _Run:
+    """A report's document with the distances of its records.
+
+    distances, cost: by attack; bounded: the attacker had a radius
+    """
+
     name: str
-    report: Report
+    data: Mapping[str, Any]
     distances: dict[str, Distances]
     cost: dict[str, float]
     norm: str
@@ -200,19 +335,58 @@ def optimality(folders: Iterable[str | os.PathLike[str]], level: float = 0.95) -
     runs, skipped = [], []
     for path in _reports(folders):
         try:
-            runs.append(_run(path))
+            data = Report.load(path).current
+            _norm(data)
+            runs.append(_run(str(path.parent), data, read_records(records_path(path))))
         except (ReportError, UsageError) as error:
             skipped.append((str(path), str(error)))
-    by_case: dict[_Key, list[_Run]] = {}
-    for run in runs:
-        by_case.setdefault(_key(run), []).append(run)
-    cases = [case for same in by_case.values() if (case := _case(same, level)) is not None]
+    cases = _cases(runs, level)
     if not cases:
         raise UsageError(
             "no run without a radius here, such as --threat-model minimum-l2 --attack ddn: optimality compares the "
             "least distances that attacks find" + "".join(f"; {run}: {reason}" for run, reason in skipped[:3])
         )
-    return Optimality(tuple(sorted(cases, key=lambda case: case.title)), tuple(skipped))
+    return Optimality(cases, tuple(skipped), level)
+
+
+def standings(
+    reports: Iterable[tuple[str, Mapping[str, Any], Sequence[Record]]], level: float = 0.95
+) -> dict[str, Standing]:
+    """What a leaderboard says of reports without a radius, by path.
+
+    reports: (path, document, its records)
+
+    A report that is alone on its case has none, for it would be the best known; nor has one of several attacks.
+    """
+    held: dict[_Key, list[tuple[str, Mapping[str, Any], Sequence[Record]]]] = {}
+    for path, data, records in reports:
+        with suppress(ReportError):
+            _norm(data)
+            held.setdefault(_key(data), []).append((path, data, records))
+    runs = []
+    for same in held.values():
+        if len(same) > 1 and not all(_bounded(data) for _, data, _ in same):
+            for each in same:
+                with suppress(ReportError):
+                    runs.append(_run(*each))
+    found = Optimality(_cases(runs, level, least=2), level=level)
+    overall = {(each.norm, each.goal, each.attack): each for each in found.overall()}
+    single = {run.name for run in runs if len(run.distances) == 1}
+    return {
+        each.run: Standing(each.local, each.interval, overall[case.norm, case.goal, each.name])
+        for case in found.cases
+        for each in case.attacks
+        if each.run in single and each.local is not None and each.interval is not None
+    }
+
+
+def _cases(runs: Sequence[_Run], level: float, least: int = 1) -> tuple[CaseOptimality, ...]:
+    """The cases of so many runs or more, by their titles; those without a run without a radius are left out."""
+    by_case: dict[_Key, list[_Run]] = {}
+    for run in runs:
+        by_case.setdefault(_key(run.data), []).append(run)
+    made = [case for same in by_case.values() if len(same) >= least and (case := _case(same, level)) is not None]
+    return tuple(sorted(made, key=lambda case: case.title))
 
 
 def _reports(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -227,31 +401,37 @@ def _reports(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def _run(path: Path) -> _Run:
-    report = Report.load(path)
-    data = report.current
+def _norm(data: Mapping[str, Any]) -> str:
+    """The norm of a report's distances; ReportError where they are not to be compared."""
     norm = data["threat_model"].get("norm")
     if not norm or data["threat_model"].get("phase") != "test_time" or data["defense"].get("certified"):
         raise ReportError("it has no distances of attacks in a norm")
-    grave = [flag["id"] for flag in report.flags if flag["severity"] == "unreliable"]
+    grave = [flag["id"] for flag in data["diagnostics"]["flags"] if flag["severity"] == "unreliable"]
     if grave:
         raise ReportError(f"its number is flagged as unreliable ({', '.join(grave)})")
-    records = read_records(records_path(path))
+    return str(norm)
+
+
+def _bounded(data: Mapping[str, Any]) -> bool:
+    return data["threat_model"].get("eps") is not None
+
+
+def _run(name: str, data: Mapping[str, Any], records: Sequence[Record]) -> _Run:
+    norm = _norm(data)
     if not records:
         raise ReportError("its records are gone: optimality is counted from them")
     return _Run(
-        str(path.parent),
-        report,
+        name,
+        data,
         _distances(records, norm.casefold()),
         {name: _cost(records, name) for name in dict.fromkeys(record.attack for record in records)},
         norm,
-        data["threat_model"].get("eps") is not None,
+        _bounded(data),
     )
 
 
-def _key(run: _Run) -> _Key:
+def _key(data: Mapping[str, Any]) -> _Key:
     """What two runs must share: weights, defense, goal, norm, lattice and samples."""
-    data = run.report.current
     threat, chosen = data["threat_model"], data["dataset"]["selection"]
     details = threat.get("details", {})
     return tuple(
@@ -261,7 +441,7 @@ def _key(run: _Run) -> _Key:
             data["defense"]["name"],
             data["defense"]["params"],
             data.get("request", {}).get("goal", threat.get("goal")),
-            run.norm,
+            threat.get("norm"),
             details.get("per", ""),
             details.get("lattice", 0),
             data["dataset"].get("sha256"),
@@ -278,6 +458,8 @@ def _distances(records: Iterable[Record], measure: str) -> dict[str, Distances]:
             took = 0.0
         elif record.outcome == Outcome.BROKEN:
             took = float(record.measures.get(measure, record.distance if record.distance is not None else math.inf))
+            if not took >= 0:
+                raise ReportError(f"sample {record.id} was broken at the distance {took}")
         elif record.outcome in (Outcome.ROBUST, Outcome.INVALID):
             took = math.inf
         else:
@@ -294,51 +476,47 @@ def _case(runs: Sequence[_Run], level: float) -> CaseOptimality | None:
     if not free:
         return None
     ids = list(free[0][2])
-    best = np.array([min(each.get(row, math.inf) for _, _, each in found) for row in ids])
-    reachable = best[np.isfinite(best)]
-    largest = float(reachable.max()) if len(reachable) else 0.0
+    envelope = Envelope.of([[each.get(row, math.inf) for row in ids] for _, _, each in found])
     attacks = []
     for run, name, each in free:
         own = np.array([each.get(row, math.inf) for row in ids])
-        gained, possible = largest - own.clip(max=largest), largest - best.clip(max=largest)
-        right = best > 0
-        interval = (
-            bootstrap_ratio(gained[right].tolist(), possible[right].tolist(), level)
-            if possible[right].sum() > 0
-            else None
-        )
-        local = None if interval is None else float(gained[right].sum() / possible[right].sum())
+        areas = envelope.areas(own)
+        local, interval = envelope.local(own, level)
+        right = envelope.best > 0
         attacks.append(
             Attacked(
                 _named(run, name),
                 run.name,
                 len(ids),
                 float(np.isfinite(own[right]).mean()) if right.any() else 0.0,
-                float(np.median(own)) if np.isfinite(own).mean() > 0.5 else math.inf,
+                median(own),
                 run.cost[name],
                 local,
                 interval,
+                areas,
             )
         )
-    data = runs[0].report.current
-    within = tuple(sorted({f"{name} ({run.report.threat})" for run, name, _ in found if run.bounded}))
+    data = runs[0].data
+    within = tuple(
+        sorted({f"{name} ({describe_threat(run.data['threat_model'])})" for run, name, _ in found if run.bounded})
+    )
     return CaseOptimality(
         f"{data['model']['name']} ({data['defense']['name']})",
         str(data["dataset"]["name"]),
         str(data["threat_model"].get("goal")),
         runs[0].norm,
         len(ids),
-        largest,
-        float(np.median(best)) if np.isfinite(best).mean() > 0.5 else math.inf,
+        envelope.largest,
+        median(envelope.best),
         tuple(sorted(attacks, key=lambda each: (-(each.local or 0.0), each.name, each.run))),
         within,
     )
 
 
 def _named(run: _Run, name: str) -> str:
-    details: Mapping[str, Any] = run.report.current["threat_model"].get("details", {})
+    details: Mapping[str, Any] = run.data["threat_model"].get("details", {})
     budget = details.get("propagations")
-    queries = run.report.current["threat_model"].get("query_budget")
+    queries = run.data["threat_model"].get("query_budget")
     limits = [f"{budget} propagations"] if budget else []
     limits += [f"{queries} queries"] if queries else []
     return f"{name} ({', '.join(limits)})" if limits else name

@@ -138,13 +138,22 @@ def _named(data: Data, full: bool) -> Iterator[Row]:
         yield from _metric_rows(companion["title"], data["metrics"][companion["metric"]], "companion")
 
 
-def _attack_rows(data: Data, chosen: Sequence[Data], section: str) -> Iterator[Row]:
+def attack_labels(data: Data) -> list[str]:
+    """Names of the attacks behind the headline, in order, as the rows of the summary have them."""
+    return [label for _, label in _labelled(data, [attack for attack in data["attacks"] if not attack["beside"]])]
+
+
+def _labelled(data: Data, chosen: Sequence[Data]) -> Iterator[tuple[Data, str]]:
     names = Counter(attack["name"] for attack in data["attacks"])
     for attack in chosen:
-        label = spell(attack["name"], attack["params"]) if names[attack["name"]] > 1 else attack["name"]
+        label = spell(attack["name"], attack["params"]) if names[attack["name"]] > 1 else str(attack["name"])
         made_of = attack.get("made_of")
         label += f" = {made_of}" if made_of else ""
-        label += " (on survivors)" if attack.get("conditional") else ""
+        yield attack, label + (" (on survivors)" if attack.get("conditional") else "")
+
+
+def _attack_rows(data: Data, chosen: Sequence[Data], section: str) -> Iterator[Row]:
+    for attack, label in _labelled(data, chosen):
         label = f"beside: {label}" if section == "beside" else label
         yield _row(label, attack["robust_accuracy"], section, attack["attack_success_rate"])
 

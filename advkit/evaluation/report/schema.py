@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from advkit.core.errors import ReportError
-from advkit.evaluation.report.fits import fits
+from advkit.evaluation.report.fits import Check, checker, fits
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.stats import wilson
 
@@ -36,9 +36,15 @@ def schema() -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads((HERE / "evaluation_report.schema.json").read_text(encoding="utf-8")))
 
 
+@cache
+def _whole_schema() -> Check:
+    return checker(schema(), schema())
+
+
 def validate(data: Mapping[str, Any]) -> None:
     """Raise ReportError where a document does not fit the schema or does not agree with itself."""
-    validate_part(data, schema(), "")
+    if not _whole_schema()(data):
+        validate_part(data, schema(), "")
     try:
         moment = datetime.fromisoformat(data["created_utc"])
     except ValueError:

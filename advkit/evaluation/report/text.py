@@ -8,6 +8,9 @@ from typing import Any
 _SPOKEN = {"nll": "NLL", "asr": "ASR", "tapm": "TAPM", "acc": "accuracy", "8bit": "after rounding to 8 bits"}
 _CUT = "..."
 
+NO_MEDIAN = "no median: half of the samples or more withstood"
+"""Of distances, infinite where a sample withstood."""
+
 
 def percent(value: float | None) -> str:
     """A fraction as people read it: "84.9 %", or "-" where there is none."""
@@ -84,9 +87,9 @@ def is_fraction(entry: Any) -> bool:
 
 
 def value_text(entry: Mapping[str, Any]) -> str:
-    """The value of a rate or a scalar: "84.9 %", "0.0271 Linf"; "inf flips" where nothing was enough."""
+    """The value of a rate or a scalar: "84.9 %", "0.0271 Linf"; NO_MEDIAN where that would be infinite."""
     if entry.get("unbounded"):
-        return f"inf {entry.get('unit', '')}".rstrip()
+        return NO_MEDIAN
     if is_fraction(entry):
         return percent(entry["value"])
     return "-" if entry["value"] is None else f"{entry['value']:.4g} {entry.get('unit', '')}".rstrip()

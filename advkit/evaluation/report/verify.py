@@ -46,6 +46,7 @@ from advkit.evaluation.counts import (
     weakest_classes,
     worst_figures,
 )
+from advkit.evaluation.replies import reply_figures
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.examples import records_beside
 from advkit.evaluation.run.store import beside_files, beside_name, read_records
@@ -95,7 +96,7 @@ class Verification:
 
 def records_file(report: Report) -> Path | None:
     """The records beside a report, None where there are none; ReportError where it names a file elsewhere."""
-    return records_beside(report.path, report.to_dict())
+    return records_beside(report.path, report.view)
 
 
 def verify(report: Report) -> Verification:
@@ -108,12 +109,12 @@ def verified(report: Report) -> tuple[Verification, list[Record]]:
     try:
         file = records_file(report)
         if file is None:
-            return Verification((), tuple(report.metrics), records=False, headline=False), []
+            return Verification((), tuple(report.view["metrics"]), records=False, headline=False), []
         records = read_records(file)
         beside = {each.stem: read_records(each) for each in beside_files(file)}
     except ReportError as error:
         return Verification((printable(str(error)),)), []
-    data = report.current
+    data = report.view
     apart = {beside_name(each["name"], place) for place, each in enumerate(data["companions"]) if each["name"] in APART}
     others = [record for name, each in beside.items() if name not in apart for record in each]
     faults = [*_samples(data, file, records), *_attacks(data, records, others), *_attacker(report, data, records)]
@@ -245,6 +246,8 @@ def _metrics(
         confirmed.add(name)
         if not _agrees(entry, figure):
             wrong.append(f"{name} is {_said(entry)}, the records say {_counted(figure)}")
+    told, wrong_replies = _of_replies(data, counted)
+    confirmed, wrong = confirmed | told, wrong + wrong_replies
     if data["section"]["scenario"] == EVASION:
         headline = (data["section"]["headline"] or {}).get("metric")
         for name, (base, of) in counted.items():
@@ -312,6 +315,33 @@ def _certificates(data: Mapping[str, Any], records: Sequence[Record]) -> tuple[s
     if sigma is not None and sigmas - {sigma}:
         wrong.append(f"defense.params.sigma is {_short(sigma)}, the votes were taken under {_short(sorted(sigmas))}")
     return set(told), wrong
+
+
+def _of_replies(
+    data: Mapping[str, Any], counted: Mapping[str, tuple[str, Sequence[Record]]]
+) -> tuple[set[str], list[str]]:
+    """The same for what judges say of several replies: values, and the intervals, which are seeded."""
+    cards = [card for card in data["protocol"].get("judges", ()) if isinstance(card, Mapping)]
+    tables = {id(of): reply_figures(of, cards) for _, of in counted.values()}
+    confirmed, wrong = set[str](), list[str]()
+    for name, (base, of) in counted.items():
+        entry, made = data["metrics"][name], tables[id(of)].get(base)
+        if made is None or not isinstance(entry, Mapping):
+            continue
+        confirmed.add(name)
+        if entry.get("n") != made["n"] or not _same(entry, made):
+            wrong.append(f"{name} is {_said(entry)}, the records and cards say {_said(made)}")
+        elif any(not _same(_mapping(entry.get("ci")), _mapping(made["ci"]), key) for key in ("low", "high")):
+            wrong.append(f"the interval of {name} is not what the records and cards come to")
+    return confirmed, wrong
+
+
+def _same(one: Mapping[str, Any], two: Mapping[str, Any], key: str = "value") -> bool:
+    """Whether two blocks have the same number, or none."""
+    here, there = one.get(key), two.get(key)
+    if not isinstance(here, (int, float)) or not isinstance(there, (int, float)):
+        return here is there
+    return math.isclose(here, there, rel_tol=1e-6, abs_tol=_ROUND_OFF)
 
 
 def _of_mean(name: str, entry: Mapping[str, Any], values: Sequence[float], headline: bool) -> Iterator[str]:

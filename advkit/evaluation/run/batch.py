@@ -19,8 +19,9 @@ from torch.nn.functional import one_hot
 
 from advkit.core.blame import BACKWARD, GOAL, MODEL, blamed
 from advkit.core.errors import AccessDenied, AdvkitError, UsageError
+from advkit.core.lanes import Lanes
 from advkit.core.limits import TimedOut, limited
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import (
     Access,
     Averages,
@@ -41,6 +42,7 @@ from advkit.core.protocols import (
 )
 from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.counts import UNKNOWN, clean_notes
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, Said, Verdict, finite, rendered, unchanged
@@ -368,7 +370,8 @@ class _Attempts:
         self.met_non_finite[where] = meter.non_finite
         self.no_gradient[where] = meter.zero_gradient
         self.asked_non_finite[where] = meter.asked_non_finite
-        self.trace.update((row, meter.noted(i)) for i, row in enumerate(where.tolist()))
+        places = where.tolist()
+        self.trace |= {places[i]: meter.noted(i) for i in meter.with_notes}
         self.tokens += meter.tokens
 
     def again(self, rows: Tensor, model: Any) -> None:
@@ -376,6 +379,7 @@ class _Attempts:
         for row in rows.tolist():
             self.errors.pop(row, None)
             self.raised_by.pop(row, None)
+            self.trace.pop(row, None)
         self.late[rows.cpu()] = False
         self.returned[rows] = self.start[rows]
         self.attack(rows, model)
@@ -431,13 +435,19 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
 
 def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
     """Judge one batch as it is, without an attack."""
+    return replace(shown(case, batch, lanes), clean=None, adversarial=None)
+
+
+def shown(case: Case, batch: Batch, lanes: Lanes, returned: Tensor | None = None) -> Round:
+    """Judge one batch on what was made of it elsewhere: `returned` [B, ...], the rows as they are for None."""
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
     judge = _judge(case, lanes, rng)
     clean = _clean(case, batch, judge, rng.at("goal"))
     attempts = _Attempts(case, batch, clean.goal, lanes, rng)
-    verdict = judge.judge(attempts.start, batch.x, clean.goal, case.threat)
+    attempts.returned = attempts.start if returned is None else returned.to(attempts.start)
+    verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
     said = _examined(attempts, clean, judge, verdict, rng)
-    return Round(_records(attempts, clean, judge, verdict, said))
+    return Round(_records(attempts, clean, judge, verdict, said), batch.x, verdict.submitted.to(batch.x))
 
 
 def _examined(attempts: _Attempts, clean: _Clean, judge: Judge, verdict: Verdict, rng: RowRng) -> list[Said]:
@@ -553,13 +563,16 @@ def _records(
     distance, margin, closeness = (_numbers(each) for each in (verdict.distance, verdict.margin, verdict.closeness))
     eight_bit = [None] * len(batch.ids) if verdict.eight_bit is None else verdict.eight_bit.tolist()
     forwards, backwards, queries = attempts.cost.tolist()
-    measures = [(name, value.tolist()) for name, value in verdict.measures.items()]
+    names = tuple(verdict.measures)
+    measures = list(zip(*(value.double().tolist() for value in verdict.measures.values()), strict=True))
     flags = _flags(attempts, verdict)
     ungraded = isinstance(case.rule, Graded)
     attack, stage, source = case.label.attack, case.label.stage, case.label.source
     records = []
     for i, row in enumerate(batch.ids):
-        label, outcome = labels[i], outcomes[i]
+        label, outcome, more = labels[i], outcomes[i], flags.get(i, ())
+        if not all(states[i]) or outcome == Outcome.WRONG:
+            more = (*_state_of(states[i], outcome, label, before[i]), *more)
         lost = outcome in UNKNOWN or (outcome == Outcome.WRONG and asked_non_finite[i])
         if outcome == Outcome.ERROR:
             attempts.errors.setdefault(i, ASKED_NON_FINITE)
@@ -579,9 +592,9 @@ def _records(
                 forwards=forwards[i],
                 backwards=backwards[i],
                 queries=queries[i],
-                notes=(*_state_of(states[i], outcome, label, before[i]), *flags.get(i, ())),
+                notes=more,
                 message=attempts.errors.get(i, ""),
-                measures={name: float(values[i]) for name, values in measures},
+                measures=dict(zip(names, measures[i], strict=True)) if names else {},
                 # The error of a sample without a verdict is that of its clean self: no error under attack.
                 figures={} if lost and ungraded else said[i].figures,
                 trace=attempts.trace.get(i, ()),
@@ -652,4 +665,7 @@ def _believed(
 
 def _numbers(values: Tensor) -> list[float | None]:
     """JSON numbers; NaN and infinity have none."""
-    return [float(number) if math.isfinite(number) else None for number in values.tolist()]
+    numbers: list[float] = values.double().tolist()
+    if bool(values.isfinite().all()):
+        return list(numbers)
+    return [number if math.isfinite(number) else None for number in numbers]

@@ -29,6 +29,7 @@ from advkit.core.protocols import (
     Surrogates,
     Task,
     ThreatModel,
+    ids_of,
     one_change,
     whole_batch,
 )
@@ -63,6 +64,7 @@ class Case:
     surrogates: models the oracle speaks for in place of the victim, by name; empty is white or black box on the victim
     specs:      canonical specs of attack, defense, task, model, threat_model, goal
     n:          rows evaluated
+    places:     first place and the one behind the last of those of the n rows that are this shard's; None for all
     seed:       the run's only seed
     randomized: the victim's answers vary from call to call (declared or found): verdicts go by majority of draws, and
                 no row stops early
@@ -103,6 +105,7 @@ class Case:
     views: FastViews | None = field(default=None, compare=False, repr=False)
     sample_timeout: float | None = None
     propagations: int | None = None
+    places: tuple[int, int] | None = None
     exact: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
@@ -112,6 +115,15 @@ class Case:
         A language model has two answers here, and the wrong one is what the attacker wants: there is no third.
         """
         return self.rule.kind != "untargeted" and not isinstance(self.rule, (Judged, AboutSamples))
+
+    @property
+    def size(self) -> int:
+        """How many rows are run."""
+        return self.n if self.places is None else self.places[1] - self.places[0]
+
+    def ids(self) -> list[str]:
+        """The rows that are run, in the task's order."""
+        return ids_of(self.task, self.n)[slice(*(self.places or (0, self.n)))]
 
     @property
     def together(self) -> bool:
@@ -134,6 +146,7 @@ class Case:
         # The first is not named, for the same reason.
         revised = {"revision": attack.revision} if isinstance(attack, Revised) and attack.revision > 1 else {}
         counted |= {"propagations": self.propagations} if self.propagations is not None else {}
+        counted |= {"places": list(self.places)} if self.places is not None else {}
         return {
             "specs": {**named, "model": info.architecture or info.name, **speed},
             "label": str(self.label),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of
 from advkit.evaluation.run.batch import (
     Round,
@@ -45,14 +45,18 @@ Progress = Callable[[list[Record], int], None]  # the new records, and how many 
 
 
 class Without:
-    """Rows to leave out of a cell's batches: those on record under its label, and those that nobody asked for."""
+    """Rows to leave out of a cell's batches: those on record under its label, and those that nobody asked for, or that
+    are another shard's.
+    """
 
     def __init__(self, done: Records, cell: Case, only: Container[str] | None) -> None:
-        self.done, self.label, self.only = done, cell.label, only
+        self.done, self.prefix, self.only = done, Store.key(cell.label, ""), only
+        self.ours = None if cell.places is None else frozenset(cell.ids())
 
     def __contains__(self, row: object) -> bool:
         name = str(row)
-        return Store.key(self.label, name) in self.done or (self.only is not None and name not in self.only)
+        others = any(rows is not None and name not in rows for rows in (self.only, self.ours))
+        return others or self.prefix + name in self.done
 
 
 @dataclass
@@ -158,16 +162,18 @@ def run(
 
 
 def _run(case: Case, scenario: Scenario, store: Store, progress: Progress | None, engine: LocalEngine) -> list[Record]:
-    if progress and len(store):
-        progress(list(store), scenario.expected(case, store.records))
+    records = list(store)
+    if progress and records:
+        progress(records, scenario.expected(case, store.records))
     kept = first_ids(case, case.keep)
     watch = Stopwatch()
     for each in within_memory(case, lambda cell: scenario.rounds(cell, engine, store.records)):
         examples = None if each.clean is None or each.adversarial is None else (each.clean, each.adversarial)
         store.append(each.records, watch.lap(), examples=examples, keep=kept, tokens=each.tokens)
+        records += each.records
         if progress:
             progress(list(each.records), scenario.expected(case, store.records))
-    return list(store)
+    return records
 
 
 def within_memory(case: Case, rounds: Callable[[Case], Iterator[Round]]) -> Iterator[Round]:
@@ -204,14 +210,16 @@ def _check_store(case: Case, scenario: Scenario, store: Store) -> None:
     attack: object = case.attack
     if isinstance(attack, Suite):
         known["stage"] = {"", *(stage.name for stage in attack.stages())}
-    for record in store:
-        for name, values in known.items():
-            if (value := getattr(record, name)) not in values:
-                word = {"id": "row", "label": "class"}.get(name, name)
-                raise StaleRun(
-                    f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name "
-                    "another --out"
-                )
+    held = store.records
+    seen: dict[str, Iterable[Any]] = {"id": held.ids(), "label": held.classes}
+    seen |= {name: [getattr(label, name) for label in held.labels] for name in ("attack", "source", "stage")}
+    for name, values in known.items():
+        if (value := next((each for each in seen[name] if each not in values), None)) is not None:
+            word = {"id": "row", "label": "class"}.get(name, name)
+            raise StaleRun(
+                f"{store.path} holds a record of {word} {value!s:.200}, which this case does not have: name another "
+                "--out"
+            )
 
 
 def available_cores() -> int:

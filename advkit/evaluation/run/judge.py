@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from advkit.core.blame import GOAL, JUDGE, MODEL, code_of
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import (
     Access,
     DrawsByRow,

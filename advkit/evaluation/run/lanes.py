@@ -18,7 +18,7 @@ from torch import Tensor
 
 from advkit.core.errors import StaleRun
 from advkit.core.files import write_whole
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import DrawsByRow
 from advkit.core.strict_json import read_object
 from advkit.evaluation.run.batch import models_attacked, own_randomness

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from advkit.core.errors import AdvkitError, BadInput, BadModel, BudgetExhausted, RunInterrupted, UsageError
+from advkit.core.lanes import Lanes
 from advkit.core.limits import TimedOut, limited
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import AboutSamples, Access, Averages, Batch, Model, Refuses, answer_shape
 from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
+from advkit.core.state import frozen
 from advkit.evaluation.run.batch import halved, models_of, on_device, own_randomness, rows_of
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, unchanged
-from advkit.evaluation.run.scenario import Scenario
+from advkit.evaluation.run.scenario import RowsApart, Scenario
 from advkit.models.torch import check_mode, checked_logits
 
 log = logging.getLogger("advkit")
@@ -28,6 +30,10 @@ def preflight(case: Case, scenario: Scenario) -> None:
     """Refuse what can't give a number: raises BadInput, BadModel or UsageError before anything is spent."""
     if reason := scenario.accepts(case):
         raise UsageError(reason)
+    if case.places is not None and not (isinstance(scenario, RowsApart) and scenario.rows_apart(case)):
+        raise UsageError(
+            f"what becomes of a row depends on the others here ({case.label}): leave rows out and run them together"
+        )
     _check_rule(case)
     if isinstance(case.rule, Refuses) and (reason := case.rule.misfit(case.victim)):
         raise UsageError(reason)

@@ -8,19 +8,28 @@ your own starts from `advkit.evaluation.scenarios.base.BaseScenario`, which has 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from advkit.core.protocols import Attack, Defense, Label, Record, Rule, Task, ThreatModel, Wording
+from advkit.core.protocols import Attack, Defense, Label, Outcome, Record, Rule, Task, ThreatModel, Wording
 from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.held import Held
 
 if TYPE_CHECKING:
-    from advkit.core.oracle import Lanes
+    from advkit.core.lanes import Lanes
     from advkit.evaluation.run.batch import Round, Unit
 
 Records = Mapping[str, Record]
 """Records on file, by `Store.key(label, row)`."""
+
+
+def ended_by_stage(records: Records) -> Counter[tuple[str, Outcome]]:
+    """How many records ended how, by stage; the store keeps count, so that asking after every batch costs nothing."""
+    if isinstance(records, Held):
+        return records.ended()
+    return Counter((record.stage, record.outcome) for record in records.values())
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from advkit.core.errors import SpecError, StaleRun
 from advkit.core.files import write_whole
-from advkit.core.oracle import Lanes, frozen
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Attack, Planned, Stepped, Suite, on_streams
 from advkit.core.speed import Speed
+from advkit.core.state import frozen
 from advkit.core.strict_json import read_object
 
 VICTIM = "victim"

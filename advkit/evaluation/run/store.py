@@ -5,185 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from advkit.core.errors import ReportError, RunInterrupted, RunInUse, StaleRun, UsageError
-from advkit.core.files import Claimed, check_unclaimed, why, write_whole
+from advkit.core.errors import RunInterrupted, RunInUse, StaleRun, UsageError
+from advkit.core.files import Claimed, check_unclaimed, claimed, why, write_whole
 from advkit.core.protocols import Label, Outcome, Record
-from advkit.core.strict_json import read_json, read_object
-from advkit.core.text import first_line
+from advkit.core.strict_json import read_object
+from advkit.evaluation.run import held
+from advkit.evaluation.run.codec import from_line as from_line
+from advkit.evaluation.run.codec import to_line as to_line
+from advkit.evaluation.run.codec import to_lines
+from advkit.evaluation.run.codec import written as written
+from advkit.evaluation.run.examples import forget_examples, write_examples
+from advkit.evaluation.run.examples import read_examples as read_examples
+from advkit.evaluation.run.held import Held
+from advkit.evaluation.run.reading import BESIDE as BESIDE
+from advkit.evaluation.run.reading import RECORDS_NAME as RECORDS_NAME
+from advkit.evaluation.run.reading import beside_files as beside_files
+from advkit.evaluation.run.reading import beside_name as beside_name
+from advkit.evaluation.run.reading import read_records as read_records
+from advkit.evaluation.run.reading import records_in
+from advkit.evaluation.run.reading import records_path as records_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("advkit")
 
-RECORDS_NAME = "records.jsonl"
-BESIDE = "beside"
-"""What the store of the first companion is called; those of further ones `beside-NAME`."""
-_EXAMPLES = ("origin", "adversarial")
-_NAMES = tuple(f.name for f in fields(Record))
-_WHERE_ANY = ("figures", "trace", "texts", "scores", "stage", "source")
-"""Fields that most records have nothing for: written only where they have."""
-_ALWAYS = tuple(name for name in _NAMES if name not in _WHERE_ANY)
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-
-
-def written(records: Iterable[Record]) -> tuple[str, ...]:
-    """Names of the fields that the lines of these records have."""
-    held = {name for record in records for name in _WHERE_ANY if getattr(record, name)}
-    return tuple(name for name in _NAMES if name not in _WHERE_ANY or name in held)
-
-
-def to_line(record: Record) -> str:
-    """One line of JSON, keys in the record's order."""
-    held = vars(record)
-    said = {name: held[name] for name in _ALWAYS}
-    for name in _WHERE_ANY:
-        if value := held[name]:
-            said[name] = value
-    return _ENCODER.encode(said)
-
-
-_MOST = 2**63  # of a whole number: arrays of such are made of records
-_NAMES_OF = ("id", "attack", "stage", "source")
-_CLASSES = ("label", "clean", "adversarial")
-_LENGTHS = ("distance", "margin", "closeness")
-_COUNTS = ("forwards", "backwards", "queries")
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and abs(value) < _MOST
-
-
-def _real(value: Any) -> bool:
-    return type(value) is float or _whole(value)
-
-
-def _plain(value: Any) -> bool:
-    """Whether a value of a trace is numbers and texts all the way down."""
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    if isinstance(value, dict):
-        return all(map(_plain, value.values()))
-    return value is None or isinstance(value, str | bool) or _real(value)
-
-
-_FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(
-        _NAMES_OF, lambda value: isinstance(value, str) and value == value.encode(errors="ignore").decode()
-    ),
-    **dict.fromkeys(("outcome", "message"), lambda value: isinstance(value, str)),
-    **dict.fromkeys(_CLASSES, lambda value: value is None or _whole(value)),
-    **dict.fromkeys(_LENGTHS, lambda value: value is None or (_real(value) and math.isfinite(value))),
-    **dict.fromkeys(_COUNTS, lambda value: _whole(value) and value >= 0),
-    "reached": lambda value: isinstance(value, bool),
-    "eight_bit": lambda value: value is None or isinstance(value, bool),
-    "notes": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
-    "measures": lambda value: isinstance(value, dict) and all(map(_real, value.values())),
-    "figures": lambda value: isinstance(value, dict) and all(type(v) is bool or _real(v) for v in value.values()),
-    "texts": lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
-    "scores": lambda value: (
-        isinstance(value, dict)
-        and all(isinstance(row, list) and all(_real(v) and math.isfinite(v) for v in row) for row in value.values())
-    ),
-    "trace": lambda value: isinstance(value, list) and all(isinstance(each, dict) and _plain(each) for each in value),
-}
-
-
-def from_line(line: str) -> Record:
-    """The record of one line; raises ValueError or TypeError when it is none."""
-    values = json.loads(line)
-    if not isinstance(values, dict):
-        raise TypeError(f"it is a {type(values).__name__}")
-    for name, value in values.items():
-        if name in _FITS and not _FITS[name](value):
-            raise TypeError(f"{name} is {value!r:.40}")
-    values["outcome"] = Outcome(values["outcome"])
-    values["notes"] = tuple(values["notes"])
-    values["trace"] = tuple(values.get("trace", ()))
-    values["scores"] = {name: tuple(row) for name, row in values.get("scores", {}).items()}
-    if not values.get("stage") and not values.get("source"):
-        # Runs of earlier versions wrote the label as one text.
-        label = Label.parse(values["attack"])
-        values |= {"attack": label.attack, "stage": label.stage, "source": label.source}
-    return Record(**values)
-
-
-def beside_name(companion: str, place: int) -> str:
-    """The name of a companion's store: `place` counts the companions that were run, from 0."""
-    return BESIDE if place == 0 else f"{BESIDE}-{companion}"
-
-
-def beside_files(records: Path) -> list[Path]:
-    """The records of companions beside those of a case, that of the first one first."""
-    found = [records.with_name(f"{BESIDE}.jsonl"), *sorted(records.parent.glob(f"{BESIDE}-*.jsonl"))]
-    return [each for each in found if each.is_file() and not each.stem.endswith(".seconds")]
-
-
-def records_path(run: str | Path) -> Path:
-    """records.jsonl of a run folder or beside a report.json."""
-    path = Path(run)
-    return (path if path.is_dir() else path.parent) / RECORDS_NAME
-
-
-def read_records(path: str | Path) -> list[Record]:
-    """The complete records of a finished or killed run; a line cut short by a crash is left out.
-
-    Raises ReportError on a missing file or a broken line.
-    """
-    file = Path(path)
-    records: list[Record] = []
-    try:
-        with file.open(encoding="utf-8", newline="\n") as lines:
-            records += (from_line(line) for line in lines if line.endswith("\n"))
-        return records
-    except FileNotFoundError:
-        raise ReportError(f"no per-row records at {file}; expected {RECORDS_NAME} beside the run's report") from None
-    except OSError as error:
-        raise ReportError(f"{file} can't be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ReportError(
-            f"{file}, line {len(records) + 1}: not a record ({error!s:.120}): remove the line to run its row again"
-        ) from None
-
-
-def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor, Tensor]]:
-    """Origin and returned input of the kept rows by record key, from a run folder.
-
-    A damaged file is left out, with a warning: the records do not depend on it.
-    """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for _, data, (origin, adversarial) in _example_files(folder / f"{name}.examples"):
-        found |= {f"{data['attack']}|{row}": (origin[i], adversarial[i]) for i, row in enumerate(data["ids"])}
-    return found
-
-
-def _example_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any], tuple[Tensor, Tensor]]]:
-    """The files of examples, in the order of their names: attack and ids, origins and returned inputs."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as held:
-                data = dict(held.metadata() or {})
-                origin, adversarial = (held.get_tensor(each) for each in _EXAMPLES)
-            data["ids"] = read_json(data["ids"])
-            if not isinstance(data["ids"], list) or not len(data["ids"]) == len(origin):
-                raise ValueError("it does not hold the rows that it names")
-            if origin.shape != adversarial.shape or not isinstance(data["attack"], str):
-                raise ValueError("it does not hold pairs of inputs")
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
-            log.warning("%s holds no examples that can be read (%s): remove it", file, first_line(error))
-            continue
-        yield file, data, (origin, adversarial)
+_BLOCK = 4096
+"""Lines that are read at a time."""
 
 
 def check_folder(folder: Path) -> None:
@@ -225,8 +81,10 @@ class Store:
         self.folder = folder
         self.name = name
         self.path = folder / f"{name}.jsonl"
-        self.records: dict[str, Record] = {}
+        self.records = Held()
         self.kept: dict[str, str] = {}
+        self._index = folder / f"{name}.index"
+        self._indexed = 0
         self._timing = folder / f"{name}.seconds.jsonl"
         self._case = folder / f"{name}.case.json"
         self._text = json.dumps(config, sort_keys=True, indent=1) + "\n"
@@ -258,19 +116,43 @@ class Store:
                 write_whole(file, json.dumps(self._rows) + "\n")
             self.remember(file)
         raw = self._mended()
-        for number, record in enumerate(read_records(self.path) if raw else (), 1):
-            if self.records.setdefault(self.key(record.made_by, record.id), record) != record:
-                raise StaleRun(
-                    f"{self.path}, line {number}: another record of row {record.id} under {record.made_by} stands "
-                    "above it: it was edited, or two runs wrote to it; remove both lines, or the folder"
-                )
-        self._check_written(raw)
+        size = self.records.load(self._index, raw)
+        self._indexed = len(self.records)
+        before = raw.count(b"\n", 0, size)
+        self._read(size, before)
+        self._check_written(size, before)
         self._begin(raw)
 
-    def _begin(self, raw: bytes) -> None:
+    def _read(self, start: int, before: int) -> None:
+        """Know the records whose lines begin there, which so many lines are before."""
+        lines = _lines(self.records.raw, start)
+        while block := list(islice(lines, _BLOCK)):
+            starts = accumulate(map(len, block), initial=start)
+            start += sum(map(len, block))
+            new: dict[str, tuple[Record, bytes, int]] = {}
+            for at, line, record in zip(starts, block, records_in(block, self.path, before), strict=False):
+                key = self.key(record.made_by, record.id)
+                before += 1
+                if key in new:
+                    same = line == new[key][1] or record == new[key][0]
+                elif key in self.records:
+                    same = line == self.records.line(key) or record == self.records[key]
+                else:
+                    new[key], same = (record, line, at), True
+                if not same:
+                    raise StaleRun(
+                        f"{self.path}, line {before}: another record of row {record.id} under {record.made_by} stands "
+                        "above it: it was edited, or two runs wrote to it; remove both lines, or the folder"
+                    )
+            found = new.values()
+            self.records.know(
+                list(new), [r for r, _, _ in found], [line for _, line, _ in found], [at for _, _, at in found]
+            )
+
+    def _begin(self, raw: bytearray) -> None:
         """Go on behind these bytes, which are the file's."""
         self._file: IO[bytes] = self.path.open("ab", buffering=0)
-        self._end, self._hash = len(raw), hashlib.sha256(raw)
+        self._end = len(raw)
 
     @staticmethod
     def key(label: Label, row: str) -> str:
@@ -302,18 +184,16 @@ class Store:
             raise StaleRun(f"{file} is damaged ({error}): name another --out, or remove the folder") from None
         changed = {row for row in {*before, *now} if before.get(row) != now.get(row)}
         raw, aside = self._mended(), ""
-        lines = raw.splitlines(keepends=True)
+        lines = list(_lines(raw, 0))
         kept = [
-            line
-            for line, record in zip(lines, read_records(self.path) if raw else (), strict=True)
-            if record.id not in changed
+            line for line, record in zip(lines, records_in(lines, self.path), strict=True) if record.id not in changed
         ]
         if len(kept) < len(lines):
             place = _free(self.path.with_suffix(".changed"))
             write_whole(place, raw)
             write_whole(self.path, b"".join(kept))
             aside = f"; {len(lines) - len(kept)} records are put aside in {place}"
-        _forget_examples(self.folder / f"{self.name}.examples", changed)
+        forget_examples(self.folder / f"{self.name}.examples", changed)
         write_whole(file, json.dumps(dict(now)) + "\n")
         write_whole(self._case, self._text)
         log.warning(
@@ -324,31 +204,39 @@ class Store:
             aside,
         )
 
-    def _mended(self) -> bytes:
+    def _mended(self) -> bytearray:
         """The whole lines of the file; a last one that was cut short is taken off."""
         if not self.path.exists():
-            return b""
-        raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole != len(raw):
-            with self.path.open("r+b") as handle:
+            return bytearray()
+        with self.path.open("r+b") as handle:
+            raw = bytearray(self.path.stat().st_size)
+            del raw[handle.readinto(raw) :]
+            whole = raw.rfind(b"\n") + 1
+            if whole != len(raw):
                 handle.truncate(whole)
-        return raw[:whole]
+                del raw[whole:]
+        return raw
 
-    def _check_written(self, raw: bytes) -> None:
+    def _check_written(self, start: int, before: int) -> None:
         """Raise StaleRun where a line is not what was written, as far as the file of times can tell.
 
         Lines may be taken out. Those behind the last known one are a batch whose times a crash cut off: they are known
         from now on.
+
+        start, before: where the lines begin of which the index says nothing, and how many are before them
         """
         self._times = _entries(self._timing)
         if self._timing.exists() and self._timing.read_bytes()[-1:] not in (b"", b"\n"):
             with self._timing.open("ab") as handle:
                 handle.write(b"\n")  # what comes now is a line of its own
+        if sum(len(_marks(entry)) for entry in self._times) < before:
+            start = before = 0  # lines that the index knows are unknown to the file of times: it was cut
+        marks = [_mark(line[:-1]) for line in _lines(self.records.raw, start)]
+        if not marks:
+            return
         known = {mark for entry in self._times for mark in _marks(entry)}
-        marks = [_mark(line) for line in raw.split(b"\n")[:-1]]
         last = max((number for number, mark in enumerate(marks) if mark in known), default=-1)
-        for number, mark in enumerate(marks[: last + 1], 1):
+        for number, mark in enumerate(marks[: last + 1], before + 1):
             if mark not in known:
                 raise StaleRun(
                     f"{self.path}, line {number} is not what was written: it was edited or damaged; remove the line to "
@@ -394,18 +282,27 @@ class Store:
             if key in self.records or key in rows:
                 raise ValueError(f"record {key} is already in the store")
             rows[key] = record
-        lines = [to_line(record).encode() for record in rows.values()]
+        new = list(rows.values())
+        lines = to_lines(new)
         with self._writing():
             self._look()
             if examples is not None:
-                self._write_examples(list(rows.values()), examples, keep)
-            self._write(b"".join(line + b"\n" for line in lines))
-            self.records |= rows
-            if rows:
-                first = next(iter(rows.values()))
-                spent = {"attack": str(first.made_by), "rows": len(rows), "seconds": seconds}
-                entry = spent | ({"tokens": tokens} if tokens else {}) | {"lines": [_mark(line) for line in lines]}
+                write_examples(self.folder / f"{self.name}.examples", new, examples, keep)
+            self._write(b"".join(lines))
+            self.records.append(list(rows), new, lines)
+            if new:
+                spent = {"attack": str(new[0].made_by), "rows": len(new), "seconds": seconds}
+                entry = spent | ({"tokens": tokens} if tokens else {}) | {"lines": [_mark(line[:-1]) for line in lines]}
                 self._tell(entry)
+        if len(self.records) >= 2 * max(self._indexed, held.MANY):
+            self._write_index()
+
+    def _write_index(self) -> None:
+        """So that a resume reads few lines; a disk that is full for it costs time alone."""
+        if len(self.records) >= held.MANY and self._indexed != len(self.records):
+            with suppress(OSError):
+                self.records.save(self._index)
+                self._indexed = len(self.records)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -429,7 +326,6 @@ class Store:
                 self._file.truncate(self._end)
             raise
         self._end += len(data)
-        self._hash.update(data)
 
     def _look(self) -> None:
         """Put the records back where they are no longer what was written."""
@@ -445,13 +341,16 @@ class Store:
         """See at the end of a run that the file holds what was written; where it does not it is written anew."""
         with self._writing():
             self._look()
-            if hashlib.sha256(self.path.read_bytes()).digest() != self._hash.digest():
+            with self.path.open("rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+            if not same:
                 self._put_back()
+        self._write_index()
 
     @property
     def sha256(self) -> str:
         """Of the file's bytes."""
-        return self._hash.hexdigest()
+        return self.records.hash.hexdigest()
 
     def _put_back(self) -> None:
         """Write case, side files and records anew; what lies in the records' place is put aside."""
@@ -475,28 +374,15 @@ class Store:
         log.warning("%s was removed or changed while the run went on: it is written anew%s", self.path, aside)
         self._begin(self._copy_to(self.folder))
 
-    def _copy_to(self, folder: Path) -> bytes:
+    def _copy_to(self, folder: Path) -> bytearray:
         """Case, side files and records as this process knows them; the bytes of the records."""
-        raw = "".join(to_line(record) + "\n" for record in self.records.values()).encode()
+        raw = self.records.raw
         write_whole(folder / self._case.name, self._text)
         for name, content in self._sides.items():
             write_whole(folder / name, content)
         write_whole(folder / self._timing.name, "".join(json.dumps(entry) + "\n" for entry in self._times))
         write_whole(folder / self.path.name, raw)
         return raw
-
-    def _write_examples(self, rows: list[Record], examples: tuple[Tensor, Tensor], keep: Container[str]) -> None:
-        chosen = [i for i, record in enumerate(rows) if record.id in keep]
-        if not chosen:
-            return
-        from safetensors.torch import save
-
-        ids = [rows[i].id for i in chosen]
-        label = str(rows[0].made_by)
-        word = hashlib.sha256("|".join([label, *ids]).encode()).hexdigest()[:16]
-        tensors = {name: values[chosen].cpu().contiguous() for name, values in zip(_EXAMPLES, examples, strict=True)}
-        content = save(tensors, metadata={"attack": label, "ids": json.dumps(ids)})
-        write_whole(self.folder / f"{self.name}.examples" / f"{word}.safetensors", content)
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds spent per attack label, over all starts of the run."""
@@ -522,11 +408,13 @@ class Store:
         self.close()
         if self.path.exists():
             os.replace(self.path, self.path.with_suffix(".rejected"))
-        self.records.clear()
+        self._index.unlink(missing_ok=True)
+        self.records = Held()
 
     def close(self) -> None:
         """Close the file and let others write to the folder; the store can be read on."""
         if not self._file.closed:
+            self._write_index()
             self._file.close()
             self._right.release()
 
@@ -537,19 +425,22 @@ class Store:
         return len(self.records)
 
 
-def _forget_examples(folder: Path, rows: Container[str]) -> None:
-    """Take the examples of some rows out of the files that hold them."""
-    from safetensors.torch import save
+def take_out(folder: Path, name: str, outcomes: Container[Outcome]) -> int:
+    """Take the records that ended so out of a run folder and put the file as it was aside; gives how many there were.
 
-    for file, data, tensors in _example_files(folder):
-        left = [i for i, row in enumerate(data["ids"]) if row not in rows]
-        if len(left) < len(data["ids"]):
-            ids = json.dumps([data["ids"][i] for i in left])
-            if left:
-                kept = {name: tensor[left].contiguous() for name, tensor in zip(_EXAMPLES, tensors, strict=True)}
-                write_whole(file, save(kept, metadata={"attack": data["attack"], "ids": ids}))
-            else:
-                file.unlink()
+    A run that is started again then has these rows to do.
+    """
+    path = folder / f"{name}.jsonl"
+    with claimed(folder):
+        raw = path.read_bytes()
+        lines = raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True)
+        records = read_records(path)
+        out = [record.outcome in outcomes for record in records]
+        if any(out):
+            write_whole(_free(path.with_suffix(".retried")), raw)
+            write_whole(path, b"".join(line for line, goes in zip(lines, out, strict=True) if not goes))
+            forget_examples(folder / f"{name}.examples", {r.id for r, goes in zip(records, out, strict=True) if goes})
+    return sum(out)
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
@@ -559,6 +450,14 @@ def _entries(file: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             found.append(read_object(line))
     return found
+
+
+def _lines(raw: bytearray, start: int) -> Iterator[bytes]:
+    """The whole lines from there on, with their ends."""
+    while start < len(raw):
+        end = raw.index(b"\n", start) + 1
+        yield bytes(raw[start:end])
+        start = end
 
 
 def _mark(line: bytes) -> str:

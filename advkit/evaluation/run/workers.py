@@ -28,7 +28,7 @@ import torch
 
 from advkit.core import limits
 from advkit.core.errors import RunInterrupted, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batch, Examined, Examines
 from advkit.core.state import Settings, callers_settings, remember
 from advkit.evaluation.run.batch import Round, Unit, counting, given_up, halved, lost, models_of, rows_of, run_alone
@@ -53,7 +53,7 @@ _LOOK = 0.25  # seconds between two looks at workers that are at work
 _SLOT = 3  # numbers per worker: process, job, and the moment at which it has to be back
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when the one that started it is gone, however it ended: a pool's queues do not tell."""
     parent = parent_process()
     if parent is not None:
@@ -64,7 +64,7 @@ def _end_with_parent() -> None:
 def _begin(payload: bytes, number: Any, slots: Any, places: list[str], settings: Settings) -> None:
     remember(settings)
     sys.path += [place for place in places if place not in sys.path]
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     case = torch.load(io.BytesIO(payload), weights_only=False)  # our own bytes, from the parent process
     _worker["case"] = case

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from advkit.core.protocols import Access, AsksQueries, Graded, Record, Worded, Wording
+from advkit.core.protocols import Access, AsksQueries, Graded, LeastChange, Record, Worded, Wording
 from advkit.evaluation.counts import (
     ANY_JUDGE,
     QUERIES_TO_BREAK,
@@ -22,6 +22,7 @@ from advkit.evaluation.counts import (
     JudgeCounts,
     unranked,
 )
+from advkit.evaluation.replies import ALPHA, CORRECTED, HIT
 from advkit.evaluation.run.batch import Round, attacked, judged
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.scenario import Companion, Engine, Headline, Parts, Records, Section
@@ -30,6 +31,7 @@ from advkit.evaluation.scenarios.metrics import (
     by_label,
     judge_counts,
     least_metrics,
+    nears_by_queries,
     per_class,
     stops_at_success,
 )
@@ -55,7 +57,7 @@ class BaseScenario(ABC):
 
     def expected(self, case: Case, records: Records) -> int:
         """One record per row."""
-        return case.n
+        return case.size
 
     @abstractmethod
     def rounds(self, case: Case, engine: Engine, records: Records) -> Iterator[Round]:
@@ -141,10 +143,10 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
         ((name, entry),) = least.items()
         headline = Headline(name, f"Median {entry['unit']} to break")
         table = [(words.clean, "clean_accuracy"), (headline.name.lower(), name), *table[1:]]
-        sentence = (
-            f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean: {how}. "
-            f"{words.success.capitalize()} is {{attack_success_rate}}."
-        )
+        median = f"It takes {{{name}}} in the median to break a sample, 0 for samples that are wrong when clean"
+        if entry.get("unbounded"):
+            median = f"Half of the samples or more withstood: there is no median of the {entry['unit']} to break one"
+        sentence = f"{median}: {how}. {words.success.capitalize()} is {{attack_success_rate}}."
     if isinstance(case.rule, Graded) and case.rule.grades[0] in metrics:
         name, *others = (each for each in case.rule.grades if each in metrics)
         headline = Headline(name, f"Mean {spoken(name)} under attack", "lower")
@@ -153,6 +155,8 @@ def accuracy_section(case: Case, records: Sequence[Record]) -> Section:
             f"The mean {spoken(name)} under attack is {{{name}}}, over the samples with a verdict: {how}. "
             f"{words.robust.capitalize()} are {{robust_accuracy}} of the samples."
         )
+    if isinstance(case.threat, LeastChange) and case.threat.least and case.threat.describe().get("norm"):
+        sentence += " How near to the least distances known it came: `advkit compare --optimality` with other runs."
     if QUERIES_TO_BREAK in metrics:
         table = [*table, ("queries to break a sample, median", QUERIES_TO_BREAK)]
     lacking, answers = unranked(records)
@@ -173,6 +177,7 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
     metrics, words = section.metrics, section.wording
     judges = {name: name.removesuffix(SAYS) for name in counted.broken} | {TARGET: "exact target"}
     strictest = judges[counted.strictest]
+    sampled = [name for name in metrics if name.startswith(f"{strictest}{HIT}") and name[-1].isdecimal()]
     lines = [
         (words.clean, "clean_accuracy"),
         (f"strictest judge ({strictest})", STRICTEST_JUDGE),
@@ -181,6 +186,12 @@ def _judged_section(section: Section, counted: JudgeCounts) -> Section:
         ("refused when clean", REFUSED),
         ("benign prompts answered", "benign_accuracy"),
         ("some judge says broken", ANY_JUDGE),
+        *(
+            (f"hit@{name.rpartition('_')[2]}, {strictest} judge", name)
+            for name in dict.fromkeys(sampled[:1] + sampled[-1:])
+        ),
+        (f"{strictest} judge, corrected", f"{strictest}{SAYS}{CORRECTED}"),
+        ("agreement of judges (alpha)", ALPHA),
     ]
     sentence = (
         f"{{{STRICTEST_JUDGE}}} of the prompts that are refused when clean are broken by the strictest judge "
@@ -200,6 +211,7 @@ def figures_of(case: Case, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The plots that records of inputs and words give."""
     names = ["per_class"] if any(name.startswith("robust_accuracy_class_") for name in metrics) else []
     names += ["success_by_queries"] if stops_at_success(case) else []
+    names += ["distance_by_queries"] if nears_by_queries(case) else []
     names += ["success_by_distance", "accuracy_by_distance", "searches", "transcripts"]
     return [{"name": name} for name in names]
 

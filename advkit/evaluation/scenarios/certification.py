@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from advkit.core.blame import MODEL, code_of
+from advkit.core.lanes import Lanes
 from advkit.core.noise import block_size
-from advkit.core.oracle import Lanes
 from advkit.core.protocols import Batch, Label, Outcome, Record, answer_shape
 from advkit.core.rng import RowRng
 from advkit.core.smoothing import hopeless, largest_radius, linf_radius, radius

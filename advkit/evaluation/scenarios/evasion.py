@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -30,11 +31,10 @@ from advkit.core.protocols import (
     TrainsApart,
     TrainsFront,
     Undefended,
-    ids_of,
     on_streams,
 )
 from advkit.defenses import DEFENSES
-from advkit.evaluation.run.scenario import RowsApart
+from advkit.evaluation.run.scenario import RowsApart, ended_by_stage
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios.base import (
     BaseScenario,
@@ -54,6 +54,10 @@ from advkit.threat_models import THREAT_MODELS
 BASELINE = "baseline"
 OBLIVIOUS = ("robust_accuracy", "robust_accuracy_upper", "attack_success_rate", "target_nll_after", "rejected")
 """What is taken over from the attacker who does not know of the defense, beside the figure of a rule that grades."""
+
+
+_End = tuple[Outcome, float | None]
+"""How a row ended under a stage, and its closeness."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +133,19 @@ class Evasion(BaseScenario, RowsApart):
 
         An escalation counts from its first record on.
         """
-        by_stage: dict[str, list[Record]] = {}
-        for record in records.values():
-            by_stage.setdefault(record.stage, []).append(record)
+        ended = ended_by_stage(records)
+        met: Counter[str] = Counter()
+        for (name, _), number in ended.items():
+            met[name] += number
         stages = schedule(case.attack)
-        escalated = any(labelled(case, stage).stage in by_stage for stage in stages if stage.when == "escalated")
-        total, robust = 0, case.n
+        escalated = any(labelled(case, stage).stage in met for stage in stages if stage.when == "escalated")
+        total, robust = 0, case.size
         for stage in stages:
-            own = by_stage.get(labelled(case, stage).stage, [])
-            if own or ((stage.when == "always" or escalated) and robust > stage.above * case.n):
-                total += max(len(own), stage.takes(robust))
-            robust -= sum(record.outcome in (Outcome.WRONG, Outcome.BROKEN) for record in own)
+            name = labelled(case, stage).stage
+            own = met[name]
+            if own or ((stage.when == "always" or escalated) and robust > stage.above * case.size):
+                total += max(own, stage.takes(robust))
+            robust -= ended[name, Outcome.WRONG] + ended[name, Outcome.BROKEN]
         return total
 
     def rounds(self, case: Case, engine: Engine, records: Records) -> Iterator[Round]:
@@ -147,11 +153,11 @@ class Evasion(BaseScenario, RowsApart):
 
         Which rows a stage takes follows from the records alone, so a resumed run takes the same.
         """
-        done = dict(records)
-        order = ids_of(case.task, case.n)
+        order = case.ids()
         closeness = dict.fromkeys(order, math.inf)  # of the rows that are still robust
         escalated = False
-        for stage in schedule(case.attack):
+        stages = schedule(case.attack)
+        for number, stage in enumerate(stages, 1):
             if (stage.when == "escalated" and not escalated) or len(closeness) <= stage.above * len(order):
                 continue
             taken = taken_by(stage, closeness, case.seed)
@@ -159,11 +165,19 @@ class Evasion(BaseScenario, RowsApart):
             blind = case.speed.resolution
             exact = frozenset(row for row in taken if closeness[row] <= blind) if blind else frozenset()
             cell = replace(case, attack=stage.attack, label=labelled(case, stage), exact=exact)
-            for each in engine.attack(cell, done, None if len(taken) == len(order) else taken):
-                done.update((Store.key(cell.label, record.id), record) for record in each.records)
+            rounds = engine.attack(cell, records, None if len(taken) == len(order) else taken)
+            if number == len(stages):  # nobody asks what it left
+                yield from rounds
+                return
+            ends: dict[str, _End] = {}
+            for each in rounds:
+                ends |= {record.id: (record.outcome, record.closeness) for record in each.records}
                 yield each
+            for row in taken - ends.keys():
+                record = records[Store.key(cell.label, row)]
+                ends[row] = record.outcome, record.closeness
             before = len(closeness)
-            broken = _left_behind(closeness, [done[Store.key(cell.label, row)] for row in taken])
+            broken = _left_behind(closeness, {row: ends[row] for row in taken})
             escalated |= stage.alarmed(broken, before if stage.by == "nearest" else len(taken))
 
     def companions(self, case: Case) -> Sequence[Companion]:
@@ -200,19 +214,19 @@ def taken_by(stage: Stage, closeness: Mapping[str, float], seed: int) -> frozens
     return frozenset(sorted(closeness, key=rank)[:most])
 
 
-def _left_behind(closeness: dict[str, float], records: Sequence[Record]) -> list[float]:
+def _left_behind(closeness: dict[str, float], ends: Mapping[str, _End]) -> list[float]:
     """Take the rows that a stage broke out of the robust ones, and note how near it came to the others.
 
     Returns the closeness at which the broken ones were before.
     """
     broken = []
-    for record in records:
-        if record.outcome in (Outcome.WRONG, Outcome.BROKEN):
-            before = closeness.pop(record.id)
-            if record.outcome == Outcome.BROKEN:
+    for row, (outcome, near) in ends.items():
+        if outcome in (Outcome.WRONG, Outcome.BROKEN):
+            before = closeness.pop(row)
+            if outcome == Outcome.BROKEN:
                 broken.append(before)
-        elif record.closeness is not None:
-            closeness[record.id] = min(closeness[record.id], record.closeness)
+        elif near is not None:
+            closeness[row] = min(closeness[row], near)
     return broken
 
 

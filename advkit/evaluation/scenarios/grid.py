@@ -76,7 +76,7 @@ class Grid(BaseScenario, RowsApart):
 
     def expected(self, case: Case, records: Records) -> int:
         """How many records a finished case has."""
-        return case.n * len(self.cells(case))
+        return case.size * len(self.cells(case))
 
     def rounds(self, case: Case, engine: Engine, records: Records) -> Iterator[Round]:
         """Cell by cell."""

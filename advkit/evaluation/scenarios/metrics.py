@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from advkit.evaluation.counts import (
     weakest_classes,
     worst_figures,
 )
+from advkit.evaluation.replies import reply_figures
 from advkit.evaluation.run.batch import attacked_model
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import DenominatorKind, graded_entry, rate
@@ -77,6 +79,8 @@ def accuracy_metrics(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     metrics |= {name: rate(each.found, each.queries, each.what) for name, each in recalls(records, at).items()}
     if len(by_label(records)) == 1:
         metrics |= figured(case, records)
+    if isinstance(case.rule, Judged) and case.rule.broken_by:
+        metrics |= reply_figures(records, case.rule.cards())
     metrics |= graded(case, records) | by_queries(case, records)
     if len(by_label(records)) == 1:
         for name, values in measured(records).items():
@@ -121,8 +125,8 @@ def figured(case: Case, records: Iterable[Record]) -> dict[str, Any]:
     Truth values become rates over the rows of which they were said, numbers their mean.
     """
     values: dict[str, list[float | bool]] = defaultdict(list)
-    for record in records:
-        for name, value in record.figures.items():
+    for figures in filter(None, map(attrgetter("figures"), records)):
+        for name, value in figures.items():
             values[name].append(value)
     kind = case.rule.denominator if isinstance(case.rule, CountsOver) else "all_samples"
     part = case.rule.counts_over if isinstance(case.rule, CountsPart) else lambda name: kind
@@ -188,11 +192,21 @@ def by_queries(case: Case, records: Sequence[Record]) -> dict[str, Any]:
 
 def stops_at_success(case: Case) -> bool:
     """Whether the attack of a case may leave a sample with the query that broke it, and takes no gradient."""
-    if case.attack is None or Access(case.attack.needs) not in (Access.LABELS, Access.SCORES):
-        return False
-    if isinstance(case.attack, SeeksNearest) and case.attack.seeks_nearest:  # it goes on for a nearer point
-        return False
-    return attacked_model(case)[1]
+    return _without_gradients(case) and not _nears(case) and attacked_model(case)[1]
+
+
+def nears_by_queries(case: Case) -> bool:
+    """Whether the attack of a case asks by scores or labels for a nearer point as long as it may."""
+    return _without_gradients(case) and _nears(case) and attacked_model(case)[1]
+
+
+def _without_gradients(case: Case) -> bool:
+    return case.attack is not None and Access(case.attack.needs) in (Access.LABELS, Access.SCORES)
+
+
+def _nears(case: Case) -> bool:
+    attack: Any = case.attack
+    return isinstance(attack, SeeksNearest) and attack.seeks_nearest
 
 
 def task_kind(case: Case) -> str:
@@ -295,8 +309,8 @@ def _attack_entry(case: Case, label: Label, records: Sequence[Record]) -> dict[s
 
 def _cost(records: Sequence[Record], attacked: Sequence[Record]) -> dict[str, Any]:
     cost: dict[str, Any] = {
-        "forward": sum(r.forwards for r in records),
-        "backward": sum(r.backwards for r in records),
+        "forward": sum(map(attrgetter("forwards"), records)),
+        "backward": sum(map(attrgetter("backwards"), records)),
     }
     if attacked:
         queries = np.array([r.queries for r in attacked])
@@ -318,6 +332,7 @@ __all__ = [
     "judge_counts",
     "judged_by_all",
     "least_metrics",
+    "nears_by_queries",
     "per_class",
     "rate",
     "stops_at_success",

@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from advkit.core.blame import MODEL, blamed, code_of
 from advkit.core.errors import AdvkitError, BadInput, UsageError
+from advkit.core.lanes import Lanes
 from advkit.core.learners import Floats, Ints, fitted, seed_of
-from advkit.core.oracle import Lanes
 from advkit.core.protocols import (
     Access,
     Batch,

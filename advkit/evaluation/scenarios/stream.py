@@ -21,7 +21,7 @@ from torch.nn import functional
 from advkit.attacks.stream.online import Online
 from advkit.attacks.stream.selectors import SELECTORS, Rule, selector
 from advkit.core.errors import AdvkitError, BadModel, UsageError
-from advkit.core.oracle import Lanes
+from advkit.core.lanes import Lanes
 from advkit.core.protocols import (
     Label,
     OnlineAttack,

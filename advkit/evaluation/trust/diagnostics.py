@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from advkit.core.blame import BACKWARD, MODEL, blamed
 from advkit.core.errors import AdvkitError
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import (
     Access,
     AddsTokens,
@@ -37,6 +38,7 @@ from advkit.core.protocols import (
 )
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box, Transcripts
+from advkit.core.state import frozen
 from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
 from advkit.evaluation.poisonings import hurts_more
 from advkit.evaluation.run.batch import TIMED_OUT, attacked_model, own_randomness

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from advkit.attacks import ATTACKS
 from advkit.core.errors import AdvkitError, UsageError
-from advkit.core.oracle import Lanes, MeteredOracle, frozen
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Label, Model, Outcome, Sized, Undefended
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
+from advkit.core.state import frozen
 from advkit.evaluation.counts import was_right
 from advkit.evaluation.run.batch import own_randomness
 from advkit.evaluation.run.case import Case

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Copies, Rng
 
 log = logging.getLogger("advkit")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advkit.core.oracle import Lanes, MeteredOracle
+from advkit.core.lanes import Lanes
+from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Attack, Outcome, Record
 from advkit.evaluation.run.batch import Round, attacked_model
 from advkit.evaluation.run.case import Case

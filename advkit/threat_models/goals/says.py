@@ -30,7 +30,6 @@ from advkit.core.protocols import (
 )
 from advkit.core.rows import finite_rows
 from advkit.core.spaces import REPLY, REREAD, SLOT, USER
-from advkit.threat_models import JUDGES
 from advkit.threat_models.goals.per_row import PerRow
 from advkit.threat_models.judges import Exchange, Judge, RefusalStrings, calibration, empty, garbled, panel
 
@@ -138,12 +137,15 @@ class Says(PerRow, Examines):
             "no_language_clean_greedy": [_no_language(rows[0].reply) for rows in heard["clean_greedy"]],
             "no_language_greedy": [_no_language(rows[0].reply) for rows in heard["greedy"]],
         }
+        said["language"] = [[float(not _no_language(each.reply)) for each in rows] for rows in heard[""]]
         judges = panel(self.judges)
         given = {(name, voice): _given(judge, rows) for name, judge in judges for voice, rows in heard.items()}
         refused = _refused(judges, given, heard["clean_greedy"])
         said["clean_refusal"] = list(refused)
         for (name, voice), found in given.items():
             lead = f"{name}_asr_{voice}".rstrip("_")
+            if not voice:
+                said[f"verdicts_{name}"] = [[float(each) for each in verdicts] for verdicts in found]
             counted = refused if voice in ("greedy", "") else [True] * len(found)
 
             def kept(values: Iterable[Figure], counted: Sequence[bool] = counted) -> list[Figure]:
@@ -339,4 +341,5 @@ class SaysRule(Refuses, Judged, CountsOver, CountsPart, Worded):
 
 @cache
 def _card(spec: str) -> dict[str, Any]:
-    return calibration(spec, JUDGES.build(spec))
+    ((name, judge),) = panel([spec])
+    return {"name": name, **calibration(spec, judge)}

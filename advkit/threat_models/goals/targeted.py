@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -64,8 +63,9 @@ class Targeted(ClassGoal):
     def _gap(self, answer: Tensor) -> Tensor:
         return best_other(answer, self.targets) - pick(answer, self.targets)
 
-    def _cross_entropy(self, answer: Tensor) -> Tensor:
-        return F.cross_entropy(answer, self.targets, reduction="none")
+    @property
+    def _lead(self) -> tuple[Tensor, bool]:
+        return self.targets, True
 
     def _spread(self, answer: Tensor) -> Tensor:
         return targeted_spread(answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, Self, cast
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from advkit.core.errors import BadInput, BadModel, UsageError
-from advkit.core.protocols import NoneReached, Rng
-from advkit.core.rows import finite_rows
+from advkit.core.protocols import NoneReached, Rng, Sloped
+from advkit.core.rows import finite_rows, in_memory, plainly_finite
 from advkit.threat_models.goals.per_row import PerRow
 
 Surrogate = Literal["ce", "margin", "dlr"]
@@ -105,11 +105,12 @@ def checked_surrogate(name: str) -> Surrogate:
     return cast(Surrogate, name)
 
 
-class ClassGoal(PerRow, NoneReached, ABC):
+class ClassGoal(PerRow, NoneReached, Sloped, ABC):
     """What goals about one class per row share: their checks, what decisions are worth, and the losses.
 
     A frozen dataclass below it declares `surrogate` and `_top` behind its classes, and says of scores what its margin
-    is (`_gap`), its cross-entropy, and what DLR divides by (`_spread`). `_aim` is what the other two losses follow.
+    is (`_gap`), which class the cross-entropy leads to or away from (`_lead`), and what DLR divides by (`_spread`).
+    `_aim` is what the other two losses follow.
     """
 
     surrogate: Surrogate
@@ -131,8 +132,10 @@ class ClassGoal(PerRow, NoneReached, ABC):
     @abstractmethod
     def _gap(self, answer: Tensor) -> Tensor: ...
 
+    @property
     @abstractmethod
-    def _cross_entropy(self, answer: Tensor) -> Tensor: ...
+    def _lead(self) -> tuple[Tensor, bool]:
+        """Classes, long [B], and whether the loss is the cross-entropy to them (or minus that)."""
 
     @abstractmethod
     def _spread(self, answer: Tensor) -> Tensor: ...
@@ -148,7 +151,8 @@ class ClassGoal(PerRow, NoneReached, ABC):
         """Float [B]: negative where reached (0 in a tie); +inf where not finite."""
         if not self._scores(answer):
             return 1.0 - 2.0 * self.reached(answer).to(torch.get_default_dtype())
-        return torch.where(finite_rows(answer), self._gap(answer), torch.inf)
+        gap = self._gap(answer)
+        return gap if plainly_finite(answer) else torch.where(finite_rows(answer), gap, torch.inf)
 
     def loss(self, answer: Tensor) -> Tensor:
         """Float [B], smaller is better for the attacker."""
@@ -157,9 +161,34 @@ class ClassGoal(PerRow, NoneReached, ABC):
         if not scores:
             return self.margin(answer)
         if self.surrogate == "ce":
-            return self._cross_entropy(answer)
+            classes, to = self._lead
+            weight = None if to else _minus_one(answer.shape[1], answer.dtype, answer.device)
+            return F.cross_entropy(answer, classes, weight, reduction="none")
         aim = self._aim(answer)
         return aim if self.surrogate == "margin" else aim / (self._spread(answer) + 1e-12)
+
+    @override
+    def sloped(self, answer: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cross-entropy [B] and its derivative [B, C], by the functions that autograd calls; None of other losses."""
+        if self.surrogate != "ce" or type(self).loss is not ClassGoal.loss:
+            return None
+        if not self._scores(answer) or answer.dtype != torch.float32:
+            return None
+        classes, to = self._lead
+        weight = None if to else _minus_one(answer.shape[1], answer.dtype, answer.device)
+        logs = torch.log_softmax(answer, 1)
+        slope = torch._log_softmax_backward_data(self._pull(answer), logs, 1, answer.dtype)
+        return F.nll_loss(logs, classes, weight, reduction="none"), slope
+
+    def _pull(self, answer: Tensor) -> Tensor:
+        """The derivative of the cross-entropy by the logarithms of the probabilities [B, C]; kept: it is constant."""
+        kept: tuple[Tensor, ...] = self.__dict__.get("_pulls", ())
+        if not kept or kept[0].shape != answer.shape or kept[0].device != answer.device:
+            classes, to = self._lead
+            pull = torch.zeros_like(answer).scatter_(1, classes.unsqueeze(1), -1.0 if to else 1.0)
+            kept = (pull,)  # in a tuple, so that `take` does not take it for a field
+            self.__dict__["_pulls"] = kept
+        return kept[0]
 
     def under(self, loss: str) -> Self:
         """The same goal with another surrogate loss."""
@@ -192,6 +221,11 @@ class Untargeted(ClassGoal):
     def _classes(self) -> Tensor:
         return self.labels
 
+    @cached_property
+    def _listed(self) -> list[int]:
+        listed: list[int] = self.labels.tolist()
+        return listed
+
     def reached(self, answer: Tensor) -> Tensor:
         """Bool [B]."""
         if not self._scores(answer):
@@ -201,14 +235,19 @@ class Untargeted(ClassGoal):
     @override
     def none_reached(self, answer: Tensor) -> bool:
         """Whether it is plain that no row reaches it; False in doubt. One look at the device."""
-        return self._scores(answer) and torch.equal(answer.argmax(1), self.labels)
+        if not self._scores(answer):
+            return False
+        scores = in_memory(answer)
+        if scores is None:
+            return torch.equal(answer.argmax(1), self.labels)
+        return bool(scores.argmax(1).tolist() == self._listed)
 
     def _gap(self, answer: Tensor) -> Tensor:
         return pick(answer, self.labels) - best_other(answer, self.labels)
 
-    def _cross_entropy(self, answer: Tensor) -> Tensor:
-        weight = _minus_one(answer.shape[1], answer.dtype, answer.device)
-        return F.cross_entropy(answer, self.labels, weight, reduction="none")
+    @property
+    def _lead(self) -> tuple[Tensor, bool]:
+        return self.labels, False
 
     def _spread(self, answer: Tensor) -> Tensor:
         top = top_scores(answer, 3, "dlr")
@@ -245,8 +284,9 @@ class Rival(Untargeted):
     def _aim(self, answer: Tensor) -> Tensor:
         return pick(answer, self.labels) - pick(answer, self.rival)
 
-    def _cross_entropy(self, answer: Tensor) -> Tensor:
-        return F.cross_entropy(answer, self.rival, reduction="none")
+    @property
+    def _lead(self) -> tuple[Tensor, bool]:
+        return self.rival, True
 
     def _spread(self, answer: Tensor) -> Tensor:
         return targeted_spread(answer)

@@ -1,0 +1,156 @@
+"""`advkit.sweep`: a grid of evaluations on this machine, a SLURM cluster or Ray; or a curve over radii."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advkit.core.errors import UsageError
+from advkit.core.files import write_whole
+from advkit.evaluation.execute import Watch
+from advkit.evaluation.keywords import explained
+from advkit.evaluation.plan import Request
+from advkit.evaluation.run.engine import available_cores
+from advkit.evaluation.run.store import check_folder
+from advkit.evaluation.sweep.curve import Curve, radii, trace
+from advkit.evaluation.sweep.driver import drive
+from advkit.evaluation.sweep.engines import ENGINES, Engine
+from advkit.evaluation.sweep.grid import Grid, read_grid
+from advkit.evaluation.sweep.line import PROBLEMS, Line, read_lines, write_lines
+from advkit.evaluation.sweep.plan import resolve
+from advkit.evaluation.sweep.table import Row, markdown, rows_of, to_dict
+
+TABLE = "sweep.md"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's folder: its lines, and what came out."""
+
+    folder: Path
+    lines: Sequence[Line]
+
+    @property
+    def rows(self) -> list[Row]:
+        """One for each cell: a number, or the reason why there is none."""
+        return list(rows_of(self.folder, self.lines))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a cell that fits has no number."""
+        return any(row.state in PROBLEMS or row.undecided for row in self.rows)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The rows as plain data."""
+        return to_dict(self.rows)
+
+    def markdown(self) -> str:
+        """The table."""
+        return markdown(self.rows)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Sweep:
+        """The sweep of a folder; raises ReportError where there is none."""
+        return cls(Path(folder), read_lines(Path(folder)))
+
+
+def prepare(
+    grid: str | Path | Mapping[str, Any] | Grid,
+    out: str | Path = "runs",
+    *,
+    shard: int | None = None,
+    trust: bool = False,
+    watch: Callable[[int, int], None] | None = None,
+) -> Sweep:
+    """The lines of a grid, written to FOLDER/sweep.jsonl; nothing is run. See `sweep`.
+
+    watch: called with how many cells were looked at, and how many there are
+    """
+    home = Path(out)
+    asked = read_grid(grid)
+    check_folder(home / "sweep")
+    if shard is not None and shard < 1:
+        raise UsageError(f"shard is {shard}; expected a number of rows of at least 1")
+    own = not isinstance(grid, str | Path)  # the caller's own words, and no file from anybody
+    lines = resolve(asked, home, shard=shard, trust=trust or own, watch=watch)
+    write_lines(home, lines)
+    return Sweep(home, lines)
+
+
+def carry_out(
+    prepared: Sweep,
+    *,
+    engine: str | Engine = "local",
+    workers: int | None = None,
+    retries: int = 1,
+    again: bool = False,
+    watch: Callable[[int, int], None] | None = None,
+) -> Sweep:
+    """Run the lines of a sweep that have not ended, and write FOLDER/sweep.md. See `sweep`."""
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers must be at least 1, got {workers}")
+    if retries < 0:
+        raise UsageError(f"retries is {retries}; expected 0 or more")
+    chosen = ENGINES.build(engine)
+    drive(
+        prepared.folder,
+        prepared.lines,
+        chosen,
+        workers=workers or available_cores(),
+        retries=retries,
+        again=again,
+        watch=watch,
+    )
+    write_whole(prepared.folder / TABLE, prepared.markdown())
+    return prepared
+
+
+@explained(Request)
+def sweep(
+    grid: str | Path | Mapping[str, Any] | Grid | None = None,
+    *,
+    out: str | Path = "runs",
+    engine: str | Engine = "local",
+    workers: int | None = None,
+    shard: int | None = None,
+    retries: int = 1,
+    again: bool = False,
+    trust: bool = False,
+    eps: Sequence[float] | str | None = None,
+    watch: Watch | None = None,
+    command: str = "",
+    **settings: Any,
+) -> Sweep | Curve:
+    """Run a grid of evaluations, or one evaluation at several radii.
+
+    grid:    YAML file or mapping: lists of `attacks`, `defenses`, `tasks`, `models`, `threat_models`, `goals`, `seeds`;
+             `n`, `batch_size`, `device`, `speed` for all; `exclude`, patterns of cells to leave out
+    out:     folder with one run folder for each cell; what is done there is not run again
+    engine:  local, submitit or ray, with settings as in any spec: `submitit:partition=gpu`
+    workers: lines at a time; None takes one per core
+    shard:   rows of a shard; None cuts cells that cost more than a million passes, where rows do not depend on others
+    retries: how often a line that crashes is tried again
+    again:   also run cells that an earlier sweep refused or put aside
+    trust:   also cells of a file that name what is not advkit's own (python:, hf:, path:...)
+    eps:     radii, or START:STOP:POINTS, in place of a grid: a `Curve`; settings are then those of `advkit.evaluate`
+    watch, command: of a curve, as of `advkit.evaluate`
+
+    Raises UsageError for a grid that can't be read, a folder that can't be written, an engine with nothing to run on.
+    What is wrong with one cell is no error: its row says so. A script needs the usual `if __name__ == "__main__"`.
+    """
+    if eps is not None:
+        if grid is not None:
+            raise UsageError("a grid and eps at once; a curve is of one evaluation: name its attack, defense and task")
+        levels = radii(eps) if isinstance(eps, str) else eps
+        made = trace(Request(**settings), levels, Path(out), workers=workers or 1, watch=watch, command=command)
+        made.save(plots=False)
+        return made
+    if grid is None:
+        raise UsageError("sweep needs a grid (a YAML file or a mapping), or eps with the parts of one evaluation")
+    if settings:
+        raise UsageError(f"{', '.join(settings)}: with a grid these belong into it, as lists")
+    return carry_out(
+        prepare(grid, out, shard=shard, trust=trust), engine=engine, workers=workers, retries=retries, again=again
+    )

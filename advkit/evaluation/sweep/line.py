@@ -1,0 +1,243 @@
+"""One line of a sweep: a command with a digest and a folder, carried out here, and the note that it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from advkit import __version__
+from advkit.core.errors import AdvkitError, ReportError, RunInUse, UsageError
+from advkit.core.files import check_unclaimed, why, write_whole
+from advkit.core.registry import outside
+from advkit.core.strict_json import read_object
+from advkit.core.text import first_line
+from advkit.evaluation.plan import PARTS, Request
+from advkit.evaluation.report import Report
+from advkit.evaluation.report.document import REPORT_NAME
+from advkit.evaluation.run.store import RECORDS_NAME
+
+NOTE = "line.json"
+"""File of a run folder that says what became of its line."""
+LINES = "sweep.jsonl"
+"""File of a sweep's folder that holds its lines."""
+State = Literal["waiting", "running", "left off", "done", "refused", "failed", "quarantined", "excluded"]
+ENDED: tuple[State, ...] = ("done", "refused", "failed", "quarantined", "excluded")
+PROBLEMS: tuple[State, ...] = ("failed", "quarantined")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One command of a sweep.
+
+    line:    its number, from 0
+    cell:    number of the cell that it is, or is a shard of
+    digest:  names what is evaluated: sha256 of the canonical request
+    folder:  of the run, within the sweep's
+    request: fields of `Request`
+    specs:   canonical parts, seed and n, as far as they are known before a victim is: what the report has to agree with
+    passes:  about how many passes it costs; lines are started from the dearest on
+    shards:  lines whose records it takes over; they are to run before
+    reason:  why it is not run; "" where it is
+    excluded: whether the grid left it out, in place of parts that do not fit
+    """
+
+    line: int
+    cell: int
+    digest: str
+    folder: str
+    request: Mapping[str, Any]
+    specs: Mapping[str, Any] = field(default_factory=dict)
+    passes: float = 0.0
+    shards: tuple[int, ...] = ()
+    reason: str = ""
+    excluded: bool = False
+
+    @property
+    def rows(self) -> str | None:
+        """The rows of a shard; None for a whole cell."""
+        rows: str | None = self.request.get("rows")
+        return rows
+
+    @property
+    def outside(self) -> list[str]:
+        """What it would load that is not advkit's own."""
+        return [each for name in PARTS if self.request.get(name) for each in outside(self.request[name])]
+
+    def argv(self, home: Path) -> list[str]:
+        """The command that carries it out, without the name of the program."""
+        words = ["evaluate"]
+        for name, value in self.request.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return [*words, "--only", "--no-plots", "--workers", "1", "--out", str(home / self.folder)]
+
+    def to_json(self, home: Path) -> str:
+        """Its line of the file."""
+        return json.dumps({**asdict(self), "argv": self.argv(home)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The line of a line of the file; raises ValueError, TypeError or KeyError where it is none."""
+        data = read_object(text.encode())
+        values = {each.name: data[each.name] for each in fields(cls)}
+        return cls(**{**values, "shards": tuple(values["shards"])})
+
+
+def write_lines(home: Path, lines: Iterable[Line]) -> Path:
+    """The list of commands, in one move; raises UsageError where the folder can't be written."""
+    path = home / LINES
+    try:
+        write_whole(path, "".join(line.to_json(home) + "\n" for line in lines))
+    except OSError as error:
+        raise UsageError(f"the folder {home} can't be written ({why(error)}): name another with --out") from None
+    return path
+
+
+def read_lines(home: Path) -> list[Line]:
+    """The lines of a sweep's folder; raises ReportError where there are none."""
+    path = home / LINES
+    try:
+        return [Line.from_json(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ReportError(f"{home} is no folder of a sweep ({LINES}: {why(error)})") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ReportError(
+            f"{path} is damaged or of another version ({first_line(error)}): run the sweep again"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What became of a line.
+
+    deaths:   how often it ended its worker process
+    tries:    how often it was begun
+    moment:   when this was written, seconds since 1970
+    """
+
+    state: State = "waiting"
+    reason: str = ""
+    tries: int = 0
+    deaths: int = 0
+    moment: float = 0.0
+    place: str = ""
+    version: str = __version__
+
+    def write(self, folder: Path) -> Self:
+        """Into the run folder, in one move."""
+        write_whole(folder / NOTE, json.dumps(asdict(self)) + "\n")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What the folder says; a missing or damaged note says nothing."""
+        with suppress(OSError, ValueError, TypeError):
+            return cls(**read_object((folder / NOTE).read_bytes()))
+        return cls()
+
+
+def state_of(home: Path, line: Line) -> Note:
+    """What became of a line, from its folder alone."""
+    if line.reason:
+        return Note(state="excluded" if line.excluded else "refused", reason=line.reason)
+    folder = home / line.folder
+    note = Note.read(folder)
+    if line.rows is not None and (folder.parent / REPORT_NAME).exists():  # taken over, and removed
+        return Note(state="done")
+    if (folder / REPORT_NAME).exists():
+        problem = misplaced(folder, line)
+        return Note(state="failed", reason=problem) if problem else Note(state="done")
+    if note.state == "running" and not _held(folder):
+        return replace(note, state="left off")
+    return note
+
+
+def misplaced(folder: Path, line: Line) -> str:
+    """Why the report in a folder is not that of the line; "" where it is."""
+    try:
+        data = Report.load(folder).to_dict()
+    except ReportError as error:
+        return f"{error}; remove it, or name another folder with --out"
+    held = data.get("request") or {}
+    differ = [name for name, value in line.specs.items() if held.get(name) != value]
+    if held.get("rows") != line.rows:
+        differ.append("rows")
+    if differ:
+        return f"{folder} holds the report of another evaluation ({', '.join(differ)} differ): name another with --out"
+    return ""
+
+
+def _held(folder: Path) -> bool:
+    """Whether another process writes to the folder."""
+    try:
+        check_unclaimed(folder)
+    except RunInUse:
+        return True
+    return False
+
+
+def records_in(folder: Path) -> int:
+    """How many records there are."""
+    try:
+        return (folder / RECORDS_NAME).read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def carry_out(home: Path, number: int) -> Note:
+    """Run one line in this process, and leave a note of how it ended; nothing is raised but what ends the process."""
+    from advkit.evaluation.sweep.shards import take_over
+
+    lines = read_lines(home)
+    if not 0 <= number < len(lines):
+        raise UsageError(f"{home} has no line {number}; expected 0 to {len(lines) - 1}")
+    line = lines[number]
+    now = state_of(home, line)
+    if line.reason or now.state == "done":
+        return now
+    folder = home / line.folder
+    before = Note.read(folder)
+    place = f"{socket.gethostname()}:{os.getpid()}"
+
+    def ended(state: State, reason: str = "") -> Note:
+        note = Note(
+            state=state, reason=reason, tries=before.tries + 1, deaths=before.deaths, moment=time.time(), place=place
+        )
+        return note.write(folder)
+
+    ended("running")
+    try:
+        if problem := misplaced(folder, line) if (folder / REPORT_NAME).exists() else "":
+            return ended("failed", problem)
+        _evaluate(home, line, [lines[each] for each in line.shards], take_over)
+    except UsageError as error:
+        return ended("refused", str(error))
+    except AdvkitError as error:
+        return ended("failed", str(error))
+    except Exception as error:
+        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return ended("failed", f"{type(error).__name__}: {first_line(error)} (traceback.txt)")
+    return ended("done")
+
+
+def _evaluate(home: Path, line: Line, shards: list[Line], take_over: Any) -> None:
+    from advkit.core.state import plain_torch
+    from advkit.evaluation.execute import execute
+    from advkit.evaluation.plan import plan
+
+    with plain_torch():
+        resolved = plan(Request(**line.request, beside=False))
+        take_over(resolved, home / line.folder, [(home / each.folder, each.rows) for each in shards])
+        command = shlex.join(["advkit", *line.argv(home)])
+        execute(resolved, out=home / line.folder, command=command, workers=1)
+    for each in shards:  # their records are in the whole now, and a shard's report would pass for another evaluation
+        shutil.rmtree(home / each.folder, ignore_errors=True)
