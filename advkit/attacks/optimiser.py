@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from advkit.attacks.base import per_row
 from advkit.core.checks import check
-from advkit.core.rows import PerRow
+from advkit.core.rows import PerRow, elementwise
 
 BETAS = (0.9, 0.999)
 TINY = 1e-8
@@ -70,7 +71,8 @@ class RowAdam(PerRow):
         self.steps = self.steps + 1
         self.mean = self.mean.lerp(gradient, 1 - BETAS[0])
         self.square = (self.square * BETAS[1]).addcmul(gradient, gradient, value=1 - BETAS[1])
-        first, second = (per_row(1 - beta**self.steps, gradient) for beta in BETAS)
+        decays = [elementwise(partial(torch.pow, beta), self.steps) for beta in BETAS]
+        first, second = (per_row(1 - decay, gradient) for decay in decays)
         slowed = (self.square / second).sqrt()
         unit = torch.where(slowed > 0, self.mean / first / slowed, 0.0)
         return unit * per_row(-rate, gradient)

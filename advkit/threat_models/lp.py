@@ -21,6 +21,7 @@ from typing_extensions import override
 from advkit.core.checks import check, fraction
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Access, Descends, Rng
+from advkit.core.rows import elementwise
 from advkit.core.spaces import SLACK, Box, spacing
 from advkit.threat_models.capability import UNIT as UNIT
 from advkit.threat_models.capability import InBox, checked_shape
@@ -499,6 +500,5 @@ class L1(_SumBall):
 def _radius(origin: Tensor, rng: Rng) -> Tensor:
     """u ** (1 / D) per row: the distance from the centre of a uniform point of a unit ball in D dimensions."""
     features = max(1, math.prod(origin.shape[1:]))
-    return rng.at("radius").uniform(torch.empty(len(origin), dtype=wide(origin), device=origin.device)) ** (
-        1 / features
-    )
+    uniform = rng.at("radius").uniform(torch.empty(len(origin), dtype=wide(origin), device=origin.device))
+    return elementwise(lambda share: share ** (1 / features), uniform)

@@ -15,6 +15,7 @@ from advkit.core.lanes import _CALL, Lanes
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access
 from advkit.core.round_off import operations
+from advkit.core.rows import elementwise
 from advkit.threat_models.goals.untargeted import Untargeted
 
 SIZES = (16, 32, 48, 64)
@@ -240,3 +241,14 @@ def test_a_direct_call_pads_nothing() -> None:
     MeteredOracle(model, 130, Access.SCORES)(torch.rand(130, 2))
     MeteredOracle(model, 600, Access.SCORES)(torch.rand(600, 2))
     assert seen == [3, 130, 256, 256, 88]
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sigmoid, torch.atanh, lambda share: 0.01**share], ids=["sigmoid", "atanh", "pow"]
+)
+def test_a_number_per_row_has_the_same_bits_wherever_it_stands(function):
+    values = torch.rand(64, generator=torch.Generator().manual_seed(0)) * 0.9
+    whole = function(values)
+    for rows in (0, 1, 3, 7, 31, 32, 33, 50):
+        for first in (0, 5):
+            assert torch.equal(elementwise(function, values[first : first + rows]), whole[first : first + rows])
