@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -99,12 +100,18 @@ def test_watch_writes_again_when_a_report_changes(folder: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_ctrl_c_ends_watching(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "advkit", "leaderboard", str(tmp_path), "--watch", "--every", "0.1"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "leaderboard.json").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(0.5)
-    child.send_signal(2)
+    child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
     assert child.returncode == 0
     assert out.endswith("watching ended\n")
