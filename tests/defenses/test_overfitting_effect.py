@@ -50,8 +50,8 @@ def test_fgsm_rs_overfits_to_its_step_and_aaer_does_not(seed, caplog):
     last, kept = plain[-1], regularised[-1]
     assert last.figures["overfitting"] == 1
     assert kept.figures["overfitting"] == 0
-    # How many there are differs between CPUs, whose last bits lead such a training elsewhere: .0725 on one, above .08 on
-    # another.
+    # How many there are differs between CPUs, whose last bits lead such a training elsewhere: .0725 on one of them,
+    # above .08 on another.
     assert kept.figures["abnormal_share"] < 0.05 < last.figures["abnormal_share"]
     assert last.score < 0.08
     assert kept.score > last.score + 0.03
