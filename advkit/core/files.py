@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakValueDictionary
 
-from advkit.core.errors import RunInUse
+from advkit.core.errors import RunInUse, UsageError
 
 log = logging.getLogger("advkit")
 
@@ -24,6 +24,34 @@ LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK)
 _POLL = 0.2  # seconds
+
+
+MOST_YAML = 64 * 1024
+"""Bytes of a YAML file that somebody wrote by hand."""
+
+
+def read_yaml_text(path: Path, what: str, source: str = "") -> str:
+    """The text of a file that should be a page of YAML.
+
+    what:   what it should hold: "recipe"
+    source: what to call it; its path by default
+
+    Raises UsageError where it is no regular file, can't be read, is too long or is no UTF-8.
+    """
+    source = source or str(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{source} is no regular file; expected a {what} in YAML")
+        with path.open("rb") as file:
+            content = file.read(MOST_YAML + 1)
+    except OSError as error:
+        raise UsageError(f"the {what} {source} can't be read ({why(error)}); expected a YAML file") from error
+    if len(content) > MOST_YAML:
+        raise UsageError(f"{source} has more than {MOST_YAML // 1024} KiB; a {what} is a page of YAML")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def cache_root() -> Path:

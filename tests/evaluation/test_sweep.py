@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -361,3 +362,9 @@ def test_models_of_the_callers_own_have_curves(tmp_path: Path) -> None:
     made = sweep(eps=[0.01, 0.5], attack="fgsm", task=(x, y), model=model, threat_model="linf:eps=0.1", out=tmp_path)
     assert isinstance(made, Curve)
     assert made.points[-1][1] == 0
+
+
+def test_a_grid_that_is_no_regular_file_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "grid.yaml")
+    with pytest.raises(UsageError, match="is no regular file; expected a grid in YAML"):
+        read_grid(tmp_path / "grid.yaml")

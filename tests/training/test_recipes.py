@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from advkit.core.errors import UnknownName, UsageError
+from advkit.core.files import MOST_YAML
 from advkit.core.protocols import Data
 from advkit.core.registry import outside
 from advkit.core.rng import RowRng
@@ -25,7 +26,6 @@ from advkit.models.resnet import ResNet18
 from advkit.tasks import TASKS
 from advkit.training.loop import Recipe, fit
 from advkit.training.recipes import FOLDER, METHODS, NAMES, RECIPES
-from advkit.training.recipes.files import MOST_BYTES
 
 EPS = 8 / 255
 
@@ -233,7 +233,7 @@ def test_values_mean_what_they_mean_on_the_command_line(here: Path, written_as: 
         ("about: !!str x\n", ("line 1", "tag")),
         (b"about: \xff\n", ("UTF-8",)),
         ("about: \x00\n", ("no YAML",)),
-        ("#" * (MOST_BYTES + 1), ("64 KiB",)),
+        ("#" * (MOST_YAML + 1), ("64 KiB",)),
         ("recipe: " + "[" * 60_000, ("line 1", "a list of lists")),
         ("{" * 60_000, ("line 1", "a key that is no text")),
     ],

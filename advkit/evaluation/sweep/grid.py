@@ -11,12 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from advkit.core.errors import UsageError
-from advkit.core.files import why
+from advkit.core.files import read_yaml_text
 from advkit.core.registry.grammar import nearest
 from advkit.core.text import first_line
 from advkit.evaluation.plan import Request, registries
 
-MOST_BYTES = 64 * 1024
 EVERY = "all"
 """In place of specs: every name of the registry, with its default settings."""
 AXES = {
@@ -119,17 +118,9 @@ def read_grid(source: str | Path | Mapping[str, Any] | Grid) -> Grid:
 def _loaded(path: Path) -> Any:
     import yaml
 
+    text = read_yaml_text(path, "grid")
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"the grid {path} can't be read ({why(error)}); expected a YAML file") from None
-    if len(content) > MOST_BYTES:
-        raise UsageError(f"{path} has more than {MOST_BYTES // 1024} KiB; a grid is a page of YAML")
-    try:
-        return yaml.safe_load(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+        return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"

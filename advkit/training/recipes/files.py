@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advkit.core.errors import AdvkitError, UnknownName, UsageError
-from advkit.core.files import why
+from advkit.core.files import read_yaml_text
 from advkit.core.registry import Argument, outside, parse_arguments, parse_spec
 from advkit.core.registry.grammar import is_group, nearest, ungroup
 from advkit.core.text import first_line
@@ -30,7 +30,6 @@ from advkit.core.text import first_line
 if TYPE_CHECKING:
     from advkit.training.loop import Recipe
 
-MOST_BYTES = 64 * 1024
 PARTS = ("defense", "task", "model")
 KEYS = ("about", *PARTS, "recipe")
 ENDINGS = (".yaml", ".yml")
@@ -120,19 +119,9 @@ def read_file(path: Path, source: str, *, checked: bool = True) -> RecipeFile:
     source:  what to call it
     checked: hold the settings against the fields of `Recipe`, which imports the training loop
     """
+    text = read_yaml_text(path, "recipe", source)
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{source} is no regular file; expected a recipe in YAML")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"the recipe {source} can't be read ({why(error)})") from error
-    if len(content) > MOST_BYTES:
-        raise UsageError(f"{source} has more than {MOST_BYTES // 1024} KiB; a recipe is a page of YAML")
-    try:
-        return _made(_mapping(content.decode("utf-8-sig")), source, checked)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{source} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        return _made(_mapping(text), source, checked)
     except _Fault as fault:
         raise UsageError(f"{source}, line {fault.line}: {fault}") from None
 
