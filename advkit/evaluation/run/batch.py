@@ -29,6 +29,7 @@ from advkit.core.protocols import (
     CountsQueries,
     DrawsByRow,
     Examined,
+    FlipsLabels,
     Goal,
     Graded,
     Lattice,
@@ -238,7 +239,12 @@ def _late(case: Case) -> TimedOut:
 
 
 def models_attacked(case: Case) -> list[tuple[str, Any, bool]]:
-    """Name and model of all that the attacks' oracles speak for, and whether gradients are asked of it."""
+    """Name and model of all that the attacks' oracles speak for, and whether gradients are asked of it.
+
+    None for an attack on training labels: its oracle speaks for trainings.
+    """
+    if isinstance(case.attack, FlipsLabels):
+        return []
     if case.surrogates:
         return [(name, model, True) for name, model in case.surrogates]
     return [(VICTIM, attacked_model(case)[0], Access(case.threat.access) >= Access.GRADIENTS)]
