@@ -94,7 +94,12 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Real = Whole | float
 
 
-class Record(Struct, frozen=True, forbid_unknown_fields=True):
+def _always(default: Any) -> Any:
+    """A field that a line always has: msgspec leaves out those that hold what they do by default, where it can tell."""
+    return field(default_factory=lambda: default)
+
+
+class Record(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How one row ended under one attack; what a report says is computed from these alone.
 
     `margin` is the goal's margin of the victim's answer on the returned input and `closeness` that margin over the
@@ -112,20 +117,20 @@ class Record(Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     attack: str
     outcome: Outcome
-    label: Whole | None = None
-    clean: Whole | None = None  # the victim's decision on the clean row
-    adversarial: Whole | None = None  # and on the returned one
-    reached: bool = False  # the goal holds on the returned row (also where the clean row was already wrong)
-    distance: Real | None = None
-    margin: Real | None = None
-    closeness: Real | None = None
-    eight_bit: bool | None = None
-    forwards: Count = 0
-    backwards: Count = 0
-    queries: Count = 0
-    notes: tuple[str, ...] = ()  # findings of this row: "non_finite", "zero_gradient"...
-    message: str = ""
-    measures: dict[str, Real] = field(default_factory=dict)
+    label: Whole | None = _always(None)
+    clean: Whole | None = _always(None)  # the victim's decision on the clean row
+    adversarial: Whole | None = _always(None)  # and on the returned one
+    reached: bool = _always(False)  # the goal holds on the returned row (also where the clean row was already wrong)
+    distance: Real | None = _always(None)
+    margin: Real | None = _always(None)
+    closeness: Real | None = _always(None)
+    eight_bit: bool | None = _always(None)
+    forwards: Count = _always(0)
+    backwards: Count = _always(0)
+    queries: Count = _always(0)
+    notes: tuple[str, ...] = _always(())  # findings of this row: "non_finite", "zero_gradient"...
+    message: str = _always("")
+    measures: dict[str, Real] = field(default_factory=lambda: {})  # noqa: PIE807 (`dict` would be left out where empty)
     figures: dict[str, Real | bool] = field(default_factory=dict)
     trace: tuple[dict[str, Any], ...] = ()
     texts: dict[str, str] = field(default_factory=dict)

@@ -59,7 +59,7 @@ def as_json_writes(record: Record) -> bytes:
 @settings(max_examples=40, deadline=None)
 def test_a_line_is_what_json_writes_and_is_read_back(made: list[Record]) -> None:
     assert [to_bytes(record) for record in made] == [as_json_writes(record) for record in made]
-    assert to_lines(made) == [to_bytes(record) + b"\n" for record in made]
+    assert to_lines(made) == [to_bytes(record) for record in made]
     for record in made:
         again = from_line(to_bytes(record))
         assert again == record
@@ -72,7 +72,7 @@ def test_lines_of_ordinary_records_are_what_json_writes() -> None:
         Record(f"r{i}", "fgsm", Outcome.ROBUST, i % 3, i % 3, margin=i / 7, distance=0.1, measures={"l2": i + 0.5})
         for i in range(1, 300)
     ]
-    assert to_lines(made) == [as_json_writes(record) + b"\n" for record in made]
+    assert to_lines(made) == [as_json_writes(record) for record in made]
 
 
 def test_a_file_of_the_first_version_is_read() -> None:
@@ -103,7 +103,7 @@ def test_numbers_that_json_lacks_are_texts_and_come_back(value: float) -> None:
         assert isinstance(found, float)
         assert found == value or (math.isnan(found) and math.isnan(value))
     assert to_line(again) == line
-    assert to_lines([record]) == [line.encode() + b"\n"]
+    assert to_lines([record]) == [line.encode()]
     # A length has no such number: none was measured.
     assert json.loads(to_line(replace(ONE, distance=value)))["distance"] is None
 

@@ -180,7 +180,7 @@ def _read(file: Path, take: Callable[[str], Any]) -> None:
         records = each_record(file)
         with lines.open("wb") as checked:
             while block := list(islice(records, _BLOCK)):
-                checked.writelines(to_lines(block))
+                checked.write(b"\n".join([*to_lines(block), b""]))
         take(_lines(lines))
 
 

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from operator import attrgetter
 from typing import Any
 
@@ -30,7 +29,6 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _encode, _encode_lines = msgspec.json.Encoder().encode, msgspec.json.Encoder().encode_lines
 _decode = msgspec.json.Decoder(Record).decode
-_NOTHING_MORE = b',"figures":{},"trace":[],"texts":{},"scores":{},"stage":"","source":""}'
 _EXACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
@@ -50,51 +48,54 @@ def to_bytes(record: Record) -> bytes:
     NaN and infinity are never written: a distance, margin or closeness becomes null, a number among measures, figures
     or in a trace one of the texts "NaN", "Infinity" and "-Infinity".
     """
-    if not _ordinary(record):
-        return _exactly(_said(record))
+    if _unusual([record]):
+        return _exactly(record)
     try:
         line = _encode(record)
-        line = line[: -len(_NOTHING_MORE)] + b"}" if line.endswith(_NOTHING_MORE) else _encode(_said(record))
     except UnicodeEncodeError:  # half of a surrogate pair
-        return _exactly(_said(record))
-    return line if line.isascii() and b"\x7f" not in line else _exactly(_said(record))
+        return _exactly(record)
+    return line if _ascii(line) else _exactly(record)
 
 
 def to_lines(records: Sequence[Record]) -> list[bytes]:
-    """The same for many, each line with its end; faster where they have nothing out of the ordinary."""
-    if all(map(_ordinary, records)):
-        with suppress(UnicodeEncodeError):
-            text = _encode_lines(records).replace(_NOTHING_MORE + b"\n", b"}\n")
-            # Every other line ends behind the last of the fields that few have.
-            if text.isascii() and b"\x7f" not in text and b',"source":"' not in text:
-                return text.splitlines(keepends=True)
-    return [to_bytes(record) + b"\n" for record in records]
+    """The same for many, faster: all are written at once, and those that `json` writes otherwise once more."""
+    try:
+        text = _encode_lines(records)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return list(map(to_bytes, records))
+    lines, others = text.split(b"\n"), _unusual(records)
+    lines.pop()
+    if not _ascii(text):
+        others |= {place for place, line in enumerate(lines) if not _ascii(line)}
+    for place in others:
+        lines[place] = to_bytes(records[place])
+    return lines
 
 
-def _said(record: Record) -> dict[str, Any]:
-    """What the record's line has to say."""
-    said = structs.asdict(record)
-    for name in _WHERE_ANY:
-        if not said[name]:
-            del said[name]
-    return said
+def _ascii(text: bytes) -> bool:
+    """Whether msgspec writes the text as `json` does."""
+    return text.isascii() and b"\x7f" not in text
 
 
-def _ordinary(record: Record) -> bool:
-    """Whether msgspec writes all numbers as `json` does: without an exponent or zeros in its place."""
-    for value in (record.distance, record.margin, record.closeness, *record.measures.values()):
-        if value and not (1e-4 <= value < 1e16 or -1e16 < value <= -1e-4):
-            return False
-    return not (record.figures or record.trace or record.scores) or _ordinary_more(record)
+def _unusual(records: Sequence[Record]) -> set[int]:
+    """Places of those that `json` writes otherwise than msgspec: with numbers that have an exponent there.
+
+    Records with a trace or scores are among them, whatever their numbers.
+    """
+    found = set()
+    for place, record in enumerate(records):
+        for value in (record.distance, record.margin, record.closeness, *record.measures.values()):
+            if value and not (1e-4 <= value < 1e16 or -1e16 < value <= -1e-4):
+                found.add(place)
+        if record.figures or record.trace or record.scores:
+            figures = record.figures.values()
+            if record.trace or record.scores or not all(not v or 1e-4 <= abs(v) < 1e16 for v in figures):
+                found.add(place)
+    return found
 
 
-def _ordinary_more(record: Record) -> bool:
-    return not (record.trace or record.scores) and all(
-        not value or 1e-4 <= value < 1e16 or -1e16 < value <= -1e-4 for value in record.figures.values()
-    )
-
-
-def _exactly(said: dict[str, Any]) -> bytes:
+def _exactly(record: Record) -> bytes:
+    said = {name: value for name, value in structs.asdict(record).items() if value or name not in _WHERE_ANY}
     try:
         return _EXACT.encode(said).encode()
     except ValueError:  # NaN or infinity

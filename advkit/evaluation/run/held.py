@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import suppress
-from itertools import accumulate, count
-from operator import add
+from itertools import accumulate, count, groupby
+from operator import add, attrgetter
 from pathlib import Path
 
 import msgspec
@@ -25,10 +25,34 @@ from advkit.evaluation.run.codec import from_line
 
 MANY = 10_000
 """Records from which an index pays: fewer are read in the time that it takes to look at it."""
-_VERSION = 1
+_VERSION = 2
 _OUTCOMES = tuple(Outcome)
-_NUMBERS = {outcome: number for number, outcome in enumerate(_OUTCOMES)}
+_NUMBERS = {str(outcome): number for number, outcome in enumerate(_OUTCOMES)}
 _DIGEST = hashlib.sha256().digest_size
+
+MadeBy = tuple[str, str, str]
+"""Attack, stage and source of a label."""
+_MADE_BY: Callable[[Record], MadeBy] = attrgetter("attack", "stage", "source")
+# The text that an outcome is: looked up faster than the outcome, whose hash is a function of Python.
+_OUTCOME: Callable[[Record], str] = attrgetter("outcome._value_")
+_LABEL: Callable[[Record], int | None] = attrgetter("label")
+
+
+def key_of(label: Label, row: str) -> str:
+    """Names a record within a case."""
+    return f"{label}|{row}"
+
+
+def keys_of(records: Sequence[Record]) -> tuple[list[str], list[tuple[MadeBy, int]]]:
+    """Key of every record; and what made them, with the number of those that follow one another and were made by it."""
+    made = list(map(_MADE_BY, records))
+    alike = made.count(made[0]) == len(made) if made else False
+    runs = [(made[0], len(made))] if alike else [(each, len(list(run))) for each, run in groupby(made)]
+    keys: list[str] = []
+    for each, number in runs:
+        head = key_of(Label(*each), "")
+        keys += [head + record.id for record in records[len(keys) : len(keys) + number]]
+    return keys, runs
 
 
 class _Index(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -39,19 +63,18 @@ class _Index(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     keys:     the label's text and the row's id, as the store names a record
     makers:   number of its label; of 16 bits
     outcomes: number of its outcome; of 8 bits
-    starts, ends: where its line begins and ends; of 64 bits
+    starts:   where its line begins; of 64 bits
     """
 
     version: int
     size: int
     sha256: bytes
-    labels: list[tuple[str, str, str]]
+    labels: list[MadeBy]
     classes: list[int | None]
     keys: list[str]
     makers: bytes
     outcomes: bytes
     starts: bytes
-    ends: bytes
 
 
 class Held(Mapping[str, Record]):
@@ -70,9 +93,9 @@ class Held(Mapping[str, Record]):
         self._tally: Counter[tuple[int, int]] = Counter()
         self.classes: dict[int | None, None] = {}
         self._places: dict[str, int] = {}
-        self._numbers: dict[tuple[str, str, str], int] = {}
+        self._numbers: dict[MadeBy, int] = {}
         self._makers, self._outcomes = array("H"), bytearray()
-        self._starts, self._ends = array("q"), array("q")
+        self._starts = array("q")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -92,12 +115,15 @@ class Held(Mapping[str, Record]):
         return _Values(self)
 
     def _at(self, place: int) -> Record:
-        return from_line(bytes(self.raw[self._starts[place] : self._ends[place]]))
+        return from_line(self._line(place))
 
     def line(self, key: str) -> bytes:
         """Of the record, with its end."""
-        place = self._places[key]
-        return bytes(self.raw[self._starts[place] : self._ends[place]])
+        return self._line(self._places[key])
+
+    def _line(self, place: int) -> bytes:
+        start = self._starts[place]
+        return bytes(self.raw[start : self.raw.index(b"\n", start) + 1])
 
     def ids(self) -> Iterator[str]:
         """Of the rows, one per record."""
@@ -111,29 +137,50 @@ class Held(Mapping[str, Record]):
             found[self.labels[maker].stage, _OUTCOMES[outcome]] += number
         return found
 
-    def append(self, keys: Sequence[str], records: Sequence[Record], lines: Sequence[bytes]) -> None:
-        """New records and their lines, with their ends."""
-        borders = accumulate(map(len, lines), initial=len(self.raw))
-        text = b"".join(lines)
+    def holds_any(self, keys: Iterable[str]) -> bool:
+        """Whether one of these records is there."""
+        return not self._places.keys().isdisjoint(keys)
+
+    def append(
+        self,
+        keys: Sequence[str],
+        runs: Sequence[tuple[MadeBy, int]],
+        records: Sequence[Record],
+        text: bytes,
+        lines: Sequence[bytes],
+    ) -> None:
+        """New records.
+
+        keys, runs: of them, see `keys_of`
+        text:       their lines, one after the other
+        lines:      the same one by one, without their ends
+        """
+        starts = map(add, accumulate(map(len, lines), initial=len(self.raw)), range(len(lines)))
+        self.know(keys, runs, records, list(starts))
         self.raw += text
         self.hash.update(text)
-        self.know(keys, records, lines, list(borders)[:-1])
 
     def know(
-        self, keys: Sequence[str], records: Sequence[Record], lines: Sequence[bytes], starts: Sequence[int]
+        self,
+        keys: Sequence[str],
+        runs: Sequence[tuple[MadeBy, int]],
+        records: Sequence[Record],
+        starts: Sequence[int],
     ) -> None:
-        """Records whose lines begin there in `raw`."""
-        makers = [self._number((record.attack, record.stage, record.source)) for record in records]
-        outcomes = [_NUMBERS[record.outcome] for record in records]
-        self._places.update(zip(keys, count(len(self._ends)), strict=False))
-        self._makers.extend(makers)
-        self._outcomes += bytes(outcomes)
-        self._starts.extend(starts)
-        self._ends.extend(map(add, starts, map(len, lines)))
-        self._tally.update(zip(makers, outcomes, strict=True))
-        self.classes |= dict.fromkeys(record.label for record in records)
+        """Records whose lines begin there in `raw`; see `append`."""
+        self._places.update(zip(keys, count(len(self._starts)), strict=False))
+        self._starts += array("q", starts)
+        self.classes |= dict.fromkeys(map(_LABEL, records))
+        outcomes, begun = bytes(map(_NUMBERS.__getitem__, map(_OUTCOME, records))), 0
+        self._outcomes += outcomes
+        for made_by, number in runs:
+            maker, part = self._number(made_by), outcomes[begun : begun + number]
+            begun += number
+            self._makers += array("H", [maker]) * number
+            for outcome in {*part}:
+                self._tally[maker, outcome] += part.count(outcome)
 
-    def _number(self, made_by: tuple[str, str, str]) -> int:
+    def _number(self, made_by: MadeBy) -> int:
         number = self._numbers.get(made_by)
         if number is None:
             number = self._numbers[made_by] = len(self.labels)
@@ -152,7 +199,6 @@ class Held(Mapping[str, Record]):
             self._makers.tobytes(),
             bytes(self._outcomes),
             self._starts.tobytes(),
-            self._ends.tobytes(),
         )
         content = msgspec.msgpack.encode(index)
         write_whole(file, hashlib.sha256(content).digest() + content)
@@ -183,7 +229,6 @@ class Held(Mapping[str, Record]):
         self._makers.frombytes(index.makers)
         self._outcomes = bytearray(index.outcomes)
         self._starts.frombytes(index.starts)
-        self._ends.frombytes(index.ends)
         self._tally = Counter(zip(self._makers, self._outcomes, strict=True))
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate, islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from advkit.evaluation.run.reading import beside_name as beside_name
 from advkit.evaluation.run.reading import read_records as read_records
 from advkit.evaluation.run.reading import records_in
 from advkit.evaluation.run.reading import records_path as records_path
+from advkit.evaluation.run.times import Times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,12 +86,11 @@ class Store:
         self.kept: dict[str, str] = {}
         self._index = folder / f"{name}.index"
         self._indexed = 0
-        self._timing = folder / f"{name}.seconds.jsonl"
         self._case = folder / f"{name}.case.json"
         self._text = json.dumps(config, sort_keys=True, indent=1) + "\n"
         self._rows = None if rows is None else dict(rows)
         self._sides: dict[str, bytes] = {}
-        self._times: list[dict[str, Any]] = []
+        self._times = Times(folder / f"{name}.seconds.jsonl")
         try:
             self._right = Claimed(folder)
             try:
@@ -127,27 +127,39 @@ class Store:
         """Know the records whose lines begin there, which so many lines are before."""
         lines = _lines(self.records.raw, start)
         while block := list(islice(lines, _BLOCK)):
-            starts = accumulate(map(len, block), initial=start)
-            start += sum(map(len, block))
-            new: dict[str, tuple[Record, bytes, int]] = {}
-            for at, line, record in zip(starts, block, records_in(block, self.path, before), strict=False):
-                key = self.key(record.made_by, record.id)
-                before += 1
-                if key in new:
-                    same = line == new[key][1] or record == new[key][0]
-                elif key in self.records:
-                    same = line == self.records.line(key) or record == self.records[key]
-                else:
-                    new[key], same = (record, line, at), True
-                if not same:
-                    raise StaleRun(
-                        f"{self.path}, line {before}: another record of row {record.id} under {record.made_by} stands "
-                        "above it: it was edited, or two runs wrote to it; remove both lines, or the folder"
-                    )
-            found = new.values()
-            self.records.know(
-                list(new), [r for r, _, _ in found], [line for _, line, _ in found], [at for _, _, at in found]
-            )
+            borders = list(accumulate(map(len, block), initial=start))
+            start = borders[-1]
+            records = list(records_in(block, self.path, before))
+            keys, runs = held.keys_of(records)
+            new: Sequence[int] = range(len(keys))
+            if self._known(keys):
+                new = self._once(block, records, keys, before)
+                records = [records[place] for place in new]
+                keys, runs = held.keys_of(records)
+            before += len(block)
+            self.records.know(keys, runs, records, [borders[place] for place in new])
+
+    def _known(self, keys: Sequence[str]) -> bool:
+        """Whether a record is among these twice, or there already."""
+        return len({*keys}) < len(keys) or self.records.holds_any(keys)
+
+    def _once(self, lines: Sequence[bytes], records: Sequence[Record], keys: Sequence[str], before: int) -> list[int]:
+        """Places of the records that are not there already; StaleRun where another one of the same name is."""
+        new: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            if key in new:
+                same = lines[place] == lines[new[key]] or records[place] == records[new[key]]
+            elif key in self.records:
+                same = lines[place] == self.records.line(key) or records[place] == self.records[key]
+            else:
+                new[key], same = place, True
+            if not same:
+                record = records[place]
+                raise StaleRun(
+                    f"{self.path}, line {before + place + 1}: another record of row {record.id} under {record.made_by} "
+                    "stands above it: it was edited, or two runs wrote to it; remove both lines, or the folder"
+                )
+        return list(new.values())
 
     def _begin(self, raw: bytearray) -> None:
         """Go on behind these bytes, which are the file's."""
@@ -157,7 +169,7 @@ class Store:
     @staticmethod
     def key(label: Label, row: str) -> str:
         """Names a record within a case."""
-        return f"{label}|{row}"
+        return held.key_of(label, row)
 
     def _same(self, case: Path, rows: Path | None = None) -> None:
         old = case.read_bytes()
@@ -225,31 +237,17 @@ class Store:
 
         start, before: where the lines begin of which the index says nothing, and how many are before them
         """
-        self._times = _entries(self._timing)
-        if self._timing.exists() and self._timing.read_bytes()[-1:] not in (b"", b"\n"):
-            with self._timing.open("ab") as handle:
-                handle.write(b"\n")  # what comes now is a line of its own
-        if sum(len(_marks(entry)) for entry in self._times) < before:
+        self._times.open()
+        if self._times.lines() < before:
             start = before = 0  # lines that the index knows are unknown to the file of times: it was cut
-        marks = [_mark(line[:-1]) for line in _lines(self.records.raw, start)]
-        if not marks:
-            return
-        known = {mark for entry in self._times for mark in _marks(entry)}
-        last = max((number for number, mark in enumerate(marks) if mark in known), default=-1)
-        for number, mark in enumerate(marks[: last + 1], before + 1):
-            if mark not in known:
-                raise StaleRun(
-                    f"{self.path}, line {number} is not what was written: it was edited or damaged; remove the line to "
-                    "run its row again"
-                )
-        if new := marks[last + 1 :]:
-            self._tell({"attack": "", "rows": 0, "seconds": 0.0, "lines": new})
-
-    def _tell(self, entry: dict[str, Any]) -> None:
-        """One line of the file of times."""
-        with self._timing.open("ab", buffering=0) as handle:
-            handle.write((json.dumps(entry) + "\n").encode())
-        self._times.append(entry)
+        other, known = self._times.check(line[:-1] for line in _lines(self.records.raw, start))
+        if other is not None:
+            raise StaleRun(
+                f"{self.path}, line {before + other + 1} is not what was written: it was edited or damaged; remove the "
+                "line to run its row again"
+            )
+        if new := [line[:-1] for line in islice(_lines(self.records.raw, start), known, None)]:
+            self._times.append(new)
 
     def __contains__(self, key: object) -> bool:
         return key in self.records
@@ -276,24 +274,21 @@ class Store:
         Raises RunInterrupted where the disk is full or the folder can't be written any more: what was on record stays
         so, and nothing of these records is.
         """
-        rows: dict[str, Record] = {}
-        for record in records:
-            key = self.key(record.made_by, record.id)
-            if key in self.records or key in rows:
-                raise ValueError(f"record {key} is already in the store")
-            rows[key] = record
-        new = list(rows.values())
+        new = list(records)
+        keys, runs = held.keys_of(new)
+        if self._known(keys):
+            twice = next(key for place, key in enumerate(keys) if key in self.records or key in keys[:place])
+            raise ValueError(f"record {twice} is already in the store")
         lines = to_lines(new)
+        text = b"\n".join([*lines, b""])
         with self._writing():
             self._look()
             if examples is not None:
                 write_examples(self.folder / f"{self.name}.examples", new, examples, keep)
-            self._write(b"".join(lines))
-            self.records.append(list(rows), new, lines)
+            self._write(text)
+            self.records.append(keys, runs, new, text, lines)
             if new:
-                spent = {"attack": str(new[0].made_by), "rows": len(new), "seconds": seconds}
-                entry = spent | ({"tokens": tokens} if tokens else {}) | {"lines": [_mark(line[:-1]) for line in lines]}
-                self._tell(entry)
+                self._times.append(lines, str(new[0].made_by), len(new), seconds, tokens)
         if len(self.records) >= 2 * max(self._indexed, held.MANY):
             self._write_index()
 
@@ -380,28 +375,17 @@ class Store:
         write_whole(folder / self._case.name, self._text)
         for name, content in self._sides.items():
             write_whole(folder / name, content)
-        write_whole(folder / self._timing.name, "".join(json.dumps(entry) + "\n" for entry in self._times))
+        write_whole(folder / self._times.file.name, self._times.text())
         write_whole(folder / self.path.name, raw)
         return raw
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds spent per attack label, over all starts of the run."""
-        return self._spent("seconds")
+        return self._times.spent("seconds")
 
     def tokens(self) -> dict[str, int]:
         """Tokens that attacks sent through models that count them, per attack label."""
-        return {label: int(number) for label, number in self._spent("tokens").items() if number}
-
-    def _spent(self, what: str) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for entry in self._times:
-            try:
-                label, spent = str(entry["attack"]), float(entry.get(what, 0.0))
-            except (ValueError, TypeError, KeyError):
-                continue
-            if label:
-                total[label] = total.get(label, 0.0) + max(0.0, spent)
-        return total
+        return {label: int(number) for label, number in self._times.spent("tokens").items() if number}
 
     def reject(self) -> None:
         """Put the records aside, as NAME.rejected: a run whose model was changed has none."""
@@ -443,31 +427,12 @@ def take_out(folder: Path, name: str, outcomes: Container[Outcome]) -> int:
     return sum(out)
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
-    """The entries of a file of times; those cut short or damaged are passed over, they are no evidence."""
-    found = []
-    for line in file.read_bytes().split(b"\n") if file.exists() else ():
-        with suppress(ValueError):
-            found.append(read_object(line))
-    return found
-
-
 def _lines(raw: bytearray, start: int) -> Iterator[bytes]:
     """The whole lines from there on, with their ends."""
     while start < len(raw):
         end = raw.index(b"\n", start) + 1
         yield bytes(raw[start:end])
         start = end
-
-
-def _mark(line: bytes) -> str:
-    """Knows a line of records again."""
-    return hashlib.sha256(line).hexdigest()[:16]
-
-
-def _marks(entry: dict[str, Any]) -> list[str]:
-    marks = entry.get("lines")
-    return [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []
 
 
 def _free(path: Path) -> Path:
