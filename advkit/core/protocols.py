@@ -20,7 +20,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from typing_extensions import TypeIs
 
@@ -29,12 +29,14 @@ from advkit.core.records import Outcome as Outcome
 from advkit.core.records import Record as Record
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Self, runtime_checkable  # the type checker knows it by this name
 
     import torch
     from torch import Tensor, nn
 
     from advkit.core.speed import Speed
+else:
+    from advkit.core.structural import runtime_checkable
 
 X = TypeVar("X")
 Y = TypeVar("Y")
