@@ -74,7 +74,7 @@ class RowRng:
     @classmethod
     def from_ids(cls, seed: int, ids: Sequence[str], device: torch.device | str = "cpu") -> RowRng:
         """One stream per row id."""
-        digests = b"".join(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8] for name in ids)
+        digests = b"".join([hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8] for name in ids])
         key = torch.from_numpy(np.frombuffer(digests, "<u4").astype(np.int64).reshape(-1, 2).T)
         return cls(int(seed), _round_keys(key)).to(device)
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
@@ -118,29 +118,34 @@ _OF_ANY = _BROKEN | _UNKNOWN | _NOT_GAINED | _NO_EIGHT | _EIGHT
 """What holds of a row when it holds of any of its records; how it was when clean its first one says."""
 
 
-_KINDS = attrgetter("outcome", "label", "clean", "notes", "eight_bit")
-"""All that `_state` looks at: a million records are of a few hundred kinds."""
+# The text that an outcome is has a faster hash.
+_KINDS = attrgetter("outcome._value_", "label", "clean", "notes", "eight_bit")
+"""All that a record's state follows from: a million records are of a few hundred kinds."""
+_ID = attrgetter("id")
+_BLOCK = 4096
+"""Records that are looked at together."""
 
 
-def _state(record: Record) -> int:
-    """What a record says of its row."""
-    state = _RIGHT * was_right(record) | _CONTESTED * contested(record) | _NOT_GAINED * (GAINED not in record.notes)
-    if record.outcome == Outcome.BROKEN:
-        state |= _BROKEN
-    elif record.outcome in UNKNOWN:
-        state |= _UNKNOWN
-    return state | (_NO_EIGHT if record.eight_bit is None else _EIGHT if record.eight_bit else 0)
+class _Known(dict[tuple[Any, ...], int]):
+    """What records of a kind say of their row."""
+
+    def __missing__(self, kind: tuple[Any, ...]) -> int:
+        end, label, clean, notes, eight_bit = kind
+        record = Record("", "", Outcome(end), label=label, clean=clean, notes=notes, eight_bit=eight_bit)
+        state = _RIGHT * was_right(record) | _CONTESTED * contested(record) | _NOT_GAINED * (GAINED not in notes)
+        if record.outcome == Outcome.BROKEN:
+            state |= _BROKEN
+        elif record.outcome in UNKNOWN:
+            state |= _UNKNOWN
+        self[kind] = state | (_NO_EIGHT if eight_bit is None else _EIGHT if eight_bit else 0)
+        return self[kind]
 
 
-def _states(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Every record and what it says of its row."""
-    known: dict[tuple[Any, ...], int] = {}
-    for record in records:
-        kind = _KINDS(record)
-        state = known.get(kind)
-        if state is None:
-            state = known[kind] = _state(record)
-        yield record, state
+def _states(records: Iterable[Record]) -> Iterator[tuple[list[Record], list[str], list[int]]]:
+    """Records, their rows and what they say of them, many at a time."""
+    known, left = _Known(), iter(records)
+    while block := list(islice(left, _BLOCK)):
+        yield block, list(map(_ID, block)), list(map(known.__getitem__, map(_KINDS, block)))
 
 
 def count(records: Iterable[Record]) -> Counts:
@@ -148,9 +153,20 @@ def count(records: Iterable[Record]) -> Counts:
     return _counted(_by_row(records))
 
 
-def _add(rows: dict[str, int], row: str, state: int) -> None:
-    known = rows.get(row)
-    rows[row] = state if known is None else known | (state & _OF_ANY)
+def _add(rows: dict[str, int], ids: Sequence[str], states: Sequence[int]) -> None:
+    new = dict(zip(ids, states, strict=True))
+    if len(new) == len(ids) and rows.keys().isdisjoint(new):
+        rows.update(new)
+        return
+    for row, state in zip(ids, states, strict=True):
+        known = rows.get(row)
+        rows[row] = state if known is None else known | (state & _OF_ANY)
+
+
+def _added(ids: Sequence[str], states: Sequence[int]) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    _add(rows, ids, states)
+    return rows
 
 
 def _counted(rows: Mapping[str, int]) -> Counts:
@@ -208,8 +224,8 @@ def rows_broken(records: Iterable[Record]) -> dict[str, bool]:
 def _by_row(records: Iterable[Record]) -> dict[str, int]:
     """What all records of a row say of it, by its id."""
     rows: dict[str, int] = {}
-    for record, state in _states(records):
-        _add(rows, record.id, state)
+    for _, ids, states in _states(records):
+        _add(rows, ids, states)
     return rows
 
 
@@ -233,11 +249,14 @@ def by_label(records: Iterable[Record]) -> dict[Label, list[Record]]:
 
 def by_class(records: Iterable[Record]) -> dict[int, Counts]:
     """Counts of every class that occurs, by its number, in their order; rows without a label belong to none."""
-    groups: dict[int, dict[str, int]] = defaultdict(dict)
-    for record, state in _states(records):
-        if record.label is not None:
-            _add(groups[record.label], record.id, state)
-    return {label: _counted(groups[label]) for label in sorted(groups)}
+    groups: dict[int, tuple[list[str], list[int]]] = defaultdict(lambda: ([], []))
+    for block, ids, states in _states(records):
+        for record, row, state in zip(block, ids, states, strict=True):
+            if record.label is not None:
+                own = groups[record.label]
+                own[0].append(row)
+                own[1].append(state)
+    return {label: _counted(_added(*groups[label])) for label in sorted(groups)}
 
 
 def weakest_classes(classes: Mapping[int, Counts]) -> list[int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,16 +43,13 @@ from advkit.core.protocols import (
 from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
 from advkit.core.state import frozen
-from advkit.evaluation.counts import UNKNOWN, clean_notes
 from advkit.evaluation.run.case import Case, lent
 from advkit.evaluation.run.judge import Judge, Said, Verdict, finite, rendered, unchanged
+from advkit.evaluation.run.recorded import TIMED_OUT, records_of, state_of, states_of
 from advkit.evaluation.run.speed import VICTIM
 from advkit.models.ensemble import Ensemble
 
 log = logging.getLogger("advkit")
-
-TIMED_OUT = "timed_out"
-"""Note of a record whose row was given up because somebody's code was not back in time."""
 
 CERTAIN = 100.0
 """Lead of a class in logits that no goal takes for doubtful."""
@@ -77,9 +73,6 @@ class Round:
     adversarial: Tensor | None = None
     tokens: int = 0
 
-
-ASKED_NON_FINITE = "the attack asked the victim about an input with NaN or infinity"
-"""The message of a row on which the attack failed by that."""
 
 Unit = Callable[[Case, Batch, Lanes], Round]
 """What a scenario may have done with a batch; a function of a module's top level, so that processes can share it."""
@@ -199,7 +192,7 @@ def _raised(case: Case, batch: Batch, lanes: Lanes, error: Exception, who: str) 
         notes = ("clean_raised", *notes)
     else:
         before = judge.decisions(clean.answer)[0]
-        notes = (*_state_of(_states(clean)[0], Outcome.ERROR, label, before), *notes)
+        notes = (*state_of(states_of(clean)[0], Outcome.ERROR, label, before), *notes)
     record = Record(
         id=batch.ids[0],
         attack=case.label.attack,
@@ -280,7 +273,7 @@ def attacked_model(case: Case) -> tuple[Any, bool]:
 
 
 @dataclass(frozen=True)
-class _Clean:
+class Clean:
     """The rows before any attack; all tensors [B].
 
     goal:      what the attacker wants of each row
@@ -299,7 +292,7 @@ class _Clean:
     attacked: Tensor
 
 
-class _Attempts:
+class Attempts:
     """What the attack makes of a batch's rows, in one try or two, and what it costs."""
 
     def __init__(self, case: Case, batch: Batch, goal: Goal[Tensor], lanes: Lanes, rng: RowRng) -> None:
@@ -420,7 +413,7 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     # Every attack on a row meets the same goal: what it is to reach does not depend on who tries.
     wanted, rng = rng.at("goal"), rng.at("attack", *case.label.streams)
     clean = _clean(case, batch, judge, wanted)
-    attempts = _Attempts(case, batch, clean.goal, lanes, rng)
+    attempts = Attempts(case, batch, clean.goal, lanes, rng)
     # Where all rows are to be changed alike, none is attacked apart from the others a second time.
     model, fast = attacked_model(case)[0], None if one_change(case.threat) else fast_model(case, batch.x)
     exact = torch.tensor([fast is None or row in case.exact for row in batch.ids], device=batch.x.device)
@@ -436,7 +429,7 @@ def attacked(case: Case, batch: Batch, lanes: Lanes) -> Round:
     said = _examined(attempts, clean, judge, verdict, rng)
     admitted = verdict.admitted.to(batch.x.device).view(-1, *(1,) * (batch.x.ndim - 1))
     shown = torch.where(admitted, verdict.submitted.to(batch.x), attempts.images)
-    return Round(_records(attempts, clean, judge, verdict, said), batch.x, shown, attempts.tokens)
+    return Round(records_of(attempts, clean, judge, verdict, said), batch.x, shown, attempts.tokens)
 
 
 def judged(case: Case, batch: Batch, lanes: Lanes) -> Round:
@@ -449,14 +442,14 @@ def shown(case: Case, batch: Batch, lanes: Lanes, returned: Tensor | None = None
     rng = RowRng.from_ids(case.seed, batch.ids, device=case.device)
     judge = _judge(case, lanes, rng)
     clean = _clean(case, batch, judge, rng.at("goal"))
-    attempts = _Attempts(case, batch, clean.goal, lanes, rng)
+    attempts = Attempts(case, batch, clean.goal, lanes, rng)
     attempts.returned = attempts.start if returned is None else returned.to(attempts.start)
     verdict = judge.judge(attempts.returned, batch.x, clean.goal, case.threat)
     said = _examined(attempts, clean, judge, verdict, rng)
-    return Round(_records(attempts, clean, judge, verdict, said), batch.x, verdict.submitted.to(batch.x))
+    return Round(records_of(attempts, clean, judge, verdict, said), batch.x, verdict.submitted.to(batch.x))
 
 
-def _examined(attempts: _Attempts, clean: _Clean, judge: Judge, verdict: Verdict, rng: RowRng) -> list[Said]:
+def _examined(attempts: Attempts, clean: Clean, judge: Judge, verdict: Verdict, rng: RowRng) -> list[Said]:
     """What there is to say of every row of the batch."""
     case, batch = attempts.case, attempts.batch
     return judge.examine(
@@ -478,7 +471,7 @@ def _judge(case: Case, lanes: Lanes, rng: RowRng) -> Judge:
     return Judge(case.victim, lanes, case.draws if case.randomized else 1, rng)
 
 
-def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
+def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> Clean:
     """The rows before any attack, and what the attacker wants of them."""
     answers = judge.answers(batch.x, "clean")
     answer = answers[0]
@@ -493,7 +486,7 @@ def _clean(case: Case, batch: Batch, judge: Judge, rng: RowRng) -> _Clean:
         lost = wrong if case.rule.kind == "untargeted" else met_by_truth(goal, batch.labels, answer)
         contested = sane & ~lost & ~judge.majority(goal, answers)
     attacked = sane if case.attack_misclassified else contested  # a grid counts every image
-    return _Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), contested.cpu(), attacked)
+    return Clean(goal, answer, sane.cpu(), (~wrong & sane).cpu(), contested.cpu(), attacked)
 
 
 def met_by_truth(goal: Goal[Tensor], labels: Tensor, answer: Tensor) -> Tensor:
@@ -508,7 +501,7 @@ def met_by_truth(goal: Goal[Tensor], labels: Tensor, answer: Tensor) -> Tensor:
     return goal.reached(CERTAIN * one_hot(labels, answer.shape[1]).to(answer.dtype))
 
 
-def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) -> Tensor:
+def _doubted(attempts: Attempts, verdict: Verdict, tried: Tensor, fast: Any) -> Tensor:
     """The rows on which the fast view can't be believed, long; `refuted` and `unsure` say why.
 
     tried: bool [B], the rows attacked through it
@@ -528,122 +521,6 @@ def _doubted(attempts: _Attempts, verdict: Verdict, tried: Tensor, fast: Any) ->
     unsure[[i for i in attempts.errors if tried[i]]] = True
     attempts.unsure = unsure
     return (attempts.refuted | unsure).nonzero().squeeze(1)
-
-
-def _outcomes(attempts: _Attempts, clean: _Clean, verdict: Verdict) -> list[Outcome]:
-    """How every row ended."""
-    unheard: list[bool] = (attempts.met_non_finite & (not attempts.case.surrogates)).tolist()
-    found = verdict.outcomes(clean.contested.tolist(), unheard)
-    outside: list[bool] = (clean.contested & attempts.outside).tolist()
-    # An attack that lost itself in NaN has not tried: its failure says nothing of the victim.
-    lost: list[bool] = attempts.asked_non_finite.tolist()
-    finite_when_clean: list[bool] = clean.finite.tolist()
-    for row, outcome in enumerate(found):
-        if row in attempts.errors:
-            found[row] = Outcome.ERROR
-        elif not finite_when_clean[row]:
-            found[row] = Outcome.NON_FINITE
-        elif outside[row]:
-            found[row] = Outcome.INVALID
-        elif lost[row] and outcome in (Outcome.ROBUST, Outcome.INVALID):
-            found[row] = Outcome.ERROR
-    return found
-
-
-def _records(
-    attempts: _Attempts,
-    clean: _Clean,
-    judge: Judge,
-    verdict: Verdict,
-    said: Sequence[Said],
-) -> list[Record]:
-    """One record per row of the batch.
-
-    Tensors become lists first: read one by one their numbers cost more than the rest of a record.
-    """
-    case, batch = attempts.case, attempts.batch
-    labels = [None] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
-    before, afterwards = judge.decisions(clean.answer), judge.decisions(verdict.answer)
-    outcomes, states = _outcomes(attempts, clean, verdict), _states(clean)
-    reached, asked_non_finite = verdict.reached.tolist(), attempts.asked_non_finite.tolist()
-    distance, margin, closeness = (_numbers(each) for each in (verdict.distance, verdict.margin, verdict.closeness))
-    eight_bit = [None] * len(batch.ids) if verdict.eight_bit is None else verdict.eight_bit.tolist()
-    forwards, backwards, queries = attempts.cost.tolist()
-    names = tuple(verdict.measures)
-    measures = list(zip(*(value.double().tolist() for value in verdict.measures.values()), strict=True))
-    flags = _flags(attempts, verdict)
-    ungraded = isinstance(case.rule, Graded)
-    attack, stage, source = case.label.attack, case.label.stage, case.label.source
-    records = []
-    for i, row in enumerate(batch.ids):
-        label, outcome, more = labels[i], outcomes[i], flags.get(i, ())
-        if not all(states[i]) or outcome == Outcome.WRONG:
-            more = (*_state_of(states[i], outcome, label, before[i]), *more)
-        lost = outcome in UNKNOWN or (outcome == Outcome.WRONG and asked_non_finite[i])
-        if outcome == Outcome.ERROR:
-            attempts.errors.setdefault(i, ASKED_NON_FINITE)
-        records.append(
-            Record(
-                id=row,
-                attack=attack,
-                outcome=outcome,
-                label=label,
-                clean=before[i],
-                adversarial=afterwards[i],
-                reached=reached[i],
-                distance=distance[i],
-                margin=margin[i],
-                closeness=closeness[i],
-                eight_bit=eight_bit[i],
-                forwards=forwards[i],
-                backwards=backwards[i],
-                queries=queries[i],
-                notes=more,
-                message=attempts.errors.get(i, ""),
-                measures=dict(zip(names, measures[i], strict=True)) if names else {},
-                # The error of a sample without a verdict is that of its clean self: no error under attack.
-                figures={} if lost and ungraded else said[i].figures,
-                trace=attempts.trace.get(i, ()),
-                texts=said[i].texts,
-                scores=said[i].scores,
-                stage=stage,
-                source=source,
-            )
-        )
-    return records
-
-
-def _flags(attempts: _Attempts, verdict: Verdict) -> dict[int, tuple[str, ...]]:
-    """What the notes of a row must say of the attack on it, for the rows of which there is something to say."""
-    switches = attempts.case.speed.switches
-    found: dict[int, tuple[str, ...]] = {i: (f"{who}_raised",) for i, who in sorted(attempts.raised_by.items())}
-    for name, holds in (
-        ("met_non_finite", attempts.met_non_finite),
-        ("zero_gradient", attempts.no_gradient),
-        ("asked_non_finite", attempts.asked_non_finite),
-        ("outside_threat_model", attempts.outside | ~verdict.admitted.cpu()),
-        (f"refuted_{switches[0] if switches else ''}", attempts.refuted),
-        ("again_in_fp32", attempts.unsure & ~attempts.refuted),
-        (TIMED_OUT, attempts.late),
-    ):
-        for i in holds.nonzero().flatten().tolist():
-            found[i] = (*found.get(i, ()), name)
-    return found
-
-
-def _states(clean: _Clean) -> list[tuple[bool, bool, bool]]:
-    """Of every row when it was clean: whether its answer was finite, whether it was right, whether it was contested."""
-    return list(zip(clean.finite.tolist(), clean.correct.tolist(), clean.contested.tolist(), strict=True))
-
-
-def _state_of(
-    state: tuple[bool, bool, bool], outcome: Outcome, label: int | None, before: int | None
-) -> tuple[str, ...]:
-    """What a record's notes must say of how its row was when clean."""
-    finite_then, right, in_contest = state
-    if not finite_then:
-        return ("clean_non_finite",)
-    return clean_notes(outcome, label, before, right=right, in_contest=in_contest)
 
 
 def decides_in(case: Case) -> bool:
@@ -667,11 +544,3 @@ def _believed(
         if answer.is_floating_point() and answer.ndim > 1:
             margin[rows.cpu()] = aim.margin(answer).float().cpu()
     return reached, margin
-
-
-def _numbers(values: Tensor) -> list[float | None]:
-    """JSON numbers; NaN and infinity have none."""
-    numbers: list[float] = values.double().tolist()
-    if bool(values.isfinite().all()):
-        return list(numbers)
-    return [number if math.isfinite(number) else None for number in numbers]

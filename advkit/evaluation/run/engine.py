@@ -55,8 +55,9 @@ class Without:
 
     def __contains__(self, row: object) -> bool:
         name = str(row)
-        others = any(rows is not None and name not in rows for rows in (self.only, self.ours))
-        return others or self.prefix + name in self.done
+        if (self.only is not None and name not in self.only) or (self.ours is not None and name not in self.ours):
+            return True
+        return self.prefix + name in self.done
 
 
 @dataclass
