@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from typing_extensions import get_protocol_members, is_protocol
@@ -128,3 +129,43 @@ def test_the_design_page_lists_every_ability_with_its_members():
         row.split("|") for row in page.partition("## Abilities")[2].partition("## ")[0].splitlines() if "| `" in row
     ]
     assert {row[2].strip(" `"): set(re.findall(r"`(\w+)`", row[3])) for row in rows} == abilities
+
+
+def test_isinstance_of_a_protocol_asks_for_its_members_and_those_of_its_bases() -> None:
+    """The same on Python 3.11, where members are gathered when the protocol is made, and later."""
+
+    @protocols.runtime_checkable
+    class Named(Protocol):
+        name: str
+
+        def call(self) -> int: ...
+
+    @protocols.runtime_checkable
+    class Aged(Named, Protocol):
+        age: int
+
+    class Whole:
+        def __init__(self, **more: int) -> None:
+            self.name = "whole"
+            vars(self).update(more)
+
+        def call(self) -> int:
+            return 1
+
+    class Blocked(Whole):
+        call = None
+
+    class Heir(Aged):
+        def call(self) -> int:
+            return 2
+
+    assert isinstance(Whole(), Named)
+    assert not isinstance(Whole(), Aged)
+    assert isinstance(Whole(age=3), Aged)
+    assert not isinstance(Blocked(), Named)
+    assert not isinstance(3, Named)
+    assert isinstance(Heir(), Aged)
+    assert isinstance(Heir(), Named)
+    assert isinstance(Heir(), Heir)
+    assert not isinstance(Whole(age=3), Heir)
+    assert get_protocol_members(Aged) == {"name", "call", "age"}

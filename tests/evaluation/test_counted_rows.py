@@ -12,6 +12,7 @@ import torch
 from scipy import special
 
 from advkit.core.protocols import Label, Outcome, Record
+from advkit.evaluation import counts
 from advkit.evaluation.counts import (
     CLEAN_CORRECT,
     CLEAN_WRONG,
@@ -46,7 +47,8 @@ def drawn(seed: int) -> list[Record]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_counts_are_what_they_are_called(seed: int) -> None:
+def test_counts_are_what_they_are_called(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "_BLOCK", 7 if seed < 4 else 4096)  # looked at in several parts, or at once
     records = drawn(seed)
     rows = {record.id: [each for each in records if each.id == record.id] for record in records}
     right = {row for row, own in rows.items() if was_right(own[0])}

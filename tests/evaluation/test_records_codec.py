@@ -73,6 +73,21 @@ def test_lines_of_ordinary_records_are_what_json_writes() -> None:
         for i in range(1, 300)
     ]
     assert to_lines(made) == [as_json_writes(record) for record in made]
+    # A few others among them, each of its own kind, cost the others nothing and are what json writes, too.
+    rare: list[dict[str, Any]] = [
+        {"margin": 3e-5},
+        {"measures": {"l2": 1e16, "x": math.pi}},
+        {"figures": {"hit": True, "loss": -2e-7}},
+        {"figures": {"hit": False, "loss": 0.5}, "stage": "apgd", "source": "zoo:x"},
+        {"texts": {"stage": "", "source": ""}},
+        {"trace": ({"figures": {}, "trace": [], "texts": {}, "scores": {}, "stage": "", "source": ""},)},
+        {"scores": {"a": (1.0,), "trace": ()}},
+        {"message": "caf\u00e9"},
+        {"notes": ("\x7f",)},
+    ]
+    for place, changes in enumerate(rare):
+        made[7 * place] = replace(made[7 * place], **changes)
+    assert to_lines(made) == [as_json_writes(record) for record in made]
 
 
 def test_a_file_of_the_first_version_is_read() -> None:

@@ -15,9 +15,9 @@ from advkit.attacks import ATTACKS
 from advkit.core.protocols import Access, Label, Outcome, Record
 from advkit.evaluation.api import resolve
 from advkit.evaluation.execute import run
-from advkit.evaluation.run.recorded import ASKED_NON_FINITE
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import open_store
+from advkit.evaluation.run.recorded import ASKED_NON_FINITE
 from advkit.evaluation.trust import diagnostics
 from advkit.models import MODELS
 from advkit.threat_models import THREAT_MODELS
