@@ -37,7 +37,7 @@ def _say(made: Package, as_json: bool) -> None:
     if as_json:
         files = [file.as_posix() for file in made.files]
         told = {"kind": made.kind, "name": made.name, "folder": made.folder.as_posix(), "files": files}
-        typer.echo(json.dumps({**told, "entry_point": f"{made.module}:{made.cls}"}, indent=2))
+        typer.echo(json.dumps({**told, "entry_point": made.entry_point}, indent=2))
         return
     folder = shlex.quote(f"{made.folder}")
     for file in made.files:

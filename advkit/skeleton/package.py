@@ -44,6 +44,11 @@ class Package:
     cls: str
     files: tuple[Path, ...]
 
+    @property
+    def entry_point(self) -> str:
+        """What the name stands for, `module:class`."""
+        return f"{self.module}:{self.cls}"
+
 
 def init_attack(name: str, out: str | os.PathLike[str] | None = None) -> Package:
     """Write a package with an attack that works, to be edited: gradient steps that become shorter.
