@@ -33,7 +33,8 @@ TESTED_ELSEWHERE = {
     )
 }  # fmt: skip
 """Pages whose commands have a test beside those of their tables."""
-RUN = ("faq.md", "first_evaluation.md", "report_schema.md", "your_model.md", "your_parts.md")
+RUN = ("faq.md", "first_evaluation.md", "report_schema.md", "your_model.md")
+RUN_SLOWLY = ("pubdef.md", "your_parts.md")
 """Pages whose snippets run here; those of other pages have tests beside what they are about."""
 REGISTRIES: dict[str, Any] = {
     "attack": ATTACKS, "defense": DEFENSES, "threat_model": THREAT_MODELS, "task": TASKS, "goal": GOALS,
@@ -189,7 +190,7 @@ def saved(page: str) -> list[str]:
     return rest
 
 
-@pytest.mark.parametrize("page", [*RUN, pytest.param("pubdef.md", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", [*RUN, *(pytest.param(page, marks=pytest.mark.slow) for page in RUN_SLOWLY)])
 def test_the_python_of_a_page_runs(page: str, here: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "docs"}
     snippets = saved(page)
@@ -203,6 +204,8 @@ def test_the_python_of_a_page_runs(page: str, here: Path) -> None:
 def test_the_commands_of_a_page_run(page: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(page)
     for arguments in commands(page):
-        code = run(list(arguments))
+        plain = ["--no-plots"] if arguments[0] == "evaluate" else []
+        code = run([*arguments, *plain])
         said = capsys.readouterr()
-        assert code == (3 if arguments[0] == "doctor" and code == 3 else 0), (arguments, said.err)
+        # an untrained network may have findings; that doctor tells of them is no failure of the page
+        assert code in ((0, 3) if arguments[0] == "doctor" else (0,)), (arguments, said.err)
