@@ -14,14 +14,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from advkit.cli.catalogue import GROUPS, OTHER, facts
 from advkit.cli.commands import COMMANDS, load_command
 from advkit.cli.list import registry_of
-from advkit.core.registry.docs import docstrings
+from advkit.core.registry.docs import docstrings, glimpse
 from advkit.evaluation.report import schema
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -85,10 +84,16 @@ class Part:
     def module(self) -> str:
         return self.target.partition(":")[0]
 
-    @cached_property
-    def docs(self) -> tuple[str, str]:
-        """Docstrings of the module and of the class."""
-        return docstrings(self.module, self.target.partition(":")[2])
+    @property
+    def doc(self) -> str:
+        """The docstring of the class."""
+        name = self.target.partition(":")[2]
+        return glimpse(self.module, name) or docstrings(self.module, name)[1]
+
+    @property
+    def of_module(self) -> str:
+        """The docstring of its module."""
+        return docstrings(self.module, self.target.partition(":")[2])[0]
 
 
 def methods() -> str:
@@ -143,10 +148,9 @@ def page_of(kind: str, name: str) -> str:
 
 def _papers(part: Part, all_of_kind: Iterable[Part]) -> str:
     """The papers that the class names; the module's where no class in it names any."""
-    of_module, of_class = part.docs
     siblings = [each for each in all_of_kind if each.module == part.module]
-    named = any(_ARXIV.search(each.docs[1]) for each in siblings)
-    found = _ARXIV.findall(of_class if named else of_module)
+    named = any(_ARXIV.search(each.doc) for each in siblings)
+    found = _ARXIV.findall(part.doc if named else part.of_module)
     return ", ".join(f"[{each}](https://arxiv.org/abs/{each})" for each in dict.fromkeys(found))
 
 

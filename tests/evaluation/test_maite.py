@@ -248,6 +248,7 @@ def test_the_command_line_says_one_line(capfd: pytest.CaptureFixture[str]) -> No
     assert "expected maite:MODULE.NAME" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/maite.md: commands on objects in the working directory, and the augmentation in another program."""
     page = (Path(__file__).parents[2] / "docs" / "maite.md").read_text(encoding="utf-8")
