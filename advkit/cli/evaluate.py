@@ -69,14 +69,14 @@ def carry_out(
     """Run a plan with a progress bar, then print what came out."""
     import shlex
 
-    from advkit.cli.progress import Bars
     from advkit.cli.reports import print_brief, print_full
     from advkit.evaluation.execute import execute
     from advkit.evaluation.figures.pictures import draw
+    from advkit.evaluation.progress import Bars
 
     command = shlex.join(["advkit", *sys.argv[1:]])
-    with Bars(hidden=as_json) as bars:
-        report = execute(resolved, out=folder, watch=bars.watch, command=command, workers=workers)
+    with Bars(False if as_json else None):
+        report = execute(resolved, out=folder, command=command, workers=workers)
     drawn = draw(resolved, folder, report) if plots else []
     if as_json:
         typer.echo(report.to_json())

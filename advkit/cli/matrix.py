@@ -162,7 +162,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
             console=Console(stderr=True),
-            disable=hidden,
+            disable=hidden or not sys.stderr.isatty(),
         )
         self._task: object = None
 

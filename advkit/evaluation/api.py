@@ -11,6 +11,7 @@ from advkit.evaluation.execute import Watch, execute, in_order
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import NO_ATTACK, PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
+from advkit.evaluation.progress import Bars, shown
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import rate
@@ -73,7 +74,7 @@ def evaluate(
     rows: str | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     command: str = "",
     workers: int | None = 1,
 ) -> Report:
@@ -108,7 +109,8 @@ def evaluate(
                   where what becomes of a row depends on that row alone
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     watch:        called with title, case, new records and the number of records in all
-    progress:     a progress bar while a model has to be trained first
+    progress:     show how far the run is, stage by stage, what is still robust and how long it takes, about. None shows
+                  it where standard error is a terminal, and in notebooks; True always, False never
     command:      what the report gives as the command that made it
     workers:      processes of one thread each that share the batches; change no record. None takes one per core for
                   long work on a CPU; a script then needs the usual `if __name__ == "__main__"`
@@ -134,7 +136,9 @@ def evaluate(
         budget=budget,
         rows=rows,
     )
-    return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
+    with Bars(progress):
+        made = plan_request(asked, progress=shown(progress))
+        return execute(made, out=out, watch=watch, command=command, workers=workers)
 
 
 @explained(Request)
@@ -150,7 +154,7 @@ def certify(
     device: str = "auto",
     out: str | Path | None = None,
     watch: Watch | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     command: str = "",
     workers: int | None = 1,
     attack: Any = NO_ATTACK,
@@ -180,7 +184,9 @@ def certify(
         device=device,
         **settings,
     )
-    return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
+    with Bars(progress):
+        made = plan_request(asked, progress=shown(progress))
+        return execute(made, out=out, watch=watch, command=command, workers=workers)
 
 
 __all__ = ["Plan", "Request", "Watch", "certify", "evaluate", "execute", "in_order", "plan", "rate", "resolve"]

@@ -136,6 +136,11 @@ class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts,
         return self.length
 
     @property
+    def most_steps(self) -> int:
+        """Steps at most; 0 where only a budget ends the search."""
+        return 0
+
+    @property
     def aim(self) -> Objective:
         """What candidates are scored by."""
         return "targeted"
