@@ -73,6 +73,7 @@ Budget = Annotated[
         show_default="none",
     ),
 ]
+Format = Annotated[str, typer.Option("--format", help="Of plots: png, svg or pdf.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]
 
 

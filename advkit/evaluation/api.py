@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from advkit.core.speed import Speed
 from advkit.core.state import plainly
-from advkit.evaluation.execute import Watch, execute, in_order
+from advkit.evaluation.execute import Watch, check_inputs_change, execute, in_order
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import NO_ATTACK, PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
 from advkit.evaluation.progress import Bars, shown
 from advkit.evaluation.report import Report
+from advkit.evaluation.report.examples import Examples
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import rate
 
@@ -189,4 +191,52 @@ def certify(
         return execute(made, out=out, watch=watch, command=command, workers=workers)
 
 
-__all__ = ["Plan", "Request", "Watch", "certify", "evaluate", "execute", "in_order", "plan", "rate", "resolve"]
+@explained(Request)
+@plainly
+def attack(
+    attack: Any = "pgd",
+    defense: Any = "none",
+    task: Any = "fashion-mnist",
+    model: Any = None,
+    threat_model: Any = None,
+    goal: Any = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool | None = None,
+    workers: int | None = 1,
+    **settings: Any,
+) -> Examples:
+    """Adversarial examples of every sample, with the harness's verdict on each and its distance.
+
+    The same run as `evaluate`, with all examples kept and no companions. What comes back has tensors `clean` and
+    `adversarial` [n, ...] on the CPU, `broken` [n], `labels`, `ids`, and one outcome, distance, margin, answer before
+    and after per sample. Of a suite or a grid each sample's example is the one that broke it, else the nearest.
+
+    out:      run folder (resumed when it holds the same case); None keeps nothing on disk
+    progress: as of `evaluate`
+    settings: the other fields of `Request` (n, seed, device, batch_size...)
+
+    Raises UsageError for attacks that leave inputs as they are (flips of labels).
+    """
+    asked = {"attack": attack, "defense": defense, "task": task, "model": model, "goal": goal}
+    request = Request(**asked, threat_model=threat_model, **{**settings, "beside": False})
+    with Bars(progress):
+        made = plan_request(request, progress=shown(progress))
+        check_inputs_change(made.case)
+        made = replace(made, case=replace(made.case, keep=made.case.n))
+        return execute(made, out=out, workers=workers).adversarial()
+
+
+__all__ = [
+    "Plan",
+    "Request",
+    "Watch",
+    "attack",
+    "certify",
+    "evaluate",
+    "execute",
+    "in_order",
+    "plan",
+    "rate",
+    "resolve",
+]

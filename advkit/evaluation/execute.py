@@ -43,6 +43,18 @@ def preflight(case: Case) -> None:
     preflight_scenario(case, scenario_of(case))
 
 
+def check_inputs_change(case: Case) -> None:
+    """Raise UsageError for what makes no adversarial examples."""
+    attack: object = case.attack
+    if isinstance(attack, FlipsLabels):
+        raise UsageError(
+            f"{case.label} flips training labels and leaves inputs as they are: there are no adversarial examples; "
+            "`advkit evaluate` measures it"
+        )
+    if attack is None:
+        raise UsageError("without an attack there are no adversarial examples: name one, such as pgd")
+
+
 @plainly
 def run(
     case: Case, store: Store, progress: Callable[[list[Record], int], None] | None = None, workers: int | None = 1

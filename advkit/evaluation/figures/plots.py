@@ -25,6 +25,7 @@ from advkit.evaluation.certificates import ACCURACY, certificates
 from advkit.evaluation.counts import was_right
 from advkit.evaluation.report import Report, write_atomic
 from advkit.evaluation.report.compare import per_class_rates
+from advkit.evaluation.report.text import MOST_CLASSES, shorten
 from advkit.evaluation.stats import wilson
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ _INK, _FAINT, _CLEAN = "#222222", "#DDDDDD", "#BDBDBD"
 _MOST_EXAMPLES = 10
 _SIDE, _COLUMN, _FILLED, _ABOVE = 0.6, 1.15, 0.92, 0.25
 """Of a grid of examples: inches at the side, of a column, above a row; the third is the part that an image fills."""
+_LINE, _FITS = 0.15, 15
+"""Inches of a line of small text, and characters of it that fit into a column."""
 _MOST_CELLS = 1500
-_MOST_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -228,13 +230,15 @@ def example_grid(
     *,
     clean_names: Sequence[str] = (),
     adversarial_names: Sequence[str] = (),
+    notes: Sequence[Sequence[str]] = (),
     bounds: tuple[float, float] = (0.0, 1.0),
     title: str = "",
 ) -> Figure:
     """Columns of images: clean, adversarial, and their difference amplified by the factor it names.
 
     clean, adversarial: tensors or arrays [B, C, H, W] or [B, H, W], C 1 or 3; at most the first 10 are drawn
-    clean_names, adversarial_names: the model's answer above each image; red where the two differ
+    clean_names, adversarial_names: the model's answer above each image; bold and red where the two differ
+    notes:  lines of text below each column, such as the sample's id
     bounds: smallest and largest value of a pixel
     """
     before, after = _images(clean, *bounds), _images(adversarial, *bounds)
@@ -256,29 +260,40 @@ def example_grid(
         (f"difference\namplified x{factor}", np.clip(0.5 + factor * difference, 0, 1), ()),
     )
     high = _COLUMN * _FILLED * before.shape[1] / before.shape[2]
-    height = top + len(rows) * (high + _ABOVE) + 0.05
+    below = _LINE * max((len(each) for each in notes), default=0)
+    answers = [[_in_column(name) for name in names[:count]] for _, _, names in rows]
+    above = [_ABOVE + _LINE * max((name.count("\n") for name in each), default=0) for each in answers]
+    height = top + sum(high + each for each in above) + below + 0.1
     figure = Figure(figsize=(room, height), facecolor="white")
+    bottom = height - top
     for r, (name, images, names) in enumerate(rows):
         # One panel for a whole row, placed by hand: a panel for each image and a layout that measures them all cost
         # ten times as much.
-        bottom = height - top - (r + 1) * (high + _ABOVE)
+        bottom -= high + above[r]
         axes = figure.add_axes((_SIDE / room, bottom / height, _COLUMN * count / room, high / height))
         axes.set_ylabel(name, fontsize=10)
         for i, image in enumerate(images):
             shown = image[..., 0] if image.shape[-1] == 1 else image
             place = (i, i + _FILLED, 0, 1)
             axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=place, aspect="auto")
-        for i, answer in enumerate(names[:count]):
-            turned = r == 1 and i < len(clean_names) and clean_names[i] != answer
+        for i, answer in enumerate(answers[r]):
+            turned = r == 1 and i < len(clean_names) and clean_names[i] != names[i]
             style: dict[str, Any] = {"color": RED, "fontweight": "bold"} if turned else {"color": _INK}
-            axes.text(
-                i + _FILLED / 2, 1 + 0.05 / high, plain(str(answer)), ha="center", va="bottom", fontsize=9, **style
-            )
+            axes.text(i + _FILLED / 2, 1 + 0.05 / high, answer, ha="center", va="bottom", fontsize=8.5, **style)
         axes.set(xlim=(0, count), ylim=(0, 1), xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
+    for i, lines in enumerate(notes[:count]):
+        text = "\n".join(plain(shorten(line, _FITS)) for line in lines)
+        axes.text(i + _FILLED / 2, -0.06 / high, text, ha="center", va="top", fontsize=8, color=_INK, linespacing=1.25)
     if heading:
         figure.suptitle(heading, fontsize=11, x=0.1 / room, y=1 - 0.1 / height, ha="left", va="top")
     return figure
+
+
+def _in_column(name: str) -> str:
+    """A class's name on at most two lines of a column."""
+    first, *rest = textwrap.wrap(str(name), _FITS) or [""]
+    return plain(shorten(first, _FITS) + ("\n" + shorten(" ".join(rest), _FITS) if rest else ""))
 
 
 def _images(batch: Any, low: float, high: float) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -433,7 +448,7 @@ def curve_points(reports: Iterable[Report]) -> list[Point]:
 def per_class_of(report: Report, records: Sequence[Record], class_names: Sequence[str] = ()) -> Figure | None:
     """The classes of a run; None for one class, and for more than can be told apart."""
     rates = per_class_rates(records)
-    if not 1 < len(rates) <= _MOST_CLASSES:
+    if not 1 < len(rates) <= MOST_CLASSES:
         return None
     return per_class_bars(rates, class_names, title=f"Per class, {report.threat}")
 
@@ -558,17 +573,20 @@ def certified_curve_of(report: Report, records: Sequence[Record]) -> Figure | No
     return certified_curve({name: radii}, {name: points}, attacked, title=f"Certified accuracy, {len(found)} samples")
 
 
+_DATELESS = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}
+"""What a file of a kind would say of when and by what it was made, which is left out."""
+
+
 def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
-    """Write PNG or SVG in one move; the same figure gives the same bytes. Raises ReportError when it can't."""
+    """Write PNG, SVG or PDF in one move; the same figure gives the same bytes. Raises ReportError when it can't."""
     target = Path(path)
     kind = target.suffix.lower().lstrip(".")
-    if kind not in ("png", "svg"):
-        raise UsageError(f"{target.name}: expected a name that ends in .png or .svg")
+    if kind not in _DATELESS:
+        raise UsageError(f"{target.name}: expected a name that ends in .png, .svg or .pdf")
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "advkit"}):
-        metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=dict.fromkeys(_DATELESS[kind]))
     write_atomic(target, buffer.getvalue())
     return target
