@@ -172,3 +172,21 @@ def test_a_notebook_shows_one_output_that_is_replaced(monkeypatch) -> None:
     written.clear()
     advkit.evaluate(**ASKED, progress=False)
     assert not written
+
+
+@pytest.mark.parametrize("attack", ["beast:k=2,length=2", "gcg:steps=2,width=4,length=2"])
+def test_a_search_for_suffixes_tells_its_steps(attack) -> None:
+    told: list[tuple[tuple[int, ...], SearchStep]] = []
+
+    class Watching(Bars):
+        def searched(self, rows, step) -> None:
+            told.append((tuple(rows), step))
+
+    with watching(Watching(False)):
+        report = execute(plan(attack, task="prompts", model="toychat", n=1, beside=False))
+    assert {rows for rows, _ in told} == {(0,)}
+    assert {step.steps for _, step in told} == {2}
+    assert [step.over for _, step in told] == [False] * (len(told) - 1) + [True]
+    (record,) = report.records()
+    assert [step.loss for _, step in told[:-1]] == [noted["best"] for noted in record.trace]
+    assert told[-1][1].step == len(record.trace) - 1
