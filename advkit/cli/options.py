@@ -16,6 +16,13 @@ DefenseSpec = Annotated[
     str, typer.Option(help="Defense, e.g. none, pgd_at, trades, pubdef (see `advkit list defenses`).")
 ]
 TaskSpec = Annotated[str, typer.Option(help="Task, e.g. fashion-mnist, digits, folder:path=DIR.")]
+_Task = Annotated[
+    str | None,
+    typer.Option(
+        help="Task, e.g. fashion-mnist, digits, folder:path=DIR.",
+        show_default="fashion-mnist; prompts for attacks on words",
+    ),
+]
 ModelSpec = Annotated[
     str | None,
     typer.Option(
@@ -83,7 +90,7 @@ AttackSpec = Annotated[
 _REQUEST: dict[str, tuple[Any, Any]] = {
     "attack": (AttackSpec, "pgd"),
     "defense": (DefenseSpec, "none"),
-    "task": (TaskSpec, "fashion-mnist"),
+    "task": (_Task, None),
     "model": (ModelSpec, None),
     "threat_model": (ThreatSpec, None),
     "goal": (GoalSpec, None),

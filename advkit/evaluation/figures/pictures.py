@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,17 +92,22 @@ def grid_of(
         adversarial,
         clean_names=named(examples.clean_answers),
         adversarial_names=named(examples.adversarial_answers),
-        notes=[_note(examples, i) for i in chosen],
+        notes=[_note(examples, i, len(_common(examples.ids))) for i in chosen],
         bounds=bounds,
-        title=title,
+        title=f"{title}; margin below 0: the goal is reached" if title else "",
     )
 
 
-def _note(examples: Examples, i: int) -> tuple[str, ...]:
-    """What stands below an example: its id, how it ended, the margin that is left."""
+def _common(ids: Sequence[str]) -> str:
+    """The folders that all ids begin with."""
+    return os.path.commonprefix([row.rpartition("/")[0] + "/" for row in ids]).rpartition("/")[0] + "/"
+
+
+def _note(examples: Examples, i: int, common: int) -> tuple[str, ...]:
+    """What stands below an example: its id behind what all have in common, how it ended, the margin that is left."""
     margin = examples.margins[i]
     return (
-        examples.ids[i],
+        examples.ids[i][common:] if "/" in examples.ids[i] else examples.ids[i],
         _ENDED[Outcome(examples.outcomes[i])],
         *(() if margin is None else (f"margin {margin:.2g}",)),
     )
