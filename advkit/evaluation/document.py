@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import DrawsByRow, FromFile, Graded, Judged, Record, Revised, Task, answer_shape
+from advkit.core.protocols import DrawsByRow, FromFile, Graded, Judged, Record, Revised, Suite, Task, answer_shape
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
@@ -29,6 +29,7 @@ from advkit.evaluation.run.batch import counting
 from advkit.evaluation.run.case import NOT_TARGET, Case, parameters, space_range
 from advkit.evaluation.run.scenario import Companion, Section
 from advkit.evaluation.run.store import Store, written
+from advkit.evaluation.scenarios.evasion import labelled, schedule
 from advkit.evaluation.scenarios.metrics import attack_entries, cumulative, task_kind
 from advkit.evaluation.trust.diagnostics import in_chat_template
 
@@ -214,6 +215,10 @@ def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     attack: object = case.attack
     if isinstance(attack, Revised):
         block["revision"] = attack.revision
+    if isinstance(attack, Suite):
+        ran = {record.stage for record in records}
+        spared = [stage.name for stage in schedule(attack) if labelled(case, stage).stage not in ran]
+        block |= {"not_needed": spared} if spared else {}
     if case.aimed:
         block["attacked"] = NOT_TARGET
     if isinstance(case.rule, Judged) and (cards := case.rule.cards()):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,14 +100,15 @@ def grid_of(
 
 def _common(ids: Sequence[str]) -> str:
     """The folders that all ids begin with."""
-    return os.path.commonprefix([row.rpartition("/")[0] + "/" for row in ids]).rpartition("/")[0] + "/"
+    parts = zip(*(row.split("/")[:-1] for row in ids), strict=False)
+    return "".join(f"{same[0]}/" for same in takewhile(lambda each: len(set(each)) == 1, parts))
 
 
 def _note(examples: Examples, i: int, common: int) -> tuple[str, ...]:
     """What stands below an example: its id behind what all have in common, how it ended, the margin that is left."""
     margin = examples.margins[i]
     return (
-        examples.ids[i][common:] if "/" in examples.ids[i] else examples.ids[i],
+        examples.ids[i][common:],
         _ENDED[Outcome(examples.outcomes[i])],
         *(() if margin is None else (f"margin {margin:.2g}",)),
     )

@@ -16,7 +16,7 @@ from advkit.core.errors import ReportError
 from advkit.core.files import why, write_whole
 from advkit.core.strict_json import read_object
 from advkit.core.text import all_printable, printable_json, printable_values
-from advkit.evaluation.report import one_page, render, tables
+from advkit.evaluation.report import one_page, render, tables, terminal
 from advkit.evaluation.report.examples import Examples, Kept, examples_of, kept_beside, records_beside
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.report.render import SEVERITIES, Finding, Row
@@ -214,11 +214,11 @@ class Report:
 
     def brief(self, width: int = 80) -> list[tuple[str, str]]:
         """(line, style of rich) of a page of at most 13 lines: what `str` and `advkit evaluate` show."""
-        return render.brief(self._whole, width)
+        return terminal.brief(self._whole, width)
 
     def full(self, width: int = 80) -> list[tuple[str, str]]:
         """(line, style of rich) of everything: what `advkit show RUN` and `advkit evaluate --verbose` show."""
-        return render.full(self._whole, width)
+        return terminal.full(self._whole, width)
 
     def summary_table(self, full: bool = False) -> Table:
         """A rich table: rows, findings with advice, verdict; with `full` every attack, metric and class."""
