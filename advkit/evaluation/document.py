@@ -217,7 +217,7 @@ def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
         block["revision"] = attack.revision
     if isinstance(attack, Suite):
         ran = {record.stage for record in records}
-        spared = [stage.name for stage in schedule(attack) if labelled(case, stage).stage not in ran]
+        spared = [stage.name for stage in schedule(case.attack) if labelled(case, stage).stage not in ran]
         block |= {"not_needed": spared} if spared else {}
     if case.aimed:
         block["attacked"] = NOT_TARGET

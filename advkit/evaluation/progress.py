@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
-from advkit.attacks.suites import AutoAttack, Thorough
 from advkit.core.protocols import Label, Outcome, Record, Suite
 from advkit.core.watching import SearchStep, watching
 from advkit.evaluation.certificates import LABEL as CERTIFICATES
@@ -42,6 +41,16 @@ def in_notebook() -> bool:
 def shown(progress: bool | None) -> bool:
     """Whether to show progress: as asked, or for None where standard error is a terminal, and in notebooks."""
     return (sys.stderr.isatty() or in_notebook()) if progress is None else progress
+
+
+@runtime_checkable
+class GoesOn(Protocol):
+    """A search that may end at its first success, and else spends all of its steps."""
+
+    @property
+    def stop_on_success(self) -> bool: ...
+    @property
+    def most_steps(self) -> int: ...
 
 
 @dataclass
@@ -192,19 +201,28 @@ class CaseProgress:
 def announcement(case: Case) -> str:
     """What is said before a run that is dearer than need be; "" for any other."""
     attack: Any = case.attack
-    if isinstance(attack, AutoAttack):
-        passes, instead = planned_passes(attack), planned_passes(Thorough())
-        return (
-            f"{case.label}: about {passes:,.0f} passes for every sample that stays robust, in {len(attack.stages())} "
-            f"stages. The suite `auto` plans about {instead:,.0f}, for AutoAttack's robust accuracy or less."
-        )
-    if getattr(attack, "stop_on_success", None) is False and getattr(attack, "most_steps", 0):
+    if isinstance(attack, Suite):
+        return _of_suite(case)
+    if isinstance(attack, GoesOn) and attack.most_steps and not attack.stop_on_success:
         name = str(case.label).partition(":")[0]
         return (
             f"{case.label}: {attack.most_steps} steps for every prompt, also after a success. "
             f"`{name}:stop_on_success=true` ends each search at its first success."
         )
     return ""
+
+
+def _of_suite(case: Case) -> str:
+    from advkit.attacks.suites import AutoAttack, Thorough  # here, for most runs have no use for it
+
+    attack: Any = case.attack
+    if not isinstance(attack, AutoAttack):
+        return ""
+    passes, instead = planned_passes(attack), planned_passes(Thorough())
+    return (
+        f"{case.label}: about {passes:,.0f} passes for every sample that stays robust, in {len(attack.stages())} "
+        f"stages. The suite `auto` plans about {instead:,.0f}, for AutoAttack's robust accuracy or less."
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -108,6 +108,7 @@ def test_doctor_answers_before_it_tells_of_the_installation(monkeypatch, capsys)
     assert said.index("no check speaks against the numbers") < said.index("measured") < said.index("installation")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     code = "import sys; from advkit.cli.main import run; sys.exit(run(['zoo']))"
     command = f'{sys.executable} -c "{code}" | head -1'

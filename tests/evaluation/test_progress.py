@@ -174,6 +174,7 @@ def test_a_notebook_shows_one_output_that_is_replaced(monkeypatch) -> None:
     assert not written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["beast:k=2,length=2", "gcg:steps=2,width=4,length=2"])
 def test_a_search_for_suffixes_tells_its_steps(attack) -> None:
     told: list[tuple[tuple[int, ...], SearchStep]] = []

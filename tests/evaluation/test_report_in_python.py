@@ -53,6 +53,7 @@ def test_what_makes_no_examples_is_refused() -> None:
         check_inputs_change(flips)
 
 
+@pytest.mark.slow
 def test_the_call_and_the_command_of_a_report_make_the_same_run(report, folder, tmp_path, monkeypatch, capsys) -> None:
     assert report.command.startswith("advkit evaluate ")
     space: dict[str, advkit.Report] = {}
@@ -75,6 +76,7 @@ def test_an_object_has_a_variable_in_the_call_and_no_command() -> None:
     assert "draws=7" in report.python_call
 
 
+@pytest.mark.slow
 def test_plots_by_kind_and_a_kind_that_is_not_there_names_those_that_are(report, folder, tmp_path, capsys) -> None:
     assert report.plots() == ["per_class", "examples"]
     assert report.plot("per_class").axes
@@ -89,8 +91,8 @@ def test_plots_by_kind_and_a_kind_that_is_not_there_names_those_that_are(report,
         assert main(["plot", str(folder), "examples", "--format", form, "--out", str(tmp_path), "--json"]) == 0
         (file,) = map(Path, json.loads(capsys.readouterr().out)["files"])
         assert file.read_bytes().startswith(start)
-    figure, pages = report.plot("per_class"), [tmp_path / f"{name}.pdf" for name in "ab"]
-    assert advkit.plots.save(figure, pages[0]).read_bytes() == advkit.plots.save(figure, pages[1]).read_bytes()
+    first, again = (advkit.plots.save(report.plot("per_class"), tmp_path / f"{name}.pdf") for name in "ab")
+    assert first.read_bytes() == again.read_bytes()
     assert main(["plot", str(folder), "curve"]) == 2
     assert "it has per_class, examples" in capsys.readouterr().err
     assert main(["plot", str(folder), "--format", "gif"]) == 2
@@ -138,6 +140,7 @@ def test_frames_hold_the_numbers_of_the_report(report, monkeypatch) -> None:
         report.to_frame()
 
 
+@pytest.mark.slow
 def test_every_lifted_name_is_there() -> None:
     for module in (advkit, advkit.plots):
         assert all(getattr(module, name) is not None for name in module.__all__)

@@ -40,6 +40,7 @@ def test_networks_of_the_same_names_are_told_apart_by_their_shapes() -> None:
     assert "python:MODULE:FACTORY,checkpoint=w.pt" in said
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_is_named() -> None:
     timm = pytest.importorskip("timm")
     with torch.device("meta"):

@@ -127,9 +127,8 @@ def film_strip(
             axes.set_yticks([])
     grid[0, 0].set_ylabel(clean_name or "clean", fontsize=9)
     grid[1, 0].set_ylabel(adversarial_name or "attacked", fontsize=9)
-    keys = (("ON event", _ON_COLOR), ("OFF event", _OFF_COLOR), ("both", _BOTH), ("added", _FLIPPED))
-    keys += (("deleted", _DELETED),)
-    patches = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in keys]
+    keys = {"ON event": _ON_COLOR, "OFF event": _OFF_COLOR, "both": _BOTH, "added": _FLIPPED, "deleted": _DELETED}
+    patches = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in keys.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8)
     total = int((before[row] != after[row]).sum())
     share = 100 * total / before[row].size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,9 @@ def search_figure(records: Sequence[Record], *, title: str = "", score: str = SC
 
 def _score(report: Report) -> str:
     """What the searches of a run minimised, in words; the losses of an attack's own objective are named by it."""
-    attack = next(iter(report.view["attacks"]), {"params": {}})["params"]
-    objective, loss = attack.get("objective", "targeted"), attack.get("loss", "ce")
+    attacks = report.view["attacks"]
+    settings: Mapping[str, Any] = attacks[0]["params"] if attacks else {}
+    objective, loss = settings.get("objective", "targeted"), settings.get("loss", "ce")
     if objective != "targeted":
         return {"mia": "perplexity of prompt and suffix"}.get(objective, "minus the perplexity of the own reply")
     if loss != "ce":

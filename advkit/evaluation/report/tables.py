@@ -30,11 +30,16 @@ _NUMBERED = re.compile(r"(\d) \\%")
 class Line(Protocol):
     """A row of a summary, as `render.rows` makes it."""
 
-    label: str
-    value: str
-    interval: str
-    counts: str
-    section: str
+    @property
+    def label(self) -> str: ...
+    @property
+    def value(self) -> str: ...
+    @property
+    def interval(self) -> str: ...
+    @property
+    def counts(self) -> str: ...
+    @property
+    def section(self) -> str: ...
 
 
 def escaped(text: str) -> str:
