@@ -17,7 +17,7 @@ DefenseSpec = Annotated[
 ]
 TaskSpec = Annotated[str, typer.Option(help="Task, e.g. fashion-mnist, digits, folder:path=DIR.")]
 _Task = Annotated[
-    str | None,
+    str,
     typer.Option(
         help="Task, e.g. fashion-mnist, digits, folder:path=DIR.",
         show_default="fashion-mnist; prompts for attacks on words",
@@ -90,7 +90,7 @@ AttackSpec = Annotated[
 _REQUEST: dict[str, tuple[Any, Any]] = {
     "attack": (AttackSpec, "pgd"),
     "defense": (DefenseSpec, "none"),
-    "task": (_Task, None),
+    "task": (_Task, ""),
     "model": (ModelSpec, None),
     "threat_model": (ThreatSpec, None),
     "goal": (GoalSpec, None),

@@ -36,7 +36,7 @@ def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
 def resolve(
     attack: Any = "pgd",
     defense: Any = "none",
-    task: Any = None,
+    task: Any = "",
     model: Any = None,
     threat_model: Any = None,
     goal: Any = None,
@@ -58,7 +58,7 @@ def resolve(
 def evaluate(
     attack: Any = "pgd",
     defense: Any = "none",
-    task: Any = None,
+    task: Any = "",
     model: Any = None,
     threat_model: Any = None,
     goal: Any = None,
@@ -84,7 +84,7 @@ def evaluate(
 
     attack:       spec (`pgd:steps=100`) or an object with the Attack protocol
     defense:      spec or object; a training defense takes its weights from the zoo, the cache, or trains
-    task:         spec, a Task, or a pair (x [N, ...] float, y [N] long); None takes fashion-mnist, and prompts for
+    task:         spec, a Task, or a pair (x [N, ...] float, y [N] long); "" takes fashion-mnist, and prompts for
                   attacks on words
     model:        spec, torch module, TorchModel or callable; None takes the task's default
     threat_model: spec (`linf:eps=8/255`) or object; None takes the attack's own where it has one, else the task's
@@ -148,7 +148,7 @@ def evaluate(
 @plainly
 def certify(
     defense: Any = "smoothing",
-    task: Any = None,
+    task: Any = "",
     model: Any = None,
     threat_model: Any = "certified",
     *,
@@ -197,7 +197,7 @@ def certify(
 def attack(
     attack: Any = "pgd",
     defense: Any = "none",
-    task: Any = None,
+    task: Any = "",
     model: Any = None,
     threat_model: Any = None,
     goal: Any = None,

@@ -66,7 +66,7 @@ class Request:
 
     attack: Any = "pgd"
     defense: Any = "none"
-    task: Any = None
+    task: Any = ""
     model: Any = None
     threat_model: Any = None
     goal: Any = None
@@ -293,7 +293,9 @@ def _built(request: Request) -> tuple[Parts, dict[str, Any]]:
     """The parts that are asked for, and what each was made of; what is not said, the attack or the task says."""
     attack: Any = None if request.attack == NO_ATTACK else ATTACKS.build(request.attack)
     made_for = attack.default_task if isinstance(attack, MadeForTask) else ""
-    task = _said(request.task, made_for, USUAL_TASK)
+    # None is refused: where a task was to come from somewhere, another one in its place would go unnoticed.
+    unsaid = isinstance(request.task, str) and not request.task
+    task = _said(None, made_for, USUAL_TASK) if unsaid else request.task
     work = task_of(task)
     defense: Any = DEFENSES.build(request.defense)
     made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
