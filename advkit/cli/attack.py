@@ -26,15 +26,15 @@ def attack(
 
     from rich.console import Console
 
-    from advkit.cli.progress import Bars
     from advkit.evaluation.api import resolve
     from advkit.evaluation.export import export
+    from advkit.evaluation.progress import Bars
     from advkit.evaluation.run.store import check_folder
 
     check_folder(out)
     case = resolve(**asked)
-    with Bars(hidden=as_json) as bars:
-        written = export(case, out, png=png, watch=bars.watch)
+    with Bars(False if as_json else None):
+        written = export(case, out, png=png)
     if as_json:
         typer.echo(json.dumps(written, indent=2))
         return

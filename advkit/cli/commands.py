@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show all of a run's report, or what a name stands for: its fields, paper, an example.",
     ),
     "report": ("advkit.cli.report", "Write a run's report as one page, for somebody who decides."),
+    "plot": ("advkit.cli.plot", "Draw the figures of a run again, as PNG, SVG or PDF."),
     "compare": ("advkit.cli.compare", "Compare two reports row by row with a paired test."),
     "leaderboard": (
         "advkit.cli.leaderboard",

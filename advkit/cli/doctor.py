@@ -33,7 +33,8 @@ def doctor(
 ) -> None:
     """Check whether a model's gradients can be trusted and whether the attack does its job.
 
-    Without --model and --defense the installation is checked too: versions, devices, data at hand.
+    The answer comes first. Without --model and --defense the installation is checked too, and told after it: versions,
+    devices, data at hand.
     Exit status: 0 nothing unreliable, 2 a mistake in the request, 3 a finding makes robust accuracy unreliable.
     """
     from rich.console import Console
@@ -44,17 +45,14 @@ def doctor(
         check_folder(out)
     console = Console()
     document: dict[str, Any] = {}
-    if asked["model"] is None and asked["defense"] == "none":
-        document["installation"] = installation()
-        if not as_json:
-            _print_installation(console, document["installation"])
-
     from advkit.evaluation.api import resolve
     from advkit.evaluation.execute import preflight
 
     case = resolve(**asked, n=rows, progress=not as_json)
     preflight(case)
     findings, curves = _examine(case, rows, draws, as_json)
+    if asked["model"] is None and asked["defense"] == "none":
+        document["installation"] = installation()
     document |= {
         "case": {**case.specs, "rows": case.n, "seed": case.seed, "device": case.device},
         "findings": [_plain(finding) for finding in findings],
@@ -65,6 +63,8 @@ def doctor(
         typer.echo(json.dumps(document, indent=2))
     else:
         _print_findings(console, case, findings, curves)
+        if "installation" in document:
+            _print_installation(console, document["installation"])
         if written:
             console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
     if any(finding.severity == "unreliable" for finding in findings):
@@ -169,7 +169,7 @@ def _print_findings(console: Any, case: Case, findings: Sequence[Finding], curve
     from advkit.evaluation.trust.findings import SEVERITIES
 
     what = " | ".join(f"{name}={case.specs[name]}" for name in ("model", "defense", "task", "threat_model", "attack"))
-    table = Table(title=what, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("finding", overflow="fold")
     table.add_column("evidence", overflow="fold")
     table.add_column("advice", overflow="fold")
@@ -178,10 +178,10 @@ def _print_findings(console: Any, case: Case, findings: Sequence[Finding], curve
         table.add_row(
             Text(f"{finding.id}\n{finding.severity}", style=style), Text(finding.message), Text(finding.advice)
         )
+    console.print(Text(what, style="bold"), soft_wrap=True)
+    console.print(_verdict(findings, curves["rows"]))
     if findings:
         console.print(table)
-    else:
-        console.print(Text(what, style="bold"))
 
     measured = Table(box=box.SIMPLE_HEAD, title="measured", title_justify="left", title_style="bold")
     measured.add_column("what")
@@ -189,7 +189,6 @@ def _print_findings(console: Any, case: Case, findings: Sequence[Finding], curve
     for name, text in _measured(curves):
         measured.add_row(Text(name), Text(text))
     console.print(measured)
-    console.print(_verdict(findings, curves["rows"]))
 
 
 def _verdict(findings: Sequence[Finding], rows: int) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advkit.cli.options import Device, GoalSpec, Json, TaskSpec, listed
+from advkit.cli.options import Device, Format, GoalSpec, Json, TaskSpec, listed
 
 if TYPE_CHECKING:
     from advkit.evaluation.matrix import Matrix
@@ -63,6 +63,7 @@ def matrix(
     cache: _Cache = None,
     out: _Out = None,
     plots: _Plots = True,
+    form: Format = "png",
     as_json: Json = False,
 ) -> None:
     """Make images with every attack on every source, show them to every target, and count how many stay right.
@@ -71,10 +72,12 @@ def matrix(
     """
     import shlex
 
+    from advkit.evaluation.figures import check_format
     from advkit.evaluation.matrix import MatrixRequest, execute
     from advkit.evaluation.run.store import check_folder
 
     folder = out if out is not None else Path("runs") / "matrix"
+    check_format(form)
     check_folder(folder)
     request = MatrixRequest(
         sources=listed(sources),
@@ -93,19 +96,19 @@ def matrix(
     command = shlex.join(["advkit", *sys.argv[1:]])
     with Bar(hidden=as_json) as bar:
         result = execute(request, workers=workers, cache=cache, out=folder, watch=bar.watch, command=command)
-    drawn = _heatmaps(result, folder) if plots else []
+    drawn = _heatmaps(result, folder, form) if plots else []
     if as_json:
         typer.echo(result.to_json())
     else:
         _print(result, [folder / "matrix.json", folder / "matrix.md", *drawn])
 
 
-def _heatmaps(result: Matrix, folder: Path) -> list[Path]:
+def _heatmaps(result: Matrix, folder: Path, form: str) -> list[Path]:
     from advkit.evaluation.figures.plots import save
 
-    drawn = [save(result.plot(), folder / "heatmap.png")]
+    drawn = [save(result.plot(), folder / f"heatmap.{form}")]
     if result.to_dict()["equal_budget"] is not None:
-        drawn.append(save(result.plot(equal_budget=True), folder / "heatmap_equal_budget.png"))
+        drawn.append(save(result.plot(equal_budget=True), folder / f"heatmap_equal_budget.{form}"))
     return drawn
 
 
@@ -162,7 +165,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
             console=Console(stderr=True),
-            disable=hidden,
+            disable=hidden or not sys.stderr.isatty(),
         )
         self._task: object = None
 

@@ -16,6 +16,13 @@ DefenseSpec = Annotated[
     str, typer.Option(help="Defense, e.g. none, pgd_at, trades, pubdef (see `advkit list defenses`).")
 ]
 TaskSpec = Annotated[str, typer.Option(help="Task, e.g. fashion-mnist, digits, folder:path=DIR.")]
+_Task = Annotated[
+    str,
+    typer.Option(
+        help="Task, e.g. fashion-mnist, digits, folder:path=DIR.",
+        show_default="fashion-mnist; prompts for attacks on words",
+    ),
+]
 ModelSpec = Annotated[
     str | None,
     typer.Option(
@@ -73,6 +80,7 @@ Budget = Annotated[
         show_default="none",
     ),
 ]
+Format = Annotated[str, typer.Option("--format", help="Of plots: png, svg or pdf.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, to standard output.")]
 
 
@@ -82,7 +90,7 @@ AttackSpec = Annotated[
 _REQUEST: dict[str, tuple[Any, Any]] = {
     "attack": (AttackSpec, "pgd"),
     "defense": (DefenseSpec, "none"),
-    "task": (TaskSpec, "fashion-mnist"),
+    "task": (_Task, ""),
     "model": (ModelSpec, None),
     "threat_model": (ThreatSpec, None),
     "goal": (GoalSpec, None),

@@ -120,14 +120,17 @@ def show(
     card: Annotated[
         bool, typer.Option("--card", help="Print a run's report as a RobustBench card (model_info JSON).")
     ] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print a run's report as a table for LaTeX.")] = False,
 ) -> None:
     """Show all of a run's report, or what a name stands for: its fields with types and defaults, paper and example."""
     path = _report_path(name) if kind is None else None
     if path is not None:
-        _show_report(path, as_json, card)
+        _show_report(path, as_json, card, latex)
         return
-    if card:
-        raise UsageError(f"--card wants a run folder or a report.json, and {name!r} is neither")
+    if card or latex:
+        raise UsageError(
+            f"{'--card' if card else '--latex'} wants a run folder or a report.json, and {name!r} is neither"
+        )
     found = _find(name, kind)
     if as_json:
         typer.echo(json.dumps([_as_json(signature) for signature in found], indent=2))
@@ -180,13 +183,15 @@ def _report_path(name: str) -> Path | None:
     return path if named or path.is_file() or (path / "report.json").is_file() else None
 
 
-def _show_report(path: Path, as_json: bool, card: bool) -> None:
+def _show_report(path: Path, as_json: bool, card: bool, latex: bool) -> None:
     from advkit.cli.reports import print_full
     from advkit.evaluation.report import Report
 
     report = Report.load(path)
     if card:
         typer.echo(json.dumps(report.robustbench(), indent=2))
+    elif latex:
+        typer.echo(report.to_latex(full=True), nl=False)
     elif as_json:
         typer.echo(report.to_json())
     else:

@@ -200,22 +200,22 @@ def _trace(asked: Asked, eps: str, out: Path, workers: int | None, plots: bool, 
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from advkit.cli.progress import Bars
     from advkit.evaluation.plan import Request
+    from advkit.evaluation.progress import Bars, shown
     from advkit.evaluation.run.store import check_folder
     from advkit.evaluation.sweep.curve import radii, trace
 
     levels = radii(eps)
     check_folder(out / "sweep")
     command = shlex.join(["advkit", *sys.argv[1:]])
-    with Bars(hidden=True) as bars:
+    watched = False if as_json else None
+    with Bars(watched):
         made: Curve = trace(
             Request(**asked),
             levels,
             out,
             workers=workers or 1,
-            watch=bars.watch,
-            progress=sys.stderr.isatty(),
+            progress=shown(watched),
             command=command,
         )
     files = made.save(plots)

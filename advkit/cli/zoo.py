@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from advkit.models.zoo import Card
 
 
+_UNBOUNDED = 10_000
+
+
 def zoo(
     name: Annotated[str | None, typer.Argument(help="A model of the zoo; its whole card.", show_default="all")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Recompute every hash.")] = False,
@@ -44,9 +47,25 @@ def zoo(
             console.print(Text.assemble((key, "bold"), f": {value}"), highlight=False, soft_wrap=True)
     else:
         for task in dict.fromkeys(card.task for card in cards):
-            console.print(_table(task, [card for card in cards if card.task == task]))
+            of_task = [card for card in cards if card.task == task]
+            table = _table(task, of_task)
+            needed = console.measure(table, options=console.options.update(max_width=_UNBOUNDED)).minimum
+            fits = needed <= console.width
+            console.print(table if fits else Text("\n".join(_listed(task, of_task, console.width))))
     if verify:
         console.print(f"{len(checked)} of {len(cards)} hashes agree with their cards", highlight=False)
+
+
+def _listed(task: str, cards: Sequence[Card], width: int) -> list[str]:
+    """The same as lines, where the table is wider than the terminal: nothing of it is cut off."""
+    import textwrap
+
+    lines = [task]
+    for card in cards:
+        told = f"{card.defense.partition(':')[0]}, {card.role}, {card.group}: "
+        told += ", ".join(f"{name} {100 * value:.1f} %" for name, value in card.measured.items())
+        lines += [f"  {card.name}", *textwrap.wrap(told, width, initial_indent="    ", subsequent_indent="    ")]
+    return [*lines, ""]
 
 
 def _table(task: str, cards: Sequence[Card]) -> Table:

@@ -32,6 +32,7 @@ from advkit.core.protocols import (
 )
 from advkit.core.rows import all_finite, all_moving, finite_rows, plainly_finite, row_size, sizes_of
 from advkit.core.state import frozen as frozen
+from advkit.core.watching import watcher
 
 log = logging.getLogger("advkit")
 
@@ -394,6 +395,8 @@ class MeteredOracle:
         """Refuse what no budget allows: an answer for every candidate, of so many passes each."""
         if of is None and x.shape[0] != self.rows:
             raise ValueError(f"{len(x)} candidates for {self.rows} samples: say which sample each belongs to (`of`)")
+        if (told := watcher()) is not None:
+            told.passed(len(x))
         if self._times is None or not x.shape[0]:
             return
         if self.propagations is not None:

@@ -1251,6 +1251,16 @@ class MadeForThreatModel(Protocol):
 
 
 @runtime_checkable
+class MadeForTask(Protocol):
+    """An attack made for one kind of samples, such as prompts: the task of a request that names none."""
+
+    @property
+    @abstractmethod
+    def default_task(self) -> str:
+        """A spec; empty where there is none."""
+
+
+@runtime_checkable
 class Adapts(Protocol):
     """An attack that was made for some defenses: under these a report calls the attacker adaptive."""
 

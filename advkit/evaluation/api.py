@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from advkit.core.speed import Speed
 from advkit.core.state import plainly
-from advkit.evaluation.execute import Watch, execute, in_order
+from advkit.evaluation.execute import Watch, check_inputs_change, execute, in_order
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import NO_ATTACK, PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
+from advkit.evaluation.progress import Bars, shown
 from advkit.evaluation.report import Report
+from advkit.evaluation.report.examples import Examples
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import rate
 
@@ -33,7 +36,7 @@ def plan(*parts: Any, progress: bool = False, **settings: Any) -> Plan:
 def resolve(
     attack: Any = "pgd",
     defense: Any = "none",
-    task: Any = "fashion-mnist",
+    task: Any = "",
     model: Any = None,
     threat_model: Any = None,
     goal: Any = None,
@@ -55,7 +58,7 @@ def resolve(
 def evaluate(
     attack: Any = "pgd",
     defense: Any = "none",
-    task: Any = "fashion-mnist",
+    task: Any = "",
     model: Any = None,
     threat_model: Any = None,
     goal: Any = None,
@@ -73,7 +76,7 @@ def evaluate(
     rows: str | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     command: str = "",
     workers: int | None = 1,
 ) -> Report:
@@ -81,7 +84,8 @@ def evaluate(
 
     attack:       spec (`pgd:steps=100`) or an object with the Attack protocol
     defense:      spec or object; a training defense takes its weights from the zoo, the cache, or trains
-    task:         spec, a Task, or a pair (x [N, ...] float, y [N] long)
+    task:         spec, a Task, or a pair (x [N, ...] float, y [N] long); "" takes fashion-mnist, and prompts for
+                  attacks on words
     model:        spec, torch module, TorchModel or callable; None takes the task's default
     threat_model: spec (`linf:eps=8/255`) or object; None takes the attack's own where it has one, else the task's
     goal:         spec (`untargeted`, `targeted:how=next`) or object; None as for the threat model
@@ -108,7 +112,8 @@ def evaluate(
                   where what becomes of a row depends on that row alone
     out:          run folder (resumed when it holds the same case); None keeps nothing on disk
     watch:        called with title, case, new records and the number of records in all
-    progress:     a progress bar while a model has to be trained first
+    progress:     show how far the run is, stage by stage, what is still robust and how long it takes, about. None shows
+                  it where standard error is a terminal, and in notebooks; True always, False never
     command:      what the report gives as the command that made it
     workers:      processes of one thread each that share the batches; change no record. None takes one per core for
                   long work on a CPU; a script then needs the usual `if __name__ == "__main__"`
@@ -134,14 +139,16 @@ def evaluate(
         budget=budget,
         rows=rows,
     )
-    return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
+    with Bars(progress):
+        made = plan_request(asked, progress=shown(progress))
+        return execute(made, out=out, watch=watch, command=command, workers=workers)
 
 
 @explained(Request)
 @plainly
 def certify(
     defense: Any = "smoothing",
-    task: Any = "fashion-mnist",
+    task: Any = "",
     model: Any = None,
     threat_model: Any = "certified",
     *,
@@ -150,7 +157,7 @@ def certify(
     device: str = "auto",
     out: str | Path | None = None,
     watch: Watch | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     command: str = "",
     workers: int | None = 1,
     attack: Any = NO_ATTACK,
@@ -180,7 +187,57 @@ def certify(
         device=device,
         **settings,
     )
-    return execute(plan_request(asked, progress=progress), out=out, watch=watch, command=command, workers=workers)
+    with Bars(progress):
+        made = plan_request(asked, progress=shown(progress))
+        return execute(made, out=out, watch=watch, command=command, workers=workers)
 
 
-__all__ = ["Plan", "Request", "Watch", "certify", "evaluate", "execute", "in_order", "plan", "rate", "resolve"]
+@explained(Request)
+@plainly
+def attack(
+    attack: Any = "pgd",
+    defense: Any = "none",
+    task: Any = "",
+    model: Any = None,
+    threat_model: Any = None,
+    goal: Any = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool | None = None,
+    workers: int | None = 1,
+    **settings: Any,
+) -> Examples:
+    """Adversarial examples of every sample, with the harness's verdict on each and its distance.
+
+    The same run as `evaluate`, with all examples kept and no companions. What comes back has tensors `clean` and
+    `adversarial` [n, ...] on the CPU, `broken` [n], `labels`, `ids`, and one outcome, distance, margin, answer before
+    and after per sample. Of a suite or a grid each sample's example is the one that broke it, else the nearest.
+
+    out:      run folder (resumed when it holds the same case); None keeps nothing on disk
+    progress: as of `evaluate`
+    settings: the other fields of `Request` (n, seed, device, batch_size...)
+
+    Raises UsageError for attacks that leave inputs as they are (flips of labels).
+    """
+    asked = {"attack": attack, "defense": defense, "task": task, "model": model, "goal": goal}
+    request = Request(**asked, threat_model=threat_model, **{**settings, "beside": False})
+    with Bars(progress):
+        made = plan_request(request, progress=shown(progress))
+        check_inputs_change(made.case)
+        made = replace(made, case=replace(made.case, keep=made.case.n))
+        return execute(made, out=out, workers=workers).adversarial()
+
+
+__all__ = [
+    "Plan",
+    "Request",
+    "Watch",
+    "attack",
+    "certify",
+    "evaluate",
+    "execute",
+    "in_order",
+    "plan",
+    "rate",
+    "resolve",
+]

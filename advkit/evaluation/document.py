@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import cache
@@ -18,16 +17,19 @@ from typing import Any
 import torch
 
 from advkit import __version__
-from advkit.core.protocols import DrawsByRow, FromFile, Graded, Judged, Record, Revised, answer_shape
+from advkit.core.protocols import DrawsByRow, FromFile, Graded, Judged, Record, Revised, Suite, Task, answer_shape
 from advkit.core.provenance import checkout
 from advkit.evaluation.attacker import LESS, access_of, attacker_of
 from advkit.evaluation.counts import by_label
-from advkit.evaluation.plan import Plan
+from advkit.evaluation.plan import NO_ATTACK, NO_MODEL, Plan, Request, registries
 from advkit.evaluation.report import SCHEMA_VERSION
+from advkit.evaluation.report.repeat import command_line, python_call
+from advkit.evaluation.report.text import MOST_CLASSES
 from advkit.evaluation.run.batch import counting
 from advkit.evaluation.run.case import NOT_TARGET, Case, parameters, space_range
 from advkit.evaluation.run.scenario import Companion, Section
 from advkit.evaluation.run.store import Store, written
+from advkit.evaluation.scenarios.evasion import labelled, schedule
 from advkit.evaluation.scenarios.metrics import attack_entries, cumulative, task_kind
 from advkit.evaluation.trust.diagnostics import in_chat_template
 
@@ -107,7 +109,7 @@ def document(
         "attacks": [*attacks, *extra],
         "metrics": {**section.metrics, **{k: v for other in beside for k, v in other.metrics_beside().items()}},
         "diagnostics": {"flags": list(flags)},
-        "reproducibility": reproducibility(case, command or " ".join(["advkit", *sys.argv[1:]])),
+        "reproducibility": reproducibility(case) | _repeated(plan, command),
     }
     if kept := {each.store.name: dict(each.kept) for each in runs if each.kept}:
         content["reproducibility"]["speed"] = {"asked": str(case.speed), "kept": kept}
@@ -119,6 +121,20 @@ def document(
             "fields": list(written(run.records)),
         }
     return content
+
+
+def _repeated(plan: Plan, command: str) -> dict[str, str]:
+    """The command and the call that make the run again."""
+    request, usual = plan.kept_request(), asdict(Request())
+    objects = [
+        name
+        for name, registry in registries().items()
+        if not (request[name] in (NO_ATTACK, NO_MODEL) or registry.names_part(request[name]))
+    ]
+    return {
+        "command": command or command_line(request, usual, objects),
+        "python_call": python_call(request, usual, objects),
+    }
 
 
 def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
@@ -136,12 +152,19 @@ def _dataset(case: Case, records: Sequence[Record]) -> dict[str, Any]:
             "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
         "input_shape": list(first.x.shape[1:]),
-        **({} if answer_shape(task) else {"n_classes": task.classes}),
+        **({} if answer_shape(task) else _classes(task)),
         "sha256": task.digest(),
     }
     low, high = space_range(task.space)
     bounded = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
     return block | ({"input_range": [low, high]} if bounded else {})
+
+
+def _classes(task: Task) -> dict[str, Any]:
+    """How many classes there are, and what they are called where they are few enough to be told apart in a figure."""
+    names = list(task.class_names())
+    named = 1 < len(names) == task.classes <= MOST_CLASSES
+    return {"n_classes": task.classes, **({"class_names": names} if named else {})}
 
 
 def _model(case: Case) -> dict[str, Any]:
@@ -192,6 +215,10 @@ def _protocol(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     attack: object = case.attack
     if isinstance(attack, Revised):
         block["revision"] = attack.revision
+    if isinstance(attack, Suite):
+        ran = {record.stage for record in records}
+        spared = [stage.name for stage in schedule(case.attack) if labelled(case, stage).stage not in ran]
+        block |= {"not_needed": spared} if spared else {}
     if case.aimed:
         block["attacked"] = NOT_TARGET
     if isinstance(case.rule, Judged) and (cards := case.rule.cards()):
@@ -223,7 +250,7 @@ def threat_block(case: Case, records: Sequence[Record]) -> dict[str, Any]:
     return block
 
 
-def reproducibility(case: Case, command: str) -> dict[str, Any]:
+def reproducibility(case: Case) -> dict[str, Any]:
     """What it takes to run this again."""
     commit, dirty = checkout()
     drawn = f"; the victim's draws: {case.victim.stream}" if isinstance(case.victim, DrawsByRow) else ""
@@ -237,7 +264,6 @@ def reproducibility(case: Case, command: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": case.device,
         "threads": torch.get_num_threads(),
-        "command": command,
         "config_sha256": case.digest(),
         "git_commit": commit,
         "git_dirty": dirty,

@@ -13,6 +13,7 @@ from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
 from advkit.core.protocols import FlipsLabels, OfFiles, Outcome, Record, answer_shape, ids_of
 from advkit.core.state import plainly
+from advkit.core.watching import watcher
 from advkit.evaluation.attacker import attacker_of
 from advkit.evaluation.certificates import refuted
 from advkit.evaluation.counts import by_label
@@ -42,12 +43,37 @@ def preflight(case: Case) -> None:
     preflight_scenario(case, scenario_of(case))
 
 
+def check_inputs_change(case: Case) -> None:
+    """Raise UsageError for what makes no adversarial examples."""
+    attack: object = case.attack
+    if isinstance(attack, FlipsLabels):
+        raise UsageError(
+            f"{case.label} flips training labels and leaves inputs as they are: there are no adversarial examples; "
+            "`advkit evaluate` measures it"
+        )
+    if attack is None:
+        raise UsageError("without an attack there are no adversarial examples: name one, such as pgd")
+
+
 @plainly
 def run(
     case: Case, store: Store, progress: Callable[[list[Record], int], None] | None = None, workers: int | None = 1
 ) -> list[Record]:
-    """Run what the store does not hold yet and return the case's records in the order of the run."""
-    return run_scenario(case, scenario_of(case), store, progress, workers)
+    """Run what the store does not hold yet and return the case's records in the order of the run.
+
+    Whoever watches (`core.watching`) is told of it, beside `progress`.
+    """
+    told = watcher()
+    if told is not None:
+        told.starts(store.name, case)
+
+    def tell(new: list[Record], total: int) -> None:
+        if told is not None:
+            told.recorded(new, total)
+        if progress is not None:
+            progress(new, total)
+
+    return run_scenario(case, scenario_of(case), store, tell, workers)
 
 
 @plainly

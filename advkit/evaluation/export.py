@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save
 
 from advkit.core.errors import UsageError
-from advkit.core.protocols import FlipsLabels, OfFiles, Outcome
+from advkit.core.protocols import OfFiles, Outcome
 from advkit.core.state import plainly
 from advkit.evaluation.counts import count
-from advkit.evaluation.execute import Watch, in_order, preflight, run
+from advkit.evaluation.execute import Watch, check_inputs_change, in_order, preflight, run
 from advkit.evaluation.figures.pictures import strip
 from advkit.evaluation.figures.plots import save as save_figure
 from advkit.evaluation.report import write_atomic
@@ -30,12 +30,7 @@ def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = Non
     Returns what was written, as JSON values. Raises UsageError for a grid, whose every cell has examples of its own,
     and for flips of labels, which leave inputs as they are.
     """
-    attack: object = case.attack
-    if isinstance(attack, FlipsLabels):
-        raise UsageError(
-            f"{case.label} flips training labels and leaves inputs as they are: there are no examples to export; "
-            "`advkit evaluate` measures it"
-        )
+    check_inputs_change(case)
     if len(scenario_of(case).cells(case)) != 1:
         raise UsageError("a grid has examples for every cell: name one with --threat-model transfer:sources=zoo:NAME")
     case = replace(case, keep=case.n)
@@ -68,7 +63,7 @@ def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = Non
     )
     write_atomic(file, content)
     pictures = _pngs(records, pairs, folder / "png", png, space_range(case.task.space)) if png else 0
-    figure = strip(case, folder, title=f"Broken examples, {case.label}")
+    figure = strip(case, folder, title=f"Examples, {case.label}")
     if figure is not None:
         save_figure(figure, folder / "examples.png")
     c = count(records)

@@ -18,6 +18,7 @@ from advkit.core.protocols import (
     Label,
     Learns,
     MadeForGoal,
+    MadeForTask,
     MadeForThreatModel,
     PerSample,
     Solves,
@@ -47,6 +48,8 @@ NO_ATTACK = "none"
 NO_MODEL = "none"
 """The model of a request whose defense brings its own: what it learns from labels."""
 PARTS = ("attack", "defense", "task", "model", "threat_model", "goal")
+USUAL_TASK = "fashion-mnist"
+"""The task of a request that names none, where its attack names none either."""
 
 
 def registries() -> dict[str, Registry[Any]]:
@@ -63,7 +66,7 @@ class Request:
 
     attack: Any = "pgd"
     defense: Any = "none"
-    task: Any = "fashion-mnist"
+    task: Any = ""
     model: Any = None
     threat_model: Any = None
     goal: Any = None
@@ -225,7 +228,7 @@ class Outline:
 def outline(request: Request) -> Outline:
     """Every part built, and the rows counted; nothing is trained or loaded but the data."""
     request.check()
-    parts, asked = _built(request, task_of(request.task))
+    parts, asked = _built(request)
     scenario = SCENARIOS.build(parts.threat.scenario)
     parts = scenario.resolve(replace(parts, seed=request.seed))
     return Outline(request, parts, asked, scenario, _rows(request, parts.task))
@@ -286,9 +289,14 @@ def _ids(task: Task, n: int) -> tuple[str, ...]:
     return tuple(row for batch in task.batches(1024, n=n) for row in batch.ids)
 
 
-def _built(request: Request, work: Task) -> tuple[Parts, dict[str, Any]]:
+def _built(request: Request) -> tuple[Parts, dict[str, Any]]:
     """The parts that are asked for, and what each was made of; what is not said, the attack or the task says."""
     attack: Any = None if request.attack == NO_ATTACK else ATTACKS.build(request.attack)
+    made_for = attack.default_task if isinstance(attack, MadeForTask) else ""
+    # None is refused: where a task was to come from somewhere, another one in its place would go unnoticed.
+    unsaid = isinstance(request.task, str) and not request.task
+    task = _said(None, made_for, USUAL_TASK) if unsaid else request.task
+    work = task_of(task)
     defense: Any = DEFENSES.build(request.defense)
     made_for = attack.default_threat_model if isinstance(attack, MadeForThreatModel) else ""
     threat_model = _said(request.threat_model, made_for, work.defaults.threat_model)
@@ -303,7 +311,7 @@ def _built(request: Request, work: Task) -> tuple[Parts, dict[str, Any]]:
     rule = GOALS.build(goal)
     threat = with_public_sources(threat, work, DEFENSES.label(defense).partition(":")[0])
     asked = {"attack": request.attack, "defense": request.defense, "threat_model": threat_model, "goal": goal}
-    return Parts(attack, defense, work, threat, rule), {**asked, "task": request.task, "task_object": work}
+    return Parts(attack, defense, work, threat, rule), {**asked, "task": task, "task_object": work}
 
 
 def _said(given: Any, made_for: str, usual: str) -> Any:

@@ -32,6 +32,7 @@ from advkit.core.spaces import Binary, Box
 from advkit.core.strict_json import read_object
 from advkit.core.text import first_line
 from advkit.models.pickles import check_pickled
+from advkit.models.recognised import PREFIXES, advice
 from advkit.models.torch import TorchModel
 
 FORMAT = "advkit-model-1"
@@ -442,8 +443,6 @@ def _read_pickle(content: bytes, path: Path) -> dict[str, Tensor]:
 
 WRAPPED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts keep the weights."""
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-"""What data-parallel training, torch.compile and Lightning put before every name."""
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -495,12 +494,18 @@ def _load_foreign(
     tensors: dict[str, Tensor], path: Path, architecture: str, shape: tuple[int, ...] | None, classes: int | None
 ) -> TorchModel:
     if not architecture or shape is None or classes is None:
+        known = "" if architecture else advice(tensors, path)
         raise CheckpointError(
-            f"{path} was not written by advkit and does not say what it holds; give the architecture, such as "
-            f"path:{path},architecture=resnet18, together with a task"
+            f"{path} was not written by advkit and does not say what it holds; "
+            + (known or f"give the architecture, such as path:{path},architecture=resnet18, together with a task")
         )
-    model = _build(architecture, tuple(shape), classes, tensors, path)
-    _fill(model.module, _without_prefix(tensors, model.module), path, architecture)
+    try:
+        model = _build(architecture, tuple(shape), classes, tensors, path)
+        _fill(model.module, _without_prefix(tensors, model.module), path, architecture)
+    except CheckpointError as error:
+        if known := advice(tensors, path):
+            raise CheckpointError(f"{error}; {known}") from error
+        raise
     model.name, model.source = path.stem, "a weights file of the user's"
     return model
 

@@ -32,6 +32,8 @@ def _guess(name: str) -> str | None:
         return f"did you mean 'gguf:{name}'?"
     if path.suffix == ".py":
         return f"what a Python file holds is python:{path.stem}:NAME"
+    if path.is_dir():
+        return _of_folder(path)
     if "/" in name:
         return f"a language model of the hub or of a folder is hf:{name}, one of timm's timm:hf_hub:{name}"
     if re.fullmatch(r"\w+(\.\w+)+", name):
@@ -39,6 +41,23 @@ def _guess(name: str) -> str | None:
     if _ROBUSTBENCH.fullmatch(name):
         return f"a model of RobustBench is robustbench:{name}"
     return _of_packages(name)
+
+
+def _of_folder(path: Path) -> str:
+    """A folder that is there."""
+    if (path / "config.json").is_file():
+        return f"a folder of transformers is hf:{path}"
+    if (path / "model.safetensors").is_file():
+        return f"the weights in it are path:{path / 'model.safetensors'}"
+    weights = sorted(each for each in path.iterdir() if each.suffix in _WEIGHTS)
+    if weights:
+        return f"the weights in it are path:{weights[0]}"
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        return f"the weights in it are gguf:{ggufs[0]}"
+    if (path / "report.json").is_file():
+        return "that is the folder of a run, which holds no weights: name the model that was evaluated"
+    return f"that folder holds no weights (.safetensors, .pt, .gguf); a folder of transformers is hf:{path}"
 
 
 def _of_packages(name: str) -> str | None:

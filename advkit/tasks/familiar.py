@@ -42,7 +42,13 @@ def _guess(name: str) -> str | None:
         return f"a file of arrays is npz:path={name}"
     if path.suffix in (".jsonl", ".csv"):
         return f"a file of prompts is prompts:file={name}"
-    return f"a folder of class folders is folder:path={name}" if path.is_dir() else None
+    if path.is_dir():
+        return f"a folder of class folders is folder:path={name}"
+    if path.is_file():
+        return f"a task is no {path.suffix or 'such'} file: arrays are npz:path=FILE, images folder:path=FOLDER"
+    if name.startswith((".", "/", "~")) or "/" in name:
+        return f"there is no folder and no file {name}; a folder of class folders is folder:path=FOLDER"
+    return None
 
 
 def _other(part: Any) -> Arrays:

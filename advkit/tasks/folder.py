@@ -37,6 +37,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 """Those that torchvision's ImageFolder reads."""
 HELPERS = ("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 """Folders that systems and tools leave between the user's own; so are those whose name begins with a dot."""
+SPLITS = ("test", "train", "training", "val", "valid", "validation", "eval", "dev")
+"""Names of folders that hold class folders and are none."""
 MEMORY = 16 * 2**30
 """Bytes of training images that are decoded into memory at most."""
 
@@ -317,10 +319,12 @@ def _suspect(content: bytes) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Images):
-    """Image folder of the user's: path/SPLIT/CLASS/*.png (or .jpg...), path/train where a defense trains.
+    """Image folder of the user's: path/CLASS/*.png (or .jpg...), or path/SPLIT/CLASS/*.png; path/train where a defense
+    trains.
 
-    path:          the folder above the splits
-    split:         sub-folder that is evaluated
+    path:          the folder above the splits, or the class folders' own
+    split:         sub-folder that is evaluated; where there is no sub-folder `test` and none of another split, the
+                   class folders are taken from `path` itself
     resize:        the shorter side is scaled to so many pixels
     crop:          then the middle crop x crop pixels are taken
     interpolation: of the scaling: bilinear or bicubic
@@ -362,7 +366,7 @@ class Folder(Images):
         return replace(self, classes=classes)
 
     def listing(self, split: str) -> Listing:
-        held = class_folders(self.place() / split, self.order)
+        held = class_folders(self._above(split), self.order)
         classes = vars(self)["classes"]
         if classes in (None, len(held.classes)):
             return held
@@ -377,6 +381,22 @@ class Folder(Images):
         files = tuple((path, numbers[label]) for path, label in held.files)
         return Listing(held.root, files, tuple(names.get(label, str(label)) for label in range(classes)))
 
+    def _above(self, split: str) -> Path:
+        """The folder of the class folders of a split: the path itself where it has no splits."""
+        place = self.place()
+        if (place / split).is_dir():
+            return place / split
+        others = sorted(each.name for each in place.iterdir() if each.is_dir() and each.name.casefold() in SPLITS)
+        if others:
+            raise UsageError(
+                f"{self.path} has no folder {split} and has {', '.join(others)}: say "
+                f"folder:path={self.path},split={others[-1]}"
+            )
+        if split != "test":
+            raise UsageError(f"there is no folder {place / split}; expected one sub-folder of images per class in it")
+        log.info("%s has no folder test: its own sub-folders are the classes", self.path)
+        return place
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return Path(self.path).expanduser().resolve().name
@@ -384,5 +404,8 @@ class Folder(Images):
     def place(self) -> Path:
         place = Path(self.path).expanduser()
         if not place.is_dir():
-            raise UsageError(f"there is no folder {self.path}; expected {self.path}/{self.split}/CLASS/*.png")
+            raise UsageError(
+                f"there is no folder {self.path}; expected {self.path}/CLASS/*.png, or "
+                f"{self.path}/{self.split}/CLASS/*.png"
+            )
         return place

@@ -27,28 +27,80 @@ def points(*counts: int) -> list[plots.Point]:
     return [plots.Point.of(8 * i / 255, rate(k, 100, "all_samples")) for i, k in enumerate(counts)]
 
 
-def test_curve_draws_the_points_and_their_band() -> None:
+def test_curve_draws_the_points_and_their_intervals_side_by_side() -> None:
     given = points(90, 50, 10)
-    figure = plots.robust_accuracy_curve({"a$b": list(reversed(given)), "other": points(80, 60, 40)}, norm="Linf")
+    alone = plots.robust_accuracy_curve(list(reversed(given))).axes[0]
+    np.testing.assert_allclose(alone.lines[0].get_xydata(), [(p.eps, p.value) for p in given])
+    assert alone.get_title("left") == "Robust accuracy against eps"
+    curves = {"a$b": list(reversed(given)), "other": points(80, 60, 40)}
+    figure = plots.robust_accuracy_curve(curves, norm="Linf", title="a title")
     axes = figure.axes[0]
-    line = axes.lines[0]
-    np.testing.assert_allclose(line.get_xydata(), [(p.eps, p.value) for p in given])
-    band = axes.collections[0].get_paths()[0].vertices
-    assert {round(float(y), 6) for y in band[:, 1]} >= {round(p.low, 6) for p in given if p.low is not None}
+    first, second = (line for line in axes.lines if line.get_marker() in ("o", "s"))
+    np.testing.assert_allclose(first.get_ydata(), [p.value for p in given])
+    apart = second.get_xdata() - first.get_xdata()
+    assert (apart > 0).all()
+    assert apart.max() < 0.05 * given[-1].eps
+    spans = axes.collections[0].get_segments()
+    np.testing.assert_allclose([sorted(span[:, 1]) for span in spans], [(p.low, p.high) for p in given])
     figure.canvas.draw()
     assert [t.get_text() for t in axes.get_xticklabels()] == ["16/255", "8/255", "0"]
     assert axes.get_xlabel() == "eps (Linf)"
+    assert axes.get_title("left") == "a title"
 
 
-def test_bars_hold_each_class_with_the_weakest_at_the_bottom() -> None:
+@pytest.mark.parametrize(
+    ("levels", "texts"),
+    [
+        ((0, 17 / 255, 34 / 255), {"0", "17/255", "34/255"}),  # 1/15 is no decimal
+        ((0, 51 / 255, 102 / 255), {"0", "0.2", "0.4"}),
+        ((0.5, 1.0), {"0.5", "1"}),
+        ((0.031, 0.1), {"0.031", "0.1"}),
+    ],
+)
+def test_radii_are_written_as_people_write_them(levels, texts) -> None:  # type: ignore[no-untyped-def]
+    axes = plots.robust_accuracy_curve([plots.Point(each, 0.5) for each in levels]).axes[0]
+    assert {each.get_text() for each in axes.get_xticklabels()} == texts
+
+
+def test_intervals_of_several_curves_are_lines_and_no_bands() -> None:
+    found = ([0.5, 2.0], 3, 4)
+    assert plots.accuracy_by_distance({"a": found}).axes[0].collections
+    both = plots.accuracy_by_distance({"a": found, "b": found}).axes[0]
+    assert not both.collections
+    assert len(both.lines) == 6
+
+
+def class_bars(counts: dict[int, tuple[int, int, int]], names: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+    """Axes of bars from samples, right and robust ones of each class; and bar -> (clean, robust)."""
     rates = {
-        k: {"clean": rate(9, 10, "source_class"), "robust": rate(v, 10, "source_class")}
-        for k, v in enumerate((7, 2, 5))
+        k: {"clean": rate(clean, n, "source_class"), "robust": rate(robust, n, "source_class")}
+        for k, (n, clean, robust) in counts.items()
     }
-    figure = plots.per_class_bars(rates, ["cat", "dog", "emu"])
-    axes = figure.axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["dog", "emu", "cat"]
-    assert [round(bar.get_width(), 3) for bar in axes.patches] == [0.9, 0.9, 0.9, 0.2, 0.5, 0.7]
+    axes = plots.per_class_bars(rates, names).axes[0]
+    labels = [t.get_text() for t in axes.get_yticklabels()]
+    widths = [round(float(bar.get_width()), 3) for bar in axes.patches]
+    return axes, dict(zip(labels, zip(widths[: len(labels)], widths[len(labels) :], strict=True), strict=True))
+
+
+def test_classes_stand_in_their_order_with_their_numbers_and_missing_ones_are_named() -> None:
+    axes, drawn = class_bars({0: (30, 27, 21), 1: (20, 18, 0), 3: (40, 36, 20)}, ("cat", "dog", "emu", "fox"))
+    assert drawn == {"cat (n = 30)": (0.9, 0.7), "dog (n = 20)": (0.9, 0.0), "fox (n = 40)": (0.9, 0.5)}
+    heights = [t.get_position()[1] for t in axes.get_yticklabels()]
+    assert heights == sorted(heights, reverse=True)
+    assert [text.get_text() for text in axes.texts] == ["70 %", "0 %", "50 %"]
+    marks = next(line for line in axes.lines if line.get_marker() == "D")
+    assert 0.0 in marks.get_xdata()  # seen where the bar has no width
+    assert not marks.get_clip_on()
+    assert "no sample of: emu" in axes.get_xlabel()
+
+
+def test_classes_of_few_samples_share_a_bar_unless_all_have_few() -> None:
+    axes, drawn = class_bars({0: (30, 27, 21), 1: (5, 4, 1), 2: (15, 10, 3)}, ("cat", "dog", "emu"))
+    assert drawn == {"cat (n = 30)": (0.9, 0.7), "2 others (n = 20)": (0.7, 0.2)}
+    assert "others, fewer than 20 samples each: dog, emu" in axes.get_xlabel()
+    axes, drawn = class_bars({0: (3, 3, 2), 1: (5, 4, 1)})
+    assert list(drawn) == ["0 (n = 3)", "1 (n = 5)"]
+    assert "fewer than 20 samples in every class" in axes.get_xlabel()
 
 
 def test_success_by_distance_steps_up_at_every_success() -> None:
@@ -79,6 +131,21 @@ def test_grid_amplifies_the_difference_and_says_by_how_much(channels: int) -> No
     colors = [text.get_color() for text in middle.texts]
     assert colors[1] == plots.RED
     assert colors[0] == colors[2] != plots.RED
+
+
+def test_grid_notes_stand_below_their_columns_and_long_names_fold() -> None:
+    x = torch.full((2, 1, 4, 4), 0.5)
+    names = ["Staffordshire bullterrier", "cat"]
+    figure = plots.example_grid(x, x, clean_names=names, notes=[("a/long/path/to/image-17", "held"), ("b", "broken")])
+    top, _, bottom = figure.axes
+    assert top.texts[0].get_text() == "Staffordshire\nbullterrier"
+    below = [text.get_text().split("\n") for text in bottom.texts]
+    assert [lines[1:] for lines in below] == [["held"], ["broken"]]
+    assert all(len(line) <= 15 for lines in below for line in lines)
+    figure.canvas.draw()
+    edges = [text.get_window_extent() for text in bottom.texts]
+    assert edges[0].x1 < edges[1].x0
+    assert min(edge.y0 for edge in edges) >= 0
 
 
 def test_grid_of_unchanged_images_and_other_ranges() -> None:
@@ -113,6 +180,9 @@ def test_heat_map_of_a_report() -> None:
     figure = plots.transfer_heatmap_of(Report.from_dict(data))
     assert figure is not None
     assert [t.get_text() for t in figure.axes[0].texts] == ["75", "-", "50", "25"]
+    title = " ".join(figure.get_suptitle().split())
+    assert "eps=" in title
+    assert title.endswith("n = 4")
     assert plots.transfer_heatmap_of(Report.from_dict(document({"pgd": [R, B]}))) is None
 
 
@@ -144,7 +214,7 @@ def test_nothing_to_draw_is_an_error(call) -> None:  # type: ignore[no-untyped-d
 
 @pytest.mark.slow
 def test_save_repeats_byte_for_byte(tmp_path: Path) -> None:
-    for suffix in ("png", "svg"):
+    for suffix in ("png", "svg", "pdf"):
         paths = [plots.save(plots.robust_accuracy_curve(points(9, 5)), tmp_path / f"{i}.{suffix}") for i in range(2)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
     assert (tmp_path / "0.png").read_bytes().startswith(PNG)

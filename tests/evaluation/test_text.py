@@ -238,7 +238,7 @@ def test_words_and_cards_of_the_report(task, lm, tmp_path):
     for words in (
         "target not said", "exact target", "target NLL before", "target NLL after", "benign prompts answered",
         "refused when clean",
-        "refusal ASR at 1", "refusal ASR any of 4", "refusal ASR mean", "forward passes per attacked sample",
+        "attacked, one reply", "attacked, any of 4 replies", "attacked, mean of replies", "passes per attacked sample",
         "tokens per attacked sample",
         "suffix tokens", "retokenizing share", "suffix log probability", "empty replies", "suffix of 3 tokens",
         "strictest judge", "exact judge says broken", "robust accuracy all judges",
@@ -246,7 +246,7 @@ def test_words_and_cards_of_the_report(task, lm, tmp_path):
         assert words in text, words
     for words in ("class held", "8 bits", "DLR"):
         assert words not in text, words
-    assert "any of" in text.partition("at 1")[2]
+    assert "any of" in text.partition("one reply")[2]
 
 
 @pytest.mark.slow

@@ -22,7 +22,17 @@ from advkit.attacks.text.questions import Batcher, Steps, side_by_side
 from advkit.attacks.text.search import Aggregate, Objective, SuffixSearch
 from advkit.core.checks import at_least_one, one_of, positive
 from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Adapts, AddsTokens, MadeForGoal, MadeForThreatModel, Planned, Rng, WholeBatch
+from advkit.core.protocols import (
+    Access,
+    Adapts,
+    AddsTokens,
+    MadeForGoal,
+    MadeForTask,
+    MadeForThreatModel,
+    Planned,
+    Rng,
+    WholeBatch,
+)
 
 Keep = Literal["lowest", "reached"]
 
@@ -56,7 +66,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts, AddsTokens, ABC):
+class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, MadeForTask, Planned, Adapts, AddsTokens, ABC):
     """A search for tokens to put into the slot of a prompt.
 
     length:       most tokens of a suffix; the threat model's n caps it
@@ -80,6 +90,7 @@ class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts,
     needs: ClassVar[Access] = Access.SCORES
     default_threat_model: ClassVar[str] = "suffix"
     default_goal: ClassVar[str] = "says"
+    default_task: ClassVar[str] = "prompts"
 
     length: int = 20
     universal: bool = False
@@ -134,6 +145,11 @@ class SuffixAttack(WholeBatch, MadeForGoal, MadeForThreatModel, Planned, Adapts,
     def longest(self) -> int:
         """Most tokens of a suffix that the settings ask for."""
         return self.length
+
+    @property
+    def most_steps(self) -> int:
+        """Steps at most; 0 where only a budget ends the search."""
+        return 0
 
     @property
     def aim(self) -> Objective:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Steps
@@ -77,6 +78,12 @@ class BEAST(SuffixAttack):
         """Candidates that a row is scored with at most."""
         every = 1 + self.beam + (self.length - 1) * self.beam * self.children
         return every if self.evaluations is None else min(every, self.evaluations)
+
+    @property
+    @override
+    def most_steps(self) -> int:
+        """Tokens at most that the beam grows by, one step each."""
+        return self.length
 
     @property
     def longest(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from advkit.attacks.text.base import SuffixAttack
 from advkit.attacks.text.questions import Question, Steps
@@ -75,6 +76,12 @@ class GCG(SuffixAttack):
         """Candidates that a row is scored with at most, its gradients among them."""
         every = 1 + self.steps * (self.width + GRADIENT)
         return every if self.evaluations is None else min(every, self.evaluations)
+
+    @property
+    @override
+    def most_steps(self) -> int:
+        """Swaps at most."""
+        return self.steps
 
     @property
     def under(self) -> Callable[[Any], Callable[[Tensor], Tensor]] | None:

@@ -16,6 +16,7 @@ from advkit.attacks.text.questions import Asking, Clock, Question, Steps, halluc
 from advkit.core.errors import AccessDenied
 from advkit.core.protocols import Rng
 from advkit.core.spaces import NOTHING, REPLY, REREAD, SLOT, USER
+from advkit.core.watching import SearchStep, watcher
 
 Aggregate = Literal["nll", "ppl"]
 Objective = Literal["targeted", "untargeted", "mia"]
@@ -87,6 +88,11 @@ class SuffixSettings(Protocol):
         ...
 
     @property
+    def most_steps(self) -> int:
+        """Steps at most; 0 where only a budget ends the search."""
+        ...
+
+    @property
     def aim(self) -> Objective:
         """What candidates are scored by."""
         ...
@@ -132,6 +138,7 @@ class SuffixSearch:
         """The search from the clean rows to its end."""
         if self.room and (yield from self.begin()):
             yield from self.attack.seek(self)
+        self._tell(over=True)
 
     @cached_property
     def room(self) -> int:
@@ -388,6 +395,16 @@ class SuffixSearch:
         self.trace.append(figures)
         for row in range(len(self.x)):
             self.oracle.note(row, figures)
+        self._tell()
+
+    def _tell(self, over: bool = False) -> None:
+        """Say to whoever watches how far the search is."""
+        if (told := watcher()) is not None:
+            best = self.best.score if math.isfinite(self.best.score) else None
+            step = SearchStep(
+                max(0, len(self.trace) - 1), self.attack.most_steps, best, all(self.best.reached), over
+            )  # the clean row is no step
+            told.searched(self.rows.tolist(), step)
 
     # ---- budgets -----------------------------------------------------------------------------------------------------
 

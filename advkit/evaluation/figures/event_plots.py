@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.figures.plots import BLUE, ORANGE, RED, new_axes
+from advkit.evaluation.figures.axes import BLUE, ORANGE, RED, new_axes
 
-_WHITE, _FLIPPED = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+_WHITE, _FLIPPED, _DELETED = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.7, 0.7, 0.7)
 _OFF_COLOR, _ON_COLOR, _BOTH = (0.84, 0.37, 0.0), (0.0, 0.45, 0.70), (0.55, 0.40, 0.60)
 
 Frames = np.ndarray[Any, np.dtype[np.float32]]
@@ -86,7 +87,7 @@ def frame_picture(frame: Frames, flipped: np.ndarray[Any, np.dtype[np.bool_]] | 
     if flipped is not None:
         added = (flipped & (frame > 0)).any(0)
         deleted = (flipped & (frame == 0)).any(0)
-        picture[deleted] = (0.7, 0.7, 0.7)
+        picture[deleted] = _DELETED
         picture[added] = _FLIPPED
     return picture
 
@@ -113,7 +114,7 @@ def film_strip(
         frames = sorted({round(j) for j in np.linspace(0, steps - 1, min(steps, 10))})
     if not frames or min(frames) < 0 or max(frames) >= steps:
         raise UsageError(f"frames {list(frames)}; expected some of 0 to {steps - 1}")
-    figure = Figure(figsize=(1.1 * len(frames) + 0.6, 2.9), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(max(5.6, 1.1 * len(frames) + 0.6), 3.3), layout="constrained", facecolor="white")
     grid = figure.subplots(2, len(frames), squeeze=False)
     for column, j in enumerate(frames):
         flipped = before[row, j] != after[row, j]
@@ -126,6 +127,9 @@ def film_strip(
             axes.set_yticks([])
     grid[0, 0].set_ylabel(clean_name or "clean", fontsize=9)
     grid[1, 0].set_ylabel(adversarial_name or "attacked", fontsize=9)
+    keys = {"ON event": _ON_COLOR, "OFF event": _OFF_COLOR, "both": _BOTH, "added": _FLIPPED, "deleted": _DELETED}
+    patches = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in keys.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8)
     total = int((before[row] != after[row]).sum())
     share = 100 * total / before[row].size
     figure.suptitle(f"{total} of {before[row].size:,} bits flipped ({share:.2g} %)", fontsize=10)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from advkit.core.errors import UsageError
 from advkit.core.learners import scores
 from advkit.core.protocols import Record
-from advkit.evaluation.figures.plots import BLUE, GREEN, ORANGE, PINK, RED, SERIES, SKY, Point, new_axes, plain
+from advkit.evaluation.figures.axes import BLUE, GREEN, ORANGE, PINK, RED, SERIES, SKY, new_axes, plain
+from advkit.evaluation.figures.plots import Point
 from advkit.evaluation.poisonings import trials_of
 from advkit.evaluation.report import Report
 

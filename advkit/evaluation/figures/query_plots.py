@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.counts import by_label, contested, count, queries_to_break
-from advkit.evaluation.figures.plots import SERIES, finish, finish_shares, new_axes, plain
+from advkit.evaluation.figures.axes import SERIES, finish, finish_shares, interval, new_axes, plain
 from advkit.evaluation.report import Report
 from advkit.evaluation.stats import median_interval, wilson
 
@@ -48,7 +48,7 @@ def curves_of(records: Sequence[Record]) -> dict[str, Curve]:
 def success_by_queries(
     curves: Mapping[str, Curve], *, robust: Mapping[str, tuple[int, int]] | None = None, title: str = ""
 ) -> Figure:
-    """Share of the attacked samples broken within a number of queries, with Wilson intervals of 95 % as bands.
+    """Share of the attacked samples broken within a number of queries, with Wilson intervals of 95 %.
 
     curves: by the name of the attack
     robust: of each curve, the number of samples in all and of those that are right when clean: its robust accuracy is
@@ -66,7 +66,7 @@ def success_by_queries(
         share = [curve.broken_within(budget) / curve.attacked for budget in reach]
         axes.step(reach, share, where="post", color=color, label=plain(name) or None)
         low, high = [each.low for each in ends], [each.high for each in ends]
-        axes.fill_between(reach, low, high, step="post", color=color, alpha=0.18, linewidth=0)
+        interval(axes, reach, low, high, color, alone=len(curves) == 1)
         if robust and name in robust:
             total, right = robust[name]
             left = [(right - curve.broken_within(budget)) / total for budget in reach]
@@ -139,10 +139,10 @@ def _course(record: Record) -> dict[int, float]:
 
 
 def distance_by_queries(curves: Mapping[str, MedianCurve], *, norm: str = "", title: str = "") -> Figure:
-    """The median least distance within a number of queries, with its interval of 95 % as a band.
+    """The median least distance within a number of queries, with its interval of 95 %.
 
-    Drawn from where the median is finite; the band ends where its upper end is not. Raises UsageError where no curve
-    has a finite median.
+    Drawn from where the median is finite; the interval ends where its upper end is not. Raises UsageError where no
+    curve has a finite median.
     """
     drawn = {name: curve for name, curve in curves.items() if np.isfinite(curve.median).any()}
     if not drawn:
@@ -153,7 +153,7 @@ def distance_by_queries(curves: Mapping[str, MedianCurve], *, norm: str = "", ti
         known, banded = np.isfinite(median), np.isfinite(high)
         at, low = np.array(curve.queries), np.array(curve.low)
         axes.step(at[known], median[known], where="post", color=color, label=plain(name))
-        axes.fill_between(at[banded], low[banded], high[banded], step="post", color=color, alpha=0.18, linewidth=0)
+        interval(axes, at[banded], low[banded], high[banded], color, alone=len(drawn) == 1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

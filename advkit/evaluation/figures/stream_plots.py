@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.figures.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_axes, plain
+from advkit.evaluation.figures.axes import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_axes, plain
 
 _GREY = "#888888"
 STYLES = {

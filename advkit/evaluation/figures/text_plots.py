@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from matplotlib.figure import Figure
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.figures.plots import SERIES, new_axes, plain
+from advkit.evaluation.figures.axes import SERIES, new_axes, plain
 from advkit.evaluation.report import Report
 
+SCORE = "NLL of the wanted reply (nats per token)"
 _ROWS = (
     ("wanted", "wanted reply"),
     ("prompt", "prompt"),
@@ -29,11 +31,13 @@ def searched(records: Iterable[Record]) -> list[Record]:
     return [r for r in records if len(_course(r)) > 1]
 
 
-def search_figure(records: Sequence[Record], *, title: str = "") -> Figure:
+def search_figure(records: Sequence[Record], *, title: str = "", score: str = SCORE) -> Figure:
     """Best score so far of every row against the evaluations it took, and the median row of each attack in bold.
 
-    records: with traces of text attacks; the score is the loss that was searched by, under `says` the mean negative
-    log-likelihood of the wanted reply. Raises UsageError where no record has such a trace.
+    records: with traces of text attacks
+    score:   what was minimised; under `says` the mean negative log-likelihood of the wanted reply
+
+    Raises UsageError where no record has such a trace.
     """
     held = searched(records)
     if not held:
@@ -47,16 +51,31 @@ def search_figure(records: Sequence[Record], *, title: str = "") -> Figure:
         best = np.array([[_at(course, each) for each in grid] for course in courses])
         axes.step(grid, np.median(best, 0), where="post", color=color, linewidth=2.2, label=plain(attack))
     axes.set_xscale("log")
-    axes.set_xlabel("evaluations")
-    axes.set_ylabel("best score so far")
-    axes.set_title(plain(title), loc="left", fontsize=10)
+    axes.set_xlabel("evaluations (candidates scored; a gradient counts as two)")
+    axes.set_ylabel(plain(textwrap.fill(f"{score}, best so far", 30)))
+    axes.set_title(plain(textwrap.fill(title, 66)), loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
+    figure.supxlabel("thin: one prompt each   bold: the median prompt   lower is better for the attacker", fontsize=8)
     return figure
+
+
+def _score(report: Report) -> str:
+    """What the searches of a run minimised, in words; the losses of an attack's own objective are named by it."""
+    attacks = report.view["attacks"]
+    settings: Mapping[str, Any] = attacks[0]["params"] if attacks else {}
+    objective, loss = settings.get("objective", "targeted"), settings.get("loss", "ce")
+    if objective != "targeted":
+        return {"mia": "perplexity of prompt and suffix"}.get(objective, "minus the perplexity of the own reply")
+    if loss != "ce":
+        return f"{loss} loss of the target's tokens"
+    return SCORE if report.view["threat_model"]["goal"] == "targeted" else "loss of the goal"
 
 
 def searches_of(report: Report, records: Sequence[Record]) -> Figure | None:
     """The searches of a run; None where no record holds the trace of one."""
-    return search_figure(records, title=f"Searches, {report.threat}") if searched(records) else None
+    if not searched(records):
+        return None
+    return search_figure(records, title=f"Searches, {report.threat}", score=_score(report))
 
 
 def transcripts_of(report: Report, records: Sequence[Record]) -> str | None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.figures.plots import BLUE, GREEN, ORANGE, RED, plain
+from advkit.evaluation.figures.axes import BLUE, GREEN, ORANGE, RED, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

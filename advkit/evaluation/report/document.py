@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,17 +16,23 @@ from advkit.core.errors import ReportError
 from advkit.core.files import why, write_whole
 from advkit.core.strict_json import read_object
 from advkit.core.text import all_printable, printable_json, printable_values
-from advkit.evaluation.report import one_page, render
-from advkit.evaluation.report.examples import Examples, Kept, examples_of, kept_beside
+from advkit.evaluation.report import one_page, render, tables, terminal
+from advkit.evaluation.report.examples import Examples, Kept, examples_of, kept_beside, records_beside
 from advkit.evaluation.report.legacy import completed
 from advkit.evaluation.report.render import SEVERITIES, Finding, Row
+from advkit.evaluation.report.repeat import python_call
 from advkit.evaluation.report.robustbench import robustbench_block
 from advkit.evaluation.report.schema import undecided, validate
-from advkit.evaluation.report.text import describe_threat
+from advkit.evaluation.report.text import describe_threat, level_text
+from advkit.evaluation.run.store import read_records
 from advkit.evaluation.stats import Interval
 
 if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
     from rich.table import Table
+
+    from advkit.core.protocols import Record
 
 REPORT_NAME = "report.json"
 
@@ -207,11 +214,11 @@ class Report:
 
     def brief(self, width: int = 80) -> list[tuple[str, str]]:
         """(line, style of rich) of a page of at most 13 lines: what `str` and `advkit evaluate` show."""
-        return render.brief(self._whole, width)
+        return terminal.brief(self._whole, width)
 
     def full(self, width: int = 80) -> list[tuple[str, str]]:
         """(line, style of rich) of everything: what `advkit show RUN` and `advkit evaluate --verbose` show."""
-        return render.full(self._whole, width)
+        return terminal.full(self._whole, width)
 
     def summary_table(self, full: bool = False) -> Table:
         """A rich table: rows, findings with advice, verdict; with `full` every attack, metric and class."""
@@ -236,7 +243,74 @@ class Report:
             examples: Examples | ReportError = self.adversarial()
         except ReportError as error:
             examples = error
-        return one_page.html_of(self._whole, examples, self.path)
+        return one_page.html_of(self._whole, examples, self.path, python=self.python_call)
+
+    @property
+    def python_call(self) -> str:
+        """The call of `advkit.evaluate` that makes the same run; "" where the report does not hold its request."""
+        kept, request = self._data["reproducibility"].get("python_call"), self._data.get("request")
+        return str(kept) if kept else python_call(request, {}) if request else ""
+
+    @property
+    def command(self) -> str:
+        """What was typed, or the command for the same run; "" where no command can say it (objects)."""
+        return str(self._data["reproducibility"]["command"])
+
+    def records(self) -> Sequence[Record]:
+        """One record per sample and attack, of the run in memory or of the folder that the report lies in.
+
+        Raises ReportError where they are not at hand.
+        """
+        if self.kept is not None:
+            return self.kept.records
+        file = records_beside(self.path, self._data)
+        if file is None:
+            raise tables.no_records()
+        return read_records(file)
+
+    def plot(self, kind: str | None = None) -> Figure:
+        """A figure of the run, as matplotlib's Figure: what `advkit plot` writes.
+
+        kind: a name of `plots()`; None takes the first
+
+        Raises ReportError for a kind that this run does not have, and names those it has.
+        """
+        return cast("Figure", figures().plot(self, kind))
+
+    def plots(self) -> list[str]:
+        """The kinds of figures that this run has."""
+        return cast("list[str]", figures().kinds(self))
+
+    def to_latex(self, full: bool = False, *, caption: str = "", label: str = "") -> str:
+        """The summary as a table for LaTeX (booktabs), the headline in bold.
+
+        full:           every attack, metric and class
+        caption, label: of a float around it; without both it is the tabular alone
+        """
+        return tables.latex(
+            self.rows(full),
+            figure=self._whole["section"]["wording"]["figure"],
+            level=level_text(self._whole["metrics"]),
+            caption=caption,
+            label=label,
+        )
+
+    def to_frame(self, kind: str = "summary") -> pandas.DataFrame:
+        """The run as a data frame of pandas (extra `pandas`).
+
+        kind: summary (one line per figure, as `rows(full=True)`), attacks (one per attack, with counts, intervals and
+              cost) or samples (one per sample and attack: outcome, answers, distance, margin, passes)
+
+        Rates are fractions. Raises UsageError for another kind, MissingExtra without pandas, and ReportError for
+        samples where the records are not at hand.
+        """
+        if kind == "summary":
+            return tables.frame(tables.summary_lines(self.rows(full=True)))
+        if kind == "attacks":
+            return tables.frame(tables.attack_lines(self.attacks))
+        if kind == "samples":
+            return tables.frame(tables.sample_lines(self.records()))
+        raise tables.unknown_frame(kind)
 
     def robustbench(self, dataset: str | None = None, **fields: str | bool | int | None) -> dict[str, Any]:
         """RobustBench's flat block, numbers as percent strings with two decimals.
@@ -246,6 +320,11 @@ class Report:
         (link, authors, venue...).
         """
         return robustbench_block(self._whole, dataset, fields)
+
+
+def figures() -> Any:
+    """The functions that draw, found when they are called for: figures are made of reports, not reports of figures."""
+    return import_module("advkit.evaluation.figures")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

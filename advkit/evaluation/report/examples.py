@@ -37,6 +37,7 @@ class Examples:
     evaluated:   samples of the report; more than n where not all were kept
     clean_answers, adversarial_answers: classes that the victim answered before and after; None where it gave none
     margins:     signed distance to the goal after the attack, in units of the output; None where it was not measured
+    distances:   of the adversarial sample from the clean one, in the threat model's norm; None where it has none
     """
 
     ids: tuple[str, ...]
@@ -51,6 +52,19 @@ class Examples:
     clean_answers: tuple[int | None, ...] = ()
     adversarial_answers: tuple[int | None, ...] = ()
     margins: tuple[float | None, ...] = ()
+    distances: tuple[float | None, ...] = ()
+
+    def some(self, most: int, held: int) -> list[int]:
+        """Places of at most so many samples to look at: broken ones and at least `held` that held, where there are any.
+
+        Others (wrong when clean...) fill what is left; in the order of the samples within each of the three.
+        """
+        broken = [i for i, each in enumerate(self.outcomes) if each == Outcome.BROKEN]
+        robust = [i for i, each in enumerate(self.outcomes) if each == Outcome.ROBUST]
+        rest = [i for i in range(len(self)) if i not in {*broken, *robust}]
+        few = robust[: max(held, most - len(broken))]
+        picked = [*broken[: most - len(few)], *few]
+        return [*picked, *rest[: most - len(picked)]]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,7 +73,7 @@ class Examples:
         shape = list(self.adversarial.shape[1:])
         return (
             f"Examples({len(self)} of {self.evaluated} samples, {int(self.broken.sum())} broken, each {shape}; ids, "
-            "clean, adversarial, labels, broken, outcomes, attacks, texts)"
+            "clean, adversarial, labels, broken, outcomes, attacks, distances, margins, texts)"
         )
 
 
@@ -143,6 +157,7 @@ def examples_of(kept: Kept, attack: str | None) -> Examples:
         clean_answers=tuple(record.clean for record in records),
         adversarial_answers=tuple(record.adversarial for record in records),
         margins=tuple(record.margin for record in records),
+        distances=tuple(record.distance for record in records),
     )
 
 

@@ -26,11 +26,14 @@ _REPEATED = ("No reliability flag was raised. ", "No reliability flag was raised
 _WORDS = {"broken": "broken", "robust": "held", "wrong": "wrong when clean"}
 
 
-def html_of(data: Mapping[str, Any], examples: Examples | ReportError, path: Path | None = None) -> str:
+def html_of(
+    data: Mapping[str, Any], examples: Examples | ReportError, path: Path | None = None, *, python: str = ""
+) -> str:
     """The page of a completed document.
 
     examples: that were kept, or what is said where there are none
     path:     of the report, whose plots are shown where they lie beside it
+    python:   the call that makes the same run
     """
     from markupsafe import Markup
 
@@ -38,7 +41,7 @@ def html_of(data: Mapping[str, Any], examples: Examples | ReportError, path: Pat
     flags = findings(data)
     state = flags[0].severity if flags else "info"
     names = _class_names(data)
-    shown = _chosen(examples) if isinstance(examples, Examples) else []
+    shown = examples.some(SHOWN, _HELD) if isinstance(examples, Examples) else []
     bounds = data["dataset"].get("input_range") or (0.0, 1.0)
     pictures = [_picture(examples, i, names, bounds) for i in shown] if isinstance(examples, Examples) else []
     made = {
@@ -56,7 +59,7 @@ def html_of(data: Mapping[str, Any], examples: Examples | ReportError, path: Pat
         "findings": [each._asdict() for each in flags],
         "limits": list(_limits(data)),
         "command": data["reproducibility"]["command"],
-        "python": _python(data),
+        "python": python,
         "made": list(_made(data)),
     }
     # Of Examples come texts that no report has checked: every one is made printable here.
@@ -135,16 +138,6 @@ def _limits(data: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _python(data: Mapping[str, Any]) -> str:
-    """The call that makes the same run; "" where the report does not hold its request."""
-    request = data.get("request")
-    if request is None:
-        return ""
-    keys = ("attack", "defense", "task", "model", "threat_model", "goal", "n", "seed")
-    given = ", ".join(f"{key}={request[key]!r}" for key in keys if request.get(key) not in (None, ""))
-    return f"import advkit\n\nreport = advkit.evaluate({given})"
-
-
 def _made(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     made = data["reproducibility"]
     yield "Seed", str(made["seed"])
@@ -161,16 +154,6 @@ def _plots(path: Path | None) -> list[tuple[str, str]]:
 
 
 # Examples
-
-
-def _chosen(examples: Examples) -> list[int]:
-    """Five samples: some that broke and some that held, as far as there are any; in their order."""
-    broken = [i for i, each in enumerate(examples.outcomes) if each == "broken"]
-    held = [i for i, each in enumerate(examples.outcomes) if each == "robust"]
-    rest = [i for i in range(len(examples)) if i not in {*broken, *held}]
-    few = held[: max(_HELD, SHOWN - len(broken))]
-    picked = [*broken[: SHOWN - len(few)], *few]
-    return [*picked, *rest[: SHOWN - len(picked)]]
 
 
 def _examples_words(examples: Examples | ReportError, shown: Sequence[int]) -> str:
@@ -216,6 +199,8 @@ def _name(answer: int | None, names: Sequence[str]) -> str:
 
 def _class_names(data: Mapping[str, Any]) -> list[str]:
     """As the report's figures by class have them, where it has one for each class."""
+    if names := data["dataset"].get("class_names"):
+        return list(names)
     prefix = "robust_accuracy_class_"
     found = [name.removeprefix(prefix).replace("_", " ") for name in data["metrics"] if name.startswith(prefix)]
     return found if len(found) == data["dataset"].get("n_classes") else []

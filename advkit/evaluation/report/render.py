@@ -1,4 +1,4 @@
-"""A report as people read it: rows, sentences, a page of a terminal, a table, HTML.
+"""A report as people read it: rows, sentences, a table, HTML; `terminal` makes the page of a terminal.
 
 All take a completed document (`legacy.completed`): plain data, in which the scenario has said what its headline, its
 other figures and its words are. No scenario, goal or modality is known by name here.
@@ -6,8 +6,6 @@ other figures and its words are. No scenario, goal or modality is known by name 
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,14 +38,8 @@ if TYPE_CHECKING:
 Data = Mapping[str, Any]
 SEVERITIES = ("info", "warning", "unreliable")
 STYLES = {"info": "cyan", "warning": "yellow", "unreliable": "bold red"}
-_MOST_LINES = 13  # of the fifteen of a page; two say where the rest is
-_MOST_FLAGS = 3
-_LEAST_ROWS = 5
 _SHOWN_RADII = 3
-_VALUE, _INTERVAL, _COUNTS = 8, 15, 25  # columns of the page; labels take the rest
 _LEAST_NAME = 16
-_TIE = "\u00a0"  # a space at which no line breaks
-_TIED = re.compile(r"\d %|\[[^\[\]\s]+, [^\[\]\s]+\]")
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,7 @@ class Row:
     share: float | None = None
     low: float | None = None
     high: float | None = None
+    metric: str = ""
 
 
 class Finding(NamedTuple):
@@ -182,24 +175,25 @@ def _weakest(data: Data) -> Iterator[Row]:
 def _rest(data: Data) -> Iterator[Row]:
     """Attacks beside the headline, what the attacks cost, every metric that is not shown yet, every class."""
     yield from _attack_rows(data, [attack for attack in data["attacks"] if attack["beside"]], "beside")
-    yield from _cost([attack for attack in data["attacks"] if not attack["beside"]])
     classes, headline = _classes(data), data["section"]["headline"]
     shown = {name for _, name in lines_of(data)} | {companion["metric"] for companion in data["companions"]}
     shown |= {f"{headline['metric']}_class_{name}" for name in classes}
     for name, entry in data["metrics"].items():
         if name not in shown:
-            yield from _metric_rows(words_of(name), entry, "metric")
+            yield from (replace(row, metric=name) for row in _metric_rows(words_of(name), entry, "metric"))
     for name, entry in classes.items():
         yield from _metric_rows(f"class {name}", entry, "class")
+    yield from _cost([attack for attack in data["attacks"] if not attack["beside"]])
 
 
 def _cost(attacks: Sequence[Data]) -> Iterator[Row]:
     """What all attacks together took per attacked sample."""
     attacked = max((attack["n_attacked"] for attack in attacks), default=0)
-    for words, key in (("forward passes", "forward"), ("tokens", "tokens")):
+    for words, key in (("passes", "forward"), ("tokens", "tokens")):
         total = sum(attack["cost"].get(key, 0) for attack in attacks)
         if total and attacked:
-            yield Row(f"{words} per attacked sample", f"{total / attacked:.4g}", counts=f"{total} in all")
+            value, counts = f"{total / attacked:.1f}", f"{total} in all"
+            yield Row(f"{words} per attacked sample", value, counts=counts, section="cost")
 
 
 def _row(label: str, entry: Data, section: str, success: Data | None = None) -> Row:
@@ -260,8 +254,14 @@ def sentence(data: Data) -> str:
     )
 
 
-def _names_threat(data: Data) -> bool:
+def names_threat(data: Data) -> bool:
     return "{threat}" in data["section"]["sentence"]
+
+
+def not_needed(data: Data) -> str:
+    """Which stages of a suite did not run, because no sample was left for them or no alarm called them; "" for none."""
+    names = data["protocol"].get("not_needed") or ()
+    return f"Stages that were not needed: {', '.join(map(str, names))}." if names else ""
 
 
 def _how_many(data: Data) -> str:
@@ -288,6 +288,8 @@ def remarks(data: Data) -> list[str]:
         said.append("No reliability flag was raised.")
     if attacked and data["defense"]["name"] != "none" and not data["threat_model"].get("adaptive"):
         said.append("No adaptive attack declared.")
+    if spared := not_needed(data):
+        said.append(spared)
     return said
 
 
@@ -302,102 +304,12 @@ def _bounds(data: Data) -> Iterator[str]:
 def verdict(data: Data) -> str:
     """What the number says and whether it can be believed, in a few plain sentences."""
     said = [sentence(data), *remarks(data)]
-    if not _names_threat(data):
+    if not names_threat(data):
         said.insert(1, f"Threat model: {describe_threat(data['threat_model'])}.")
     solved = data["defense"].get("solved")
     if isinstance(solved, Mapping) and solved.get("summary"):
         said.append(f"The solver says: {solved['summary']}.")
     return " ".join(said)
-
-
-# A page of a terminal
-
-
-def brief(data: Data, width: int = 80) -> list[tuple[str, str]]:
-    """(line, style) of a page of at most 13 lines of `width` characters: what decides, and no more."""
-    words = f"{sentence(data)} {remarks(data)[0]}"
-    last = _folded(words, width, most=4)
-    found = findings(data)
-    lines = [(shorten(_brief_title(data), width), "bold")]
-    if not _names_threat(data):
-        lines.append((shorten(f"under {describe_threat(data['threat_model'])}", width), ""))
-    lines.append((level_text(data["metrics"]).rjust(width - _COUNTS - 2), ""))
-    room = _MOST_LINES - len(lines) - len(last)
-    flags = _flag_lines(found, min(_MOST_FLAGS, len(found), room - _LEAST_ROWS), width)
-    for row in _brief_rows(data, room - len(flags)):
-        lines.append((_columns(row, width), "bold" if row.section == "headline" else ""))
-    return [*lines, *flags, *((line, "") for line in last)]
-
-
-def _brief_title(data: Data) -> str:
-    asked = data.get("request")
-    if asked is None:
-        return title(data)
-    attack = asked["threat_model"] if asked["attack"] in ("", "none") else asked["attack"]
-    n = data["dataset"]["n_evaluated"]
-    return f"{attack}, defense {asked['defense']}, on {asked['task']}, model {asked['model']}, {n} samples"
-
-
-def _brief_rows(data: Data, room: int) -> list[Row]:
-    """As many rows as there is room for, in their usual order; of the scenario's lines the last ones go first."""
-    found = rows(data)
-    spare = [i for i, row in enumerate(found) if row.section == "table"][2:]
-    rest = [i for i in range(len(found)) if i not in spare]
-    dropped = [*rest, *spare][room:]
-    return [row for i, row in enumerate(found) if i not in dropped]
-
-
-def _label_room(width: int) -> int:
-    return width - _VALUE - _INTERVAL - _COUNTS - 2
-
-
-def _columns(row: Row, width: int) -> str:
-    room = _label_room(width)
-    numbers = f"{row.value:>{_VALUE}}{row.interval:>{_INTERVAL}}"
-    if len(row.value) > _VALUE or len(row.interval) >= _INTERVAL:  # scalars, which have units or many digits
-        numbers = shorten(f"{row.value} {row.interval}", _VALUE + _INTERVAL).rjust(_VALUE + _INTERVAL)
-    return f"{shorten(row.label, room):<{room}}{numbers}  {shorten(row.counts, _COUNTS)}".rstrip()
-
-
-def _flag_lines(found: Sequence[Finding], most: int, width: int) -> list[tuple[str, str]]:
-    lines = []
-    for i, finding in enumerate(found[:most]):
-        more = f" (+{len(found) - most} more)" if i + 1 == most and len(found) > most else ""
-        line = " ".join(f"{finding.severity}: {finding.id}: {finding.message}".split())
-        room = width - len(more)
-        # A message is a sentence and begins with what matters: it loses its end, not its middle.
-        line = line if len(line) <= room else line[: room - 3].rstrip() + "..."
-        lines.append((line + more, STYLES[finding.severity]))
-    return lines
-
-
-def full(data: Data, width: int = 80) -> list[tuple[str, str]]:
-    """(line, style) of everything: rows, findings with advice, verdict; a name too long for its column has a line."""
-    lines = [(line, "bold") for line in _folded(_brief_title(data), width)]
-    lines.append((level_text(data["metrics"]).rjust(width - _COUNTS - 2), ""))
-    before = ""
-    for row in rows(data, full=True):
-        block = "" if row.section in ("headline", "table", "companion") else row.section
-        lines += [("", "")] if before != block and len(lines) > 2 else []
-        before = block
-        label = " ".join(row.label.split())
-        if len(label) > _label_room(width):
-            lines.append((shorten(label, width), ""))
-            row = replace(row, label="")
-        lines.append((_columns(row, width), "bold" if row.section == "headline" else ""))
-    lines.append(("", ""))
-    for finding in findings(data):
-        message = f"{finding.severity}: {finding.id}: {finding.message}"
-        lines += [(line, STYLES[finding.severity]) for line in _folded(message, width)]
-        lines += [(f"    {line}", "dim") for line in _folded(finding.advice, width - 4)]
-    return [*lines, *((line, "") for line in _folded(verdict(data), width))]
-
-
-def _folded(text: str, width: int, most: int | None = None) -> list[str]:
-    """Lines of a text; a number stays with its unit, and an interval in one piece."""
-    tied = _TIED.sub(lambda match: match[0].replace(" ", _TIE), text)
-    lines = textwrap.wrap(tied, width, max_lines=most, placeholder=" ...", break_on_hyphens=False)
-    return [line.replace(_TIE, " ") for line in lines]
 
 
 # Everything, as a table and as HTML

@@ -7,6 +7,8 @@ from typing import Any
 
 _SPOKEN = {"nll": "NLL", "asr": "ASR", "tapm": "TAPM", "acc": "accuracy", "8bit": "after rounding to 8 bits"}
 _CUT = "..."
+MOST_CLASSES = 100
+"""More can't be told apart in a figure, nor are they named in a report."""
 
 NO_MEDIAN = "no median: half of the samples or more withstood"
 """Of distances, infinite where a sample withstood."""

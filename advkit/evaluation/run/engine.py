@@ -17,6 +17,7 @@ from torch import Tensor
 from advkit.core.errors import ModelChanged, RunInterrupted, StaleRun, UsageError
 from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batch, OfFiles, Record, Suite, ids_of
+from advkit.core.watching import watcher
 from advkit.evaluation.run.batch import (
     Round,
     Unit,
@@ -103,6 +104,8 @@ class LocalEngine:
         return (self._guarded(unit, cell, batch, lanes) for batch in batches)
 
     def _guarded(self, unit: Unit, cell: Case, batch: Batch, lanes: Lanes) -> Round:
+        if (told := watcher()) is not None:
+            told.begins(cell.label, len(batch.ids), 1.0 if cell.attack is None else planned_passes(cell.attack))
         each = run_alone(unit, cell, batch, lanes)
         if self.guard is not None:
             self.guard.check(cell.label)

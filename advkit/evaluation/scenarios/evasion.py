@@ -91,6 +91,25 @@ def labelled(case: Case, stage: Stage) -> Label:
     return replace(case.label, stage=stage.name or case.label.stage)
 
 
+def stages_ahead(case: Case, ended: Mapping[tuple[str, Outcome], int]) -> Iterator[tuple[Stage, int]]:
+    """The stages that run, as far as these records tell, and how many rows each has in the end.
+
+    ended: how many records of a stage ended how, as `ended_by_stage` counts them
+    """
+    met: Counter[str] = Counter()
+    for (name, _), number in ended.items():
+        met[name] += number
+    stages = schedule(case.attack)
+    escalated = any(labelled(case, stage).stage in met for stage in stages if stage.when == "escalated")
+    robust = case.size
+    for stage in stages:
+        name = labelled(case, stage).stage
+        own = met[name]
+        if own or ((stage.when == "always" or escalated) and robust > stage.above * case.size):
+            yield stage, max(own, stage.takes(robust))
+        robust -= ended.get((name, Outcome.WRONG), 0) + ended.get((name, Outcome.BROKEN), 0)
+
+
 class Evasion(BaseScenario, RowsApart):
     """The attacker changes inputs of a finished model; one attack or a suite of them, judged row by row."""
 
@@ -133,20 +152,7 @@ class Evasion(BaseScenario, RowsApart):
 
         An escalation counts from its first record on.
         """
-        ended = ended_by_stage(records)
-        met: Counter[str] = Counter()
-        for (name, _), number in ended.items():
-            met[name] += number
-        stages = schedule(case.attack)
-        escalated = any(labelled(case, stage).stage in met for stage in stages if stage.when == "escalated")
-        total, robust = 0, case.size
-        for stage in stages:
-            name = labelled(case, stage).stage
-            own = met[name]
-            if own or ((stage.when == "always" or escalated) and robust > stage.above * case.size):
-                total += max(own, stage.takes(robust))
-            robust -= ended[name, Outcome.WRONG] + ended[name, Outcome.BROKEN]
-        return total
+        return sum(rows for _, rows in stages_ahead(case, ended_by_stage(records)))
 
     def rounds(self, case: Case, engine: Engine, records: Records) -> Iterator[Round]:
         """Stage by stage over all rows; a stage takes rows that were robust after every stage before it.

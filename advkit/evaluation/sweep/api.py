@@ -12,6 +12,7 @@ from advkit.core.files import write_whole
 from advkit.evaluation.execute import Watch
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import Request
+from advkit.evaluation.progress import Bars, shown
 from advkit.evaluation.run.engine import available_cores
 from advkit.evaluation.run.store import check_folder
 from advkit.evaluation.sweep.curve import Curve, radii, trace
@@ -120,6 +121,7 @@ def sweep(
     trust: bool = False,
     eps: Sequence[float] | str | None = None,
     watch: Watch | None = None,
+    progress: bool | None = None,
     command: str = "",
     **settings: Any,
 ) -> Sweep | Curve:
@@ -135,7 +137,7 @@ def sweep(
     again:   also run cells that an earlier sweep refused or put aside
     trust:   also cells of a file that name what is not advkit's own (python:, hf:, path:...)
     eps:     radii, or START:STOP:POINTS, in place of a grid: a `Curve`; settings are then those of `advkit.evaluate`
-    watch, command: of a curve, as of `advkit.evaluate`
+    watch, progress, command: of a curve, as of `advkit.evaluate`
 
     Raises UsageError for a grid that can't be read, a folder that can't be written, an engine with nothing to run on.
     What is wrong with one cell is no error: its row says so. A script needs the usual `if __name__ == "__main__"`.
@@ -144,7 +146,16 @@ def sweep(
         if grid is not None:
             raise UsageError("a grid and eps at once; a curve is of one evaluation: name its attack, defense and task")
         levels = radii(eps) if isinstance(eps, str) else eps
-        made = trace(Request(**settings), levels, Path(out), workers=workers or 1, watch=watch, command=command)
+        with Bars(progress):
+            made = trace(
+                Request(**settings),
+                levels,
+                Path(out),
+                workers=workers or 1,
+                watch=watch,
+                progress=shown(progress),
+                command=command,
+            )
         made.save(plots=False)
         return made
     if grid is None:

@@ -127,7 +127,8 @@ class Curve:
             broken += [point["eps"]] * (last - left)
             last = left
         name = str(self.data["attack"])
-        return accuracy_by_distance({name: (broken, self.data["right"], n)}, norm=self.data["norm"], title="")
+        title = f"Robust accuracy over eps, {self.data['title']}, n = {n}"
+        return accuracy_by_distance({name: (broken, self.data["right"], n)}, norm=self.data["norm"], title=title)
 
     def save(self, plots: bool = True) -> list[Path]:
         """Write curve.json, curve.md and curve.png into the folder."""
