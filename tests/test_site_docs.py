@@ -60,7 +60,7 @@ def test_every_command_and_part_exists(page: str) -> None:
         asked = load_command(name).make_context(name, rest).params
         for option, registry in REGISTRIES.items():
             spec = asked.get(option)
-            if isinstance(spec, str) and not FILLED_IN.search(spec):
+            if isinstance(spec, str) and spec and not FILLED_IN.search(spec):  # "" stands for the attack's own task
                 registry.build(spec)
 
 
