@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
@@ -216,7 +217,7 @@ class Outline:
     scenario: Scenario
     n: int
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, str]:
         """Canonical specs of all parts but the model."""
         return _specs(self.parts, self.asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import math
@@ -268,10 +269,16 @@ def _guard(text: str, item: bool) -> str:
     return f"[{text}]" if loose or special or is_group(text) or text != text.strip() else text
 
 
+@functools.lru_cache(maxsize=1024)
+def _evaluated(cls: type) -> dict[str, Any]:
+    """Annotations of a class; kept, since a sweep asks for those of the same classes thousands of times."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def _hints(cls: type) -> dict[str, Any]:
     """Annotations of the dataclass fields; text where one names something that is imported for type checkers only."""
     try:
-        return typing.get_type_hints(cls, include_extras=True)
+        return _evaluated(cls)
     except (NameError, AttributeError):
         pass
     hints: dict[str, Any] = {}

@@ -143,6 +143,9 @@ def sweep(
     if eps is not None:
         if grid is not None:
             raise UsageError("a grid and eps at once; a curve is of one evaluation: name its attack, defense and task")
+        asked = {"engine": engine != "local", "shard": shard is not None, "retries": retries != 1, "again": again}
+        if given := [name for name, other in asked.items() if other]:
+            raise UsageError(f"{', '.join(given)} with eps; a curve is run in this process: these belong to a grid")
         levels = radii(eps) if isinstance(eps, str) else eps
         made = trace(Request(**settings), levels, Path(out), workers=workers or 1, watch=watch, command=command)
         made.save(plots=False)
@@ -151,6 +154,8 @@ def sweep(
         raise UsageError("sweep needs a grid (a YAML file or a mapping), or eps with the parts of one evaluation")
     if settings:
         raise UsageError(f"{', '.join(settings)}: with a grid these belong into it, as lists")
+    if watch is not None or command:
+        raise UsageError("watch and command are of a curve (eps); `advkit sweep --status` shows where a grid is")
     return carry_out(
         prepare(grid, out, shard=shard, trust=trust), engine=engine, workers=workers, retries=retries, again=again
     )

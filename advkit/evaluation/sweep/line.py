@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -102,11 +102,19 @@ def write_lines(home: Path, lines: Iterable[Line]) -> Path:
     return path
 
 
-def read_lines(home: Path) -> list[Line]:
-    """The lines of a sweep's folder; raises ReportError where there are none."""
+def read_lines(home: Path, numbers: Collection[int] | None = None) -> list[Line]:
+    """The lines of a sweep's folder, or those of some numbers, in their order.
+
+    Raises ReportError where there are none, UsageError for a number that is not among them.
+    """
     path = home / LINES
     try:
-        return [Line.from_json(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        texts = path.read_text(encoding="utf-8").splitlines()
+        chosen = range(len(texts)) if numbers is None else numbers
+        for each in chosen:
+            if not 0 <= each < len(texts):
+                raise UsageError(f"{home} has no line {each}; expected 0 to {len(texts) - 1}")
+        return [Line.from_json(texts[each]) for each in chosen]
     except OSError as error:
         raise ReportError(f"{home} is no folder of a sweep ({LINES}: {why(error)})") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -197,10 +205,7 @@ def carry_out(home: Path, number: int) -> Note:
     """Run one line in this process, and leave a note of how it ended; nothing is raised but what ends the process."""
     from advkit.evaluation.sweep.shards import take_over
 
-    lines = read_lines(home)
-    if not 0 <= number < len(lines):
-        raise UsageError(f"{home} has no line {number}; expected 0 to {len(lines) - 1}")
-    line = lines[number]
+    (line,) = read_lines(home, [number])  # and no others: a sweep may have thousands
     now = state_of(home, line)
     if line.reason or now.state == "done":
         return now
@@ -218,7 +223,7 @@ def carry_out(home: Path, number: int) -> Note:
     try:
         if problem := misplaced(folder, line) if (folder / REPORT_NAME).exists() else "":
             return ended("failed", problem)
-        _evaluate(home, line, [lines[each] for each in line.shards], take_over)
+        _evaluate(home, line, read_lines(home, line.shards), take_over)
     except UsageError as error:
         return ended("refused", str(error))
     except AdvkitError as error:
