@@ -63,6 +63,8 @@ def test_dry_run_lists_commands_and_reasons_and_each_can_be_run_by_itself(advkit
         (("sweep", "--status", "nowhere"), "no folder of a sweep"),
         (("sweep", "nowhere", "--cell", "0"), "no folder of a sweep"),
         (("sweep", "nowhere", "--cell", "x"), "numbers of lines"),
+        (("sweep", "grid.yaml", "--out", "grid.yaml"), "can't be written"),
+        (("sweep", "grid.yaml", "--out", "/proc/nothing"), "can't be written"),
         (("retry", "nowhere"), "no report at nowhere"),
     ],
 )
@@ -90,6 +92,32 @@ def test_slurm_that_is_not_here(advkit: Any, monkeypatch: pytest.MonkeyPatch) ->
     said = advkit("sweep", grid(), "--engine", "submitit:cluster=slurm")
     assert (said.code, said.out) == (2, "")
     assert "there is no SLURM here" in said.err
+    assert len(said.err.strip().splitlines()) == 1
+
+
+def test_slurm_that_does_not_answer(advkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    for name in ("sbatch", "srun", "sacct"):
+        file = Path("bin") / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("#!/bin/sh\necho 'sbatch: error: Unable to contact slurm controller' >&2\nexit 1\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}{os.pathsep}{os.environ['PATH']}")
+    said = advkit("sweep", grid(), "--engine", "submitit")
+    assert (said.code, said.out) == (2, "")
+    told = said.err.strip().splitlines()[-1]  # what sbatch itself says stands before it
+    assert "SLURM did not take the tasks (sbatch: error: Unable to contact slurm controller)" in told
+    assert "Traceback" not in said.err
+    assert advkit("sweep", "--status", "runs", "--json").json["states"] == {"waiting": 1, "refused": 1}  # nothing lost
+
+
+def test_a_run_folder_that_can_not_be_written_is_one_line(advkit: Any) -> None:
+    advkit("sweep", grid(), "--out", "runs", "--dry-run")
+    line = Line.from_json(Path("runs/sweep.jsonl").read_text().splitlines()[0])
+    (Path("runs") / line.folder).write_text("a file in the way")
+    said = advkit("sweep", "runs", "--cell", "0")
+    assert (said.code, said.out) == (2, "")
+    assert "can't be written" in said.err
     assert len(said.err.strip().splitlines()) == 1
 
 

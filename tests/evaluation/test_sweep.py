@@ -256,6 +256,18 @@ def test_a_report_of_another_schema_is_told_and_kept(tmp_path: Path) -> None:
     assert file.read_bytes() == before
 
 
+def test_a_file_in_the_place_of_a_run_folder_stops_one_cell_alone(tmp_path: Path) -> None:
+    made = prepare({**SMALL, "seeds": [0, 1]}, tmp_path)
+    in_the_way = tmp_path / made.lines[0].folder
+    in_the_way.write_text("mine")
+    with pytest.raises(UsageError, match="can't be written"):
+        run_line(tmp_path, 0)
+    first, second = swept({**SMALL, "seeds": [0, 1]}, tmp_path).rows
+    assert (first.state, second.state) == ("failed", "done")
+    assert "is a file" in first.reason
+    assert in_the_way.read_text() == "mine"
+
+
 def test_the_report_of_another_evaluation_is_told(tmp_path: Path) -> None:
     made = swept({**SMALL, "seeds": [0, 1]}, tmp_path)
     one, other = (tmp_path / row.folder / "report.json" for row in made.rows)

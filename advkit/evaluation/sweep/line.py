@@ -33,6 +33,7 @@ LINES = "sweep.jsonl"
 State = Literal["waiting", "running", "left off", "done", "refused", "failed", "quarantined", "excluded"]
 ENDED: tuple[State, ...] = ("done", "refused", "failed", "quarantined", "excluded")
 PROBLEMS: tuple[State, ...] = ("failed", "quarantined")
+_POLL = 0.5  # seconds between two looks at a folder that another process writes to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +142,14 @@ class Note:
     version: str = __version__
 
     def write(self, folder: Path) -> Self:
-        """Into the run folder, in one move."""
-        write_whole(folder / NOTE, json.dumps(asdict(self)) + "\n")
+        """Into the run folder, in one move; raises UsageError where it can't be written."""
+        try:
+            write_whole(folder / NOTE, json.dumps(asdict(self)) + "\n")
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {folder} can't be written ({why(error)}): move what is there, or name another folder "
+                "with --out"
+            ) from error
         return self
 
     @classmethod
@@ -158,6 +165,8 @@ def state_of(home: Path, line: Line) -> Note:
     if line.reason:
         return Note(state="excluded" if line.excluded else "refused", reason=line.reason)
     folder = home / line.folder
+    if folder.exists() and not folder.is_dir():
+        return Note(state="failed", reason=f"{folder} is a file and no run folder: move it, or name another with --out")
     note = Note.read(folder)
     if line.rows is not None and (folder.parent / REPORT_NAME).exists():  # taken over, and removed
         return Note(state="done")
@@ -202,7 +211,21 @@ def records_in(folder: Path) -> int:
 
 
 def carry_out(home: Path, number: int) -> Note:
-    """Run one line in this process, and leave a note of how it ended; nothing is raised but what ends the process."""
+    """Run one line in this process, and leave a note of how it ended.
+
+    Waits where another process is at it: a task of a sweep whose driver was ended goes on by itself.
+
+    Raises UsageError for a number without a line, and where the run folder can't be written.
+    """
+    while True:
+        try:
+            return _carried_out(home, number)
+        except RunInUse:
+            time.sleep(_POLL)
+
+
+def _carried_out(home: Path, number: int) -> Note:
+    """The same; raises RunInUse where another process is at it."""
     from advkit.evaluation.sweep.shards import take_over
 
     (line,) = read_lines(home, [number])  # and no others: a sweep may have thousands
@@ -210,6 +233,7 @@ def carry_out(home: Path, number: int) -> Note:
     if line.reason or now.state == "done":
         return now
     folder = home / line.folder
+    check_unclaimed(folder)
     before = Note.read(folder)
     place = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -224,6 +248,8 @@ def carry_out(home: Path, number: int) -> Note:
         if problem := misplaced(folder, line) if (folder / REPORT_NAME).exists() else "":
             return ended("failed", problem)
         _evaluate(home, line, read_lines(home, line.shards), take_over)
+    except RunInUse:
+        raise
     except UsageError as error:
         return ended("refused", str(error))
     except AdvkitError as error:
