@@ -173,7 +173,7 @@ def state_of(home: Path, line: Line) -> Note:
     if (folder / REPORT_NAME).exists():
         problem = misplaced(folder, line)
         return Note(state="failed", reason=problem) if problem else Note(state="done")
-    if note.state == "running" and not _held(folder):
+    if note.state == "running" and not _held(folder) and not _alive(note.place):
         return replace(note, state="left off")
     return note
 
@@ -198,6 +198,17 @@ def _held(folder: Path) -> bool:
     try:
         check_unclaimed(folder)
     except RunInUse:
+        return True
+    return False
+
+
+def _alive(place: str) -> bool:
+    """Whether HOST:PROCESS is a process of this machine: one that still finds or trains its victim holds no folder."""
+    host, _, number = place.rpartition(":")
+    if host != socket.gethostname() or not number.isdecimal() or int(number) < 1:
+        return False
+    with suppress(OSError, OverflowError):
+        os.kill(int(number), 0)
         return True
     return False
 
