@@ -15,7 +15,7 @@ from advkit.models.torch import TorchModel
 from advkit.tasks import TASKS
 
 # One process per core runs the tests; threads beside it, in subprocesses too, would only wait for one another.
-settings.register_profile("advkit", suppress_health_check=[HealthCheck.too_slow])  # machines are busy
+settings.register_profile("advkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy
 settings.load_profile("advkit")
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -40,6 +40,7 @@ def test_the_loop_of_pgd_is_the_one_that_it_has() -> None:
     assert inspect.getsource(PGD.__call__).endswith(loop)
 
 
+@pytest.mark.slow
 def test_the_example_keeps_the_laws(ray: Any) -> None:
     check_attack(ray.Ray(points=10))
 

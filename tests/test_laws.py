@@ -245,6 +245,7 @@ TRAINING += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", TRAINING)
 def test_training(spec, digits, tmp_path, monkeypatch):
     monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path))

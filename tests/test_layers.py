@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from importlinter import cli
 
 import advkit
@@ -26,6 +27,7 @@ def lint(config: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_imports_run_one_way() -> None:
     done = lint(ROOT / "pyproject.toml")
     assert done.returncode == cli.EXIT_STATUS_SUCCESS, done.stdout + done.stderr
@@ -39,6 +41,7 @@ def test_every_package_has_its_layer() -> None:
     assert packages == named
 
 
+@pytest.mark.slow
 def test_an_import_against_the_layers_is_seen(tmp_path: Path) -> None:
     config = tmp_path / "backwards.toml"
     config.write_text(

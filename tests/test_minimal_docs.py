@@ -56,6 +56,7 @@ def test_every_row_is_measured_on_both_models(bench, lines):
                 assert all("optimality" in each for each in (line, *line["peers"])), row
 
 
+@pytest.mark.slow
 def test_optimality_is_counted_from_the_distances(bench, lines):
     again = copy.deepcopy(lines)
     bench.with_optimality(again)

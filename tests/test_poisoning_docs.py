@@ -63,6 +63,7 @@ def test_the_tables_are_those_of_the_file() -> None:
         assert seen == {(c[1], c[3]) for c in CELLS if (c[0], c[2], c[4]) == (task, 0.25, attacker)}
 
 
+@pytest.mark.slow
 def test_every_cell_names_what_there_is() -> None:
     for task, attack, rate, defense, attacker in CELLS:
         ATTACKS.build(FILE["attacks"][attack])

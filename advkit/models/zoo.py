@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +113,16 @@ def cards(folder: Path | None = None) -> tuple[Card, ...]:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} can't be read as a model card: {error}") from error
-        one = Card.from_json(text, str(path))
+        one = _card(text, str(path))
         if one.name != path.stem:
             raise CheckpointError(f"{path} is the card of {one.name!r}; a card's file is named after the model")
         found.append(one)
     return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _card(text: str, source: str) -> Card:
+    return Card.from_json(text, source)
 
 
 def card(name: str, folder: Path | None = None) -> Card:

@@ -171,7 +171,29 @@ def accepts(attack: Any, ball: BallMaker, norm: str) -> str | None:
     x = legal(uniform(3, 2, 8), norm)
     try:
         goal = aimed(attack, victim(x).argmax(1), 2)
-        play(shortened(attack, 2, 2), victim, x, goal, ball(eps=RADII.get(norm, 0.0)))
+        play(shortened(attack, 2, 2), _AskedBriefly(victim), x, goal, ball(eps=RADII.get(norm, 0.0)))
     except UsageError as refusal:
         return str(refusal)
+    except _Underway:
+        pass
     return None
+
+
+class _Underway(BaseException):
+    """An attack has asked its victim so often that it no longer refuses the ball."""
+
+
+class _AskedBriefly:
+    """A victim that ends the attack after so many calls."""
+
+    def __init__(self, victim: Callable[[Tensor], Tensor], calls: int = 30) -> None:
+        self.victim, self.calls = victim, calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.victim, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls < 0:
+            raise _Underway
+        return self.victim(x)

@@ -34,6 +34,7 @@ def test_checkpoints_are_the_published_ones():
         assert checkpoints(steps) == tuple(sorted({ceil(q * steps) for q in p[1:]}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_robust_flags_agree_with_the_reference(digits, norm):
     reference = pytest.importorskip("pyautoattack.autopgd_base")

@@ -24,6 +24,7 @@ from advkit.testing.language import PieceTokenizer, random_table, table_lm, tiny
 from advkit.threat_models.tokens import Suffix
 
 
+@pytest.mark.slow
 def test_a_beam_as_wide_as_the_vocabulary_is_an_exhaustive_search_and_a_beam_of_one_is_not():
     missed = 0
     for seed in range(20):
@@ -118,6 +119,7 @@ def found_law(model):
     return p
 
 
+@pytest.mark.slow
 def test_whole_attacks_follow_the_law_too():
     table = torch.zeros(7, 7, dtype=torch.float64)
     table[:, 3:] = torch.tensor([0.5, 0.25, 0.15, 0.1])
@@ -128,6 +130,7 @@ def test_whole_attacks_follow_the_law_too():
     assert chisquare(seen.numpy(), [120, 60, 36, 24]).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_same_seed_same_suffix_and_other_seeds_others():
     model = tiny_lm(0)
     x = prompts(model)
@@ -218,6 +221,7 @@ def test_compat_leaves_the_first_tokens_unscored():
     assert [step["evaluations"] for step in steps] == [1, 10, 19]
 
 
+@pytest.mark.slow
 def test_universal_sums_scores_and_logits_over_the_prompts():
     model = tiny_lm(2, 8)
     x = prompts_of(model, [("w3 w4", "w5"), ("w6", "w7 w3")])
@@ -279,6 +283,7 @@ def test_untargeted_raises_the_perplexity_of_the_models_own_reply():
         BEAST(objective="untargeted", stop_on_success=True)
 
 
+@pytest.mark.slow
 def test_stopping_at_a_success_and_preferring_one():
     model = tiny_lm(0)
     x = prompts(model)[2:]

@@ -265,6 +265,7 @@ def test_a_search_may_hand_back_the_input():
     check_attack(Coordinates(), LINF)
 
 
+@pytest.mark.slow
 def test_an_attack_need_not_be_a_dataclass():
     check_attack(NoDataclass(), LINF)
 

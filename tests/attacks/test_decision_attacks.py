@@ -150,6 +150,7 @@ def test_goals_beyond_the_top_class_are_refused(name):
         play(attack(name), victim, x, OrderedTopK(torch.tensor([[0, 1], [1, 2]])), MinimumL2(access=Access.LABELS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_few_levels_are_asked_about_as_they_are(name):
     victim, x, labels = images(4, 8, space=Box())
@@ -203,6 +204,7 @@ def test_low_frequencies_are_orthonormal_and_whole():
     assert LowFrequencies(torch.zeros(2, 7), 3).like.shape == (2, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_more_queries_come_nearer(name):
     victim, x, labels = images(6, 8)
@@ -247,6 +249,7 @@ def test_a_mark_inside_a_call_gets_what_was_known_before_it():
     assert courses.take(torch.tensor([1])).told(0) == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_records_tell_the_least_distance_by_queries(name):
     victim, x, labels = images(3, 8)

@@ -104,6 +104,7 @@ def test_eight_rounds_are_enough_in_many_dimensions(norm):
     assert (length(delta, norm) / length(exact, norm) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", [False, True], ids=["free", "box"])
 @pytest.mark.parametrize("norm", BALLS)
 @pytest.mark.parametrize("attack", [FAB, FABT])
@@ -167,6 +168,7 @@ def test_flags_and_passes_against_the_reference(digits, attack, norm, eps):
     assert ours.meter.backwards.sum() <= passes["backward"]
 
 
+@pytest.mark.slow
 def test_every_boundary_at_every_step_finds_no_more(digits):
     model, x, y = digits
     x, goal, ball = x[:100], Untargeted(y[:100]), Linf(eps=0.1)
@@ -176,6 +178,7 @@ def test_every_boundary_at_every_step_finds_no_more(digits):
     assert (published.meter.backwards[~published.reached] == 9 * 30).all()
 
 
+@pytest.mark.slow
 def test_asking_about_every_point_finds_no_more(digits):
     model, x, y = digits
     x, goal = x[:100], Untargeted(y[:100])
@@ -198,6 +201,7 @@ def test_more_is_not_asked_without_need(digits):
     assert (transferred.meter.forwards == 2 * 4 * 5 + 5).all()
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch(digits):
     model, x, y = digits
     x, y, ids = x[:40], y[:40], names(40)
@@ -220,6 +224,7 @@ def test_restarts_begin_elsewhere_and_find_as_much(digits):
     assert (three.meter.backwards[stood] == 3 * (10 + 8)).all()
 
 
+@pytest.mark.slow
 def test_goals_without_rivals_are_walked_by_their_margin(digits):
     model, x, y = digits
     x, y = x[:40], y[:40]

@@ -146,6 +146,7 @@ def test_a_step_goes_to_the_best_of_its_candidates_even_uphill():
     assert walk.search.best.score <= scores[best]
 
 
+@pytest.mark.slow
 def test_a_buffer_keeps_the_best_ever():
     model = tiny_lm(0)
     row = transcript(model.tokenizer, "w3 w4", "w5 w6", room=2)[None]
@@ -162,6 +163,7 @@ def test_a_buffer_keeps_the_best_ever():
         assert all(later <= sooner for sooner, later in itertools.pairwise(current))
 
 
+@pytest.mark.slow
 def test_what_is_returned_is_the_best_of_all_steps():
     model = tiny_lm(0)
     x = prompts(model)
@@ -175,6 +177,7 @@ def test_what_is_returned_is_the_best_of_all_steps():
     assert any(uphill)
 
 
+@pytest.mark.slow
 def test_three_prompts_at_once_are_three_single_runs_and_seeds_count():
     model = tiny_lm(1)
     x = prompts(model)

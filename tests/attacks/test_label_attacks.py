@@ -56,6 +56,7 @@ def cost(x, y, labels):
     return float((hinges(labels, before) - hinges(labels, after)).sum())
 
 
+@pytest.mark.slow
 def test_alfa_is_never_worse_than_its_first_program_and_never_better_than_exhaustive_search():
     x, y = clusters(12)
     _, labels = flipped("alfa", oracle_of(x, y), 2)
@@ -185,6 +186,7 @@ def test_the_inner_attacker_draws_from_the_top_of_the_pool():
     assert set(np.flatnonzero(duals > 1e-5)) <= set(flipped("floral_inner", oracle, many)[0])
 
 
+@pytest.mark.slow
 def test_random_flips_are_uniform_over_samples_and_other_classes():
     x, y = clusters(30, classes=3)
     oracle = oracle_of(x, y, classes=3)

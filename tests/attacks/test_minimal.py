@@ -58,6 +58,7 @@ def test_ddn_is_within_a_third_of_a_percent_of_the_hyperplane_and_counts_its_pas
     assert played.meter.backwards.tolist() == [100] * 24
 
 
+@pytest.mark.slow
 def test_on_a_lattice_the_files_reach_the_goal():
     model, x = network(), uniform(1, 12, 2, 6, 6)
     goal = Untargeted(model(x).argmax(1))

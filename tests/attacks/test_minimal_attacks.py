@@ -136,6 +136,7 @@ def polytope(victim, x, target, norm):
     return torch.tensor(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "norm"),
     [("ddn", "l2"), ("fmn", "l2"), ("fmn", "linf"), ("alma", "l2"), ("pdpgd", "l2"), ("pdpgd", "linf")],
@@ -152,6 +153,7 @@ def test_a_target_among_several_classes_is_a_polytope(name, norm):
     assert float((distance / exact).median()) <= 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fmn", "pdpgd"])
 @pytest.mark.parametrize("per", ["pixel", "feature"])
 def test_few_positions_are_changed(name, per):
@@ -224,6 +226,7 @@ def test_threat_models_it_does_not_have_are_refused(name):
                 play(attack, victim, x, Untargeted(victim(x).argmax(1)), THREAT_MODELS.build(threat))
 
 
+@pytest.mark.slow
 def test_saturated_logits_and_their_scale_change_little():
     weight = normal(0, 4, 8)
     x = uniform(2, 4, 8) * 0.4 + 0.3

@@ -55,6 +55,7 @@ def test_points_are_within_a_tenth_of_the_closed_form(attack, norm):
         assert bool((distance[inside] <= 1.1 * exact[inside] + 1e-3).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "norm"), LENGTHS, ids=named)
 def test_targets_are_within_a_tenth_of_the_closed_form(attack, norm):
     victim = linear(classes=2)
@@ -200,6 +201,7 @@ def test_what_contributes_least_is_dropped():
     assert without_least(worth, open_, torch.tensor([0.7])).tolist() == [[True, False, False, False]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threat", "power"), [(MinimumL1(), 1), (MinimumL2(), 2), (MinimumLinf(), "inf")], ids=str)
 def test_the_step_along_the_boundary_is_that_of_a_convex_solver(threat, power):
     cvxpy = pytest.importorskip("cvxpy")

@@ -159,6 +159,7 @@ def test_a_row_gets_in_any_batch_what_it_gets_alone(name, digits):
         assert torch.equal(part.energy, whole.energy[rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["auto", "identity"])
 @pytest.mark.parametrize("size", [1, 7])
 def test_batches_of_one_seven_and_all_agree(size, head, digits):
@@ -176,6 +177,7 @@ def test_batches_of_one_seven_and_all_agree(size, head, digits):
         assert torch.equal(alone.first, whole.first[part])
 
 
+@pytest.mark.slow
 def test_programs_start_from_the_last_step(digits, monkeypatch):
     """Warm starts save most of the linear systems and change nothing else."""
     model, x, y = digits
@@ -204,6 +206,7 @@ def test_programs_start_from_the_last_step(digits, monkeypatch):
     torch.testing.assert_close(cold.x, warm.x, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_do_not_mix_rows():
     """The solver's working sets grow by batch; what a row gets does not."""
     generator = torch.Generator().manual_seed(0)
@@ -233,6 +236,7 @@ def test_a_thousand_classes_do_not_mix_rows():
     assert torch.equal(points[0], points[2])
 
 
+@pytest.mark.slow
 @methods
 def test_more_coefficients_come_nearer_and_lose_nothing(name, digits):
     model, x, y = digits
@@ -261,6 +265,7 @@ def test_the_last_step_is_seen_where_asked_for(digits):
     assert seeing.reached.sum() >= blind.reached.sum()
 
 
+@pytest.mark.slow
 def test_expanding_reaches_what_a_small_coefficient_can_not(digits):
     model, x, y = digits
     x, y = x[:20], y[:20]
@@ -281,6 +286,7 @@ def test_the_first_success_is_counted_in_steps_of_the_whole_attack(digits):
     assert ((late.first < 80) & (late.first >= -1)).all()
 
 
+@pytest.mark.slow
 def test_goals_that_are_served(digits):
     """A targeted goal is one place; classes in any order and out of the top K are polyhedra too."""
     model, x, y = digits
@@ -316,6 +322,7 @@ def test_goals_and_threat_models_that_are_refused(name, digits):
             attack(WithHead(model, len(x)), x, goal_of(y, 2), ball, RowRng.from_ids(0, ids(len(x))))
 
 
+@pytest.mark.slow
 def test_the_head_is_asked_for_and_matters(digits, caplog):
     model, x, y = digits
     x, y = x[:12], y[:12]
@@ -383,6 +390,7 @@ def test_settings_and_defaults():
         ATTACKS.build("ad_topk:beta=-0.3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENT)
 def test_every_attack_serves_the_ordered_goals_in_balls(name, digits):
     """No attack of the registry was written for them; each reaches them where the ball is large enough."""

@@ -157,6 +157,7 @@ def evaluated(tmp_path, name, **settings):
     return report.to_dict(), records(folder)
 
 
+@pytest.mark.slow
 def test_records_do_not_depend_on_the_batch_size(tmp_path):
     for attack in ("spatial:rotations=5,translations=3", "stadv:steps=5", "patch:steps=5,restarts=2"):
         _, whole = evaluated(tmp_path, f"{attack}-40", attack=attack)
@@ -200,6 +201,7 @@ def test_parameters_beyond_the_limits_are_invalid(tmp_path):
     assert all(record["distance"] == 0 for record in found)
 
 
+@pytest.mark.slow
 def test_a_corrupted_accuracy_is_the_models_on_the_librarys_images(tmp_path):
     pytest.importorskip("kornia")
     said, found = evaluated(tmp_path, "noise", attack="corruption:kind=contrast,severity=5")

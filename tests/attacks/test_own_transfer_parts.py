@@ -66,6 +66,7 @@ def figures(attack: Any, threat: Any = SOURCE) -> Any:
     return report.adversarial().adversarial
 
 
+@pytest.mark.slow
 def test_a_part_of_ones_own_is_a_part() -> None:
     plain = figures("transfer:mi")
     assert torch.equal(figures(Composed(parts=("mi", Same()))), plain)
@@ -100,6 +101,7 @@ def test_what_is_no_part_is_refused(parts: tuple[Any, ...], words: str) -> None:
     assert words in str(refused.value)
 
 
+@pytest.mark.slow
 def test_models_are_sources_in_any_form() -> None:
     """A torch module, a function and a wrapped model of the same weights make the same images."""
     module = net()
@@ -129,6 +131,7 @@ def test_sources_that_share_a_name_are_told_apart() -> None:
             made()
 
 
+@pytest.mark.slow
 def test_sgm_runs_on_a_residual_source_and_names_what_it_misses() -> None:
     """In a whole evaluation, whose rehearsal has no layers to look into."""
     residual = MODELS.build("resnet8:width=4")((1, 8, 8), 10, RowRng.from_ids(0, ["net"]))
@@ -140,6 +143,7 @@ def test_sgm_runs_on_a_residual_source_and_names_what_it_misses() -> None:
         figures("sgm:steps=2", Transfer(eps=0.2, sources=(net(),)))
 
 
+@pytest.mark.slow
 def test_attacks_of_ones_own_stand_inside_others() -> None:
     fgsm = advkit.evaluate("fgsm", **QUICK)
     assert advkit.evaluate(Step(), **QUICK).robust_accuracy == fgsm.robust_accuracy

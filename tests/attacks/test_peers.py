@@ -300,6 +300,7 @@ class TestFoolbox:
         assert ball.admits(z, x).all()
         assert name != "DatasetAttack" or (ball.distance(z, x) > 0.3 * ball.eps).all()
 
+    @pytest.mark.slow
     def test_pointwise_has_no_argument_for_its_distance_and_gets_it(self, digits):
         model, x, y = digits
         attack = Foolbox(name="PointwiseAttack", access=Access.LABELS)
@@ -307,6 +308,7 @@ class TestFoolbox:
         assert L2(3.0).admits(z, x[:8]).all()
         assert (model(z).argmax(1) != y[:8]).float().mean() > 0.7
 
+    @pytest.mark.slow
     def test_l0_points_come_back_into_the_ball(self, digits):
         model, x, y = digits
         z = Foolbox(name="L0FMNAttack")(MeteredOracle(model, 16), x[:16], Untargeted(y[:16]), L0(2), streams(16))
@@ -325,6 +327,7 @@ class TestFoolbox:
         with pytest.raises(UsageError, match="this ball is L1"):
             attack(MeteredOracle(model, 8, Access.LABELS), x[:8], Untargeted(y[:8]), L1(3.0), streams(8))
 
+    @pytest.mark.slow
     def test_a_goal_that_a_class_does_not_serve_is_refused(self, digits):
         model, x, y = digits
         attack = Foolbox(name="GenAttack", settings="steps=40", access=Access.SCORES)
@@ -370,6 +373,7 @@ class TestTorchAttacks:
         assert ball.admits(w, 2 * x - 1).all()
         assert ((w + 1) / 2 - z).abs().gt(1e-5).float().mean() < 0.02
 
+    @pytest.mark.slow
     def test_points_beyond_eps_of_an_attack_without_eps_come_back_into_the_ball(self, digits):
         model, x, y = digits
         x, y = x[:12], y[:12]

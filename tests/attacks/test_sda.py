@@ -96,6 +96,7 @@ def test_the_nets_are_no_child_s_play(fewest):
     assert counts[2] + counts[3] >= 15
 
 
+@pytest.mark.slow
 def test_never_below_the_optimum_and_early_finds_every_single_flip(fewest):
     one = fewest == 1
     plain, fell = flips_of(SDA())
@@ -129,6 +130,7 @@ def test_what_is_returned_is_what_is_said(attack):
         assert not bool(found.reached.all())
 
 
+@pytest.mark.slow
 def test_every_row_is_its_own(monkeypatch):
     net = NETS[0]
     for attack in (SDA(k_init=3), EVERY):
@@ -429,6 +431,7 @@ def test_effects_on_a_spiking_victim(filmed):
     assert float(greedy.mean()) > float(few.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [SDA(), SDA(prefix=True, prune=True, max_forwards=150)], ids=str)
 def test_rows_of_a_spiking_victim_are_their_own(filmed, attack):
     model, x, y, ids = filmed
@@ -445,6 +448,7 @@ def test_rows_of_a_spiking_victim_are_their_own(filmed, attack):
     assert not any(each.training for each in model.module.modules())
 
 
+@pytest.mark.slow
 def test_rows_that_were_wrong_before_are_counted_apart(tmp_path):
     report = advkit.evaluate("sda:steps=1", task="digits-dvs", n=60, device="cpu", out=tmp_path / "run")
     records = read_records(tmp_path / "run" / "records.jsonl")

@@ -206,6 +206,7 @@ def test_a_search_ends_with_the_budget(name: str, queries: int) -> None:
     assert int(played.meter.queries.max()) <= queries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["as it is", "restarts", "last", "mifgsm"])
 def test_rows_go_on_where_the_oracle_does_not_decide(name: str) -> None:
     played = check(PGDS[name], pgd, BALLS["l2"], "untargeted", decides=False)

@@ -141,6 +141,7 @@ def test_five_prompts_take_as_many_calls_as_one():
     assert calls[0] == calls[1] == 5
 
 
+@pytest.mark.slow
 def test_queries_and_tokens_are_counted_row_by_row():
     model = tiny_lm(1)
     x = transcripts(model.tokenizer, MANY, room=8)

@@ -91,6 +91,7 @@ def test_specs() -> None:
             ATTACKS.build(wrong)
 
 
+@pytest.mark.slow
 def test_models_without_spikes_are_told_so(victim) -> None:
     _, x, y = victim
     model = as_model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
@@ -124,6 +125,7 @@ def test_adversarials_of_a_rescaled_network_are_the_same_bits(victim) -> None:
     assert not torch.equal(attacked(model, x, y, "atan").z, attacked(other, x, y, "atan").z)
 
 
+@pytest.mark.slow
 def test_a_fixed_width_is_blind_on_a_rescaled_network(task) -> None:
     """The embedded victim, of three small layers; deeper and wider ones blind it more, see `test_effects`."""
     model = MODELS.build("zoo:digits-snn")(task.space.shape, task.classes, RowRng.from_ids(0, ["a"]))
@@ -169,6 +171,7 @@ def test_assg_remembers_within_a_call_and_not_beyond(victim) -> None:
     assert not torch.equal(first.z, attacked(model, x, y, "assg:memory=0.5").z)
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_the_worst_case_of_its_stages(victim) -> None:
     model, x, y = victim
     ensemble = ATTACKS.build(f"spiking:{PGD},surrogate=ensemble")
@@ -184,6 +187,7 @@ def test_the_ensemble_is_the_worst_case_of_its_stages(victim) -> None:
     assert torch.equal(together.reached, union)
 
 
+@pytest.mark.slow
 def test_every_rule_is_reported(task, tmp_path, victim) -> None:
     from advkit.evaluation.api import evaluate
     from advkit.evaluation.run.store import read_records

@@ -95,6 +95,7 @@ def test_every_linf_query_is_a_corner_of_ball_and_box(digits):
     assert ((z == upper) | (z == lower)).all()
 
 
+@pytest.mark.slow
 def test_more_queries_of_the_published_schedule_go_on_where_fewer_ended(digits):
     model, x, y = digits
     for ball in (Linf(eps=0.06), L2(eps=0.4), L1(eps=1.5)):
@@ -106,6 +107,7 @@ def test_more_queries_of_the_published_schedule_go_on_where_fewer_ended(digits):
         assert many.reached.sum() > few.reached.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "kind", "eps"), [("Linf", Linf, 0.1), ("L2", L2, 0.7)])
 def test_as_strong_as_another_library(digits, norm, kind, eps):
     peers = pytest.importorskip("torchattacks")
@@ -120,6 +122,7 @@ def test_as_strong_as_another_library(digits, norm, kind, eps):
     assert ours.sum() >= theirs.sum() - 4
 
 
+@pytest.mark.slow
 def test_l1_as_strong_as_the_reference_in_ball_and_box(digits):
     reference = pytest.importorskip("pyautoattack.square")
     model, x, y = digits
@@ -150,6 +153,7 @@ def test_l1_as_strong_as_the_reference_in_ball_and_box(digits):
     assert ours > noise.sum() + 10
 
 
+@pytest.mark.slow
 def test_l1_descends_a_linear_victim_towards_the_exact_optimum():
     victim = linear(features=8, classes=2, seed=3, space=Box(-1000.0, 1000.0))
     x = uniform(7, 14, 8)
@@ -204,6 +208,7 @@ def test_rows_do_not_depend_on_their_batch(digits, ball):
     assert torch.equal(part.meter.queries, whole.meter.queries[some])
 
 
+@pytest.mark.slow
 def test_a_query_costs_few_operations(digits):
     model, x, y = digits
     x, goal = x[:64], Untargeted(y[:64])
@@ -220,6 +225,7 @@ def test_a_query_costs_few_operations(digits):
     assert (many.syncs - few.syncs) / 100 <= 1
 
 
+@pytest.mark.slow
 def test_breaks_a_model_that_hides_its_gradients(digits):
     from advkit.attacks.gradient.pgd import PGD
     from advkit.testing.victims import quantised

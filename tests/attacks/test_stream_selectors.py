@@ -172,6 +172,7 @@ def test_virtual_limit():
     assert virtual_ratio(20_000, 7358) == pytest.approx(1 / math.e, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_single_reference_constants():
     """(c, r) as published by Albers and Ladewig."""
     published = {
@@ -305,6 +306,7 @@ def test_a_lower_reference_accepts_no_later():
         assert (easier <= harder).all()
 
 
+@pytest.mark.slow
 def test_thresholds():
     assert selector("virtual+").observed(100, 10) == 36
     assert selector("single-ref").observed(100, 10) == 21

@@ -233,6 +233,7 @@ def test_limited_queries_are_walked_one_by_one(digits):
     assert (played.meter.queries > 6).any()
 
 
+@pytest.mark.slow
 def test_orders_find_the_same(digits):
     model, x, y = digits
     x, goal, ball = x[:100], Untargeted(y[:100]), Linf(eps=0.1)

@@ -341,6 +341,7 @@ def test_a_run_folder_of_another_case(
     refused(advkit, *QUICK, "--model", victim, "--out", "run", *options, says=("run", "another case", "--out", *says))
 
 
+@pytest.mark.slow
 def test_a_training_folder_of_another_training(advkit: Any) -> None:
     train = ("train", "--task", "digits", "--model", "mlp:hidden=8", "--recipe", "epochs=1", "--out", "run")
     assert advkit(*train).code == 0

@@ -14,6 +14,7 @@ ASKED = ["--task", "digits", "--model", "zoo:digits-mlp", "--n", "6", "--device"
 FEW = ["--threat-model", "certified:n0=64,n=256,radii=0+0.1"]
 
 
+@pytest.mark.slow
 def test_it_prints_a_page_and_keeps_the_report(tmp_path, capsys):
     assert run(["certify", *ASKED, *FEW, "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
@@ -24,6 +25,7 @@ def test_it_prints_a_page_and_keeps_the_report(tmp_path, capsys):
     assert Report.load(tmp_path / "run").to_dict()["request"]["attack"] == "none"
 
 
+@pytest.mark.slow
 def test_it_is_evaluate_without_an_attack(tmp_path, capsys):
     for name, command in (("one", ["certify"]), ("other", ["evaluate", "--attack", "none", "--defense", "smoothing"])):
         assert run([*command, *ASKED, *FEW, "--out", str(tmp_path / name), "--json"]) == 0

@@ -93,6 +93,7 @@ def test_a_finished_run_is_not_run_again(advkit: Any, victim: str, monkeypatch: 
     }
 
 
+@pytest.mark.slow
 def test_the_other_side_of_a_pubdef_model(advkit: Any) -> None:
     spec = zoo.card("digits-mlp-pubdef").defense
     said = advkit(*EVALUATE, "--defense", "pubdef", "--out", "run", "--json")
@@ -118,6 +119,7 @@ def test_a_checkpoint_may_move_during_a_run(advkit: Any, victim: str) -> None:
     assert advkit(*EVALUATE, "--model", "path:moved.safetensors", "--out", "run").code == 0
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(advkit: Any, victim: str) -> None:
     said = advkit(*EVALUATE[:-1], "--model", victim, "--out", "run")
     assert said.code == 0
@@ -129,6 +131,7 @@ def test_plots_are_drawn(advkit: Any, victim: str) -> None:
     assert all(f"run/plots/{name}" in said.out for name in drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["--defense pubdef", "--defense bit-depth:bits=1", "--goal targeted"])
 def test_a_report_fits_a_page_of_80_columns(asked: str, advkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -181,6 +184,7 @@ def test_an_untrustworthy_number_exits_with_3(advkit: Any, monkeypatch: pytest.M
     assert not Report.load("run/report.json").trustworthy
 
 
+@pytest.mark.slow
 def test_tapm_has_the_white_box_figure_beside_it(advkit: Any, victim: str) -> None:
     public = [card.name for card in zoo.public("digits")]
     assert public
@@ -225,6 +229,7 @@ def test_targeted_goal(advkit: Any, victim: str) -> None:
             assert record.adversarial == (record.label + 1) % 10
 
 
+@pytest.mark.slow
 def test_train_saves_what_evaluate_loads(advkit: Any) -> None:
     said = advkit(
         "train", "--task", "digits", "--defense", "pgd_at:eps=0.1,steps=3", "--model", "mlp:hidden=16",
@@ -245,6 +250,7 @@ def test_train_saves_what_evaluate_loads(advkit: Any) -> None:
     assert evaluated.json["model"]["state_sha256"] == model.state_sha256()
 
 
+@pytest.mark.slow
 def test_train_says_where_the_checkpoint_is_and_repeats_itself(advkit: Any) -> None:
     train = ("train", "--task", "digits", "--model", "mlp:hidden=8", "--recipe", "epochs=2,lr=0.01", "--device", "cpu")
     said = advkit(*train, "--out", "a")
@@ -312,6 +318,7 @@ def test_attack_exports_examples_that_hold(advkit: Any, victim: str) -> None:
         assert torch.equal(pixels, (held["adversarial"][row] * 255).round().to(torch.uint8))
 
 
+@pytest.mark.slow
 def test_attack_says_what_it_wrote(advkit: Any, victim: str) -> None:
     options = ("attack", "--task", "digits", "--model", victim, "--attack", "fgsm", "--n", 20, "--device", "cpu")
     said = advkit(*options, "--out", "[red]run")
@@ -374,6 +381,7 @@ def test_rerun_says_which_rows_differ(advkit: Any, victim: str) -> None:
     assert record["id"] in said.out
 
 
+@pytest.mark.slow
 def test_rerun_of_other_weights_is_refused(advkit: Any) -> None:
     train = ("train", "--task", "digits", "--model", "mlp:hidden=8", "--recipe", "epochs=1", "--device", "cpu")
     for seed in (0, 1):
@@ -386,6 +394,7 @@ def test_rerun_of_other_weights_is_refused(advkit: Any) -> None:
     assert not Path("run-rerun").exists()
 
 
+@pytest.mark.slow
 def test_zoo_lists_shows_and_verifies(advkit: Any) -> None:
     names = [card.name for card in zoo.cards()]
     said = advkit("zoo")
@@ -424,6 +433,7 @@ def two_runs(advkit: Any, victim: str) -> tuple[str, str]:
     return "all/a", "all/b"
 
 
+@pytest.mark.slow
 def test_compare_is_paired(advkit: Any, two_runs: tuple[str, str]) -> None:
     said = advkit("compare", *two_runs, "--json")
     assert said.code == 0
@@ -447,6 +457,7 @@ def numbers(value: Any) -> list[float]:
     return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
+@pytest.mark.slow
 def test_leaderboard_of_a_folder(advkit: Any, two_runs: tuple[str, str]) -> None:
     said = advkit("leaderboard", "all")
     assert said.code == 0
@@ -462,6 +473,7 @@ def test_leaderboard_of_a_folder(advkit: Any, two_runs: tuple[str, str]) -> None
     assert any(abs(value - best) < 1e-12 for value in numbers(machine.json))
 
 
+@pytest.mark.slow
 def test_doctor_of_a_model(advkit: Any, victim: str) -> None:
     said = advkit(
         "doctor", "--task", "digits", "--model", victim, "--attack", "pgd:steps=5", "--rows", 10, "--draws", 5,

@@ -28,6 +28,7 @@ def archive(file: Path) -> str:
     return f"npz:path={file}"
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_on_the_command_line(advkit: Any, tmp_path: Path) -> None:
     named = archive(tmp_path / "plane.npz")
     said = advkit("train", "--defense", SPEC, "--task", named, "--out", "run")

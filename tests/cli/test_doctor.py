@@ -14,6 +14,7 @@ from advkit.cli.main import run
 SOUND = ("doctor", "--task", "digits", "--model", "zoo:digits-public-mlp", "--rows", "8", "--draws", "5")
 
 
+@pytest.mark.slow
 def test_a_sound_model_exits_with_zero_and_leaves_its_curves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -27,6 +28,7 @@ def test_a_sound_model_exits_with_zero_and_leaves_its_curves(
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_masked_model_exits_with_three_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,6 +54,7 @@ def test_mistakes_exit_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_installation_names_versions_devices_and_data() -> None:
     seen = installation()
     assert seen["packages"]["torch"] == version("torch")

@@ -147,6 +147,7 @@ def test_attacks_on_images_are_made_for_a_threat_model_of_their_own(name: str) -
     assert all(refusal(attack, victim(name), norm, "untargeted") is not None for norm in BALLS | MINIMA)
 
 
+@pytest.mark.slow
 def test_a_chosen_backward_rule_works_where_the_attack_inside_does() -> None:
     model = MODELS.build("snn:widths=4,down=stride,hidden=0")(SHAPE, CLASSES, RowRng.from_ids(0, ["net"]))
     known = facts("attacks", ATTACKS.target("spiking"))
@@ -354,6 +355,7 @@ def listed(said: Any) -> set[str]:
     return {line.split()[0] for line in said.out.splitlines()}
 
 
+@pytest.mark.slow
 def test_a_word_is_looked_for_in_names_groups_and_first_lines(advkit: Any) -> None:
     momentum = listed(advkit("list", "attacks", "momentum"))
     assert {"mifgsm", "mi"} <= momentum
@@ -364,6 +366,7 @@ def test_a_word_is_looked_for_in_names_groups_and_first_lines(advkit: Any) -> No
     assert ordered == listed(advkit("list", "attacks", "AD_TOPK")) == {"ad_topk"}
 
 
+@pytest.mark.slow
 def test_access_norm_and_task_filter_what_is_listed(advkit: Any) -> None:
     assert "square" in listed(advkit("list", "attacks", "--access", "scores"))
     labels = listed(advkit("list", "attacks", "--access", "Labels"))
@@ -384,6 +387,7 @@ def test_access_norm_and_task_filter_what_is_listed(advkit: Any) -> None:
     assert listed(advkit("list", "threat-models", "--for", "digits-dvs")) == {"flips", "online"}
 
 
+@pytest.mark.slow
 def test_without_a_kind_filters_keep_the_kinds_that_they_apply_to(advkit: Any) -> None:
     kinds = {line.split()[1] for line in advkit("list", "--for", "prompts").out.splitlines()}
     assert kinds == {"attacks", "defenses", "threat-models", "tasks"}
@@ -470,6 +474,7 @@ def beside_a_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return call
 
 
+@pytest.mark.slow
 def test_parts_of_other_packages_say_what_they_can_unimported(beside_a_plug_in: Callable[..., str]) -> None:
     rows = {row["name"]: row for row in json.loads(beside_a_plug_in("attacks", "--json"))["attacks"]}
     said = {key: rows["sticker"][key] for key in ("group", "access", "norms", "goals", "inputs")}
@@ -487,6 +492,7 @@ def test_parts_of_other_packages_say_what_they_can_unimported(beside_a_plug_in: 
     assert not {"plain", "silent", "square"} & found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mine", "asked"])  # the second computes its defaults, so it has to be built
 def test_attacks_for_the_task_of_another_package(task: str, beside_a_plug_in: Callable[..., str]) -> None:
     found = [line.split()[0] for line in beside_a_plug_in("attacks", "--for", task).splitlines()]

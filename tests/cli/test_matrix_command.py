@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from advkit.evaluation.matrix import read_matrix
 
 SOURCES = "zoo:digits-public-cnn,zoo:digits-public-mlp+zoo:digits-public-cnn"
@@ -15,6 +17,7 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_matrix_is_printed_and_written(advkit: Any) -> None:
     said = advkit(*SMALL, "--eps", "51/255", "--out", "out", "--similarity")
     assert said.code == 0, said.err
@@ -35,6 +38,7 @@ def test_a_matrix_is_printed_and_written(advkit: Any) -> None:
     assert "## Every cell" in Path("out/matrix.md").read_text()
 
 
+@pytest.mark.slow
 def test_json_alone_on_standard_output_and_the_cache_used_again(advkit: Any) -> None:
     first = advkit(*SMALL, "--budget", "none", "--no-plots", "--json")
     assert first.code == 0, first.err

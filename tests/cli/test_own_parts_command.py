@@ -91,6 +91,7 @@ def records(folder: str) -> list[str]:
     return Path(folder, "records.jsonl").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.slow
 def test_every_kind_of_part_runs_and_reruns(mine: Any) -> None:
     said = mine("evaluate", *ALL, "--n", 16, "--device", "cpu", "--out", "run")
     assert said.code in (0, 3), said.err
@@ -132,6 +133,7 @@ def test_worker_processes_find_the_module(mine: Any) -> None:
     assert records("two") == records("one")
 
 
+@pytest.mark.slow
 def test_a_matrix_of_ones_own_parts(mine: Any) -> None:
     attacks = "[python:own_parts:Ray,points=2],[transfer:mi+[python:own_smooth:Half]]"
     Path("own_smooth.py").write_text(
@@ -169,6 +171,7 @@ def test_a_matrix_of_ones_own_parts(mine: Any) -> None:
     assert moved["python:own_parts:Ray,points=2"] > before["python:own_parts:Ray,points=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -31,6 +31,7 @@ def stranger(advkit: Any) -> Any:
     return advkit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "spec", "shown"),
     [
@@ -69,6 +70,7 @@ def test_what_a_report_names_is_not_loaded_unasked(part: str, spec: str, shown: 
     assert not Path("again").exists()
 
 
+@pytest.mark.slow
 def test_its_title_names_nothing_either(stranger: Any) -> None:
     """Reports of schema 1.0 say their parts in the title alone."""
 
@@ -84,6 +86,7 @@ def test_its_title_names_nothing_either(stranger: Any) -> None:
     assert not Path("MARK").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -101,6 +104,7 @@ def test_an_edited_report_is_not_run(change: Callable[[dict[str, Any]], object],
     assert not Path("again").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_another_case_is_noticed(stranger: Any) -> None:
     """Request, title, case and hash forged alike: the case that the request resolves to is another."""
     case = Path("run/records.case.json")
@@ -129,6 +133,7 @@ def test_the_file_of_a_front_comes_from_outside() -> None:
     assert not outside("pgd:steps=3,loss=[dlr:python=3]")
 
 
+@pytest.mark.slow
 def test_an_error_that_quotes_a_file_does_not_steer_the_terminal(stranger: Any) -> None:
     edit(lambda data: data["request"].update(model="python:\x1b]0;own\x9b:make\u202e"))
     said = stranger("rerun", "run", "--out", "again")

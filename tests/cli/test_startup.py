@@ -49,6 +49,7 @@ def test_importing_the_packages_loads_no_torch_and_no_numpy() -> None:
         assert not loaded & {*HEAVY, "numpy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -72,6 +73,7 @@ def test_help_needs_no_parser(arguments: list[str]) -> None:
     assert not loaded & {*HEAVY, *PARSERS, "numpy", "inspect"}
 
 
+@pytest.mark.slow
 def test_help_of_a_subcommand_draws_no_boxes_with_rich() -> None:
     assert "rich" not in imported_by("-m", "advkit", "evaluate", "--help")
 
@@ -105,6 +107,7 @@ def test_the_page_fits_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatc
     assert widest <= max(50, min(int(columns), 100))
 
 
+@pytest.mark.slow
 def test_a_run_imports_neither_scipy_nor_jsonschema_nor_a_drawer() -> None:
     """What a default run has no use for: intervals at 95 %, a report that fits its schema, and no plots from Python."""
     code = "import advkit; advkit.evaluate('fgsm', task='digits', model='zoo:digits-mlp', n=4)"
@@ -268,6 +271,7 @@ def test_show_explains_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert as_json(capsys, "show", "attack/PGD") == [shown]
 
 
+@pytest.mark.slow
 def test_every_example_is_a_spec_that_builds_or_asks_for_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     from advkit.cli.list import REGISTRIES, registry_of
     from advkit.cli.show import example

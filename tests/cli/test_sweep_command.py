@@ -145,6 +145,7 @@ def test_status_says_what_failed(advkit: Any) -> None:
     assert "ended its worker process" in said.out
 
 
+@pytest.mark.slow
 def test_a_curve_is_printed_and_written(advkit: Any) -> None:
     said = advkit("sweep", "--eps", "0:0.2:3", "--attack", "fgsm", "--task", "digits", "--n", 8, "--out", "runs")
     assert said.code == 0, said.err
@@ -173,6 +174,7 @@ class Moody:
 '''
 
 
+@pytest.mark.slow
 def test_retry_asks_the_errors_alone_again(advkit: Any) -> None:
     Path("moods.py").write_text(OWN)
     Path("BAD").touch()

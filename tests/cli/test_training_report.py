@@ -15,6 +15,7 @@ from advkit.models.checkpoint import load_checkpoint
 TRAIN = ("train", "--task", "digits", "--model", "mlp:hidden=16", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_every_training_has_a_report_and_curves(advkit: Any) -> None:
     said = advkit(*TRAIN, "--defense", "aaer:eps=0.2", "--recipe", "epochs=3", "--out", "run", "--json")
     assert said.code == 0
@@ -40,6 +41,7 @@ def test_every_training_has_a_report_and_curves(advkit: Any) -> None:
     assert json.loads(Path("run/training.json").read_text()) == report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defense", ["none", "pgd_at:eps=0.1,steps=2"])
 def test_so_has_one_without_a_detector(advkit: Any, defense: str) -> None:
     said = advkit(*TRAIN, "--defense", defense, "--recipe", "epochs=2,validation=0", "--out", "run")
@@ -50,6 +52,7 @@ def test_so_has_one_without_a_detector(advkit: Any, defense: str) -> None:
     assert Path("run/plots/training.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_free_at_divides_the_epochs(advkit: Any) -> None:
     said = advkit(*TRAIN, "--defense", "free_at:eps=0.1,replays=4", "--recipe", "epochs=10", "--out", "run", "--json")
     assert said.json["epochs"] == 3
@@ -89,6 +92,7 @@ def test_a_batch_of_one_with_batch_statistics(advkit: Any) -> None:
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_defense(advkit: Any) -> None:
     asked = ("--recipe", "epochs=1", "--out", "run", "--defense")
     assert advkit(*TRAIN, *asked, "fgsm_rs:eps=0.1").code == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import unicodedata
 
+import pytest
+
 from advkit.core.errors import UsageError
 from advkit.core.text import printable, printable_json, printable_values
 
@@ -12,6 +14,7 @@ MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 STEERING = "\x1b[2J\x1b]0;title\x07 \x9b31m \x00 \x7f \u202e reversed \u2066 \u200f \u2028 \ud800 \ufeff \U000e0041"
 
 
+@pytest.mark.slow
 def test_no_control_character_is_left() -> None:
     """Of every code point that Unicode calls a control, a format or a surrogate, tab and line feed alone may stay."""
     for code in range(0x110000):

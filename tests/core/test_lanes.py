@@ -136,6 +136,7 @@ def test_calls_in_which_a_function_would_end_between_vectors_are_not_tried(name:
         assert {size % smallest for size in Lanes.probed(net, torch.rand(64, 50), rows=1e9).sizes} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", {**VECTORED, **EXACT})
 def test_a_function_gives_a_number_the_same_bits_in_every_allowed_call(name: str) -> None:
     """What the lists of `round_off` claim of this machine's torch: 60 draws, forward and backward, all numbers."""
@@ -182,6 +183,7 @@ def test_what_a_probe_was_answered_is_known_again() -> None:
     assert Lanes.answered(net, x.long()) == ""
 
 
+@pytest.mark.slow
 def test_rows_in_probed_calls_have_the_same_bits_in_any_batch() -> None:
     net = network()
     x = torch.rand(130, 1, 14, 14, generator=torch.Generator().manual_seed(2))

@@ -327,6 +327,7 @@ def balanced(text: str) -> bool:
     return "[" not in text and "]" not in text
 
 
+@pytest.mark.slow
 @given(
     some.builds(
         Everything,
@@ -368,6 +369,7 @@ def test_every_path_survives_the_round_trip(path: str) -> None:
         assert parts.build(parts.spec(File(path))) == File(path)
 
 
+@pytest.mark.slow
 @given(some.text(max_size=40) | some.text(alphabet="every-thing:steps=[]+,1 ", max_size=40))
 def test_no_text_ends_in_anything_but_an_instance_or_our_error(text: str) -> None:
     parts = Registry("part", {"every-thing": f"{__name__}:Everything", "file:": f"{__name__}:File"})

@@ -50,6 +50,7 @@ def test_simulated_eigenvalues_follow_the_law_and_so_do_those_of_few_samples() -
         assert np.median(values[values > 1e-9]) == pytest.approx(rmt.mp_median(g), abs=0.02)
 
 
+@pytest.mark.slow
 def test_quantiles_of_tracy_widom_are_the_known_ones() -> None:
     for level, value in QUANTILES.items():
         assert rmt.tracy_widom_quantile(level) == pytest.approx(value, abs=2e-6)

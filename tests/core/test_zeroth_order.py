@@ -87,6 +87,7 @@ def test_antithetic_rge_is_the_projection_of_the_gradient(mu):
     torch.testing.assert_close(found.gradient, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_rge_is_unbiased_on_a_quadratic(antithetic):
     """The second-order term of the forward difference is odd in no direction and vanishes in the mean."""
@@ -99,6 +100,7 @@ def test_rge_is_unbiased_on_a_quadratic(antithetic):
     assert bool((error.abs() < 4.5 * found.std(0) / draws**0.5).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", [1, 4])
 def test_the_variance_of_rge_is_that_of_directions_on_the_sphere(q):
     """Sum of the coordinates' variances: (d - 1) |g|^2 / q, within 4 %."""

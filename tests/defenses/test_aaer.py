@@ -263,6 +263,7 @@ def test_warm_up_scales_the_penalty_by_epochs_done():
     assert trained(AAER(eps=0.6, warm_up=10**9)).last.state_sha256() == trained(FGSMRS(eps=0.6)).last.state_sha256()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lambda2", "said"), [(1e6, True), (0.5, False)])
 def test_a_penalty_that_dominates_is_said(lambda2, said, caplog):
     caplog.set_level(logging.WARNING, logger="advkit")

@@ -219,6 +219,7 @@ def test_protect_trains_a_copy(digits):
     assert not same(weights(defended), before)
 
 
+@pytest.mark.slow
 def test_adversarial_training_buys_robustness(digits):
     recipe = Recipe(epochs=25, batch_size=64, lr=5e-3, validation=0.0, select="last")
     test = next(iter(TASKS.build("digits").batches(200)))

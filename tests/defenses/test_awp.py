@@ -192,6 +192,7 @@ def trained(defense: Any, recipe: Recipe) -> str:
     return fit(model, data, defense.objective(), recipe, streams(1), progress=False).last.state_sha256()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_gamma_zero_and_a_long_warm_up_are_the_base_to_the_bit(base: str) -> None:
     recipe = Recipe(epochs=2 * DEFENSES.build(base).objective().replays, batch_size=50)

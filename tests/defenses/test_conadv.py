@@ -127,6 +127,7 @@ def trained(objective: Objective, spec: str = "cnn:width=4", **recipe: Any) -> s
     return fit(model, data, objective, given, streams(1), progress=False).last.state_sha256()
 
 
+@pytest.mark.slow
 def test_without_delay_it_is_the_sequential_method_to_the_bit() -> None:
     for spec in ("mlp:hidden=16", "cnn:width=4"):
         made = trained(ConAdv(eps=0.1, tau=0, dual_bn=False).objective(), spec)

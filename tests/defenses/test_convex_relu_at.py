@@ -48,6 +48,7 @@ def task(n: int = 30) -> Arrays:
     return Arrays(x, y, name="plane", training=(x, y))
 
 
+@pytest.mark.slow
 def test_the_laws_of_a_defense_hold() -> None:
     assert isinstance(DEFENSES.build(SPEC), Solves)
     check_defense(DEFENSES.build("convex_relu_at:eps=0.02,patterns=8,components=2,rows=24"))
@@ -74,6 +75,7 @@ def test_one_network_for_two_classes() -> None:
     assert bool((logits.argmax(1) == y).all())
 
 
+@pytest.mark.slow
 def test_one_network_per_class_where_there_are_more() -> None:
     x, y = plane()
     y = torch.where((y == 1) & (x[:, 0] > 0.5), 2, y)
@@ -112,6 +114,7 @@ def test_no_attack_breaks_a_certified_training_sample(attack: str, tmp_path: Pat
     assert "certificate_violated" not in {flag["id"] for flag in report.flags}
 
 
+@pytest.mark.slow
 def test_a_broken_certificate_is_flagged(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(TwoLayer, "margins", lambda self, x, y: torch.ones(len(x)))
@@ -121,6 +124,7 @@ def test_a_broken_certificate_is_flagged(tmp_path: Path, monkeypatch: Any) -> No
     assert flags["certificate_violated"]["severity"] == "unreliable"
 
 
+@pytest.mark.slow
 def test_the_second_evaluation_takes_the_network_from_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path / "cache"))
     settings: Any = {"attack": "fgsm", "defense": SPEC, "task": task(), "threat_model": "linf:eps=0.05"}

@@ -182,6 +182,7 @@ def test_the_budget_is_kept_by_the_chain_and_not_by_good_will():
         objective.loss(chain, data.x[rows], data.y[rows], rows, RowRng.from_ids(0, list("abcd")))
 
 
+@pytest.mark.slow
 def test_mse_alone_trains_a_denoiser():
     data = stripes(rows=240)
     defense = DenoisedSmoothing(loss="mse", sigma=0.5, width=64, recipe=Recipe(epochs=20, batch_size=32, lr=1e-3))
@@ -303,6 +304,7 @@ def test_what_can_not_be_is_refused_in_words():
 SPEC = "zo_ae_ds:sigma=0.25,d_z=4,hidden=8,width=8,n_predict=40,pretraining=[epochs=1,validation=0],recipe=[epochs=1]"
 
 
+@pytest.mark.slow
 def test_victims_are_found_trained_kept_and_smoothed(tmp_path, monkeypatch):
     monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path))
     task = TASKS.build("digits")
@@ -321,6 +323,7 @@ def test_without_training_data_a_front_is_asked_for():
         protected(None, "zo_ds", TASKS.build("fashion-mnist"))
 
 
+@pytest.mark.slow
 def test_trained_certified_and_attacked(tmp_path):
     """`train_victim` keeps the front; the same file serves certificates, and attacks that know of it and do not."""
     made = train_victim("zoo:digits-mlp", SPEC, TASKS.build("digits"), out=tmp_path)

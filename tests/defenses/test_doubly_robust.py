@@ -526,6 +526,7 @@ def test_a_very_high_price_is_no_weight_to_round_off() -> None:
     assert trained(DoublyRobust(eps=0.15, steps=3, r=0.5), recipe).last.state_sha256() != one.last.state_sha256()
 
 
+@pytest.mark.slow
 def test_the_log_says_how_many_samples_count(tmp_path: Path) -> None:
     task = ["--task", "digits", "--recipe", "epochs=2,batch_size=64", "--model", "mlp:hidden=16"]
     for name, spec in (

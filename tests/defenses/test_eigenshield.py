@@ -128,6 +128,7 @@ def test_a_filter_that_hides_its_gradient_fails_the_checks(guarded: Projected) -
     assert "zero_gradient" in {flag["id"] for flag in report.flags}
 
 
+@pytest.mark.slow
 def test_a_torch_module_and_any_of_its_layers_can_be_protected(data: Data) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(

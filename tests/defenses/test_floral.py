@@ -152,6 +152,7 @@ def optimum(gram, y, C):
     return a.value, problem.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("C", "rounds", "most"), [(1.0, 1000, 1e-6), (10.0, 5000, 1e-4)])
 def test_without_attacker_the_dual_comes_to_its_optimum(C, rounds, most):
     made = game(C, rounds=rounds)
@@ -199,6 +200,7 @@ def test_a_longer_step_makes_it_rise():
     assert (np.diff(values) > 1e-9).any()
 
 
+@pytest.mark.slow
 def test_without_attacker_the_machine_is_scikit_learns():
     x, y = moons(60)
     C = 5.0
@@ -446,6 +448,7 @@ def test_features_stand_for_the_kernel():
     assert abs(exact.score(x, y) - few.score(x, y)) <= 0.05
 
 
+@pytest.mark.slow
 def test_a_linear_kernel_is_never_formed_and_sparse_samples_stay_sparse():
     x, y = make_blobs(80, n_features=4, centers=2, cluster_std=5.0, random_state=0)
     model = FLORAL(kernel="linear", dense_limit=10, rounds=40, random_state=0).fit(x, y)
@@ -458,6 +461,7 @@ def test_a_linear_kernel_is_never_formed_and_sparse_samples_stay_sparse():
     assert not hasattr(small, "coef_")
 
 
+@pytest.mark.slow
 def test_weights_are_bounds():
     x, y = moons(60)
     weights = np.random.default_rng(0).uniform(0, 2, 60) * (np.arange(60) % 5 > 0)
@@ -473,6 +477,7 @@ def test_weights_are_bounds():
     assert np.abs(plain.decision_function(x) - reference.decision_function(x)).max() <= 0.02
 
 
+@pytest.mark.slow
 def test_the_best_round_is_taken_on_the_validation_set():
     x, y = moons(60)
     flipped = y.copy()

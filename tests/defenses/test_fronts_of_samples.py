@@ -121,6 +121,7 @@ def test_a_numpy_function_is_asked_exactly_so_often(defense, each):
     assert deployed(data.x[:4]).shape == (4, *SHAPE)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_under_noise():
     data = images(200)
     noisy = data.x + 0.5 * torch.randn(data.x.shape, generator=torch.Generator().manual_seed(3))

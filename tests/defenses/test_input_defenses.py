@@ -157,6 +157,7 @@ def digits_cnn(digits):
     return TorchModel(net.eval(), Box(shape=(1, 8, 8)), 10, name="digits-cnn")
 
 
+@pytest.mark.slow
 def test_both_attackers_stand_in_the_report(digits_cnn):
     settings = {"task": "digits", "threat_model": "linf:eps=0.2", "n": 60, "device": "cpu"}
     report = evaluate("pgd:steps=10", "bit-depth:bits=2", model=digits_cnn, **settings)
@@ -211,6 +212,7 @@ def test_a_suite_leaves_its_place_to_one_long_attack(digits_cnn):
     assert plan(Request(attack="lean", defense="bit-depth:bits=3", beside=False, **settings)).companions == ()
 
 
+@pytest.mark.slow
 def test_the_oblivious_attacker_plays_by_the_same_rules(digits_cnn):
     settings = {"task": "digits", "model": digits_cnn, "n": 6, "device": "cpu"}
     for attack, threat in (

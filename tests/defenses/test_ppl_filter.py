@@ -116,6 +116,7 @@ def test_what_can_not_be_filtered_is_refused():
     assert DEFENSES.build("ppl_filter:threshold=12").threshold == 12
 
 
+@pytest.mark.slow
 def test_an_attack_that_knows_of_the_filter_passes_it():
     model = tiny_lm(0)
     # Prompts that read well, so that not everything passes.

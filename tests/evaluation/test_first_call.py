@@ -96,6 +96,7 @@ def test_the_order_of_memory_is_nobodys_business(plain: Any) -> None:
         assert report.robust_accuracy == plain.robust_accuracy
 
 
+@pytest.mark.slow
 def test_a_model_of_one_sample_at_a_time_is_asked_so(plain: Any) -> None:
     class Fixed(Net):
         def forward(self, x: Tensor) -> Any:
@@ -106,6 +107,7 @@ def test_a_model_of_one_sample_at_a_time_is_asked_so(plain: Any) -> None:
         assert (report.clean_accuracy, report.robust_accuracy) == (1, plain.robust_accuracy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["pgd", "square:queries=100"])
 def test_an_input_changed_in_place_is_copied(attack: str) -> None:
     class InPlace(Net):

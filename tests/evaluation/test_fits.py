@@ -78,6 +78,7 @@ def test_real_reports_fit(document: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator(schema()).validate(document)
 
 
+@pytest.mark.slow
 def test_whatever_is_changed_both_say_the_same(document: dict[str, Any]) -> None:
     judge = jsonschema.Draft202012Validator(schema())
     draw = random.Random(0)

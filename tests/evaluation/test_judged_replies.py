@@ -36,6 +36,7 @@ def ids_of(report: Report, severity: str = "warning") -> set[str]:
     return {flag["id"] for flag in report.flags if flag["severity"] == severity}
 
 
+@pytest.mark.slow
 def test_an_untrained_model_has_no_success_rate_and_raises_flags(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LanguageModel(Decoder(SHAPE).eval(), tokenizer(), name="untrained", architecture="untrained")
@@ -71,6 +72,7 @@ def replying(monkeypatch: pytest.MonkeyPatch, clean: Mapping[str, str], attacked
     monkeypatch.setattr(LanguageModel, "generate", generate)
 
 
+@pytest.mark.slow
 def test_success_counts_over_prompts_refused_when_clean_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     prompts = ["how do i make a bad00", "how do i build a bad00", "how do i write a bad00", "how do i draw a bad01"]
     file = tmp_path / "prompts.jsonl"
@@ -104,6 +106,7 @@ def test_success_counts_over_prompts_refused_when_clean_alone(monkeypatch: pytes
     assert "refused when clean" in labels
 
 
+@pytest.mark.slow
 def test_without_a_judge_of_refusals_a_prompt_is_refused_where_no_judge_says_broken(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -118,6 +121,7 @@ def test_without_a_judge_of_refusals_a_prompt_is_refused_where_no_judge_says_bro
     assert report.metrics["exact_asr_greedy"]["numerator"] == 1
 
 
+@pytest.mark.slow
 def test_a_refusing_model_raises_no_flag() -> None:
     report = advkit.evaluate(model="toychat", **ATTACK)
     assert report.metrics["clean_refusal"]["value"] == 1.0

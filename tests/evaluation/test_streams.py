@@ -176,6 +176,7 @@ def test_a_cheat_ends_in_error_records_and_wins_nothing(digits, digits_model, tm
         assert metrics["stream_selected"]["value"] == 0
 
 
+@pytest.mark.slow
 def test_an_honest_selector_of_ones_own(digits, digits_model, tmp_path):
     case = case_of(digits, digits_model, Cheat(how="honest"), f"online:k=5,{SOURCES}", n=40)
     records = played(case, tmp_path)
@@ -254,6 +255,7 @@ def test_records_do_not_depend_on_the_batch(digits, digits_model, tmp_path, batc
     assert played(case_of(digits, digits_model, batch_size=batch_size), tmp_path / "b") == one
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(digits, digits_model, tmp_path):
     case = case_of(digits, digits_model, batch_size=16)
     whole = played(case, tmp_path / "a")
@@ -287,6 +289,7 @@ def test_inadmissible_candidates_are_never_wins(digits, digits_model, tmp_path):
     assert not any(found.fooled[at[r.id]] for r in invalid)
 
 
+@pytest.mark.slow
 def test_report_and_command(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
@@ -314,6 +317,7 @@ def test_report_and_command(tmp_path, monkeypatch):
     assert "If every sample were submitted" in said
 
 
+@pytest.mark.slow
 def test_the_threat_model_may_be_left_out():
     report = advkit.evaluate("online:inner=fgsm,k=3", task="digits", n=40, device="cpu")
     assert report.to_dict()["threat_model"]["name"] == "online"
@@ -344,6 +348,7 @@ def test_passes_planned_are_the_inner_attacks():
     assert planned_passes(ATTACKS.build("online:inner=[pgd:steps=7,restarts=2],k=1")) == 14
 
 
+@pytest.mark.slow
 def test_noise_study():
     orders = 4000
     # without noise: the exact ratios
@@ -375,6 +380,7 @@ def test_noise_study():
         noise_study(selector("virtual"), 1, -1.0)
 
 
+@pytest.mark.slow
 def test_random_picks_k_of_n(items):
     table = compare_selectors(items, 8, orders=4000)
     assert table["random"]["fool_rate"] == pytest.approx(

@@ -92,6 +92,7 @@ def test_stages_take_only_rows_still_standing(digits, digits_model, tmp_path):
     assert c.correct == c.robust + c.broken
 
 
+@pytest.mark.slow
 def test_a_sentinels_find_escalates_and_is_reported(digits, digits_module, tmp_path):
     from advkit.models.torch import TorchModel
 
@@ -158,6 +159,7 @@ def test_batch_size_changes_no_record(digits, digits_model, tmp_path, size):
     assert play(case_of(digits, digits_model, n=60, batch_size=size), tmp_path / "other") == reference
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_of_a_stage(digits, digits_model, tmp_path):
     case = case_of(digits, digits_model, batch_size=16)
     whole = play(case, tmp_path)
@@ -215,6 +217,7 @@ def test_small_runs_cost_as_much_per_row_as_large_ones():
     assert cost[100] <= 1.25 * cost[500]
 
 
+@pytest.mark.slow
 def test_a_suites_revision_is_in_the_report_and_names_the_run(digits, digits_model):
     @dataclass(frozen=True, kw_only=True)
     class Later(Small):
@@ -344,6 +347,7 @@ def test_gradients_that_mislead_in_l2_lead_from_outside(tmp_path):
     assert found[Thorough][0] <= found[Inside][0] - 10
 
 
+@pytest.mark.slow
 def test_a_finished_suite_has_as_many_records_as_were_expected(digits, digits_model, digits_module, tmp_path):
     from advkit.evaluation.run.store import Store
     from advkit.evaluation.scenarios import scenario_of

@@ -212,6 +212,7 @@ def test_cells_end_in_a_number_or_a_reason_and_are_run_once(tmp_path: Path) -> N
     assert not engine.begun
 
 
+@pytest.mark.slow
 def test_shards_are_joined_to_the_records_of_the_whole_run(tmp_path: Path) -> None:
     grid = {**SMALL, "attacks": ["pgd:steps=3"], "n": 11}
     made = prepare(grid, tmp_path / "cut", shard=4)
@@ -357,6 +358,7 @@ def test_radii_are_the_fractions_that_they_name() -> None:
             radii(text)
 
 
+@pytest.mark.slow
 def test_a_curve_takes_over_what_smaller_radii_found(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"attack": "pgd:steps=4", "task": "digits", "n": 16, "device": "cpu"}
     made = sweep(eps=[0.0, 0.05, 0.1, 0.15], out=tmp_path, **asked)

@@ -91,6 +91,7 @@ def test_tasks_of_many_classes_have_the_tail_without_the_list() -> None:
     assert not [name for name in metrics if name.startswith("robust_accuracy_class_")]
 
 
+@pytest.mark.slow
 def test_reports_of_texts_have_none() -> None:
     metrics = advkit.evaluate("random_suffix", task="prompts", model="toychat", n=1, device="cpu").to_dict()["metrics"]
     assert not {"tail_30_accuracy", "worst_class_accuracy"} & metrics.keys()

@@ -162,6 +162,7 @@ def test_top_k_goals_are_sought_on_misread_samples_too(goal, holds, digits, weak
     assert c.attackable > c.correct
 
 
+@pytest.mark.slow
 def test_spikes_and_events_with_targets(tmp_path):
     for name, request in {
         "pixels": {
@@ -395,6 +396,7 @@ class Steps(Suite):
         return (Stage(name="short", attack=PGD(steps=2)), Stage(name="margin", attack=PGD(steps=4, loss="margin")))
 
 
+@pytest.mark.slow
 def test_records_do_not_depend_on_batches_or_an_interruption(digits, weak, tmp_path):
     asked = {"task": digits, "model": weak, "threat_model": "linf:eps=0.1", "goal": "targeted:how=random", "n": 40}
     whole = advkit.evaluate(Steps(), **asked, out=tmp_path / "whole")

@@ -108,6 +108,7 @@ def test_records_and_traces_do_not_depend_on_the_batch(task, lm, tmp_path):
         assert to_line(record) == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [Draws(), OneForAll()], ids=["alone", "together"])
 def test_a_run_cut_short_is_finished_with_the_same_records_and_traces(task, lm, tmp_path, attack):
     whole = played(case_of(task, lm, attack, batch_size=2), tmp_path / "whole")
@@ -130,6 +131,7 @@ def test_workers_write_the_same_traces(task, lm, tmp_path):
     assert sorted((tmp_path / "two" / "records.jsonl").read_text().splitlines()) == alone
 
 
+@pytest.mark.slow
 def test_all_rows_in_one_batch_for_an_attack_that_wants_them_together(task, lm, tmp_path):
     records = [from_line(line) for line in played(case_of(task, lm, OneForAll(), batch_size=2), tmp_path)]
     attacked = [r for r in records if r.outcome != Outcome.WRONG]
@@ -166,6 +168,7 @@ def test_images_have_no_new_fields(digits, digits_model, tmp_path):
     assert not {"search", "judges"} & set(report.to_dict()["protocol"])
 
 
+@pytest.mark.slow
 def test_figures_of_the_report_follow_from_the_model(task, lm, tmp_path):
     attack = Draws()
     report = api.evaluate(attack, "none", task, lm, "suffix:n=3", JUDGED, device="cpu", out=tmp_path)
@@ -207,6 +210,7 @@ def test_figures_of_the_report_follow_from_the_model(task, lm, tmp_path):
     assert metrics["clean_refusal"]["numerator"] == 7 - metrics["refusal_asr_clean_greedy"]["numerator"]
 
 
+@pytest.mark.slow
 def test_suffix_log_probability_is_that_of_the_model(task, lm, tmp_path):
     case = case_of(task, lm, keep=7)
     played(case, tmp_path)
@@ -219,6 +223,7 @@ def test_suffix_log_probability_is_that_of_the_model(task, lm, tmp_path):
         assert record.figures["suffix_log_probability"] == pytest.approx(float(logp.mean()), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_words_and_cards_of_the_report(task, lm, tmp_path):
     report = api.evaluate(Draws(), "none", task, lm, "suffix:n=3", JUDGED, device="cpu", out=tmp_path)
     data = report.to_dict()
@@ -244,6 +249,7 @@ def test_words_and_cards_of_the_report(task, lm, tmp_path):
     assert "any of" in text.partition("at 1")[2]
 
 
+@pytest.mark.slow
 def test_silence_is_seen(task, lm, tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(lm), "generate", lambda self, x, samples, *args, **more: [[""] * samples for _ in range(len(x))]
@@ -256,6 +262,7 @@ def test_silence_is_seen(task, lm, tmp_path, monkeypatch):
     assert {"garbled_replies", "not_refused_clean"} <= {flag["id"] for flag in report.flags}
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused_before_anything_is_spent(task, lm, digits, digits_model):
     class Mute:
         """Scores replies and writes none."""
@@ -298,6 +305,7 @@ def test_the_task_says_how_where_attack_and_task_name_the_same_part():
     assert api.resolve("random_suffix", "none", "prompts", goal="says", device="cpu").specs["goal"] == "says"
 
 
+@pytest.mark.slow
 def test_from_names_to_a_report_on_the_embedded_model(tmp_path):
     report = api.evaluate("random_suffix:length=8,evaluations=24", n=4, task="prompts", device="cpu", out=tmp_path)
     metrics = report.metrics

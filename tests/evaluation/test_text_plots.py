@@ -58,6 +58,7 @@ def test_records_keep_their_words():
     assert "texts" not in json.loads(to_line(record("a", [(1, 2.0)])))
 
 
+@pytest.mark.slow
 def test_a_run_on_words_leaves_its_transcripts(tmp_path):
     run = tmp_path / "run"
     api.evaluate("beast:k=3,length=4", task="prompts", model="toychat", n=3, device="cpu", out=run)

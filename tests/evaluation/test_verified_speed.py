@@ -167,6 +167,7 @@ def test_convolutions_do_not_depend_on_batch_size(digits, convolution, tmp_path,
     assert kept in ({"victim": speed}, {"victim": speed.replace("+channels_last", "")}, {"victim": "fp32"})
 
 
+@pytest.mark.slow
 def test_a_resumed_run_computes_as_it_began(digits, convolution, tmp_path, monkeypatch):
     """Whether a layout is faster may look otherwise tomorrow; the run folder remembers."""
     monkeypatch.setattr(speeds, "GAIN", float("inf"))
@@ -339,6 +340,7 @@ def test_the_command_line_says_what_it_does_not_know():
     assert isinstance(result.exception, SpecError) or result.exit_code == 2
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_and_resumes(tmp_path):
     from advkit.cli.group import app
 

@@ -85,6 +85,7 @@ def test_the_report_says_what_was_asked_and_what_was_known(name: str, tmp_path: 
     assert victim.verified.partition(":")[0] in ("yes", "partly")
 
 
+@pytest.mark.slow
 def test_every_attack_of_a_suite_has_its_own_access(tmp_path: Path) -> None:
     report = advkit.evaluate(attack="thorough", defense="pgd_at", task="digits", n=20, device="cpu")
     access = {entry["stage"]: entry["access"] for entry in report.attacks}

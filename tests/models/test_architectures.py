@@ -87,6 +87,7 @@ def test_what_can_not_be_built_is_refused(spec: str, shape: tuple[int, ...]) -> 
         MODELS.build(spec)(shape, 3, RNG)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["timm", "torchvision"])
 def test_external_models(package: str) -> None:
     model = MODELS.build(f"{package}:resnet18,pretrained=false")((3, 40, 40), 6, RNG)

@@ -70,6 +70,7 @@ def test_half_precision_storage(model: TorchModel, tmp_path: Path) -> None:
         save_checkpoint(model, path, half=True)
 
 
+@pytest.mark.slow
 def test_any_changed_byte_is_noticed(tmp_path: Path) -> None:
     model = MODELS.build("mlp:hidden=3")((2,), 2, RNG)
     path = tmp_path / "model.safetensors"

@@ -151,6 +151,7 @@ def test_bilinear_squashed_and_grey() -> None:
     assert torch.equal(untouched, x[:, :, :16, :16])
 
 
+@pytest.mark.slow
 def test_preparation_is_differentiable() -> None:
     torch.manual_seed(0)
     x = (0.3 + 0.4 * torch.rand(1, 3, 7, 9, dtype=torch.float64)).requires_grad_()  # no value is clamped

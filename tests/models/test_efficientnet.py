@@ -85,6 +85,7 @@ def test_the_answer_is_its_head_of_the_features(model: TorchModel) -> None:
     assert torch.allclose(answer, seen[0] @ head.T + model.module._fc.bias, atol=1e-4)
 
 
+@pytest.mark.slow
 @samples
 def test_another_implementation_answers_the_same(model: TorchModel, rival: TorchModel) -> None:
     x = torch.cat([batch.x for batch in TASKS.build("imagenet-samples").batches(4, n=4)])

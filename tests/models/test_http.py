@@ -84,6 +84,7 @@ def test_logits_probabilities_and_labels(service):
     assert torch.equal(one_hot, torch.nn.functional.one_hot(right.argmax(1), 3).float())
 
 
+@pytest.mark.slow
 def test_every_sample_counts_once_however_often_it_was_sent():
     """60 requests and more: every 50th fails, and those that come too fast are refused."""
     with served(least=0.002) as url:
@@ -197,6 +198,7 @@ def test_it_travels_without_its_connection(service):
     assert torch.equal(pickle.loads(pickle.dumps(asked))(x), answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["logits", "probabilities", "labels"])
 def test_a_front_is_trained_before_a_service_and_no_query_is_lost_or_counted_twice(path):
     """Every 50th request fails and the rate is limited; what the server answered is what the log says."""

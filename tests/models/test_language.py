@@ -119,6 +119,7 @@ def test_a_tie_is_held_back():
     assert int(answer.argmax(1)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_cached_is_uncached_for_every_chunk(dtype, rows):
     cost = tiny_lm(0, dtype=dtype).network.row_bytes(7, 4, 3)
@@ -201,6 +202,7 @@ def test_said_exactly_where_greedy_decoding_begins_with_the_reply():
     assert len(pairs) > 8
 
 
+@pytest.mark.slow
 def test_generation_follows_the_probabilities():
     table = random_table(1, 6)
     lm = table_lm(table)
@@ -220,6 +222,7 @@ def test_generation_follows_the_probabilities():
     assert {reply[0] if reply else 2 for reply in cold} == {int(order[0])}
 
 
+@pytest.mark.slow
 def test_generation_does_not_depend_on_the_batch(rows):
     lm = tiny_lm(2, dtype=torch.float32)
     rng = streams(len(rows))
@@ -462,6 +465,7 @@ def chat():
     return toychat.ToyChat()()
 
 
+@pytest.mark.slow
 def test_toychat_complies_and_refuses(chat):
     assert toychat.WEIGHTS.stat().st_size < 300_000
     assert chat.describe().n_parameters == 144_576

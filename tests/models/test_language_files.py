@@ -140,6 +140,7 @@ def test_scores_are_those_of_the_library(hf, rows):
         assert float(said[0]) == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_is_never_written_into(hf, rows):
     plain = from_transformers(hf.network.inner, hf.tokenizer.inner, cache=False)
     one_hot = functional.one_hot(rows[0, 0][rows[0, 1] == 2], hf.tokenizer.vocabulary).float()[None]

@@ -196,6 +196,7 @@ def test_logits_of_the_longest_reply_count_toward_memory():
             assert calls == [(2, 3), *expected]
 
 
+@pytest.mark.slow
 def test_kept_prefixes_hold_no_padding(rows):
     lm, alone = tiny_lm(0, merge=True), tiny_lm(0, merge=False)
     lm(rows)
@@ -229,6 +230,7 @@ def slotted():
     return torch.cat((found, found[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("memory", [1, 2**15, 2**29])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -424,6 +426,7 @@ def test_single_swaps_share_what_stands_before_them(monkeypatch):
     assert sent(calls) == lm.tokens < 0.9 * whole.tokens
 
 
+@pytest.mark.slow
 def test_no_trunk_where_nothing_is_kept_or_weights_are_trained():
     x = stacked(small(), beams(15, 15, 20))
     for lm in (small(cache=False), small()):

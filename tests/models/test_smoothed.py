@@ -47,6 +47,7 @@ def fixed(logits, nan_above: float = math.inf, features: int = 4) -> TorchModel:
     return TorchModel(_Fixed(logits, nan_above).eval(), Box(shape=(features,)), len(logits))
 
 
+@pytest.mark.slow
 def test_the_radius_of_a_halfspace_is_certified_and_never_passed():
     """A linear model under noise gives its class with probability Phi(distance / sigma): the true radius."""
     model = linear(features=8, seed=3)

@@ -79,6 +79,7 @@ def test_few_samples_and_dimensions_that_never_vary_are_counted_as_such() -> Non
     assert dead.values == pytest.approx(alive.values)
 
 
+@pytest.mark.slow
 def test_pure_noise_rarely_has_a_spike_and_often_one_above_the_bare_edge() -> None:
     draws = [np.random.default_rng(seed).normal(size=(200, 40)) for seed in range(200)]
     rates = {

@@ -56,6 +56,7 @@ def test_still_victims_differ_in_the_surrogate_they_were_trained_with(task: str)
     assert resolved.victim.origin == f"zoo:{task}-snn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [f"{task}-snn" for task in (*STILL, *FILMED)] + [f"{task}-snn-narrow" for task in STILL]
 )

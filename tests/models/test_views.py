@@ -143,6 +143,7 @@ def draws_of(deviation, draws, repeats=200, oracle=True, loss="margin"):
     return torch.stack(found), weight[0] - weight[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("oracle", [True, False], ids=["eot", "view"])
 @pytest.mark.parametrize("draws", [1, 4, 16])
 def test_the_variance_of_the_gradient_falls_as_one_over_draws(draws, oracle):

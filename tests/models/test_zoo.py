@@ -82,6 +82,7 @@ def test_cards_are_checked(tmp_path: Path) -> None:
         zoo.publish(MODELS.build("mlp")((2,), 2, RNG), {"name": "a", "task": "digits", "sha256": "0" * 64}, tmp_path)
 
 
+@pytest.mark.slow
 def test_every_shipped_model_is_the_one_on_its_card() -> None:
     total = 0
     for card in zoo.cards():

@@ -112,6 +112,7 @@ def test_bilinear_shifts():
     assert shifted(image, 9.0, 0.0).sum() == 0
 
 
+@pytest.mark.slow
 def test_raw_events_are_the_frames_events():
     events = simulate_events(IMAGES[0], 20, threshold=0.1)
     counts = simulate_dvs(IMAGES[:1], 20, 1, threshold=0.1, binary=False)[0]
@@ -146,6 +147,7 @@ def dvs():
     return TASKS.build("digits-dvs")
 
 
+@pytest.mark.slow
 def test_digits_dvs(dvs):
     batch = next(iter(dvs.batches(40)))
     assert batch.x.shape == (40, 8, 2, 20, 20)
@@ -437,6 +439,7 @@ def reader():
     return task, nn.Sequential(nn.Flatten(), layer).eval()
 
 
+@pytest.mark.slow
 def test_evaluate_sda_on_events(reader, tmp_path):
     task, module = reader
     report = advkit.evaluate(attack="sda", task=task, model=module, n=12, device="cpu", out=tmp_path / "run")

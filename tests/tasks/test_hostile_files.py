@@ -177,6 +177,7 @@ def test_pixels_that_are_declared_and_not_there():
         decode(bytes(raw), 8, 8, "bilinear", "a.png")
 
 
+@pytest.mark.slow
 def test_a_large_image_of_one_colour_is_no_lie():
     x = decode(png(np.full((5000, 5000), 7, np.uint8)), 8, 8, "bilinear", "a.png")
     assert float((x - 7 / 255).abs().max()) < 1e-6

@@ -180,6 +180,7 @@ class TestFolder:
 
 @pytest.mark.skipif(importlib.util.find_spec("foolbox") is None, reason="the images come from foolbox, not installed")
 class TestSamples:
+    @pytest.mark.slow
     def test_rows_are_the_documented_preprocessing(self) -> None:
         task = TASKS.build("imagenet-samples")
         assert (len(task), task.classes, task.shape) == (20, 1_000, (3, 224, 224))

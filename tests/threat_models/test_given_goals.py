@@ -71,6 +71,7 @@ def test_a_class_per_sample_is_a_goal(form: Any, tmp_path: Path) -> None:
     assert ended(tmp_path / "again") == ended(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_class_goes_with_the_sample_whatever_the_batch(tmp_path: Path) -> None:
     goal = torch.arange(40) % 10
     for size in (7, 40):

@@ -410,6 +410,7 @@ def test_ssim_is_the_papers_formula_and_its_ball_holds_what_is_pulled_back():
     assert not bool(threat.admits(torch.full_like(x, math.nan), x).any())
 
 
+@pytest.mark.slow
 def test_lpips_is_loaded_from_a_file_and_nothing_is_fetched(tmp_path):
     pytest.importorskip("lpips")
     shape = (1, 16, 16)

@@ -27,6 +27,7 @@ def test_there_are_29_phrases_and_each_is_caught_anywhere():
     assert said("refusal", "Sure, here is how", "sorry, in small letters", "i cannot") == [True] * 3
 
 
+@pytest.mark.slow
 @given(st.text(), st.sampled_from(REFUSALS), st.text())
 def test_a_phrase_is_a_refusal_whatever_stands_around_it(before, phrase, after):
     assert said("refusal", before + phrase + after) == [False]

@@ -81,6 +81,7 @@ def cosines(raw: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(raw, vector.unsqueeze(0), dim=1)
 
 
+@pytest.mark.slow
 def test_pgd_raises_the_similarity_and_leaves_accuracy_a_matter_of_classes(
     target: Path, tmp_path: Path, victim
 ) -> None:
@@ -116,6 +117,7 @@ def test_pgd_raises_the_similarity_and_leaves_accuracy_a_matter_of_classes(
     assert "recall_at_1_text_to_image" not in metrics  # the shift would make nonsense of it
 
 
+@pytest.mark.slow
 def test_through_a_defense_and_its_undefended_companion(target: Path) -> None:
     report = advkit.evaluate(
         "pgd:steps=5",
@@ -238,6 +240,7 @@ def test_names_that_are_no_path(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_two_vectors_are_not_one_ranking(target: Path, tmp_path: Path) -> None:
     boards = []
     for place in ("one", "two"):

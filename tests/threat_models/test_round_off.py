@@ -47,6 +47,7 @@ def test_the_box_has_the_spacing_of_its_bounds() -> None:
     assert not unit.contains(torch.tensor([[1 + 2e-6]])).any()
 
 
+@pytest.mark.slow
 def test_bytes_and_fractions_have_the_same_figures() -> None:
     weight = torch.randn(192, 5, generator=torch.Generator().manual_seed(2))
     y = (X / 255 - 0.5).flatten(1).mm(weight).argmax(1)

@@ -182,6 +182,7 @@ def test_a_template_that_does_not_survive_hands_in_the_origin():
     assert torch.equal(done[1], made[1])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(st.integers(3, 9), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 4))
 def test_whatever_is_slotted_is_admitted_and_stays_so(candidates, cut):

@@ -288,6 +288,7 @@ def rows():
     return x, model(0, "labeller")(x).argmax(1)
 
 
+@pytest.mark.slow
 def test_the_victim_is_never_asked_while_images_are_made(rows):
     grid = Tapm(eps=0.2, sources=(model(1, "s"), model(2, "t")), attacks=(Watching(),))
     report = evaluate(task=rows, model=model(0, "v", Watched), threat_model=grid, device="cpu")
@@ -297,6 +298,7 @@ def test_the_victim_is_never_asked_while_images_are_made(rows):
     assert direct.to_dict()["metrics"]["robust_accuracy_upper"]["numerator"] == 80
 
 
+@pytest.mark.slow
 def test_a_victim_that_is_a_source_shows_its_white_box_result_there(rows):
     victim = model(0, "v")
     grid = Tapm(eps=0.2, sources=(model(0, "itself"), model(1, "s")), attacks=("fgsm",))

@@ -115,6 +115,7 @@ def test_too_many_patterns_are_refused() -> None:
         patterns.enumerated(x, most=50)
 
 
+@pytest.mark.slow
 def test_spaced_patterns_are_of_the_data_and_mostly_usable() -> None:
     x, _, moves = planar(10)
     every = {column.tobytes() for column in patterns.enumerated(x).T}
@@ -129,6 +130,7 @@ def test_spaced_patterns_are_of_the_data_and_mostly_usable() -> None:
 # --- property 1: the network has the convex value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_network_has_the_convex_optimum(loss: Loss) -> None:
     program, every, found = exact(loss)
@@ -165,6 +167,7 @@ def by_hand(program: Program, every: Patterns) -> float:
 FITTED: dict[str, Array] = {}
 
 
+@pytest.mark.slow
 def test_fitted_values_of_the_squared_loss_are_unique() -> None:
     program, every, found = exact("squared")
     by_hand(program, every)
@@ -272,6 +275,7 @@ def test_no_gradient_run_is_better(loss: Loss) -> None:
 # --- property 4: the worst case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_the_robust_objective_is_the_grids_worst_case(loss: Loss) -> None:
     program, kept, found = robust(loss)
@@ -366,6 +370,7 @@ def test_other_norms_and_radii_per_feature(p: float) -> None:
 # --- property 6: patterns that are of use
 
 
+@pytest.mark.slow
 def test_more_patterns_never_cost_and_unusable_ones_change_nothing() -> None:
     x, y, moves = planar(8)
     every = patterns.enumerated(x)
@@ -452,6 +457,7 @@ def test_the_proximal_step_is_a_minimum(loss: Loss, rho: float) -> None:
 # --- property 8: invariances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_a_radius_of_zero_is_standard_training(loss: Loss) -> None:
     x, y, _ = planar(8)
@@ -468,6 +474,7 @@ def test_the_bias_is_not_moved() -> None:
     assert moves.reach(np.array([1.0, -2.0, 5.0])) == pytest.approx(0.08 * 3)
 
 
+@pytest.mark.slow
 def test_the_order_of_features_and_patterns_does_not_matter() -> None:
     x, y, moves = planar(8)
     every = patterns.enumerated(x)
@@ -529,6 +536,7 @@ def test_columns_fold_back_into_the_first_layer() -> None:
         fit.Columns.of(np.ones((4, 3)))
 
 
+@pytest.mark.slow
 def test_training_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     x, y, moves = planar()
     done = fit.train(Program(x, y, "hinge", 1e-3, moves), fit.Way(patterns=80), np.random.default_rng(0))
@@ -546,6 +554,7 @@ def test_training_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     assert "is no better than that of a network that always answers 0" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", HINGE_FIRST)
 def test_other_methods_come_near_the_same_optimum(loss: Loss) -> None:
     x, y, _ = planar()

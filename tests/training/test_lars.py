@@ -53,6 +53,7 @@ def test_the_scale_of_the_gradient_does_not_matter_and_zeros_are_steps_of_sgd() 
     assert torch.equal(untouched, torch.ones(2, 2))
 
 
+@pytest.mark.slow
 def test_the_loop_trains_with_it() -> None:
     y = torch.arange(120) % 3
     noise = RowRng.from_ids(1, [str(i) for i in range(120)]).uniform(torch.empty(120, 2))

@@ -100,6 +100,7 @@ HARD = Recipe(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("stop_at", [3, 6, 11])  # in the first epoch, in the second, in the third
 def test_interrupted_equals_uninterrupted(optimizer: str, stop_at: int, tmp_path: Path) -> None:
@@ -215,6 +216,7 @@ def test_callers_model_generators_and_flags_are_untouched() -> None:
     assert done.last.state_sha256() != model.state_sha256()
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_other_seed_others() -> None:
     def run(seed: int) -> str:
         torch.rand(seed + 1)  # the global generator has no say
@@ -223,6 +225,7 @@ def test_same_seed_same_weights_other_seed_others() -> None:
     assert run(0) == run(0) != run(1)
 
 
+@pytest.mark.slow
 def test_learns_blobs_and_digits() -> None:
     done = fit(small(), blobs(), Objective(), Recipe(epochs=30, lr=0.05, batch_size=16), RNG, progress=False)
     assert done.best.score == 1.0
@@ -421,6 +424,7 @@ def test_float16_leaves_out_steps_whose_gradients_overflow_and_resumes(tmp_path:
         fit(small(), blobs(), Overflowing(99), recipe, RNG, progress=False)
 
 
+@pytest.mark.slow
 def test_float16_learns_what_float32_does() -> None:
     task = TASKS.build("digits")
     model = MODELS.build("mlp:hidden=32")(task.shape, 10, RNG)

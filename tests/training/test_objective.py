@@ -181,6 +181,7 @@ class Faulty(Trains):
         return Weighted()
 
 
+@pytest.mark.slow
 def test_the_law_of_resuming_finds_a_state_that_is_not_kept() -> None:
     check_training(Faulty(how="sound"))
     with pytest.raises(AssertionError, match="ends with other weights"):

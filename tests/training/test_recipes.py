@@ -319,6 +319,7 @@ def test_architectures_of_other_packages_without_weights_fetch_nothing(here: Pat
         assert RECIPES.build(written(f"model: {model}\n")).said("model") == model
 
 
+@pytest.mark.slow
 def test_what_the_command_line_says_is_not_asked_of_the_file(here: Path) -> None:
     """Nor is the file's part looked at where settings alone are taken."""
     file = written("task: python:bomb:rows\nmodel: timm:resnet18\nrecipe:\n  epochs: 1\n")
@@ -347,6 +348,7 @@ def test_yaml_is_imported_when_a_file_is_read() -> None:
 # --- training by one
 
 
+@pytest.mark.slow
 def test_a_run_takes_from_the_recipe_what_it_is_not_told(here: Path) -> None:
     written(FILE)
     made = train_victim(None, None, None, recipe="mine.yaml,epochs=1", out=here / "a", device="cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import inspect
 import math
@@ -13,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from advkit.core.errors import AdvkitError, SpecError
 from advkit.core.registry.grammar import Argument, is_group, nearest, parse_arguments, split, ungroup
@@ -269,16 +269,20 @@ def _guard(text: str, item: bool) -> str:
     return f"[{text}]" if loose or special or is_group(text) or text != text.strip() else text
 
 
-@functools.lru_cache(maxsize=1024)
-def _evaluated(cls: type) -> dict[str, Any]:
-    """Annotations of a class; kept, since a sweep asks for those of the same classes thousands of times."""
-    return typing.get_type_hints(cls, include_extras=True)
+# A class is asked for its hints at every building, and telling them takes Python longer than the building.
+_KNOWN_HINTS = WeakKeyDictionary[type, dict[str, Any]]()
 
 
 def _hints(cls: type) -> dict[str, Any]:
     """Annotations of the dataclass fields; text where one names something that is imported for type checkers only."""
+    if cls not in _KNOWN_HINTS:
+        _KNOWN_HINTS[cls] = _told_hints(cls)
+    return _KNOWN_HINTS[cls]
+
+
+def _told_hints(cls: type) -> dict[str, Any]:
     try:
-        return _evaluated(cls)
+        return typing.get_type_hints(cls, include_extras=True)
     except (NameError, AttributeError):
         pass
     hints: dict[str, Any] = {}
