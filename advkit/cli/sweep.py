@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from advkit.evaluation.sweep import Curve, Sweep
-    from advkit.evaluation.sweep.table import Progress
+    from advkit.evaluation.sweep.table import Progress, Row
 
 FAILED = 3
 _SHOWN = 40
@@ -132,6 +132,7 @@ def _sweep(
     from advkit.cli.matrix import Bar
     from advkit.evaluation.sweep.api import carry_out, prepare
     from advkit.evaluation.sweep.engines import ENGINES
+    from advkit.evaluation.sweep.table import failed, to_dict
 
     chosen = ENGINES.build(engine)  # a slip in its name is told before anything is looked at
     quiet = as_json or not sys.stderr.isatty()
@@ -150,11 +151,12 @@ def _sweep(
             again=again,
             watch=functools.partial(bar.watch, "lines"),
         )
+    rows = made.rows  # once: every row is read from its folder
     if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=2))
+        typer.echo(json.dumps(to_dict(rows), indent=2))
     else:
-        _print_table(made)
-    if made.failed:
+        _print_table(made.folder, rows)
+    if failed(rows):
         raise typer.Exit(FAILED)
 
 
@@ -173,19 +175,19 @@ def _print_lines(made: Sweep, as_json: bool) -> None:
             typer.echo(printable(f"{line.line}: {shlex.join(['advkit', *line.argv(made.folder)])}"))
 
 
-def _print_table(made: Sweep) -> None:
+def _print_table(home: Path, rows: list[Row]) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
     from advkit.evaluation.sweep.api import TABLE
     from advkit.evaluation.sweep.table import markdown
 
-    rows, console = made.rows, Console()
+    console = Console()
     # Numbers and problems first: parts that do not fit are many, and the file has them.
     order = sorted(rows, key=lambda row: (row.state in ("refused", "excluded"), row.cell))
     console.print(Markdown(markdown(order[:_SHOWN], rows)))
     more = f" ({len(rows) - _SHOWN} cells more)" if len(rows) > _SHOWN else ""
-    console.print(f"written: {made.folder / TABLE}{more}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"written: {home / TABLE}{more}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _carry_out(home: Path, cells: str, trust: bool, as_json: bool) -> None:

@@ -59,6 +59,7 @@ def swept(grid: dict[str, Any], out: Path, **settings: Any) -> Sweep:
 # What cells share
 
 
+@pytest.mark.slow
 def test_what_was_learned_from_labels_is_shared_where_nothing_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     learned: list[str] = []
     protect = SVM.protect
@@ -287,6 +288,7 @@ def test_a_line_is_left_off_once_its_process_is_gone(tmp_path: Path) -> None:
     assert state_of(tmp_path, line).state == "left off"
 
 
+@pytest.mark.slow
 def test_a_line_waits_for_a_process_that_is_still_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from advkit.evaluation.sweep import line as lines
 

@@ -18,9 +18,9 @@ from advkit.evaluation.sweep.curve import Curve, radii, trace
 from advkit.evaluation.sweep.driver import drive
 from advkit.evaluation.sweep.engines import ENGINES, Engine
 from advkit.evaluation.sweep.grid import Grid, read_grid
-from advkit.evaluation.sweep.line import PROBLEMS, Line, read_lines, write_lines
+from advkit.evaluation.sweep.line import Line, read_lines, write_lines
 from advkit.evaluation.sweep.plan import resolve
-from advkit.evaluation.sweep.table import Row, markdown, rows_of, to_dict
+from advkit.evaluation.sweep.table import Row, failed, markdown, rows_of, to_dict
 
 TABLE = "sweep.md"
 
@@ -40,7 +40,7 @@ class Sweep:
     @property
     def failed(self) -> bool:
         """Whether a cell that fits has no number."""
-        return any(row.state in PROBLEMS or row.undecided for row in self.rows)
+        return failed(self.rows)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """The rows as plain data."""

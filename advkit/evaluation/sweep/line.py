@@ -162,35 +162,45 @@ class Note:
 
 def state_of(home: Path, line: Line) -> Note:
     """What became of a line, from its folder alone."""
+    return looked_at(home, line)[0]
+
+
+def looked_at(home: Path, line: Line) -> tuple[Note, Report | None]:
+    """What became of a line, and the report of one that is done in a folder of its own."""
     if line.reason:
-        return Note(state="excluded" if line.excluded else "refused", reason=line.reason)
+        return Note(state="excluded" if line.excluded else "refused", reason=line.reason), None
     folder = home / line.folder
     if folder.exists() and not folder.is_dir():
-        return Note(state="failed", reason=f"{folder} is a file and no run folder: move it, or name another with --out")
-    note = Note.read(folder)
+        reason = f"{folder} is a file and no run folder: move it, or name another with --out"
+        return Note(state="failed", reason=reason), None
     if line.rows is not None and (folder.parent / REPORT_NAME).exists():  # taken over, and removed
-        return Note(state="done")
+        return Note(state="done"), None
     if (folder / REPORT_NAME).exists():
-        problem = misplaced(folder, line)
-        return Note(state="failed", reason=problem) if problem else Note(state="done")
+        try:
+            return Note(state="done"), report_of(folder, line)
+        except ReportError as error:
+            return Note(state="failed", reason=str(error)), None
+    note = Note.read(folder)
     if note.state == "running" and not _held(folder) and not _alive(note.place):
-        return replace(note, state="left off")
-    return note
+        note = replace(note, state="left off")
+    return note, None
 
 
-def misplaced(folder: Path, line: Line) -> str:
-    """Why the report in a folder is not that of the line; "" where it is."""
+def report_of(folder: Path, line: Line) -> Report:
+    """The line's report; raises ReportError where there is none, or another evaluation's."""
     try:
-        data = Report.load(folder).to_dict()
+        report = Report.load(folder)
     except ReportError as error:
-        return f"{error}; remove it, or name another folder with --out"
-    held = data.get("request") or {}
+        raise ReportError(f"{error}; remove it, or name another folder with --out") from None
+    held = report.to_dict().get("request") or {}
     differ = [name for name, value in line.specs.items() if held.get(name) != value]
     if held.get("rows") != line.rows:
         differ.append("rows")
     if differ:
-        return f"{folder} holds the report of another evaluation ({', '.join(differ)} differ): name another with --out"
-    return ""
+        raise ReportError(
+            f"{folder} holds the report of another evaluation ({', '.join(differ)} differ): name another with --out"
+        )
+    return report
 
 
 def _held(folder: Path) -> bool:
@@ -256,8 +266,8 @@ def _carried_out(home: Path, number: int) -> Note:
 
     ended("running")
     try:
-        if problem := misplaced(folder, line) if (folder / REPORT_NAME).exists() else "":
-            return ended("failed", problem)
+        if (folder / REPORT_NAME).exists():
+            report_of(folder, line)
         _evaluate(home, line, read_lines(home, line.shards), take_over)
     except RunInUse:
         raise
