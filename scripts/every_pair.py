@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from advkit.evaluation.sweep.api import Sweep
+from advkit.evaluation.sweep.line import PROBLEMS
 from advkit.evaluation.sweep.table import Row
 
 HEAD = """# Every attack against every defense
@@ -24,54 +26,75 @@ and nothing of its strength. Where a pair has no number, the reason is named by 
 """
 
 
-def reason_of(row: Row) -> str:
-    """Why a pair has no number, in words that all pairs of its kind share."""
-    reason = f"{row.state}: {row.reason}" if row.state != "refused" else row.reason
-    if row.state == "done":
-        return f"{row.undecided} of {row.n} samples without a verdict" if row.undecided else f"no {row.metric}"
-    for kind in ("attack", "defense"):
-        spec = str(row.parts[kind])
-        for text in (spec, spec.partition(":")[0]):
-            reason = " ".join(kind.upper() if word.strip(",;") == text else word for word in reason.split())
-    return reason
+@dataclass(frozen=True)
+class Pair:
+    """A cell by the specs that were asked for: a part and another name of it are two rows of the page."""
+
+    attack: str
+    defense: str
+    row: Row
+
+    @property
+    def number(self) -> float | None:
+        """What came out; None where there is a reason."""
+        return self.row.value if self.row.state == "done" and not self.row.undecided else None
+
+    @property
+    def reason(self) -> str:
+        """Why there is no number, in words that all pairs of its kind share."""
+        row = self.row
+        if row.state in ("waiting", "running", "left off"):
+            return "not run yet"
+        if row.state == "done":
+            return f"{row.undecided} of {row.n} samples without a verdict" if row.undecided else f"no {row.metric}"
+        words = (f"{row.state}: {row.reason}" if row.state in PROBLEMS else row.reason).split()
+        for kind, spec in (("ATTACK", self.attack), ("DEFENSE", self.defense)):
+            own = {spec, spec.partition(":")[0], str(row.parts[kind.lower()])} - {"none", "spiking"}  # words, too
+            words = [kind if word.strip(",;:") in own else word for word in words]
+        return " ".join(words)
 
 
-def page(rows: Sequence[Row]) -> str:
+def pairs_of(made: Sweep) -> list[Pair]:
+    """The pairs of a sweep, in the grid's order."""
+    lines = [line for line in made.lines if line.rows is None]
+    asked = [(str(line.request["attack"]), str(line.request["defense"])) for line in lines]
+    if len(set(asked)) != len(asked):
+        raise SystemExit("the sweep has several cells for a pair: a page is of one task, model, goal and seed")
+    return [Pair(*names, row) for names, row in zip(asked, made.rows, strict=True)]
+
+
+def page(made: Sweep) -> str:
     """The whole page."""
-    attacks = list(dict.fromkeys(str(row.parts["attack"]) for row in rows))
-    defenses = list(dict.fromkeys(str(row.parts["defense"]) for row in rows))
-    numbers = [row for row in rows if row.state == "done" and row.value is not None and not row.undecided]
-    reasons = Counter(reason_of(row) for row in rows if row not in numbers)
-    known = {reason: place for place, (reason, _) in enumerate(reasons.most_common(), 1)}
-    held = {(str(row.parts["attack"]), str(row.parts["defense"])): row for row in rows}
-    if len(held) != len(rows):
-        raise SystemExit("the sweep has several cells for a pair: a page is of one task, model and seed")
+    pairs = pairs_of(made)
+    numbers = [pair.row for pair in pairs if pair.number is not None]
+    reasons = Counter(pair.reason for pair in pairs if pair.number is None).most_common()
+    place = {reason: number for number, (reason, _) in enumerate(reasons, 1)}
+    told = {
+        (pair.attack, pair.defense): f"({place[pair.reason]})" if pair.number is None else f"{pair.number:.2g}"
+        for pair in pairs
+    }
+    attacks = list(dict.fromkeys(pair.attack for pair in pairs))
+    defenses = list(dict.fromkeys(pair.defense for pair in pairs))
+    metrics = Counter(row.metric.replace("_", " ") for row in numbers).most_common()
+    head = HEAD.format(
+        metrics=" or ".join(f"{name} ({count} pairs)" for name, count in metrics),
+        n=max((row.n for row in numbers), default=0),
+        task=pairs[0].row.parts["task"],
+    )
+    lines = [head, f"{len(pairs)} pairs: {len(numbers)} numbers, {len(pairs) - len(numbers)} reasons.", ""]
+    lines += table(("", "reason", "pairs"), [(f"({place[each]})", each, count) for each, count in reasons])
+    lines += table(("", "defense"), [(f"d{number}", f"`{each}`") for number, each in enumerate(defenses, 1)])
+    head_of_all = ("attack", *(f"d{number}" for number in range(1, len(defenses) + 1)))
+    lines += table(head_of_all, [(f"`{each}`", *(told[each, other] for other in defenses)) for each in attacks])
+    return "\n".join(lines)
 
-    def cell(attack: str, defense: str) -> str:
-        row = held[attack, defense]
-        if row in numbers:
-            assert row.value is not None
-            return f"{row.value:.2g}"
-        return f"({known[reason_of(row)]})"
 
-    metrics = Counter(row.metric.replace("_", " ") for row in numbers)
-    lines = [HEAD.format(
-        metrics=" or ".join(f"{name} ({count} pairs)" for name, count in metrics.most_common()),
-        n=max((row.n for row in numbers), default=0), task=rows[0].parts["task"],
-    )]  # fmt: skip
-    lines += [f"{len(rows)} pairs: {len(numbers)} numbers, {len(rows) - len(numbers)} reasons.", ""]
-    lines += ["| | reason | pairs |", "|---|---|---|"]
-    lines += [
-        f"| ({known[each]}) | {each.replace('|', chr(92) + '|')} | {count} |" for each, count in reasons.most_common()
-    ]
-    lines += ["", "| | defense |", "|---|---|"]
-    lines += [f"| d{place} | `{defense}` |" for place, defense in enumerate(defenses, 1)]
-    lines += ["", f"| attack | {' | '.join(f'd{place}' for place in range(1, len(defenses) + 1))} |"]
-    lines += [f"|{'---|' * (len(defenses) + 1)}"]
-    lines += [f"| `{attack}` | {' | '.join(cell(attack, each) for each in defenses)} |" for attack in attacks]
-    return "\n".join(lines) + "\n"
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table, and an empty one."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [*(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)), ""]
 
 
 if __name__ == "__main__":
     folder, file = sys.argv[1:]
-    Path(file).write_text(page(Sweep.load(folder).rows), encoding="utf-8")
+    Path(file).write_text(page(Sweep.load(folder)), encoding="utf-8")

@@ -76,7 +76,7 @@ def test_the_page_of_every_pair_has_a_number_or_a_reason_for_each(tmp_path: Path
     }
     made = sweep(grid, out=tmp_path, engine=Here())
     assert isinstance(made, Sweep)
-    text = runpy.run_path(str(ROOT / "scripts" / "every_pair.py"))["page"](made.rows)
+    text = runpy.run_path(str(ROOT / "scripts" / "every_pair.py"))["page"](made)
     assert "9 pairs: 2 numbers, 7 reasons." in text
     cells = [[each.strip(" `") for each in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| `"]
     table = {attack: told for attack, *told in cells}

@@ -548,9 +548,7 @@ def test_wrong_attributes_are_refused():
         run(Composed(parts="naa"), Ensemble([network(), network()]), x, goal, Linf(EPS))
     with pytest.raises(UsageError, match="shows none"):
         run(Composed(parts="fia"), lambda z: model(z), x, goal, Linf(EPS))
-    with pytest.raises(
-        UsageError, match="a black box shows none"
-    ):  # by its own name, not that of a class within advkit
+    with pytest.raises(UsageError, match="a black box shows none"):  # its own name, not a class's
         run(Composed(parts="fia"), BlackBox(model), x, goal, Linf(EPS))
     flat = uniform(1, 3, 8)
     for parts in ("di", "ti", "ssa", "sia", "bsr", "pi"):

@@ -19,10 +19,11 @@ from torch import nn
 
 import advkit
 from advkit.cli.main import load_command
-from advkit.core.errors import UsageError
+from advkit.core.errors import AdvkitError, UsageError
 from advkit.defenses.labels.svm import SVM
 from advkit.evaluation import victims
-from advkit.evaluation.plan import Request
+from advkit.evaluation.execute import preflight
+from advkit.evaluation.plan import Request, plan
 from advkit.evaluation.report.merge import merge
 from advkit.evaluation.run.store import read_examples, read_records
 from advkit.evaluation.sweep import Curve, Sweep, radii, sweep
@@ -77,6 +78,18 @@ def test_what_was_learned_from_labels_is_shared_where_nothing_differs(monkeypatc
     assert victims.protected(None, "svm:C=2", digits).model is not first
     assert victims.protected(None, "svm", pair).model.classes == 2
     assert len(learned) == 4
+
+
+@pytest.mark.slow
+def test_a_cell_is_refused_by_the_plan_where_an_evaluation_refuses_it_and_in_its_words(tmp_path: Path) -> None:
+    every = read_grid(Path(__file__).parents[2] / "docs" / "every_pair.yaml")
+    grid = every.model_copy(update={"defenses": ["none"], "exclude": []})
+    refused = [line for line in prepare(grid, tmp_path).lines if line.reason]
+    assert {"sda:steps=2", "beast:length=2,k=3", "pixle:queries=60"} <= {line.request["attack"] for line in refused}
+    for line in refused:
+        with pytest.raises(AdvkitError) as raised:
+            preflight(plan(Request(**line.request, beside=False)).case)
+        assert line.reason == str(raised.value)
 
 
 # The file

@@ -16,7 +16,7 @@ from advkit.core.protocols import AboutSamples, Label, ThroughView, answer_shape
 from advkit.core.registry import outside
 from advkit.evaluation.inputs import pick_device
 from advkit.evaluation.matrix.images import NoVictim
-from advkit.evaluation.plan import NO_ATTACK, PARTS, Outline, Request, outline, registries
+from advkit.evaluation.plan import NO_ATTACK, PARTS, Outline, Request, outline, registries, with_data
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.batch import own_randomness
 from advkit.evaluation.run.case import Case, digest_of
@@ -190,6 +190,7 @@ def misfit(begun: Outline) -> str:
     try:
         if reason := scenario.accepts(case):
             return reason
+        case = with_data(case, scenario)
         batch = next(iter(task.batches(1, n=1)))
         assert batch.labels is not None
         answer = 10.0 * one_hot(batch.labels, task.classes).to(torch.float32)
