@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from advkit.evaluation.report.optimality import optimality
     from advkit.evaluation.report.query import query
     from advkit.evaluation.sweep import sweep
+    from advkit.skeleton import init_attack, init_defense
 
 # MKL, torch's matrix library on x86, lets the last bits of a product depend on where its rows lie in memory and on how
 # many there are: a sample would depend on its place in the batch (`Linear(294, 10)`, torch 2.14), and no call could be
@@ -29,6 +30,8 @@ __all__ = [
     "certify",
     "compare",
     "evaluate",
+    "init_attack",
+    "init_defense",
     "matrix",
     "optimality",
     "query",
@@ -40,6 +43,8 @@ _LAZY = {
     "certify": "advkit.evaluation.api",
     "evaluate": "advkit.evaluation.api",
     "compare": "advkit.evaluation.report.compare",
+    "init_attack": "advkit.skeleton",
+    "init_defense": "advkit.skeleton",
     "matrix": "advkit.evaluation.matrix",
     "optimality": "advkit.evaluation.report.optimality",
     "query": "advkit.evaluation.report.query",
@@ -53,6 +58,7 @@ _SUBPACKAGES = (
     "defenses",
     "evaluation",
     "models",
+    "skeleton",
     "tasks",
     "testing",
     "threat_models",
