@@ -45,6 +45,8 @@ class Pair:
         row = self.row
         if row.state in ("waiting", "running", "left off"):
             return "not run yet"
+        if row.state == "excluded":
+            return "excluded by the grid"
         if row.state == "done":
             return f"{row.undecided} of {row.n} samples without a verdict" if row.undecided else f"no {row.metric}"
         words = (f"{row.state}: {row.reason}" if row.state in PROBLEMS else row.reason).split()
