@@ -198,7 +198,8 @@ def _types(command: str) -> dict[str, str]:
     """The types of a command's parameters as its function declares them: the parser's own vary with its version."""
     module = importlib.import_module(COMMANDS[command][0])
     parameters = inspect.signature(getattr(module, command.replace("-", "_")), eval_str=True).parameters
-    return {name: _told_type(get_args(each.annotation)[0]) for name, each in parameters.items()}
+    told = {name: get_args(each.annotation) for name, each in parameters.items()}  # none of the parser's own context
+    return {name: _told_type(found[0]) for name, found in told.items() if found}
 
 
 def _told_type(annotation: Any) -> str:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from advkit.attacks import ATTACKS
 from advkit.cli.main import COMMANDS, load_command
+from advkit.defenses import DEFENSES
+from advkit.evaluation.sweep import Sweep, sweep
 from advkit.evaluation.sweep.api import prepare
 from advkit.evaluation.sweep.engines import ENGINES
 from advkit.evaluation.sweep.grid import Grid, read_grid
+from advkit.evaluation.sweep.line import Line, carry_out
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
 LINES = [line for block in re.findall(r"^```console\n(.*?)^```$", TEXT, re.M | re.S) for line in block.splitlines()]
+
+
+class Here:
+    """An engine of this very process."""
+
+    def run(self, home: Path, lines: Sequence[Line], workers: int) -> Iterator[int]:
+        for line in lines:
+            carry_out(home, line.line)
+            yield line.line
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -45,8 +60,39 @@ def test_the_grid_is_read_and_its_keys_are_all_named(tmp_path: Path) -> None:
         assert f"`{key}`" in TEXT
 
 
-def test_the_grid_of_every_pair_names_every_attack() -> None:
+def test_the_grid_of_every_pair_names_every_attack_and_every_defense() -> None:
     grid = read_grid(ROOT / "docs" / "every_pair.yaml")
-    named = {ATTACKS.known(spec.partition(":")[0]) for spec in grid.attacks}
-    assert named == set(ATTACKS.names())
-    assert grid.defenses == ["all"]
+    for named, registry in ((grid.attacks, ATTACKS), (grid.defenses, DEFENSES)):
+        assert {registry.known(spec.partition(":")[0]) for spec in named} == set(registry.names())
+
+
+@pytest.mark.slow
+def test_the_page_of_every_pair_has_a_number_or_a_reason_for_each(tmp_path: Path) -> None:
+    grid: dict[str, Any] = {
+        "attacks": ["fgsm", "sda", "beast"],
+        "defenses": ["none", "svm", "ppl_filter"],
+        "tasks": "digits",
+        "n": 2,
+    }
+    made = sweep(grid, out=tmp_path, engine=Here())
+    assert isinstance(made, Sweep)
+    text = runpy.run_path(str(ROOT / "scripts" / "every_pair.py"))["page"](made)
+    assert "9 pairs: 2 numbers, 7 reasons." in text
+    cells = [[each.strip(" `") for each in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| `"]
+    table = {attack: told for attack, *told in cells}
+    values = {(row.parts["attack"], row.parts["defense"]): row.value for row in made.rows}
+    for attack in grid["attacks"]:
+        for place, defense in enumerate(grid["defenses"]):
+            told, value = table[attack][place], values[attack, defense]
+            assert re.fullmatch(r"\([1-9]\)", told) if value is None else float(told) == pytest.approx(value, abs=0.01)
+    for row in made.rows:
+        assert row.state == "done" or row.reason[-20:] in text
+
+
+def test_the_page_in_the_docs_is_of_that_grid() -> None:
+    grid = read_grid(ROOT / "docs" / "every_pair.yaml")
+    text = (ROOT / "docs" / "every_pair.md").read_text(encoding="utf-8")
+    listed = [re.match(r"\| `([^`]+)` \|", line) for line in text.splitlines()]
+    assert [found[1] for found in listed if found] == grid.attacks
+    assert re.findall(r"^\| d\d+ \| `([^`]+)` \|$", text, re.M) == grid.defenses
+    assert f"{len(grid.attacks) * len(grid.defenses)} pairs: " in text

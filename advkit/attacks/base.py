@@ -29,6 +29,12 @@ def better(reached: Tensor, loss: Tensor, than_reached: Tensor, than_loss: Tenso
     return torch.where(reached == than_reached, loss < than_loss, reached)
 
 
+def model_name(model: Any) -> str:
+    """What a model calls itself, else the name of its class: for messages."""
+    describe = getattr(model, "describe", None)
+    return str(describe().name) if callable(describe) else str(getattr(model, "name", type(model).__name__))
+
+
 def lp_ball(ball: Any) -> Any:
     """The ball inside a threat model that wraps one (`.ball`), for attacks whose rules are published per norm."""
     while not isinstance(ball, Linf | L2 | L1 | L0) and isinstance(ball, WrapsBall):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from advkit.evaluation.sweep import Curve, Sweep
-    from advkit.evaluation.sweep.table import Progress
+    from advkit.evaluation.sweep.table import Progress, Row
 
 FAILED = 3
 _SHOWN = 40
@@ -47,9 +46,19 @@ _Trust = Annotated[
 _Plots = Annotated[bool, typer.Option(help="Draw the curve.")]
 
 
+_TAKES = {
+    "--status": ("status", "as_json"),
+    "--cell": ("grid", "cell", "trust", "as_json"),
+    "--eps": ("eps", "out", "workers", "plots", "as_json"),
+    "grid": ("grid", "out", "engine", "workers", "shard", "retries", "again", "dry_run", "trust", "as_json"),
+}
+"""Parameters that each use of the command has; a curve has those of an evaluation, too."""
+
+
 @takes_request()
 def sweep(
     asked: Asked,
+    context: typer.Context,
     grid: _Grid = None,
     out: _Out = Path("runs"),
     engine: _Engine = "local",
@@ -73,28 +82,37 @@ def sweep(
 
     Exit status: 0 every cell that fits has its number, 2 a mistake in the request, 3 a cell failed or was put aside.
     """
+    mode = _mode(context, asked)
+    if mode == "--status" and status is not None:
+        _show_status(status, as_json)
+    elif mode == "--cell" and grid is not None and cell is not None:
+        _carry_out(grid, cell, trust, as_json)
+    elif mode == "--eps" and eps is not None:
+        _trace(asked, eps, out, workers, plots, as_json)
+    elif grid is not None:
+        _sweep(grid, out, engine, workers, shard, retries, again, dry_run, trust, as_json)
+
+
+def _mode(context: typer.Context, asked: Asked) -> str:
+    """What is asked for; UsageError where that is nothing, or where an option is given that would say nothing there."""
     from advkit.core.errors import UsageError
 
-    given = _given(asked)
-    if given and eps is None:
-        raise UsageError(f"--{given[0].replace('_', '-')} belongs to --eps; of a grid it stands in the file")
-    if status is not None:
-        _show_status(status, as_json)
-    elif grid is not None and cell is not None:
-        _carry_out(grid, cell, trust, as_json)
-    elif eps is not None and grid is None:
-        _trace(asked, eps, out, workers, plots, as_json)
-    elif grid is not None and eps is None:
-        _sweep(grid, out, engine, workers, shard, retries, again, dry_run, trust, as_json)
-    else:
-        raise UsageError("sweep takes one of: a grid (GRID.yaml), a curve (--eps), a folder (--status FOLDER)")
-
-
-def _given(asked: Mapping[str, Any]) -> list[str]:
-    from advkit.evaluation.plan import Request
-
-    usual = Request()
-    return [name for name, value in asked.items() if value != getattr(usual, name)]
+    names = {each.name: max(each.opts, key=len) for each in context.command.params if each.name is not None}
+    given = {name for name in names if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    mode = next((names[each] for each in ("status", "cell", "eps") if each in given), "grid")
+    if "grid" not in given and mode in ("grid", "--cell"):
+        lacking = "sweep takes one of: a grid (GRID.yaml), a curve (--eps), a folder (--status FOLDER)"
+        raise UsageError(
+            lacking if mode == "grid" else "--cell needs the folder of the sweep: advkit sweep FOLDER --cell 3"
+        )
+    takes = {*_TAKES[mode], *(asked if mode == "--eps" else ())}
+    for name in (each for each in names if each in given and each not in takes):
+        shown = "a grid" if name == "grid" else names[name]
+        if name in asked and mode == "grid":
+            raise UsageError(f"{shown} belongs to --eps; of a grid it stands in the file")
+        said = ", ".join(names[each] for each in names if each in _TAKES[mode] and names[each] != mode)
+        raise UsageError(f"{shown} does not go with {'a grid' if mode == 'grid' else mode}, which takes {said}")
+    return mode
 
 
 def _sweep(
@@ -114,6 +132,7 @@ def _sweep(
     from advkit.cli.matrix import Bar
     from advkit.evaluation.sweep.api import carry_out, prepare
     from advkit.evaluation.sweep.engines import ENGINES
+    from advkit.evaluation.sweep.table import failed, to_dict
 
     chosen = ENGINES.build(engine)  # a slip in its name is told before anything is looked at
     quiet = as_json or not sys.stderr.isatty()
@@ -132,11 +151,12 @@ def _sweep(
             again=again,
             watch=functools.partial(bar.watch, "lines"),
         )
+    rows = made.rows  # once: every row is read from its folder
     if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=2))
+        typer.echo(json.dumps(to_dict(rows), indent=2))
     else:
-        _print_table(made)
-    if made.failed:
+        _print_table(made.folder, rows)
+    if failed(rows):
         raise typer.Exit(FAILED)
 
 
@@ -155,19 +175,19 @@ def _print_lines(made: Sweep, as_json: bool) -> None:
             typer.echo(printable(f"{line.line}: {shlex.join(['advkit', *line.argv(made.folder)])}"))
 
 
-def _print_table(made: Sweep) -> None:
+def _print_table(home: Path, rows: list[Row]) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
     from advkit.evaluation.sweep.api import TABLE
     from advkit.evaluation.sweep.table import markdown
 
-    rows, console = made.rows, Console()
+    console = Console()
     # Numbers and problems first: parts that do not fit are many, and the file has them.
     order = sorted(rows, key=lambda row: (row.state in ("refused", "excluded"), row.cell))
     console.print(Markdown(markdown(order[:_SHOWN], rows)))
     more = f" ({len(rows) - _SHOWN} cells more)" if len(rows) > _SHOWN else ""
-    console.print(f"written: {made.folder / TABLE}{more}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"written: {home / TABLE}{more}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _carry_out(home: Path, cells: str, trust: bool, as_json: bool) -> None:

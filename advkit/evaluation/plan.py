@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
@@ -196,9 +197,7 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
         ) from error
     work = with_classes_of(work, victim.model)
     case = _case(request, parts, asked, work, victim, n, device)
-    wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
-    data = case.task.training() if wanted else None
-    case = replace(case, data=None if data is None else replace(data, rule=case.rule))
+    case = with_data(case, scenario)
     companions = tuple(scenario.companions(case)) if request.beside else ()
     trained = DEFENSES.build(victim.defense) if victim.defense else parts.defense
     return Plan(request, case, scenario, victim, trained, companions)
@@ -219,7 +218,7 @@ class Outline:
     scenario: Scenario
     n: int
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, str]:
         """Canonical specs of all parts but the model."""
         return _specs(self.parts, self.asked)
@@ -261,6 +260,13 @@ def _model_asked(model: Any, defense: Any) -> Any:
     if model is not None and not none:
         raise UsageError(f"the defense {DEFENSES.label(defense)} is itself what learns a model: leave --model out")
     return None
+
+
+def with_data(case: Case, scenario: Scenario) -> Case:
+    """The case with the attacker's data, the task's training set, where an attack of it wants some."""
+    wanted = any(_wants_data(each.attack) for each in (case, *scenario.cells(case)))
+    data = case.task.training() if wanted else None
+    return replace(case, data=None if data is None else replace(data, rule=case.rule))
 
 
 def _wants_data(attack: object) -> bool:

@@ -11,7 +11,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advkit.core.errors import AdvkitError, BadModel, CheckpointError, NoTrainingData, StaleRun, UnknownName, UsageError
+from advkit.core.errors import (
+    AdvkitError,
+    BadModel,
+    CheckpointError,
+    NoTrainingData,
+    SpecError,
+    StaleRun,
+    UnknownName,
+    UsageError,
+)
 from advkit.core.files import LOCK, cache_root, claimed, why, write_whole
 from advkit.core.protocols import (
     Bindable,
@@ -43,6 +52,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("advkit")
 
 MARK = "training.sha256"
+_FEW = 2_000_000
+"""Numbers of a training set of which what was learned is kept in memory."""
+_KEPT = 16
+_learned_here: dict[tuple[str, int, str], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,7 @@ def _protected(
                 f"{spec} learns from labels, and the task {task.name} has no training data at hand: give it some (e.g. "
                 f"{task.name}:root=FOLDER)"
             )
-        return Victim(guard.protect(None, data, training_rng(seed)), f"trained here, seed {seed}")
+        return Victim(_learned(guard, data, seed), f"trained here, seed {seed}")
     part, _ = model_part(asked)
     if isinstance(guard, TrainsFront):
         plain = protected(
@@ -276,6 +289,22 @@ def _protected(
         return replace(plain, model=made, defense="")
     start, name = blank(part, task, seed).to(device), MODELS.spec(part)
     return _trained(start, guard, task, seed, device, progress, name=name, spec=spec)
+
+
+def _learned(guard: Any, data: Any, seed: int) -> Any:
+    """What a defense of the registry learns from few labels is kept in memory: a sweep asks for it in every cell."""
+    small = data.x.numel() <= _FEW
+    try:
+        key = (DEFENSES.spec(guard), seed, _data_digest(data)) if small else None
+    except (SpecError, UnknownName):  # an object whose settings no text says
+        key = None
+    if key is None:
+        return guard.protect(None, data, training_rng(seed))
+    if key not in _learned_here:
+        _learned_here[key] = guard.protect(None, data, training_rng(seed))
+        while len(_learned_here) > _KEPT:
+            del _learned_here[next(iter(_learned_here))]
+    return _learned_here[key]
 
 
 def _fitted(model: Any, guard: Any, task: Any, seed: int, *, name: str, spec: str) -> Any:

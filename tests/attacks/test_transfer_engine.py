@@ -17,7 +17,7 @@ from advkit.attacks.transfer.engine import Composed
 from advkit.attacks.transfer.gradients import Scored
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
 from advkit.core.oracle import MeteredOracle
-from advkit.core.protocols import Data
+from advkit.core.protocols import Data, ModelInfo
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
 from advkit.models import MODELS
@@ -517,6 +517,22 @@ def test_the_sources_loss_rises(name, sources):
     assert (rise > 0).float().mean() > 0.95
 
 
+class BlackBox:
+    """A network that says what it is called, and shows no module."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, x):
+        return self.network(x)
+
+    def modules(self):
+        return ()
+
+    def describe(self):
+        return ModelInfo(name="a black box", architecture="", state_sha256="", n_parameters=0)
+
+
 def test_wrong_attributes_are_refused():
     model, x = network(), uniform(5, 2, 2, 6, 6)
     goal = Untargeted(torch.zeros(2).long())
@@ -532,6 +548,8 @@ def test_wrong_attributes_are_refused():
         run(Composed(parts="naa"), Ensemble([network(), network()]), x, goal, Linf(EPS))
     with pytest.raises(UsageError, match="shows none"):
         run(Composed(parts="fia"), lambda z: model(z), x, goal, Linf(EPS))
+    with pytest.raises(UsageError, match="a black box shows none"):  # its own name, not a class's
+        run(Composed(parts="fia"), BlackBox(model), x, goal, Linf(EPS))
     flat = uniform(1, 3, 8)
     for parts in ("di", "ti", "ssa", "sia", "bsr", "pi"):
         with pytest.raises(UsageError, match="images"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import advkit as package
+from advkit.cli.options import takes_request
 from advkit.core.errors import UsageError
 from advkit.evaluation.run.store import read_records
 from advkit.evaluation.sweep.api import prepare
@@ -48,12 +49,22 @@ def test_dry_run_lists_commands_and_reasons_and_each_can_be_run_by_itself(advkit
         (("sweep",), "one of: a grid"),
         (("sweep", "missing.yaml"), "can't be read"),
         (("sweep", "grid.yaml", "--attack", "fgsm"), "--attack belongs to --eps"),
+        (("sweep", "grid.yaml", "--attack", "pgd"), "--attack belongs to --eps"),  # the usual one, said all the same
+        (("sweep", "grid.yaml", "--seed", "0", "--dry-run"), "--seed belongs to --eps"),
+        (("sweep", "grid.yaml", "--eps", "0:1:2"), "a grid does not go with --eps"),
+        (("sweep", "grid.yaml", "--status", "runs"), "a grid does not go with --status"),
+        (("sweep", "grid.yaml", "--no-plots"), "--plots does not go with a grid"),
+        (("sweep", "--eps", "0:1:2", "--engine", "ray"), "--engine does not go with --eps"),
+        (("sweep", "--cell", "0"), "--cell needs the folder"),
+        (("sweep", "nowhere", "--cell", "0", "--n", "4"), "--n does not go with --cell"),
         (("sweep", "grid.yaml", "--engine", "slurmm"), "unknown engine 'slurmm'"),
         (("sweep", "grid.yaml", "--engine", "submitit:cluster=here"), "not 'here'"),
         (("sweep", "--eps", "1:0:3"), "START:STOP:POINTS"),
         (("sweep", "--status", "nowhere"), "no folder of a sweep"),
         (("sweep", "nowhere", "--cell", "0"), "no folder of a sweep"),
         (("sweep", "nowhere", "--cell", "x"), "numbers of lines"),
+        (("sweep", "grid.yaml", "--out", "grid.yaml"), "can't be written"),
+        (("sweep", "grid.yaml", "--out", "/proc/nothing"), "can't be written"),
         (("retry", "nowhere"), "no report at nowhere"),
     ],
 )
@@ -65,12 +76,48 @@ def test_mistakes_are_one_line(advkit: Any, arguments: tuple[str, ...], words: s
     assert len(said.err.strip().splitlines()) == 1
 
 
+def test_a_grid_takes_no_option_of_a_single_evaluation(advkit: Any) -> None:
+    grid()
+    for name in takes_request()(lambda asked: None).__signature__.parameters:  # type: ignore[attr-defined]
+        value = {"device": "cpu", "speed": "fp32"}.get(name, "1")
+        said = advkit("sweep", "grid.yaml", f"--{name.replace('_', '-')}", value)
+        assert (said.code, said.out) == (2, "")
+        assert "belongs to --eps; of a grid it stands in the file" in said.err
+    assert not Path("runs").exists()
+
+
 def test_slurm_that_is_not_here(advkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     monkeypatch.setenv("PATH", "/nowhere")
     said = advkit("sweep", grid(), "--engine", "submitit:cluster=slurm")
     assert (said.code, said.out) == (2, "")
     assert "there is no SLURM here" in said.err
+    assert len(said.err.strip().splitlines()) == 1
+
+
+def test_slurm_that_does_not_answer(advkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    for name in ("sbatch", "srun", "sacct"):
+        file = Path("bin") / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("#!/bin/sh\necho 'sbatch: error: Unable to contact slurm controller' >&2\nexit 1\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}{os.pathsep}{os.environ['PATH']}")
+    said = advkit("sweep", grid(), "--engine", "submitit")
+    assert (said.code, said.out) == (2, "")
+    told = said.err.strip().splitlines()[-1]  # what sbatch itself says stands before it
+    assert "SLURM did not take the tasks (sbatch: error: Unable to contact slurm controller)" in told
+    assert "Traceback" not in said.err
+    assert advkit("sweep", "--status", "runs", "--json").json["states"] == {"waiting": 1, "refused": 1}  # nothing lost
+
+
+def test_a_run_folder_that_can_not_be_written_is_one_line(advkit: Any) -> None:
+    advkit("sweep", grid(), "--out", "runs", "--dry-run")
+    line = Line.from_json(Path("runs/sweep.jsonl").read_text().splitlines()[0])
+    (Path("runs") / line.folder).write_text("a file in the way")
+    said = advkit("sweep", "runs", "--cell", "0")
+    assert (said.code, said.out) == (2, "")
+    assert "can't be written" in said.err
     assert len(said.err.strip().splitlines()) == 1
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +19,11 @@ from torch import nn
 
 import advkit
 from advkit.cli.main import load_command
-from advkit.core.errors import UsageError
-from advkit.evaluation.plan import Request
+from advkit.core.errors import AdvkitError, UsageError
+from advkit.defenses.labels.svm import SVM
+from advkit.evaluation import victims
+from advkit.evaluation.execute import preflight
+from advkit.evaluation.plan import Request, plan
 from advkit.evaluation.report.merge import merge
 from advkit.evaluation.run.store import read_examples, read_records
 from advkit.evaluation.sweep import Curve, Sweep, radii, sweep
@@ -26,6 +33,7 @@ from advkit.evaluation.sweep.grid import read_grid
 from advkit.evaluation.sweep.line import Line, Note, state_of
 from advkit.evaluation.sweep.line import carry_out as run_line
 from advkit.evaluation.sweep.shards import cut
+from advkit.tasks import TASKS
 
 SMALL: dict[str, Any] = {"attacks": ["fgsm"], "tasks": ["digits"], "n": 6, "device": "cpu"}
 
@@ -47,6 +55,41 @@ def swept(grid: dict[str, Any], out: Path, **settings: Any) -> Sweep:
     made = sweep(grid, out=out, engine=settings.pop("engine", Here()), workers=1, **settings)
     assert isinstance(made, Sweep)
     return made
+
+
+# What cells share
+
+
+@pytest.mark.slow
+def test_what_was_learned_from_labels_is_shared_where_nothing_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[str] = []
+    protect = SVM.protect
+
+    def counted(self: SVM, *given: Any) -> Any:
+        learned.append(repr(self))
+        return protect(self, *given)
+
+    monkeypatch.setattr(SVM, "protect", counted)
+    monkeypatch.setattr(victims, "_learned_here", {})
+    digits, pair = TASKS.build("digits"), TASKS.build("digits-pair")
+    first = victims.protected(None, "svm", digits).model
+    assert victims.protected(None, SVM(), digits).model is first
+    assert victims.protected(None, "svm", digits, seed=1).model is not first
+    assert victims.protected(None, "svm:C=2", digits).model is not first
+    assert victims.protected(None, "svm", pair).model.classes == 2
+    assert len(learned) == 4
+
+
+@pytest.mark.slow
+def test_a_cell_is_refused_by_the_plan_where_an_evaluation_refuses_it_and_in_its_words(tmp_path: Path) -> None:
+    every = read_grid(Path(__file__).parents[2] / "docs" / "every_pair.yaml")
+    grid = every.model_copy(update={"defenses": ["none"], "exclude": []})
+    refused = [line for line in prepare(grid, tmp_path).lines if line.reason]
+    assert {"sda:steps=2", "beast:length=2,k=3", "pixle:queries=60"} <= {line.request["attack"] for line in refused}
+    for line in refused:
+        with pytest.raises(AdvkitError) as raised:
+            preflight(plan(Request(**line.request, beside=False)).case)
+        assert line.reason == str(raised.value)
 
 
 # The file
@@ -246,6 +289,42 @@ def test_a_line_that_ends_its_process_is_put_aside(tmp_path: Path) -> None:
     assert not swept(SMALL, tmp_path, again=True).failed
 
 
+def test_a_line_is_left_off_once_its_process_is_gone(tmp_path: Path) -> None:
+    made = prepare(SMALL, tmp_path)
+    (line,) = made.lines
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    for number, state in ((os.getpid(), "running"), (gone.pid, "left off")):
+        Note(state="running", place=f"{socket.gethostname()}:{number}").write(tmp_path / line.folder)
+        assert state_of(tmp_path, line).state == state
+    Note(state="running", place=f"another-machine:{os.getpid()}").write(tmp_path / line.folder)
+    assert state_of(tmp_path, line).state == "left off"
+
+
+@pytest.mark.slow
+def test_a_line_waits_for_a_process_that_is_still_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from advkit.evaluation.sweep import line as lines
+
+    monkeypatch.setattr(lines, "_POLL", 0.01)
+    made = prepare(SMALL, tmp_path)
+    folder = tmp_path / made.lines[0].folder
+    held = "import sys, pathlib, advkit.core.files as f; c = f.Claimed(pathlib.Path(sys.argv[1])); print(1); input()"
+    other = subprocess.Popen(  # a task of a sweep whose driver was ended
+        [sys.executable, "-u", "-c", held, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline()
+    seen: list[bool] = []
+
+    def ends() -> None:
+        seen.append((folder / "line.json").exists())
+        other.communicate("\n")
+
+    threading.Timer(0.3, ends).start()
+    assert run_line(tmp_path, 0).state == "done"
+    assert seen == [False]  # its note was not overwritten while it was at work
+
+
 def test_a_report_of_another_schema_is_told_and_kept(tmp_path: Path) -> None:
     (row,) = swept(SMALL, tmp_path).rows
     file = tmp_path / row.folder / "report.json"
@@ -255,6 +334,18 @@ def test_a_report_of_another_schema_is_told_and_kept(tmp_path: Path) -> None:
     assert made.failed
     assert "schema" in made.rows[0].outcome
     assert file.read_bytes() == before
+
+
+def test_a_file_in_the_place_of_a_run_folder_stops_one_cell_alone(tmp_path: Path) -> None:
+    made = prepare({**SMALL, "seeds": [0, 1]}, tmp_path)
+    in_the_way = tmp_path / made.lines[0].folder
+    in_the_way.write_text("mine")
+    with pytest.raises(UsageError, match="can't be written"):
+        run_line(tmp_path, 0)
+    first, second = swept({**SMALL, "seeds": [0, 1]}, tmp_path).rows
+    assert (first.state, second.state) == ("failed", "done")
+    assert "is a file" in first.reason
+    assert in_the_way.read_text() == "mine"
 
 
 def test_the_report_of_another_evaluation_is_told(tmp_path: Path) -> None:

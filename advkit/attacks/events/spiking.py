@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from advkit.attacks import ATTACKS
-from advkit.attacks.base import TensorGoal, TensorOracle
+from advkit.attacks.base import TensorGoal, TensorOracle, model_name
 from advkit.attacks.suites import Stage, Suite
 from advkit.attacks.wrappers import WrappedOracle
 from advkit.core import protocols
@@ -150,7 +150,7 @@ def under_rule(model: Any, rule: str | None) -> Any:
             if callable(ask):
                 return ask(model, rule)
     raise BadModel(
-        f"{getattr(model, 'name', type(model).__name__)} has no spiking neurons, so there is no surrogate to choose: "
+        f"{model_name(model)} has no spiking neurons, so there is no surrogate to choose: "
         "attack it directly (pgd in place of spiking:pgd), or turn a network of spikingjelly or snntorch into a model "
         "with from_spikingjelly or from_snntorch"
     )

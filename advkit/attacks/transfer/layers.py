@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from advkit.attacks.base import model_name
 from advkit.core.errors import BadModel, UnknownName, UsageError
 from advkit.core.protocols import Composite
 
@@ -31,7 +32,7 @@ def modules_of(model: Any, part: str) -> dict[str, nn.Module]:
         prefix = f"{number}." if len(roots) > 1 else ""
         named.update({f"{prefix}{name}": module for name, module in root.named_modules() if name})
     if not named:
-        raise UsageError(f"{part} looks at the layers of a source, and {type(model).__name__} shows none")
+        raise UsageError(f"{part} looks at the layers of a source, and {model_name(model)} shows none")
     if any(module.training for module in named.values()):
         raise BadModel(f"{part}: the source is in training mode, where rows depend on one another; call eval() first")
     return named

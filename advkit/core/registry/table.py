@@ -74,6 +74,11 @@ def _imported(target: str) -> Any:
     return found
 
 
+def _home(cls: type) -> str:
+    """The `module:attribute` where a class is defined."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def _short(part: object) -> str:
     """What an object looks like, on one line."""
     text = " ".join(repr(part).split())
@@ -113,6 +118,7 @@ class Registry(Generic[T]):
         self._contract = contract
         self._objects = objects
         self._familiar = familiar
+        self._homes = frozenset(self.table.values())
         self._folded = {fold(name): name for name in self.table}
         self._older = {fold(name): name for name in self.deprecated}
 
@@ -143,7 +149,9 @@ class Registry(Generic[T]):
 
     def target(self, name: str) -> str:
         """The `module:attribute` behind a name; UnknownName where there is none."""
-        known = self.known(name)
+        return self._target(self.known(name))
+
+    def _target(self, known: str) -> str:
         return self.table[known] if known in self.table else self._entries()[known].value
 
     def known(self, name: str) -> str:
@@ -243,7 +251,7 @@ class Registry(Generic[T]):
             return cast(T, part)
         if isinstance(part, type):
             raise UsageError(f"the {self.kind} is the class {part.__name__}; expected an object: {part.__name__}()")
-        contract = self.contract
+        contract = None if _home(type(part)) in self._homes else self.contract
         if contract is None or not (names := lacking_in(part, contract)):
             return cast(T, part)
         try:
@@ -265,13 +273,13 @@ class Registry(Generic[T]):
     def name_of(self, part: object) -> str:
         """The name under which an object's class is registered; UnknownName where it is not."""
         cls = part if isinstance(part, type) else type(part)
-        home = f"{cls.__module__}:{cls.__qualname__}"
+        home = _home(cls)
         names = self.names()
         for name in names:
-            if self.target(name) == home:
+            if self._target(name) == home:
                 return name
         for name in names:  # a target may be an alias of the class; only modules already imported can hold it
-            module, _, attribute = self.target(name).partition(":")
+            module, _, attribute = self._target(name).partition(":")
             if getattr(sys.modules.get(module), attribute, None) is cls:
                 return name
         raise UnknownName(

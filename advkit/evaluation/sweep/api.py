@@ -19,9 +19,9 @@ from advkit.evaluation.sweep.curve import Curve, radii, trace
 from advkit.evaluation.sweep.driver import drive
 from advkit.evaluation.sweep.engines import ENGINES, Engine
 from advkit.evaluation.sweep.grid import Grid, read_grid
-from advkit.evaluation.sweep.line import PROBLEMS, Line, read_lines, write_lines
+from advkit.evaluation.sweep.line import Line, read_lines, write_lines
 from advkit.evaluation.sweep.plan import resolve
-from advkit.evaluation.sweep.table import Row, markdown, rows_of, to_dict
+from advkit.evaluation.sweep.table import Row, failed, markdown, rows_of, to_dict
 
 TABLE = "sweep.md"
 
@@ -41,7 +41,7 @@ class Sweep:
     @property
     def failed(self) -> bool:
         """Whether a cell that fits has no number."""
-        return any(row.state in PROBLEMS or row.undecided for row in self.rows)
+        return failed(self.rows)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """The rows as plain data."""
@@ -145,6 +145,9 @@ def sweep(
     if eps is not None:
         if grid is not None:
             raise UsageError("a grid and eps at once; a curve is of one evaluation: name its attack, defense and task")
+        asked = {"engine": engine != "local", "shard": shard is not None, "retries": retries != 1, "again": again}
+        if given := [name for name, other in asked.items() if other]:
+            raise UsageError(f"{', '.join(given)} with eps; a curve is run in this process: these belong to a grid")
         levels = radii(eps) if isinstance(eps, str) else eps
         with Bars(progress):
             made = trace(
@@ -162,6 +165,8 @@ def sweep(
         raise UsageError("sweep needs a grid (a YAML file or a mapping), or eps with the parts of one evaluation")
     if settings:
         raise UsageError(f"{', '.join(settings)}: with a grid these belong into it, as lists")
+    if watch is not None or command:
+        raise UsageError("watch and command are of a curve (eps); `advkit sweep --status` shows where a grid is")
     return carry_out(
         prepare(grid, out, shard=shard, trust=trust), engine=engine, workers=workers, retries=retries, again=again
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def _forget(home: Path, lines: Sequence[Line], again: bool) -> None:
         note = state_of(home, line)
         stale = again or note.version != __version__
         if not line.reason and (note.state == "failed" or (stale and note.state in ("refused", "quarantined"))):
-            Note(tries=note.tries).write(home / line.folder)
+            with suppress(UsageError):  # a file in the folder's place: the line says so, and the others are run
+                Note(tries=note.tries).write(home / line.folder)
 
 
 class _Driver:
@@ -55,12 +57,13 @@ class _Driver:
         self.home, self.lines, self.engine = home, lines, engine
         self.workers, self.retries, self.watch = workers, retries, watch
         self.failed: dict[int, int] = {}
-        # A report that is not the line's stays where it is, and the line can't be run.
+        # A report that is not the line's, or a file in the folder's place, stays where it is: the line can't be run.
         self.ended = {line.line for line in lines if self._over(line)}
 
     def _over(self, line: Line) -> bool:
         final = ("done", "refused", "excluded", "quarantined")
-        return state_of(self.home, line).state in final or (self.home / line.folder / REPORT_NAME).exists()
+        folder = self.home / line.folder
+        return state_of(self.home, line).state in final or (folder / REPORT_NAME).exists() or folder.is_file()
 
     def run(self) -> None:
         """Shards and whole cells, then the cells that take over records of shards."""

@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ LINES = "sweep.jsonl"
 State = Literal["waiting", "running", "left off", "done", "refused", "failed", "quarantined", "excluded"]
 ENDED: tuple[State, ...] = ("done", "refused", "failed", "quarantined", "excluded")
 PROBLEMS: tuple[State, ...] = ("failed", "quarantined")
+_POLL = 0.5  # seconds between two looks at a folder that another process writes to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +103,19 @@ def write_lines(home: Path, lines: Iterable[Line]) -> Path:
     return path
 
 
-def read_lines(home: Path) -> list[Line]:
-    """The lines of a sweep's folder; raises ReportError where there are none."""
+def read_lines(home: Path, numbers: Collection[int] | None = None) -> list[Line]:
+    """The lines of a sweep's folder, or those of some numbers, in their order.
+
+    Raises ReportError where there are none, UsageError for a number that is not among them.
+    """
     path = home / LINES
     try:
-        return [Line.from_json(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        texts = path.read_text(encoding="utf-8").splitlines()
+        chosen = range(len(texts)) if numbers is None else numbers
+        for each in chosen:
+            if not 0 <= each < len(texts):
+                raise UsageError(f"{home} has no line {each}; expected 0 to {len(texts) - 1}")
+        return [Line.from_json(texts[each]) for each in chosen]
     except OSError as error:
         raise ReportError(f"{home} is no folder of a sweep ({LINES}: {why(error)})") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -133,8 +142,14 @@ class Note:
     version: str = __version__
 
     def write(self, folder: Path) -> Self:
-        """Into the run folder, in one move."""
-        write_whole(folder / NOTE, json.dumps(asdict(self)) + "\n")
+        """Into the run folder, in one move; raises UsageError where it can't be written."""
+        try:
+            write_whole(folder / NOTE, json.dumps(asdict(self)) + "\n")
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {folder} can't be written ({why(error)}): move what is there, or name another folder "
+                "with --out"
+            ) from error
         return self
 
     @classmethod
@@ -147,33 +162,45 @@ class Note:
 
 def state_of(home: Path, line: Line) -> Note:
     """What became of a line, from its folder alone."""
+    return looked_at(home, line)[0]
+
+
+def looked_at(home: Path, line: Line) -> tuple[Note, Report | None]:
+    """What became of a line, and the report of one that is done in a folder of its own."""
     if line.reason:
-        return Note(state="excluded" if line.excluded else "refused", reason=line.reason)
+        return Note(state="excluded" if line.excluded else "refused", reason=line.reason), None
     folder = home / line.folder
-    note = Note.read(folder)
+    if folder.exists() and not folder.is_dir():
+        reason = f"{folder} is a file and no run folder: move it, or name another with --out"
+        return Note(state="failed", reason=reason), None
     if line.rows is not None and (folder.parent / REPORT_NAME).exists():  # taken over, and removed
-        return Note(state="done")
+        return Note(state="done"), None
     if (folder / REPORT_NAME).exists():
-        problem = misplaced(folder, line)
-        return Note(state="failed", reason=problem) if problem else Note(state="done")
-    if note.state == "running" and not _held(folder):
-        return replace(note, state="left off")
-    return note
+        try:
+            return Note(state="done"), report_of(folder, line)
+        except ReportError as error:
+            return Note(state="failed", reason=str(error)), None
+    note = Note.read(folder)
+    if note.state == "running" and not _held(folder) and not _alive(note.place):
+        note = replace(note, state="left off")
+    return note, None
 
 
-def misplaced(folder: Path, line: Line) -> str:
-    """Why the report in a folder is not that of the line; "" where it is."""
+def report_of(folder: Path, line: Line) -> Report:
+    """The line's report; raises ReportError where there is none, or another evaluation's."""
     try:
-        data = Report.load(folder).to_dict()
+        report = Report.load(folder)
     except ReportError as error:
-        return f"{error}; remove it, or name another folder with --out"
-    held = data.get("request") or {}
+        raise ReportError(f"{error}; remove it, or name another folder with --out") from None
+    held = report.to_dict().get("request") or {}
     differ = [name for name, value in line.specs.items() if held.get(name) != value]
     if held.get("rows") != line.rows:
         differ.append("rows")
     if differ:
-        return f"{folder} holds the report of another evaluation ({', '.join(differ)} differ): name another with --out"
-    return ""
+        raise ReportError(
+            f"{folder} holds the report of another evaluation ({', '.join(differ)} differ): name another with --out"
+        )
+    return report
 
 
 def _held(folder: Path) -> bool:
@@ -181,6 +208,17 @@ def _held(folder: Path) -> bool:
     try:
         check_unclaimed(folder)
     except RunInUse:
+        return True
+    return False
+
+
+def _alive(place: str) -> bool:
+    """Whether HOST:PROCESS is a process of this machine: one that still finds or trains its victim holds no folder."""
+    host, _, number = place.rpartition(":")
+    if host != socket.gethostname() or not number.isdecimal() or int(number) < 1:
+        return False
+    with suppress(OSError, OverflowError):
+        os.kill(int(number), 0)
         return True
     return False
 
@@ -194,17 +232,29 @@ def records_in(folder: Path) -> int:
 
 
 def carry_out(home: Path, number: int) -> Note:
-    """Run one line in this process, and leave a note of how it ended; nothing is raised but what ends the process."""
+    """Run one line in this process, and leave a note of how it ended.
+
+    Waits where another process is at it: a task of a sweep whose driver was ended goes on by itself.
+
+    Raises UsageError for a number without a line, and where the run folder can't be written.
+    """
+    while True:
+        try:
+            return _carried_out(home, number)
+        except RunInUse:
+            time.sleep(_POLL)
+
+
+def _carried_out(home: Path, number: int) -> Note:
+    """The same; raises RunInUse where another process is at it."""
     from advkit.evaluation.sweep.shards import take_over
 
-    lines = read_lines(home)
-    if not 0 <= number < len(lines):
-        raise UsageError(f"{home} has no line {number}; expected 0 to {len(lines) - 1}")
-    line = lines[number]
+    (line,) = read_lines(home, [number])  # and no others: a sweep may have thousands
     now = state_of(home, line)
     if line.reason or now.state == "done":
         return now
     folder = home / line.folder
+    check_unclaimed(folder)
     before = Note.read(folder)
     place = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -216,9 +266,11 @@ def carry_out(home: Path, number: int) -> Note:
 
     ended("running")
     try:
-        if problem := misplaced(folder, line) if (folder / REPORT_NAME).exists() else "":
-            return ended("failed", problem)
-        _evaluate(home, line, [lines[each] for each in line.shards], take_over)
+        if (folder / REPORT_NAME).exists():
+            report_of(folder, line)
+        _evaluate(home, line, read_lines(home, line.shards), take_over)
+    except RunInUse:
+        raise
     except UsageError as error:
         return ended("refused", str(error))
     except AdvkitError as error:

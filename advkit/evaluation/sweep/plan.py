@@ -14,9 +14,9 @@ from torch.nn.functional import one_hot
 from advkit.core.errors import AdvkitError, ReportError
 from advkit.core.protocols import AboutSamples, Label, ThroughView, answer_shape
 from advkit.core.registry import outside
-from advkit.evaluation.inputs import pick_device, task_of
+from advkit.evaluation.inputs import pick_device
 from advkit.evaluation.matrix.images import NoVictim
-from advkit.evaluation.plan import NO_ATTACK, PARTS, Outline, Request, outline
+from advkit.evaluation.plan import NO_ATTACK, PARTS, Outline, Request, outline, registries, with_data
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.batch import own_randomness
 from advkit.evaluation.run.case import Case, digest_of
@@ -68,26 +68,39 @@ def _outside(cell: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Known:
-    """What cells share: passes of attacks per sample, tasks by their specs, reasons by the parts they are about."""
+    """What cells share: passes of attacks per sample, parts by their specs, reasons by the parts they are about."""
 
-    passes: Mapping[str, float]
-    tasks: dict[str, Any] = field(default_factory=dict)
+    passes: dict[str, float]
+    parts: dict[tuple[str, str], Any] = field(default_factory=dict)
     misfits: dict[tuple[str, ...], str] = field(default_factory=dict)
 
-    def task(self, spec: str) -> Any:
-        """The task of a spec, built once."""
-        if spec not in self.tasks:
-            self.tasks[spec] = task_of(spec)
-        return self.tasks[spec]
+    def built(self, asked: Request) -> Request:
+        """The request with its parts built, each once; one that is somebody's own stays its spec, which names it."""
+        specs = {name: getattr(asked, name) for name in PARTS if name != "model"}
+        return replace(asked, **{name: self._part(name, spec) for name, spec in specs.items() if spec is not None})
+
+    def _part(self, name: str, spec: str) -> Any:
+        if spec == NO_ATTACK or (name != "task" and outside(spec)):
+            return spec
+        if (name, spec) not in self.parts:
+            self.parts[name, spec] = registries()[name].build(spec)
+        return self.parts[name, spec]
 
     def misfit(self, begun: Outline) -> str:
         """See `misfit`: the defense has no part in it. Parts of somebody's own do not run in this process."""
         parts = tuple(spec for name, spec in begun.specs.items() if name != "defense")
-        if any(outside(spec) for spec in parts):
-            return ""
         if parts not in self.misfits:
-            self.misfits[parts] = misfit(begun)
+            self.misfits[parts] = "" if any(outside(spec) for spec in parts) else misfit(begun)
         return self.misfits[parts]
+
+    def passes_of(self, begun: Outline) -> float:
+        """About how many passes a cell costs: measured per sample in this folder, else planned by the attack."""
+        name = begun.specs["attack"]
+        if name not in self.passes:
+            self.passes[name] = 1.0
+            with suppress(Exception):  # a part of somebody's own may have settings of any kind
+                self.passes[name] = 1.0 if begun.parts.attack is None else planned_passes(begun.parts.attack)
+        return self.passes[name] * begun.n
 
 
 def _lines(grid: Grid, cell: dict[str, Any], number: int, first: int, known: _Known, shard: int | None) -> list[Line]:
@@ -96,14 +109,14 @@ def _lines(grid: Grid, cell: dict[str, Any], number: int, first: int, known: _Kn
         return [_unrun(request, number, first, reason, excluded=True)]
     asked = Request(**request, beside=False)
     try:
-        begun = outline(replace(asked, task=known.task(asked.task)))
+        begun = outline(known.built(asked))
         if reason := known.misfit(begun):
             return [_unrun(request, number, first, reason)]
         specs = {**begun.specs, "n": begun.n, "seed": asked.seed}
         digest = digest_of(
             {**specs, "model": asked.model or begun.parts.task.defaults.model, "speed": str(asked.speed)}
         )
-        passes = _passes(begun, known.passes)
+        passes = known.passes_of(begun)
         pieces = cut(begun.n, passes, shard)
         if pieces and not apart(asked):
             pieces = []
@@ -177,6 +190,7 @@ def misfit(begun: Outline) -> str:
     try:
         if reason := scenario.accepts(case):
             return reason
+        case = with_data(case, scenario)
         batch = next(iter(task.batches(1, n=1)))
         assert batch.labels is not None
         answer = 10.0 * one_hot(batch.labels, task.classes).to(torch.float32)
@@ -186,20 +200,6 @@ def misfit(begun: Outline) -> str:
     except AdvkitError as error:
         return str(error)
     return ""
-
-
-def _passes(begun: Outline, known: Mapping[str, float]) -> float:
-    """About how many passes a cell costs: measured per sample in this folder, else planned by the attack."""
-    attack = begun.parts.attack
-    if attack is None:
-        return float(begun.n)
-    name = begun.specs["attack"]
-    each = known.get(name)
-    if each is None:
-        each = 1.0
-        with suppress(Exception):  # a part of somebody's own may have settings of any kind
-            each = planned_passes(attack)
-    return each * begun.n
 
 
 def measured(home: Path) -> dict[str, float]:

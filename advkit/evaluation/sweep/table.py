@@ -10,7 +10,7 @@ from typing import Any
 
 from advkit.core.text import printable
 from advkit.evaluation.report import Report
-from advkit.evaluation.sweep.line import ENDED, Line, Note, State, records_in, state_of
+from advkit.evaluation.sweep.line import ENDED, PROBLEMS, Line, Note, State, looked_at, records_in, state_of
 
 COLUMNS = ("attack", "defense", "task", "model", "threat_model", "goal", "seed")
 
@@ -59,27 +59,27 @@ def rows_of(home: Path, lines: Sequence[Line]) -> Iterator[Row]:
             continue
         parts = {name: line.specs.get(name, line.request.get(name)) for name in COLUMNS}
         parts["seed"] = line.request.get("seed", 0)
-        note = state_of(home, line)
-        if note.state != "done":
+        note, report = looked_at(home, line)
+        if report is None:
             yield Row(cell=line.cell, parts=parts, state=note.state, reason=note.reason, folder=line.folder)
         else:
-            yield _done(home, line, parts)
+            yield _done(report, line, parts)
 
 
-def _done(home: Path, line: Line, parts: dict[str, Any]) -> Row:
-    report = Report.load(home / line.folder)
+def _done(report: Report, line: Line, parts: dict[str, Any]) -> Row:
+    data = report.to_dict()
     headline = report.current["section"]["headline"]
     metric = "robust_accuracy" if headline is None else str(headline["metric"])
     held = report.metrics.get(metric) or {}
     interval = report.interval(metric)
     return Row(
         cell=line.cell,
-        parts=parts | {"model": report.to_dict()["request"]["model"]},
+        parts=parts | {"model": data["request"]["model"]},
         state="done",
         metric=metric,
         value=held.get("value"),
         interval=None if interval is None else (interval.low, interval.high),
-        n=report.to_dict()["dataset"]["n_evaluated"],
+        n=data["dataset"]["n_evaluated"],
         undecided=report.undecided,
         folder=line.folder,
     )
@@ -105,6 +105,11 @@ def markdown(rows: Sequence[Row], of: Sequence[Row] | None = None) -> str:
 
 def _cell(text: str) -> str:
     return printable(" ".join(text.split())).replace("|", "\\|")
+
+
+def failed(rows: Iterable[Row]) -> bool:
+    """Whether a cell that fits has no number, or one that leaves samples out."""
+    return any(row.state in PROBLEMS or row.undecided for row in rows)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from advkit.evaluation.run.workers import end_with_parent
 from advkit.evaluation.sweep.engines import one_thread
 from advkit.evaluation.sweep.line import Line, carry_out
 
-LINES_EACH = 100
+LINES_EACH = 500
 """Lines after which a process is replaced: what libraries keep in memory goes with it."""
 
 

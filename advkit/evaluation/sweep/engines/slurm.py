@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from advkit.core.checks import one_of
 from advkit.core.errors import MissingExtra, UsageError
+from advkit.core.text import first_line
 from advkit.evaluation.sweep.engines import one_thread
 from advkit.evaluation.sweep.line import Line
 
@@ -43,10 +44,16 @@ class Submitit:
     def run(self, home: Path, lines: Sequence[Line], workers: int) -> Iterator[int]:
         """See `Engine.run`. A task has several lines, one after another: a process that ends leaves those behind it."""
         submitit = _package()
-        executor = self._executor(submitit, home, workers)
         tasks = shared_out(lines, workers)
-        with one_thread(), executor.batch():
-            jobs = [executor.submit(submitit.helpers.CommandFunction(_command(home, each))) for each in tasks]
+        try:
+            executor = self._executor(submitit, home, workers)
+            with one_thread(), executor.batch():
+                jobs = [executor.submit(submitit.helpers.CommandFunction(_command(home, each))) for each in tasks]
+        except RuntimeError as error:  # what submitit makes of a command of SLURM's that is not there or fails
+            raise UsageError(
+                f"SLURM did not take the tasks ({first_line(error)}): see that `sbatch` works here, or take --engine "
+                "submitit:cluster=local; what is done is kept"
+            ) from error
         waiting = dict(zip(jobs, tasks, strict=True))
         try:
             while waiting:
