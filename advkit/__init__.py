@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from advkit.evaluation.scenarios.stream import Items, compare_selectors, noise_study
     from advkit.evaluation.sweep import sweep
     from advkit.evaluation.victims import protected, train_victim
+    from advkit.skeleton import init_attack, init_defense
 
 # MKL, torch's matrix library on x86, lets the last bits of a product depend on where its rows lie in memory and on how
 # many there are: a sample would depend on its place in the batch (`Linear(294, 10)`, torch 2.14), and no call could be
@@ -50,6 +51,8 @@ __all__ = [
     "compare_selectors",
     "evaluate",
     "execute",
+    "init_attack",
+    "init_defense",
     "matrix",
     "measure_ratios",
     "noise_study",
@@ -84,6 +87,7 @@ _MODULES = {
     "advkit.evaluation.scenarios.stream": ("Items", "compare_selectors", "noise_study"),
     "advkit.evaluation.sweep": ("sweep",),
     "advkit.evaluation.victims": ("protected", "train_victim"),
+    "advkit.skeleton": ("init_attack", "init_defense"),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}
 _SUBPACKAGES = (
@@ -94,6 +98,7 @@ _SUBPACKAGES = (
     "evaluation",
     "models",
     "plots",
+    "skeleton",
     "tasks",
     "testing",
     "threat_models",

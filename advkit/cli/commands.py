@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("advkit.cli.doctor", "Check this installation, or whether a model's gradients can be trusted."),
     "benchmark": ("advkit.cli.benchmark", "Time our suites beside a peer's and compare their flags image by image."),
     "zoo": ("advkit.cli.zoo", "List the embedded models and verify their hashes."),
+    "init-attack": ("advkit.cli.skeleton", "Write a package with an attack of your own: code to edit, and its tests."),
+    "init-defense": ("advkit.cli.skeleton", "Write a package with a defense of your own: code to edit, and its tests."),
 }
 INTERRUPTED, MISUSE = 130, 2
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -78,7 +80,7 @@ def load_command(name: str) -> Any:
     import typer
 
     module, line = COMMANDS[name]
-    function = getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(module), name.replace("-", "_"))
     single = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=CONTEXT
     )

@@ -65,8 +65,8 @@ class LazyGroup(TyperGroup):
             tell(f"error: {said}")
             raise typer.Exit(AdvkitError.exit_code) from error
         except SystemExit as left:
-            if isinstance(left.__context__, BrokenPipeError):  # whoever read the output has seen enough (`| head`)
-                raise typer.Exit() from left
+            if isinstance(left.__context__, BrokenPipeError):  # who reads what is printed has seen enough (`| head`)
+                raise
             # No command of ours leaves this way: a part that it ran did, and there is no result.
             if _debugging(ctx):
                 traceback.print_exc()

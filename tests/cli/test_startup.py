@@ -222,6 +222,17 @@ def test_errors_end_in_their_exit_codes(
     assert words in one_line(capsys.readouterr().err)
 
 
+def test_a_reader_who_has_seen_enough_gets_no_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`advkit show pgd | head -1`: rich leaves the program when the pipe is closed."""
+    left = SystemExit(1)
+    left.__context__ = BrokenPipeError()
+    stand_in(monkeypatch, left)
+    assert main.run(["show"]) == 1
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("way", ["first", "last", "variable"])
 def test_debug_shows_the_traceback(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADVKIT_DEBUG", "1" if way == "variable" else "0")

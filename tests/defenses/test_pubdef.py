@@ -314,6 +314,7 @@ def test_same_seed_same_weights_and_the_callers_models_are_left_alone(data, defe
     assert all(p.requires_grad for model in defense.sources for p in model.module.parameters())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(data, defense, tmp_path):
     dynamic = replace(defense, loss="dynamic-loss", recipe=Recipe(epochs=4, batch_size=20))
 
@@ -337,6 +338,7 @@ def test_killed_and_resumed_is_uninterrupted(data, defense, tmp_path):
     assert not torch.equal(resumed.average, torch.full((4,), 0.25))
 
 
+@pytest.mark.slow
 def test_training_withstands_the_sources_images(data, defense):
     recipe = Recipe(epochs=30, batch_size=20, lr=1e-2, validation=0.0, select="last")
     undefended = defense.sources[0]

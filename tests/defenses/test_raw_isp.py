@@ -117,6 +117,7 @@ def test_other_settings_are_trained_once_and_kept(folder: Path, caplog: pytest.L
     assert not torch.equal(other.to_raw(x), first.to_raw(x))
 
 
+@pytest.mark.slow
 def test_the_command_trains_a_file_that_is_named_again(folder: Path, tmp_path: Path) -> None:
     spec = f"raw_isp:images={folder},width=4,crops=8,crop=32,recipe=[epochs=2,batch_size=4,validation=0]"
     made = train_victim(None, spec, None, out=tmp_path / "front", device="cpu")
@@ -238,6 +239,7 @@ def test_the_networks_weights_are_part_of_the_victim(folder: Path) -> None:
     assert one.undefended is model
 
 
+@pytest.mark.slow
 def test_the_report_has_clean_oblivious_adaptive_and_baseline_rows(
     folder: Path, tmp_path: Path, classifier: TorchModel
 ) -> None:
@@ -280,6 +282,7 @@ def test_the_report_has_clean_oblivious_adaptive_and_baseline_rows(
     assert any("baseline" in fault for fault in verify(report).faults)
 
 
+@pytest.mark.slow
 def test_a_baseline_that_trains_is_refused(folder: Path, classifier: TorchModel) -> None:
     asked = {"model": classifier, "task": crops(8), "threat_model": "linf:eps=4/255", "device": "cpu"}
     with pytest.raises(UsageError, match="baseline is pgd_at, which trains; expected a defense that trains nothing"):

@@ -104,6 +104,7 @@ def test_soft_rounding_is_right_at_whole_numbers_and_halves_with_a_bounded_slope
 # Total variation
 
 
+@pytest.mark.slow
 def test_total_variation_is_the_minimum_that_an_exact_solver_finds():
     cp = pytest.importorskip("cvxpy", reason="the dev extra brings cvxpy")
     x, weight = uniform(4, 1, 1, 6, 7).double(), 0.08

@@ -38,6 +38,7 @@ def test_the_loss_is_that_of_rows_under_noise_from_their_streams():
     assert float((noisy - x).std()) == pytest.approx(0.25, rel=0.1)
 
 
+@pytest.mark.slow
 def test_training_under_noise_beats_clean_training_under_noise():
     data = stripes(rows=240)
     votes = {}

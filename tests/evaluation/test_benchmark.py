@@ -123,6 +123,7 @@ def test_the_reference_is_judged_by_us():
     assert set(run.broken) <= set(ours.broken)
 
 
+@pytest.mark.slow
 def test_overhead_of_a_loop():
     found = bench.pgd_overhead("zoo:digits-mlp", task="digits", sizes=(1, 20), steps=3, repetitions=1)
     assert [each["batch"] for each in found["loops"]] == [1, 20]
@@ -131,12 +132,14 @@ def test_overhead_of_a_loop():
     assert f"| zoo:digits-mlp | 1x8x8 | 3 | 20 | {found['loops'][1]['direct']:.2f} | " in page
 
 
+@pytest.mark.slow
 def test_overhead_on_an_architecture():
     (found,) = bench.pgd_overhead("mlp", sizes=(2,), steps=2, repetitions=1)["loops"]
     assert found["image"] == [3, 32, 32]
     assert found["evaluate"] > 0
 
 
+@pytest.mark.slow
 def test_what_a_record_costs_is_told_beside_what_it_cost(monkeypatch):
     monkeypatch.setattr(goals, "FEW", 4)
     monkeypatch.setattr(goals, "MANY", 24)

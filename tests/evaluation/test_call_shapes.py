@@ -79,6 +79,7 @@ def odd_network(digits: Any) -> TorchModel:
     return made(nn.Sequential(*layers), digits)
 
 
+@pytest.mark.slow
 def test_records_do_not_depend_on_the_batches(tmp_path: Path) -> None:
     records = alike("zoo:digits-mlp", "digits", tmp_path, attack="pgd:steps=10", threat_model="linf:eps=0.15")
     assert {record.outcome for record in records} >= {Outcome.BROKEN, Outcome.ROBUST}
@@ -126,6 +127,7 @@ def change(folder: Path, **entries: Any) -> None:
     file.write_text(json.dumps(said))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_shapes_that_it_began_with(
     digits: Any, digits_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -243,6 +243,7 @@ def test_no_task_defense_threat_model_or_goal_does(name: str, tmp_path: Path) ->
     check({"task": "digits", "n": 4, "device": "cpu"} | CASES[name], tmp_path, *ODD)
 
 
+@pytest.mark.slow
 def test_matrices_and_training_do_not_either(tmp_path: Path) -> None:
     def run(folder: Path) -> tuple[Any, Any]:
         table = advkit.matrix(

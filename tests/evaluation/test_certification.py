@@ -37,6 +37,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_records_hold_counts_and_the_report_follows_from_them(run):
     report, records = Report.load(run), read_records(run / "records.jsonl")
     assert len(records) == 24
@@ -91,6 +92,7 @@ def test_the_report_names_the_draws_and_says_whether_it_is_sound(run):
     assert data["request"]["attack"] == "none"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_records(run, tmp_path):
     other = tmp_path / "cut"
     advkit.certify("smoothing:sigma=0.25", threat_model=FEW, n=24, out=other, batch_size=5, **DIGITS)
@@ -198,6 +200,7 @@ def test_certificates_are_ranked_apart_from_what_survived_attacks(run, attacked)
     assert proven.to_dict()["radius"] == 0.1
 
 
+@pytest.mark.slow
 def test_no_attack_within_a_certified_radius_finds_another_class():
     """The law: certified <= empirical on the same samples, under EOT-PGD in the same ball."""
     report = advkit.certify(
@@ -233,6 +236,7 @@ def test_a_refuted_certificate_is_found():
     assert refuted(proven, attacked, 0.001, 2.0) == []
 
 
+@pytest.mark.slow
 def test_early_ends_take_certificates_away_and_give_none():
     settings = {"n": 40, **DIGITS, "threat_model": "certified:n0=64,n=2048,radii=0+0.2"}
     full = advkit.certify("smoothing:sigma=0.6", **settings)
@@ -314,6 +318,7 @@ def test_what_can_not_be_certified_is_a_clear_line(tmp_path):
     assert not (tmp_path / "run" / "records.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_lattice_noise_is_sound_and_says_so():
     x, y = rows([51 / 255, 230 / 255, 100 / 255])
     report = advkit.certify(
@@ -329,6 +334,7 @@ def test_lattice_noise_is_sound_and_says_so():
     assert report.clean_accuracy > 0.5
 
 
+@pytest.mark.slow
 def test_shards_add_up():
     x, y = rows(np.linspace(0.05, 0.95, 12))
     settings = {"threat_model": "certified:n0=64,n=512,radii=0+0.05+0.2", "device": "cpu"}

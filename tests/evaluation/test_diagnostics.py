@@ -159,6 +159,7 @@ class Forgetful:
 # The battery
 
 
+@pytest.mark.slow
 def test_sound_models_raise_nothing(plain: TorchModel, hardened: TorchModel) -> None:
     for model in (plain, hardened):
         ids, curves = battery(case(model))
@@ -175,6 +176,7 @@ def test_sound_models_raise_nothing(plain: TorchModel, hardened: TorchModel) -> 
         assert curves["square"]["robust_accuracy"] == curves["white_box"]
 
 
+@pytest.mark.slow
 def test_saturated_logits_are_named_by_their_loss(plain: TorchModel) -> None:
     broken = saturated(plain)
     by_ce, by_margin = cheap(case(broken)), cheap(case(broken, PGD(loss="margin")))
@@ -186,6 +188,7 @@ def test_saturated_logits_are_named_by_their_loss(plain: TorchModel) -> None:
     assert grave(diagnostics.after(case(broken), play(case(broken)))) == {"zero_gradient_ce_only"}
 
 
+@pytest.mark.slow
 def test_probabilities_are_named(plain: TorchModel) -> None:
     broken = wrapped(After, plain, lambda logits: logits.softmax(1))
     assert grave(cheap(case(broken))) == {"probability_output"}
@@ -208,6 +211,7 @@ def test_a_quantised_input_hides_its_gradient(plain: TorchModel, cut: bool) -> N
     assert grave(diagnostics.after(case(broken), play(case(broken)))) == {"zero_gradient"}
 
 
+@pytest.mark.slow
 def test_noise_at_inference_is_named(plain: TorchModel) -> None:
     broken = noisy(plain)
     assert grave(cheap(case(broken))) == {"randomized_output"}
@@ -227,6 +231,7 @@ def test_training_mode_is_named_and_nothing_is_asked(plain: TorchModel) -> None:
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_an_attack_outside_the_ball_is_named(plain: TorchModel) -> None:
     attacked = case(plain, Leaver())
     findings = diagnostics.after(attacked, play(attacked))
@@ -234,6 +239,7 @@ def test_an_attack_outside_the_ball_is_named(plain: TorchModel) -> None:
     assert battery(attacked)[0] == {"budget_violation"}
 
 
+@pytest.mark.slow
 def test_an_attack_that_forgets_its_best_point_is_named(plain: TorchModel) -> None:
     ids, curves = battery(case(plain, Forgetful()))
     assert ids == {"silent_success", "returned_unchanged"}  # it hands back the clean input
@@ -243,12 +249,14 @@ def test_an_attack_that_forgets_its_best_point_is_named(plain: TorchModel) -> No
     assert curves["indicators"]["I3_silent_success"] == pytest.approx(broken / attacked, abs=2 / attacked)
 
 
+@pytest.mark.slow
 def test_two_tiny_steps_are_incomplete(plain: TorchModel) -> None:
     ids, curves = battery(case(plain, PGD(steps=2, step_size=0.01)))
     assert ids == {"incomplete_optimization"}
     assert curves["indicators"]["I4_incomplete_optimization"] > 0.9
 
 
+@pytest.mark.slow
 def test_a_wrong_backward_pass_disagrees_with_differences(plain: TorchModel) -> None:
     class Turned(torch.autograd.Function):
         @staticmethod
@@ -293,6 +301,7 @@ def wells(margin: Callable[[Tensor], Tensor], rows: int = 100) -> tuple[TorchMod
     return TorchModel(Well().eval(), task.space, 2), task
 
 
+@pytest.mark.slow
 def test_ripples_make_many_steps_worse_than_one() -> None:
     # A slope with ripples of a fifth of eps: small steps stay in the valley they start in, one long step leaps out.
     model, task = wells(lambda t: 1.05 - 9 * t.abs() - 0.2 * torch.cos(2 * torch.pi * t / 0.02))
@@ -304,6 +313,7 @@ def test_ripples_make_many_steps_worse_than_one() -> None:
     assert "iterative_weaker_than_single_step" in grave(findings)
 
 
+@pytest.mark.slow
 def test_a_narrow_pit_is_missed_from_far_away() -> None:
     # A pit beside the row; outside it the slope leads away. A larger ball starts further off and never finds it.
     def margin(t: Tensor) -> Tensor:
@@ -318,6 +328,7 @@ def test_a_narrow_pit_is_missed_from_far_away() -> None:
     assert curves["eps"]["robust_accuracy"][-1] > 0
 
 
+@pytest.mark.slow
 def test_state_left_behind_makes_two_runs_differ(plain: TorchModel) -> None:
     class Tired(nn.Module):
         calls = 0
@@ -559,6 +570,7 @@ def test_rows_that_fall_to_a_suites_sentinel_are_counted_by_stage(plain: TorchMo
     assert few.severity == noise.severity == "warning"
 
 
+@pytest.mark.slow
 def test_the_sentinels_find_on_a_quantised_victim_is_in_the_report(plain: TorchModel) -> None:
     settings: dict[str, Any] = {"task": "digits", "threat_model": "linf:eps=0.1", "n": 48, "device": "cpu"}
     suite: Any = Short()

@@ -98,6 +98,7 @@ def test_a_suite_of_another_revision_is_refused(earlier):
         advkit.evaluate(out=earlier, **ASKED)
 
 
+@pytest.mark.slow
 def test_it_is_resumed(earlier, monkeypatch):
     monkeypatch.setattr(Thorough, "revision", 1)
     monkeypatch.setattr(Thorough, "stages", first_revision)
@@ -121,6 +122,7 @@ def test_another_case_is_refused(earlier):
         advkit.evaluate(out=earlier, **ASKED | {"seed": 1})
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_a_run_of_today(earlier, tmp_path):
     advkit.evaluate(out=tmp_path / "today", **ASKED)
     both = compare(earlier, tmp_path / "today")

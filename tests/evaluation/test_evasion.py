@@ -42,6 +42,7 @@ def case_of(task, model, attack="pgd:steps=10", **more):
     return api.resolve(attack, "none", task, model, more.pop("threat_model", EPS), device="cpu", **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["fgsm", "pgd:steps=10,restarts=2", "apgd-ce:steps=10", "square:queries=60"])
 def test_records_do_not_depend_on_batch_size(digits, digits_model, tmp_path, attack):
     found = [
@@ -189,6 +190,7 @@ def test_identity_of_accuracy_and_success_rate(digits, digits_model, tmp_path):
     assert (c.n, c.correct) == (120, c.robust + c.broken)
 
 
+@pytest.mark.slow
 def test_resume_after_a_cut_line(digits, digits_model, tmp_path):
     case = case_of(digits, digits_model, n=90, batch_size=16)
     whole = play(case, tmp_path / "whole")

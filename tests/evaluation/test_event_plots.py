@@ -61,6 +61,7 @@ def test_pictures_tell_polarities_and_flips_apart():
     assert (marked[0, 1] == colours[0, 1]).all()
 
 
+@pytest.mark.slow
 def test_film_strip(rows, tmp_path):
     figure = film_strip(*rows, row=1, clean_name="shirt", adversarial_name="coat")
     assert len(figure.axes) == 12

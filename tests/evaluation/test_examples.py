@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_victim_answers_them_as_the_records_say(name: str, tmp_path: Path) -> None:
     """Whoever asks the model again gets the verdict; memory, the run and its folder hold the same."""
@@ -108,6 +109,7 @@ def test_a_report_says_what_is_not_there(tmp_path: Path) -> None:
         Report.load(run).adversarial()
 
 
+@pytest.mark.slow
 def test_a_random_victims_companion_has_clean_answers_of_its_own() -> None:
     """They are drawn apart, so what stands beside may start from other samples; the report is valid all the same."""
     for seed in (5, 6, 8):

@@ -280,6 +280,7 @@ def test_several_replies_are_counted_by_hand() -> None:
     assert reply_figures([*records, other]) == reply_figures([]) == {}
 
 
+@pytest.mark.slow
 def test_a_ranking_that_a_judge_reverses_is_told_and_figures_of_replies_are_verified(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

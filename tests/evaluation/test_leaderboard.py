@@ -416,6 +416,7 @@ def test_reports_of_other_headlines_are_never_ranked_together(tmp_path: Path) ->
     assert sum(v.get("fraction", False) for v in drawn) == 3  # no bar for what is no fraction
 
 
+@pytest.mark.slow
 def test_flips_are_ranked_by_their_median_and_combined_by_the_least(tmp_path: Path) -> None:
     for name, attack in (("sda", "sda"), ("random", "random_flips")):
         advkit.evaluate(attack=attack, task="digits-dvs", n=9, device="cpu", out=tmp_path / name)
@@ -460,6 +461,7 @@ def test_a_median_without_an_end_ranks_first(tmp_path: Path) -> None:
     assert told == [(None, True), (7.0, False)]
 
 
+@pytest.mark.slow
 def test_replies_are_ranked_by_the_strictest_judge_over_all_reports(tmp_path: Path) -> None:
     prompts: dict[str, Any] = {"task": "prompts", "n": 5, "device": "cpu"}
     advkit.evaluate(attack="random_suffix:length=6,evaluations=30", out=tmp_path / "a", **prompts)

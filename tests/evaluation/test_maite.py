@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,3 +246,28 @@ def test_the_command_line_says_one_line(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr().err.count("\n") == 1
     assert run(["evaluate", "--attack", "square", "--task", "maite:alone", "--model", "cnn"]) == 2
     assert "expected maite:MODULE.NAME" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_snippets_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/maite.md: commands on objects in the working directory, and the augmentation in another program."""
+    page = (Path(__file__).parents[2] / "docs" / "maite.md").read_text(encoding="utf-8")
+    commands, *_ = re.findall(r"^```console\n(.*?)^```$", page, re.M | re.S)
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "my_objects.py").write_text(OBJECTS + "\nmodel = Torch()\n")
+    monkeypatch.chdir(tmp_path)
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "advkit"
+        assert run([*arguments, "--device", "cpu", "--no-plots"]) == 0
+    objects = __import__("my_objects")
+    try:
+        samples = [objects.data[i] for i in range(len(objects.data))]
+        images, targets, metadata = (list(each) for each in zip(*samples, strict=True))
+        names: dict[str, Any] = {"model": objects.model, "images": images, "targets": targets, "metadata": metadata}
+        exec(compile(snippet, "docs/maite.md", "exec"), names)
+        assert [each["advkit"]["label"] for each in names["metadata"]] == objects.Y.tolist()
+        assert any(each["advkit"]["broken"] for each in names["metadata"])
+        assert all(np.abs(new - old).max() <= 8 / 255 + 1e-6 for new, old in zip(names["images"], images, strict=True))
+    finally:
+        sys.modules.pop("my_objects", None)

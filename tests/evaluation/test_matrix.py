@@ -160,6 +160,7 @@ def test_three_success_rates_by_hand() -> None:
     assert np.isnan(errors_of(answers, labels)[0, 3])
 
 
+@pytest.mark.slow
 def test_cells_are_what_the_targets_say_of_the_stored_images(made: tuple[Matrix, Path]) -> None:
     matrix, folder = made
     data, task = matrix.to_dict(), TASKS.build("digits")
@@ -212,6 +213,7 @@ def test_white_box_cells_are_marked_and_left_out(made: tuple[Matrix, Path]) -> N
     assert " w |" in matrix.markdown()
 
 
+@pytest.mark.slow
 def test_the_same_weights_are_white_box_behind_a_transformation_and_in_an_ensemble(tmp_path: Path) -> None:
     matrix = small(
         tmp_path, sources=[CNN, f"{CNN}+{MLP}", MLP], targets=[f"bit-depth@{CNN}"], attacks=["fgsm"], n=8, seeds=1
@@ -221,6 +223,7 @@ def test_the_same_weights_are_white_box_behind_a_transformation_and_in_an_ensemb
     assert matrix.summary[f"bit-depth@{CNN}"]["overall"]["cells"] == 1
 
 
+@pytest.mark.slow
 def test_seen_sources_come_from_the_cards_or_from_the_caller(tmp_path: Path) -> None:
     pubdef, settings = "zoo:digits-mlp-pubdef", {"attacks": ["fgsm"], "n": 8, "seeds": 1}
     known = {s: "pubdef" in zoo.card(s[4:]).seen_by for s in (CNN, CNN_B)}
@@ -232,6 +235,7 @@ def test_seen_sources_come_from_the_cards_or_from_the_caller(tmp_path: Path) -> 
         small(tmp_path, targets=[pubdef], seen={pubdef: ["nobody"]}, **settings)
 
 
+@pytest.mark.slow
 def test_a_grid_knows_its_sources_as_a_matrix_does(tmp_path: Path) -> None:
     """The same cells, groups, seen sources and white box, behind a transformation too, from records and from images."""
     model, sources = "bit-depth@" + CNN, [CNN, CNN_B, "zoo:digits-mlp-pgd_at"]
@@ -287,6 +291,7 @@ def test_a_larger_n_takes_the_pieces_of_a_smaller_one(tmp_path: Path) -> None:
     assert len(after) == 2 * 4, "32 and 96 rows are there; the rows from 128 on end elsewhere"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(
     made: tuple[Matrix, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +367,7 @@ class Shared:
         return ball.project(x + ball.steepest(-gradient, x), x)
 
 
+@pytest.mark.slow
 def test_an_attack_on_all_rows_together_gets_those_of_a_piece(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"sources": [MLP], "attacks": [Shared()], "targets": [CNN_B], "seeds": 1}
     small(tmp_path, n=128, **settings)
@@ -371,6 +377,7 @@ def test_an_attack_on_all_rows_together_gets_those_of_a_piece(tmp_path: Path) ->
     assert untimed(small(tmp_path / "anew", n=140, **settings)) == untimed(whole)
 
 
+@pytest.mark.slow
 def test_an_unsupported_pair_is_listed_with_its_reason(tmp_path: Path) -> None:
     matrix = small(tmp_path, attacks=["fgsm", Picky()], seeds=2, equal_budget=4)
     data = matrix.to_dict()
@@ -402,6 +409,7 @@ def test_a_row_that_raises_is_left_out_and_the_others_stay(tmp_path: Path) -> No
     assert all(counts.get(key, 0) < 2 for key in set(kept) - set(whole)), "pieces with rows that raised are not kept"
 
 
+@pytest.mark.slow
 def test_gradients_are_metered_and_scaled_to_a_budget(tmp_path: Path) -> None:
     attacks = ["fgsm", "mifgsm", "pgd:steps=20,step_size=0.25", "apgd-ce:steps=10,restarts=2"]
     matrix = small(tmp_path, attacks=attacks, seeds=1, sources=[MLP], targets=[CNN_B], n=20, equal_budget=8)
@@ -434,6 +442,7 @@ def test_random_attacks_have_a_range_and_others_do_not(made: tuple[Matrix, Path]
     assert len({made["images_sha256"] for made in data["sets"] if made["a"] == TWO[1]}) == 6
 
 
+@pytest.mark.slow
 def test_noise_is_eps_long_and_the_same_for_every_source(made: tuple[Matrix, Path], tmp_path: Path) -> None:
     data = made[0].to_dict()
     assert [told["t"] for told in data["noise"]] == [CNN_B, MLP]
@@ -442,6 +451,7 @@ def test_noise_is_eps_long_and_the_same_for_every_source(made: tuple[Matrix, Pat
     assert data["noise"][0]["acc"]["value"] > made[0].cell(CNN_B, CNN, "fgsm")["acc"]["value"] + 0.2
 
 
+@pytest.mark.slow
 def test_targeted_images_and_their_success(tmp_path: Path) -> None:
     matrix = small(
         tmp_path, goal="targeted:how=next", attacks=["pgd:steps=20,step_size=0.2"], eps=0.3, seeds=1, targets=[MLP]
@@ -456,6 +466,7 @@ def test_targeted_images_and_their_success(tmp_path: Path) -> None:
         small(tmp_path, goal="targeted:how=least_likely")
 
 
+@pytest.mark.slow
 def test_similarity_is_one_on_the_diagonal_and_symmetric(tmp_path: Path) -> None:
     found = small(tmp_path, similarity=True, attacks=["fgsm", "mifgsm:steps=1"], seeds=1).to_dict()["similarity"]
     cosine = np.array(found["cosine"])
@@ -467,6 +478,7 @@ def test_similarity_is_one_on_the_diagonal_and_symmetric(tmp_path: Path) -> None
     assert cosine[0, 2] < 0.9
 
 
+@pytest.mark.slow
 def test_an_attack_that_wants_data_gets_the_training_set(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"sources": [MLP], "targets": [CNN_B], "attacks": ["admix:steps=2", "fgsm"], "n": 12}
     found = small(tmp_path, seeds=1, equal_budget=30, **settings).to_dict()
@@ -492,6 +504,7 @@ def test_names_of_sums() -> None:
         named_attacks(["pgd", "pgd:steps=40"])
 
 
+@pytest.mark.slow
 def test_heat_maps_hold_the_cells_and_their_titles_stand_clear(made: tuple[Matrix, Path]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -515,6 +528,7 @@ def test_heat_maps_hold_the_cells_and_their_titles_stand_clear(made: tuple[Matri
             assert not title.overlaps(tick.get_window_extent())
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_refused(made: tuple[Matrix, Path], tmp_path: Path) -> None:
     matrix, _ = made
     assert matrix.save(tmp_path / "out") == tmp_path / "out" / "matrix.json"

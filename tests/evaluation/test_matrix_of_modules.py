@@ -41,6 +41,7 @@ def right(made: dict[str, Any]) -> dict[tuple[str, str], float]:
     return {(one["s"], one["t"]): one["acc"]["counts"][0][0] for one in made["cells"]}
 
 
+@pytest.mark.slow
 def test_modules_as_they_are(tmp_path: Path) -> None:
     """A single one needs no list (a Sequential is a sequence of layers, too); those that share a name are numbered."""
     source, target = net(0), net(1)

@@ -55,6 +55,7 @@ def area(least, largest, points=200_001):
     return float(accuracy[:-1].mean()) * largest
 
 
+@pytest.mark.slow
 def test_local_optimality_is_the_ratio_of_areas(runs):
     found = advkit.optimality([runs])
     case = next(case for case in found.cases if "digits-mlp (none)" in case.title)
@@ -87,6 +88,7 @@ def test_the_mean_over_cases_is_of_the_cases_an_attack_was_run_on(runs):
     assert sorted(short)[1] == 1.0  # alone on its case it is the best known
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_it(runs, tmp_path):
     out = tmp_path / "optimality.json"
     done = CliRunner().invoke(app, ["compare", "--optimality", str(runs), "--json", "--out", str(out)])
@@ -141,6 +143,7 @@ def test_robust_accuracy_at_every_radius_has_its_interval(runs):
         accuracy_by_distance({"a": ([0.5, 2.0], 1, 4)})
 
 
+@pytest.mark.slow
 def test_the_interval_over_cases_is_that_of_one_case_where_there_is_one(runs):
     one = advkit.optimality([runs / "short", runs / "long"])
     ((_, long),) = ((case, case.attacks[0]) for case in one.cases)
@@ -160,6 +163,7 @@ def opened(page: str) -> str:
     return gzip.decompress(base64.b64decode(packed)).decode()
 
 
+@pytest.mark.slow
 def test_the_board_says_how_near_to_optimal_the_attacks_of_a_case_are(runs):
     found = leaderboards.scan(runs)
     expected = {each.run.rsplit("/", 1)[-1]: each for case in advkit.optimality([runs]).cases for each in case.attacks}

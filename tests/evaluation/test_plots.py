@@ -212,6 +212,7 @@ def test_nothing_to_draw_is_an_error(call) -> None:  # type: ignore[no-untyped-d
         call()
 
 
+@pytest.mark.slow
 def test_save_repeats_byte_for_byte(tmp_path: Path) -> None:
     for suffix in ("png", "svg", "pdf"):
         paths = [plots.save(plots.robust_accuracy_curve(points(9, 5)), tmp_path / f"{i}.{suffix}") for i in range(2)]
@@ -264,6 +265,7 @@ def test_every_figure_of_the_table_is_there_and_described() -> None:
         assert f"| `{name}` |" in figures.__doc__
 
 
+@pytest.mark.slow
 def test_pyplot_is_never_touched() -> None:
     code = (
         "import sys; from advkit.evaluation.figures import plots as p; "

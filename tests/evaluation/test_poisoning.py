@@ -175,6 +175,7 @@ def report_records(report: Any) -> Any:
     return report.kept.records if report.kept is not None else []
 
 
+@pytest.mark.slow
 def test_the_other_attacker_and_the_ablation_stand_beside(tmp_path: Any) -> None:
     report = evaluated("farfirst", Counting(), "label-flips:k=20,trials=2", beside=True, out=tmp_path / "run")
     named = [each["name"] for each in report.to_dict()["companions"]]
@@ -445,6 +446,7 @@ def test_a_training_set_of_one_class_is_refused(tmp_path: Any) -> None:
         evaluated("random_labels", "svm", FLIPS, task=f"npz:path={file}")
 
 
+@pytest.mark.slow
 def test_labels_that_are_texts_are_mapped_and_given_back(tmp_path: Any) -> None:
     file = tmp_path / "named.npz"
     draws = np.random.default_rng(0)

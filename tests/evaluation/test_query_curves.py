@@ -85,6 +85,7 @@ def ran(tmp_path: Any, attack: str, threat: str) -> tuple[dict[str, Any], list[R
     return report.to_dict(), read_records(records_path(folder)), folder
 
 
+@pytest.mark.slow
 def test_a_run_by_scores_has_the_median_and_the_curve(tmp_path: Any) -> None:
     data, held, folder = ran(tmp_path, "simba", "l2:eps=0.7,access=scores,queries=200")
     took = [record.queries for record in held if record.outcome == B]
@@ -135,6 +136,7 @@ def test_the_figure_draws_the_median_and_its_band_where_they_are_finite() -> Non
         distance_by_queries(distance_curves(nearer([(2, 1.0)], []) + nearer([], outcome=R)))
 
 
+@pytest.mark.slow
 def test_a_run_by_decisions_has_the_curve(tmp_path: Any) -> None:
     data, held, folder = ran(tmp_path, "geoda", "minimum-l2:access=labels,queries=60")
     assert "distance_by_queries.png" in [path.name for path in write_plots(folder)]

@@ -253,6 +253,7 @@ def test_the_threshold_changes_no_example(small):
     assert [each["over_threshold"]["numerator"] for each in found] == [10, 0]
 
 
+@pytest.mark.slow
 def test_without_a_radius_nothing_changes_and_black_boxes_are_attacked_too(small):
     model, task = small
     nothing = advkit.evaluate(attack="pgd:steps=3", model=model, task=task, threat_model="l2:eps=0", n=10, device="cpu")
@@ -268,6 +269,7 @@ def test_without_a_radius_nothing_changes_and_black_boxes_are_attacked_too(small
     assert square.metrics["rmse"]["value"] > square.metrics["clean_rmse"]["value"] + 0.02
 
 
+@pytest.mark.slow
 def test_a_chain_has_both_attackers(small):
     model, task = small
     defense = DEFENSES.build("fo_ds:sigma=0.1,width=8,targets=labels,recipe=[epochs=1,validation=0]")
@@ -293,6 +295,7 @@ def test_no_number_from_the_victim_is_no_error_of_zero(small):
     assert report.metrics["clean_accuracy"]["numerator"] == 0
 
 
+@pytest.mark.slow
 def test_commands_read_reports_without_classes(small, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
@@ -315,6 +318,7 @@ def test_commands_read_reports_without_classes(small, tmp_path, monkeypatch):
     assert "RMSE" in page
 
 
+@pytest.mark.slow
 def test_training_and_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("ADVKIT_CACHE", str(tmp_path / "cache"))
     made = train_victim(

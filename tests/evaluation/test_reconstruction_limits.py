@@ -116,6 +116,7 @@ def pair(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_two_runs_on_the_same_samples_rank_by_the_worst_of_each_sample(pair):
     errors = [{r.id: r.figures["rmse"] for r in read_records(folder / "records.jsonl")} for folder in pair]
     assert errors[0] != errors[1]

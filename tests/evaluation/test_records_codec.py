@@ -55,6 +55,7 @@ def as_json_writes(record: Record) -> bytes:
     return json.dumps(said, separators=(",", ":")).encode()
 
 
+@pytest.mark.slow
 @given(st.lists(records, max_size=4))
 @settings(max_examples=40, deadline=None)
 def test_a_line_is_what_json_writes_and_is_read_back(made: list[Record]) -> None:

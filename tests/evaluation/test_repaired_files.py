@@ -124,6 +124,7 @@ def test_damaged_recordings_are_met_before_anything_is_spent(tmp_path):
     assert [a != b for a, b in zip(known.values(), task.marks(6).values(), strict=True)] == [False] * 5 + [True]
 
 
+@pytest.mark.slow
 def test_a_file_that_breaks_and_is_restored_while_a_run_goes_on(place):
     """To the same bytes: the run is taken up where it ended."""
     last = file_of(place, N - 1)
@@ -152,6 +153,7 @@ def test_a_file_that_breaks_and_is_restored_while_a_run_goes_on(place):
     assert report.metrics == plain.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["pgd:steps=3", "fgsm"])
 def test_a_file_that_is_replaced_costs_its_own_sample(attack, place, caplog):
     """By other pixels: a run that was finished, or one that was cut short, runs that sample alone again."""
@@ -175,6 +177,7 @@ def test_a_file_that_is_replaced_costs_its_own_sample(attack, place, caplog):
     assert run(place, attack=attack)[0] == [N]  # and the folder is that of the files as they are
 
 
+@pytest.mark.slow
 def test_a_file_that_is_taken_away_costs_nothing(place):
     run(place)
     file_of(place, 7).unlink()
@@ -184,6 +187,7 @@ def test_a_file_that_is_taken_away_costs_nothing(place):
     assert len(read_records(place / "run" / "records.jsonl")) == N - 1
 
 
+@pytest.mark.slow
 def test_a_class_that_goes_moves_every_label(place):
     """Labels are part of what a sample is known by."""
     (place / "data" / "test" / "b_third").mkdir()
@@ -198,6 +202,7 @@ def test_a_class_that_goes_moves_every_label(place):
     assert seen == [4] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{"attack": "lean"}, {"n": N - 1}, {"seed": 1}, {"threat_model": "linf:eps=0.02"}])
 def test_what_is_another_case_stays_one(asked, place):
     """Stages of a suite take some of what is left: their samples do not stand alone. Other settings are other cases."""
@@ -208,6 +213,7 @@ def test_what_is_another_case_stays_one(asked, place):
         run(place, **asked)
 
 
+@pytest.mark.slow
 def test_random_victims_share_their_draws_and_start_anew(place):
     run(place, attack="fgsm", defense="random-resize", draws=2, beside=False)
     file_of(place, 7).write_bytes(png(picture(1, 3)))

@@ -409,6 +409,7 @@ def test_cells_beside_the_headline_are_shown_but_stay_out_of_it(version: str) ->
             Report.from_dict(data)
 
 
+@pytest.mark.slow
 def test_reports_load_without_torch_and_scenarios() -> None:
     """Reports of plug-ins that are not installed open anywhere."""
     code = (

@@ -171,6 +171,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Report]:
     }
 
 
+@pytest.mark.slow
 def test_records_do_not_depend_on_the_batch_size(runs: dict[int, Report]) -> None:
     lines = [Path(report.path).with_name("records.jsonl").read_bytes() for report in runs.values()]
     assert lines[0] == lines[1] == lines[2]

@@ -152,6 +152,7 @@ print(turns)
 """
 
 
+@pytest.mark.slow
 def test_so_do_processes(tmp_path):
     crowd = [
         subprocess.Popen(
@@ -518,6 +519,7 @@ def changed(line: bytes, **changes: Any) -> bytes:
     return json.dumps({**json.loads(line), **changes}, separators=(",", ":")).encode() + b"\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "changes", "says"),
     [

@@ -243,7 +243,8 @@ def models_attacked(case: Case) -> list[tuple[str, Any, bool]]:
 
     None for an attack on training labels: its oracle speaks for trainings.
     """
-    if isinstance(case.attack, FlipsLabels):
+    attack: object = case.attack
+    if isinstance(attack, FlipsLabels):
         return []
     if case.surrogates:
         return [(name, model, True) for name, model in case.surrogates]
