@@ -17,7 +17,7 @@ DefenseSpec = Annotated[
 ]
 TaskSpec = Annotated[str, typer.Option(help="Task, e.g. fashion-mnist, digits, folder:path=DIR.")]
 _Task = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Task, e.g. fashion-mnist, digits, folder:path=DIR.",
         show_default="fashion-mnist; prompts for attacks on words",
@@ -90,7 +90,7 @@ AttackSpec = Annotated[
 _REQUEST: dict[str, tuple[Any, Any]] = {
     "attack": (AttackSpec, "pgd"),
     "defense": (DefenseSpec, "none"),
-    "task": (_Task, ""),
+    "task": (_Task, None),
     "model": (ModelSpec, None),
     "threat_model": (ThreatSpec, None),
     "goal": (GoalSpec, None),
@@ -122,6 +122,8 @@ def takes_request(*left_out: str) -> Callable[[Callable[..., None]], Callable[..
         @functools.wraps(command)
         def with_request(**options: Any) -> None:
             asked = {name: value for name, value in options.items() if name not in named}
+            if "task" in asked and asked["task"] is None:
+                asked["task"] = ""  # the attack's, or the usual one; None is nobody's task
             command(asked, **{name: value for name, value in options.items() if name in named})
 
         parameters = [*shared, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own)]
