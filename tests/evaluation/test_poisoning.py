@@ -433,7 +433,7 @@ def test_what_does_not_fit_is_refused_in_one_line(settings: dict[str, Any], said
 def test_commands_for_inputs_refuse_flips_of_labels(tmp_path: Any, capsys: Any) -> None:
     asked = ["--attack", "farfirst", "--defense", "svm", "--task", "digits-pair", "--threat-model", FLIPS]
     assert command(["attack", *asked, "--out", str(tmp_path / "examples")]) == 2
-    assert "there are no examples to export" in " ".join(capsys.readouterr().err.split())
+    assert "there are no adversarial examples" in " ".join(capsys.readouterr().err.split())
     assert command(["doctor", *asked, "--out", str(tmp_path / "doctor")]) == 2
     assert "the battery attacks within balls" in " ".join(capsys.readouterr().err.split())
 
