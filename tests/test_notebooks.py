@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom in a fresh kernel, and are kept without outputs."""
+"""The notebooks run from top to bottom in a fresh kernel, and show what is kept in them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ import pytest
 nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "scripts" / "run_notebooks.py")
+assert _spec is not None
+assert _spec.loader is not None
+run_notebooks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(run_notebooks)
+code_cells, differences, shown = run_notebooks.code_cells, run_notebooks.differences, run_notebooks.shown
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -41,13 +48,26 @@ def test_all_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_kept_without_outputs(path: Path) -> None:
+def test_is_kept_with_what_it_shows(path: Path) -> None:
     notebook = read(path)
     assert notebook.metadata.kernelspec.name == "python3"
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(shown(cell)) for cell in cells) >= len(cells) / 2
+    told = json.dumps([cell.outputs for cell in cells])
+    assert not re.search(r"/tmp/|/home/|/root/|/work/|site-packages", told), "a path of one machine"
+    assert path.stat().st_size < 2_000_000
+
+
+def test_differences_are_seen() -> None:
+    notebook = read(NOTEBOOKS[0])
+    assert differences(notebook, notebook) == []
+    other = read(NOTEBOOKS[0])
+    cell = next(cell for cell in code_cells(other) if any(kind == "stream" for kind, _ in shown(cell)))
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="something else entirely")]
+    assert len(differences(notebook, other)) == 1
+    cell.outputs = []
+    assert len(differences(notebook, other)) == 1
 
 
 def outputs(notebook: Any, kind: str) -> list[str]:
@@ -63,23 +83,20 @@ def outputs(notebook: Any, kind: str) -> list[str]:
 
 
 def executed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The notebook after every cell ran in a fresh kernel; raises with the cell and its traceback where one fails."""
-    nbclient = pytest.importorskip("nbclient")
+    """The notebook after every cell ran in a fresh kernel; it shows what the one that is kept shows."""
+    pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     monkeypatch.setenv("ADVKIT_CACHE", str(folder / "cache"))
     monkeypatch.delenv("ADVKIT_DATA", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     here = folder / "here"
     here.mkdir()
-    notebook = read(path)
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(here)}}
-    )
-    client.execute()
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook = run_notebooks.executed(path, here)
+    code = code_cells(notebook)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not any(o.get("name") == "stderr" and "Traceback" in o.text for c in code for o in c.outputs)
     assert not (folder / "cache").exists(), "something was trained that the zoo should hold"
+    assert differences(read(path), notebook) == []
     return notebook
 
 
