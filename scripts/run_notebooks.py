@@ -43,16 +43,23 @@ def code_cells(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def shown(cell: Any) -> list[tuple[str, str]]:
-    """What a code cell shows, in order: the kind of each output, and its text where it is one.
+def passing(output: Any) -> bool:
+    """Whether an output is standard error or a run's progress; both differ between machines."""
+    if output.output_type == "stream":
+        return bool(output.name == "stderr")
+    return bool(output.output_type == "display_data" and set(output.data) == {"text/plain"})
 
-    Streams that follow one another are one; standard error, where warnings of other packages go, is left out.
+
+def shown(cell: Any) -> list[tuple[str, str]]:
+    """What a code cell shows for good, in order: the kind of each output, and its text where it is one.
+
+    Streams that follow one another are one.
     """
     found: list[tuple[str, str]] = []
     for output in cell.outputs:
+        if passing(output):
+            continue
         if output.output_type == "stream":
-            if output.name == "stderr":
-                continue
             if found and found[-1][0] == "stream":
                 found[-1] = ("stream", found[-1][1] + output.text)
             else:
@@ -87,9 +94,9 @@ def differences(kept: Any, fresh: Any) -> list[str]:
 
 
 def kept(notebook: Any) -> Any:
-    """The notebook as it is stored: without standard error, and without what only a live page shows."""
+    """The notebook as it is stored: without what is `passing`."""
     for cell in code_cells(notebook):
-        cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
+        cell.outputs = [each for each in cell.outputs if not passing(each)]
         cell.metadata.pop("execution", None)
     return notebook
 
