@@ -9,7 +9,9 @@ Needs the extra `notebooks`.
 from __future__ import annotations
 
 import argparse
+import base64
 import difflib
+import io
 import os
 import re
 import sys
@@ -21,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 ALIKE = 0.8
 """The least share of words that a printed text has in common with the one that is kept; figures do not count."""
+
+LARGE = 200_000
+"""Characters of a picture in base64 from which on it is stored with fewer colours."""
 
 
 def executed(path: Path, folder: Path, kernel: str = "python3") -> Any:
@@ -97,8 +102,22 @@ def kept(notebook: Any) -> Any:
     """The notebook as it is stored: without what is `passing`."""
     for cell in code_cells(notebook):
         cell.outputs = [each for each in cell.outputs if not passing(each)]
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if len(data.get("image/png", "")) > LARGE:
+                data["image/png"] = _smaller(data["image/png"])
         cell.metadata.pop("execution", None)
     return notebook
+
+
+def _smaller(picture: str) -> str:
+    """A PNG in base64 with 256 colours: photographs are a third as large."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as full:
+        full.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(out, "png", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def main() -> None:
