@@ -42,7 +42,7 @@ def trained(spec, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [5, 7])
+@pytest.mark.parametrize("seed", [5])
 def test_fgsm_rs_overfits_to_its_step_and_aaer_does_not(seed, caplog):
     caplog.set_level(logging.ERROR, logger="advkit")
     plain = trained("fgsm_rs:overfitting=warn", seed).log

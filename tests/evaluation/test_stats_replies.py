@@ -170,9 +170,7 @@ def test_a_corrected_rate_covers_where_the_judges_own_rate_does_not(monkeypatch:
 @pytest.mark.slow
 def test_corrected_rates_cover_for_judges_good_and_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("advkit.evaluation.stats_replies.DRAWS", 1000)
-    settings = product(
-        (24,), (10, 22, 100), (0.02, 0.3, 0.9), ((0.8, 0.9), (0.98, 0.7)), (1, 5)
-    )
+    settings = product((24,), (10, 22, 100), (0.02, 0.3, 0.9), ((0.8, 0.9), (0.98, 0.7)), (1, 5))
     covered = {each: coverage(*each, runs=300) for each in settings}
     least = min(covered, key=lambda each: covered[each])
     assert covered[least] >= 0.94, (least, covered[least])
