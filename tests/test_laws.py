@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -106,8 +107,16 @@ def is_long(name: str, norm: str) -> bool:
     return name in LONG | SUITES or (name, norm) in LONG_IN
 
 
+def marks(name: str, norm: str) -> list[Any]:
+    """Long ones are slow; of those, suites but one and norms that come after the first are exhaustive."""
+    if not is_long(name, norm):
+        return []
+    again = name in SUITES - {"thorough"} or (name in SEARCHES and norm not in WHOLE)
+    return [pytest.mark.exhaustive if again else pytest.mark.slow]
+
+
 PAIRS = [
-    pytest.param(*pair, law, id="-".join((*pair, law)), marks=[pytest.mark.slow] if is_long(*pair) else [])
+    pytest.param(*pair, law, id="-".join((*pair, law)), marks=marks(*pair))
     for pair in SUBJECTS
     for law in ATTACK_LAWS
     if pair[0] not in SEARCHES or pair[1] in WHOLE or law in IN_EVERY_NORM

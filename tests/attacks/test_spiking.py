@@ -215,7 +215,7 @@ def test_nothing_of_the_victim_is_touched(victim) -> None:
     assert all(parameter.grad is None for parameter in model.module.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_effects(task) -> None:
     """PDSG finds what a narrow surrogate misses; a rescaled network blinds fixed surrogates and not PDSG."""
     model = trained("snn", task.training(), 12)

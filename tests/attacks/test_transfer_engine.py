@@ -556,7 +556,7 @@ def test_wrong_attributes_are_refused():
             run(Composed(parts=parts), lambda z: z[:, :3] * 2, flat, Untargeted(torch.zeros(3).long()), Linf(EPS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_effects_on_fashion_mnist():
     """Transfer works from a convolutional source to others, correct NAA breaks its source, BSR's loss rises, too."""
     from advkit.models.zoo import load

@@ -584,7 +584,7 @@ def shares_right(model: TorchModel, eps: float) -> tuple[float, float]:
     return float(right.float().mean()), sum(by_class[:3]) / 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_weakest_classes_of_imbalanced_digits_gain() -> None:
     """benchmarks/reweighting.py has five seeds and more settings; docs/doubly_robust.json its figures."""
     data = TASKS.build("digits:imbalance=0.2").training()

@@ -65,7 +65,7 @@ def test_the_embedded_filter_needs_no_training_images() -> None:
     assert fitted.kept.sum() < fitted.spectrum.spikes < len(fitted.spectrum.values) <= 64
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_card_s_figures_are_measured() -> None:
     report = advkit.evaluate("pgd:steps=40,step_size=0.1", defense="eigenshield", device="cpu")
     measured = zoo.card("fashion-mnist-cnn-eigenshield").measured

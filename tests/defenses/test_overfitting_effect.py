@@ -41,8 +41,8 @@ def trained(spec, seed):
     return fit(network(seed), data, objective, RECIPE, RowRng.from_ids(seed, ["effect"]), progress=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [5])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", [5, 7])
 def test_fgsm_rs_overfits_to_its_step_and_aaer_does_not(seed, caplog):
     caplog.set_level(logging.ERROR, logger="advkit")
     plain = trained("fgsm_rs:overfitting=warn", seed).log

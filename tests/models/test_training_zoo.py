@@ -50,8 +50,8 @@ def test_accuracy_is_the_card_s(name: str) -> None:
     assert correct == pytest.approx(card.measured["clean accuracy"], abs=0.0021)  # round-off at the boundary
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EMBEDDED[::2])  # PGD-40 on a thousand images each
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_robust_accuracy_is_the_card_s(name: str) -> None:
     report = advkit.evaluate(PGD, defense=name, threat_model="linf:eps=0.1", device="cpu", beside=False)
     said = zoo.card(f"fashion-mnist-cnn-{name}").measured["pgd-40 accuracy"]

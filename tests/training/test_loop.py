@@ -458,7 +458,7 @@ def test_channels_last_changes_the_layout_alone() -> None:
         assert torch.allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_networks_train_as_others_do(tmp_path: Path) -> None:
     data = images(60)
     model = MODELS.build("cnn:width=4")((1, 6, 6), 3, RNG.at("init"))

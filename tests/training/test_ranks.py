@@ -188,7 +188,7 @@ def assert_every_method_same(several: list[list[dict[str, Any]]]) -> None:
         assert_same_run(trained(spec, Ranks()), [each[number] for each in several], tolerance)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_processes_train_as_one(tmp_path: Path) -> None:
     assert_every_method_same(together(tmp_path / "three", 3, all_trained, METHODS))
 
@@ -480,7 +480,7 @@ def launch(arguments: list[str], world: int = 2) -> subprocess.CompletedProcess[
     return subprocess.CompletedProcess(command, launcher.returncode, out, err)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = ["train", "--task", "digits", "--model", "mlp", "--defense", "n_fgsm:eps=0.1", "--recipe", "epochs=2"]
