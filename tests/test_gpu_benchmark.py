@@ -84,7 +84,7 @@ def test_samples_that_end_otherwise_are_named(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_part_runs_on_the_cpu(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--device", "cpu", "--small", "--n", "4", "--task", "digits", "--models", "zoo:digits-mlp-pgd_at"]
     words += ["--suites", "lean,thorough@bf16", "--speeds", "fp32,bf16", "--out", str(tmp_path)]

@@ -99,7 +99,7 @@ def test_the_access_of_an_attack_is_what_its_class_needs(name: str) -> None:
     assert said == (VARIES if isinstance(needs, property) else Access(needs).name.lower())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PLAYED)
 def test_the_norms_of_an_attack_are_those_it_runs_in(name: str) -> None:
     attack = ATTACKS.build(name)
@@ -109,7 +109,7 @@ def test_the_norms_of_an_attack_are_those_it_runs_in(name: str) -> None:
     assert [*said] == runs_in
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PLAYED)
 def test_the_goals_of_an_attack_are_those_it_runs_for(name: str) -> None:
     known = facts("attacks", ATTACKS.target(name))
@@ -211,7 +211,7 @@ def _binds(threat: Any, space: Any) -> bool:
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", own(DEFENSES))
 def test_the_inputs_of_a_defense_are_those_it_protects(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -602,7 +602,7 @@ def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "settings",
     [{"rounds": 500}, {"kernel": "linear"}, {"kernel": "precomputed"}, {"landmarks": 10}],

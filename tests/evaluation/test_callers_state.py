@@ -226,7 +226,7 @@ def test_an_attack_neither_moves_nor_feels_the_callers_state(name: str, tmp_path
     check(settings_of(name), tmp_path, ("float64", "deterministic"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", list(ATTACKS.table))
 def test_no_attack_does(name: str, tmp_path: Path) -> None:
     check(settings_of(name), tmp_path, *ODD)
@@ -237,7 +237,7 @@ def test_no_part_moves_or_feels_it(name: str, tmp_path: Path) -> None:
     check({"task": "digits", "n": 4, "device": "cpu"} | CASES[name], tmp_path, ("float64", "deterministic"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CASES)
 def test_no_task_defense_threat_model_or_goal_does(name: str, tmp_path: Path) -> None:
     check({"task": "digits", "n": 4, "device": "cpu"} | CASES[name], tmp_path, *ODD)

@@ -289,7 +289,7 @@ def test_who_can_not_be_stopped_from_inside_is_told_of(monkeypatch, tmp_path, ca
     assert any("--workers 2" in record.message for record in caplog.records)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("how", ["c"])  # "python" ends by itself, as without workers
 def test_worker_processes_are_ended_and_replaced(how, plain, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(limits, "GRACE", 2.0)

@@ -267,7 +267,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any],
     return folder, first, second
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_method_trains_as_on_one_process(two: Any) -> None:
     assert_every_method_same([each["methods"] for each in two[1:]])
 
