@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
-from advkit.attacks import ATTACKS
+from advkit.attacks.around import Around
 from advkit.attacks.base import TensorGoal, TensorOracle
 from advkit.attacks.suites import Stage, Suite
-from advkit.core import protocols
 from advkit.core.checks import one_of
-from advkit.core.errors import UsageError
-from advkit.core.protocols import Access, Ball, MadeForGoal, MadeForThreatModel, Rng, Stepped, TakesStandIn, WantsData
+from advkit.core.protocols import Ball, Rng, TakesStandIn
 
-PASSED_ON = frozenset({"restarts", "targets", "eot", "queries", "serves", "complaint"})
-"""What the attack inside is planned with or says of itself besides its abilities."""
 Through = Literal["identity", "own", "both"]
 BOTH: Through = "both"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BPDA(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
+class BPDA(Around):
     """BPDA (backward pass differentiable approximation), any gradient attack inside: bpda:pgd.
 
     The answers are the defended model's; the derivative of its input transformation is taken to be the identity's.
@@ -37,10 +33,10 @@ class BPDA(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
     UsageError for attacks without gradients.
     """
 
+    pointless: ClassVar[str] = "that none can be replaced: name it alone"
+
     attack: str = "pgd"
     through: Through = "identity"
-
-    needs: ClassVar[Access] = Access.GRADIENTS
 
     def __new__(cls, *, attack: str = "pgd", through: Through = "identity") -> BPDA:
         """Only both together are a suite and have stages; a copy with other settings may be of the other kind."""
@@ -50,40 +46,7 @@ class BPDA(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
 
     def __post_init__(self) -> None:
         one_of(self, "through", ("identity", "own", BOTH))
-        if protocols.on_streams(self.inner) or isinstance(self.inner, protocols.Suite):
-            raise UsageError(f"attack={self.attack}: name one attack on inputs, not a suite or an attack on streams")
-        if Access(self.inner.needs) < Access.GRADIENTS:
-            raise UsageError(f"attack={self.attack} needs no gradient, so that none can be replaced: name it alone")
-
-    @cached_property
-    def inner(self) -> Any:
-        """The attack that descends the gradients."""
-        return ATTACKS.build(self.attack)
-
-    @property
-    def default_goal(self) -> str:
-        """That of the attack inside."""
-        return self.inner.default_goal if isinstance(self.inner, MadeForGoal) else ""
-
-    @property
-    def default_threat_model(self) -> str:
-        """That of the attack inside."""
-        return self.inner.default_threat_model if isinstance(self.inner, MadeForThreatModel) else ""
-
-    @property
-    def wants_data(self) -> bool:
-        """Whether the attack inside does."""
-        return isinstance(self.inner, WantsData) and self.inner.wants_data
-
-    @property
-    def steps(self) -> int:
-        """Those of the attack inside; 1 where it has no number of its own."""
-        return self.inner.steps if isinstance(self.inner, Stepped) else 1
-
-    def __getattr__(self, name: str) -> Any:
-        if name in PASSED_ON:
-            return getattr(self.inner, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        super().__post_init__()
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         seen = oracle.seen_as(_identity, decides=oracle.decides) if self.through == "identity" else oracle

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from advkit.attacks import ATTACKS
+from advkit.attacks.around import Around
 from advkit.attacks.base import TensorGoal, TensorOracle, model_name
 from advkit.attacks.suites import Stage, Suite
 from advkit.attacks.wrappers import WrappedOracle
-from advkit.core import protocols
 from advkit.core.checks import check
 from advkit.core.errors import BadModel, UsageError
-from advkit.core.protocols import (
-    Access,
-    Ball,
-    MadeForGoal,
-    MadeForThreatModel,
-    Rng,
-    Stepped,
-    TakesRule,
-    WantsData,
-)
+from advkit.core.protocols import Ball, Rng, TakesRule
 
 ENSEMBLE = ("pdsg", "atan", "rect", "triangle", "rga", "bptr", "hart")
-PASSED_ON = frozenset({"restarts", "targets", "eot", "queries", "serves", "complaint"})
-"""What the attack inside is planned with or says of itself besides its abilities."""
-
 ALL = "ensemble"
 OWN = "own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spiking(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
+class Spiking(Around):
     """Surrogate-gradient attack on a spiking network, any gradient attack inside: spiking:pgd,surrogate=pdsg.
 
     No surrogate gradient is strongest on every network. The ensemble runs the attack under seven of them and under the
@@ -48,10 +35,10 @@ class Spiking(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
                per row
     """
 
+    pointless: ClassVar[str] = "no surrogate matters to it: name it without spiking"
+
     attack: str = "pgd"
     surrogate: str = "pdsg"
-
-    needs: ClassVar[Access] = Access.GRADIENTS
 
     def __new__(cls, *, attack: str = "pgd", surrogate: str = "pdsg") -> Spiking:
         """Only the ensemble is a suite and has stages; a copy with other settings may be of the other kind."""
@@ -60,43 +47,8 @@ class Spiking(Stepped, MadeForGoal, MadeForThreatModel, WantsData):
         return object.__new__(_Ensemble if surrogate == ALL else cls)
 
     def __post_init__(self) -> None:
-        if protocols.on_streams(self.inner) or isinstance(self.inner, protocols.Suite):
-            raise UsageError(f"attack={self.attack}: name one attack on inputs, not a suite or an attack on streams")
-        if Access(self.inner.needs) < Access.GRADIENTS:
-            raise UsageError(
-                f"attack={self.attack} needs no gradient, so no surrogate matters to it: name it without spiking"
-            )
+        super().__post_init__()
         check(self, "surrogate", bool(self.surrogate), "a surrogate gradient such as pdsg, or own, or ensemble")
-
-    @cached_property
-    def inner(self) -> Any:
-        """The attack that descends the gradients."""
-        return ATTACKS.build(self.attack)
-
-    @property
-    def default_goal(self) -> str:
-        """That of the attack inside."""
-        return self.inner.default_goal if isinstance(self.inner, MadeForGoal) else ""
-
-    @property
-    def default_threat_model(self) -> str:
-        """That of the attack inside."""
-        return self.inner.default_threat_model if isinstance(self.inner, MadeForThreatModel) else ""
-
-    @property
-    def wants_data(self) -> bool:
-        """Whether the attack inside does."""
-        return isinstance(self.inner, WantsData) and self.inner.wants_data
-
-    @property
-    def steps(self) -> int:
-        """Those of the attack inside; 1 where it has no number of its own."""
-        return self.inner.steps if isinstance(self.inner, Stepped) else 1
-
-    def __getattr__(self, name: str) -> Any:
-        if name in PASSED_ON:
-            return getattr(self.inner, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __call__(self, oracle: TensorOracle, x: Tensor, goal: TensorGoal, ball: Ball[Tensor], rng: Rng, /) -> Tensor:
         z: Tensor = self.inner(self.through(oracle), x, goal, ball, rng)
