@@ -388,7 +388,7 @@ def test_queries_are_answered_by_votes():
     case = resolve(
         "square:queries=3", "smoothing:sigma=0.25,n_predict=64", threat_model="l2:eps=0.4,access=scores", n=4, **DIGITS
     )
-    from advkit.evaluation.run.batch import attacked_model
+    from advkit.evaluation.run.attempts import attacked_model
 
     model, decides = attacked_model(case)
     assert model is case.victim

@@ -13,7 +13,7 @@ from advkit.evaluation.counts import UNKNOWN, clean_notes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from advkit.evaluation.run.batch import Attempts, Clean
+    from advkit.evaluation.run.attempts import Attempts, Clean
     from advkit.evaluation.run.judge import Judge, Said, Verdict
 
 T = TypeVar("T")

@@ -46,7 +46,7 @@ from advkit.evaluation.counts import (
     worst_figures,
 )
 from advkit.evaluation.replies import reply_figures
-from advkit.evaluation.run.batch import attacked_model
+from advkit.evaluation.run.attempts import attacked_model
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.stats import DenominatorKind, graded_entry, rate
 

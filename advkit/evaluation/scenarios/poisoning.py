@@ -41,7 +41,8 @@ from advkit.defenses import DEFENSES
 from advkit.evaluation import poisonings
 from advkit.evaluation.counts import GAINED
 from advkit.evaluation.poisonings import BY_ATTACKER, BY_HARNESS, FLIPPED, RECOVERED, SUSPECTED, TRAINED, trial_of
-from advkit.evaluation.run.batch import reason_of, run_alone
+from advkit.evaluation.run.attempts import reason_of
+from advkit.evaluation.run.batch import run_alone
 from advkit.evaluation.run.case import lent
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios.base import (

@@ -34,7 +34,8 @@ from advkit.core.protocols import (
 )
 from advkit.core.rng import RowRng
 from advkit.evaluation.counts import ended, was_right
-from advkit.evaluation.run.batch import alone, attacked_model
+from advkit.evaluation.run.attempts import attacked_model
+from advkit.evaluation.run.batch import alone
 from advkit.evaluation.run.judge import Judge, submitted
 from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios.base import (

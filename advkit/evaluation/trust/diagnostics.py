@@ -41,7 +41,8 @@ from advkit.core.spaces import Box, Transcripts
 from advkit.core.state import frozen
 from advkit.evaluation.counts import NO_LANGUAGE, REFUSED, by_label, count
 from advkit.evaluation.poisonings import hurts_more
-from advkit.evaluation.run.batch import attacked_model, own_randomness
+from advkit.evaluation.run.attempts import attacked_model
+from advkit.evaluation.run.batch import own_randomness
 from advkit.evaluation.run.case import Case, parameters
 from advkit.evaluation.run.judge import decide, finite
 from advkit.evaluation.run.recorded import TIMED_OUT

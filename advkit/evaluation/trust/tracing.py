@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from advkit.core.lanes import Lanes
 from advkit.core.oracle import MeteredOracle
 from advkit.core.protocols import Access, Attack, Outcome, Record
-from advkit.evaluation.run.batch import Round, attacked_model
+from advkit.evaluation.run.attempts import attacked_model
+from advkit.evaluation.run.batch import Round
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.run.judge import decide, finite
