@@ -18,31 +18,41 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advkit.core.checks import at_least_one, check, fraction, not_negative, one_of
-from advkit.core.errors import AdvkitError, BadInput, BadModel, CheckpointError, StaleRun, UsageError
+from advkit.core.errors import BadInput, BadModel, CheckpointError, StaleRun, UsageError
 from advkit.core.protocols import Data, Rng, answer_shape
 from advkit.core.rng import RowRng
-from advkit.core.strict_json import read_object
 from advkit.core.tail import weakest
 from advkit.core.text import first_line
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
 from advkit.training.augment import AUGMENTATIONS
-from advkit.training.lars import LARS
 from advkit.training.ranks import ALONE, Ranks, check_rows, least_rows
+from advkit.training.recipe import Recipe as Recipe
+from advkit.training.recipe import optimizer_of
+from advkit.training.stored import CHECKPOINT as CHECKPOINT
+from advkit.training.stored import (
+    FORMAT,
+    check_weights,
+    fill,
+    load_optimizer,
+    optimizer_tensors,
+    progress_of,
+    readable,
+    seal,
+)
+from advkit.training.stored import Epoch as Epoch
+from advkit.training.stored import log_entries as log_entries
 
 log = logging.getLogger("advkit")
 
-CHECKPOINT = "training.safetensors"
-FORMAT = "advkit-training-1"
 LOSS_SCALE = "loss_scale"
 """In the log's figures of float16 training: what the loss is multiplied with at the end of the epoch."""
 _LABELS, _SCORES, _CLEAN = "labels of the rows", "scores of the rows", "correctness of the rows"
@@ -50,104 +60,6 @@ TAIL_SCORE = "tail_30_score"
 """In the log's figures: the mean score of the weakest 30 % of the classes, on the validation rows."""
 RESIDENT = 4 * 2**30
 """Bytes of training rows that are kept on an accelerator as a whole; larger sets travel batch by batch."""
-_LATER = ("warmup", "milestones", "accumulate", "compile", "channels_last")
-"""Settings that came after the first runs were stored, whose fingerprints have the recipe's repr."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Recipe:
-    """How to train: everything but the loss.
-
-    epochs:       passes over the training rows
-    batch_size:   rows per step; a last batch of a single row joins the one before
-    optimizer:    "adam", "sgd", or "lars" for very large batches (`advkit.training.lars`)
-    lr:           peak learning rate
-    momentum:     of sgd and lars
-    weight_decay: L2 coefficient on weights with two axes or more; biases and normalisation parameters are spared
-    schedule:     "none"; "cosine" to zero; "linear" to zero; "poly": to zero with the square of what is left;
-                  "onecycle": linearly up from zero, and down again from half time; "steps": a tenth of it from every
-                  milestone on
-    warmup:       share of the steps over which the learning rate first rises linearly to its peak; "cosine", "linear"
-                  and "poly" fall over the steps that are left
-    milestones:   of "steps", in shares of the steps
-    ema:          decay of the averaged weights that are scored and returned, such as 0.999; 0 for none. At step t the
-                  decay is at most (1 + t) / (10 + t), so that random initial weights are forgotten
-    amp:          the loss under autocast: true or "bf16" for bfloat16; "fp16" for float16, with the loss scaled so that
-                  its gradients do not vanish: a step whose gradients overflow is left out, and the scale is halved.
-                  Gradients of attacks inside a loss are not scaled
-    accumulate:   pieces of a batch whose gradients are added up before a step, to save memory. Losses that are means
-                  over rows have the gradient of the whole batch; batch statistics, and methods that couple the rows of
-                  a batch, see a piece at a time
-    compile:      torch.compile for the network; the first steps take longer
-    channels_last: images and weights with channels last in memory, faster for convolutions on many devices
-    augment:      "none", or "crop-flip" for images
-    validation:   fraction of the rows, the first ones of the file, kept for scoring; 0 for none
-    select:       "best" weights on the validation rows, or "last"
-    select_every: epochs between scorings; the last epoch is always scored
-    """
-
-    epochs: int = 10
-    batch_size: int = 128
-    optimizer: Literal["adam", "sgd", "lars"] = "adam"
-    lr: float = 2e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: Literal["none", "cosine", "linear", "poly", "onecycle", "steps"] = "none"
-    warmup: float = 0.0
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    ema: float = 0.0
-    amp: bool | Literal["bf16", "fp16"] = False
-    accumulate: int = 1
-    compile: bool = False
-    channels_last: bool = False
-    augment: Literal["none", "crop-flip"] = "none"
-    validation: float = 0.1
-    select: Literal["best", "last"] = "best"
-    select_every: int = 1
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "epochs", "batch_size", "select_every", "accumulate")
-        check(self, "lr", self.lr > 0 and math.isfinite(self.lr), "a positive number")
-        not_negative(self, "weight_decay")
-        fraction(self, "momentum", "ema", "validation", "warmup", ends="[)")
-        one_of(self, "optimizer", ("adam", "sgd", "lars"))
-        one_of(self, "schedule", ("none", "cosine", "linear", "poly", "onecycle", "steps"))
-        one_of(self, "amp", (False, True, "bf16", "fp16"))
-        rising = list(self.milestones) == sorted(self.milestones) and all(0 < share <= 1 for share in self.milestones)
-        check(self, "milestones", rising, "shares in (0, 1], the smallest first")
-        check(self, "warmup", self.warmup == 0 or self.schedule != "onecycle", "0: onecycle has a warm-up of its own")
-        check(self, "accumulate", self.accumulate <= self.batch_size, f"at most batch_size={self.batch_size}")
-        one_of(self, "augment", tuple(AUGMENTATIONS))
-        one_of(self, "select", ("best", "last"))
-
-    def __repr__(self) -> str:
-        """As a dataclass's, without later settings that are at their defaults: stored runs keep their fingerprints."""
-        held = [(each, getattr(self, each.name)) for each in fields(self)]
-        shown = [f"{each.name}={value!r}" for each, value in held if each.name not in _LATER or value != each.default]
-        return f"{type(self).__qualname__}({', '.join(shown)})"
-
-    @property
-    def half(self) -> torch.dtype | None:
-        """The type of autocast; None for none."""
-        return {False: None, True: torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of optimiser step `step` of `steps`, counted from 0."""
-        rising = round(self.warmup * steps)
-        if step < rising:
-            return self.lr * (step + 1) / rising
-        done, falling = step - rising, steps - rising
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * done / falling))
-        if self.schedule == "linear":
-            return self.lr * (1 - done / falling)
-        if self.schedule == "poly":
-            return self.lr * (1 - done / falling) ** 2
-        if self.schedule == "onecycle":
-            return self.lr * (1 - abs(2 * (step + 0.5) / steps - 1))
-        if self.schedule == "steps":
-            return self.lr * 10.0 ** -sum(step / steps >= share for share in self.milestones)
-        return self.lr
 
 
 def correct(model: Any, x: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
@@ -268,29 +180,6 @@ class Objective:
             if dataclasses.is_dataclass(value) and not isinstance(value, type)
         }
         return f"{type(self).__module__}.{type(self).__qualname__}{sorted(settings.items())}"
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of the log.
-
-    epoch:   from 1
-    loss:    mean over the epoch's rows
-    score:   mean of the objective's score over the validation rows, NaN where it was not measured
-    clean:   accuracy on the validation rows as they are, NaN likewise
-    seconds: training and scoring
-    lr:      learning rate of the last step
-    figures: what was measured beside them, by name: `tail_30_score`, the mean score of the weakest 30 % of the classes,
-             and what the objective adds
-    """
-
-    epoch: int
-    loss: float
-    score: float
-    clean: float
-    seconds: float
-    lr: float
-    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -536,7 +425,7 @@ class _Run:
             with self.ranks.agreed():
                 self.objective.prepare(self.model, self.data, self.rng.at("prepare"))
             further = self.objective.parameters()
-            self.optimizer = _optimizer(self.model.module, further, recipe)
+            self.optimizer = optimizer_of(self.model.module, further, recipe)
             if recipe.compile:
                 self.model.module.compile()  # in place: no name changes, and copies are not compiled
             self.loss = self.ranks.wrapped(_Loss(self.objective, self.model, further))
@@ -554,7 +443,7 @@ class _Run:
         returns = recipe.select == "best" or (self.halted and self.objective.rolls_back)
         if self.best is not None and returns and self.best_epoch != chosen:
             best, chosen = last.copy(), self.best_epoch
-            _fill(best.module, self.best)
+            fill(best.module, self.best)
         for one in (last, best):
             if recipe.channels_last:
                 one.module.to(memory_format=torch.contiguous_format)
@@ -773,10 +662,10 @@ class _Run:
                 f"{out} holds the training of another model, data set, recipe, objective or seed; choose another "
                 "folder, or remove it"
             )
-        if metadata.get("seal") != _seal(tensors, metadata.get("progress", "")):
+        if metadata.get("seal") != seal(tensors, metadata.get("progress", "")):
             raise CheckpointError(f"{path} is damaged; remove it and train again")
-        with _readable(path):
-            progress = _progress(metadata["progress"], self.passes)
+        with readable(path):
+            progress = progress_of(metadata["progress"], self.passes)
         if progress["ranks"] != self.ranks.world:
             raise StaleRun(
                 f"{out} holds a training on {progress['ranks']} processes, this one runs on {self.ranks.world}: "
@@ -786,7 +675,7 @@ class _Run:
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         assert self.out is not None
-        with _readable(self.out / CHECKPOINT):
+        with readable(self.out / CHECKPOINT):
             self._take(tensors, progress)
         self.stored = len(self.log)
         log.info("training goes on after epoch %d of %d", len(self.log), self.passes)
@@ -796,17 +685,17 @@ class _Run:
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
-        _fill(self.model.module, groups["model"])
+        fill(self.model.module, groups["model"])
         if self.average is not None:
-            _fill(self.average.module, groups["average"])
+            fill(self.average.module, groups["average"])
         if not self._finished(progress):  # else there was no need to prepare, and nothing steps any more
-            _load_optimizer(self.optimizer, groups.get("optimizer", {}))
+            load_optimizer(self.optimizer, groups.get("optimizer", {}))
             if self.scaler.is_enabled():
                 held = self._scaling()
                 self.scaler.load_state_dict({name: type(held[name])(value) for name, value in groups["scaler"].items()})
         best = groups.get("best")
         if best is not None:
-            _check_weights(self.scored.module, best)
+            check_weights(self.scored.module, best)
             self.best = {name: tensor.to(self.device) for name, tensor in best.items()}
         self.best_epoch, self.log, self.halted = progress["best_epoch"], progress["log"], progress["halted"]
         self.best_score = -math.inf if progress["best_score"] is None else progress["best_score"]
@@ -837,7 +726,7 @@ class _Run:
             "model": named_tensors(self.model.module),
             "average": named_tensors(self.average.module) if self.average is not None else {},
             "best": self.best or {},
-            "optimizer": _optimizer_tensors(self.optimizer),
+            "optimizer": optimizer_tensors(self.optimizer),
             "scaler": {name: torch.tensor(float(value)) for name, value in self._scaling().items()},
             **states,
         }
@@ -853,83 +742,13 @@ class _Run:
         if self.ranks.world > 1:
             told["ranks"] = self.ranks.world
         progress = canonical_json(told)
-        metadata = {"format": FORMAT, "fingerprint": self.mark, "progress": progress, "seal": _seal(tensors, progress)}
+        metadata = {"format": FORMAT, "fingerprint": self.mark, "progress": progress, "seal": seal(tensors, progress)}
         write_atomically(out / CHECKPOINT, pack(tensors, metadata))
         write_atomically(out / "log.json", (json.dumps(entries, indent=1) + "\n").encode())
 
     def _scaling(self) -> dict[str, Any]:
         """What the scale of float16's loss depends on; empty where there is none."""
         return self.scaler.state_dict() if self.scaler.is_enabled() else {}
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """CheckpointError where a training checkpoint does not hold the state of this training: a seal is no signature."""
-    try:
-        yield
-    except AdvkitError:
-        raise
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} holds no state of this training ({first_line(error)}): remove it and train again"
-        ) from error
-
-
-def _progress(text: str, epochs: int) -> dict[str, Any]:
-    """How far a training is; ValueError and its kin where the text does not say it."""
-    read = read_object(text)
-    found = [_entry(each) for each in read["log"]]
-    if read["epochs"] != len(found) or not 1 <= len(found) <= epochs:
-        raise ValueError(f"it is after {len(found)} of {epochs} epochs")
-    if [each.epoch for each in found] != list(range(1, len(found) + 1)):
-        raise ValueError("its epochs are not in order")
-    best, score = read["best_epoch"], read["best_score"]
-    if type(best) is not int or not len(found) // epochs <= best <= len(found):  # the last epoch is always scored
-        raise ValueError(f"its best epoch is {best!r:.40}")
-    best_score = None if score is None else _number(score)
-    ranks = read.get("ranks", 1)
-    if type(ranks) is not int or ranks < 1:
-        raise ValueError(f"it says {ranks!r:.40} of how many processes trained")
-    halted = read.get("halted", "")
-    if type(halted) is not str:
-        raise ValueError(f"it says {halted!r:.40} of why it ended")
-    return {
-        "epochs": len(found),
-        "log": found,
-        "best_epoch": best,
-        "best_score": best_score,
-        "halted": halted,
-        "ranks": ranks,
-    }
-
-
-def _entry(written: Mapping[str, Any]) -> Epoch:
-    """The inverse of `log_entries`, for one epoch; figures came later than the rest."""
-    values: dict[str, Any] = {
-        key: value if key == "epoch" else _number(value) for key, value in written.items() if key != "figures"
-    }
-    figures = {key: _number(value) for key, value in dict(written.get("figures", {})).items()}
-    return Epoch(**values, figures=figures)
-
-
-def _number(value: Any) -> float:
-    """A number of the log; NaN for null, which is what was not measured."""
-    if value is None:
-        return math.nan
-    if type(value) not in (int, float):
-        raise ValueError(f"{value!r:.40} is no number")
-    return float(value)
-
-
-def log_entries(log: Sequence[Epoch]) -> list[dict[str, Any]]:
-    """The log as JSON values: null for what was not measured, since JSON has no NaN."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(each) for key, each in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return [plain(asdict(epoch)) for epoch in log]
 
 
 def _mean(values: Tensor) -> float:
@@ -968,64 +787,6 @@ class _Finite:
         steps, self.steps, self.losses = self.steps, [], []
         bad = (step for step, value in zip(steps, values, strict=True) if not math.isfinite(value))
         return self.ranks.earliest(next(bad, None))
-
-
-def _seal(tensors: Mapping[str, Tensor], progress: str) -> str:
-    return hashlib.sha256(f"{tensors_sha256(tensors.items())}|{progress}".encode()).hexdigest()
-
-
-def _optimizer(module: nn.Module, further: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = []
-    for parameters in (module.parameters(), further):
-        live = [parameter for parameter in parameters if parameter.requires_grad]
-        groups.append({"params": [p for p in live if p.dim() > 1], "weight_decay": recipe.weight_decay})
-        groups.append({"params": [p for p in live if p.dim() <= 1], "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    if recipe.optimizer == "lars":
-        return LARS(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.Adam(groups, lr=recipe.lr)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of every parameter as place/key; hyper-parameters come from the recipe."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{place}/{key}": value
-        for place, values in state.items()
-        for key, value in values.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        place, _, key = name.partition("/")
-        state.setdefault(int(place), {})[key] = tensor
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    kinds = {frozenset(held) for held in state.values()}
-    if not set(state) <= set(range(len(parameters))) or len(kinds) > 1:
-        raise ValueError("the optimiser's state is not that of these parameters")
-    for number, held in state.items():
-        if any(tensor.ndim and tensor.shape != parameters[number].shape for tensor in held.values()):
-            raise ValueError("the optimiser's state has other shapes than the parameters")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _check_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in named_tensors(module).items()}
-    if wanted != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
-        raise CheckpointError("the training checkpoint's weights are not this model's; remove it and train again")
-
-
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    _check_weights(module, tensors)
-    wanted = named_tensors(module)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            wanted[name].copy_(tensor)
 
 
 def _average(average: nn.Module, module: nn.Module, decay: float) -> None:

@@ -443,7 +443,7 @@ def _training(folder: Path) -> None:
 
 
 def _training_change(name: str, raw: bytes, rng: Random) -> bytes:
-    from advkit.training.loop import _seal as sealed
+    from advkit.training.stored import seal as sealed
 
     if rng.random() < 0.4:
         return mixed(mutations.by_safetensors)(name, raw, rng)
