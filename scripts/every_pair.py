@@ -1,13 +1,14 @@
-"""The page of every pair: `python scripts/every_pair.py FOLDER docs/every_pair.md`, FOLDER being that of a sweep.
+"""The page of every pair: `python scripts/every_pair.py FOLDER... docs/every_pair.md`, a FOLDER being that of a sweep.
 
-Attacks are rows, defenses columns. A pair has its number, or the number of the reason why there is none.
+Attacks are rows, defenses columns, a table for each sweep. A pair has its number, or the number of the reason why there
+is none.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from advkit.evaluation.sweep.table import Row
 
 HEAD = """# Every attack against every defense
 
-Made by `python scripts/every_pair.py pairs docs/every_pair.md`; do not edit. The folder `pairs` is that of
-`advkit sweep docs/every_pair.yaml --out pairs`.
+Made by `python scripts/every_pair.py pairs/* docs/every_pair.md`; do not edit. Every table is of a sweep of its own:
+[every_pair.yaml](every_pair.yaml) has all attacks and defenses. The grids in `docs/every_pair/` have the attacks that
+need another task, model or threat model.
 
-Numbers are {metrics}, on {n} samples of `{task}`, of attacks and defenses
-that the [grid](every_pair.yaml) has shortened to a few steps, queries, epochs and votes. They say that a pair fits,
+Numbers are {metrics}, on at most {n} samples, of attacks and defenses
+that the grids have shortened to a few steps, queries, epochs and votes. They say that a pair fits,
 and nothing of its strength. Where a pair has no number, the reason is named by its number below.
+
+{pairs} pairs: {fitting} with a number in at least one table, {rest} with none.
+{cells} cells in all: {numbers} numbers, {reasons} reasons.
 """
 
 
@@ -33,6 +38,11 @@ class Pair:
     attack: str
     defense: str
     row: Row
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The parts, whatever their settings."""
+        return self.attack.partition(":")[0], self.defense.partition(":")[0]
 
     @property
     def number(self) -> float | None:
@@ -48,7 +58,7 @@ class Pair:
         if row.state == "excluded":
             return "excluded by the grid"
         if row.state == "done":
-            return f"{row.undecided} of {row.n} samples without a verdict" if row.undecided else f"no {row.metric}"
+            return f"{row.undecided} of {row.n} samples without a verdict" if row.undecided else row.outcome
         words = (f"{row.state}: {row.reason}" if row.state in PROBLEMS else row.reason).split()
         for kind, spec in (("ATTACK", self.attack), ("DEFENSE", self.defense)):
             own = {spec, spec.partition(":")[0], str(row.parts[kind.lower()])} - {"none", "spiking"}  # words, too
@@ -65,30 +75,48 @@ def pairs_of(made: Sweep) -> list[Pair]:
     return [Pair(*names, row) for names, row in zip(asked, made.rows, strict=True)]
 
 
-def page(made: Sweep) -> str:
+def page(sweeps: Sequence[Sweep]) -> str:
     """The whole page."""
-    pairs = pairs_of(made)
-    numbers = [pair.row for pair in pairs if pair.number is not None]
-    reasons = Counter(pair.reason for pair in pairs if pair.number is None).most_common()
+    tables = [pairs_of(made) for made in sweeps]
+    every = [pair for pairs in tables for pair in pairs]
+    numbers = [pair.row for pair in every if pair.number is not None]
+    reasons = Counter(pair.reason for pair in every if pair.number is None).most_common()
     place = {reason: number for number, (reason, _) in enumerate(reasons, 1)}
+    metrics = Counter(row.metric.replace("_", " ") for row in numbers).most_common()
+    fits = {pair.names for pair in every if pair.number is not None}
+    asked = {pair.names for pair in every}
+    head = HEAD.format(
+        metrics=" or ".join(f"{name} ({count} cells)" for name, count in metrics),
+        n=max((row.n for row in numbers), default=0),
+        pairs=f"{len(asked):,}",
+        fitting=f"{len(fits):,}",
+        rest=f"{len(asked - fits):,}",
+        cells=f"{len(every):,}",
+        numbers=f"{len(numbers):,}",
+        reasons=f"{len(every) - len(numbers):,}",
+    )
+    lines = [head]
+    for made, pairs in zip(sweeps, tables, strict=True):
+        lines += section(made, pairs, place)
+    lines += ["## Reasons", ""]
+    lines += table(("", "reason", "cells"), [(f"({place[each]})", each, count) for each, count in reasons])
+    return "\n".join(lines)
+
+
+def section(made: Sweep, pairs: Sequence[Pair], place: Mapping[str, int]) -> list[str]:
+    """The table of one sweep; `place` numbers the reasons."""
+    asked = made.lines[0].request
+    parts = [f"{name.replace('_', ' ')} `{asked[name]}`" for name in ("task", "model", "threat_model") if name in asked]
+    attacks = list(dict.fromkeys(pair.attack for pair in pairs))
+    defenses = list(dict.fromkeys(pair.defense for pair in pairs))
     told = {
         (pair.attack, pair.defense): f"({place[pair.reason]})" if pair.number is None else f"{pair.number:.2g}"
         for pair in pairs
     }
-    attacks = list(dict.fromkeys(pair.attack for pair in pairs))
-    defenses = list(dict.fromkeys(pair.defense for pair in pairs))
-    metrics = Counter(row.metric.replace("_", " ") for row in numbers).most_common()
-    head = HEAD.format(
-        metrics=" or ".join(f"{name} ({count} pairs)" for name, count in metrics),
-        n=max((row.n for row in numbers), default=0),
-        task=pairs[0].row.parts["task"],
-    )
-    lines = [head, f"{len(pairs)} pairs: {len(numbers)} numbers, {len(pairs) - len(numbers)} reasons.", ""]
-    lines += table(("", "reason", "pairs"), [(f"({place[each]})", each, count) for each, count in reasons])
+    lines = [f"## {parts[0][0].upper()}{parts[0][1:]}{''.join(f', {part}' for part in parts[1:])}", ""]
     lines += table(("", "defense"), [(f"d{number}", f"`{each}`") for number, each in enumerate(defenses, 1)])
-    head_of_all = ("attack", *(f"d{number}" for number in range(1, len(defenses) + 1)))
-    lines += table(head_of_all, [(f"`{each}`", *(told[each, other] for other in defenses)) for each in attacks])
-    return "\n".join(lines)
+    head = ("attack", *(f"d{number}" for number in range(1, len(defenses) + 1)))
+    return lines + table(head, [(f"`{each}`", *(told[each, other] for other in defenses)) for each in attacks])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -98,5 +126,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    folder, file = sys.argv[1:]
-    Path(file).write_text(page(Sweep.load(folder)), encoding="utf-8")
+    *folders, file = sys.argv[1:]
+    Path(file).write_text(page([Sweep.load(folder) for folder in folders]), encoding="utf-8")

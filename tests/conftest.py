@@ -21,6 +21,15 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONG = ("test_notebooks.py", "test_readme.py", "test_fuzz.py")
+"""Files whose single tests take a minute or more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests begin first, so that at the end no process is left alone with one."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _same_draws():
     """Every test starts from the same generators, whatever ran before it in the same process."""

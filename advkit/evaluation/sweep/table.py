@@ -10,6 +10,7 @@ from typing import Any
 
 from advkit.core.text import printable
 from advkit.evaluation.report import Report
+from advkit.evaluation.report.text import NO_MEDIAN
 from advkit.evaluation.sweep.line import ENDED, PROBLEMS, Line, Note, State, looked_at, records_in, state_of
 
 COLUMNS = ("attack", "defense", "task", "model", "threat_model", "goal", "seed")
@@ -45,7 +46,7 @@ class Row:
         if self.state != "done":
             return f"{self.state}: {self.reason}" if self.reason else self.state
         if self.value is None:
-            return f"no {self.metric or 'figure'}"
+            return self.reason or f"no {self.metric or 'figure'}"
         text = f"{self.metric} {self.value:.3g}"
         if self.interval is not None:
             text += f" [{self.interval[0]:.3g}, {self.interval[1]:.3g}]"
@@ -78,6 +79,7 @@ def _done(report: Report, line: Line, parts: dict[str, Any]) -> Row:
         state="done",
         metric=metric,
         value=held.get("value"),
+        reason=NO_MEDIAN if held.get("unbounded") else "",
         interval=None if interval is None else (interval.low, interval.high),
         n=data["dataset"]["n_evaluated"],
         undecided=report.undecided,
