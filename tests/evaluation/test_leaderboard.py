@@ -85,15 +85,15 @@ def runs(tmp_path: Path) -> Path:
 def test_groups_never_mix_and_ranks_follow_robust_accuracy(runs: Path) -> None:
     board = boards.scan(runs)
     assert lines(board) == {
-        "digits 1 test, first 5 samples: linf eps=8/255, untargeted, white box": [
+        "digits test (version 1), first 5 samples: linf eps=8/255, untargeted, white box": [
             (None, "masked"),
             (1, "strong"),
             (2, "fair"),
             (3, "weak"),
         ],
-        "digits 1 test, first 5 samples: l2 eps=8/255, untargeted, white box": [(1, "l2")],
-        "digits 1 test, first 5 samples: linf eps=8/255, untargeted, transfer": [(1, "weak"), (1, "other")],
-        "fashion-mnist 1 test, first 5 samples: linf eps=8/255, untargeted, white box": [(1, "task")],
+        "digits test (version 1), first 5 samples: l2 eps=8/255, untargeted, white box": [(1, "l2")],
+        "digits test (version 1), first 5 samples: linf eps=8/255, untargeted, transfer": [(1, "weak"), (1, "other")],
+        "fashion-mnist test (version 1), first 5 samples: linf eps=8/255, untargeted, white box": [(1, "task")],
     }
     assert len(board) == 8
     assert [path for path, _ in board.invalid] == ["bad/report.json"]

@@ -146,6 +146,7 @@ def _tab(groups: Sequence[Group], ids: Mapping[int, int]) -> dict[str, Any]:
 
 
 def _group(group: Group, ids: Mapping[int, int], figures: Sequence[str]) -> dict[str, Any]:
+    usual = level_text(group.victims[0].decisive.data["metrics"])
     return {
         "title": group.title,
         "task": group.task,
@@ -155,15 +156,16 @@ def _group(group: Group, ids: Mapping[int, int], figures: Sequence[str]) -> dict
         "score": group.score_name,
         "direction": group.direction,
         "note": " ".join(filter(None, [group.note, *flips_text(group)])),
-        "victims": [_victim(group, victim, ids[id(victim)], figures) for victim in group.victims],
+        "level": usual,
+        "victims": [_victim(group, victim, ids[id(victim)], figures, usual) for victim in group.victims],
     }
 
 
-def _victim(group: Group, victim: Victim, number: int, figures: Sequence[str]) -> dict[str, Any]:
-    """A line; what is missing is left out."""
+def _victim(group: Group, victim: Victim, number: int, figures: Sequence[str], usual: str) -> dict[str, Any]:
+    """A line; what is missing is left out, and the words for its interval where they are the usual ones."""
     score = victim.score
     defense = victim.decisive.data["defense"]
-    interval = f"{level_text(victim.decisive.data['metrics'])} {score.interval}" if score.interval else ""
+    level = level_text(victim.decisive.data["metrics"])
     found = {
         "id": number,
         "rank": victim.rank,
@@ -176,7 +178,8 @@ def _victim(group: Group, victim: Victim, number: int, figures: Sequence[str]) -
         "low": _short(score.low),
         "high": _short(score.high),
         "fraction": score.fraction,
-        "interval": interval,
+        "interval": score.interval,
+        "level": level if score.interval and level != usual else "",
         "n": victim.n,
         "attacker": victim.attacker,
         "verified": victim.verified.partition(":")[0],
@@ -250,7 +253,6 @@ def _reports(found: Board, folder: Path | None, links: str) -> Iterator[dict[str
         yield {
             "title": data["title"],
             "verdict": data["verdict"],
-            "figure": str(data["wording"]["figure"]).capitalize(),
             "level": data["level"],
             "rows": [
                 [row.label, row.value, row.interval, row.success, row.counts, row.section] for row in data["rows"]
