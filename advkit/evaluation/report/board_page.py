@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -80,8 +81,7 @@ def html_of(found: Board, folder: Path | None = None, links: str = ".") -> str:
             filters=FILTERS,
             summary=_summary(found),
             claimed=CLAIMED,
-            claim_heads=claim_heads(),
-            claims=[claim_cells(claim) for claim in found.claimed],
+            claims=_claims(found),
             lists=(("Not ranked", found.unranked), ("Invalid reports", found.invalid)),
             version=__version__,
         )
@@ -112,6 +112,13 @@ def _summary(found: Board) -> str:
     counts = ((len(found), "victim"), (len(found.groups), "table"), (len(found.attacks), "report"))
     lines, tables, reports = (f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
     return f"{lines} in {tables}, from {reports}."
+
+
+def _claims(found: Board) -> list[list[str]]:
+    """Heads and lines of what cards claim, without the columns that stand empty in all of them."""
+    lines = [claim_cells(claim) for claim in found.claimed]
+    filled = [any(line[i] not in ("", "-") for line in lines) for i in range(len(claim_heads()))]
+    return [list(compress(line, filled)) for line in [claim_heads(), *lines]] if lines else []
 
 
 # What is filtered, sorted and shown in lines

@@ -154,7 +154,7 @@ function attacksCell(victim) {
 
 function flagsCell(victim) {
   const cell = make("td");
-  if (victim.verified !== "yes") cell.append(badge(victim.refuted ? "unreliable" : "info", victim.verified));
+  if (victim.verified !== "yes") cell.append(badge(victim.refuted ? "unreliable" : "info", {no: "not verified", partly: "partly verified"}[victim.verified] ?? victim.verified));
   for (const [id, severity] of victim.flags) cell.append(badge(severity, id.replaceAll("_", " ")));
   if (victim.undecided) cell.append(badge("unreliable", `${victim.undecided} undecided`));
   return cell;
