@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import html.parser
 import io
@@ -29,6 +30,7 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.report import Report
 from advkit.evaluation.report import leaderboard as boards
+from advkit.evaluation.report.ranking import scan as ranked
 from advkit.evaluation.run.store import read_records, to_line
 from advkit.evaluation.stats import rate, wilson
 
@@ -649,6 +651,19 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
     assert "No report to rank" in boards.markdown_of(boards.scan(tmp_path))
     with pytest.raises(UsageError, match="no folder"):
         boards.scan(tmp_path / "none")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_cycle_collector_rests_while_a_board_is_made_and_is_as_it_was_after(tmp_path: Path, on: bool) -> None:
+    seen = []
+    before = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            ranked(tmp_path, lambda board: (seen.append(gc.isenabled()), 1 / 0))
+        assert (seen, gc.isenabled()) == ([False], on)
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_command(runs: Path) -> None:
