@@ -3,9 +3,9 @@
 python benchmarks/board.py --out FOLDER [--reports 2000] [--pictures 49] [--repeat 3] [--seed 0] [--code CHECKOUT ...]
 
 Makes reports from a few real runs with changed figures, builds the page with the code of every checkout named (this one
-by default; in turns, one process each, the same reports) and opens it in Debian's Chromium where playwright is installed.
-Prints the median of every figure, and the ratio of the first checkout's to each other's. The real runs are those of the
-first checkout: name the oldest first, since newer code reads older reports.
+by default; in turns, one process each, the same reports) and opens it in Debian's Chromium where playwright is there.
+Prints the median of every figure, and how many times less it is than with the first checkout. The real runs are those
+of the first checkout: name the oldest first, since newer code reads older reports.
 """
 
 from __future__ import annotations
