@@ -65,6 +65,10 @@ def _tell(board: Board, paths: list[Path], folder: Path) -> None:
     for heading, found in (("not ranked", board.unranked), ("invalid", board.invalid)):
         for name, reason in found:
             typer.echo(printable(f"{heading}: {name}: {reason}"), err=True)
+    bare = sum(attack.verified == "no records" for attack in board.attacks.values())
+    if bare:
+        what = f"{_many(bare, 'report')} without records.jsonl beside {'it' if bare == 1 else 'them'}"
+        typer.echo(f"{what}: figures stand as written; put run folders here to have them counted again", err=True)
     for name, attack in sorted(board.attacks.items()):
         if attack.verified.startswith("no:"):
             typer.echo(printable(f"not verified: {name}: {attack.verified.removeprefix('no: ')}"), err=True)

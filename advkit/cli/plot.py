@@ -30,7 +30,8 @@ def plot(
     import json
 
     from advkit.core.errors import ReportError
-    from advkit.evaluation.figures import write_plots
+    from advkit.evaluation.figures import why_none, write_plots
+    from advkit.evaluation.report import Report
 
     if not (run / "report.json").is_file():
         raise ReportError(f"no report at {run / 'report.json'}; expected the folder of a finished run")
@@ -38,4 +39,5 @@ def plot(
     if as_json:
         typer.echo(json.dumps({"files": [str(file) for file in files]}, indent=2))
     else:
-        typer.echo("\n".join(map(str, files)) if files else "this run has nothing to draw")
+        none = "" if files else f"nothing to draw: {why_none(Report.load(run))}"
+        typer.echo(none or "\n".join(map(str, files)))

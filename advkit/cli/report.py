@@ -22,11 +22,16 @@ def report(
     """
     import json
 
+    from advkit.core.errors import ReportError
     from advkit.evaluation.report import Report, write_atomic
 
     found = Report.load(run)
     path = out or (found.path or run).with_name("report.html")
     write_atomic(path, found.to_html())
+    try:
+        found.adversarial()
+    except ReportError as error:
+        typer.echo(f"the page has no examples: {error}", err=True)
     if as_json:
         typer.echo(json.dumps({"page": str(path), "title": found.title, "verdict": found.verdict()}))
     else:

@@ -56,8 +56,21 @@ def test_out_and_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "p.html").is_file()
 
 
-def test_without_records_the_page_says_so(folder: Path, tmp_path: Path) -> None:
+def test_without_records_the_page_says_so(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report.json").write_bytes((folder / "report.json").read_bytes())
+    assert run(["report", str(tmp_path)]) == 0
+    said = f"{tmp_path / 'report.json'} has no records beside it, so no examples either: name the run's own folder"
+    assert capsys.readouterr().err == f"the page has no examples: {said}\n"
+    assert run(["plot", str(tmp_path)]) == 0
+    why = f"{tmp_path} has no records.jsonl, from which plots are drawn; name the run's own folder"
+    assert capsys.readouterr().out == f"nothing to draw: {why}\n"
+    assert run(["plot", str(tmp_path), "per_class"]) != 0
+    assert capsys.readouterr().err == f"advkit: error: this run has no plot 'per_class'; it has none: {why}\n"
+    assert run(["leaderboard", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == (
+        "1 report without records.jsonl beside it: figures stand as written; put run folders here to have them counted "
+        "again\n"
+    )
     text = Report.load(tmp_path).to_html()
     assert "No examples: " in text
     assert "has no records beside it" in text
@@ -74,6 +87,12 @@ def test_a_folder_without_a_report_is_one_line(tmp_path: Path, capsys: pytest.Ca
     assert "leave --json out" in capsys.readouterr().err
     assert run(["leaderboard", str(tmp_path), "--watch", "--every", "0"]) != 0
     assert "--every 0: expected" in capsys.readouterr().err
+
+
+def test_a_kind_of_plot_that_is_not_there_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plot", str(folder), "nonsense"]) != 0
+    said = "this run has no plot 'nonsense'; it has per_class, examples: name one of them"
+    assert capsys.readouterr().err == f"advkit: error: {said}\n"
 
 
 def test_watch_writes_again_when_a_report_changes(folder: Path, tmp_path: Path) -> None:

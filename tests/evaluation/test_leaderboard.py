@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import html.parser
 import io
@@ -29,6 +30,7 @@ from advkit.core.errors import UsageError
 from advkit.core.protocols import Outcome, Record
 from advkit.evaluation.report import Report
 from advkit.evaluation.report import leaderboard as boards
+from advkit.evaluation.report.ranking import scan as ranked
 from advkit.evaluation.run.store import read_records, to_line
 from advkit.evaluation.stats import rate, wilson
 
@@ -85,15 +87,15 @@ def runs(tmp_path: Path) -> Path:
 def test_groups_never_mix_and_ranks_follow_robust_accuracy(runs: Path) -> None:
     board = boards.scan(runs)
     assert lines(board) == {
-        "digits 1 test, first 5 samples: linf eps=8/255, untargeted, white box": [
+        "digits test (version 1), first 5 samples: linf eps=8/255, untargeted, white box": [
             (None, "masked"),
             (1, "strong"),
             (2, "fair"),
             (3, "weak"),
         ],
-        "digits 1 test, first 5 samples: l2 eps=8/255, untargeted, white box": [(1, "l2")],
-        "digits 1 test, first 5 samples: linf eps=8/255, untargeted, transfer": [(1, "weak"), (1, "other")],
-        "fashion-mnist 1 test, first 5 samples: linf eps=8/255, untargeted, white box": [(1, "task")],
+        "digits test (version 1), first 5 samples: l2 eps=8/255, untargeted, white box": [(1, "l2")],
+        "digits test (version 1), first 5 samples: linf eps=8/255, untargeted, transfer": [(1, "weak"), (1, "other")],
+        "fashion-mnist test (version 1), first 5 samples: linf eps=8/255, untargeted, white box": [(1, "task")],
     }
     assert len(board) == 8
     assert [path for path, _ in board.invalid] == ["bad/report.json"]
@@ -649,6 +651,19 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
     assert "No report to rank" in boards.markdown_of(boards.scan(tmp_path))
     with pytest.raises(UsageError, match="no folder"):
         boards.scan(tmp_path / "none")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_cycle_collector_rests_while_a_board_is_made_and_is_as_it_was_after(tmp_path: Path, on: bool) -> None:
+    seen = []
+    before = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            ranked(tmp_path, lambda board: (seen.append(gc.isenabled()), 1 / 0))
+        assert (seen, gc.isenabled()) == ([False], on)
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_command(runs: Path) -> None:

@@ -88,7 +88,7 @@ def write_plots(
     records = read_records(path) if path.exists() else []
     made = {name: drawn for name, drawn in drawings(report, records, class_names) if not only or name in only}
     if missing := [name for name in only if name not in made]:
-        raise _no_plot(missing[0], kinds(report))
+        raise _no_plot(report, missing[0], [name for name, _ in drawings(report, records, class_names)])
     places = (folder / "plots", folder) if out is None else (Path(out), Path(out))
     return [_written(*places, name, drawn, form) for name, drawn in made.items()]
 
@@ -128,7 +128,7 @@ def plot(report: Report, kind: str | None = None) -> Figure:
     for name, drawn in drawings(report, _records(report)):
         if not isinstance(drawn, str) and kind in (None, name):
             return drawn
-    raise _no_plot(kind, kinds(report))
+    raise _no_plot(report, kind, kinds(report))
 
 
 def _records(report: Report) -> Sequence[Record]:
@@ -138,9 +138,18 @@ def _records(report: Report) -> Sequence[Record]:
         return []
 
 
-def _no_plot(kind: str | None, there_are: Sequence[str]) -> ReportError:
-    has = f"it has {', '.join(there_are)}" if there_are else "it has none"
-    return ReportError(f"this run has no plot {kind!r}; {has}" if kind else "this run has no plot")
+def _no_plot(report: Report, kind: str | None, there_are: Sequence[str]) -> ReportError:
+    if kind and there_are:
+        return ReportError(f"this run has no plot {kind!r}; it has {', '.join(there_are)}: name one of them")
+    return ReportError(f"this run has no plot {kind!r}; it has none: {why_none(report)}" if kind else why_none(report))
+
+
+def why_none(report: Report) -> str:
+    """Why nothing can be drawn of a run, and what helps."""
+    if report.path is None or _records(report):
+        return "its report names no plot, and no examples were kept (keep=N keeps them)"
+    missing = records_path(report.path)
+    return f"{missing.parent} has no {missing.name}, from which plots are drawn; name the run's own folder"
 
 
 def _written(plots: Path, pages: Path, name: str, drawn: Figure | str, form: str) -> Path:

@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -80,8 +81,7 @@ def html_of(found: Board, folder: Path | None = None, links: str = ".") -> str:
             filters=FILTERS,
             summary=_summary(found),
             claimed=CLAIMED,
-            claim_heads=claim_heads(),
-            claims=[claim_cells(claim) for claim in found.claimed],
+            claims=_claims(found),
             lists=(("Not ranked", found.unranked), ("Invalid reports", found.invalid)),
             version=__version__,
         )
@@ -112,6 +112,13 @@ def _summary(found: Board) -> str:
     counts = ((len(found), "victim"), (len(found.groups), "table"), (len(found.attacks), "report"))
     lines, tables, reports = (f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
     return f"{lines} in {tables}, from {reports}."
+
+
+def _claims(found: Board) -> list[list[str]]:
+    """Heads and lines of what cards claim, without the columns that stand empty in all of them."""
+    lines = [claim_cells(claim) for claim in found.claimed]
+    filled = [any(line[i] not in ("", "-") for line in lines) for i in range(len(claim_heads()))]
+    return [list(compress(line, filled)) for line in [claim_heads(), *lines]] if lines else []
 
 
 # What is filtered, sorted and shown in lines
@@ -146,6 +153,7 @@ def _tab(groups: Sequence[Group], ids: Mapping[int, int]) -> dict[str, Any]:
 
 
 def _group(group: Group, ids: Mapping[int, int], figures: Sequence[str]) -> dict[str, Any]:
+    usual = level_text(group.victims[0].decisive.data["metrics"])
     return {
         "title": group.title,
         "task": group.task,
@@ -155,15 +163,16 @@ def _group(group: Group, ids: Mapping[int, int], figures: Sequence[str]) -> dict
         "score": group.score_name,
         "direction": group.direction,
         "note": " ".join(filter(None, [group.note, *flips_text(group)])),
-        "victims": [_victim(group, victim, ids[id(victim)], figures) for victim in group.victims],
+        "level": usual,
+        "victims": [_victim(group, victim, ids[id(victim)], figures, usual) for victim in group.victims],
     }
 
 
-def _victim(group: Group, victim: Victim, number: int, figures: Sequence[str]) -> dict[str, Any]:
-    """A line; what is missing is left out."""
+def _victim(group: Group, victim: Victim, number: int, figures: Sequence[str], usual: str) -> dict[str, Any]:
+    """A line; what is missing is left out, and the words for its interval where they are the usual ones."""
     score = victim.score
     defense = victim.decisive.data["defense"]
-    interval = f"{level_text(victim.decisive.data['metrics'])} {score.interval}" if score.interval else ""
+    level = level_text(victim.decisive.data["metrics"])
     found = {
         "id": number,
         "rank": victim.rank,
@@ -176,7 +185,8 @@ def _victim(group: Group, victim: Victim, number: int, figures: Sequence[str]) -
         "low": _short(score.low),
         "high": _short(score.high),
         "fraction": score.fraction,
-        "interval": interval,
+        "interval": score.interval,
+        "level": level if score.interval and level != usual else "",
         "n": victim.n,
         "attacker": victim.attacker,
         "verified": victim.verified.partition(":")[0],
@@ -250,7 +260,6 @@ def _reports(found: Board, folder: Path | None, links: str) -> Iterator[dict[str
         yield {
             "title": data["title"],
             "verdict": data["verdict"],
-            "figure": str(data["wording"]["figure"]).capitalize(),
             "level": data["level"],
             "rows": [
                 [row.label, row.value, row.interval, row.success, row.counts, row.section] for row in data["rows"]

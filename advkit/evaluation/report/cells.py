@@ -64,7 +64,7 @@ def beside_text(group: Group, victim: Victim, key: str) -> str:
 def attack_heads(group: Group) -> list[str]:
     """The columns of the attacks on one victim."""
     nearest = ["Optimality"] if group.has_optimality else []
-    last = ["n", "Attacker", "Forward", "Backward", "Verified", "Flags", "Report"]
+    last = ["n", "Attacker", "Forward passes", "Backward passes", "Verified", "Flags", "Report"]
     return ["#", "Attack", group.score_name, *nearest, *last]
 
 

@@ -105,7 +105,7 @@ def kept_beside(path: Path | None, data: Mapping[str, Any]) -> Kept:
             "the adversarial examples lie"
         )
     if file is None:
-        raise ReportError(f"{path} has no records beside it, so no examples either: they stay in the run's folder")
+        raise ReportError(f"{path} has no records beside it, so no examples either: name the run's own folder")
     folder = file.with_name(f"{file.stem}.examples")
     if not folder.is_dir() or folder.is_symlink() or any(each.is_symlink() for each in folder.iterdir()):
         raise ReportError(

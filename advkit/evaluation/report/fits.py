@@ -7,7 +7,7 @@ for the words: importing it and walking one report costs more than a short run's
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 Schema = Mapping[str, Any]
@@ -96,7 +96,7 @@ _TYPES: Mapping[str, Check] = {
 def _type(wanted: Any, part: Schema, made: _Compiler) -> Check:
     names = [wanted] if isinstance(wanted, str) else wanted
     kinds = [_TYPES[name] for name in names if name in _TYPES]
-    return kinds[0] if len(kinds) == 1 else lambda data: any(kind(data) for kind in kinds)
+    return kinds[0] if len(kinds) == 1 else _either(kinds)
 
 
 def _properties(wanted: Mapping[str, Schema], part: Schema, made: _Compiler) -> Check:
@@ -121,7 +121,7 @@ def _additional(wanted: Any, part: Schema, made: _Compiler) -> Check | None:
     if wanted is False:
         return lambda data: not isinstance(data, dict) or data.keys() <= known
     other = made.check(wanted)
-    return lambda data: not isinstance(data, dict) or all(other(data[key]) for key in data.keys() - known)
+    return lambda data: not isinstance(data, dict) or all(map(other, map(data.get, data.keys() - known)))
 
 
 def _required(wanted: Any, part: Schema, made: _Compiler) -> Check:
@@ -135,8 +135,10 @@ def _items(wanted: Schema, part: Schema, made: _Compiler) -> Check:
 
 
 def _any_of(wanted: Any, part: Schema, made: _Compiler) -> Check:
-    ways = [made.check(each) for each in wanted]
+    return _either([made.check(each) for each in wanted])
 
+
+def _either(ways: Sequence[Check]) -> Check:
     def check(data: Any) -> bool:
         for way in ways:  # noqa: SIM110 - a generator costs more than what it asks
             if way(data):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,23 @@ def scan(folder: str | os.PathLike[str], draw: Callable[[Board], object] | None 
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; expected one that holds run folders with {REPORT_NAME}")
+    with _uncollected():
+        return _scanned(root, draw)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's cycle collector: it walks again and again over thousands of documents, which hold no cycle."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _scanned(root: Path, draw: Callable[[Board], object] | None) -> Board:
     files = sorted(_files(root))
     reports, invalid = [], []
     for file in files:
@@ -179,7 +198,8 @@ def _radii(values: Iterable[float | None]) -> dict[float | None, float | None]:
 def _group(terms: Terms, samples: Samples, own: Sequence[Item], of_victim: Mapping[Key, Sequence[Item]]) -> Group:
     data = own[0].data
     dataset, threat, headline = data["dataset"], data["threat_model"], data["section"]["headline"]
-    task = " ".join(part for part in (dataset["name"], dataset.get("version", ""), dataset["split"]) if part)
+    version = f" (version {dataset['version']})" if dataset.get("version") else ""
+    task = f"{dataset['name']} {dataset['split']}{version}"
     _, radius = score_of(data)
     # 0.031 and 8/255 meet in one group: it goes by the name most of its reports use.
     words = Counter(sorted(_threat_words(item.data["threat_model"]) for item in own)).most_common(1)[0][0]

@@ -27,6 +27,7 @@ for (const tab of board.tabs) {
     group.victims.forEach((victim, place) => {
       victim.group = group;
       victim.place = place;
+      victim.level ??= group.level;
       victim.sought = [victim.model, victim.defense, ...victim.attacks, group.title, victim.attacker, victim.why ?? "", ...victim.flags.map(([id]) => `${id} ${id.replaceAll("_", " ")}`)].join(" ").toLowerCase();
     });
   });
@@ -132,7 +133,7 @@ function bar({value: at, low, high}) {
 function scoreCell(victim) {
   const cell = make("td", {children: [make("strong", {text: victim.score})]});
   if (victim.fraction && victim.value !== undefined) cell.append(bar(victim));
-  if (victim.interval) cell.append(make("small", {text: victim.interval}));
+  if (victim.interval) cell.append(make("small", {children: [make("span", {class: "level", text: `${victim.level} `}), victim.interval]}));
   return cell;
 }
 
@@ -153,7 +154,7 @@ function attacksCell(victim) {
 
 function flagsCell(victim) {
   const cell = make("td");
-  if (victim.verified !== "yes") cell.append(badge(victim.refuted ? "unreliable" : "info", victim.verified));
+  if (victim.verified !== "yes") cell.append(badge(victim.refuted ? "unreliable" : "info", {no: "not verified", partly: "partly verified"}[victim.verified] ?? victim.verified));
   for (const [id, severity] of victim.flags) cell.append(badge(severity, id.replaceAll("_", " ")));
   if (victim.undecided) cell.append(badge("unreliable", `${victim.undecided} undecided`));
   return cell;
@@ -341,6 +342,11 @@ function start() {
   byId("reset").addEventListener("click", () => {
     document.querySelector("form.filters").reset();
     document.querySelector("form.filters").dispatchEvent(new Event("input"));
+  });
+  document.querySelector("a.skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address holds filters and order
+    byId("entries").scrollIntoView();
+    byId("entries").focus();
   });
   byId("csv").addEventListener("click", save);
   byId("csv").disabled = board.tabs.length === 0;

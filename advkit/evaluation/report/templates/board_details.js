@@ -25,6 +25,11 @@ async function toggle(victim, button) {
   cell.append(entry(victim, all.victims[victim.id], all));
 }
 
+// A wide table on a narrow page: it scrolls by itself, also by keyboard.
+function scrolled(name, table) {
+  return make("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": name, children: [table]});
+}
+
 function terms(pairs) {
   const list = make("dl");
   for (const [name, text] of pairs) list.append(make("dt", {text: name}), make("dd", {text}));
@@ -33,11 +38,11 @@ function terms(pairs) {
 
 function entry(victim, more, all) {
   const tab = board.tabs[state.tab];
-  const figures = [[victim.group.score, `${victim.score}${victim.interval ? ` (${victim.interval})` : ""}`], ...tab.figures.filter(([key]) => victim.figures[key]).map(([key, head]) => [head, victim.figures[key][0]]), ["Samples", String(victim.n)], ["Attacker", victim.attacker], ["Score is", more.how], ["Verified", more.verified]];
+  const figures = [[victim.group.score, `${victim.score}${victim.interval ? ` (${victim.level} ${victim.interval})` : ""}`], ...tab.figures.filter(([key]) => victim.figures[key]).map(([key, head]) => [head, victim.figures[key][0]]), ["Samples", String(victim.n)], ["Attacker", victim.attacker], ["Counted", more.how], ["Verified", more.verified]];
   if (victim.why) figures.push(["No rank", victim.why]);
   const section = make("section", {"aria-label": `${victim.model}, defense ${victim.defense}`});
   section.append(make("div", {class: "columns", children: [make("div", {children: [make("h3", {text: "Figures"}), terms(figures)]}), gaps(victim, more.gap)]}));
-  section.append(make("h3", {text: "Attacks, the strongest first"}), make("div", {class: "scroll", children: [attackTable(victim, more)]}));
+  section.append(make("h3", {text: "Attacks, the strongest first"}), scrolled(`Attacks on ${victim.model}`, attackTable(victim, more)));
   more.reports.forEach((index, i) => section.append(report(all.reports[index], i === 0)));
   return section;
 }
@@ -71,7 +76,7 @@ function link(href, text) {
 }
 
 function report(data, open) {
-  const head = make("thead", {children: [make("tr", {children: ["Under", data.figure, data.level, "Broken", "Counts"].map((text) => make("th", {scope: "col", text}))})]});
+  const head = make("thead", {children: [make("tr", {children: ["Figure", "Value", data.level, "Broken", "Counts"].map((text) => make("th", {scope: "col", text}))})]});
   const rows = data.rows.map(([label, value, interval, success, counts, kind]) => make("tr", {class: kind, children: [make("th", {scope: "row", text: label}), ...[value, interval, success, counts].map((text) => make("td", {text}))]}));
   const findings = data.findings.map(([severity, id, message, advice]) => make("li", {children: [badge(severity, id.replaceAll("_", " ")), ` ${message} `, make("em", {text: advice})]}));
   const figures = data.plots.map(([title, href, preview]) => {
@@ -84,7 +89,7 @@ function report(data, open) {
     make("p", {text: data.verdict}),
     make("ul", {class: "findings", children: findings}),
     make("div", {class: "previews", children: figures}),
-    make("div", {class: "scroll", children: [make("table", {class: "figures", children: [head, make("tbody", {children: rows})]})]}),
+    scrolled(`Figures of ${data.title}`, make("table", {class: "figures", children: [head, make("tbody", {children: rows})]})),
     terms(data.facts),
   ]});
 }
