@@ -21,6 +21,21 @@ run_notebooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run_notebooks)
 code_cells, differences, shown = run_notebooks.code_cells, run_notebooks.differences, run_notebooks.shown
 
+ASSERTING = {
+    "13_autoattack_on_your_own_folder": 2,
+    "14_a_defense_of_your_own": 1,
+    "15_minimum_norm_attacks": 1,
+    "16_attacks_by_queries": 3,
+    "17_transfer_and_pubdef": 1,
+    "18_adversarial_training": 3,
+    "19_convex_training": 1,
+    "20_sweeps_and_the_grid": 1,
+    "21_beyond_lp_balls": 3,
+    "22_image_text": 1,
+    "23_attacks_of_other_packages": 0,
+}
+"""Notebooks whose own cells assert what their text says, and how many pictures each has."""
+WANTED = {"19_convex_training": ("cvxpy",), "23_attacks_of_other_packages": ("foolbox", "torchattacks")}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -44,7 +59,10 @@ def test_all_are_there() -> None:
         "10_raw_purification.ipynb",
         "11_eigenshield.ipynb",
         "12_label_poisoning.ipynb",
+        *(f"{name}.ipynb" for name in ASSERTING),
     ]
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [path.name for path in NOTEBOOKS] == re.findall(r"\(\.\./notebooks/([\w.]+)\)", page)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -384,3 +402,14 @@ def test_label_poisoning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         name: float(value) for name, value in re.findall(r"^(clean|poisoned) +accuracy .* ([0-9.]+)$", said, re.M)
     }
     assert boundary["poisoned"] < boundary["clean"] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pictures"), ASSERTING.items(), ids=list(ASSERTING))
+def test_says_what_its_cells_assert(name: str, pictures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in WANTED.get(name, ()):
+        pytest.importorskip(package)
+    notebook = executed(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == pictures
+    lines = [line.strip() for cell in code_cells(notebook) for line in cell.source.splitlines()]
+    assert sum(line.startswith("assert ") for line in lines) >= 3
