@@ -162,6 +162,7 @@ def lacking(page: str) -> list[str]:
         ),
         "## Where it fails, or they fail, point by point": section(page, "Where (it fails|they fail)").count("\n- ")
         >= 3,
+        "a link to its notebook": bool(re.search(r"^Notebook: .*\]\(\.\./notebooks/", PAGES[page], re.MULTILINE)),
         "a link to the paper": bool(re.search(r"\]\(https://arxiv\.org/abs/\d{4}\.\d{4,5}\)", PAGES[page])),
     }
     return [part for part, there in has.items() if not there]
@@ -187,6 +188,7 @@ def test_a_part_that_is_missing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
         ("a command that runs", whole.replace("```console", "```text")),
         ("a table under ## Measured, or a link to one", whole.replace("## Measured", "## Figures")),
         ("## Where it fails, or they fail, point by point", whole.replace("## Where they fail", "## Limits")),
+        ("a link to its notebook", whole.replace("Notebook: ", "See ")),
         ("a link to the paper", whole.replace("https://arxiv.org/abs/", "arXiv ")),
     ):
         monkeypatch.setitem(PAGES, "suites.md", cut)
