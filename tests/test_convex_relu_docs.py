@@ -113,7 +113,7 @@ def test_what_is_promised_holds() -> None:
 def test_what_falls_short_is_said_with_the_file_s_numbers() -> None:
     ratios = [run["ratio"] for run in FILE["admm"]["runs"]]
     fastest = [run["ratio_qdldl"] for run in FILE["admm"]["runs"]]
-    short = TEXT.partition("## What falls short")[2]
+    short = TEXT.partition("## Where it fails")[2]
     assert f"is {min(ratios):.0f} to {max(ratios):.0f}; the 50 that we wanted hold in three of six" in short
     assert sum(ratio >= 50 for ratio in ratios) == 3
     assert f"it is {min(fastest):.0f} to {max(fastest):.0f}" in short

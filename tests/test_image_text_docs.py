@@ -25,7 +25,7 @@ ROWS = {
     cells[0]: cells[1:]
     for cells in (
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in TEXT.partition("## Results")[2].splitlines()
+        for line in TEXT.partition("## Measured")[2].splitlines()
         if line.startswith("|")
     )
 }

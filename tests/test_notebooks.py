@@ -6,10 +6,17 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from advkit.attacks import ATTACKS
+from advkit.cli.main import COMMANDS, load_command
+from advkit.defenses import DEFENSES
+from advkit.tasks import TASKS
+from advkit.threat_models import GOALS, THREAT_MODELS
 
 nbformat = pytest.importorskip("nbformat")
 
@@ -21,6 +28,26 @@ run_notebooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run_notebooks)
 code_cells, differences, shown = run_notebooks.code_cells, run_notebooks.differences, run_notebooks.shown
 
+ASSERTING = {
+    "13_autoattack_on_your_own_folder": 2,
+    "14_a_defense_of_your_own": 1,
+    "15_minimum_norm_attacks": 1,
+    "16_attacks_by_queries": 3,
+    "17_transfer_and_pubdef": 1,
+    "18_adversarial_training": 3,
+    "19_convex_training": 1,
+    "20_sweeps_and_the_grid": 1,
+    "21_beyond_lp_balls": 3,
+    "22_image_text": 1,
+    "23_attacks_of_other_packages": 0,
+}
+"""Notebooks whose own cells assert what their text says, and how many pictures each has."""
+WANTED = {"19_convex_training": ("cvxpy",), "23_attacks_of_other_packages": ("foolbox", "torchattacks")}
+REGISTRIES: dict[str, Any] = {
+    "attack": ATTACKS, "defense": DEFENSES, "threat_model": THREAT_MODELS, "task": TASKS, "goal": GOALS,
+}  # fmt: skip
+OF_THE_READER = re.compile(r"python:|path=|file=|^settling\b")
+"""Specs that name a reader's own parts; `settling` is the attack that the second notebook registers."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -44,7 +71,10 @@ def test_all_are_there() -> None:
         "10_raw_purification.ipynb",
         "11_eigenshield.ipynb",
         "12_label_poisoning.ipynb",
+        *(f"{name}.ipynb" for name in ASSERTING),
     ]
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [path.name for path in NOTEBOOKS] == re.findall(r"\(\.\./notebooks/([\w.]+)\)", page)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -57,6 +87,21 @@ def test_is_kept_with_what_it_shows(path: Path) -> None:
     told = json.dumps([cell.outputs for cell in cells])
     assert not re.search(r"/tmp/|/home/|/root/|/work/|site-packages", told), "a path of one machine"
     assert path.stat().st_size < 2_000_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_command_that_its_text_names_exists(path: Path) -> None:
+    texts = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    for block in re.findall(r"^```console\n(.*?)^```", texts + "\n", re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            program, *rest = shlex.split(line, comments=True)
+            if program == "advkit":
+                assert rest[0] in COMMANDS
+                asked = load_command(rest[0]).make_context(rest[0], rest[1:]).params
+                for option, registry in REGISTRIES.items():
+                    spec = asked.get(option)
+                    if isinstance(spec, str) and spec and not OF_THE_READER.search(spec):
+                        registry.build(spec)
 
 
 def test_differences_are_seen() -> None:
@@ -209,8 +254,8 @@ def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     reports = {path.name: Report.load(path / "report.json") for path in runs.iterdir()}
 
     def values(name: str) -> dict[str, float]:
-        found = (reports[each].metrics[name]["value"] for each in ATTACKS)
-        return dict(zip(ATTACKS, found, strict=True))
+        found = (reports[each].metrics[name]["value"] for each in SUFFIXES)
+        return dict(zip(SUFFIXES, found, strict=True))
 
     # what the text says: chance is strong here, GCG stronger, BEAST behind both; its words are likelier than theirs
     after, likely = values("target_nll_after"), values("suffix_log_probability")
@@ -231,7 +276,7 @@ def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert oblivious < adaptive < filtered["target_nll_before"]["value"] - 0.1
 
 
-ATTACKS = ("random_suffix", "sampled_suffix", "beast-k5", "beast-k15", "gcg-15-x-48")
+SUFFIXES = ("random_suffix", "sampled_suffix", "beast-k5", "beast-k15", "gcg-15-x-48")
 
 
 @pytest.mark.slow
@@ -384,3 +429,14 @@ def test_label_poisoning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         name: float(value) for name, value in re.findall(r"^(clean|poisoned) +accuracy .* ([0-9.]+)$", said, re.M)
     }
     assert boundary["poisoned"] < boundary["clean"] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pictures"), ASSERTING.items(), ids=list(ASSERTING))
+def test_says_what_its_cells_assert(name: str, pictures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in WANTED.get(name, ()):
+        pytest.importorskip(package)
+    notebook = executed(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, monkeypatch)
+    assert len(outputs(notebook, "image/png")) == pictures
+    lines = [line.strip() for cell in code_cells(notebook) for line in cell.source.splitlines()]
+    assert sum(line.startswith("assert ") for line in lines) >= 3

@@ -39,6 +39,7 @@ RUN_SLOWLY = ("pubdef.md", "your_parts.md")
 REGISTRIES: dict[str, Any] = {
     "attack": ATTACKS, "defense": DEFENSES, "threat_model": THREAT_MODELS, "task": TASKS, "goal": GOALS,
 }  # fmt: skip
+NO_METHOD = {("defenses", "none"), ("goals", "untargeted"), ("goals", "targeted")}
 FILLED_IN = re.compile(r"\b[A-Z]{3,}\b|python:|maite:|path=|\.yaml")  # for readers to fill in, or a module of theirs
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -139,6 +140,59 @@ def test_every_method_has_a_page_that_tells_of_it(script: Any) -> None:
             assert page in PAGES
             if ".transfer.presets" not in registry.target(name) and name != "logreg":
                 assert re.search(rf"(?<![\w-]){re.escape(name.rstrip(':'))}(?![\w-])", PAGES[page]), (name, page)
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under the headings of the second level that a pattern matches, up to the next one."""
+    parts = re.split(r"^## (.*)$", PAGES[page], flags=re.MULTILINE)
+    return "\n".join(text for title, text in zip(parts[1::2], parts[2::2], strict=True) if re.fullmatch(heading, title))
+
+
+def lacking(page: str) -> list[str]:
+    """The parts of a method's page that this one is without."""
+    opening = PAGES[page].partition("\n## ")[0]
+    prose = FENCED.sub("", opening).partition("\n")[2]
+    measured = section(page, "Measured")
+    has = {
+        "what it is, before the first heading": len(prose.split()) >= 15,
+        "## Threat model": len(section(page, "Threat model").split()) >= 15,
+        "a command that runs": bool(commands(page)),
+        "a table under ## Measured, or a link to one": bool(
+            re.search(r"^\|[ -]+\||\]\([\w.]*#", measured, re.MULTILINE)
+        ),
+        "## Where it fails, or they fail, point by point": section(page, "Where (it fails|they fail)").count("\n- ")
+        >= 3,
+        "a link to its notebook": bool(re.search(r"^Notebook: .*\]\(\.\./notebooks/", PAGES[page], re.MULTILINE)),
+        "a link to the paper": bool(re.search(r"\]\(https://arxiv\.org/abs/\d{4}\.\d{4,5}\)", PAGES[page])),
+    }
+    return [part for part, there in has.items() if not there]
+
+
+def method_pages(script: Any) -> set[str]:
+    """The pages that registered parts stand on, but for those of parts that are no method."""
+    kinds = ("attacks", "defenses", "threat-models", "goals")
+    parts = {(kind, name) for kind in kinds for name in registry_of(kind).table}
+    return {script.page_of(*part) for part in parts - NO_METHOD}
+
+
+def test_every_page_of_a_method_has_its_parts(script: Any) -> None:
+    pages = method_pages(script)
+    assert len(pages) > 20
+    assert {page: lacking(page) for page in pages if lacking(page)} == {}
+
+
+def test_a_part_that_is_missing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PAGES["suites.md"]
+    for part, cut in (
+        ("## Threat model", re.sub(r"^## Threat model\n", "", whole, flags=re.MULTILINE)),
+        ("a command that runs", whole.replace("```console", "```text")),
+        ("a table under ## Measured, or a link to one", whole.replace("## Measured", "## Figures")),
+        ("## Where it fails, or they fail, point by point", whole.replace("## Where they fail", "## Limits")),
+        ("a link to its notebook", whole.replace("Notebook: ", "See ")),
+        ("a link to the paper", whole.replace("https://arxiv.org/abs/", "arXiv ")),
+    ):
+        monkeypatch.setitem(PAGES, "suites.md", cut)
+        assert lacking("suites.md") == [part]
 
 
 def test_the_page_of_options_tells_every_command_and_option() -> None:
