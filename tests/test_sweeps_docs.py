@@ -76,8 +76,9 @@ def test_the_page_of_every_pair_has_a_number_or_a_reason_for_each(tmp_path: Path
     }
     made = sweep(grid, out=tmp_path, engine=Here())
     assert isinstance(made, Sweep)
-    text = runpy.run_path(str(ROOT / "scripts" / "every_pair.py"))["page"](made)
-    assert "9 pairs: 2 numbers, 7 reasons." in text
+    text = runpy.run_path(str(ROOT / "scripts" / "every_pair.py"))["page"]([made])
+    assert "9 pairs: 2 with a number in at least one table, 7 with none." in text
+    assert "9 cells in all: 2 numbers, 7 reasons." in text
     cells = [[each.strip(" `") for each in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| `"]
     table = {attack: told for attack, *told in cells}
     values = {(row.parts["attack"], row.parts["defense"]): row.value for row in made.rows}
@@ -89,10 +90,29 @@ def test_the_page_of_every_pair_has_a_number_or_a_reason_for_each(tmp_path: Path
         assert row.state == "done" or row.reason[-20:] in text
 
 
-def test_the_page_in_the_docs_is_of_that_grid() -> None:
-    grid = read_grid(ROOT / "docs" / "every_pair.yaml")
+def test_the_page_in_the_docs_is_of_these_grids() -> None:
+    grids = [read_grid(ROOT / "docs" / "every_pair.yaml")]
+    grids += [read_grid(file) for file in sorted((ROOT / "docs" / "every_pair").glob("*.yaml"))]
     text = (ROOT / "docs" / "every_pair.md").read_text(encoding="utf-8")
-    listed = [re.match(r"\| `([^`]+)` \|", line) for line in text.splitlines()]
-    assert [found[1] for found in listed if found] == grid.attacks
-    assert re.findall(r"^\| d\d+ \| `([^`]+)` \|$", text, re.M) == grid.defenses
-    assert f"{len(grid.attacks) * len(grid.defenses)} pairs: " in text
+    tables = re.split(r"^## ", text.partition("\n## Reasons")[0], flags=re.M)[1:]
+    assert len(tables) == len(grids)
+    for grid, table in zip(grids, tables, strict=True):
+        listed = [re.match(r"\| `([^`]+)` \|", line) for line in table.splitlines()]
+        assert [found[1] for found in listed if found] == grid.attacks
+        assert re.findall(r"^\| d\d+ \| `([^`]+)` \|$", table, re.M) == grid.defenses
+    assert "not run yet" not in text
+    assert f"{sum(len(grid.attacks) * len(grid.defenses) for grid in grids):,} cells in all: " in text
+    told = re.search(r"^([\d,]+) pairs: ([\d,]+) with a number in at least one table, ([\d,]+) with none", text, re.M)
+    assert told is not None
+    assert told[1] == f"{len(grids[0].attacks) * len(grids[0].defenses):,}"
+    assert all(f"{number} " in TEXT for number in told.groups())
+
+
+def test_every_attack_has_a_number_against_a_defense() -> None:
+    """In one table at least: what fits nowhere would not have been tried."""
+    text = (ROOT / "docs" / "every_pair.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.M)
+    with_number = {
+        ATTACKS.known(name.partition(":")[0]) for name, cells in rows if re.search(r"(?<![(\d])\d[\d.]*( |$)", cells)
+    }
+    assert with_number == set(ATTACKS.names())

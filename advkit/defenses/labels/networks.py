@@ -126,7 +126,7 @@ class RobustNetwork(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _samples(self, X: Floats) -> Tensor:
         low, high = self._range
-        return torch.from_numpy(X).float().clamp(low, high)
+        return torch.from_numpy(X.astype(np.float32)).clamp(low, high)  # a copy: X may not be writable
 
     def predict_proba(self, X: Any) -> Floats:
         """Probabilities [m, classes]."""
