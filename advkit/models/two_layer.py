@@ -101,7 +101,8 @@ class TwoLayer(TorchModel, Examines):
 
     In a report: `certified` is the share of samples whose clean answer no point of the ball changes;
     `certificate_broken` that of certified samples whose answer an attack inside the ball changed, which is 0 where
-    arithmetic is IEEE arithmetic of the network's type. The certificate knows no box of legal values, so that it also
+    arithmetic is IEEE arithmetic of the network's type; `certificate_eps` is the radius that both are of, whatever that
+    of the attack is. The certificate knows no box of legal values, so that it also
     holds inside one.
     """
 
@@ -136,4 +137,5 @@ class TwoLayer(TorchModel, Examines):
         broken: list[Any] = [
             bool(hit) if held else None for held, hit in zip(certified.tolist(), (near & changed).tolist(), strict=True)
         ]
-        return {"certified": certified.tolist(), "certificate_broken": broken}
+        radius = [self.eps] * len(broken)
+        return {"certified": certified.tolist(), "certificate_broken": broken, "certificate_eps": radius}

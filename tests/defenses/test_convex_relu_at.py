@@ -134,6 +134,9 @@ def test_the_second_evaluation_takes_the_network_from_the_cache(tmp_path: Path, 
     assert first.metrics["robust_accuracy"] == second.metrics["robust_accuracy"]
     assert second.metrics["certificate_broken"]["value"] == 0
     assert second.metrics["certified"]["value"] == 1
+    assert second.metrics["certificate_eps"]["value"] == pytest.approx(
+        float(SPEC.partition("eps=")[2].partition(",")[0])
+    )
 
 
 @pytest.mark.parametrize(
