@@ -12,19 +12,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from advkit.core.text import printable_json
 from advkit.evaluation.counts import SAYS, SAYS_CLEAN
 from advkit.evaluation.report.document import Report
 from advkit.evaluation.report.optimality import Standing
+from advkit.evaluation.report.paired import Rows
 from advkit.evaluation.report.render import SEVERITIES, attack_labels
 from advkit.evaluation.report.robustbench import Claim
 from advkit.evaluation.report.text import attacker_text, is_fraction, is_rate, spell, value_text, words_of
 from advkit.evaluation.stats_agreement import Flip, ranking_flips
-
-if TYPE_CHECKING:
-    from advkit.evaluation.report.gaps import Rows
 
 BOARD_VERSION = "2.1"
 WHITE_BOX = "white_box"

@@ -8,34 +8,16 @@ without them, the two rates (z-test of pooled proportions, Campbell's correction
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from advkit.evaluation.report.board import Gap, Score, Victim
+from advkit.evaluation.report.paired import Rows
 
 LEVEL = 0.05
 PAIRED, RATES, INTERVALS = "the same samples, paired", "two rates", "intervals"
-Bools = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """What became of each sample of a victim, for paired tests.
-
-    ids:  of the samples, sorted
-    bits: whether the sample counts in the score's numerator, bool [n]
-    """
-
-    ids: tuple[str, ...]
-    bits: Bools = field(repr=False)
-
-    @classmethod
-    def of(cls, found: dict[str, bool]) -> Rows:
-        """From id -> verdict."""
-        ids = tuple(sorted(found))
-        return cls(ids, np.array([found[each] for each in ids], dtype=bool))
 
 
 def with_gaps(victims: Sequence[Victim]) -> tuple[Victim, ...]:

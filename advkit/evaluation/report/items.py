@@ -13,7 +13,7 @@ from advkit.evaluation.counts import rows_broken, rows_robust, worst_figures
 from advkit.evaluation.report.board import LADDER, WHITE_BOX, Score
 from advkit.evaluation.report.compare import same_eps, same_kind
 from advkit.evaluation.report.document import Report
-from advkit.evaluation.report.gaps import Rows
+from advkit.evaluation.report.paired import Rows
 from advkit.evaluation.report.verify import EVASION, Verification, worst_case
 
 _OF_ATTACKER = frozenset({"sources", "seen", "attacks", "attacks_all"})
