@@ -41,6 +41,7 @@ from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
 from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
+from advkit.evaluation.screen import Works
 from advkit.models import MODELS
 from advkit.models.external import PythonFactory
 from advkit.models.reconstructor import Reconstructor
@@ -467,8 +468,8 @@ def train_victim(
     recipe: str = "",
     seed: int = 0,
     device: str = "auto",
-    out: Path,
-    progress: bool = False,
+    out: str | Path,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Train an architecture under a defense and save OUT/model.safetensors with a report; returns what was made.
 
@@ -483,6 +484,9 @@ def train_victim(
     model:   likewise; else the task's
     recipe:  changes to the defense's recipe, `key=value,...`; or FILE.yaml or the name of a shipped recipe, either with
              `,key=value...` after it, which may name defense, task and model, too (`advkit.training.recipes.files`)
+    out:     folder of the training
+    progress: show the epoch, its loss and about how long the rest takes. None shows it where standard error is a
+             terminal, and in notebooks; True always, False never
     device:  cpu, cuda...; with several processes each takes the CUDA device of its number on the machine
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError; of several processes one raises that, the others
@@ -502,8 +506,8 @@ def train_victim(
                 if ranks.first:
                     held.enter_context(claimed(out))
                     fresh = _claim(out, training.fingerprint())
-            with _writable(out):
-                fitted = training.fitted(device, out / "training", progress, ranks)
+            with _writable(out), Works(progress) as shows:
+                fitted = training.fitted(device, out / "training", shows.shown, ranks)
             with ranks.agreed(), _writable(out):
                 made = training.saved(fitted, out) if ranks.first else {}
         except UsageError:
