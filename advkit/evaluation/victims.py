@@ -136,7 +136,9 @@ def agreeing(model: Any, task: Task) -> Any:
         return model
     raise BadModel(
         f"the model answers {classes} classes, the task {task.name} has {task.classes}: choose a model trained for "
-        "this task" + (", or say classes= in the task" if _may_have_more(task) else "")
+        "this task"
+        + (", or say classes= in the task" if _may_have_more(task) else "")
+        + ("; labels count from 0" if classes + 1 == task.classes else "")
     )
 
 
@@ -242,8 +244,8 @@ def _protected(
         data = task.training()
         if data is None:
             raise NoTrainingData(
-                f"{spec} learns from labels, and the task {task.name} has no training data at hand: give it some (e.g. "
-                f"{task.name}:root=FOLDER)"
+                f"{spec} learns from labels, and the task {task.name} has no training data at hand: give it some "
+                f"({_training_data(task)})"
             )
         return Victim(_learned(guard, data, seed), f"trained here, seed {seed}")
     part, _ = model_part(asked)
@@ -313,8 +315,8 @@ def _fitted(model: Any, guard: Any, task: Any, seed: int, *, name: str, spec: st
     data = task.training()
     if data is None:
         raise NoTrainingData(
-            f"{spec} is fitted to {name} on training data, and the task has none at hand: give it some (e.g. "
-            f"{task.name}:root=FOLDER)"
+            f"{spec} is fitted to {name} on training data, and the task has none at hand: give it some "
+            f"({_training_data(task)})"
         )
     return guard.protect(model, data, training_rng(seed))
 
@@ -382,8 +384,8 @@ def _solved(
     data = task.training()
     if data is None:
         raise NoTrainingData(
-            f"{spec} trains and the task {task.name} has no training data at hand: give it some (e.g. "
-            f"{task.name}:root=FOLDER)"
+            f"{spec} trains and the task {task.name} has no training data at hand: give it some "
+            f"({_training_data(task)})"
         )
     folder = cache_root() / "solved" / _fingerprint_solved(guard, data, seed)[:24]
     file = folder / "model.safetensors"
@@ -410,14 +412,14 @@ def _trained(
     data = task.training()
     if data is None and isinstance(guard, TrainsFront):
         raise NoTrainingData(
-            f"{spec} trains a front before {name}, and the task has no training data at hand: give it some (e.g. "
-            f"{task.name}:root=FOLDER), or name a front of advkit train: weights=FILE"
+            f"{spec} trains a front before {name}, and the task has no training data at hand: give it some "
+            f"({_training_data(task)}), or name a front of advkit train: weights=FILE"
         )
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
-            f"training data at hand: give it some (e.g. {task.name}:root=FOLDER), or name a trained model "
-            "(--model path:FILE.safetensors)"
+            f"training data at hand: name a trained model (--model path:FILE.safetensors; model= in Python), or give "
+            f"the task some ({_training_data(task)})"
         )
     start = _start(start, guard, data, seed)
     folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
@@ -428,6 +430,18 @@ def _trained(
     except OSError as error:
         raise UsageError(f"the cache {folder} can't be written ({why(error)}): set ADVKIT_CACHE to a folder") from error
     return Victim(fitted.model, f"trained here, seed {seed}")
+
+
+def _training_data(task: Any) -> str:
+    """How a task is given data to train on."""
+    from advkit.tasks.arrays import Arrays
+    from advkit.tasks.folder import Folder
+
+    if isinstance(task, Arrays):
+        return "task=Arrays(x, y, training=(x_train, y_train)) of advkit.tasks.arrays"
+    if isinstance(task, Folder):
+        return f"class folders in {task.path}/train"
+    return f"e.g. {task.name}:root=FOLDER"
 
 
 def _start(model: Any, guard: Any, data: Any, seed: int) -> Any:
@@ -576,7 +590,7 @@ class _Training:
         data = work.training()
         if data is None:
             raise NoTrainingData(
-                f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
+                f"the task {work.name} has no training data at hand: give it some ({_training_data(work)})"
             )
         name = asked if isinstance(asked, str) else "given"
         start = _start(start, guard, data, seed)
@@ -643,7 +657,7 @@ class _Solving(_Training):
         data = work.training()
         if data is None:
             raise NoTrainingData(
-                f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
+                f"the task {work.name} has no training data at hand: give it some ({_training_data(work)})"
             )
         return cls(None, guard, data, TASKS.label(work, task), name, seed, "")
 
