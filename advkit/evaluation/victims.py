@@ -39,6 +39,7 @@ from advkit.core.protocols import (
 )
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
+from advkit.core.spaces import Transcripts
 from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
 from advkit.evaluation.screen import Works
@@ -128,6 +129,8 @@ def agreeing(model: Any, task: Task) -> Any:
     """
     if task.space is None:  # a task that waits for a model's space says itself which models it is for
         return model
+    if isinstance(model.space, Transcripts) and not isinstance(task.space, Transcripts):
+        raise BadModel(f"a language model reads prompts, and the task {task.name} has none: --task prompts:file=FILE")
     if wanted := answer_shape(task):
         _check_recovers(model, task, wanted)
         return model

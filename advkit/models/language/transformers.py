@@ -436,6 +436,10 @@ class Stored:
     system: str = ""
 
 
+_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken", "tiktoken")
+"""What the names of files begin with that hold a tokenizer, or name one."""
+
+
 @contextmanager
 def _quiet(library: Any) -> Iterator[None]:
     """Without the library's bar of weights, which it draws on any standard error."""
@@ -468,6 +472,13 @@ class HuggingFace(Running, Stored):
     ) -> LanguageModel:
         library = needed("transformers", f"hf:{self.name}")
         local = Path(self.name).exists()
+        if Path(self.name).is_dir() and not any(
+            each.name.startswith(_TOKENIZERS) for each in Path(self.name).iterdir()
+        ):
+            raise CheckpointError(
+                f"hf:{self.name} has no tokenizer (tokenizer.json): save it there, too, with "
+                "tokenizer.save_pretrained(FOLDER)"
+            )
         try:
             tokenizer = library.AutoTokenizer.from_pretrained(self.name, local_files_only=local)
             with _quiet(library) if local else nullcontext():
