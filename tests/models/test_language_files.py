@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 import advkit
-from advkit.core.errors import BadModel, CheckpointError, UnknownName
+from advkit.core.errors import BadModel, CheckpointError, UnknownName, UsageError
 from advkit.core.rng import RowRng
 from advkit.testing.language import transcript
 
@@ -399,3 +399,9 @@ def test_loading_a_folder_draws_no_bar(folder, capfd):
 def test_a_language_model_wants_prompts(hf):
     with pytest.raises(BadModel, match="--task prompts:file=FILE"):
         advkit.evaluate("fgsm", task="digits", model=hf)
+
+
+@pytest.mark.parametrize("attack", ["pgd", "fgsm", "apgd-ce"])
+def test_attacks_on_images_are_refused_on_prompts(attack):
+    with pytest.raises(UsageError, match="on prompts use gcg, beast"):
+        advkit.evaluate(attack, task="prompts", model="toychat", n=1)
