@@ -240,6 +240,7 @@ def test_a_window_that_slides_is_never_merged():
 
 def test_a_missing_model_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    chat_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="can't be loaded"):
         MODELS.build(f"hf:{tmp_path}")()
     with pytest.raises(BadModel, match="training mode"):
