@@ -103,9 +103,9 @@ def _of_loader(loader: Any, kind: str) -> Arrays:
     except AdvkitError:
         raise
     except Exception as error:  # data sets run code of others, and images of several sizes do not go together
-        raise BadInput(
-            f"the {kind} gives no samples in batches ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        said = first_line(error)
+        advice = "; images become tensors by transform=torchvision.transforms.ToTensor()" if "PIL" in said else ""
+        raise BadInput(f"the {kind} gives no samples in batches ({type(error).__name__}: {said}){advice}") from error
 
 
 def _shown(batch: Any) -> str:

@@ -263,12 +263,22 @@ class Sizes(Dataset):
         return torch.zeros(1, 4 + place, 4), 0
 
 
+class Pictures(Sizes):
+    """Images that are no tensors."""
+
+    def __getitem__(self, place: int) -> Any:
+        from PIL import Image
+
+        return Image.new("L", (4, 4)), 0
+
+
 @pytest.mark.parametrize(
     ("task", "words"),
     [
         (DataLoader(PAIRS, shuffle=True), "shuffle=False"),
         (TensorDataset(X), "a list of Tensor, not (samples, labels)"),
         (Sizes(), "no samples in batches (RuntimeError: stack expects"),
+        (Pictures(), "transform=torchvision.transforms.ToTensor()"),
         (list(PAIRS), "torch.stack("),
         (list(PAIRS)[:2], "torch.stack("),
         (list(DataLoader(PAIRS, batch_size=2)), "zip(*pairs)"),
