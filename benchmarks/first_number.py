@@ -14,8 +14,9 @@ present ones did not work. --nanogcg is a folder with nanoGCG and the transforme
 --target`). What is not installed is left out and named.
 
 Every script runs in a process and a folder of its own, all of them in turn, on one thread. Time is from the start of
-the process to its end, as a ratio of medians to that of advkit's script in Python. Lines are those of the formatted
-script without blank ones and comments.
+the process to its end, as a ratio of medians to that of advkit's script in Python, in the JSON by the clock and in
+CPU time, in the table in CPU time: other programs on the machine move it less. Lines are those of the formatted script
+without blank ones and comments. Ways that are not run (--only) stay as they are in OUT/first_number.json.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def run(entry: Entry, shared: Path, env: dict[str, str]) -> Run:
     return Run(wall, cpu, said(done.stdout))
 
 
-def measured(entries: Sequence[Entry], runs: dict[str, list[Run]]) -> Iterator[dict[str, Any]]:
+def measured(entries: Sequence[Entry], runs: dict[str, list[Run]], measured_at: str) -> Iterator[dict[str, Any]]:
     """The rows of the table."""
     for entry in entries:
         own = runs[entry.key]
@@ -220,6 +221,7 @@ def measured(entries: Sequence[Entry], runs: dict[str, list[Run]]) -> Iterator[d
         text = (SCRIPTS / entry.script).read_text(encoding="utf-8")
         yield {
             "way": entry.way,
+            "commit": measured_at,
             "who": entry.who,
             "before": entry.before,
             "files": [entry.script, *entry.more],
@@ -234,15 +236,15 @@ def measured(entries: Sequence[Entry], runs: dict[str, list[Run]]) -> Iterator[d
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The table, way by way."""
-    head = "| way in | with | lines (without imports) | time | CPU time | clean | figure | ball and box checked by |"
-    written = [head, "|---|---|---|---|---|---|---|---|"]
+    head = "| way in | with | lines (without imports) | CPU time | clean | figure | ball and box checked by |"
+    written = [head, "|---|---|---|---|---|---|---|"]
     for way, title in WAYS.items():
         for number, row in enumerate(row for row in rows if row["way"] == way):
             cells = [
                 title if number == 0 else "",
                 row["who"] + (", before" if row["before"] else ""),
                 f"{row['lines']} ({row['without_imports']})",
-                *(f"{row['ratios'][name]:.2f}" if row["ratios"] else "-" for name in ("wall", "cpu")),
+                f"{row['ratios']['cpu']:.2f}" if row["ratios"] else "-",
                 _range(row, "clean"),
                 _range(row, "figure") + _interval(row),
                 row["checked_by"],
@@ -349,20 +351,24 @@ def main() -> None:
                 done = run(entry, shared, environment(entry, asked.before, asked.nanogcg))
                 runs[entry.key].append(done)
                 print(f"{entry.key}: {done.wall:.1f} s, {done.cpu:.1f} s CPU, {done.said}", flush=True)
+    file = asked.out / f"{NAME}.json" if asked.out else None
+    kept = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {"rows": []}
+    counts = {"samples": asked.samples, "prompts": asked.prompts, "repeats": asked.repeats}
+    others = [row for row in kept["rows"] if row["way"] not in asked.only]
+    if others and any(kept[name] != number for name, number in counts.items()):
+        raise SystemExit(f"{file} was measured with other counts: run every way")
+    rows = [*others, *measured(entries, runs, commit(ROOT))]
     result = {
-        "commit": commit(ROOT),
         "before": commit(asked.before) if asked.before else "",
         "versions": versions(asked.nanogcg),
-        "samples": asked.samples,
-        "prompts": asked.prompts,
-        "repeats": asked.repeats,
-        "rows": list(measured(entries, runs)),
+        **counts,
+        "rows": sorted(rows, key=lambda row: order.index(row["way"])),
     }
-    if asked.out:
-        (asked.out / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if file:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         write_page(asked.out)
     else:
-        print(page({**result}))
+        print(page(result))
 
 
 if __name__ == "__main__":

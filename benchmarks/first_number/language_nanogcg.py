@@ -22,6 +22,7 @@ clean, reached, forged, seen = 0, 0, 0, 0
 with open("prompts.jsonl") as lines:
     for line in lines:
         prompt, target = (json.loads(line)[name] for name in ("prompt", "target"))
+        prompt += " "
         suffix = nanogcg.run(model, tokenizer, prompt, target, config).best_string
         said = reply(prompt + suffix).startswith(target)
         marks = any(token in suffix for token in tokenizer.all_special_tokens)
