@@ -14,9 +14,9 @@ present ones did not work. --nanogcg is a folder with nanoGCG and the transforme
 --target`). What is not installed is left out and named.
 
 Every script runs in a process and a folder of its own, all of them in turn, on one thread. Time is from the start of
-the process to its end, as a ratio of medians to that of advkit's script in Python, in the JSON by the clock and in
-CPU time, in the table in CPU time: other programs on the machine move it less. Lines are those of the formatted script
-without blank ones and comments. Ways that are not run (--only) stay as they are in OUT/first_number.json.
+the process to its end, by the clock and in CPU time, as a ratio of medians to that of advkit's script in Python; where
+other programs run, CPU time is the one to go by. Lines are those of the formatted script without blank ones and
+comments. Ways that are not run (--only) stay as they are in OUT/first_number.json.
 """
 
 from __future__ import annotations
@@ -236,15 +236,15 @@ def measured(entries: Sequence[Entry], runs: dict[str, list[Run]], measured_at: 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The table, way by way."""
-    head = "| way in | with | lines (without imports) | CPU time | clean | figure | ball and box checked by |"
-    written = [head, "|---|---|---|---|---|---|---|"]
+    head = "| way in | with | lines (without imports) | time | CPU time | clean | figure | ball and box checked by |"
+    written = [head, "|---|---|---|---|---|---|---|---|"]
     for way, title in WAYS.items():
         for number, row in enumerate(row for row in rows if row["way"] == way):
             cells = [
                 title if number == 0 else "",
                 row["who"] + (", before" if row["before"] else ""),
                 f"{row['lines']} ({row['without_imports']})",
-                f"{row['ratios']['cpu']:.2f}" if row["ratios"] else "-",
+                *(f"{row['ratios'][name]:.2f}" if row["ratios"] else "-" for name in ("wall", "cpu")),
                 _range(row, "clean"),
                 _range(row, "figure") + _interval(row),
                 row["checked_by"],
