@@ -132,10 +132,15 @@ class Best:
     reached: whether the goal holds there, bool [B]
 
     An answer that is not finite is never better than anything, so a victim that breaks down off the data is not taken
-    for one that was fooled.
+    for one that was fooled. Raises UsageError for samples of whole numbers, such as tokens.
     """
 
     def __init__(self, x: Tensor, goal: TensorGoal) -> None:
+        if not x.is_floating_point():
+            raise UsageError(
+                "this attack moves samples by fractions, and these are of whole numbers: on prompts use gcg, beast or "
+                "random_suffix"
+            )
         loss = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         self._all = self._now = self._points(None, goal, x.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
         self._now.any_reached = False

@@ -217,8 +217,19 @@ def _other(part: object) -> None:
             f"'{package}:{type(part).__name__}', with settings as {package}:NAME,settings=[key=value]; model, eps, "
             "norm and goal come from the evaluation"
         )
+    if _is_network(part):
+        raise UsageError(
+            f"the attack is a {type(part).__name__}, which is a model: evaluate('pgd', model=model, task=(x, y), "
+            "threat_model='linf:eps=8/255')"
+        )
     if callable(part):
         raise UsageError(_callable(part))
+
+
+def _is_network(part: object) -> bool:
+    from torch import nn
+
+    return isinstance(part, nn.Module) and not hasattr(part, "needs")
 
 
 def _callable(part: Any) -> str:

@@ -94,8 +94,8 @@ def matrix(
         device=device,
     )
     command = shlex.join(["advkit", *sys.argv[1:]])
-    with Bar(hidden=as_json) as bar:
-        result = execute(request, workers=workers, cache=cache, out=folder, watch=bar.watch, command=command)
+    progress = False if as_json else None
+    result = execute(request, workers=workers, cache=cache, out=folder, progress=progress, command=command)
     drawn = _heatmaps(result, folder, form) if plots else []
     if as_json:
         typer.echo(result.to_json())
@@ -150,35 +150,3 @@ def _budget(text: str) -> int | str | None:
         return int(text)
     except ValueError:
         raise UsageError(f"budget {text!r}; expected a number of gradients, auto or none") from None
-
-
-class Bar:
-    """One bar over everything there is to do, on standard error."""
-
-    def __init__(self, *, hidden: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=Console(stderr=True),
-            disable=hidden or not sys.stderr.isatty(),
-        )
-        self._task: object = None
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._progress.stop()
-
-    def watch(self, text: str, done: int, units: int) -> None:
-        """Where the matrix is."""
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task(text, total=units)
-        self._progress.update(self._progress.task_ids[0], description=text, completed=done, total=units)

@@ -129,27 +129,26 @@ def _sweep(
 ) -> None:
     import json
 
-    from advkit.cli.matrix import Bar
-    from advkit.evaluation.sweep.api import carry_out, prepare
+    from advkit.evaluation.screen import Works
+    from advkit.evaluation.sweep.api import LOOKING, RUNNING, carry_out, prepare
     from advkit.evaluation.sweep.engines import ENGINES
     from advkit.evaluation.sweep.table import failed, to_dict
 
     chosen = ENGINES.build(engine)  # a slip in its name is told before anything is looked at
-    quiet = as_json or not sys.stderr.isatty()
-    with Bar(hidden=quiet) as bar:
-        looked = functools.partial(bar.watch, "cells looked at")
-        made = prepare(grid, out, shard=shard, trust=trust, watch=looked)
+    watched = False if as_json else None
+    with Works(watched) as shows:
+        made = prepare(grid, out, shard=shard, trust=trust, watch=functools.partial(shows.works, LOOKING))
     if dry_run:
         _print_lines(made, as_json)
         return
-    with Bar(hidden=quiet) as bar:
+    with Works(watched) as shows:
         carry_out(
             made,
             engine=chosen,
             workers=workers,
             retries=retries,
             again=again,
-            watch=functools.partial(bar.watch, "lines"),
+            watch=functools.partial(shows.works, RUNNING),
         )
     rows = made.rows  # once: every row is read from its folder
     if as_json:
@@ -221,8 +220,9 @@ def _trace(asked: Asked, eps: str, out: Path, workers: int | None, plots: bool, 
     from rich.markdown import Markdown
 
     from advkit.evaluation.plan import Request
-    from advkit.evaluation.progress import Bars, shown
+    from advkit.evaluation.progress import Bars
     from advkit.evaluation.run.store import check_folder
+    from advkit.evaluation.screen import shown
     from advkit.evaluation.sweep.curve import radii, trace
 
     levels = radii(eps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +80,7 @@ def train(
                 seed=seed,
                 device=device,
                 out=out,
-                progress=sys.stderr.isatty() and not as_json,
+                progress=False if as_json else None,
             )
     except EndedElsewhere as ended:
         time.sleep(GRACE)

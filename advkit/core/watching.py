@@ -56,6 +56,10 @@ class Watcher(Protocol):
         """A step of the search for these samples of the batch."""
         ...
 
+    def works(self, name: str, done: int, units: int, said: str = "") -> None:
+        """Work that is no case: units done, units in all, and what there is to say of it."""
+        ...
+
 
 _WATCHER: ContextVar[Watcher | None] = ContextVar("advkit watcher", default=None)
 

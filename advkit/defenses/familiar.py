@@ -63,8 +63,8 @@ def _other(part: object) -> None:
         raise UsageError(f"{len(part)} defenses at once; an evaluation has one: call evaluate for each of them")
     if isinstance(part, nn.Module):
         raise UsageError(
-            f"the defense is a {type(part).__name__}, a torch module; a model that was trained to be robust is the "
-            "model: model=..., defense='none'"
+            f"the defense is a {type(part).__name__}, a torch module; a model that was trained to be robust, or a "
+            "network with a defense around it, is the model: model=..., defense='none'"
         )
     missing = lacking_in(part, Defense)
     name = type(part).__name__

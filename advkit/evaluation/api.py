@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,31 @@ from advkit.evaluation.execute import Watch, check_inputs_change, execute, in_or
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import NO_ATTACK, PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
-from advkit.evaluation.progress import Bars, shown
+from advkit.evaluation.progress import Bars
 from advkit.evaluation.report import Report
 from advkit.evaluation.report.examples import Examples
 from advkit.evaluation.run.case import Case
+from advkit.evaluation.screen import shown
 from advkit.evaluation.stats import rate
+
+
+def _carried_out(
+    asked: Request, progress: bool | None, *, change: Callable[[Plan], Plan] | None = None, **how: Any
+) -> Report:
+    """A request, planned and carried out while its progress is shown.
+
+    change: of the plan, before it is carried out
+    how:    the other arguments of `execute`
+    """
+    with Bars(progress):
+        made = plan_request(asked, progress=shown(progress))
+        return execute(made if change is None else change(made), **how)
+
+
+def _keeping_all(made: Plan) -> Plan:
+    """The plan with every sample's example kept; UsageError where there are none."""
+    check_inputs_change(made.case)
+    return replace(made, case=replace(made.case, keep=made.case.n))
 
 
 @explained(Request)
@@ -139,9 +160,7 @@ def evaluate(
         budget=budget,
         rows=rows,
     )
-    with Bars(progress):
-        made = plan_request(asked, progress=shown(progress))
-        return execute(made, out=out, watch=watch, command=command, workers=workers)
+    return _carried_out(asked, progress, out=out, watch=watch, command=command, workers=workers)
 
 
 @explained(Request)
@@ -187,9 +206,7 @@ def certify(
         device=device,
         **settings,
     )
-    with Bars(progress):
-        made = plan_request(asked, progress=shown(progress))
-        return execute(made, out=out, watch=watch, command=command, workers=workers)
+    return _carried_out(asked, progress, out=out, watch=watch, command=command, workers=workers)
 
 
 @explained(Request)
@@ -221,11 +238,7 @@ def attack(
     """
     asked = {"attack": attack, "defense": defense, "task": task, "model": model, "goal": goal}
     request = Request(**asked, threat_model=threat_model, **{**settings, "beside": False})
-    with Bars(progress):
-        made = plan_request(request, progress=shown(progress))
-        check_inputs_change(made.case)
-        made = replace(made, case=replace(made.case, keep=made.case.n))
-        return execute(made, out=out, workers=workers).adversarial()
+    return _carried_out(request, progress, change=_keeping_all, out=out, workers=workers).adversarial()
 
 
 __all__ = [

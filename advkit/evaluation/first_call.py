@@ -108,6 +108,8 @@ def _refusal(x: Tensor, error: Exception, task: Task) -> str:
     hint = ""
     if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[3] < x.shape[1]:
         hint = "; the samples look like images whose channels come last: permute them to [B, C, H, W]"
+    elif x.ndim == 3:
+        hint = "; a network for images wants a dimension of channels: x[:, None]"
     return (
         f"the model can't take inputs of shape {list(x.shape[1:])} of task {task.name}, a tensor {list(x.shape)} as "
         f"its only argument ({type(error).__name__}: {first}){hint}"

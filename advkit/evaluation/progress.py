@@ -1,46 +1,28 @@
 """What a terminal or a notebook shows while a run goes on: how far it is, what is still robust, how long it takes.
 
 One line for each case; below it, of a suite the stage that runs and what the stages before it left, of a search for
-suffixes its step, its loss and the successes so far. Nothing is shown where standard error is neither.
+suffixes its step, its loss and the successes so far. Other work, such as a training, has one line. `screen` is where
+they are shown.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from advkit.core.protocols import Label, Outcome, Record, Suite
-from advkit.core.watching import SearchStep, watching
+from advkit.core.watching import SearchStep
 from advkit.evaluation.certificates import LABEL as CERTIFICATES
 from advkit.evaluation.counts import contested, was_right
-from advkit.evaluation.report.text import shorten
 from advkit.evaluation.run.case import Case
 from advkit.evaluation.run.speed import planned_passes
 from advkit.evaluation.scenarios.evasion import labelled, schedule, stages_ahead
+from advkit.evaluation.screen import Works, clock, line
 
-_CELLS = 12  # of a bar
-_NAME = 18
-_OFTEN = 0.3  # seconds between two pictures
 _LEAST = 0.005  # done before a rest of time is told: the first call of a model is no measure
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel; IPython is not imported for it."""
-    shell = sys.modules.get("IPython")
-    running = None if shell is None else shell.get_ipython()
-    return running is not None and running.__class__.__name__ == "ZMQInteractiveShell"
-
-
-def shown(progress: bool | None) -> bool:
-    """Whether to show progress: as asked, or for None where standard error is a terminal, and in notebooks."""
-    return (sys.stderr.isatty() or in_notebook()) if progress is None else progress
 
 
 @runtime_checkable
@@ -170,13 +152,8 @@ class CaseProgress:
     def lines(self) -> Iterator[str]:
         """What is shown of it, top down."""
         for name, (standing, seen, seconds) in self.left.items():
-            yield f"    {name}: left {standing} of {seen} robust, {_clock(seconds)}"
-        share, left = self.share, self.seconds_left
-        filled = int(_CELLS * share)
-        rest = "" if left is None else f"about {_clock(left)} left" if left else _clock(time.monotonic() - self.begun)
-        bar = f"[{'#' * filled}{'-' * (_CELLS - filled)}] {100 * share:3.0f} %"
-        name = shorten(str(self.case.label), _NAME)
-        yield "  ".join(part for part in (f"{name} {bar}", rest, self.standing) if part)
+            yield f"    {name}: left {standing} of {seen} robust, {clock(seconds)}"
+        yield line(str(self.case.label), self.share, self.seconds_left, self.begun, self.standing)
         if self.total and self.done >= self.total:
             return
         if self.suite and self.stage:
@@ -225,37 +202,18 @@ def _of_suite(case: Case) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
-
-
-class Bars:
+class Bars(Works):
     """Shows how far the cases of a run are, on standard error or in a notebook's cell; a context manager.
 
     progress: None shows it where standard error is a terminal, and in notebooks; True always, False never
 
-    Inside the block it hears of every case that is run (`core.watching`).
+    Inside the block it hears of every case that is run, and of other work (`core.watching`).
     """
 
     def __init__(self, progress: bool | None = None) -> None:
-        self.shown = shown(progress)
+        super().__init__(progress)
         self.cases: dict[str, CaseProgress] = {}
         self._said: list[str] = []
-        self._screen: _Screen | None = None
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._stack.enter_context(watching(self if self.shown else None))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-        if self._screen is not None:
-            self._screen.close(self.lines())
 
     def starts(self, title: str, case: Case) -> None:
         """A case is about to run."""
@@ -295,89 +253,7 @@ class Bars:
 
     def lines(self) -> list[str]:
         """What is shown now."""
-        return [*self._said, *(line for each in self.cases.values() for line in each.lines())]
-
-    def _draw(self) -> None:
-        if not self.shown:
-            return
-        if self._screen is None:  # not before there is something to show: an error says its one line alone
-            self._screen = _Cell() if in_notebook() else _Terminal()
-        if self._screen.due:
-            self._screen.write(self.lines())
+        return [*self._said, *super().lines(), *(text for each in self.cases.values() for text in each.lines())]
 
 
-class _Screen(ABC):
-    """Where lines are shown, again and again in the same place; written to by the thread that computes alone."""
-
-    patience: ClassVar[float] = 0.0
-    """Seconds before anything is shown."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic() + self.patience - _OFTEN
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time for another picture."""
-        now = time.monotonic()
-        if now - self._last < _OFTEN:
-            return False
-        self._last = now
-        return True
-
-    @abstractmethod
-    def write(self, lines: Sequence[str]) -> None:
-        """Show the lines in place of the last ones."""
-
-    @abstractmethod
-    def close(self, lines: Sequence[str]) -> None:
-        """Leave these lines, where any were shown."""
-
-
-class _Terminal(_Screen):
-    """Standard error."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        super().__init__()
-        self._live = Live(console=Console(stderr=True), auto_refresh=False)
-        self._live.start()
-
-    def write(self, lines: Sequence[str]) -> None:
-        from rich.console import Group
-        from rich.text import Text
-
-        # Texts, not markup: names are shown, never obeyed. Sentences fold, lines of figures lose their ends.
-        texts = (Text(line, overflow="ellipsis", no_wrap=not line.endswith(".")) for line in lines)
-        self._live.update(Group(*texts), refresh=True)
-
-    def close(self, lines: Sequence[str]) -> None:
-        self.write(lines)
-        self._live.stop()
-
-
-class _Cell(_Screen):
-    """The output of a notebook's cell, as text that is replaced; nothing for runs of less than a second."""
-
-    patience = 1.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._handle: Any = None
-
-    def write(self, lines: Sequence[str]) -> None:
-        from IPython.display import display
-
-        content = {"text/plain": "\n".join(lines)}
-        if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]
-        else:
-            self._handle.update(content, raw=True)
-
-    def close(self, lines: Sequence[str]) -> None:
-        if self._handle is not None:
-            self.write(lines)
-
-
-__all__ = ["Bars", "CaseProgress", "announcement", "in_notebook", "shown"]
+__all__ = ["Bars", "CaseProgress", "announcement"]

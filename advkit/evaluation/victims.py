@@ -39,8 +39,10 @@ from advkit.core.protocols import (
 )
 from advkit.core.registry import Registry, outside
 from advkit.core.rng import RowRng
+from advkit.core.spaces import Transcripts
 from advkit.core.state import plainly
 from advkit.defenses import DEFENSES
+from advkit.evaluation.screen import Works
 from advkit.models import MODELS
 from advkit.models.external import PythonFactory
 from advkit.models.reconstructor import Reconstructor
@@ -127,6 +129,8 @@ def agreeing(model: Any, task: Task) -> Any:
     """
     if task.space is None:  # a task that waits for a model's space says itself which models it is for
         return model
+    if isinstance(model.space, Transcripts) and not isinstance(task.space, Transcripts):
+        raise BadModel(f"a language model reads prompts, and the task {task.name} has none: --task prompts:file=FILE")
     if wanted := answer_shape(task):
         _check_recovers(model, task, wanted)
         return model
@@ -135,7 +139,9 @@ def agreeing(model: Any, task: Task) -> Any:
         return model
     raise BadModel(
         f"the model answers {classes} classes, the task {task.name} has {task.classes}: choose a model trained for "
-        "this task" + (", or say classes= in the task" if _may_have_more(task) else "")
+        "this task"
+        + (", or say classes= in the task" if _may_have_more(task) else "")
+        + ("; labels count from 0" if classes + 1 == task.classes else "")
     )
 
 
@@ -241,8 +247,8 @@ def _protected(
         data = task.training()
         if data is None:
             raise NoTrainingData(
-                f"{spec} learns from labels, and the task {task.name} has no training data at hand: give it some (e.g. "
-                f"{task.name}:root=FOLDER)"
+                f"{spec} learns from labels, and the task {task.name} has no training data at hand: give it some "
+                f"({_training_data(task)})"
             )
         return Victim(_learned(guard, data, seed), f"trained here, seed {seed}")
     part, _ = model_part(asked)
@@ -312,8 +318,8 @@ def _fitted(model: Any, guard: Any, task: Any, seed: int, *, name: str, spec: st
     data = task.training()
     if data is None:
         raise NoTrainingData(
-            f"{spec} is fitted to {name} on training data, and the task has none at hand: give it some (e.g. "
-            f"{task.name}:root=FOLDER)"
+            f"{spec} is fitted to {name} on training data, and the task has none at hand: give it some "
+            f"({_training_data(task)})"
         )
     return guard.protect(model, data, training_rng(seed))
 
@@ -381,8 +387,8 @@ def _solved(
     data = task.training()
     if data is None:
         raise NoTrainingData(
-            f"{spec} trains and the task {task.name} has no training data at hand: give it some (e.g. "
-            f"{task.name}:root=FOLDER)"
+            f"{spec} trains and the task {task.name} has no training data at hand: give it some "
+            f"({_training_data(task)})"
         )
     folder = cache_root() / "solved" / _fingerprint_solved(guard, data, seed)[:24]
     file = folder / "model.safetensors"
@@ -409,14 +415,14 @@ def _trained(
     data = task.training()
     if data is None and isinstance(guard, TrainsFront):
         raise NoTrainingData(
-            f"{spec} trains a front before {name}, and the task has no training data at hand: give it some (e.g. "
-            f"{task.name}:root=FOLDER), or name a front of advkit train: weights=FILE"
+            f"{spec} trains a front before {name}, and the task has no training data at hand: give it some "
+            f"({_training_data(task)}), or name a front of advkit train: weights=FILE"
         )
     if data is None:
         raise NoTrainingData(
             f"no trained weights for model {name} with defense {spec} on task {task.name}, and the task has no "
-            f"training data at hand: give it some (e.g. {task.name}:root=FOLDER), or name a trained model "
-            "(--model path:FILE.safetensors)"
+            f"training data at hand: name a trained model (--model path:FILE.safetensors; model= in Python), or give "
+            f"the task some ({_training_data(task)})"
         )
     start = _start(start, guard, data, seed)
     folder = cache_root() / "trained" / _fingerprint(start, guard, data, seed)[:24]
@@ -427,6 +433,18 @@ def _trained(
     except OSError as error:
         raise UsageError(f"the cache {folder} can't be written ({why(error)}): set ADVKIT_CACHE to a folder") from error
     return Victim(fitted.model, f"trained here, seed {seed}")
+
+
+def _training_data(task: Any) -> str:
+    """How a task is given data to train on."""
+    from advkit.tasks.arrays import Arrays
+    from advkit.tasks.folder import Folder
+
+    if isinstance(task, Arrays):
+        return "task=Arrays(x, y, training=(x_train, y_train)) of advkit.tasks.arrays"
+    if isinstance(task, Folder):
+        return f"class folders in {task.path}/train"
+    return f"e.g. {task.name}:root=FOLDER"
 
 
 def _start(model: Any, guard: Any, data: Any, seed: int) -> Any:
@@ -467,8 +485,8 @@ def train_victim(
     recipe: str = "",
     seed: int = 0,
     device: str = "auto",
-    out: Path,
-    progress: bool = False,
+    out: str | Path,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Train an architecture under a defense and save OUT/model.safetensors with a report; returns what was made.
 
@@ -483,6 +501,9 @@ def train_victim(
     model:   likewise; else the task's
     recipe:  changes to the defense's recipe, `key=value,...`; or FILE.yaml or the name of a shipped recipe, either with
              `,key=value...` after it, which may name defense, task and model, too (`advkit.training.recipes.files`)
+    out:     folder of the training
+    progress: show the epoch, its loss and about how long the rest takes. None shows it where standard error is a
+             terminal, and in notebooks; True always, False never
     device:  cpu, cuda...; with several processes each takes the CUDA device of its number on the machine
 
     Raises NoTrainingData, BadModel, StaleRun, UsageError; of several processes one raises that, the others
@@ -502,8 +523,8 @@ def train_victim(
                 if ranks.first:
                     held.enter_context(claimed(out))
                     fresh = _claim(out, training.fingerprint())
-            with _writable(out):
-                fitted = training.fitted(device, out / "training", progress, ranks)
+            with _writable(out), Works(progress) as shows:
+                fitted = training.fitted(device, out / "training", shows.shown, ranks)
             with ranks.agreed(), _writable(out):
                 made = training.saved(fitted, out) if ranks.first else {}
         except UsageError:
@@ -572,7 +593,7 @@ class _Training:
         data = work.training()
         if data is None:
             raise NoTrainingData(
-                f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
+                f"the task {work.name} has no training data at hand: give it some ({_training_data(work)})"
             )
         name = asked if isinstance(asked, str) else "given"
         start = _start(start, guard, data, seed)
@@ -639,7 +660,7 @@ class _Solving(_Training):
         data = work.training()
         if data is None:
             raise NoTrainingData(
-                f"the task {work.name} has no training data at hand: name its folder, e.g. {work.name}:root=FOLDER"
+                f"the task {work.name} has no training data at hand: give it some ({_training_data(work)})"
             )
         return cls(None, guard, data, TASKS.label(work, task), name, seed, "")
 

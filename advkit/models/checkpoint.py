@@ -497,7 +497,11 @@ def _load_foreign(
         known = "" if architecture else advice(tensors, path)
         raise CheckpointError(
             f"{path} was not written by advkit and does not say what it holds; "
-            + (known or f"give the architecture, such as path:{path},architecture=resnet18, together with a task")
+            + (
+                known
+                or f"give the architecture, such as path:{path},architecture=resnet18, together with a task; a "
+                "network of yours is architecture=[python:MODULE:NAME]"
+            )
         )
     try:
         model = _build(architecture, tuple(shape), classes, tensors, path)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from advkit.core.errors import BadModel, UnknownName, UsageError
-from advkit.core.protocols import Rng
+from advkit.core.protocols import Model, Rng
 from advkit.core.registry import imported
 from advkit.core.spaces import Box
 from advkit.core.state import as_caller
@@ -199,12 +201,13 @@ class TorchVision(Named):
 
 @dataclass(frozen=True, kw_only=True)
 class PythonFactory:
-    """Python model of the user's own: `python:module:factory` imports the module and calls the factory.
+    """Python model of the user's own: `python:module:name` imports the module and takes its model or its factory.
 
-    target:     module:factory; the module may lie in the working directory. The factory gets `shape` (of one row) and
-                `classes` where it has parameters of these names, and returns a torch module, an advkit model or a
-                function from rows to logits (to reconstructed samples, where the task wants those). A torch module is
-                put into evaluation mode
+    target:     module:name of a torch module, an advkit model or a factory; the module may lie in the working
+                directory. A torch module is copied, so that the module's own stays as it is. A factory gets `shape` (of
+                one row) and `classes` where it has parameters of these names, and returns a torch module, an advkit
+                model or a function from rows to logits (to reconstructed samples, where the task wants those). A torch
+                module is put into evaluation mode
     mean, std:  normalisation of a torch module, per channel; empty: samples enter as they are
     checkpoint: .safetensors, .pt or .pth for a torch module
     sha256:     of the checkpoint; checked before it is opened
@@ -253,7 +256,9 @@ class PythonFactory:
         if self.checkpoint:
             fill_from_file(thing, self.checkpoint, self.sha256, spec)
         thing.eval()
-        hint = "let the factory use its parameter shape"
+        hint = "let the factory use its parameter shape, or give the task samples that the network takes"
+        if len(shape) == 3:
+            hint += " (of image folders: resize=32,crop=32)"
         if answer_shape:
             checked_logits(_answer(thing.cpu(), shape, spec, hint), 1, answer_shape)
         answered = None if answer_shape else _probed(thing.cpu(), shape, spec, hint)
@@ -270,7 +275,11 @@ class PythonFactory:
         )
 
     def _factory(self) -> Any:
-        found = imported(self.target, "a function or class that returns a model")
+        found = imported(self.target, "a torch module, or a function or class that returns a model")
+        if isinstance(found, nn.Module):
+            return partial(copy.deepcopy, found)
+        if isinstance(found, Model) and not isinstance(found, type):
+            return lambda: found
         if not callable(found):
             raise BadModel(f"python:{self.target} is a {type(found).__name__}; expected a function or class")
         return found

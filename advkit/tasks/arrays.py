@@ -86,6 +86,8 @@ def _tensor(value: Any, what: str) -> Tensor:
             array = np.array(value, copy=True, order="C")
             held = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if np.asarray(value).dtype.kind in "US":
+            raise BadInput(f"{what} is made of texts; expected numbers: labels count the classes from 0") from None
         raise BadInput(f"{what} is no array: {error}; expected a tensor or something numpy understands") from error
     if held.ndim == 0:
         raise BadInput(f"{what} is a single number; expected samples first, [N, ...]")

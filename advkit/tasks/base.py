@@ -53,8 +53,11 @@ def check_rows(x: Tensor, y: Tensor, classes: int, space: Any, name: str) -> Non
     if len(x) == 0:
         raise BadInput(f"{name} has no samples")
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
+        advice = ""
+        if y.dim() == 2:
+            advice = ": y.squeeze(1)" if y.shape[1] == 1 else ": one-hot labels become numbers by y.argmax(1)"
         raise BadInput(
-            f"{name}: labels of shape {list(y.shape)}, type {y.dtype}; expected whole numbers, one per sample"
+            f"{name}: labels of shape {list(y.shape)}, type {y.dtype}; expected whole numbers, one per sample{advice}"
         )
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:

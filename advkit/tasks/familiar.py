@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from advkit.core.errors import BadInput
+from advkit.core.errors import AdvkitError, BadInput, UsageError
 from advkit.core.registry.familiar import Familiar, Setting, settings
+from advkit.core.text import first_line
 from advkit.tasks.arrays import Arrays
+from advkit.tasks.npz import MEMORY
 
-_EXPECTED: Final = "a task is a spec, a Task, or a pair (x, y) of samples and labels"
+_EXPECTED: Final = "a task is a spec, a Task, a data set or a loader of torch, or a pair (x, y) of samples and labels"
 _COLLECT: Final = "x, y = (torch.cat(part) for part in zip(*{}))"
 
 NAMES: Final[dict[str, str]] = {
@@ -57,12 +60,9 @@ def _other(part: Any) -> Arrays:
 
     kind = type(part).__name__
     if isinstance(part, DataLoader):
-        raise BadInput(f"{_EXPECTED}, not a {kind}; collect its samples first: {_COLLECT.format('loader')}")
+        return _of_loader(part, kind)
     if isinstance(part, Dataset):
-        raise BadInput(
-            f"{_EXPECTED}, not a {kind}; collect its samples first: "
-            f"{_COLLECT.format('DataLoader(dataset, batch_size=256)')}"
-        )
+        return _of_loader(DataLoader(part, batch_size=256), kind)
     if isinstance(part, (Tensor, np.ndarray)):
         raise BadInput(f"{_EXPECTED}, not one {kind} of shape {list(part.shape)}: the labels are missing")
     if isinstance(part, Path):
@@ -76,6 +76,42 @@ def _other(part: Any) -> Arrays:
     if part is None or isinstance(part, (int, float)):
         raise BadInput(f"{_EXPECTED}, not {part!r}")
     return None  # type: ignore[return-value]  # the registry says which members it lacks
+
+
+def _of_loader(loader: Any, kind: str) -> Arrays:
+    """All samples of a loader, in memory."""
+    from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+    if isinstance(loader.sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
+        raise BadInput(
+            f"the {kind} draws its order anew at every run: make it with shuffle=False, without such a sampler"
+        )
+    xs, ys, size = [], [], 0
+    try:
+        for batch in loader:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(b, Tensor) for b in batch):
+                raise BadInput(f"{_EXPECTED}; this {kind} gives a {_shown(batch)}, not (samples, labels)")
+            xs.append(batch[0])
+            ys.append(batch[1])
+            size += batch[0].nbytes
+            if size > MEMORY:
+                raise UsageError(
+                    f"the {kind} has more than {MEMORY / 2**30:.0f} GiB of samples, which are read into memory: take a "
+                    "torch.utils.data.Subset of it, or folder:path=FOLDER, whose images are decoded as they are needed"
+                )
+        return Arrays(torch.cat(xs), torch.cat(ys))
+    except AdvkitError:
+        raise
+    except Exception as error:  # data sets run code of others, and images of several sizes do not go together
+        said = first_line(error)
+        advice = "; images become tensors by transform=torchvision.transforms.ToTensor()" if "PIL" in said else ""
+        raise BadInput(f"the {kind} gives no samples in batches ({type(error).__name__}: {said}){advice}") from error
+
+
+def _shown(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"{type(batch).__name__} of {', '.join(type(each).__name__ for each in batch[:4])}"
+    return f"{type(batch).__name__}"
 
 
 def _of_sequence(part: tuple[Any, ...] | list[Any]) -> Arrays:
@@ -98,7 +134,7 @@ def _of_sequence(part: tuple[Any, ...] | list[Any]) -> Arrays:
 
     for one in part:
         if isinstance(one, (DataLoader, Dataset)):
-            raise BadInput(f"{_EXPECTED}; {type(one).__name__} is neither: hand it over alone to see how to collect it")
+            raise BadInput(f"{_EXPECTED}; {type(one).__name__} brings its labels: hand it over alone")
     return Arrays(x, y)
 
 

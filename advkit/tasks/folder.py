@@ -92,7 +92,7 @@ def content_of(path: Path) -> bytes:
 def check_sizes(resize: int, crop: int) -> None:
     """UsageError unless 1 <= crop <= resize."""
     if crop < 1 or resize < crop:
-        raise UsageError(f"crop={crop}, resize={resize}; expected 1 <= crop <= resize")
+        raise UsageError(f"crop={crop}, resize={resize}; expected 1 <= crop <= resize, such as resize=32,crop=32")
 
 
 @dataclass(frozen=True)

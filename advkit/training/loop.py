@@ -16,7 +16,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from advkit.core.protocols import Data, Rng, answer_shape
 from advkit.core.rng import RowRng
 from advkit.core.tail import weakest
 from advkit.core.text import first_line
+from advkit.core.watching import watcher
 from advkit.models.checkpoint import canonical_json, pack, read_checked, unpack, write_atomically
 from advkit.models.torch import TorchModel, named_tensors, tensors_sha256
 from advkit.training.augment import AUGMENTATIONS
@@ -270,7 +271,7 @@ def fit(
 
     device:   where to train (default: where the model is)
     out:      folder of the run. Its checkpoint is replaced after every epoch and taken up again by the next call
-    progress: show a bar where standard error is a terminal
+    progress: tell whoever watches (`core.watching`), else show a bar where standard error is a terminal
     ranks:    the processes that train together (`advkit.training.ranks.joined`), which all make this call with the same
               arguments, each with a device of its own; they get the same weights and log
 
@@ -799,34 +800,44 @@ def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
 
 
 class _Bar:
-    """The progress bar, or nothing where nobody looks."""
+    """Tells how far a training is; nobody where `tell` is None."""
 
-    def __init__(self, shown: Any, task: Any, per_epoch: int) -> None:
-        self.shown, self.task, self.per_epoch = shown, task, per_epoch
+    def __init__(self, tell: Callable[[int, str], None] | None, per_epoch: int) -> None:
+        self.tell, self.per_epoch = tell, per_epoch
+        self.done, self.said = 0, ""
 
     def start(self, epochs: int) -> None:
-        if self.shown is not None:
-            self.shown.update(self.task, completed=epochs * self.per_epoch)
+        self._at(epochs * self.per_epoch)
 
     def advance(self) -> None:
-        if self.shown is not None:
-            self.shown.advance(self.task)
+        self._at(self.done + 1)
 
     def report(self, entry: Epoch) -> None:
-        if self.shown is not None:
-            measured = "" if math.isnan(entry.score) else f", validation {entry.score:.3f}"
-            self.shown.update(self.task, description=f"epoch {entry.epoch}: loss {entry.loss:.3f}{measured}")
+        measured = "" if math.isnan(entry.score) else f", validation {entry.score:.3f}"
+        self.said = f"epoch {entry.epoch}: loss {entry.loss:.3f}{measured}"
+        self._at(self.done)
+
+    def _at(self, done: int) -> None:
+        self.done = done
+        if self.tell is not None:
+            self.tell(done, self.said)
 
 
 @contextmanager
 def _bar(progress: bool, epochs: int, per_epoch: int) -> Iterator[_Bar]:
+    """Whoever watches is told; a bar of its own is shown on a terminal that nobody else writes to."""
+    batches, told = epochs * per_epoch, watcher()
+    if progress and told is not None:
+        yield _Bar(lambda done, said: told.works("training", done, batches, said), per_epoch)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not progress or not console.is_terminal:
-        yield _Bar(None, None, per_epoch)
+        yield _Bar(None, per_epoch)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as shown:
-        yield _Bar(shown, shown.add_task("training", total=epochs * per_epoch), per_epoch)
+        task = shown.add_task("training", total=batches)
+        yield _Bar(lambda done, said: shown.update(task, completed=done, description=said or "training"), per_epoch)

@@ -161,6 +161,7 @@ def test_objects_keep_their_labels(mine: str) -> None:
         (ATTACKS, "", SpecError, "does not say which; expected python:MODULE:NAME"),
         (ATTACKS, ":", UsageError, "incomplete"),
         (ATTACKS, ":Absent", UnknownName, "has no 'Absent'"),
+        (ATTACKS, ":Rya", UnknownName, "has no 'Rya'; did you mean 'Ray'"),
         (ATTACKS, ":Bare", UsageError, "is no attack: it lacks needs"),
         (ATTACKS, ":number", UsageError, "python:own_parts_here:number is no attack"),
         (ATTACKS, ":Needy", SpecError, "was refused"),

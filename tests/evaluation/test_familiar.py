@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import advkit
 from advkit.attacks import ATTACKS
@@ -253,11 +253,32 @@ def test_attacks_of_other_packages_name_their_adapter() -> None:
 PAIRS = TensorDataset(X, Y)
 
 
+class Sizes(Dataset):
+    """Images of several sizes."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(1, 4 + place, 4), 0
+
+
+class Pictures(Sizes):
+    """Images that are no tensors."""
+
+    def __getitem__(self, place: int) -> Any:
+        from PIL import Image
+
+        return Image.new("L", (4, 4)), 0
+
+
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        (DataLoader(PAIRS), "zip(*loader)"),
-        (PAIRS, "zip(*DataLoader(dataset, batch_size=256))"),
+        (DataLoader(PAIRS, shuffle=True), "shuffle=False"),
+        (TensorDataset(X), "a list of Tensor, not (samples, labels)"),
+        (Sizes(), "no samples in batches (RuntimeError: stack expects"),
+        (Pictures(), "transform=torchvision.transforms.ToTensor()"),
         (list(PAIRS), "torch.stack("),
         (list(PAIRS)[:2], "torch.stack("),
         (list(DataLoader(PAIRS, batch_size=2)), "zip(*pairs)"),
@@ -268,7 +289,10 @@ PAIRS = TensorDataset(X, Y)
         ((Y, X), "the other way round"),
         ((X, nn.functional.one_hot(Y).float()), "y.argmax(1)"),
         ((X, Y, Y), "a task of 3 parts"),
-        ((PAIRS, Y), "neither"),
+        ((PAIRS, Y), "hand it over alone"),
+        ((X, nn.functional.one_hot(Y)), "y.argmax(1)"),
+        ((X, Y[:, None]), "y.squeeze(1)"),
+        ((X, ["cat"] * len(X)), "made of texts"),
         (Path("rows.npz"), "npz:path=rows.npz"),
         (None, "not None"),
         (3, "not 3"),
@@ -281,11 +305,38 @@ def test_data_in_other_forms_say_how_to_collect_them(task: Any, words: str) -> N
     assert words in str(refused.value)
 
 
+def test_data_sets_and_loaders_of_torch_are_tasks() -> None:
+    digest = TASKS.build((X, Y)).digest()
+    for given in (PAIRS, DataLoader(PAIRS, batch_size=4)):
+        assert TASKS.build(given).digest() == digest
+
+
+def test_a_large_data_set_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("advkit.tasks.familiar.MEMORY", X.nbytes - 1)
+    with pytest.raises(UsageError, match="folder:path=FOLDER"):
+        TASKS.build(PAIRS)
+
+
+def test_a_model_in_the_place_of_the_attack_is_named() -> None:
+    with pytest.raises(UsageError, match=r"which is a model: evaluate\('pgd', model=model"):
+        advkit.evaluate(nn.Linear(2, 2), X, Y)
+
+
+def test_a_file_of_the_users_own_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for registry in (MODELS, TASKS, ATTACKS):
+        with pytest.raises(UsageError, match="python:mine:NAME"):
+            registry.build("mine:net")
+
+
+def test_who_has_no_model_is_told_where_one_belongs() -> None:
+    with pytest.raises(UsageError, match=r"model= in Python.*training=\(x_train"):
+        advkit.evaluate("fgsm", task=(X, Y))
+
+
 def test_the_lines_that_collect_data_do_so() -> None:
-    loader, pairs = DataLoader(PAIRS, batch_size=4), list(PAIRS)
-    x, y = (torch.cat(part) for part in zip(*loader, strict=True))
-    assert torch.equal(x, X)
-    assert torch.equal(y, Y)
+    pairs = list(PAIRS)
     x, y = torch.stack([sample for sample, _ in pairs]), torch.tensor([label for _, label in pairs])
     assert torch.equal(x, X)
     assert torch.equal(y, Y)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advkit.core.errors import BadInput, BadModel
+from advkit.core.errors import BadModel
 from advkit.core.spaces import Box
 from advkit.evaluation.api import evaluate, resolve
 from advkit.models.torch import TorchModel, misleading_mode
@@ -240,11 +240,12 @@ class TestClasses:
             evaluate(task=(X, Y), model=TorchModel(Net().eval(), classes=9), **ATTACK)
 
 
-def test_data_loaders_are_told_what_to_do() -> None:
+def test_data_sets_and_loaders_give_the_figures_of_their_tensors() -> None:
     data = torch.utils.data.TensorDataset(X, Y)
-    for task in (data, torch.utils.data.DataLoader(data, batch_size=8)):
-        with pytest.raises(BadInput, match=r"x, y ="):
-            evaluate(task=task, model=Net().eval(), **ATTACK)
+    given = ((X, Y), data, torch.utils.data.DataLoader(data, batch_size=8))
+    model = Net().eval()
+    figures = [evaluate(task=task, model=model, **ATTACK).to_dict()["metrics"] for task in given]
+    assert figures[1] == figures[2] == figures[0]
 
 
 @pytest.mark.parametrize("name", ["pgd", "mifgsm"])

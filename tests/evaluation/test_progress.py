@@ -12,7 +12,7 @@ import advkit
 from advkit.attacks import ATTACKS
 from advkit.core.protocols import Label, Outcome, Record
 from advkit.core.watching import SearchStep, watcher, watching
-from advkit.evaluation import progress
+from advkit.evaluation import progress, screen
 from advkit.evaluation.api import execute, plan
 from advkit.evaluation.progress import Bars, CaseProgress, announcement
 
@@ -125,6 +125,22 @@ def test_a_run_tells_its_watcher_of_every_batch_pass_and_record() -> None:
     assert bars.cases["records"].share == 1
 
 
+def test_work_that_is_no_case_has_a_line_and_a_rest_of_time(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    bars = Bars(False)
+    bars.works("training", 10, 40)  # ten of an earlier run
+    assert bars.lines() == ["training [###---------]  25 %  10 of 40"]
+    now[0] += 6
+    bars.works("training", 20, 40, "epoch 2: loss 1.500")
+    assert bars.lines() == ["training [######------]  50 %  about 0:00:12 left  20 of 40  epoch 2: loss 1.500"]
+    bars.works("training", 0, 5)  # another one
+    assert bars.lines() == ["training [------------]   0 %  0 of 5"]
+    now[0] += 2
+    bars.works("training", 5, 5)
+    assert bars.lines() == ["training [############] 100 %  0:00:02  5 of 5"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -140,6 +156,36 @@ def test_progress_is_shown_by_default_on_a_terminal_alone(monkeypatch, stream, a
     said = sys.stderr.getvalue()
     assert bool(said) == shown
     assert not shown or f"{round(20 * report.robust_accuracy)} of 20 robust" in said
+
+
+MATRIX = {"sources": "zoo:digits-mlp", "attacks": "fgsm", "targets": "zoo:digits-mlp", "task": "digits", "n": 8}
+
+
+def _matrix(tmp_path, **more) -> None:
+    advkit.matrix(**MATRIX, seeds=1, cache=tmp_path / "cache", **more)
+
+
+def _training(tmp_path, **more) -> None:
+    advkit.train_victim("mlp:hidden=4", "none", "digits", recipe="epochs=1", out=tmp_path / "made", **more)
+
+
+def _grid(tmp_path, **more) -> None:
+    cells = {"attacks": ["fgsm"], "tasks": ["digits"], "defenses": ["none", "pgd_at"], "n": 8}
+    advkit.sweep({**cells, "exclude": [{"task": "digits"}]}, out=tmp_path / "runs", **more)
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [(_matrix, "4 of 4"), pytest.param(_training, "epoch 1: loss", marks=pytest.mark.slow), (_grid, "2 of 2")],
+)
+def test_other_long_calls_show_progress_likewise(monkeypatch, tmp_path, work, said) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    work(tmp_path / "a")
+    assert said in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    work(tmp_path / "b", progress=False)
+    assert not sys.stderr.getvalue()
+    assert watcher() is None
 
 
 def test_a_notebook_shows_one_output_that_is_replaced(monkeypatch) -> None:
@@ -163,9 +209,9 @@ def test_a_notebook_shows_one_output_that_is_replaced(monkeypatch) -> None:
     drawn.display = display
     monkeypatch.setitem(sys.modules, "IPython", shell)
     monkeypatch.setitem(sys.modules, "IPython.display", drawn)
-    assert progress.in_notebook()
-    monkeypatch.setattr(progress._Cell, "patience", 0.0)
-    monkeypatch.setattr(progress, "_OFTEN", 0.0)
+    assert screen.in_notebook()
+    monkeypatch.setattr(screen._Cell, "patience", 0.0)
+    monkeypatch.setattr(screen, "_OFTEN", 0.0)
     advkit.evaluate(**ASKED)
     assert written[0] == "display"
     assert set(written[1:]) == {"update"}

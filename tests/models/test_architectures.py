@@ -127,6 +127,7 @@ def test_python_factory(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def words():\n"
         "    return 'no model'\n"
     )
+    (tmp_path / "my_trained_network_for_advkit.py").write_text("from torch import nn\nready = nn.Linear(4, 2)\n")
     monkeypatch.chdir(tmp_path)
     import sys
 
@@ -138,6 +139,11 @@ def test_python_factory(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model(torch.zeros(2, 1, 3, 3)).shape == (2, 4)
     assert not model.module.training
     assert MODELS.build("python:my_networks_for_advkit:fixed")((4,), 2, RNG).classes == 2
+    ready = MODELS.build("python:my_trained_network_for_advkit:ready")((4,), 2, RNG)
+    own = sys.modules["my_trained_network_for_advkit"].ready
+    assert torch.equal(ready(torch.ones(1, 4)), own(torch.ones(1, 4)))
+    assert not ready.module.training
+    assert own.training
     for spec, shape in [
         ("python:my_networks_for_advkit:fixed", (5,)),  # other rows
         ("python:my_networks_for_advkit:words", (4,)),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from advkit.core.errors import BadModel, CheckpointError, UnknownName
+import advkit
+from advkit.core.errors import BadModel, CheckpointError, UnknownName, UsageError
 from advkit.core.rng import RowRng
 from advkit.testing.language import transcript
 
@@ -239,6 +240,7 @@ def test_a_window_that_slides_is_never_merged():
 
 def test_a_missing_model_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    chat_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="can't be loaded"):
         MODELS.build(f"hf:{tmp_path}")()
     with pytest.raises(BadModel, match="training mode"):
@@ -378,3 +380,29 @@ def test_smollm2_knows_the_capital_of_france():
     assert float(answer[0, 1]) > float(answer[0, 0])
     rng = RowRng.from_ids(0, ["france"])
     assert lm.generate(x, 1, rng, greedy=True, max_new_tokens=12) == [["The capital of France is Paris."]]
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    llama(len(chat_tokenizer())).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer .*save_pretrained"):
+        MODELS.build(f"hf:{tmp_path}")()
+
+
+def test_loading_a_folder_draws_no_bar(folder, capfd):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    MODELS.build(f"hf:{folder}")()
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+
+
+def test_a_language_model_wants_prompts(hf):
+    with pytest.raises(BadModel, match="--task prompts:file=FILE"):
+        advkit.evaluate("fgsm", task="digits", model=hf)
+
+
+@pytest.mark.parametrize("attack", ["pgd", "fgsm", "apgd-ce"])
+def test_attacks_on_images_are_refused_on_prompts(attack):
+    with pytest.raises(UsageError, match="on prompts use gcg, beast"):
+        advkit.evaluate(attack, task="prompts", model="toychat", n=1)

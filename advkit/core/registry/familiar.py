@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -63,7 +64,10 @@ class Familiar:
 
     def named(self, name: str) -> str:
         """Advice for an unknown name, "" for none."""
-        return self.names.get(bare(name)) or self.guess(name) or ""
+        if advice := self.names.get(bare(name)) or self.guess(name):
+            return advice
+        own = name.isidentifier() and Path(f"{name}.py").is_file()
+        return f"what {name}.py holds is python:{name}:NAME" if own else ""
 
     def set(self, key: str, fields: Collection[str]) -> str:
         """Advice for a setting that a part with these fields does not have, "" for none."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
 from advkit.core.registry.fields import construct, read_fields
-from advkit.core.registry.grammar import ParsedSpec, ungroup
+from advkit.core.registry.grammar import ParsedSpec, nearest, ungroup
 from advkit.core.state import as_caller
 
 PYTHON = "python"
@@ -34,7 +34,8 @@ def imported(target: str, expected: str = "an object, a class or a function with
     found: Any = _module(name)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise UnknownName(f"{name} has no {attribute!r}; expected {expected}")
+            own = [each for each in dir(found) if not each.startswith("_")]
+            raise UnknownName(f"{name} has no {attribute!r}{nearest(part, own)}; expected {expected}")
         found = getattr(found, part)
     return found
 

@@ -24,6 +24,7 @@ from advkit.evaluation.matrix.plan import Budget, MatrixPlan, MatrixRequest, res
 from advkit.evaluation.matrix.table import Progress, Tables, Watch
 from advkit.evaluation.run.engine import LocalEngine
 from advkit.evaluation.run.workers import Workers
+from advkit.evaluation.screen import Works
 from advkit.threat_models.tapm import PUBLIC
 
 log = logging.getLogger("advkit")
@@ -50,6 +51,7 @@ def matrix(
     cache: str | Path | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
+    progress: bool | None = None,
     command: str = "",
 ) -> Matrix:
     """Accuracy of every target on what every attack makes on every source: the transfer matrix.
@@ -75,6 +77,8 @@ def matrix(
     cache:        folder of image sets and answers, known by content and shared by all runs; None: the user's cache
     out:          folder for matrix.json, matrix.md and the stored answers; None writes nothing but the cache
     watch:        called with what is going on, units done and units in all
+    progress:     show which attack on which source is at work, how many are done, and about how long the rest takes.
+                  None shows it where standard error is a terminal, and in notebooks; True always, False never
     command:      what the report gives as the command that made it
 
     Raises UsageError, BadModel, BadInput. What one pair of source and attack can't do is no error: the cell is missing,
@@ -84,7 +88,7 @@ def matrix(
         sources=sources, attacks=attacks, targets=targets, task=task, threat_model=threat_model, eps=eps, goal=goal,
         n=n, seeds=seeds, equal_budget=equal_budget, similarity=similarity, seen=seen, device=device,
     )  # fmt: skip
-    return execute(request, workers=workers, cache=cache, out=out, watch=watch, command=command)
+    return execute(request, workers=workers, cache=cache, out=out, watch=watch, progress=progress, command=command)
 
 
 @plainly
@@ -95,16 +99,18 @@ def execute(
     cache: str | Path | None = None,
     out: str | Path | None = None,
     watch: Watch | None = None,
+    progress: bool | None = None,
     command: str = "",
 ) -> Matrix:
     """Carry out a request; see `matrix` for the settings."""
-    plan = resolve(request)
     folder = cache_root() / "matrix" if cache is None else Path(cache)
-    pool = Workers(plan.case, workers) if workers > 1 else None
-    with pool or nullcontext():
-        images = Images(folder / "images", LocalEngine(pool))
-        answers = Answers.of(plan.case, plan.targets, folder / "answers")
-        results = _results(plan, Tables(plan, images, answers, Progress(watch, _units(plan))))
+    with Works(progress):
+        plan = resolve(request)
+        pool = Workers(plan.case, workers) if workers > 1 else None
+        with pool or nullcontext():
+            images = Images(folder / "images", LocalEngine(pool))
+            answers = Answers.of(plan.case, plan.targets, folder / "answers")
+            results = _results(plan, Tables(plan, images, answers, Progress(watch, _units(plan))))
     log.info("transfer images: %d pieces made, %d found", images.made, images.read)
     finished = Matrix.from_dict(document(plan, results, command), results.table)
     if out is not None:

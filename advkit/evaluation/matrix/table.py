@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from advkit.core.watching import watcher
 from advkit.evaluation.matrix.answers import Answers
 from advkit.evaluation.matrix.images import Images, ImageSet, Unsupported, as_seen
 from advkit.evaluation.matrix.participants import NamedAttack
@@ -60,7 +61,7 @@ class Table:
 
 
 class Progress:
-    """Tells a watcher where the matrix is."""
+    """Tells where the matrix is: `watch`, and whoever watches (`core.watching`)."""
 
     def __init__(self, watch: Watch | None, units: int) -> None:
         self.watch, self.units, self.done = watch, units, 0
@@ -69,6 +70,8 @@ class Progress:
         """A unit is being worked on."""
         if self.watch is not None:
             self.watch(text, self.done, self.units)
+        if (told := watcher()) is not None:
+            told.works("matrix", self.done, self.units, text)
 
     def end(self, text: str) -> None:
         """The unit is done."""

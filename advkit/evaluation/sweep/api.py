@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from advkit.core.files import write_whole
 from advkit.evaluation.execute import Watch
 from advkit.evaluation.keywords import explained
 from advkit.evaluation.plan import Request
-from advkit.evaluation.progress import Bars, shown
+from advkit.evaluation.progress import Bars
 from advkit.evaluation.run.engine import available_cores
 from advkit.evaluation.run.store import check_folder
+from advkit.evaluation.screen import Works, shown
 from advkit.evaluation.sweep.curve import Curve, radii, trace
 from advkit.evaluation.sweep.driver import drive
 from advkit.evaluation.sweep.engines import ENGINES, Engine
@@ -24,6 +26,8 @@ from advkit.evaluation.sweep.plan import resolve
 from advkit.evaluation.sweep.table import Row, failed, markdown, rows_of, to_dict
 
 TABLE = "sweep.md"
+LOOKING, RUNNING = "cells looked at", "lines"
+"""What progress calls the two parts of a grid."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def sweep(
     again:   also run cells that an earlier sweep refused or put aside
     trust:   also cells of a file that name what is not advkit's own (python:, hf:, path:...)
     eps:     radii, or START:STOP:POINTS, in place of a grid: a `Curve`; settings are then those of `advkit.evaluate`
-    watch, progress, command: of a curve, as of `advkit.evaluate`
+    progress: as of `advkit.evaluate`; of a grid, how many of its lines have ended
+    watch, command: of a curve, as of `advkit.evaluate`
 
     Raises UsageError for a grid that can't be read, a folder that can't be written, an engine with nothing to run on.
     What is wrong with one cell is no error: its row says so. A script needs the usual `if __name__ == "__main__"`.
@@ -167,6 +172,12 @@ def sweep(
         raise UsageError(f"{', '.join(settings)}: with a grid these belong into it, as lists")
     if watch is not None or command:
         raise UsageError("watch and command are of a curve (eps); `advkit sweep --status` shows where a grid is")
-    return carry_out(
-        prepare(grid, out, shard=shard, trust=trust), engine=engine, workers=workers, retries=retries, again=again
-    )
+    with Works(progress) as shows:
+        return carry_out(
+            prepare(grid, out, shard=shard, trust=trust, watch=partial(shows.works, LOOKING)),
+            engine=engine,
+            workers=workers,
+            retries=retries,
+            again=again,
+            watch=partial(shows.works, RUNNING),
+        )

@@ -9,7 +9,8 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -435,6 +436,23 @@ class Stored:
     system: str = ""
 
 
+_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken", "tiktoken")
+"""What the names of files begin with that hold a tokenizer, or name one."""
+
+
+@contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """Without the library's bar of weights, which it draws on any standard error."""
+    bars = library.utils.logging
+    drawn = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            bars.enable_progress_bar()
+
+
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Running, Stored):
     """Hugging Face causal language model: a folder, or a name that the hub or the local cache knows.
@@ -454,11 +472,19 @@ class HuggingFace(Running, Stored):
     ) -> LanguageModel:
         library = needed("transformers", f"hf:{self.name}")
         local = Path(self.name).exists()
+        if Path(self.name).is_dir() and not any(
+            each.name.startswith(_TOKENIZERS) for each in Path(self.name).iterdir()
+        ):
+            raise CheckpointError(
+                f"hf:{self.name} has no tokenizer (tokenizer.json): save it there, too, with "
+                "tokenizer.save_pretrained(FOLDER)"
+            )
         try:
             tokenizer = library.AutoTokenizer.from_pretrained(self.name, local_files_only=local)
-            model, told = library.AutoModelForCausalLM.from_pretrained(
-                self.name, dtype=DTYPES[self.dtype], local_files_only=local, output_loading_info=True
-            )
+            with _quiet(library) if local else nullcontext():
+                model, told = library.AutoModelForCausalLM.from_pretrained(
+                    self.name, dtype=DTYPES[self.dtype], local_files_only=local, output_loading_info=True
+                )
         except ImportError as error:  # quantised weights want a package of their own
             raise MissingExtra(f"hf:{self.name} needs a package that is not installed: {error}") from error
         except Exception as error:  # each reader of weights raises its own

@@ -1,0 +1,9 @@
+from mine import model, picture_model
+
+
+def digits():
+    return model
+
+
+def pictures():
+    return picture_model

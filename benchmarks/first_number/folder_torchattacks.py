@@ -1,0 +1,22 @@
+import torch
+import torchattacks
+from mine import picture_model
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
+
+EPS = 0.15
+attack = torchattacks.PGD(picture_model, eps=EPS, alpha=EPS / 10, steps=40)
+loader = DataLoader(ImageFolder("pictures", ToTensor()), batch_size=100)
+clean, robust, seen = 0, 0, 0
+for x, y in loader:
+    adversarial = attack(x, y)
+    assert (adversarial - x).abs().max() <= EPS + 1e-6
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    with torch.no_grad():
+        right = picture_model(x).argmax(1) == y
+        still = right & (picture_model(adversarial).argmax(1) == y)
+    clean, robust, seen = clean + int(right.sum()), robust + int(still.sum()), seen + len(y)
+print(f"clean accuracy {clean / seen:.1%}")
+print(f"robust accuracy {robust / seen:.1%}")
