@@ -81,8 +81,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_the_commands_run_in_their_order(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for the first evaluation, which CI runs as a step of its own, as a user does."""
     ended = {}
-    for arguments in commands():
+    first = ["evaluate", "--attack", "pgd", "--defense", "pubdef"]
+    assert f"\nadvkit {' '.join(first)}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for arguments in [each for each in commands() if each != first]:
         code = run(list(arguments))
         said = capsys.readouterr()
         if code != 0:

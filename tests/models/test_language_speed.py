@@ -33,7 +33,7 @@ def test_a_faster_copy_answers_nearly_the_same_and_leaves_the_model_alone():
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_copy_answers_the_same():
     """In a process of its own: torch's compiler lost its settings after other tests had compiled in the same one."""
     code = f"import {__name__} as tests; tests.compiled_copy_answers_the_same()"
