@@ -14,8 +14,10 @@ from advkit.evaluation.plan import NO_ATTACK, PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
 from advkit.evaluation.progress import Bars, shown
 from advkit.evaluation.report import Report
-from advkit.evaluation.report.examples import Examples
+from advkit.evaluation.report.examples import Examples, Kept, examples_of
 from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.examples import all_examples
+from advkit.evaluation.run.store import RECORDS_NAME, read_records
 from advkit.evaluation.stats import rate
 
 
@@ -217,7 +219,8 @@ def attack(
     progress: as of `evaluate`
     settings: the other fields of `Request` (n, seed, device, batch_size...)
 
-    Raises UsageError for attacks that leave inputs as they are (flips of labels).
+    Raises UsageError for attacks that leave inputs as they are (flips of labels), and for a run folder in which a
+    finished run kept the examples of some samples alone.
     """
     asked = {"attack": attack, "defense": defense, "task": task, "model": model, "goal": goal}
     request = Request(**asked, threat_model=threat_model, **{**settings, "beside": False})
@@ -225,7 +228,11 @@ def attack(
         made = plan_request(request, progress=shown(progress))
         check_inputs_change(made.case)
         made = replace(made, case=replace(made.case, keep=made.case.n))
-        return execute(made, out=out, workers=workers).adversarial()
+        report = execute(made, out=out, workers=workers)
+    if out is None:
+        return report.adversarial()
+    records = in_order(made.case, read_records(Path(out) / RECORDS_NAME))
+    return examples_of(Kept(records, all_examples(Path(out), records)), None)
 
 
 __all__ = [

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from advkit.core.checks import whole
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
@@ -88,8 +89,7 @@ def execute(
     """Carry out a plan and write its report; `out` None keeps nothing on disk. See `advkit.evaluate`."""
     import tempfile
 
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers must be at least 1, got {workers}")
+    workers = None if workers is None else whole("workers", workers, 1)
     if out is not None:
         check_unclaimed(Path(out))
         report = _execute(plan, Path(out), watch, command, workers, lasting=True)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from advkit.core.checks import whole
 from advkit.core.files import cache_root
 from advkit.core.state import plainly
 from advkit.evaluation.keywords import explained
@@ -98,6 +99,7 @@ def execute(
     command: str = "",
 ) -> Matrix:
     """Carry out a request; see `matrix` for the settings."""
+    workers = whole("workers", workers, 1)
     plan = resolve(request)
     folder = cache_root() / "matrix" if cache is None else Path(cache)
     pool = Workers(plan.case, workers) if workers > 1 else None

@@ -153,7 +153,7 @@ class _Found:
 
 def trace(
     request: Request,
-    eps: Sequence[float],
+    eps: Sequence[float | str],
     home: Path,
     *,
     workers: int | None = 1,
@@ -192,11 +192,21 @@ def trace(
     return Curve(data, folder)
 
 
-def _checked(eps: Sequence[float]) -> list[float]:
-    levels = sorted({float(each) for each in eps})
+def _name(eps: float) -> str:
+    """Of the run folder of a radius."""
+    return f"eps-{eps:.9g}"
+
+
+def _checked(eps: Sequence[float | str]) -> list[float]:
+    """The radii, the smallest first; those that share a run folder (0.3 and 3 * 0.1) are one."""
+    said = f"eps is {eps!r:.80}; expected finite radii >= 0, one of them above 0"
+    try:
+        levels = sorted(float(_fraction(each)) if isinstance(each, str) else float(each) for each in eps)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        raise UsageError(said) from None
     if not levels or levels[-1] <= 0 or any(not math.isfinite(each) or each < 0 for each in levels):
-        raise UsageError(f"eps is {list(eps)!r:.80}; expected finite radii >= 0, one of them above 0")
-    return levels
+        raise UsageError(said)
+    return list({_name(each): each for each in reversed(levels)}.values())[::-1]
 
 
 def _least(begun: Outline) -> bool:
@@ -245,7 +255,7 @@ class _Carrier:
         for eps in (each for each in levels if each > 0):
             threat: Any = self.begun.parts.threat
             at = replace(self.request, threat_model=replace(threat, eps=eps))
-            folder = self.folder / f"eps-{eps:.9g}"
+            folder = self.folder / _name(eps)
             records, report = self._run(at, folder, found)
             robust = self._still_robust(robust, records)
             points.append(self._point(eps, robust, records, folder, report))
