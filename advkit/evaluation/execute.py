@@ -108,7 +108,7 @@ def _execute(
         preflight(case)
     if isinstance(plan.case.task, OfFiles):
         plan.case.task.look(plan.case.n)  # a damaged file is met now, and not after hours
-    findings, randomized = _first_look(plan.case)
+    findings, randomized = first_look(plan.case)
     if randomized and plan.case.places is not None:
         raise UsageError("the victim's answers vary from call to call: leave rows out and run all of them together")
     with ExitStack() as stores:
@@ -132,7 +132,7 @@ def _execute(
     return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting), kept=kept)
 
 
-def _first_look(case: Case) -> tuple[list[Finding], bool]:
+def first_look(case: Case) -> tuple[list[Finding], bool]:
     """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
     first = first_rows(case)
     if first.labels is None and not answer_shape(case.task):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import socket
 import time
 import traceback
@@ -247,8 +246,6 @@ def carry_out(home: Path, number: int) -> Note:
 
 def _carried_out(home: Path, number: int) -> Note:
     """The same; raises RunInUse where another process is at it."""
-    from advkit.evaluation.sweep.shards import take_over
-
     (line,) = read_lines(home, [number])  # and no others: a sweep may have thousands
     now = state_of(home, line)
     if line.reason or now.state == "done":
@@ -268,7 +265,7 @@ def _carried_out(home: Path, number: int) -> Note:
     try:
         if (folder / REPORT_NAME).exists():
             report_of(folder, line)
-        _evaluate(home, line, read_lines(home, line.shards), take_over)
+        _evaluate(home, line, read_lines(home, line.shards))
     except RunInUse:
         raise
     except UsageError as error:
@@ -281,15 +278,16 @@ def _carried_out(home: Path, number: int) -> Note:
     return ended("done")
 
 
-def _evaluate(home: Path, line: Line, shards: list[Line], take_over: Any) -> None:
+def _evaluate(home: Path, line: Line, shards: list[Line]) -> None:
     from advkit.core.state import plain_torch
     from advkit.evaluation.execute import execute
     from advkit.evaluation.plan import plan
+    from advkit.evaluation.sweep.shards import remove_shards, take_over
 
     with plain_torch():
         resolved = plan(Request(**line.request, beside=False))
         take_over(resolved, home / line.folder, [(home / each.folder, each.rows) for each in shards])
         command = shlex.join(["advkit", *line.argv(home)])
         execute(resolved, out=home / line.folder, command=command, workers=1)
-    for each in shards:  # their records are in the whole now, and a shard's report would pass for another evaluation
-        shutil.rmtree(home / each.folder, ignore_errors=True)
+    if line.rows is None:
+        remove_shards(home / line.folder)
