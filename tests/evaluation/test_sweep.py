@@ -275,6 +275,39 @@ def test_shards_of_another_cut_do_not_stay_beside_the_whole(tmp_path: Path) -> N
     assert not list((tmp_path / row.folder).glob("rows-*"))
 
 
+def test_a_cell_whose_report_was_removed_is_run_again(tmp_path: Path) -> None:
+    first = swept(SMALL, tmp_path)
+    (row,) = first.rows
+    (tmp_path / row.folder / "report.json").unlink()
+    engine = Here()
+    (again,) = swept(SMALL, tmp_path, engine=engine).rows
+    assert engine.begun == [0]
+    assert again == row
+
+
+@pytest.mark.parametrize(
+    "note", ['{"state":"running","place":5}', '{"state":"failed","tries":"x"}', '{"state":"else"}', '{"reason":[]}']
+)
+def test_an_odd_note_says_nothing(note: str, tmp_path: Path) -> None:
+    (line,) = prepare(SMALL, tmp_path).lines
+    (tmp_path / line.folder).mkdir()
+    (tmp_path / line.folder / "line.json").write_text(note)
+    assert state_of(tmp_path, line) == Note()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("line", "0"), ("request", 3), ("request", {"attack": 5}), ("passes", "x"), ("folder", "../x"), ("folder", "/x")],
+)
+def test_a_list_of_lines_that_was_edited_is_refused_in_one_line(name: str, value: Any, tmp_path: Path) -> None:
+    prepare(SMALL, tmp_path)
+    file = tmp_path / "sweep.jsonl"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    for look in (lambda: Sweep.load(tmp_path), lambda: run_line(tmp_path, 0)):
+        with pytest.raises(AdvkitError, match=r"sweep.jsonl is damaged or of another version"):
+            look()
+
+
 def test_a_line_that_crashes_is_tried_again_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from advkit.evaluation.sweep import line as lines
 

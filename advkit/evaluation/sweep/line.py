@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import msgspec
+
 from advkit import __version__
 from advkit.core.errors import AdvkitError, ReportError, RunInUse, UsageError
 from advkit.core.files import check_unclaimed, why, write_whole
@@ -86,10 +88,15 @@ class Line:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The line of a line of the file; raises ValueError, TypeError or KeyError where it is none."""
+        """The line of a line of the file; raises ValueError, KeyError or MsgspecError where it is none."""
         data = read_object(text.encode())
-        values = {each.name: data[each.name] for each in fields(cls)}
-        return cls(**{**values, "shards": tuple(values["shards"])})
+        found = msgspec.convert({each.name: data[each.name] for each in fields(cls)}, cls)
+        named = [found.request.get(name) for name in PARTS]
+        if not all(each is None or isinstance(each, str) for each in named):
+            raise ValueError("its request has parts that are no specs")
+        if Path(found.folder).is_absolute() or ".." in Path(found.folder).parts:
+            raise ValueError(f"its folder {found.folder!r} is not within the sweep's")
+        return found
 
 
 def write_lines(home: Path, lines: Iterable[Line]) -> Path:
@@ -117,7 +124,7 @@ def read_lines(home: Path, numbers: Collection[int] | None = None) -> list[Line]
         return [Line.from_json(texts[each]) for each in chosen]
     except OSError as error:
         raise ReportError(f"{home} is no folder of a sweep ({LINES}: {why(error)})") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError, msgspec.MsgspecError) as error:
         raise ReportError(
             f"{path} is damaged or of another version ({first_line(error)}): run the sweep again"
         ) from None
@@ -154,8 +161,8 @@ class Note:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """What the folder says; a missing or damaged note says nothing."""
-        with suppress(OSError, ValueError, TypeError):
-            return cls(**read_object((folder / NOTE).read_bytes()))
+        with suppress(OSError, ValueError, msgspec.MsgspecError):
+            return msgspec.convert(read_object((folder / NOTE).read_bytes()), cls)
         return cls()
 
 
@@ -180,6 +187,8 @@ def looked_at(home: Path, line: Line) -> tuple[Note, Report | None]:
         except ReportError as error:
             return Note(state="failed", reason=str(error)), None
     note = Note.read(folder)
+    if note.state == "done":  # and no report: it was removed, to be made again
+        note = replace(note, state="waiting")
     if note.state == "running" and not _held(folder) and not _alive(note.place):
         note = replace(note, state="left off")
     return note, None
