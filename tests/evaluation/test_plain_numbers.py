@@ -80,6 +80,25 @@ def test_a_matrix_takes_them_too() -> None:
         MatrixRequest(n=0.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+def test_a_training_is_asked_for_with_a_whole_seed(tmp_path: Any) -> None:
+    asked: dict[str, Any] = {"model": "mlp:hidden=2", "defense": "none", "task": "digits", "recipe": "epochs=1"}
+    with pytest.raises(UsageError, match="seed is 'x'; expected a whole number"):
+        advkit.train_victim(**asked, seed="x", out=tmp_path)
+    with pytest.raises(UsageError, match="seed is 1"):
+        advkit.train_victim(**asked, seed=1.5, out=tmp_path)
+    made = advkit.train_victim(**asked, seed=np.int64(1), out=tmp_path)
+    assert json.loads((tmp_path / "training.json").read_text())["seed"] == 1
+    assert made["file"]
+
+
+def test_a_protected_model_takes_the_tasks_spec() -> None:
+    found = advkit.protected("zoo:digits-mlp", "none", "digits")
+    assert found.model.classes == 10
+    with pytest.raises(UsageError, match="unknown task"):
+        advkit.protected("zoo:digits-mlp", "none", "no-task")
+
+
 @pytest.mark.parametrize("eps", [0.1, ["a"], [None], [], [0.0], [-1.0], [float("nan")]])
 def test_radii_that_are_none_are_refused(eps: Any, tmp_path: Any) -> None:
     with pytest.raises(UsageError, match="expected finite radii"):
