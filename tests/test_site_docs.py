@@ -65,6 +65,13 @@ def test_every_command_and_part_exists(page: str) -> None:
                 registry.build(spec)
 
 
+@pytest.mark.parametrize("page", [*sorted(PAGES), "README.md"])
+def test_every_command_that_the_prose_names_exists(page: str) -> None:
+    text = PAGES[page] if page in PAGES else (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`advkit ([a-z][a-z-]*)", FENCED.sub("", text))
+    assert {*named} <= {*COMMANDS}
+
+
 def slug(heading: str) -> str:
     """The anchor that GitHub and the site make of a heading."""
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")

@@ -17,6 +17,31 @@ def check(settings: object, name: str, fine: bool, expected: str) -> None:
         raise UsageError(f"{name} is {getattr(settings, name)!r}; expected {expected}")
 
 
+def plain(value: Any) -> Any:
+    """Python's own number for one of numpy's, or a tensor of a single one: neither specs nor JSON can write those.
+
+    Anything else is handed back as it is.
+    """
+    if isinstance(value, str | bool) or type(value) in (int, float) or getattr(value, "ndim", None) != 0:
+        return value
+    return value.item() if callable(getattr(value, "item", None)) else value
+
+
+def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A whole number as Python's own: of numpy's, or of a float that is one (1e3).
+
+    Raises UsageError for another value.
+    """
+    number = plain(value)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    fits = isinstance(number, int) and not isinstance(number, bool)
+    if not fits or (least is not None and number < least) or (most is not None and number > most):
+        of = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+        raise UsageError(f"{name} is {value!r}; expected a whole number{of}")
+    return int(number)
+
+
 def at_least(settings: object, least: int, *names: str) -> None:
     """Raise UsageError where one of these whole numbers is smaller."""
     for name in names:

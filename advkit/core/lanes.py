@@ -118,8 +118,9 @@ class Lanes:
             with torch.random.fork_rng(devices=[]):
                 safe = operations(model, held[:_LOOKED_AT], backward)
             tried = tuple(size for size in tried if size == lanes.chunk or safe.allow(size))
+            usual = [size for size in _to_try(lanes.chunk, 0, 0) if size < lanes.chunk and safe.allow(size)]
             first = _probe(model, held[: lanes.chunk], backward)
-            found, known = _agreeing(model, held, tried, first, backward)
+            found, known = _agreeing(model, held, tried, usual, first, backward)
             if len(found) > 1:
                 _check_places(model, held, known, backward)
         except torch.OutOfMemoryError:  # no call of 64 rows will ever be made
@@ -223,36 +224,51 @@ def _check_places(model: Callable[[Tensor], Tensor], held: Tensor, known: tuple[
 
 
 def _agreeing(
-    model: Callable[[Tensor], Tensor], rows: Tensor, tried: tuple[int, ...], first: tuple[Tensor, ...], backward: bool
+    model: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    tried: Sequence[int],
+    usual: Sequence[int],
+    first: tuple[Tensor, ...],
+    backward: bool,
 ) -> tuple[list[int], tuple[Tensor, ...]]:
     """The sizes of a call that give rows the same bits as the first one, or as one below it where that is alone.
 
     Returned with what a call of that size was answered.
 
     rows:  [max(tried), ...], those of the first call over and over
+    usual: smaller sizes, ascending, that decide whether the first call is alone, and which is the one below it: neither
+           must depend on the batch. They are tried, too, where none of them agrees that is among the others
     first: what they were answered in it
     """
-    chunk = len(first[0])
-    wholes = [size for size in tried if size <= chunk][-1:-3:-1]
-    found: list[int] = []
-    answered = first
-    for whole in wholes:
-        known = first if whole == chunk else _probe(model, rows[:whole], backward)
-        agree = [whole]
-        for place, size in enumerate(tried):
-            # At the front and at the back by turns: the last rows of a call are the ones that other code may take.
-            start = whole - size if place % 2 and size < whole else 0
-            if size == whole or (size > whole and whole != wholes[0]):
-                continue
-            answers = _probe(model, rows[start : start + size], backward)
-            at = (start + torch.arange(size)) % whole
-            if all(torch.equal(a, b[at.to(b.device)]) for a, b in zip(answers, known, strict=True)):
-                agree.append(size)
-        if len(agree) > len(found):
-            found, answered = agree, known
-        if len(found) > 1:
-            break
-    return found, answered
+    found = _alike(model, rows, tried, first, backward)
+    if not usual or not {*found}.isdisjoint(usual):
+        return found, first
+    tried = sorted({*tried, *usual})
+    found = _alike(model, rows, tried, first, backward)
+    if not {*found}.isdisjoint(usual):
+        return found, first
+    below = usual[-1]
+    known = _probe(model, rows[:below], backward)
+    others = _alike(model, rows, [size for size in tried if size <= below], known, backward)
+    return (found, first) if {*others[1:]}.isdisjoint(usual) else (others, known)
+
+
+def _alike(
+    model: Callable[[Tensor], Tensor], rows: Tensor, tried: Sequence[int], known: tuple[Tensor, ...], backward: bool
+) -> list[int]:
+    """The size of a call that was answered so, and those that give its rows the same bits."""
+    whole = len(known[0])
+    agree = [whole]
+    for place, size in enumerate(tried):
+        if size == whole:
+            continue
+        # At the front and at the back by turns: the last rows of a call are the ones that other code may take.
+        start = whole - size if place % 2 and size < whole else 0
+        answers = _probe(model, rows[start : start + size], backward)
+        at = (start + torch.arange(size)) % whole
+        if all(torch.equal(a, b[at.to(b.device)]) for a, b in zip(answers, known, strict=True)):
+            agree.append(size)
+    return agree
 
 
 def _hash(answers: tuple[Tensor, ...]) -> str:

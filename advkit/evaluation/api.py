@@ -15,23 +15,26 @@ from advkit.evaluation.plan import NO_ATTACK, PARTS, Plan, Request
 from advkit.evaluation.plan import plan as plan_request
 from advkit.evaluation.progress import Bars
 from advkit.evaluation.report import Report
-from advkit.evaluation.report.examples import Examples
+from advkit.evaluation.report.examples import Examples, Kept, examples_of
 from advkit.evaluation.run.case import Case
+from advkit.evaluation.run.examples import all_examples
+from advkit.evaluation.run.store import RECORDS_NAME, read_records
 from advkit.evaluation.screen import shown
 from advkit.evaluation.stats import rate
 
 
 def _carried_out(
     asked: Request, progress: bool | None, *, change: Callable[[Plan], Plan] | None = None, **how: Any
-) -> Report:
-    """A request, planned and carried out while its progress is shown.
+) -> tuple[Plan, Report]:
+    """A request, planned and carried out while its progress is shown: what was carried out, and what came of it.
 
     change: of the plan, before it is carried out
     how:    the other arguments of `execute`
     """
     with Bars(progress):
         made = plan_request(asked, progress=shown(progress))
-        return execute(made if change is None else change(made), **how)
+        made = made if change is None else change(made)
+        return made, execute(made, **how)
 
 
 def _keeping_all(made: Plan) -> Plan:
@@ -160,7 +163,7 @@ def evaluate(
         budget=budget,
         rows=rows,
     )
-    return _carried_out(asked, progress, out=out, watch=watch, command=command, workers=workers)
+    return _carried_out(asked, progress, out=out, watch=watch, command=command, workers=workers)[1]
 
 
 @explained(Request)
@@ -206,7 +209,7 @@ def certify(
         device=device,
         **settings,
     )
-    return _carried_out(asked, progress, out=out, watch=watch, command=command, workers=workers)
+    return _carried_out(asked, progress, out=out, watch=watch, command=command, workers=workers)[1]
 
 
 @explained(Request)
@@ -234,11 +237,16 @@ def attack(
     progress: as of `evaluate`
     settings: the other fields of `Request` (n, seed, device, batch_size...)
 
-    Raises UsageError for attacks that leave inputs as they are (flips of labels).
+    Raises UsageError for attacks that leave inputs as they are (flips of labels), and for a run folder in which a
+    finished run kept the examples of some samples alone.
     """
     asked = {"attack": attack, "defense": defense, "task": task, "model": model, "goal": goal}
     request = Request(**asked, threat_model=threat_model, **{**settings, "beside": False})
-    return _carried_out(request, progress, change=_keeping_all, out=out, workers=workers).adversarial()
+    made, report = _carried_out(request, progress, change=_keeping_all, out=out, workers=workers)
+    if out is None:
+        return report.adversarial()
+    records = in_order(made.case, read_records(Path(out) / RECORDS_NAME))
+    return examples_of(Kept(records, all_examples(Path(out), records)), None)
 
 
 __all__ = [

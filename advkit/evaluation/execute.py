@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from advkit.core.checks import whole
 from advkit.core.errors import UsageError
 from advkit.core.files import check_unclaimed
 from advkit.core.limits import TimedOut, limited
@@ -88,8 +89,7 @@ def execute(
     """Carry out a plan and write its report; `out` None keeps nothing on disk. See `advkit.evaluate`."""
     import tempfile
 
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers must be at least 1, got {workers}")
+    workers = None if workers is None else whole("workers", workers, 1)
     if out is not None:
         check_unclaimed(Path(out))
         report = _execute(plan, Path(out), watch, command, workers, lasting=True)
@@ -108,7 +108,7 @@ def _execute(
         preflight(case)
     if isinstance(plan.case.task, OfFiles):
         plan.case.task.look(plan.case.n)  # a damaged file is met now, and not after hours
-    findings, randomized = _first_look(plan.case)
+    findings, randomized = first_look(plan.case)
     if randomized and plan.case.places is not None:
         raise UsageError("the victim's answers vary from call to call: leave rows out and run all of them together")
     with ExitStack() as stores:
@@ -132,7 +132,7 @@ def _execute(
     return Report.from_dict(document(plan, runs, flags, command=command, lasting=lasting), kept=kept)
 
 
-def _first_look(case: Case) -> tuple[list[Finding], bool]:
+def first_look(case: Case) -> tuple[list[Finding], bool]:
     """The cheap diagnostics of the first rows, and whether the victim's answers vary."""
     first = first_rows(case)
     if first.labels is None and not answer_shape(case.task):

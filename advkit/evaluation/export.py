@@ -19,7 +19,8 @@ from advkit.evaluation.figures.plots import save as save_figure
 from advkit.evaluation.report import write_atomic
 from advkit.evaluation.run.case import Case, space_range
 from advkit.evaluation.run.engine import open_store
-from advkit.evaluation.run.store import Store, read_examples
+from advkit.evaluation.run.examples import all_examples
+from advkit.evaluation.run.store import Store
 from advkit.evaluation.scenarios import scenario_of
 
 
@@ -44,12 +45,7 @@ def export(case: Case, folder: Path, *, png: int = 16, watch: Watch | None = Non
         store.settle()
     finally:
         store.close()
-    held = read_examples(folder)
-    missing = [r.id for r in records if Store.key(r.made_by, r.id) not in held]
-    if missing:
-        raise UsageError(
-            f"{folder} holds no example of {len(missing)} rows on record ({', '.join(missing[:3])}): name another --out"
-        )
+    held = all_examples(folder, records)
     pairs = [held[Store.key(r.made_by, r.id)] for r in records]
     file = folder / "examples.safetensors"
     content = save(

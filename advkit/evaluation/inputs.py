@@ -12,8 +12,9 @@ from advkit.core.protocols import PerSample, Rule, Task
 from advkit.tasks import TASKS
 
 
-def pick_device(name: str) -> str:
+def pick_device(name: str | torch.device) -> str:
     """cpu, cuda[:i] or mps; `auto` takes an accelerator when there is one. Raises UsageError for one that is absent."""
+    name = str(name)
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"

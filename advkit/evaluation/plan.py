@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from advkit.attacks import ATTACKS
-from advkit.core.checks import check
+from advkit.core.checks import at_least_one, check, plain, whole
 from advkit.core.errors import BadInput, ReportError, RunInterrupted, UsageError
 from advkit.core.protocols import (
     Batched,
@@ -83,16 +83,25 @@ class Request:
     budget: str | None = None
     rows: str | None = None
 
+    def __post_init__(self) -> None:
+        # The report keeps the request as JSON, and is written last: what JSON can't hold would lose the whole run.
+        own: dict[str, Any] = {name: whole(name, getattr(self, name)) for name in ("seed", "draws", "keep")}
+        own |= {name: whole(name, value) for name in ("n", "batch_size") if (value := getattr(self, name)) is not None}
+        own |= {"sample_timeout": plain(self.sample_timeout), "device": str(self.device)}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
     def check(self) -> None:
-        """Raise UsageError where a number is out of its range."""
+        """Raise UsageError where a value is out of its range, or of another type."""
         seconds = self.sample_timeout
-        check(self, "sample_timeout", seconds is None or 0 < seconds < 1e8, "a number of seconds above 0")
+        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        check(self, "sample_timeout", seconds is None or (number and 0 < seconds < 1e8), "a number of seconds above 0")
         self.propagations  # noqa: B018 - raises where the budget can't be read
         self.places  # noqa: B018 - raises where the rows can't be read
-        for name in ("batch_size", "draws"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected a whole number of at least 1")
+        at_least_one(self, "batch_size", "draws")
+        check(self, "seed", -(2**63) <= self.seed < 2**63, "a whole number of at most 64 bits")
+        check(self, "speed", isinstance(self.speed, str | Speed), "fp32, or switches joined by +")
+        check(self, "beside", isinstance(self.beside, bool), "True or False")
 
     @property
     def propagations(self) -> int | None:

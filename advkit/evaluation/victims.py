@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advkit.core.checks import whole
 from advkit.core.errors import (
     AdvkitError,
     BadModel,
@@ -212,11 +213,14 @@ def protected(model: Any, defense: Any, task: Any, **settings: Any) -> Victim:
     nothing from the zoo, whose models saw another. A defense that answers in another way than it trains (smoothing) is
     put around what was found.
 
+    task:     a spec, a Task, or a pair (x, y), as of `advkit.evaluate`
     settings: see `_protected`
 
     Raises NoTrainingData, BadModel, CheckpointError, UsageError.
     """
-    guard = DEFENSES.build(defense)
+    from advkit.evaluation.inputs import task_of
+
+    task, guard = task_of(task), DEFENSES.build(defense)
     if isinstance(guard, Solves):
         return _solved(model, guard, DEFENSES.label(guard, defense), task, **settings)
     if not isinstance(guard, Deploys):
@@ -512,7 +516,7 @@ def train_victim(
     from advkit.evaluation.inputs import pick_device
     from advkit.training.ranks import joined, place
 
-    out = Path(out)
+    out, seed = Path(out), whole("seed", seed)
     with joined() as ranks, ExitStack() as held:
         fresh = False
         try:

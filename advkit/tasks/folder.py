@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from advkit.core.protocols import Data, OfFiles, TaskDefaults
 from advkit.core.spaces import Box
 from advkit.core.text import first_line
 from advkit.tasks.base import ClassificationTask, Counted, all_of, by_hash, check_names, mark_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger("advkit")
 
@@ -57,7 +60,8 @@ def decode(content: bytes, resize: int, crop: int, interpolation: str, name: str
     """An image file's content as float [3, crop, crop] of values k/255, in RGB.
 
     Scaled by Pillow's antialiased filter so that the shorter side is `resize`, rounded to 8 bits there, then the middle
-    `crop` x `crop` pixels. BadInput where it can't be read, has more than 8 bits per value (Pillow would cut them), or
+    `crop` x `crop` pixels. Transparency is dropped and a rotation that EXIF asks for is not made, as in torchvision's
+    ImageFolder. BadInput where it can't be read, has more than 8 bits per value (Pillow would cut them), or
     declares more pixels than its bytes can stand for.
     """
     from PIL import Image
@@ -66,7 +70,7 @@ def decode(content: bytes, resize: int, crop: int, interpolation: str, name: str
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(content), formats=FORMATS)
+            image = _opened(content)
         with image:
             if image.width * image.height > max(PIXELS, SPARSE * len(content)):
                 raise ValueError(f"it declares {image.width} x {image.height} pixels in {len(content):,} bytes")
@@ -79,6 +83,17 @@ def decode(content: bytes, resize: int, crop: int, interpolation: str, name: str
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise BadInput(f"{name} is no readable image ({first_line(error)}); repair or remove it") from error
     return pixels.float().div_(255)
+
+
+def _opened(content: bytes) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    if not content:
+        raise ValueError("it is empty")
+    try:
+        return Image.open(BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"its content is none of {', '.join(FORMATS)}") from None
 
 
 def content_of(path: Path) -> bytes:
@@ -141,8 +156,17 @@ def _images_below(folder: Path) -> tuple[list[Path], list[str]]:
     """The images in a folder and the folders in it, in the order of their names, and the kinds of other files."""
     images: list[Path] = []
     others: list[str] = []
+    start = Path(os.path.realpath(folder))
+    above = {str(folder): {start, *start.parents}}
     for root, below, files in os.walk(folder, followlinks=True):
         below[:] = sorted(name for name in below if not _helper(name))
+        for name in tuple(below):
+            place = os.path.join(root, name)
+            real = Path(os.path.realpath(place))
+            above[place] = above[root] | {real}
+            if real in above[root]:  # its images would be taken again, and with the label of this class
+                log.warning("%s leads back to a folder that it lies in, and is left out", place)
+                below.remove(name)
         for name in sorted(files):
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 images.append(Path(root) / name)

@@ -21,7 +21,7 @@ from advkit.core.protocols import Access, Data, MadeForThreatModel, Renders, one
 from advkit.core.rendered import asked_in
 from advkit.core.rng import RowRng
 from advkit.core.spaces import Box
-from advkit.testing.play import BALLS, RADII, failure, names, require, shortened
+from advkit.testing.play import BALLS, RADII, failure, names, require, require_tensor, shortened
 from advkit.testing.victims import network, uniform
 from advkit.threat_models import GOALS, THREAT_MODELS
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -84,6 +84,7 @@ def play_images(
     start = bound.identity(x) if isinstance(bound, Renders) else x
     wanted = rule(clean.argmax(1), clean, streams)
     z = attack(asked_in(oracle, x, bound), start.clone(), wanted, bound, streams)
+    require_tensor(z, start)
     images = bound.render(z, x) if isinstance(bound, Renders) else z
     return ImageGame(x, start, z, images, bound, oracle.meter)
 

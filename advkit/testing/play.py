@@ -76,6 +76,13 @@ def require(holds: Any, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
+def require_tensor(z: object, x: Tensor) -> None:
+    """Raise AssertionError unless an attack gave a tensor, with a row for each of x."""
+    if not isinstance(z, Tensor):
+        raise AssertionError(f"it returned {type(z).__name__}; expected a tensor of the shape of x")
+    require(len(z) == len(x), f"it returned {len(z)} rows for {len(x)}")
+
+
 def failure(
     name: str, law: Callable[..., None], shown: str, broken: BaseException, usually: str = ""
 ) -> AssertionError:
@@ -119,6 +126,7 @@ def play(
     )
     streams = RowRng.from_ids(seed, names(len(x)) if ids is None else ids) if rng is None else rng
     z = attack(oracle, x, goal, ball, streams)
+    require_tensor(z, x)
     with torch.no_grad():
         answer = model(z)
     return Played(z, goal.reached(answer), goal.margin(answer), oracle.meter)
@@ -174,7 +182,7 @@ def accepts(attack: Any, ball: BallMaker, norm: str) -> str | None:
         play(shortened(attack, 2, 2), _AskedBriefly(victim), x, goal, ball(eps=RADII.get(norm, 0.0)))
     except UsageError as refusal:
         return str(refusal)
-    except _Underway:
+    except (_Underway, AssertionError):  # what is wrong with its answer, the laws say
         pass
     return None
 

@@ -23,7 +23,7 @@ from advkit.core.spaces import SLOT
 from advkit.core.wrapper import Wrapper
 from advkit.models.language.model import LanguageModel
 from advkit.testing.language import tiny_lm, transcripts
-from advkit.testing.play import failure, fields_of, names, require
+from advkit.testing.play import failure, fields_of, names, require, require_tensor
 from advkit.testing.victims import linear, uniform
 from advkit.threat_models.goals.says import Says
 from advkit.threat_models.goals.untargeted import Untargeted
@@ -89,6 +89,7 @@ def play_text(
     ids = [names(len(PROMPTS))[row] for row in rows]
     before = model.tokens
     z = attack(oracle, x, Says(torch.zeros(len(x), dtype=torch.long)), suffix, RowRng.from_ids(seed, ids))
+    require_tensor(z, x)
     spent = model.tokens - before
     with torch.no_grad():
         answer = model(z) if len(z) else torch.zeros(0, 2)

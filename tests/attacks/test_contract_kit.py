@@ -73,6 +73,31 @@ class Broken:
         return out * torch.nan if self.wrong == "nan" else out
 
 
+@dataclass(frozen=True, kw_only=True)
+class Returns:
+    """What is no tensor of the rows' shape."""
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+    what: str
+
+    def __call__(self, oracle, x, goal, ball, rng, /):
+        return {"nothing": None, "an array": x.numpy(), "a list": [x], "a row": x[:1]}[self.what]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("nothing", "NoneType; expected a tensor"),
+        ("an array", "ndarray;"),
+        ("a list", "list;"),
+        ("a row", "1 rows for"),
+    ],
+)
+def test_an_answer_that_is_no_tensor_is_told_under_a_law(what, said):
+    with pytest.raises(AssertionError, match=rf"law stays_admitted: Returns\(.*it returned {said}"):
+        check_attack(Returns(what=what))
+
+
 @pytest.mark.parametrize(
     ("wrong", "law"),
     [

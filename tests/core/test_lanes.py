@@ -78,6 +78,23 @@ def test_a_probe_keeps_sizes_that_give_the_same_bits_and_no_other() -> None:
     assert Lanes.probed(never, x).sizes == (64,)  # every call has 64 rows, as it ever was
 
 
+@pytest.mark.parametrize(("first", "rest"), [(4, 64), (4, 48), (64, 64), (16, 50)])
+def test_which_bits_are_taken_does_not_depend_on_the_batch(first: int, rest: int) -> None:
+    """Small calls may agree with one another and not with large ones: batches of 3 tried no size that told the two."""
+    x = torch.rand(64, 1, 14, 14)
+
+    def stepped(z: torch.Tensor) -> torch.Tensor:
+        answer = z.flatten(1)[:, :10] * 2
+        return answer * (1 + 2.0**-20 * ((len(z) >= first) + (len(z) > rest)))
+
+    taken = {
+        bool(size >= first) + bool(size > rest)
+        for batch in range(1, 66)
+        for size in Lanes.probed(stepped, x, rows=100, batch=batch).sizes
+    }
+    assert len(taken) == 1
+
+
 def test_sizes_are_tried_as_far_as_a_run_needs_them() -> None:
     x = torch.rand(64, 1, 14, 14)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import advkit
-from advkit.core.errors import ReportError
+from advkit.core.errors import ReportError, UsageError
 from advkit.evaluation.api import resolve
 from advkit.evaluation.report import Report
 from advkit.evaluation.run.store import read_records
@@ -122,3 +122,21 @@ def test_a_random_victims_companion_has_clean_answers_of_its_own() -> None:
             seed=seed,
             device="cpu",
         )
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_folder_in_which_a_run_kept_fewer_is_refused(kept: int, tmp_path: Path) -> None:
+    asked = {"task": "digits", "n": 4, "threat_model": "linf:eps=0.1"}
+    advkit.evaluate("fgsm", **asked, beside=False, keep=kept, out=tmp_path)
+    with pytest.raises(UsageError, match=f"no example of {4 - kept} rows on record"):
+        advkit.attack("fgsm", **asked, out=tmp_path)
+
+
+def test_they_are_in_the_order_of_the_task_where_samples_were_run_again(tmp_path: Path) -> None:
+    asked = {"task": "digits", "n": 4, "threat_model": "linf:eps=0.1"}
+    first = advkit.attack("fgsm", **asked, out=tmp_path)
+    records = tmp_path / "records.jsonl"
+    records.write_bytes(b"".join(records.read_bytes().splitlines(keepends=True)[1:]))
+    again = advkit.attack("fgsm", **asked, out=tmp_path)
+    assert again.ids == first.ids
+    assert torch.equal(again.adversarial, first.adversarial)

@@ -141,6 +141,7 @@ def state(folder: Path) -> dict[str, bytes]:
         ("", "0 statements"),
         ("SELEC 1", "syntax error"),
         ("SELECT distanze FROM records", 'Candidate bindings: "distance"'),
+        ("SELECT a.id, b.id FROM records a JOIN records b USING (label)", "several columns are called 'id'"),
         ("SELECT * FROM record", 'Did you mean "records"'),
     ],
 )

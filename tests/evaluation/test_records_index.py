@@ -114,6 +114,48 @@ def test_an_edited_line_is_noticed_whatever_the_index_says(folder):
         Store(folder, CASE)
 
 
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("edited", [1, 3, 40])
+def test_edited_lines_at_the_end_are_noticed(edited, index, folder):
+    """They are no batch whose checksums a crash cut off: the checksums of what stood there are left over."""
+    file = folder / "records.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    rest = [line.replace(b'"label":', b'"label": ') for line in lines[-edited:]]
+    file.write_bytes(b"".join([*lines[:-edited], *rest]))
+    if not index:
+        (folder / "records.index").unlink()
+    with pytest.raises(StaleRun, match=f"line {41 - edited} is not what was written"):
+        Store(folder, CASE)
+
+
+def test_edited_lines_behind_the_index_are_noticed(folder):
+    index = (folder / "records.index").read_bytes()
+    store = Store(folder, CASE)
+    store.append(made(40, 5))
+    store.close()
+    (folder / "records.index").write_bytes(index)
+    file = folder / "records.jsonl"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-2] + b" }\n")
+    with pytest.raises(StaleRun, match="line 45 is not what was written"):
+        Store(folder, CASE)
+
+
+def test_a_batch_behind_the_index_whose_checksums_a_crash_cut_off_counts_where_lines_were_taken_out(folder):
+    file, times = folder / "records.jsonl", folder / "records.seconds.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:7] + lines[8:]))
+    Store(folder, CASE).close()
+    known = times.read_bytes()
+    index = (folder / "records.index").read_bytes()
+    store = Store(folder, CASE)
+    store.append(made(40, 5))
+    store.close()
+    times.write_bytes(known)
+    (folder / "records.index").write_bytes(index)
+    same(Store(folder, CASE), made(0, 7) + made(8, 37))
+
+
 def test_a_line_taken_out_is_run_again(folder, monkeypatch):
     file = folder / "records.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from report_examples import B, R, W, document, old, run_folder
 
+import advkit
 from advkit.core.errors import ReportError
 from advkit.evaluation.report import Report, merge, schema, shorten
 from advkit.evaluation.stats import rate
@@ -508,6 +509,36 @@ def test_merge_drops_what_two_summaries_cannot_give(caplog: pytest.LogCaptureFix
     assert [flag["message"] for flag in merged.flags] == ["6"]
     added = merge(*shards, additive=["tapm_acc_best_attack"])
     assert added.metrics["tapm_acc_best_attack"] == rate(2, 10, "all_samples")
+
+
+@pytest.fixture(scope="module")
+def by_rows() -> dict[str, Report]:
+    """Shards of one evaluation, by their rows."""
+    asked: dict[str, Any] = {"attack": "fgsm", "task": "digits", "n": 6, "beside": False}
+    shards = {rows: advkit.evaluate(**asked, rows=rows) for rows in ("0:2", "2:3", "3:6", "1:3")}
+    return shards | {"all": advkit.evaluate(**asked)}
+
+
+def test_merged_shards_name_the_call_of_their_rows(by_rows: dict[str, Report]) -> None:
+    part = merge(by_rows["2:3"], by_rows["0:2"])
+    assert part.to_dict()["request"] | {"rows": None} == by_rows["0:2"].to_dict()["request"] | {"rows": None}
+    assert part.python_call == by_rows["0:2"].python_call.replace("0:2", "0:3")
+    whole = merge(by_rows["3:6"], part)
+    assert whole.to_dict()["request"] == by_rows["all"].to_dict()["request"]
+    assert whole.python_call == by_rows["all"].python_call
+    assert whole.metrics["robust_accuracy"] == by_rows["all"].metrics["robust_accuracy"]
+
+
+def test_shards_of_the_same_rows_are_refused_without_their_records(by_rows: dict[str, Report]) -> None:
+    part = merge(by_rows["0:2"], by_rows["2:3"])
+    for one, other, said in (
+        (part, by_rows["1:3"], "share rows 1:3"),
+        (by_rows["1:3"], by_rows["0:2"], "share rows 1:2"),
+        (by_rows["all"], by_rows["2:3"], "share rows 2:3"),
+        (by_rows["0:2"], by_rows["3:6"], "next to one another first"),
+    ):
+        with pytest.raises(ReportError, match=said):
+            merge(one, other)
 
 
 def test_merge_refuses_other_cases_and_shared_rows(tmp_path: Path) -> None:

@@ -32,10 +32,22 @@ from advkit.evaluation.sweep.engines.slurm import shared_out
 from advkit.evaluation.sweep.grid import read_grid
 from advkit.evaluation.sweep.line import Line, Note, state_of
 from advkit.evaluation.sweep.line import carry_out as run_line
-from advkit.evaluation.sweep.shards import cut
+from advkit.evaluation.sweep.shards import apart, cut
 from advkit.tasks import TASKS
 
 SMALL: dict[str, Any] = {"attacks": ["fgsm"], "tasks": ["digits"], "n": 6, "device": "cpu"}
+
+
+class Noisy(nn.Module):
+    """A model that answers otherwise every time, and does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.layers(x + torch.randn_like(x))
+        return answer
 
 
 class Here:
@@ -252,6 +264,50 @@ def test_shards_are_joined_to_the_records_of_the_whole_run(tmp_path: Path) -> No
     assert {state_of(tmp_path / "cut", line).state for line in made.lines} == {"done"}
 
 
+def test_shards_of_another_cut_do_not_stay_beside_the_whole(tmp_path: Path) -> None:
+    grid = {**SMALL, "attacks": ["fgsm"], "n": 4}
+    (first, *_) = prepare(grid, tmp_path, shard=2).lines
+    assert run_line(tmp_path, first.line).state == "done"
+    assert (tmp_path / first.folder / "report.json").exists()
+    made = carry_out(prepare(grid, tmp_path, shard=1), engine=Here(), workers=1)
+    (row,) = made.rows
+    assert row.n == 4
+    assert not list((tmp_path / row.folder).glob("rows-*"))
+
+
+def test_a_cell_whose_report_was_removed_is_run_again(tmp_path: Path) -> None:
+    first = swept(SMALL, tmp_path)
+    (row,) = first.rows
+    (tmp_path / row.folder / "report.json").unlink()
+    engine = Here()
+    (again,) = swept(SMALL, tmp_path, engine=engine).rows
+    assert engine.begun == [0]
+    assert again == row
+
+
+@pytest.mark.parametrize(
+    "note", ['{"state":"running","place":5}', '{"state":"failed","tries":"x"}', '{"state":"else"}', '{"reason":[]}']
+)
+def test_an_odd_note_says_nothing(note: str, tmp_path: Path) -> None:
+    (line,) = prepare(SMALL, tmp_path).lines
+    (tmp_path / line.folder).mkdir()
+    (tmp_path / line.folder / "line.json").write_text(note)
+    assert state_of(tmp_path, line) == Note()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("line", "0"), ("request", 3), ("request", {"attack": 5}), ("passes", "x"), ("folder", "../x"), ("folder", "/x")],
+)
+def test_a_list_of_lines_that_was_edited_is_refused_in_one_line(name: str, value: Any, tmp_path: Path) -> None:
+    prepare(SMALL, tmp_path)
+    file = tmp_path / "sweep.jsonl"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    for look in (lambda: Sweep.load(tmp_path), lambda: run_line(tmp_path, 0)):
+        with pytest.raises(AdvkitError, match=r"sweep.jsonl is damaged or of another version"):
+            look()
+
+
 def test_a_line_that_crashes_is_tried_again_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from advkit.evaluation.sweep import line as lines
 
@@ -455,6 +511,41 @@ def test_models_of_the_callers_own_have_curves(tmp_path: Path) -> None:
     made = sweep(eps=[0.01, 0.5], attack="fgsm", task=(x, y), model=model, threat_model="linf:eps=0.1", out=tmp_path)
     assert isinstance(made, Curve)
     assert made.points[-1][1] == 0
+
+
+def test_curves_of_other_models_and_budgets_have_folders_of_their_own(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"attack": "fgsm", "task": "digits", "n": 3, "out": tmp_path, "eps": [0.1]}
+    others: list[dict[str, Any]] = [{}, {"model": "zoo:digits-mlp-trades"}, {"budget": "propagations=4"}]
+    made = [sweep(**asked, **each) for each in (*others, {"batch_size": 2, "threat_model": "linf:eps=0.3"})]
+    folders = [each.folder for each in made]
+    assert len({*folders[:3]}) == 3
+    assert folders[3] == folders[0]  # the radius of the request says nothing, the batches change nothing
+
+
+def test_what_a_curve_can_not_have_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"attack": "pgd:steps=1", "task": "digits", "n": 3, "out": tmp_path}
+    with pytest.raises(UsageError, match="whole number of positions"):
+        sweep(eps=[1, 2.5], threat_model="l0:eps=1", **asked)
+    with pytest.raises(UsageError, match="leave rows out"):
+        sweep(eps=[0.1], rows="0:2", **asked)
+    with pytest.raises(UsageError, match="vary from call to call"):
+        sweep(eps=[0.1, 0.2], **asked, model=Noisy())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_curve_under_a_speed_switch_warns_of_no_other_machine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = sweep(eps=[0.2, 0.25], attack="fgsm", task="digits", n=6, speed="bf16", device="cpu", out=tmp_path)
+    assert isinstance(made, Curve)
+    assert made.data["points"][1]["taken_over"]
+    assert "last bits" not in caplog.text
+
+
+def test_a_victim_that_is_found_to_vary_is_not_cut() -> None:
+    asked = Request(attack="fgsm", task="digits", n=6)
+    assert apart(asked)
+    assert not apart(replace(asked, model=Noisy()))
 
 
 def test_a_grid_that_is_no_regular_file_is_refused_unopened(tmp_path: Path) -> None:

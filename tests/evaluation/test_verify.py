@@ -192,3 +192,8 @@ def test_nothing_of_a_report_steers_a_terminal(single: Path) -> None:
     for text in shown:
         assert not set(text) & set(STEERING.replace("]0;own", "").replace("31m", "")), text[:80]
     assert json.loads(report.to_json())["title"].endswith(STEERING)
+
+
+def test_a_shard_agrees_with_its_records(tmp_path: Path) -> None:
+    advkit.evaluate("fgsm", task="digits", n=4, rows="1:3", beside=False, out=tmp_path)
+    assert verify(advkit.Report.load(tmp_path)).faults == ()

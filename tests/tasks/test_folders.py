@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from advkit.core.errors import UnknownName, UsageError
+from advkit.core.errors import BadInput, UnknownName, UsageError
 from advkit.models import MODELS
 from advkit.tasks import TASKS
+from advkit.tasks.folder import class_folders, decode
+
+LINKED = (("cat", 0), ("cat/dogs", 0), ("dog", 1), ("dog/cats", 1))
+"""Where the images of two classes are found that link to one another: each once by every way that does not go round."""
 
 
 def images(folder: Path, *classes: str) -> Path:
@@ -30,6 +34,25 @@ def test_class_folders_are_taken_as_they_lie_where_there_is_no_split(tmp_path: P
     assert one.x.equal(other.x)
     assert one.labels.tolist() == other.labels.tolist()
     assert bare.training() is None
+
+
+def test_a_link_that_leads_back_up_gives_no_images_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = images(tmp_path / "in", "cat", "dog")
+    (folder / "cat" / "all").symlink_to(folder)
+    (folder / "cat" / "dogs").symlink_to(folder / "dog")
+    (folder / "dog" / "cats").symlink_to(folder / "cat")
+    found = class_folders(folder)
+    names = [(path.relative_to(folder).as_posix(), label) for path, label in found.files]
+    assert names == [(f"{at}/{number}.png", label) for at, label in LINKED for number in (0, 1)]
+    assert "leads back to a folder that it lies in" in caplog.text
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "it is empty"), (b"<html>", "its content is none of JPEG, PNG")])
+def test_a_file_that_is_no_image_is_told_without_an_address_in_memory(content: bytes, words: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        decode(content, 8, 8, "bilinear", "a.png")
+    assert words in str(raised.value)
+    assert "0x" not in str(raised.value)
 
 
 def test_another_split_is_no_class(tmp_path: Path) -> None:

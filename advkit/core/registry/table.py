@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar, cast
 
+from advkit.core.checks import plain
 from advkit.core.errors import AdvkitError, SpecError, UnknownName, UsageError
 from advkit.core.labels import settings_text
 from advkit.core.registry.contract import lacking, lacking_in, members_text
@@ -72,6 +73,16 @@ def _imported(target: str) -> Any:
     for part in attribute.split("."):
         found = getattr(found, part)
     return found
+
+
+def _with_plain_numbers(part: Any) -> Any:
+    """A frozen dataclass with Python's numbers in place of numpy's, which its spec and its report can't write."""
+    parameters = getattr(type(part), "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        return part
+    given = {each.name: getattr(part, each.name, None) for each in dataclasses.fields(part) if each.init}
+    numbers = {name: number for name, value in given.items() if (number := plain(value)) is not value}
+    return dataclasses.replace(part, **numbers) if numbers else part
 
 
 def _home(cls: type) -> str:
@@ -251,6 +262,7 @@ class Registry(Generic[T]):
             return cast(T, part)
         if isinstance(part, type):
             raise UsageError(f"the {self.kind} is the class {part.__name__}; expected an object: {part.__name__}()")
+        part = _with_plain_numbers(part)
         contract = None if _home(type(part)) in self._homes else self.contract
         if contract is None or not (names := lacking_in(part, contract)):
             return cast(T, part)

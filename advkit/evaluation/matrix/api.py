@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from advkit.core.checks import whole
 from advkit.core.files import cache_root
 from advkit.core.state import plainly
 from advkit.evaluation.keywords import explained
@@ -103,6 +104,7 @@ def execute(
     command: str = "",
 ) -> Matrix:
     """Carry out a request; see `matrix` for the settings."""
+    workers = whole("workers", workers, 1)
     folder = cache_root() / "matrix" if cache is None else Path(cache)
     with Works(progress):
         plan = resolve(request)

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from advkit.core.checks import plain, whole
 from advkit.core.errors import ReportError, UsageError
 from advkit.core.protocols import Label, Rule, Task
 from advkit.core.registry import outside
@@ -58,6 +59,19 @@ class MatrixRequest:
     similarity: bool = False
     seen: Mapping[str, Collection[str]] | None = None
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        seeds = plain(self.seeds)
+        one = isinstance(seeds, int | float)
+        own = {
+            "seeds": whole("seeds", seeds) if one else [whole("seed", each) for each in seeds],
+            "n": None if self.n is None else whole("n", self.n),
+            "eps": plain(self.eps),
+            "equal_budget": plain(self.equal_budget),
+            "device": str(self.device),
+        }
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """Raise UsageError where a number is out of its range."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
@@ -38,10 +39,12 @@ def merge(a: Report, b: Report, additive: Iterable[str] = ()) -> Report:
 
     additive: further metrics whose counts are per row and so may be added. Metrics that can't be derived from two
     summaries (the strongest cell of a grid, medians, scalars) are left out and named in a log warning; recompute
-    those from the records. Raises ReportError when the two are not shards of one evaluation or share rows.
+    those from the records. Raises ReportError when the two are not shards of one evaluation or share rows, and for
+    shards that were asked for by `rows` where they are not next to one another: nothing would say which rows are there.
     """
     first, second = a.to_dict(), b.to_dict()
     _check_shards(a, b, first, second)
+    rows = _joined_rows(first, second)
     merged = first
     merged["created_utc"] = max(first["created_utc"], second["created_utc"], key=datetime.fromisoformat)
     data = merged["dataset"]
@@ -54,7 +57,7 @@ def merge(a: Report, b: Report, additive: Iterable[str] = ()) -> Report:
     merged["attacks"] = [_merge_attacks(x, y) for x, y in zip(first["attacks"], second["attacks"], strict=True)]
     known = {*_ADDITIVE, *additive}
     merged["metrics"] = _merge_metrics(first["metrics"], second["metrics"], known)
-    _keep_named(merged, second)
+    _keep_named(merged, second, rows)
     merged["diagnostics"] = {"flags": _merge_flags(first, second)}
     one, two = first["diagnostics"], second["diagnostics"]
     if "indicators" in one and one["indicators"] == two.get("indicators"):
@@ -65,14 +68,45 @@ def merge(a: Report, b: Report, additive: Iterable[str] = ()) -> Report:
     if len(hashes) > 1:
         merged["reproducibility"]["config_sha256"] = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     commands = [r["reproducibility"]["command"] for r in (first, second)]
-    merged["reproducibility"]["command"] = " && ".join(dict.fromkeys(commands))
+    merged["reproducibility"]["command"] = " && ".join(dict.fromkeys(each for each in commands if each))
+    if rows is not None and "python_call" in merged["reproducibility"]:
+        named = f", rows={rows!r}" if "rows" in merged["request"] else ""
+        call = re.sub(r", rows='[0-9:]+'", named, merged["reproducibility"]["python_call"])
+        merged["reproducibility"]["python_call"] = call
     return Report.from_dict(merged)
 
 
-def _keep_named(merged: dict[str, Any], second: Mapping[str, Any]) -> None:
+def _joined_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """The rows of two shards as START:STOP, None where the reports do not say theirs; ReportError where they overlap.
+
+    So do a shard and all n rows.
+    """
+    asked = [data.get("request", {}) for data in (first, second)]
+    if not any("rows" in each for each in asked):
+        return None
+    n = asked[0].get("n")
+    if n != asked[1].get("n"):
+        raise ReportError(f"these are not shards of one evaluation: n is {n} and {asked[1].get('n')}")
+    (start, stop), (begin, end) = sorted(
+        tuple(int(place) for place in str(each.get("rows", f"0:{n}")).split(":")) for each in asked
+    )
+    if begin < stop:
+        raise ReportError(f"the shards share rows {begin}:{min(stop, end)}; only disjoint shards can be merged")
+    if begin > stop:
+        raise ReportError(
+            f"the shards have rows {start}:{stop} and {begin}:{end}: merge those next to one another first"
+        )
+    return f"{start}:{end}"
+
+
+def _keep_named(merged: dict[str, Any], second: Mapping[str, Any], rows: str | None) -> None:
     """Section, companions and request as far as the metrics that are left carry them."""
     metrics, section = merged["metrics"], merged.get("section")
-    if "request" in merged:
+    if rows is not None:
+        merged["request"]["rows"] = rows
+        if rows == f"0:{merged['request']['n']}":
+            del merged["request"]["rows"]
+    elif "request" in merged:
         merged["request"]["n"] += second.get("request", {}).get("n", 0)
     if "companions" in merged:
         merged["companions"] = [each for each in merged["companions"] if each["metric"] in metrics]

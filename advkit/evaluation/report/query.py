@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -124,9 +125,13 @@ def _found(connection: Any, runs: Path, sql: str) -> Any:
         connection.execute(f"SET {setting}")
     connection.execute("BEGIN TRANSACTION READ ONLY")  # a SELECT may hold a DELETE
     try:
-        return connection.execute(statement)
+        found = connection.execute(statement)
     except duckdb.Error as error:
         raise UsageError(_one_line(error)) from None
+    twice = [name for name, number in Counter(column[0] for column in found.description).items() if number > 1]
+    if twice:
+        raise UsageError(f"several columns are called {twice[0]!r}, of which a row holds one: name them with AS")
+    return found
 
 
 def _only_statement(connection: Any, sql: str) -> Any:

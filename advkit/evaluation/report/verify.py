@@ -171,7 +171,7 @@ def _of_case(data: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str
     specs, model = _mapping(config.get("specs")), data["model"]
     pairs = [
         ("dataset.sha256", data["dataset"]["sha256"], config.get("data")),
-        ("dataset.n_evaluated", data["dataset"]["n_evaluated"], config.get("n")),
+        ("dataset.n_evaluated", data["dataset"]["n_evaluated"], _rows_of(config)),
         ("model.state_sha256", model["state_sha256"], config.get("victim")),
         ("model.architecture", model.get("architecture") or model["name"], specs.get("model")),
         ("reproducibility.seed", data["reproducibility"]["seed"], config.get("seed")),
@@ -189,6 +189,14 @@ def _of_case(data: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str
     for where, here, there in pairs:
         if there is not None and here != there:
             yield f"{where} is {_short(here)}, the records were made under {_short(there)}"
+
+
+def _rows_of(config: Mapping[str, Any]) -> Any:
+    """How many rows a case evaluates: a shard those at its places."""
+    places = config.get("places")
+    if isinstance(places, list) and len(places) == 2 and all(isinstance(each, int) for each in places):
+        return places[1] - places[0]
+    return config.get("n")
 
 
 def _of_request(data: Mapping[str, Any]) -> Iterator[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advkit.core.errors import UsageError
 from advkit.core.files import write_whole
 from advkit.core.protocols import Record
 from advkit.core.strict_json import read_json
 from advkit.core.text import first_line
+from advkit.evaluation.run.held import key_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,17 @@ def read_examples(folder: Path, name: str = "records") -> dict[str, tuple[Tensor
     for _, data, (origin, adversarial) in _example_files(folder / f"{name}.examples"):
         found |= {f"{data['attack']}|{row}": (origin[i], adversarial[i]) for i, row in enumerate(data["ids"])}
     return found
+
+
+def all_examples(folder: Path, records: Iterable[Record]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The kept examples of a run folder; UsageError where some record has none: an earlier run there kept fewer."""
+    held = read_examples(folder)
+    missing = [record.id for record in records if key_of(record.made_by, record.id) not in held]
+    if missing:
+        raise UsageError(
+            f"{folder} holds no example of {len(missing)} rows on record ({', '.join(missing[:3])}): name another --out"
+        )
+    return held
 
 
 def _example_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any], tuple[Tensor, Tensor]]]:

@@ -241,6 +241,9 @@ class Store:
         if self._times.lines() < before:
             start = before = 0  # lines that the index knows are unknown to the file of times: it was cut
         other, known = self._times.check(line[:-1] for line in _lines(self.records.raw, start))
+        if other is not None and before:
+            start = before = 0  # with those that the index knows: what was written last may be among them
+            other, known = self._times.check(line[:-1] for line in _lines(self.records.raw, start))
         if other is not None:
             raise StaleRun(
                 f"{self.path}, line {before + other + 1} is not what was written: it was edited or damaged; remove the "

@@ -75,7 +75,8 @@ class Times:
 
         Gives the place of the first line that is not what was written, None where all are; and how many lines are
         known, counted from the first: those behind them are a batch whose times a crash cut off. Lines may be missing
-        among those that were written, but are never in another order.
+        among those that were written, but are never in another order. Unknown lines in the place of some that were
+        written last are edits of them: what a crash cuts off is behind all that is known.
         """
         written = list(self._marks())
         known, older = set(written), any(isinstance(mark, str) for mark in written)
@@ -85,6 +86,8 @@ class Times:
         for place, mark in enumerate(marks[:end]):
             if not any(each in mark for each in left):
                 return place, end
+        if end < len(marks) and next(left, None) is not None:
+            return end, end
         return None, end
 
     def _marks(self) -> Iterator[int | str]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from advkit.core.checks import whole
 from advkit.core.errors import UsageError
 from advkit.core.files import write_whole
 from advkit.evaluation.execute import Watch
@@ -76,8 +77,7 @@ def prepare(
     home = Path(out)
     asked = read_grid(grid)
     check_folder(home / "sweep")
-    if shard is not None and shard < 1:
-        raise UsageError(f"shard is {shard}; expected a number of rows of at least 1")
+    shard = None if shard is None else whole("shard", shard, 1)
     own = not isinstance(grid, str | Path)  # the caller's own words, and no file from anybody
     lines = resolve(asked, home, shard=shard, trust=trust or own, watch=watch)
     write_lines(home, lines)
@@ -94,10 +94,8 @@ def carry_out(
     watch: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Run the lines of a sweep that have not ended, and write FOLDER/sweep.md. See `sweep`."""
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers must be at least 1, got {workers}")
-    if retries < 0:
-        raise UsageError(f"retries is {retries}; expected 0 or more")
+    workers = None if workers is None else whole("workers", workers, 1)
+    retries = whole("retries", retries, 0)
     chosen = ENGINES.build(engine)
     drive(
         prepared.folder,
@@ -123,7 +121,7 @@ def sweep(
     retries: int = 1,
     again: bool = False,
     trust: bool = False,
-    eps: Sequence[float] | str | None = None,
+    eps: Sequence[float | str] | str | None = None,
     watch: Watch | None = None,
     progress: bool | None = None,
     command: str = "",
@@ -153,7 +151,7 @@ def sweep(
         asked = {"engine": engine != "local", "shard": shard is not None, "retries": retries != 1, "again": again}
         if given := [name for name, other in asked.items() if other]:
             raise UsageError(f"{', '.join(given)} with eps; a curve is run in this process: these belong to a grid")
-        levels = radii(eps) if isinstance(eps, str) else eps
+        levels: Sequence[float | str] = radii(eps) if isinstance(eps, str) else eps
         with Bars(progress):
             made = trace(
                 Request(**settings),

@@ -27,13 +27,13 @@ from advkit.core.lanes import Lanes
 from advkit.core.protocols import Batch, LeastChange, Outcome, Record, Suite
 from advkit.core.state import plain_torch
 from advkit.evaluation.counts import count, was_right
-from advkit.evaluation.execute import Watch, execute, in_order, preflight
+from advkit.evaluation.execute import Watch, execute, first_look, in_order, preflight
 from advkit.evaluation.plan import Outline, Plan, Request, outline, plan
 from advkit.evaluation.report import Report
 from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.run.batch import Round, shown
 from advkit.evaluation.run.case import Case, digest_of
-from advkit.evaluation.run.engine import LocalEngine, open_store
+from advkit.evaluation.run.engine import LocalEngine, open_store, speed_file, with_views
 from advkit.evaluation.run.lanes import KeptLanes
 from advkit.evaluation.run.store import Stopwatch, Store, read_examples, read_records
 from advkit.evaluation.scenarios.evasion import labelled, schedule
@@ -153,7 +153,7 @@ class _Found:
 
 def trace(
     request: Request,
-    eps: Sequence[float],
+    eps: Sequence[float | str],
     home: Path,
     *,
     workers: int | None = 1,
@@ -163,13 +163,19 @@ def trace(
 ) -> Curve:
     """The curve of a request at these radii; runs and figures go to a folder of `home`, and are resumed there.
 
-    Raises UsageError where the threat model has no radius, the goal is not untargeted, or the victim's answers vary.
+    Raises UsageError where the threat model has no radius or not one of these, the goal is not untargeted, the victim's
+    answers vary, or a shard is asked for.
     """
     levels = _checked(eps)
     begun = outline(request)
     _check(begun)
-    digest = digest_of({**begun.specs, "eps": levels, "n": begun.n, "seed": request.seed, "speed": str(request.speed)})
-    folder = home / f"curve-{digest[:16]}"
+    threat: Any = begun.parts.threat
+    balls = [] if _least(begun) else [replace(threat, eps=each) for each in levels if each > 0]
+    first = plan(replace(request, threat_model=balls[0], beside=False) if balls else request, progress=progress)
+    _check_steady(first.case)
+    preflight(first.case)
+    _check_steady(replace(first.case, randomized=first_look(first.case)[1]))
+    folder = home / f"curve-{digest_of([first.case.config(), levels])[:16]}"
     carry = _Carrier(request, begun, folder, workers, watch, progress, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,11 +198,21 @@ def trace(
     return Curve(data, folder)
 
 
-def _checked(eps: Sequence[float]) -> list[float]:
-    levels = sorted({float(each) for each in eps})
+def _name(eps: float) -> str:
+    """Of the run folder of a radius."""
+    return f"eps-{eps:.9g}"
+
+
+def _checked(eps: Sequence[float | str]) -> list[float]:
+    """The radii, the smallest first; those that share a run folder (0.3 and 3 * 0.1) are one."""
+    said = f"eps is {eps!r:.80}; expected finite radii >= 0, one of them above 0"
+    try:
+        levels = sorted(float(_fraction(each)) if isinstance(each, str) else float(each) for each in eps)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        raise UsageError(said) from None
     if not levels or levels[-1] <= 0 or any(not math.isfinite(each) or each < 0 for each in levels):
-        raise UsageError(f"eps is {list(eps)!r:.80}; expected finite radii >= 0, one of them above 0")
-    return levels
+        raise UsageError(said)
+    return list({_name(each): each for each in reversed(levels)}.values())[::-1]
 
 
 def _least(begun: Outline) -> bool:
@@ -214,6 +230,18 @@ def _check(begun: Outline) -> None:
     if rule.kind != "untargeted":
         raise UsageError(
             f"a curve is of robust accuracy, and the goal {begun.specs['goal']} is another: use untargeted"
+        )
+    if begun.request.rows is not None:
+        raise UsageError(f"rows {begun.request.rows} with eps; a curve is of all n samples: leave rows out")
+
+
+def _check_steady(case: Case) -> None:
+    """Raise UsageError where the victim is known to answer otherwise when it is asked again."""
+    if case.randomized:
+        raise UsageError(
+            f"the victim's answers vary from call to call (model {case.specs['model']}, defense "
+            f"{case.specs['defense']}), so a verdict does not carry over to a larger radius: name single radii in a "
+            "grid"
         )
 
 
@@ -245,7 +273,7 @@ class _Carrier:
         for eps in (each for each in levels if each > 0):
             threat: Any = self.begun.parts.threat
             at = replace(self.request, threat_model=replace(threat, eps=eps))
-            folder = self.folder / f"eps-{eps:.9g}"
+            folder = self.folder / _name(eps)
             records, report = self._run(at, folder, found)
             robust = self._still_robust(robust, records)
             points.append(self._point(eps, robust, records, folder, report))
@@ -273,11 +301,6 @@ class _Carrier:
     def _run(self, request: Request, folder: Path, found: Mapping[str, _Found]) -> tuple[list[Record], Report]:
         resolved = plan(request, progress=self.progress)
         case = resolved.case
-        if case.randomized:
-            raise UsageError(
-                f"the answers of the victim of {case.specs['defense']} vary from call to call, so a verdict does not "
-                "carry over to a larger radius: name single radii in a grid"
-            )
         if not (folder / REPORT_NAME).exists():
             preflight(case)
             _seed(resolved, folder, found)
@@ -334,10 +357,13 @@ class _Carrier:
 
 def _seed(resolved: Plan, folder: Path, found: Mapping[str, _Found]) -> None:
     """Put what smaller radii found into the run of a larger one, each verdict made anew in its ball."""
-    cell = _first_cell(resolved.case)
-    if not found or cell is None:
+    if not found or _first_cell(resolved.case) is None:
         return
     with closing(open_store(resolved.case, folder, scenario=resolved.scenario)) as store:
+        # As the run itself does it, so that its shapes of calls are those that are kept here.
+        cells = resolved.scenario.cells(resolved.case)
+        cell = _first_cell(with_views(resolved.case, cells, speed_file(folder, store.name)))
+        assert cell is not None
         engine = LocalEngine(None, None, KeptLanes(store))
         rows = {row for row in found if Store.key(cell.label, row) not in store}
         others = frozenset(row for row in cell.ids() if row not in rows)

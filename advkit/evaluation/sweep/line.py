@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import socket
 import time
 import traceback
@@ -14,6 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
+
+import msgspec
 
 from advkit import __version__
 from advkit.core.errors import AdvkitError, ReportError, RunInUse, UsageError
@@ -87,10 +88,15 @@ class Line:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The line of a line of the file; raises ValueError, TypeError or KeyError where it is none."""
+        """The line of a line of the file; raises ValueError, KeyError or MsgspecError where it is none."""
         data = read_object(text.encode())
-        values = {each.name: data[each.name] for each in fields(cls)}
-        return cls(**{**values, "shards": tuple(values["shards"])})
+        found = msgspec.convert({each.name: data[each.name] for each in fields(cls)}, cls)
+        named = [found.request.get(name) for name in PARTS]
+        if not all(each is None or isinstance(each, str) for each in named):
+            raise ValueError("its request has parts that are no specs")
+        if Path(found.folder).is_absolute() or ".." in Path(found.folder).parts:
+            raise ValueError(f"its folder {found.folder!r} is not within the sweep's")
+        return found
 
 
 def write_lines(home: Path, lines: Iterable[Line]) -> Path:
@@ -118,7 +124,7 @@ def read_lines(home: Path, numbers: Collection[int] | None = None) -> list[Line]
         return [Line.from_json(texts[each]) for each in chosen]
     except OSError as error:
         raise ReportError(f"{home} is no folder of a sweep ({LINES}: {why(error)})") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError, msgspec.MsgspecError) as error:
         raise ReportError(
             f"{path} is damaged or of another version ({first_line(error)}): run the sweep again"
         ) from None
@@ -155,8 +161,8 @@ class Note:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """What the folder says; a missing or damaged note says nothing."""
-        with suppress(OSError, ValueError, TypeError):
-            return cls(**read_object((folder / NOTE).read_bytes()))
+        with suppress(OSError, ValueError, msgspec.MsgspecError):
+            return msgspec.convert(read_object((folder / NOTE).read_bytes()), cls)
         return cls()
 
 
@@ -181,6 +187,8 @@ def looked_at(home: Path, line: Line) -> tuple[Note, Report | None]:
         except ReportError as error:
             return Note(state="failed", reason=str(error)), None
     note = Note.read(folder)
+    if note.state == "done":  # and no report: it was removed, to be made again
+        note = replace(note, state="waiting")
     if note.state == "running" and not _held(folder) and not _alive(note.place):
         note = replace(note, state="left off")
     return note, None
@@ -247,8 +255,6 @@ def carry_out(home: Path, number: int) -> Note:
 
 def _carried_out(home: Path, number: int) -> Note:
     """The same; raises RunInUse where another process is at it."""
-    from advkit.evaluation.sweep.shards import take_over
-
     (line,) = read_lines(home, [number])  # and no others: a sweep may have thousands
     now = state_of(home, line)
     if line.reason or now.state == "done":
@@ -268,7 +274,7 @@ def _carried_out(home: Path, number: int) -> Note:
     try:
         if (folder / REPORT_NAME).exists():
             report_of(folder, line)
-        _evaluate(home, line, read_lines(home, line.shards), take_over)
+        _evaluate(home, line, read_lines(home, line.shards))
     except RunInUse:
         raise
     except UsageError as error:
@@ -281,15 +287,16 @@ def _carried_out(home: Path, number: int) -> Note:
     return ended("done")
 
 
-def _evaluate(home: Path, line: Line, shards: list[Line], take_over: Any) -> None:
+def _evaluate(home: Path, line: Line, shards: list[Line]) -> None:
     from advkit.core.state import plain_torch
     from advkit.evaluation.execute import execute
     from advkit.evaluation.plan import plan
+    from advkit.evaluation.sweep.shards import remove_shards, take_over
 
     with plain_torch():
         resolved = plan(Request(**line.request, beside=False))
         take_over(resolved, home / line.folder, [(home / each.folder, each.rows) for each in shards])
         command = shlex.join(["advkit", *line.argv(home)])
         execute(resolved, out=home / line.folder, command=command, workers=1)
-    for each in shards:  # their records are in the whole now, and a shard's report would pass for another evaluation
-        shutil.rmtree(home / each.folder, ignore_errors=True)
+    if line.rows is None:
+        remove_shards(home / line.folder)

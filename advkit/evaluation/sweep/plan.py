@@ -24,7 +24,7 @@ from advkit.evaluation.run.rehearsal import rehearse
 from advkit.evaluation.run.speed import planned_passes
 from advkit.evaluation.sweep.grid import REQUEST_DEFAULTS, Grid
 from advkit.evaluation.sweep.line import Line
-from advkit.evaluation.sweep.shards import apart, cut
+from advkit.evaluation.sweep.shards import apart, cut, folder_of
 from advkit.tasks.base import ClassificationTask
 
 Watch = Callable[[int, int], None]  # cells looked at, cells in all
@@ -142,7 +142,7 @@ def _shard(whole: Line, number: int, rows: str, n: int) -> Line:
         whole,
         line=number,
         digest=digest_of([whole.digest, rows]),
-        folder=f"{whole.folder}/rows-{rows.replace(':', '-')}",
+        folder=f"{whole.folder}/{folder_of(rows)}",
         request={**whole.request, "rows": rows},
         passes=whole.passes * (places[1] - places[0]) / n,
         shards=(),

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import groupby, pairwise
 from math import ceil
 from pathlib import Path
 
-from advkit.core.errors import StaleRun
+from advkit.core.errors import RunInUse, StaleRun
+from advkit.core.files import check_unclaimed
+from advkit.evaluation.execute import first_look, preflight
 from advkit.evaluation.plan import Plan, Request, plan
 from advkit.evaluation.report.document import REPORT_NAME
 from advkit.evaluation.run.engine import open_store
@@ -41,7 +43,27 @@ def cut(n: int, passes: float, rows: int | None = None) -> list[str]:
 def apart(request: Request) -> bool:
     """Whether each row of an evaluation ends as it does whatever the others are; finds or trains its victim."""
     resolved = plan(replace(request, beside=False))
-    return isinstance(resolved.scenario, RowsApart) and resolved.scenario.rows_apart(resolved.case)
+    case, scenario = resolved.case, resolved.scenario
+    if not isinstance(scenario, RowsApart) or not scenario.rows_apart(case):
+        return False
+    preflight(case)
+    return scenario.rows_apart(replace(case, randomized=first_look(case)[1]))
+
+
+def folder_of(rows: str) -> str:
+    """Of a shard, within the run folder of the whole."""
+    return f"rows-{rows.replace(':', '-')}"
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove the shards in the run folder of a finished whole, also those that another cut has left there.
+
+    The whole has their records: who counted both would count samples twice.
+    """
+    for place in folder.glob("rows-*-*"):
+        with suppress(RunInUse):  # a task of an earlier sweep that is still at it
+            check_unclaimed(place)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def take_over(resolved: Plan, folder: Path, shards: Sequence[tuple[Path, str | None]]) -> None:
