@@ -272,3 +272,12 @@ def test_pyplot_is_never_touched() -> None:
         "p.robust_accuracy_curve([p.Point(0.1, 0.5)]).canvas.draw(); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_equations_in_titles_stay_on_one_line() -> None:
+    from advkit.evaluation.figures.axes import wrapped
+
+    words = "robust accuracy of digits under pgd, n = 60"
+    assert wrapped(words, len(words) - 1).splitlines() == ["robust accuracy of digits under pgd,", "n = 60"]
+    assert wrapped(words, 200) == words
+    assert wrapped("costs $5", 20) == r"costs \$5"

@@ -46,7 +46,7 @@ def finish(axes: Axes, *, x: str, y: str, legend: bool = True, title: str = "") 
         axes.legend(frameon=False, fontsize=8)
     if title:
         # Characters of this size in a line.
-        axes.set_title(plain(textwrap.fill(title, 66)), loc="left", fontsize=11)
+        axes.set_title(wrapped(title, 66), loc="left", fontsize=11)
 
 
 def finish_shares(axes: Axes, *, x: str, y: str, legend: bool = True, title: str = "") -> None:
@@ -68,6 +68,11 @@ def interval(
         return
     for end in (low, high):
         axes.step(x, end, where="post", color=color, linewidth=0.6, alpha=0.75, linestyle=(0, (4, 2)))
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text in lines of so many characters, as `plain` has it; an equation (n = 60) is not broken."""
+    return plain(textwrap.fill(text.replace(" = ", "\u00a0=\u00a0"), width).replace("\u00a0", " "))
 
 
 def plain(text: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.figures.axes import INK, RED, plain
+from advkit.evaluation.figures.axes import INK, RED, plain, wrapped
 from advkit.evaluation.report.text import shorten
 
 _MOST_EXAMPLES = 10
@@ -48,7 +48,7 @@ def example_grid(
     count = len(before)
     room = max(3.2, _SIDE + _COLUMN * count)
     # Characters of the title's size in a line.
-    heading = plain(textwrap.fill(title, int(12 * room))) if title else ""
+    heading = wrapped(title, int(12 * room)) if title else ""
     top = 0.15 + (0.2 * (1 + heading.count("\n")) if heading else 0.0)
     rows = (
         ("clean", before, clean_names),

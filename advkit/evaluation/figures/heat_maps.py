@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.figures.axes import RED, plain
+from advkit.evaluation.figures.axes import RED, plain, wrapped
 from advkit.evaluation.report import Report
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def _scale(figure: Figure, image: Any, axes: Any) -> None:
 def _titled(figure: Figure, title: str) -> None:
     """A title in room of its own: one over the axes would run into the colour bar's top tick."""
     characters = int(11 * figure.get_figwidth())
-    figure.suptitle(plain(textwrap.fill(title, characters)), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(wrapped(title, characters), x=0.01, ha="left", fontsize=11)
 
 
 def matrix_heatmap(

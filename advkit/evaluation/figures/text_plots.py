@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 
 from advkit.core.errors import UsageError
 from advkit.core.protocols import Record
-from advkit.evaluation.figures.axes import SERIES, new_axes, plain
+from advkit.evaluation.figures.axes import SERIES, new_axes, plain, wrapped
 from advkit.evaluation.report import Report
 
 SCORE = "NLL of the wanted reply (nats per token)"
@@ -52,8 +51,8 @@ def search_figure(records: Sequence[Record], *, title: str = "", score: str = SC
         axes.step(grid, np.median(best, 0), where="post", color=color, linewidth=2.2, label=plain(attack))
     axes.set_xscale("log")
     axes.set_xlabel("evaluations (candidates scored; a gradient counts as two)")
-    axes.set_ylabel(plain(textwrap.fill(f"{score}, best so far", 30)))
-    axes.set_title(plain(textwrap.fill(title, 66)), loc="left", fontsize=10)
+    axes.set_ylabel(wrapped(f"{score}, best so far", 30))
+    axes.set_title(wrapped(title, 66), loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     figure.supxlabel("thin: one prompt each   bold: the median prompt   lower is better for the attacker", fontsize=8)
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from advkit.core.errors import UsageError
-from advkit.evaluation.figures.axes import BLUE, GREEN, ORANGE, RED, plain
+from advkit.evaluation.figures.axes import BLUE, GREEN, ORANGE, RED, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +38,7 @@ def training_curves(log: Entries, *, title: str = "") -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel(axes, log)
     if title:
-        figure.suptitle(textwrap.fill(plain(title), 110), fontsize=10)
+        figure.suptitle(wrapped(title, 110), fontsize=10)
     return figure
 
 
