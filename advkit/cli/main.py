@@ -5,6 +5,7 @@ Only what names a subcommand loads the parser (`advkit.cli.group`): help would o
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,16 @@ from advkit.cli.commands import load_command as load_command
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The console entry: runs the command line and returns its exit code."""
+    code = _run(arguments)
+    ranks = sys.modules.get("advkit.training.ranks")
+    if ranks is not None and ranks.connected:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given in ([], ["--help"], ["-h"]):
         sys.stdout.write(page())

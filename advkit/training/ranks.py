@@ -235,6 +235,14 @@ def launched() -> bool:
     return all(name in os.environ for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
 
 
+connected = False
+"""Whether this process was connected to others.
+
+Where gradients were averaged, threads of gloo outlive the connection. One that is not done with its last message when the
+interpreter goes ends the process by a signal (SIGABRT; torch 2.14), whatever its exit code.
+"""
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes that torchrun started, connected; this one alone where there are no others.
@@ -250,6 +258,8 @@ def joined() -> Iterator[Ranks]:
     if not dist.is_available():
         raise UsageError("this build of torch has no torch.distributed: train in one process")
     accelerated = torch.cuda.is_available() and dist.is_nccl_available()
+    global connected
+    connected = True
     dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo", timeout=TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     try:

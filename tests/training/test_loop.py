@@ -480,9 +480,10 @@ def test_a_missing_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch,
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     torch._dynamo.reset()
-    with pytest.raises(UsageError, match="compile=true, and torch can't compile"):
+    # not by monkeypatch, which deletes the setting in the end: torch's part of a configuration passes for a class
+    missing = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, pytest.raises(UsageError, match="compile=true, and torch can't compile"):
         fit(small(), blobs(), Objective(), Recipe(epochs=1, compile=True), RNG, progress=False)
 
 

@@ -71,6 +71,7 @@ def _child(rank: int, world: int, folder: str, work: Callable[..., Any], argumen
     with joined() as ranks:
         made = work(ranks, *arguments)
     torch.save(made, f"{folder}/{rank}.pt")
+    os._exit(0)  # gloo's threads may abort the process at the end of the interpreter
 
 
 def started(folder: Path, world: int, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
@@ -460,6 +461,17 @@ def test_a_killed_process_is_reported_and_the_run_resumes_to_the_same_bits(tmp_p
     assert json.loads(metadata["progress"])["ranks"] == 2
     with pytest.raises(StaleRun, match="on 2 processes, this one runs on 1"):
         fit(forgetful(), stripes(), KilledFree(FREE), LONG, RNG, out=run, progress=False)
+
+
+def test_a_command_that_was_connected_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    from advkit.cli.main import run
+    from advkit.training import ranks
+
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    assert (run(["list", "nonsense"]), ended) == (2, [])
+    monkeypatch.setattr(ranks, "connected", True)
+    assert (run(["list", "nonsense"]), ended) == (2, [2])
 
 
 def launch(arguments: list[str], world: int = 2) -> subprocess.CompletedProcess[str]:
