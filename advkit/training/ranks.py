@@ -238,8 +238,8 @@ def launched() -> bool:
 connected = False
 """Whether this process was connected to others.
 
-Where gradients were averaged, threads of gloo outlive the connection. One that is not done with its last message when the
-interpreter goes ends the process by a signal (SIGABRT; torch 2.14), whatever its exit code.
+Where gradients were averaged, threads of gloo outlive the connection. One that is not done with its last message when
+the interpreter goes ends the process by a signal (SIGABRT; torch 2.14), whatever its exit code.
 """
 
 
