@@ -256,3 +256,14 @@ def test_a_step_size_in_pixels_is_flagged(name: str) -> None:
     assert "in units of eps" in str(short.to_dict()["diagnostics"]["flags"])
     fine = evaluate(f"{name}:steps=10,step_size=0.25", task=(X, Y), model=model, threat_model="linf:eps=8/255")
     assert "incomplete_optimization" not in flags(fine)
+
+
+def test_few_steps_of_the_usual_size_are_flagged_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    """A random start moves half of the way at most: what five steps of a tenth leave robust says little."""
+    model = Net().eval()
+    short = evaluate("pgd:steps=5", task=(X, Y), model=model, threat_model="linf:eps=8/255")
+    assert flags(short)["incomplete_optimization"] == "warning"
+    assert "pgd:steps=5 can't reach the boundary of the ball (" in caplog.text
+    assert "incomplete_optimization" not in flags(
+        evaluate("pgd:steps=10", task=(X, Y), model=model, threat_model="linf:eps=8/255")
+    )

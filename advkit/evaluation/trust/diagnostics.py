@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -221,18 +221,17 @@ def _short_walk(case: Case) -> list[Finding]:
         settings = parameters(attack)
         steps, size = settings.get("steps"), settings.get("step_size")
         if isinstance(steps, int) and isinstance(size, float) and steps * size < REACH:
-            short[name] = (steps, size, "info" if size == _usual(attack) else "warning")
+            short[name] = (steps, size)
     if not isinstance(case.threat, Radius) or not short:
         return []
-    name, (steps, size, severity) = min(short.items(), key=lambda each: each[1][2] == "info")
+    name, (steps, size) = min(short.items(), key=lambda each: each[1][0] * each[1][1])
     evidence = (
         f"{steps} steps of {size:.4g} in units of eps add up to {steps * size:.2g} eps: {name} can't reach the "
         "boundary of the ball"
     )
     advice = f"step_size is in units of eps: say step_size={2.5 / steps:.2g}, and divide one in pixels by eps"
-    if severity == "warning":
-        log.warning("%s (%s)", evidence, advice)  # said before hours are spent, and in the report
-    return [found("incomplete_optimization", severity, evidence, steps * size, 1.0, str(case.label), advice=advice)]
+    log.warning("%s (%s)", evidence, advice)  # said before hours are spent, and in the report
+    return [found("incomplete_optimization", "warning", evidence, steps * size, 1.0, str(case.label), advice=advice)]
 
 
 def _long_suffix(case: Case) -> list[Finding]:
@@ -248,11 +247,6 @@ def _long_suffix(case: Case) -> list[Finding]:
     log.warning("%s (%s)", evidence, advice)
     longest, most = float(attack.longest), float(threat.n)
     return [found("incomplete_optimization", "info", evidence, longest, most, str(case.label), advice=advice)]
-
-
-def _usual(attack: Any) -> object:
-    """The attack's default step size: who leaves it and takes few steps meant few."""
-    return next((each.default for each in fields(attack) if each.name == "step_size"), None)
 
 
 def _randomized(case: Case, outputs: Sequence[Tensor], labels: Tensor | None) -> list[Finding]:
